@@ -1,0 +1,36 @@
+# Everything runs in a virtual environment that is made when it is needed.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+# The main job on the embedded model: checkpoint in, measured ladder and model card out, in demo/.
+demo: $(VENV)/.installed
+	$(BIN)/bitladder run examples/tiny-olmo2 --out demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/mypy
+
+# Ratios against llama.cpp's own tools: needs LLAMA_CPP_TOOLS=DIR and MODEL=F16.gguf TEXT=wiki.test.raw.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/ratios.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+# The tests compare with PyTorch and transformers; PyTorch's build for CPUs is enough where the index has it.
+$(VENV)/.test: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,69 @@
+"""The command line. One file per verb; each parses, calls and prints, and is imported only when it is used."""
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from bitladder.errors import BitladderError
+
+# Verb → first line of its help. The module of the same name is imported when the verb is used, so that
+# `bitladder --help` does not pay for the native library.
+VERBS = {
+    "run": "Make the whole ladder: convert, measure, calibrate, quantize, score, and write the card.",
+    "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
+    "imatrix": "Compute an importance matrix from calibration texts.",
+    "quantize": "Quantize a GGUF to a preset.",
+    "eval": "Measure perplexity and divergence from the full-precision model.",
+    "card": "Write the model card of a run again.",
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"bitladder.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bitladder", prog_name="bitladder")
+def application() -> None:
+    """Turn a Hugging Face language model into a measured ladder of GGUF quants."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 an error in one line, 2 a wrong option, 130 interrupted."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code; what goes wrong is one line on stderr."""
+    try:
+        result: Any = application(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        message, code = "interrupted; nothing half-written was kept, the same command starts again or goes on", 130
+    except BitladderError as error:
+        message, code = str(error), error.code
+    except BrokenPipeError:
+        return 1
+    except MemoryError:
+        message, code = "not enough memory; close other programs, or use a smaller -b", 1
+    print(f"bitladder: {message}", file=sys.stderr)
+    return code

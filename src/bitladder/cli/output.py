@@ -1,0 +1,125 @@
+"""The one place that prints: data on stdout, everything else on stderr."""
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from bitladder.progress import Progress, Task
+
+
+class Output:
+    """How a command talks.
+
+    `json` prints data as JSON only; `quiet` keeps bars and remarks back (warnings stay); `verbose` shows what the
+    native library logs.
+    """
+
+    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        from rich.console import Console
+
+        self.json, self.quiet, self.verbose = json, quiet, verbose
+        self._stdout = Console(file=sys.stdout, highlight=False)
+        self._stderr = Console(file=sys.stderr, highlight=False, stderr=True)
+        self.progress: Progress = _Bars(self._stderr, quiet)
+        if verbose:
+            from bitladder.engine.native import log
+
+            log.verbose = True
+
+    def print_json(self, value: Any) -> None:
+        """Print a value as indented JSON on stdout."""
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def line(self, text: str) -> None:
+        """Print a line of data on stdout."""
+        sys.stdout.write(text + "\n")
+
+    def print(self, renderable: Any) -> None:
+        """Print a rich table or the like on stdout."""
+        self._stdout.print(renderable)
+
+
+class _Bars:
+    """Progress as bars with a time to go; in a file or a pipe, one line when a piece of work begins."""
+
+    def __init__(self, console: Any, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
+        self._live: Any = None
+
+    @contextlib.contextmanager
+    def task(self, label: str, total: float) -> Iterator[Task]:
+        if self._quiet:
+            yield _NoBar()
+            return
+        if not self._console.is_terminal:
+            self._console.print(label, markup=False)
+            yield _NoBar()
+            return
+        from rich import progress as bars
+
+        outermost = self._live is None
+        if outermost:
+            self._live = bars.Progress(
+                bars.TextColumn("{task.description}", markup=False),
+                bars.BarColumn(),
+                bars.TaskProgressColumn(),
+                bars.TimeElapsedColumn(),
+                bars.TextColumn("left"),
+                bars.TimeRemainingColumn(compact=True),
+                bars.TextColumn("{task.fields[note]}", markup=False),
+                console=self._console,
+                transient=True,
+            )
+            self._live.start()
+        identity = self._live.add_task(label, total=total, note="")
+        try:
+            yield _Bar(self._live, identity)
+        finally:
+            self._live.remove_task(identity)
+            if outermost:
+                self._live.stop()
+                self._live = None
+
+    def info(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        self._console.print(f"warning: {text}", markup=False, style="yellow")
+
+
+class _Bar:
+    def __init__(self, live: Any, identity: Any) -> None:
+        self._live, self._identity = live, identity
+
+    def advance(self, amount: float = 1) -> None:
+        self._live.update(self._identity, advance=amount)
+
+    def note(self, text: str) -> None:
+        self._live.update(self._identity, note=text)
+
+
+class _NoBar:
+    def advance(self, amount: float = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json, --quiet and -v, and hand the command an `output`."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks; warnings and errors stay.")
+    @click.option("-v", "--verbose", is_flag=True, help="Show what the native library logs.")
+    @functools.wraps(function)
+    def wrapper(*args: Any, as_json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
+        return function(*args, output=Output(json=as_json, quiet=quiet, verbose=verbose), **kwargs)
+
+    return wrapper

@@ -1,0 +1,218 @@
+"""SentencePiece BPE (Llama 1 and 2 and after): tokenizer.model, or tokenizer.json's form of it → "llama".
+
+llama.cpp joins the neighbours whose joined token has the highest score, so scores are all it needs. tokenizer.model is
+a protocol buffer (sentencepiece_model.proto); the few fields wanted are read here, without the sentencepiece package.
+"""
+
+import pathlib
+import re
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from bitladder.convert.bpe import read_merges
+from bitladder.convert.checkpoint import read_json
+from bitladder.convert.vocabulary import Kind, Vocabulary, added_tokens, lay_out
+from bitladder.errors import BitladderError
+from bitladder.progress import Progress
+
+META = "▁"  # U+2581, which stands for a space
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# The score of tokens that no merge makes: below any rank.
+LOWEST = -1e6
+BPE_MODEL = 2
+PADDING_SCORE = -10000.0
+Message = dict[int, list[Any]]
+
+
+def read_sentencepiece(folder: pathlib.Path, size: int, progress: Progress) -> Vocabulary:
+    """The vocabulary of tokenizer.model, with the added tokens of the other files, padded to `size` tokens.
+
+    Raises BitladderError if the file is not a SentencePiece model, or one that llama.cpp cannot reproduce (unigram,
+    no byte pieces, spaces as suffixes).
+    """
+    path = folder / "tokenizer.model"
+    try:
+        model = parse_message(path.read_bytes())
+        pieces = [parse_message(piece) for piece in model[1]]
+        texts = [piece[1][0].decode("utf-8") for piece in pieces]
+        trainer, normalizer = (parse_message(model.get(field, [b""])[0]) for field in (2, 3))
+        scores = [struct.unpack("<f", piece[2][0])[0] if 2 in piece else 0.0 for piece in pieces]
+        # The numbers of ModelProto.SentencePiece.Type are those of GGUF's token types; NORMAL is the default.
+        kinds = [int(Kind(piece.get(3, [1])[0])) for piece in pieces]
+    except OSError as error:
+        raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
+        raise BitladderError(f"{path} is not a SentencePiece model") from error
+    if trainer.get(3, [1])[0] != BPE_MODEL:
+        raise BitladderError(f"{path} is not of SentencePiece's BPE kind; llama.cpp's llama tokenizer needs that")
+    if trainer.get(24, [0])[0]:
+        raise BitladderError(f"{path} writes spaces as suffixes, which llama.cpp's llama tokenizer does not")
+    if Kind.BYTE not in kinds:
+        raise BitladderError(f"{path} has no byte pieces (byte_fallback), which llama.cpp's llama tokenizer needs")
+    if normalizer.get(2, [b""])[0] or normalizer.get(4, [1])[0]:
+        progress.warn("the tokenizer normalizes text (Unicode forms, repeated spaces) first; llama.cpp does not")
+    tokens, types = _merge_added(size, texts, kinds, folder=folder, progress=progress)
+    return Vocabulary(
+        "llama",
+        "default",
+        tokens,
+        types,
+        scores=(scores + [PADDING_SCORE] * size)[:size],
+        add_space_prefix=_config_prefix(folder, bool(normalizer.get(3, [1])[0])),
+        add_bos=True,
+        ids=_trainer_ids(trainer, len(texts)),
+    )
+
+
+def read_byte_fallback(folder: pathlib.Path, tokenizer: dict[str, Any], size: int, progress: Progress) -> Vocabulary:
+    """The same from a tokenizer.json with a byte_fallback BPE: a token's score is minus the rank of its first merge.
+
+    Raises BitladderError if the tokenizer does not treat spaces as SentencePiece does.
+    """
+    path = folder / "tokenizer.json"
+    model = tokenizer["model"]
+    prefix = _prefix_of(tokenizer, path)
+    merges = read_merges(model.get("merges", []), path)
+    rank: dict[str, int] = {}
+    for i, (first, second) in enumerate(merges):
+        rank.setdefault(first + second, i)
+    if not merges_are_all_splits(model["vocab"], merges):
+        progress.warn("some tokens can be joined in ways no merge lists; llama.cpp may tokenize those differently")
+    if tokenizer.get("pre_tokenizer"):
+        progress.warn(
+            "transformers puts a space before a text that has none, and only there; llama.cpp before every text and"
+            " after every special token"
+        )
+    by_id = {i: text for text, i in model["vocab"].items()}
+    texts = [by_id.get(i, f"[PAD{i}]") for i in range(max(by_id) + 1)]
+    kinds = [int(_kind(by_id.get(i))) for i in range(len(texts))]
+    if int(Kind.BYTE) not in kinds:
+        raise BitladderError(f"{path} has no byte tokens <0x00> … <0xFF>, which llama.cpp's llama tokenizer needs")
+    unknown = model["vocab"].get(model.get("unk_token"))
+    if unknown is not None:
+        kinds[unknown] = int(Kind.UNKNOWN)
+    tokens, types = _merge_added(size, texts, kinds, folder=folder, progress=progress)
+    scores = [float(-rank[text]) if text in rank else LOWEST for text in texts]
+    return Vocabulary(
+        "llama",
+        "default",
+        tokens,
+        types,
+        scores=(scores + [PADDING_SCORE] * size)[:size],
+        add_space_prefix=prefix,
+        ids={} if unknown is None else {"unk": unknown},
+    )
+
+
+def merges_are_all_splits(vocab: dict[str, int], merges: list[tuple[str, str]]) -> bool:
+    """Whether every pair of tokens whose joined text is a token has a merge (llama.cpp joins any such pair)."""
+    known = set(merges)
+    return all(
+        (text[:cut], text[cut:]) in known
+        for text in vocab
+        if not BYTE.fullmatch(text)
+        for cut in range(1, len(text))
+        if text[:cut] in vocab and text[cut:] in vocab
+    )
+
+
+def parse_message(data: bytes) -> Message:
+    """A protocol buffer's fields by number: integers of varints, bytes of everything else. ValueError if malformed."""
+    fields: Message = {}
+    for number, value in _fields(data):
+        fields.setdefault(number, []).append(value)
+    return fields
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        wire = key & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if wire == 2:
+            length, at = _varint(data, at)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+        if at + length > len(data):
+            raise ValueError("cut short")
+        yield key >> 3, data[at : at + length]
+        at += length
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _merge_added(
+    size: int,
+    texts: list[str],
+    kinds: list[int],
+    *,
+    folder: pathlib.Path,
+    progress: Progress,
+) -> tuple[list[str], list[int]]:
+    """`lay_out`, with the pieces' own types kept and the spaces of user-defined tokens written as spaces."""
+    added = added_tokens(folder)
+    tokens, types = lay_out(size, dict(enumerate(texts)), added, folder=folder, progress=progress)
+    for i, kind in enumerate(kinds[:size]):
+        # The unknown piece stays what it is though transformers adds it as a special token.
+        if i not in added or kind == Kind.UNKNOWN:
+            types[i] = kind
+    for i, kind in enumerate(types):
+        if kind == Kind.USER_DEFINED:
+            tokens[i] = tokens[i].replace(META, " ")
+    return tokens, types
+
+
+def _trainer_ids(trainer: Message, count: int) -> dict[str, int]:
+    """The special tokens of TrainerSpec (fields 40 to 43 with their defaults); −1 stands for none."""
+    ids = {}
+    for name, field, default in (("unk", 40, 0), ("bos", 41, 1), ("eos", 42, 2), ("pad", 43, -1)):
+        value = trainer.get(field, [default])[0]
+        if 0 <= value < count:
+            ids[name] = value
+    return ids
+
+
+def _kind(text: str | None) -> Kind:
+    if text is None:
+        return Kind.UNUSED
+    return Kind.BYTE if BYTE.fullmatch(text) else Kind.NORMAL
+
+
+def _config_prefix(folder: pathlib.Path, default: bool) -> bool:
+    path = folder / "tokenizer_config.json"
+    value = read_json(path).get("add_prefix_space") if path.is_file() else None
+    return value if isinstance(value, bool) else default
+
+
+def _prefix_of(tokenizer: dict[str, Any], path: pathlib.Path) -> bool:
+    """Whether a space goes before the text; checks that the rest only turns spaces into U+2581."""
+    steps = tokenizer.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    steps = steps.get("normalizers", []) if steps.get("type") == "Sequence" else [steps]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": META}
+    prepend = {"type": "Prepend", "prepend": META}
+    before = tokenizer.get("pre_tokenizer")
+    if before is None and steps in ([replace], [prepend, replace]):
+        return prepend in steps
+    if before is not None and before.get("type") == "Metaspace" and not steps:
+        scheme = before.get("prepend_scheme", "always" if before.get("add_prefix_space", True) else "never")
+        if before.get("replacement") == META and not before.get("split", True):
+            return bool(scheme != "never")
+    raise BitladderError(
+        f"{path}: llama.cpp's llama tokenizer cannot reproduce the normalizer {tokenizer.get('normalizer')} with the"
+        f" pre-tokenizer {before}; --converter PATH runs llama.cpp's own convert_hf_to_gguf.py"
+    )

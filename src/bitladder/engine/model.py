@@ -1,0 +1,131 @@
+"""A loaded model and its vocabulary."""
+
+import ctypes
+import os
+import pathlib
+from collections.abc import Sequence
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.engine.native import backend, llama, log
+from bitladder.errors import BitladderError
+
+Tokens = npt.NDArray[np.int32]
+
+
+class Model:
+    """A GGUF model in memory.
+
+    Parameters: `path` the file (or the first of its splits); `mmap` maps the file instead of reading it (a mapped
+    weight cannot be replaced); `repack` lets the CPU back end keep some types in a layout that multiplies faster
+    (a repacked weight cannot be replaced either); `gpu_layers` as -ngl; `vocab_only` loads no weights.
+    Raises BitladderError with the library's own words if the file does not load.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mmap: bool = True,
+        repack: bool = True,
+        gpu_layers: int = 0,
+        vocab_only: bool = False,
+    ) -> None:
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise BitladderError(f"no such model file: {path}")
+        backend()
+        params = llama.llama_model_default_params()
+        params.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mmap else llama.LLAMA_LOAD_MODE_NONE
+        params.use_extra_bufts = repack
+        params.n_gpu_layers = gpu_layers
+        params.vocab_only = vocab_only
+        log.lines.clear()
+        self._model = llama.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            raise BitladderError(f"{path} does not load: {log.last_error() or 'no reason given by the library'}")
+        self._vocab = llama.llama_model_get_vocab(self._model)
+        self.replaceable = not mmap and not repack
+        self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
+        self.n_embd: int = llama.llama_model_n_embd(self._model)
+        self.n_layer: int = llama.llama_model_n_layer(self._model)
+        self.n_ctx_train: int = llama.llama_model_n_ctx_train(self._model)
+        self.bos: int = llama.llama_vocab_bos(self._vocab)
+        self.eos: int = llama.llama_vocab_eos(self._vocab)
+        self.add_bos: bool = llama.llama_vocab_get_add_bos(self._vocab)
+        self.add_eos: bool = llama.llama_vocab_get_add_eos(self._vocab)
+
+    @property
+    def handle(self) -> int:
+        """The native pointer. Raises BitladderError after `close`."""
+        if not self._model:
+            raise BitladderError(f"model {self.path} is closed")
+        return self._model  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Free the weights. Contexts made from the model must be closed before."""
+        if self._model:
+            llama.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def description(self) -> str:
+        """Such as "llama 1B Q4_K - Medium"."""
+        buffer = ctypes.create_string_buffer(256)
+        llama.llama_model_desc(self.handle, buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace")
+
+    @property
+    def n_params(self) -> int:
+        """Number of weights."""
+        return int(llama.llama_model_n_params(self.handle))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return int(llama.llama_model_size(self.handle))
+
+    def metadata(self, key: str) -> str | None:
+        """A metadata value as text, or None if the file has no such key (arrays have no text)."""
+        buffer = ctypes.create_string_buffer(4096)
+        if llama.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer)) < 0:
+            return None
+        return buffer.value.decode("utf-8", "replace")
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> Tokens:
+        """Token ids of a text, int32 [n].
+
+        `add_special` adds BOS/EOS where the vocabulary asks for it; `parse_special` reads "<|im_end|>" and the like
+        as the tokens they name instead of as text.
+        """
+        data = text.encode("utf-8", "surrogateescape")
+        room = len(data) + 2
+        out = (llama.llama_token * room)()
+        count = llama.llama_tokenize(self._vocab, data, len(data), out, room, add_special, parse_special)
+        if count < 0:
+            out = (llama.llama_token * -count)()
+            count = llama.llama_tokenize(self._vocab, data, len(data), out, -count, add_special, parse_special)
+        if count < 0:
+            raise BitladderError(f"{self.path} cannot tokenize the text: {log.last_error()}")
+        return np.frombuffer(out, np.int32, count).copy()
+
+    def detokenize(self, tokens: Sequence[int] | Tokens, *, special: bool = False) -> str:
+        """The text of some tokens; `special` writes control tokens out."""
+        ids = (llama.llama_token * len(tokens))(*[int(t) for t in tokens])
+        size = 16 * len(tokens) + 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = llama.llama_detokenize(self._vocab, ids, len(tokens), buffer, size, False, special)
+            if count >= 0:
+                return buffer.raw[:count].decode("utf-8", "replace")
+            size = -count

@@ -1,0 +1,243 @@
+"""The loaded library: functions, structures, the ABI check, and the library's log.
+
+`llama_cpp` (the module of ctypes declarations) covers libllama. The ggml functions that it does not declare are
+declared here from ggml.h. Everything is checked against the library that was really loaded before it is used.
+"""
+
+import collections
+import contextlib
+import ctypes
+import functools
+import importlib.metadata
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from bitladder.errors import BitladderError
+
+MINIMUM = (0, 3, 36)
+
+
+def _import_bindings() -> Any:
+    try:
+        version = importlib.metadata.version("llama_cpp_python")
+    except importlib.metadata.PackageNotFoundError:
+        raise BitladderError("llama-cpp-python is not installed: pip install 'llama-cpp-python>=0.3.36'") from None
+    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    if numbers < MINIMUM:
+        raise BitladderError(f"llama-cpp-python {version} is too old: pip install -U 'llama-cpp-python>=0.3.36'")
+    try:
+        from llama_cpp import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BitladderError(
+            f"llama-cpp-python {version} does not load ({error}); reinstall it: "
+            "pip install --force-reinstall --no-binary llama-cpp-python llama-cpp-python"
+        ) from error
+    return llama_cpp
+
+
+llama: Any = _import_bindings()
+
+
+class Tensor(ctypes.Structure):
+    """struct ggml_tensor (ggml.h)."""
+
+
+Tensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.c_void_p * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+    ("extra", ctypes.c_void_p),
+    ("padding", ctypes.c_char * 8),
+]
+
+
+class TypeTraits(ctypes.Structure):
+    """struct ggml_type_traits (ggml.h)."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+_SIGNATURES: dict[str, tuple[list[Any], Any]] = {
+    "ggml_version": ([], ctypes.c_char_p),
+    "ggml_commit": ([], ctypes.c_char_p),
+    "ggml_type_name": ([ctypes.c_int], ctypes.c_char_p),
+    "ggml_op_name": ([ctypes.c_int], ctypes.c_char_p),
+    "ggml_get_type_traits": ([ctypes.c_int], ctypes.POINTER(TypeTraits)),
+    "ggml_row_size": ([ctypes.c_int, ctypes.c_int64], ctypes.c_size_t),
+    "ggml_quantize_init": ([ctypes.c_int], None),
+    "ggml_quantize_requires_imatrix": ([ctypes.c_int], ctypes.c_bool),
+    "ggml_quantize_chunk": (
+        [
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+        ],
+        ctypes.c_size_t,
+    ),
+    "ggml_validate_row_data": ([ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_bool),
+    "ggml_backend_buffer_is_host": ([ctypes.c_void_p], ctypes.c_bool),
+    "ggml_backend_tensor_get": ([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None),
+    "ggml_backend_tensor_set": ([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None),
+    "ggml_init": ([_InitParams], ctypes.c_void_p),
+    "ggml_free": ([ctypes.c_void_p], None),
+    "ggml_new_tensor_2d": ([ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64], ctypes.c_void_p),
+    "ggml_set_name": ([ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p),
+    "ggml_mul_mat": ([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p),
+    "ggml_tensor_overhead": ([], ctypes.c_size_t),
+}
+
+
+def _declare() -> Any:
+    """The ggml functions. dlsym on libllama finds what it links; Windows does not, so libggml-base is opened too."""
+    libraries = [llama._lib]
+    with contextlib.suppress(FileNotFoundError, RuntimeError):
+        libraries.append(llama.load_shared_library("ggml-base", llama._base_path))
+    functions = type("ggml", (), {})
+    for name, (arguments, result) in _SIGNATURES.items():
+        found = next((getattr(library, name) for library in libraries if hasattr(library, name)), None)
+        if found is None:
+            raise BitladderError(
+                f"the llama.cpp library in {llama._base_path} has no function {name}: it does not match "
+                "llama-cpp-python; reinstall with pip install --force-reinstall llama-cpp-python"
+            )
+        # A prototype of our own, so that llama_cpp's declarations of the same symbol stay untouched.
+        pointer = ctypes.cast(found, ctypes.c_void_p).value or 0
+        setattr(functions, name, staticmethod(ctypes.CFUNCTYPE(result, *arguments)(pointer)))
+    return functions
+
+
+ggml: Any = _declare()
+GGML_TYPE_COUNT: int = llama.GGML_TYPE_COUNT
+MUL_MAT = next(i for i in range(200) if ggml.ggml_op_name(i) == b"MUL_MAT")
+MUL_MAT_ID = MUL_MAT + 1
+
+
+def check_abi() -> None:
+    """Compare structures and constants with what the library does; BitladderError with one line if they differ.
+
+    A tensor built by the library is read through our layout of ggml_tensor, and the default parameters are read
+    through llama_cpp's structures: their last fields have known values only if every field before has its size.
+    """
+    problems = []
+    context = ggml.ggml_init(_InitParams(1 << 16, None, True))
+    first = ggml.ggml_new_tensor_2d(context, 0, 64, 5)
+    second = ggml.ggml_new_tensor_2d(context, 0, 64, 7)
+    ggml.ggml_set_name(first, b"abi.weight")
+    product = Tensor.from_address(ggml.ggml_mul_mat(context, first, second))
+    weight = Tensor.from_address(first)
+    if (weight.type, tuple(weight.ne), tuple(weight.nb)[:2], weight.name) != (
+        0,
+        (64, 5, 1, 1),
+        (4, 256),
+        b"abi.weight",
+    ):
+        problems.append("ggml_tensor")
+    if product.op != MUL_MAT or tuple(product.src)[:2] != (first, second) or tuple(product.ne)[:2] != (5, 7):
+        problems.append("ggml_tensor.src")
+    ggml.ggml_free(context)
+    if ggml.ggml_op_name(MUL_MAT_ID) != b"MUL_MAT_ID":
+        problems.append("ggml_op")
+    traits = ggml.ggml_get_type_traits(1).contents
+    if (traits.type_name, traits.blck_size, traits.type_size, traits.is_quantized) != (b"f16", 1, 2, False):
+        problems.append("ggml_type_traits")
+    quantize = llama.llama_model_quantize_default_params()
+    if (quantize.token_embedding_type, quantize.max_buf_size) != (GGML_TYPE_COUNT, 8 << 30) or quantize.prune_layers:
+        problems.append("llama_model_quantize_params")
+    params = llama.llama_context_default_params()
+    if (params.n_ctx, params.n_ubatch, params.type_k, params.no_perf, params.n_samplers) != (512, 512, 1, True, 0):
+        problems.append("llama_context_params")
+    model = llama.llama_model_default_params()
+    if not model.use_extra_bufts or model.vocab_only or model.no_alloc or model.kv_overrides:
+        problems.append("llama_model_params")
+    if problems:
+        raise BitladderError(
+            f"llama-cpp-python {importlib.metadata.version('llama_cpp_python')} and the library in {llama._base_path} "
+            f"disagree on {', '.join(problems)}; reinstall with pip install --force-reinstall llama-cpp-python"
+        )
+
+
+class NativeLog:
+    """What the library logs: kept, shown only when asked for, and quoted when a call fails."""
+
+    def __init__(self) -> None:
+        self.lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=2000)
+        self.verbose = False
+        self._taps: list[list[str]] = []
+        self._level = 0
+        self._lock = threading.Lock()
+
+    def receive(self, level: int, text: bytes, _data: Any) -> None:
+        """The callback itself: level 0 none, 1 info, 2 warning, 3 error, 4 debug, 5 continuation."""
+        decoded = text.decode("utf-8", "replace")
+        with self._lock:
+            self._level = self._level if level == 5 else level
+            self.lines.append((self._level, decoded))
+            for tap in self._taps:
+                tap.append(decoded)
+        if self.verbose and self._level != 4:
+            sys.stderr.write(decoded)
+
+    @contextlib.contextmanager
+    def tapped(self) -> Iterator[list[str]]:
+        """Collect what is logged inside the context (pieces of lines, in order)."""
+        pieces: list[str] = []
+        self._taps.append(pieces)
+        try:
+            yield pieces
+        finally:
+            self._taps.remove(pieces)
+
+    def last_error(self) -> str:
+        """The last error line(s) in one line; empty if there was none."""
+        errors = [text.strip() for level, text in self.lines if level == 3 and text.strip(" \n=")]
+        return "; ".join(errors[-2:])
+
+
+log = NativeLog()
+_callback = llama.llama_log_callback(log.receive)
+llama.llama_log_set(_callback, ctypes.c_void_p(0))
+check_abi()
+
+
+@functools.cache
+def backend() -> None:
+    """Initialise the back ends once."""
+    llama.llama_backend_init()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on: bitladder, llama-cpp-python and the commit of ggml inside it."""
+    return {
+        "bitladder": importlib.metadata.version("bitladder"),
+        "llama_cpp_python": importlib.metadata.version("llama_cpp_python"),
+        "llama_cpp_commit": ggml.ggml_commit().decode(),
+        "ggml": ggml.ggml_version().decode(),
+    }

@@ -1,0 +1,156 @@
+"""Tensor types as the library knows them, and its kernels that quantize and dequantize rows, in threads."""
+
+import ctypes
+import dataclasses
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.engine.native import GGML_TYPE_COUNT, ggml
+from bitladder.errors import BitladderError
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorType:
+    """A ggml type: `block` weights are stored in `block_bytes` bytes."""
+
+    id: int
+    name: str
+    block: int
+    block_bytes: int
+    quantized: bool
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight."""
+        return 8 * self.block_bytes / self.block
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of a row of `width` weights. Raises BitladderError if blocks do not divide the row."""
+        if width % self.block:
+            raise BitladderError(f"a row of {width} weights cannot be stored as {self.name} (blocks of {self.block})")
+        return width // self.block * self.block_bytes
+
+
+@functools.cache
+def all_types() -> dict[int, TensorType]:
+    """Every type the loaded library knows, by number."""
+    found = {}
+    for number in range(GGML_TYPE_COUNT):
+        traits = ggml.ggml_get_type_traits(number).contents
+        if traits.type_name and traits.blck_size > 0 and traits.type_size > 0:
+            name = traits.type_name.decode()
+            found[number] = TensorType(number, name, traits.blck_size, traits.type_size, traits.is_quantized)
+    return found
+
+
+@functools.cache
+def type_by_name(name: str) -> TensorType:
+    """The type of that name, in any case ("q4_K", "Q4_K"). Raises BitladderError that lists the names."""
+    for candidate in all_types().values():
+        if candidate.name.lower() == name.lower():
+            return candidate
+    known = ", ".join(t.name for t in all_types().values())
+    raise BitladderError(f"unknown tensor type {name!r}; the library knows {known}")
+
+
+def threads_available() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class RowKernels:
+    """The library's row kernels run by a pool of threads. The calls leave Python's lock, so threads really help.
+
+    Rows are independent of each other in every type, so the bytes do not depend on how they are shared out.
+    """
+
+    # Large enough that a call's overhead vanishes, small enough that threads finish together.
+    WEIGHTS_PER_CALL = 1 << 17
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads or threads_available()
+        self._pool = ThreadPoolExecutor(self.threads)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown()
+
+    def _spans(self, rows: int, width: int) -> list[tuple[int, int]]:
+        step = max(1, min(self.WEIGHTS_PER_CALL // width, -(-rows // self.threads)))
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def quantize(self, weights: Floats, kind: TensorType, importance: Floats | None = None) -> Bytes:
+        """Quantize rows.
+
+        Parameters: weights float32 [rows, width]; importance float32 [width] or None (unweighted), as the library's
+        kernels take it (mean squared input per column). Returns uint8 [rows, row bytes]. Raises BitladderError if the
+        width does not fit, if the type cannot do without importance, or if the result is not finite.
+        """
+        rows, width = weights.shape
+        row_bytes = kind.row_bytes(width)
+        if importance is None and ggml.ggml_quantize_requires_imatrix(kind.id):
+            raise BitladderError(f"{kind.name} needs an importance matrix (--imatrix)")
+        weights = np.ascontiguousarray(weights, np.float32)
+        if importance is not None:
+            importance = np.ascontiguousarray(importance, np.float32)
+            if importance.shape != (width,):
+                raise BitladderError(f"importance has {importance.size} entries for rows of {width} weights")
+        out = np.empty((rows, row_bytes), np.uint8)
+        weight_pointer = importance.ctypes.data if importance is not None else None
+        ggml.ggml_quantize_init(kind.id)
+
+        def work(span: tuple[int, int]) -> bool:
+            start, stop = span
+            target = out[start:stop]
+            size = ggml.ggml_quantize_chunk(
+                kind.id, weights[start:].ctypes.data, target.ctypes.data, 0, stop - start, width, weight_pointer
+            )
+            return bool(size == target.size and ggml.ggml_validate_row_data(kind.id, target.ctypes.data, size))
+
+        if not all(self._pool.map(work, self._spans(rows, width))):
+            raise BitladderError(f"the {kind.name} kernel gave invalid blocks: are there NaN or Inf weights?")
+        return out
+
+    def dequantize(self, data: Bytes, kind: TensorType, width: int) -> Floats:
+        """Expand rows: uint8 [rows, row bytes] (or flat) to float32 [rows, width]."""
+        row_bytes = kind.row_bytes(width)
+        data = np.ascontiguousarray(data).reshape(-1, row_bytes)
+        rows = len(data)
+        if kind.name == "f32":
+            return data.view(np.float32).reshape(rows, width)
+        out = np.empty((rows, width), np.float32)
+
+        def work(span: tuple[int, int]) -> None:
+            start, stop = span
+            dequantize_into(data[start:stop], kind, out[start:stop])
+
+        list(self._pool.map(work, self._spans(rows, width)))
+        return out
+
+
+def dequantize_into(data: Bytes, kind: TensorType, out: Floats) -> None:
+    """Expand rows in the calling thread: uint8 [rows, row bytes] to `out`, float32 [rows, width], both contiguous.
+
+    Raises BitladderError if the library cannot expand the type.
+    """
+    if data.nbytes != kind.row_bytes(out.shape[1]) * len(out) or not (data.flags.c_contiguous and out.flags.c_contiguous):
+        raise ValueError("data and out do not fit together")
+    if kind.name == "f32":
+        out[:] = data.view(np.float32).reshape(out.shape)
+        return
+    to_float = ggml.ggml_get_type_traits(kind.id).contents.to_float
+    if not to_float:
+        raise BitladderError(f"the library cannot expand {kind.name}")
+    to_float(data.ctypes.data, out.ctypes.data, out.size)
+
+
+def pointer_bytes(pointer: int, size: int) -> Bytes:
+    """A view (no copy) of `size` bytes of native memory; valid as long as that memory is."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))

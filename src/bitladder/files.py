@@ -1,0 +1,71 @@
+"""Writing files so that a reader never sees half of one, and hashing them."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from bitladder.errors import BitladderError
+
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[pathlib.Path]:
+    """Yield a temporary path in the folder of `path`; on success fsync it and rename it to `path`.
+
+    On any exception, Ctrl-C included, the temporary file is removed and `path` is left as it was. A write that fails
+    for want of space or rights becomes a BitladderError that names `path`.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise BitladderError(f"{path} is a directory; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise BitladderError(f"cannot write {path}: {error.strerror}") from error
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; the result gets the rights any new file would have.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise BitladderError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write a text file in one step (see `replacing`)."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Write indented JSON in one step (see `replacing`). NaN is refused, as no other reader would take it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_file(path: PathLike) -> str:
+    """The SHA-256 of a file's bytes, in hex. Raises BitladderError if it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+
+
+def sha256_bytes(data: bytes) -> str:
+    """The SHA-256 of some bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,65 @@
+"""What the tests share: the embedded model, its GGUF, and llama.cpp's own tools where they are."""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> pathlib.Path:
+    """The embedded OLMo-2 model as a Hugging Face directory (BF16, 4,096 tokens)."""
+    return ROOT / "examples" / "tiny-olmo2"
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_checkpoint: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The embedded model as an F16 GGUF."""
+    from bitladder.convert import convert
+
+    out = tmp_path_factory.mktemp("tiny") / "tiny-f16.gguf"
+    convert(tiny_checkpoint, out, outtype="f16")
+    return out
+
+
+class Tools:
+    """llama.cpp's own command-line tools, built from the same commit."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+
+    def run(self, name: str, *arguments: object) -> str:
+        """Run a tool and return everything it printed."""
+        environment = os.environ | {"LD_LIBRARY_PATH": str(self.folder)}
+        done = subprocess.run(
+            [str(self.folder / name), *map(str, arguments)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:]
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def tools() -> Tools:
+    """Skips where LLAMA_CPP_TOOLS does not name a folder with llama-quantize and its like."""
+    folder = os.environ.get("LLAMA_CPP_TOOLS")
+    if not folder:
+        pytest.skip("LLAMA_CPP_TOOLS is not set: llama.cpp's own tools are not compared with")
+    return Tools(pathlib.Path(folder))
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The built-in calibration text as a file, cut to some 12,000 tokens."""
+    from bitladder.calibrate.texts import builtin_text
+
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(builtin_text("calibration")[:40_000])
+    return path
