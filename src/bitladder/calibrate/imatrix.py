@@ -1,0 +1,208 @@
+"""The importance matrix: what it holds, and its two file formats.
+
+For each weight, the squares of its inputs are summed over tokens, column by column; a quantizer uses the means to
+decide which columns deserve precision. Files are interchangeable with llama-imatrix and llama-quantize: the GGUF form
+(general.type "imatrix", NAME.in_sum2 and NAME.counts) and the older .dat. Source of both: llama.cpp's imatrix tool.
+"""
+
+import dataclasses
+import os
+import pathlib
+import struct
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.engine.types import type_by_name
+from bitladder.errors import BitladderError
+from bitladder.files import replacing
+from bitladder.model.reader import GgufFile
+from bitladder.model.values import Value, string, strings, u32
+from bitladder.model.writer import GgufWriter, TensorPlan
+
+Floats = npt.NDArray[np.float32]
+SUMS, COUNTS = ".in_sum2", ".counts"
+
+
+@dataclasses.dataclass
+class Entry:
+    """Inputs of one weight.
+
+    `sums` float [matrices, n_in]: sums of squared inputs. `counts` int64 [matrices], or [1] where all matrices of a
+    dense weight saw the same tokens: tokens summed. A matrix is an expert, or the whole weight.
+    """
+
+    sums: npt.NDArray[np.floating]
+    counts: npt.NDArray[np.int64]
+
+    def means(self) -> Floats:
+        """Mean squared input per column, float32 [matrices, n_in], as llama-quantize computes it.
+
+        An expert that no token reached has no mean; it is given 1 everywhere, which weights its columns alike.
+        `unreached` tells which those are.
+        """
+        counts = self.counts.astype(np.float32)[:, None]
+        sums = self.sums.astype(np.float32)
+        return np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.float32(1)).astype(np.float32)
+
+    def unreached(self) -> list[int]:
+        """Experts without a single token."""
+        return [int(i) for i in np.flatnonzero(self.counts == 0)]
+
+
+@dataclasses.dataclass
+class Imatrix:
+    """Entries by weight name, and where they come from.
+
+    `datasets` are names of texts, `chunk_count` and `chunk_size` how much of them was read (tokens per chunk).
+    `legacy` marks a .dat file: there sums and counts are scaled to chunks, not tokens.
+    """
+
+    entries: dict[str, Entry]
+    datasets: list[str]
+    chunk_count: int
+    chunk_size: int
+    legacy: bool = False
+
+    def gaps(self) -> dict[str, list[int]]:
+        """Experts that no token reached, by weight; weights without such experts are left out."""
+        found = {name: entry.unreached() for name, entry in self.entries.items()}
+        return {name: experts for name, experts in found.items() if experts}
+
+    def add(self, other: "Imatrix") -> None:
+        """Add another matrix's sums and counts to this one.
+
+        Raises BitladderError if a weight has another shape there. Chunks are counted as llama-imatrix does, from the
+        largest token count.
+        """
+        scale = self.chunk_size if other.legacy else 1
+        for name, theirs in other.entries.items():
+            sums, counts = theirs.sums.astype(np.float64) * scale, theirs.counts * scale
+            ours = self.entries.get(name)
+            if ours is None:
+                self.entries[name] = Entry(sums, counts)
+                continue
+            if ours.sums.size != sums.size or (
+                len(ours.counts) != len(counts) and 1 not in (len(ours.counts), len(counts))
+            ):
+                raise BitladderError(
+                    f"cannot merge {name}: {ours.sums.shape} here, {sums.shape} there; these are of two models"
+                )
+            if len(ours.counts) < len(counts):
+                ours.counts, ours.sums = np.repeat(ours.counts, len(counts)), ours.sums.reshape(sums.shape)
+            ours.sums = ours.sums + sums.reshape(ours.sums.shape)
+            ours.counts = ours.counts + counts
+        self.datasets += other.datasets
+        self.chunk_count = max((int(e.counts.max()) for e in self.entries.values()), default=0) // self.chunk_size
+
+
+def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
+    """Read either format. Raises BitladderError that says what is wrong with the file."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise BitladderError(f"no such imatrix file: {path}")
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+    return _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
+
+
+def _read_gguf(path: pathlib.Path) -> Imatrix:
+    with GgufFile(path) as file:
+        if file.get("general.type") != "imatrix":
+            raise BitladderError(f"{path} is a GGUF, but not an imatrix (general.type is {file.get('general.type')!r})")
+        missing = [k for k in ("datasets", "chunk_count", "chunk_size") if f"imatrix.{k}" not in file.metadata]
+        if missing:
+            raise BitladderError(f"{path} lacks imatrix.{missing[0]}: it is not a complete imatrix")
+        entries = {}
+        for name, tensor in file.tensors.items():
+            if not name.endswith(SUMS):
+                continue
+            weight = name.removesuffix(SUMS)
+            counted = file.tensors.get(weight + COUNTS)
+            if counted is None or tensor.type.name != "f32" or counted.type.name != "f32":
+                raise BitladderError(f"{path}: {weight} has no F32 pair of sums and counts; the imatrix is damaged")
+            sums = file.read(tensor).view(np.float32)
+            counts = np.rint(file.read(counted).view(np.float32)).astype(np.int64).reshape(-1)
+            if len(counts) != len(sums):
+                raise BitladderError(f"{path}: {weight} has {len(sums)} rows of sums but {len(counts)} counts")
+            entries[weight] = Entry(sums, counts)
+        if not entries:
+            raise BitladderError(f"{path} holds no importance data")
+        imatrix = Imatrix(
+            entries, file.get("imatrix.datasets"), file.get("imatrix.chunk_count"), file.get("imatrix.chunk_size")
+        )
+    return _checked(imatrix, path)
+
+
+def _read_dat(path: pathlib.Path) -> Imatrix:
+    data = path.read_bytes()
+    entries: dict[str, Entry] = {}
+    chunks, datasets, position = 0, [], 4
+    try:
+        (count,) = struct.unpack_from("<i", data)
+        if not 0 < count < 1 << 20:
+            raise BitladderError(f"{path} is neither a GGUF nor a .dat imatrix")
+        for _ in range(count):
+            (size,) = struct.unpack_from("<i", data, position)
+            if not 0 < size < 1024:
+                raise BitladderError(f"{path} is neither a GGUF nor a .dat imatrix")
+            name = data[position + 4 : position + 4 + size].decode("utf-8", "replace")
+            calls, values = struct.unpack_from("<ii", data, position + 4 + size)
+            position += 12 + size
+            sums = np.frombuffer(data, "<f4", values, position)
+            position += 4 * values
+            entries[name] = Entry(sums[None].copy(), np.array([calls], np.int64))
+        if position < len(data):
+            chunks, size = struct.unpack_from("<ii", data, position)
+            datasets = [data[position + 8 : position + 8 + size].decode("utf-8", "replace")] if size > 0 else []
+    except (struct.error, ValueError) as error:
+        raise BitladderError(f"{path} ends early: it is a truncated .dat imatrix, or none at all") from error
+    return _checked(Imatrix(entries, datasets, chunks, 0, legacy=True), path)
+
+
+def _checked(imatrix: Imatrix, path: pathlib.Path) -> Imatrix:
+    for name, entry in imatrix.entries.items():
+        bad = np.flatnonzero(~np.isfinite(entry.sums.reshape(-1)))
+        if len(bad):
+            raise BitladderError(f"{path}: {name} has a value that is not finite at index {bad[0]}; compute it again")
+    return imatrix
+
+
+def write_imatrix(imatrix: Imatrix, path: str | os.PathLike[str], form: str = "gguf") -> None:
+    """Write an imatrix, in one step, as "gguf" or "dat". Entries are sorted by name, as llama-imatrix writes them."""
+    if form == "dat":
+        _write_dat(imatrix, path)
+        return
+    metadata: dict[str, Value] = {
+        "general.type": string("imatrix"),
+        "imatrix.datasets": strings(imatrix.datasets),
+        "imatrix.chunk_count": u32(imatrix.chunk_count),
+        "imatrix.chunk_size": u32(imatrix.chunk_size),
+    }
+    f32 = type_by_name("f32")
+    arrays: dict[str, Floats] = {}
+    for name in sorted(imatrix.entries):
+        entry = imatrix.entries[name]
+        arrays[name + SUMS] = entry.sums.astype(np.float32).reshape(len(entry.counts), -1)
+        arrays[name + COUNTS] = entry.counts.astype(np.float32)[:, None]
+    plans = [TensorPlan(name, array.shape[::-1], f32) for name, array in arrays.items()]
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        writer = GgufWriter(stream, metadata, plans)
+        for name, array in arrays.items():
+            writer.write(name, array.view(np.uint8))
+        writer.finish()
+
+
+def _write_dat(imatrix: Imatrix, path: str | os.PathLike[str]) -> None:
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        reached = {n: e for n, e in sorted(imatrix.entries.items()) if e.counts.max() > 0}
+        stream.write(struct.pack("<i", len(reached)))
+        for name, entry in reached.items():
+            # The old format counts chunks, not tokens; rounding up avoids zeros.
+            calls = -(-int(entry.counts.max()) // imatrix.chunk_size)
+            values = entry.means().reshape(-1) * np.float32(calls)
+            encoded = name.encode()
+            stream.write(struct.pack("<i", len(encoded)) + encoded + struct.pack("<ii", calls, values.size))
+            stream.write(values.astype("<f4").tobytes())
+        dataset = (imatrix.datasets[-1] if imatrix.datasets else "").encode()
+        stream.write(struct.pack("<ii", imatrix.chunk_count, len(dataset)) + dataset)

@@ -1,0 +1,81 @@
+"""Texts to calibrate on and to measure with.
+
+A text is a file the user names, or one of two texts made from `pydoc_data.topics`, the language reference that ships
+with every CPython: `pydoc:calibration` and `pydoc:test`. They let a first run work without a download. The two share
+no paragraph.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import zlib
+
+from bitladder.errors import BitladderError
+from bitladder.files import sha256_bytes
+
+BUILTIN = ("pydoc:calibration", "pydoc:test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text, the name it is reported under (never a path), and the SHA-256 of its bytes.
+
+    Bytes that are not UTF-8 are kept as surrogate escapes, so that the tokenizer sees the file as it is. One newline
+    at the very end is dropped, as llama.cpp's tools do.
+    """
+
+    name: str
+    text: str
+    sha256: str
+
+
+def load_text(spec: str) -> Text:
+    """Load "pydoc:calibration", "pydoc:test" or a file.
+
+    Raises BitladderError if there is no such file or text, or if it is empty.
+    """
+    if spec in BUILTIN:
+        text = builtin_text(spec.removeprefix("pydoc:"))
+        return Text(spec, text.removesuffix("\n"), sha256_bytes(text.encode()))
+    path = pathlib.Path(spec)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        known = " or ".join(BUILTIN)
+        raise BitladderError(f"cannot read the text {spec}: {error.strerror} (a file, {known})") from error
+    if not data.strip():
+        raise BitladderError(f"the text {spec} is empty")
+    text = data.decode("utf-8", "surrogateescape").removesuffix("\n")
+    return Text(path.name, text, sha256_bytes(data))
+
+
+@functools.cache
+def _halves() -> tuple[str, str]:
+    from pydoc_data.topics import topics
+
+    # Topics are assigned by a hash of their name, so that another Python version moves none of them.
+    # Some topics repeat parts of others word for word, hence the paragraphs.
+    seen: set[str] = set()
+    halves: dict[int, list[str]] = {0: [], 1: []}
+    ordered = sorted(topics, key=lambda name: (-_half(name), name))
+    for name in ordered:
+        for paragraph in topics[name].split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key and key not in seen:
+                seen.add(key)
+                halves[_half(name)].append(paragraph.strip("\n"))
+    return "\n\n".join(halves[0]) + "\n", "\n\n".join(halves[1]) + "\n"
+
+
+def _half(topic: str) -> int:
+    """1 for the test half, 0 for the calibration half."""
+    return zlib.crc32(topic.encode()) & 1
+
+
+def builtin_text(half: str) -> str:
+    """One half of Python's language reference.
+
+    Parameters: half is "calibration" or "test". Raises KeyError for another word. The text depends on the Python
+    version that runs; its hash is recorded wherever it is used.
+    """
+    return _halves()[{"calibration": 0, "test": 1}[half]]

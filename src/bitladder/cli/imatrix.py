@@ -1,0 +1,109 @@
+"""bitladder imatrix."""
+
+import pathlib
+
+import click
+
+from bitladder.calibrate import collect_imatrix
+from bitladder.calibrate.texts import load_text
+from bitladder.cli.output import Output, common_options
+from bitladder.errors import UsageError
+
+
+@click.command("imatrix")
+@click.option("-m", "--model", type=click.Path(path_type=pathlib.Path), help="Full-precision GGUF.")
+@click.option("-f", "--file", "files", multiple=True, help="Calibration text; may be repeated.")
+@click.option(
+    "-o", "--output", "out", default="imatrix.gguf", show_default=True, type=click.Path(path_type=pathlib.Path)
+)
+@click.option(
+    "-c", "--ctx-size", "n_ctx", default=512, show_default=True, type=click.IntRange(32), help="Tokens per chunk."
+)
+@click.option(
+    "-b",
+    "--batch-size",
+    "n_batch",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(32),
+    help="Tokens decoded together.",
+)
+@click.option(
+    "-ub",
+    "--ubatch-size",
+    "n_ubatch",
+    default=512,
+    show_default=True,
+    type=click.IntRange(32),
+    help="Tokens computed at once.",
+)
+@click.option("--chunks", type=click.IntRange(1), help="Chunks to use of each text; all by default.")
+@click.option(
+    "--chunk",
+    "--from-chunk",
+    "from_chunk",
+    default=0,
+    type=click.IntRange(0),
+    help="Chunks to skip at the start of each text.",
+)
+@click.option("--process-output", is_flag=True, help="Collect for output.weight too.")
+@click.option(
+    "--parse-special", is_flag=True, help='Read "<|im_end|>" and the like in the text as the tokens they name.'
+)
+@click.option(
+    "--in-file",
+    "in_files",
+    multiple=True,
+    type=click.Path(path_type=pathlib.Path),
+    help="Matrix to add; may be repeated.",
+)
+@click.option("--output-format", "form", type=click.Choice(["gguf", "dat"]), default="gguf", show_default=True)
+@click.option("-t", "--threads", type=click.IntRange(1), help="Threads; all CPUs by default.")
+@click.option("-ngl", "--n-gpu-layers", "gpu_layers", default=0, show_default=True, help="Layers on the GPU.")
+@common_options
+def command(
+    output: Output,
+    model: pathlib.Path | None,
+    files: tuple[str, ...],
+    out: pathlib.Path,
+    n_ctx: int,
+    n_batch: int,
+    n_ubatch: int,
+    chunks: int | None,
+    from_chunk: int,
+    process_output: bool,
+    parse_special: bool,
+    in_files: tuple[pathlib.Path, ...],
+    form: str,
+    threads: int | None,
+    gpu_layers: int,
+) -> None:
+    """Compute an importance matrix from calibration texts, or merge several.
+
+    Files are interchangeable with llama-imatrix. An interrupted run goes on where it was.
+    """
+    if files and model is None:
+        raise UsageError("a text needs a model: pass -m")
+    if n_batch > n_ctx and n_batch % n_ctx:
+        raise UsageError(f"-b {n_batch} must be smaller than -c {n_ctx} or a multiple of it")
+    result = collect_imatrix(
+        model or pathlib.Path(),
+        [load_text(spec) for spec in files],
+        out,
+        n_ctx=n_ctx,
+        chunks=chunks,
+        from_chunk=from_chunk,
+        parse_special=parse_special,
+        process_output=process_output,
+        in_files=in_files,
+        form=form,
+        n_batch=n_batch,
+        n_ubatch=n_ubatch,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        progress=output.progress,
+    )
+    if output.json:
+        output.print_json({"path": out.name, "entries": result.entries, "chunks": result.chunks, "gaps": result.gaps})
+        return
+    output.line(f"{out}: {result.entries} entries from {result.chunks} chunks of {n_ctx} tokens")

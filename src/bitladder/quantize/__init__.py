@@ -1,0 +1,28 @@
+"""Making one quant: a GGUF and a type for each tensor in, a GGUF out."""
+
+from bitladder.engine.presets import presets
+from bitladder.quantize.quantize import QuantizeResult, quantize
+
+# The ladder, from the smallest to the largest.
+RUNGS = (
+    "IQ3_S",
+    "IQ3_M",
+    "Q3_K_S",
+    "Q3_K_M",
+    "Q3_K_L",
+    "IQ4_NL",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "Q8_0",
+)
+
+
+def preset_names() -> list[str]:
+    """Every preset the library knows."""
+    return sorted(presets())
+
+
+__all__ = ["RUNGS", "QuantizeResult", "preset_names", "quantize"]
