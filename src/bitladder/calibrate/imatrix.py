@@ -96,14 +96,21 @@ class Imatrix:
         self.chunk_count = max((int(e.counts.max()) for e in self.entries.values()), default=0) // self.chunk_size
 
 
-def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
-    """Read either format. Raises BitladderError that says what is wrong with the file."""
+def read_imatrix(path: str | os.PathLike[str], *, finite: bool = True) -> Imatrix:
+    """Read either format.
+
+    Values that are not finite are refused unless `finite` is off: whoever looks for what went wrong wants to see them.
+    Raises BitladderError that says what is wrong with the file.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
         raise BitladderError(f"no such imatrix file: {path}")
     with path.open("rb") as stream:
         magic = stream.read(4)
-    return _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
+    imatrix = _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
+    if finite:
+        _refuse_not_finite(imatrix, path)
+    return imatrix
 
 
 def _read_gguf(path: pathlib.Path) -> Imatrix:
@@ -122,16 +129,17 @@ def _read_gguf(path: pathlib.Path) -> Imatrix:
             if counted is None or tensor.type.name != "f32" or counted.type.name != "f32":
                 raise BitladderError(f"{path}: {weight} has no F32 pair of sums and counts; the imatrix is damaged")
             sums = file.read(tensor).view(np.float32)
-            counts = np.rint(file.read(counted).view(np.float32)).astype(np.int64).reshape(-1)
+            # A count that is no number counts nothing.
+            counts = np.nan_to_num(np.rint(file.read(counted).view(np.float32)), posinf=0, neginf=0)
+            counts = counts.astype(np.int64).reshape(-1)
             if len(counts) != len(sums):
                 raise BitladderError(f"{path}: {weight} has {len(sums)} rows of sums but {len(counts)} counts")
             entries[weight] = Entry(sums, counts)
         if not entries:
             raise BitladderError(f"{path} holds no importance data")
-        imatrix = Imatrix(
+        return Imatrix(
             entries, file.get("imatrix.datasets"), file.get("imatrix.chunk_count"), file.get("imatrix.chunk_size")
         )
-    return _checked(imatrix, path)
 
 
 def _read_dat(path: pathlib.Path) -> Imatrix:
@@ -157,15 +165,14 @@ def _read_dat(path: pathlib.Path) -> Imatrix:
             datasets = [data[position + 8 : position + 8 + size].decode("utf-8", "replace")] if size > 0 else []
     except (struct.error, ValueError) as error:
         raise BitladderError(f"{path} ends early: it is a truncated .dat imatrix, or none at all") from error
-    return _checked(Imatrix(entries, datasets, chunks, 0, legacy=True), path)
+    return Imatrix(entries, datasets, chunks, 0, legacy=True)
 
 
-def _checked(imatrix: Imatrix, path: pathlib.Path) -> Imatrix:
+def _refuse_not_finite(imatrix: Imatrix, path: pathlib.Path) -> None:
     for name, entry in imatrix.entries.items():
         bad = np.flatnonzero(~np.isfinite(entry.sums.reshape(-1)))
         if len(bad):
             raise BitladderError(f"{path}: {name} has a value that is not finite at index {bad[0]}; compute it again")
-    return imatrix
 
 
 def write_imatrix(imatrix: Imatrix, path: str | os.PathLike[str], form: str = "gguf") -> None:

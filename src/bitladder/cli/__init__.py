@@ -15,6 +15,7 @@ VERBS = {
     "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
     "imatrix": "Compute an importance matrix from calibration texts.",
     "quantize": "Quantize a GGUF to a preset.",
+    "stats": "Show what an importance matrix holds, or how two of them differ.",
     "eval": "Measure perplexity and divergence from the full-precision model.",
     "card": "Write the model card of a run again.",
 }
@@ -44,10 +45,10 @@ def application() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 an error in one line, 2 a wrong option, 130 interrupted."""
-    sys.exit(run(arguments))
+    sys.exit(invoke(arguments))
 
 
-def run(arguments: list[str] | None = None) -> int:
+def invoke(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code; what goes wrong is one line on stderr."""
     try:
         result: Any = application(arguments, standalone_mode=False)

@@ -87,10 +87,10 @@ class _Bars:
 
     def info(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(text, markup=False)
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self._console.print(f"warning: {text}", markup=False, style="yellow")
+        self._console.print(f"warning: {text}", markup=False, style="yellow", soft_wrap=True)
 
 
 class _Bar:

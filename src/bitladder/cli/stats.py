@@ -1,0 +1,89 @@
+"""bitladder stats."""
+
+import pathlib
+from typing import Any
+
+import click
+
+from bitladder.cli.output import Output, common_options
+from bitladder.errors import UsageError
+
+_FILE = click.Path(path_type=pathlib.Path)
+
+
+@click.command("stats")
+@click.argument("imatrix", type=_FILE)
+@click.argument("other", type=_FILE, required=False, metavar="[IMATRIX2]")
+@click.option("-m", "--model", type=_FILE, help="The model's GGUF: lists its weights without an entry.")
+@click.option("--by", type=click.Choice(["tensor", "layer", "kind"]), default="tensor", show_default=True)
+@click.option(
+    "--sort", metavar="COLUMN", help="Sort by a column, largest first; -COLUMN turns it round.  [default: by layer]"
+)
+@click.option("--kind", "kinds", multiple=True, help="Only tensors of this kind, such as attn_v; may be repeated.")
+@click.option("--format", "form", type=click.Choice(["table", "csv", "json", "md"]), default="table", show_default=True)
+@click.option("--heatmap", metavar="COLUMN", help="Show a column as a map of layers × kinds instead of the table.")
+@click.option("--plot", type=_FILE, help="Draw such a map to a .png (with bitladder[plot]) or .html file.")
+@click.option("--statistic", metavar="COLUMN", help="What --plot draws.  [default: sum; of two imatrices, change]")
+@common_options
+def command(
+    output: Output,
+    imatrix: pathlib.Path,
+    other: pathlib.Path | None,
+    model: pathlib.Path | None,
+    by: str,
+    sort: str | None,
+    kinds: tuple[str, ...],
+    form: str,
+    heatmap: str | None,
+    plot: pathlib.Path | None,
+    statistic: str | None,
+) -> None:
+    """Show what an importance matrix holds and what it lacks, or how two of one model differ.
+
+    Figures are those of llama-imatrix --show-statistics. With two files, tensors with the largest change come first.
+    """
+    # Imported here, so that --help does not wait for the native library.
+    from bitladder.statistics import view
+    from bitladder.statistics.heatmap import HeatMap
+    from bitladder.statistics.plot import check_target, write_plot
+
+    form = "json" if output.json else form
+    if statistic and not plot:
+        raise UsageError("--statistic chooses what --plot draws: add --plot FILE")
+    if heatmap and form != "table":
+        raise UsageError(f"--heatmap is for the terminal: leave --format {form} away, or use --plot FILE")
+    if plot:
+        check_target(plot)
+    seen = (
+        view.differences(imatrix, other, model, kinds, by, sort)
+        if other
+        else view.statistics(imatrix, model, kinds, by, sort)
+    )
+    if plot:
+        grid = seen.grid(statistic or ("change" if other else "sum"))
+        write_plot(plot, grid, seen.heading, seen.rows, seen.columns, seen.notes)
+        output.progress.info(f"wrote {plot}")
+    if heatmap:
+        output.print(HeatMap(seen.grid(heatmap)))
+    _print(output, seen, form, with_rows=form != "table" or not (heatmap or plot))
+
+
+def _print(output: Output, seen: Any, form: str, *, with_rows: bool) -> None:
+    from bitladder.statistics import tables
+
+    if form == "json":
+        output.print_json(seen.to_json())
+        return
+    if form == "csv":
+        output.line(tables.comma_separated(seen.rows, seen.row_type).removesuffix("\n"))
+        for note in seen.notes:
+            output.progress.warn(note)
+        return
+    if with_rows:
+        lines = tables.markdown if form == "md" else tables.aligned
+        for line in [seen.heading, "", *lines(seen.rows, seen.columns)]:
+            output.line(line)
+    if seen.notes:
+        output.line("")
+    for note in seen.notes:
+        output.line(f"- {note}" if form == "md" else f"gap: {note}")
