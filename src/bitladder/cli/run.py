@@ -1,0 +1,128 @@
+"""`bitladder run`: a model to a directory of measured quants."""
+
+import pathlib
+
+import click
+
+from bitladder.calibrate.texts import BUILTIN
+from bitladder.cli.output import Output, common_options
+
+
+@click.command("run")
+@click.argument("model")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=pathlib.Path),
+    metavar="DIR",
+    help="Directory for everything; a run that was cut short goes on there.",
+)
+@click.option(
+    "--ladder", default="all", show_default=True, metavar="RUNGS", help="Presets separated by commas, or all (twelve)."
+)
+@click.option(
+    "--calibration",
+    multiple=True,
+    default=(BUILTIN[0],),
+    show_default=True,
+    metavar="TEXT",
+    help="Text for the importance matrix: a file, or a built-in text. Can be repeated.",
+)
+@click.option("--text", default=BUILTIN[1], show_default=True, metavar="TEXT", help="Text to measure with.")
+@click.option(
+    "--chunks", type=click.IntRange(1), help="Measure on at most so many chunks of the text.  [default: all]"
+)
+@click.option(
+    "--imatrix-chunks",
+    type=click.IntRange(1),
+    help="Use at most so many chunks of each calibration text.  [default: all]",
+)
+@click.option(
+    "-c", "--ctx-size", "n_ctx", type=click.IntRange(4), default=512, show_default=True, help="Tokens per chunk."
+)
+@click.option(
+    "--outtype",
+    type=click.Choice(["auto", "f16", "bf16", "f32"]),
+    default="auto",
+    show_default=True,
+    help="Type of the full-precision file's matrices.",
+)
+@click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: all CPUs]")
+@click.option("-ngl", "--gpu-layers", type=int, default=0, show_default=True, help="Layers to keep on the GPU.")
+@click.option(
+    "--converter",
+    type=click.Path(path_type=pathlib.Path),
+    metavar="PATH",
+    help="Let this script (llama.cpp's convert_hf_to_gguf.py) convert, for models bitladder does not know.",
+)
+@click.option("--quantized-by", metavar="NAME", help="Who made the quants, for the card.")
+@click.option("--base-model", "model_id", metavar="ID", help="Hub id of MODEL, for the card of a local model.")
+@common_options
+def command(
+    *,
+    output: Output,
+    model: str,
+    out: pathlib.Path,
+    ladder: str,
+    calibration: tuple[str, ...],
+    text: str,
+    chunks: int | None,
+    imatrix_chunks: int | None,
+    n_ctx: int,
+    outtype: str,
+    threads: int | None,
+    gpu_layers: int,
+    converter: pathlib.Path | None,
+    quantized_by: str | None,
+    model_id: str | None,
+) -> None:
+    """Make the whole ladder of MODEL: convert, measure, calibrate, quantize, score, and write the card.
+
+    MODEL is a checkpoint's directory, a Hugging Face hub id, or a full-precision GGUF. Everything goes into the
+    directory --out. The same command continues a run that was interrupted; what is complete is not made again.
+    """
+    # Imported here, so that --help does not wait for the native library.
+    from bitladder.ladder import RunOptions, choose_rungs, run
+    from bitladder.quantize import RUNGS, preset_names
+    from bitladder.report import write_card
+
+    options = RunOptions(
+        model=model,
+        out=out,
+        rungs=choose_rungs(ladder, known=tuple(preset_names()), default=RUNGS),
+        calibration=calibration,
+        text=text,
+        chunks=chunks,
+        imatrix_chunks=imatrix_chunks,
+        n_ctx=n_ctx,
+        outtype=outtype,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        converter=converter,
+        quantized_by=quantized_by,
+        model_id=model_id,
+    )
+    result = run(options, progress=output.progress)
+    wrote = write_card(out)
+    if not result.made:
+        said = "the card was written again; nothing else to do" if wrote else "nothing to do"
+        output.progress.info(f"{said}: {out} has the complete ladder ({len(options.rungs)} rungs)")
+    if output.json:
+        output.print_json(result.scores)
+    else:
+        _print_table(output, list(options.rungs), result.scores)
+
+
+def _print_table(output: Output, rungs: list[str], scores: list[dict[str, object]]) -> None:
+    from rich.table import Column, Table
+
+    from bitladder.report import rows_of
+
+    # 80 columns, the width of a pipe, are enough for the usual figures; what is wider wraps and is never cut off.
+    heads = ("GB", "bpw", "PPL", "ρPPL", "KLD", "RMS Δp")
+    columns = (Column(head, justify="right", overflow="fold") for head in heads)
+    table = Table("quant", *columns, box=None, pad_edge=False, collapse_padding=True)
+    for row in rows_of(scores, ["full", *rungs]):
+        table.add_row(row.label, row.size, row.bpw, row.ppl, row.rho, row.kld, row.rms)
+    output.print(table)

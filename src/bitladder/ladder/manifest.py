@@ -1,0 +1,98 @@
+"""ladder.json, the manifest of a run directory: what was asked for, what is complete, and what it was made from."""
+
+import pathlib
+from typing import Any, Literal
+
+import pydantic
+
+from bitladder.errors import BitladderError
+from bitladder.files import write_json
+
+NAME = "ladder.json"
+
+
+class OutputFile(pydantic.BaseModel):
+    """A file that a step made. `path` is relative to the run directory, with forward slashes; `bytes` its size."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class StepRecord(pydantic.BaseModel):
+    """A step that is complete: all it depends on (`inputs`), their hash (`key`), what it made, and what it found out.
+
+    Its presence, with the right key and the outputs as recorded, means that the step need not be done again.
+    """
+
+    key: str
+    inputs: dict[str, Any]
+    outputs: list[OutputFile]
+    facts: dict[str, Any] = {}
+
+
+class CachedHash(pydantic.BaseModel):
+    """A file's content hash, good as long as size, time of change and inode stay as they were."""
+
+    bytes: int
+    mtime_ns: int
+    inode: int
+    sha256: str
+
+
+class RunRecord(pydantic.BaseModel):
+    """What the last run was asked for, as far as a reader of the results needs it. No paths, names only.
+
+    `complete` says that every step of that run is done, so that the files belong together.
+    """
+
+    command: str
+    model: str
+    model_id: str | None
+    rungs: tuple[str, ...]
+    n_ctx: int
+    quantized_by: str | None = None
+    complete: bool = False
+
+
+class Manifest(pydantic.BaseModel):
+    """The whole file. `steps` are by name ("convert", "quantize Q4_K_M", …); `hashes` by a file's name in the run."""
+
+    schema_version: Literal[1] = 1
+    run: RunRecord | None = None
+    steps: dict[str, StepRecord] = {}
+    hashes: dict[str, CachedHash] = {}
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Write ladder.json in one step."""
+        write_json(folder / NAME, self.model_dump(mode="json"))
+
+
+def load_manifest(folder: pathlib.Path) -> Manifest | None:
+    """The manifest of a run directory, or None if it has none. Raises BitladderError if it cannot be understood."""
+    path = folder / NAME
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise BitladderError(
+            f"{path} is damaged or of another bitladder ({where}: {first['msg']}); restore it, or use another directory"
+        ) from error
+
+
+def complete_manifest(folder: pathlib.Path) -> tuple[Manifest, RunRecord]:
+    """The manifest of a finished run, and its run record.
+
+    Raises BitladderError if the directory holds no run, or one that was cut short.
+    """
+    manifest = load_manifest(folder)
+    if manifest is None:
+        raise BitladderError(f"{folder} is not a run directory: it has no {NAME}; bitladder run --out makes one")
+    if manifest.run is None or not manifest.run.complete:
+        raise BitladderError(f"the run in {folder} is not finished; give its `bitladder run` command again first")
+    return manifest, manifest.run

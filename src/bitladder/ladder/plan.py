@@ -1,0 +1,133 @@
+"""What to do, decided before anything is done: from the options to the steps, without reading or writing."""
+
+import pathlib
+import shlex
+from typing import Any, Literal
+
+import pydantic
+
+from bitladder.calibrate.texts import BUILTIN
+from bitladder.errors import UsageError
+
+Kind = Literal["convert", "base", "imatrix", "quantize", "score"]
+
+# The version of each step's code: raise one when the step would give other bytes from the same inputs.
+CODE: dict[Kind, int] = {"convert": 1, "base": 1, "imatrix": 1, "quantize": 1, "score": 1}
+
+# Presets that do not quantize: the full-precision file is no rung.
+FULL_PRECISION = ("ALL_F32", "F16", "BF16")
+CALIBRATION = ("pydoc:calibration",)
+TEXT = "pydoc:test"
+
+
+class RunOptions(pydantic.BaseModel, frozen=True):
+    """All that a run can be told.
+
+    `model` is a checkpoint's directory, a hub id or a full-precision GGUF file. `rungs` are preset names, in order.
+    `calibration` and `text` are specs as `calibrate.texts.load_text` reads them. `chunks` (scored) and
+    `imatrix_chunks` (of each calibration text) are of `n_ctx` tokens; None is all there are. `model_id` is the hub id
+    of the model for the card, where it cannot be known from `model`.
+    """
+
+    model: str
+    out: pathlib.Path
+    rungs: tuple[str, ...]
+    calibration: tuple[str, ...] = CALIBRATION
+    text: str = TEXT
+    chunks: int | None = pydantic.Field(None, ge=1)
+    imatrix_chunks: int | None = pydantic.Field(None, ge=1)
+    n_ctx: int = pydantic.Field(512, ge=2)
+    outtype: str = "auto"
+    threads: int | None = pydantic.Field(None, ge=1)
+    gpu_layers: int = 0
+    converter: pathlib.Path | None = None
+    quantized_by: str | None = None
+    model_id: str | None = None
+
+
+class Step(pydantic.BaseModel, frozen=True):
+    """One thing to do. `needs` names what it reads: other steps, or "model", "converter", "text", "calibration".
+
+    `options` are those that decide the result; threads, for one, do not.
+    """
+
+    name: str
+    kind: Kind
+    rung: str | None = None
+    needs: tuple[str, ...] = ()
+    options: dict[str, Any] = {}
+
+
+def choose_rungs(ladder: str, *, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
+    """The rungs of `--ladder`: "all" for the default ones, or preset names separated by commas, in any case.
+
+    Raises UsageError that lists the `known` presets for a name that is none of them.
+    """
+    if ladder.strip().lower() == "all":
+        return default
+    known = tuple(name for name in known if name not in FULL_PRECISION)
+    names = [name.strip().upper() for name in ladder.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise UsageError(
+            f"--ladder {', '.join(unknown) or 'is empty'}: the presets are {', '.join(known)}; all means "
+            f"{', '.join(default)}"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def plan(options: RunOptions) -> list[Step]:
+    """The steps of a run, each after those it needs."""
+    # Where the layers are computed shows in the last digits of every figure, how many of them does not matter.
+    device: dict[str, Any] = {"gpu": options.gpu_layers != 0}
+    scored = {"n_ctx": options.n_ctx, "chunks": options.chunks, **device}
+    calibrated = {"n_ctx": options.n_ctx, "chunks": options.imatrix_chunks, **device}
+    convert_needs = ("model", "converter") if options.converter else ("model",)
+    steps = [
+        Step(name="convert", kind="convert", needs=convert_needs, options={"outtype": options.outtype}),
+        Step(name="base", kind="base", needs=("convert", "text"), options=scored),
+        Step(name="score base", kind="score", needs=("convert", "text"), options=scored),
+        Step(name="imatrix", kind="imatrix", needs=("convert", "calibration"), options=calibrated),
+    ]
+    for rung in options.rungs:
+        quant = Step(
+            name=f"quantize {rung}", kind="quantize", rung=rung, needs=("convert", "imatrix"), options={"preset": rung}
+        )
+        score = Step(
+            name=f"score {rung}", kind="score", rung=rung, needs=(quant.name, "convert", "base", "text"), options=scored
+        )
+        steps += [quant, score]
+    return steps
+
+
+def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]) -> str:
+    """The command that repeats the run, for the card: names instead of paths, defaults left out."""
+    words = ["bitladder", "run", model, "--out", _name(str(options.out))]
+    if options.rungs != default_rungs:
+        words += ["--ladder", ",".join(options.rungs)]
+    if options.calibration != CALIBRATION:
+        for spec in options.calibration:
+            words += ["--calibration", _name(spec)]
+    given = {
+        "--text": (_name(options.text), TEXT),
+        "--chunks": (options.chunks, None),
+        "--imatrix-chunks": (options.imatrix_chunks, None),
+        "-c": (options.n_ctx, 512),
+        "--outtype": (options.outtype, "auto"),
+        "-t": (options.threads, None),
+        "-ngl": (options.gpu_layers, 0),
+        "--converter": (_name(str(options.converter)) if options.converter else None, None),
+        "--quantized-by": (options.quantized_by, None),
+        "--base-model": (options.model_id, None),
+    }
+    for option, (value, default) in given.items():
+        if value != default:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+def _name(path: str) -> str:
+    """The last part of a path; the name of a built-in text stays as it is."""
+    if path in BUILTIN:
+        return path
+    return pathlib.PurePath(path).name or pathlib.Path(path).resolve().name

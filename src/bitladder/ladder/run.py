@@ -1,0 +1,246 @@
+"""A run: the steps of the plan, each done unless the run directory has it already."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from bitladder import calibrate, convert, evaluate, quantize
+from bitladder.calibrate.texts import Text, load_text
+from bitladder.engine import native
+from bitladder.errors import UsageError
+from bitladder.files import write_json
+from bitladder.ladder.manifest import RunRecord
+from bitladder.ladder.plan import CODE, Kind, RunOptions, Step, command_line, plan
+from bitladder.ladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
+from bitladder.ladder.source import Source, describe, locate
+from bitladder.ladder.space import check_room
+from bitladder.ladder.store import Product, Store, open_store
+from bitladder.progress import SILENT, Progress
+
+IMATRIX = "imatrix.gguf"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """The run directory, the steps that were really done, and the Scores JSON of the full precision and each rung."""
+
+    folder: pathlib.Path
+    made: tuple[str, ...]
+    scores: list[dict[str, Any]]
+
+
+def run(options: RunOptions, *, progress: Progress = SILENT) -> RunResult:
+    """Make (or complete) the ladder that `options` describe.
+
+    What the run directory has already is not made again. Raises BitladderError (UsageError for an option) before the
+    work starts wherever that is possible; what was complete when something went wrong stays.
+    """
+    if options.converter is not None and not options.converter.is_file():
+        raise UsageError(f"--converter {options.converter}: no such file")
+    source = locate(options.model)
+    if not source.is_gguf and options.out.resolve() == source.path.resolve():
+        raise UsageError(f"--out {options.out} is the checkpoint's own directory; name another one")
+    if source.is_gguf and (options.outtype != "auto" or options.converter):
+        progress.warn("MODEL is a GGUF already: --outtype and --converter have no effect")
+    text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
+    if text.sha256 in {one.sha256 for one in calibration}:
+        progress.warn(f"{text.name} is measured with and calibrated on: the figures will be better than on other text")
+    with open_store(options.out, keep=source.path if source.is_gguf else None, progress=progress) as store:
+        check_room(options, source, store.present())
+        store.begin(_record(options, source))
+        with _Execution(options, source, store, text=text, calibration=calibration, progress=progress) as execution:
+            for step in plan(options):
+                execution.do(step)
+        store.finish()
+        names = ["base", *options.rungs]
+        scores = [json.loads(_score_path(store.folder, name).read_text(encoding="utf-8")) for name in names]
+        return RunResult(store.folder, tuple(store.made), scores)
+
+
+def _record(options: RunOptions, source: Source) -> RunRecord:
+    return RunRecord(
+        command=command_line(options, source.name, quantize.RUNGS),
+        model=source.name,
+        model_id=options.model_id or source.model_id,
+        rungs=options.rungs,
+        n_ctx=options.n_ctx,
+        quantized_by=options.quantized_by,
+    )
+
+
+def _score_path(folder: pathlib.Path, name: str) -> pathlib.Path:
+    return folder / "scores" / f"{name}.json"
+
+
+class _Execution:
+    """Does the steps in order; `digests` maps what steps read to content: an earlier step's file, texts, the model."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        source: Source,
+        store: Store,
+        *,
+        text: Text,
+        calibration: list[Text],
+        progress: Progress,
+    ) -> None:
+        self.options, self.source, self.store, self.progress = options, source, store, progress
+        self.text, self.calibration = text, calibration
+        self.folder = store.folder
+        self.full = source.path  # the full-precision GGUF, once there is one
+        self._open_base: evaluate.HiddenBase | None = None
+        self.facts: dict[str, dict[str, Any]] = {}
+        self.digests: dict[str, Any] = {
+            "model": source.digest(store),
+            "text": _used(text).model_dump(),
+            "calibration": [_used(one).model_dump() for one in calibration],
+        }
+        if options.converter:
+            self.digests["converter"] = store.sha256(options.converter, f"converter: {options.converter.name}")
+
+    def __enter__(self) -> "_Execution":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._open_base is not None:
+            self._open_base.close()
+
+    def do(self, step: Step) -> None:
+        """Make the step's files unless they are there."""
+        inputs = {"code": CODE[step.kind], "options": step.options, "library": _library(step)}
+        inputs |= {need: self.digests[need] for need in step.needs}
+        works: dict[Kind, Callable[[], Product]] = {
+            "convert": self._convert,
+            "base": self._base,
+            "imatrix": self._imatrix,
+            "quantize": functools.partial(self._quantize, step.rung or ""),
+            "score": functools.partial(self._score, step.rung),
+        }
+        record = self.store.ensure(step.name, inputs, works[step.kind])
+        self.facts[step.name] = record.facts
+        if record.outputs:
+            first = record.outputs[0]
+            self.digests[step.name] = {"file": first.path, "sha256": first.sha256}
+        else:
+            # A GGUF given as MODEL is used where it is.
+            self.digests[step.name] = {"file": record.facts["file"], "sha256": record.facts["sha256"]}
+        if step.kind == "convert" and record.outputs:
+            self.full = self.store.path(record.outputs[0])
+
+    def _convert(self) -> Product:
+        if self.source.is_gguf:
+            path = self.source.path
+            return Product([], {**describe(path), "sha256": self.store.sha256(path, f"model: {path.name}")})
+        # Its name follows from the metadata that conversion finds, so at first it has that of a temporary file.
+        hidden = self.folder / ".converted.tmp"
+        try:
+            convert.convert(
+                self.source.path,
+                hidden,
+                outtype=self.options.outtype,
+                converter=self.options.converter,
+                progress=self.progress,
+            )
+            facts = describe(hidden)
+            path = self.folder / f"{facts['stem']}-{facts['encoding']}.gguf"
+            hidden.replace(path)
+        finally:
+            hidden.unlink(missing_ok=True)
+        facts |= {"file": path.name, "sha256": self.store.sha256(path, path.name)}
+        return Product([path], facts)
+
+    def _base(self) -> Product:
+        out = self._base_path()
+        evaluate.make_base(self.full, self.text, out, chunks=self.options.chunks, **self._engine())
+        return Product([out])
+
+    def _imatrix(self) -> Product:
+        out, wanted = self.folder / IMATRIX, self.options.imatrix_chunks
+        result = calibrate.collect_imatrix(self.full, self.calibration, out, chunks=wanted, **self._engine())
+        if wanted is not None and result.chunks < wanted * len(self.calibration):
+            self.progress.warn(
+                f"the calibration text is shorter than --imatrix-chunks {wanted}; all {result.chunks} chunks are used"
+            )
+        texts = [_used(text).model_dump() for text in self.calibration]
+        return Product([out], {"entries": result.entries, "chunks": result.chunks, "texts": texts})
+
+    def _quantize(self, rung: str) -> Product:
+        imatrix, facts = self.folder / IMATRIX, self.facts["convert"]
+        out = self.folder / f"{facts['stem']}-{rung}.gguf"
+        recipe = self.folder / "recipes" / f"{rung}.toml"
+        result = quantize.quantize(
+            self.full, out, rung, imatrix=imatrix, threads=self.options.threads, progress=self.progress
+        )
+        used = ImatrixUsed(
+            name=IMATRIX,
+            sha256=self.digests["imatrix"]["sha256"],
+            chunks=self.facts["imatrix"]["chunks"],
+            n_ctx=self.options.n_ctx,
+            texts=[_used(text) for text in self.calibration],
+        )
+        write_recipe(
+            recipe,
+            Recipe(
+                model=str(facts["general"].get("name") or facts["stem"]),
+                file=out.name,
+                preset=result.preset,
+                bytes=result.bytes,
+                bpw=result.bpw,
+                source=FileUsed(name=facts["file"], sha256=facts["sha256"]),
+                imatrix=used,
+                versions=native.versions(),
+                tensors=result.types,
+            ),
+        )
+        return Product([out, recipe], {"bytes": result.bytes, "bpw": result.bpw})
+
+    def _score(self, rung: str | None) -> Product:
+        path, base, wanted = self.full, None, self.options.chunks
+        if rung is not None:
+            path, base = self.folder / f"{self.facts['convert']['stem']}-{rung}.gguf", self._opened_base()
+        scores = evaluate.evaluate(path, self.text, base=base, chunks=wanted, **self._engine())
+        if rung is None and wanted is not None and (scores.chunks or 0) < wanted:
+            self.progress.warn(f"{self.text.name} has only {scores.chunks} chunks (--chunks {wanted}); all are used")
+        out = _score_path(self.folder, rung or "base")
+        write_json(out, scores.to_json())
+        return Product([out])
+
+    def _base_path(self) -> pathlib.Path:
+        """Named as `bitladder eval` names a base, so that it finds this one beside the model."""
+        return self.folder / evaluate.cache_path(self.full, self.text, self.options.n_ctx).name
+
+    def _opened_base(self) -> evaluate.HiddenBase:
+        """The base, opened once for all rungs: opening it hashes the full-precision model."""
+        if self._open_base is None:
+            options = self.options
+            settings = evaluate.Settings(options.n_ctx, options.chunks, options.threads)
+            self._open_base = evaluate.open_base(self._base_path(), self.text, settings, evaluate.identify(self.full))
+        return self._open_base
+
+    def _engine(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "n_ctx": options.n_ctx,
+            "threads": options.threads,
+            "gpu_layers": options.gpu_layers,
+            "progress": self.progress,
+        }
+
+
+def _used(text: Text) -> TextUsed:
+    return TextUsed(name=text.name, sha256=text.sha256)
+
+
+def _library(step: Step) -> str:
+    """The library whose code decides the step's result."""
+    if step.kind == "convert":
+        return f"gguf {importlib.metadata.version('gguf')}"
+    return f"llama.cpp {native.versions()['llama_cpp_commit']}"

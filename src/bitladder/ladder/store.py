@@ -1,0 +1,181 @@
+"""The run directory as a store of steps: what is complete is not done again, what is cut short is never taken for it.
+
+A step is keyed by a hash of everything it depends on: the contents of the files it reads, the options that decide
+its result, the version of its code. Files are written under a temporary name and renamed; the manifest's entry comes
+after them. So whenever a run is killed, either the entry is there and the files are whole, or the step is done again.
+Paths are in no key: a run directory can be moved.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from bitladder.errors import BitladderError, UsageError
+from bitladder.files import sha256_bytes, sha256_file
+from bitladder.ladder import lock, manifest
+from bitladder.ladder.manifest import CachedHash, Manifest, OutputFile, RunRecord, StepRecord
+from bitladder.progress import SILENT, Progress
+
+# What a run writes; found without a manifest, it belongs to somebody else.
+OURS = ("README.md", "recipes", "scores", "*.gguf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What the work of a step gives: the files it wrote (the one that later steps read comes first), and facts."""
+
+    files: Sequence[pathlib.Path]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Store:
+    """An open run directory; `made` names the steps that were really done since it was opened. See `open_store`."""
+
+    def __init__(self, folder: pathlib.Path, found: Manifest, progress: Progress) -> None:
+        self.folder = folder
+        self.manifest = found
+        self.made: list[str] = []
+        self._progress = progress
+        self._changed = False
+
+    def begin(self, run: RunRecord) -> None:
+        """Note what this run is asked for. Until `finish`, the directory counts as incomplete if anything changed."""
+        last = self.manifest.run
+        if last is None or last.model_copy(update={"complete": False}) != run:
+            self.manifest.run = run
+            self._save()
+
+    def finish(self) -> None:
+        """All steps of the run are done."""
+        run = self.manifest.run
+        if run is not None and not run.complete:
+            self.manifest.run = run.model_copy(update={"complete": True})
+            self._changed = True
+        if self._changed:
+            self._save()
+
+    def ensure(self, name: str, inputs: Mapping[str, Any], work: Callable[[], Product]) -> StepRecord:
+        """The record of step `name`, after doing `work` if it is not complete with exactly these `inputs` (JSON)."""
+        inputs = {"step": name, **inputs}
+        key = step_key(inputs)
+        last = self.manifest.steps.get(name)
+        if last is not None:
+            reason = self._why_again(last, key, inputs)
+            if reason is None:
+                return last
+            self._progress.info(f"{name}: made again, because {reason}")
+        run = self.manifest.run
+        if run is not None and run.complete:
+            self.manifest.run = run.model_copy(update={"complete": False})
+            self._save()
+        product = work()
+        outputs = [self._output(path) for path in product.files]
+        record = StepRecord(key=key, inputs=inputs, outputs=outputs, facts=dict(product.facts))
+        self.manifest.steps[name] = record
+        self._save()
+        self.made.append(name)
+        self._tell_left_over(last, record)
+        return record
+
+    def present(self) -> list[str]:
+        """The steps whose files are all there, made of whatever."""
+        steps = self.manifest.steps.items()
+        return [name for name, step in steps if all(self.path(output).is_file() for output in step.outputs)]
+
+    def path(self, output: OutputFile) -> pathlib.Path:
+        """Where a recorded file is."""
+        return self.folder / output.path
+
+    def sha256(self, path: pathlib.Path, label: str) -> str:
+        """The content hash of a file, read again only if its size, time of change or inode differ from last time.
+
+        `label` names the file in the cache: a path relative to the run directory, or a name for one outside of it.
+        """
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+        seen = (status.st_size, status.st_mtime_ns, status.st_ino)
+        cached = self.manifest.hashes.get(label)
+        if cached is None or (cached.bytes, cached.mtime_ns, cached.inode) != seen:
+            cached = CachedHash(bytes=seen[0], mtime_ns=seen[1], inode=seen[2], sha256=sha256_file(path))
+            self.manifest.hashes[label] = cached
+            self._changed = True
+        return cached.sha256
+
+    def _output(self, path: pathlib.Path) -> OutputFile:
+        label = path.relative_to(self.folder).as_posix()
+        return OutputFile(path=label, bytes=path.stat().st_size, sha256=self.sha256(path, label))
+
+    def _why_again(self, last: StepRecord, key: str, inputs: Mapping[str, Any]) -> str | None:
+        """Why a recorded step does not count, in words; None if it does."""
+        if last.key != key:
+            differing = [name for name in {**last.inputs, **inputs} if last.inputs.get(name) != inputs.get(name)]
+            return f"{' and '.join(differing) or 'its key'} changed"
+        for output in last.outputs:
+            path = self.path(output)
+            if not path.is_file():
+                return f"{output.path} is missing"
+            if path.stat().st_size != output.bytes or self.sha256(path, output.path) != output.sha256:
+                return f"{output.path} is not as it was written"
+        return None
+
+    def _tell_left_over(self, last: StepRecord | None, record: StepRecord) -> None:
+        """Files that an earlier form of the step made under other names are the user's to keep or delete."""
+        names = {output.path for output in record.outputs}
+        for output in last.outputs if last and names else []:
+            if output.path not in names and self.path(output).exists():
+                self._progress.info(f"{output.path} is left from before and no longer part of the ladder")
+
+    def _save(self) -> None:
+        self.manifest.save(self.folder)
+        self._changed = False
+
+
+def step_key(inputs: Mapping[str, Any]) -> str:
+    """The hash of a step's inputs (JSON values; the order of keys does not matter)."""
+    return sha256_bytes(json.dumps(inputs, sort_keys=True, ensure_ascii=False, allow_nan=False).encode())
+
+
+@contextlib.contextmanager
+def open_store(
+    folder: pathlib.Path, *, keep: pathlib.Path | None = None, progress: Progress = SILENT
+) -> Iterator[Store]:
+    """Open (or create) a run directory under its lock, without what a killed run left half-written.
+
+    `keep` is a file that may lie there beforehand (the model itself). Raises UsageError if the directory holds files
+    that no run has made, BitladderError if another run is at work there or the manifest is damaged.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"--out {folder} is a file; name a directory") from None
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from error
+    with lock.locked(folder):
+        found = manifest.load_manifest(folder)
+        if found is None:
+            _refuse_strangers(folder, keep)
+            found = Manifest()
+            found.save(folder)
+        _sweep(folder)
+        yield Store(folder, found, progress)
+
+
+def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
+    for pattern in OURS:
+        for path in sorted(folder.glob(pattern)):
+            if keep is None or not path.samefile(keep):
+                raise UsageError(
+                    f"--out {folder} already has {path.name}, which no run has made; name another directory"
+                )
+
+
+def _sweep(folder: pathlib.Path) -> None:
+    """Remove the temporary files of a killed run (see files.replacing). The lock is held, so nobody uses them."""
+    for place in (folder, folder / "recipes", folder / "scores"):
+        for path in place.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
