@@ -1,0 +1,61 @@
+"""Turn a Hugging Face language model into a measured ladder of GGUF quants.
+
+The names below are the public API; each is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitladder.calibrate import Imatrix, collect_imatrix, read_imatrix
+    from bitladder.calibrate.texts import load_text
+    from bitladder.convert import convert as convert_checkpoint
+    from bitladder.errors import BitladderError
+    from bitladder.evaluate import Scores, make_base
+    from bitladder.evaluate import evaluate as evaluate_model
+    from bitladder.ladder import RunOptions
+    from bitladder.ladder.run import run as run_ladder
+    from bitladder.model.reader import GgufFile
+    from bitladder.quantize import quantize as quantize_model
+    from bitladder.report import write_card
+
+_HOMES = {
+    "BitladderError": ("errors", "BitladderError"),
+    "GgufFile": ("model.reader", "GgufFile"),
+    "Imatrix": ("calibrate", "Imatrix"),
+    "RunOptions": ("ladder", "RunOptions"),
+    "Scores": ("evaluate", "Scores"),
+    "collect_imatrix": ("calibrate", "collect_imatrix"),
+    "convert_checkpoint": ("convert", "convert"),
+    "evaluate_model": ("evaluate", "evaluate"),
+    "load_text": ("calibrate.texts", "load_text"),
+    "make_base": ("evaluate", "make_base"),
+    "quantize_model": ("quantize", "quantize"),
+    "read_imatrix": ("calibrate", "read_imatrix"),
+    "run_ladder": ("ladder", "run"),
+    "write_card": ("report", "write_card"),
+}
+
+__all__ = [
+    "BitladderError",
+    "GgufFile",
+    "Imatrix",
+    "RunOptions",
+    "Scores",
+    "collect_imatrix",
+    "convert_checkpoint",
+    "evaluate_model",
+    "load_text",
+    "make_base",
+    "quantize_model",
+    "read_imatrix",
+    "run_ladder",
+    "write_card",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        module, attribute = _HOMES[name]
+        return getattr(importlib.import_module(f"bitladder.{module}"), attribute)
+    raise AttributeError(f"module 'bitladder' has no attribute {name!r}")
