@@ -89,7 +89,7 @@ def test_the_room_a_ladder_needs():
 
 
 RECIPE = Recipe(
-    model="Modèle \"x\"",
+    model='Modèle "x"',
     file="X-Q4_K_M.gguf",
     preset="Q4_K_M",
     bytes=123,
@@ -103,7 +103,7 @@ RECIPE = Recipe(
         "blk.0.attn_k.weight": "q4_K",
         "blk.1.ffn_down.weight": "q4_K",
         "blk.1.attn_k.weight": "q4_K",
-        "odd \"name\" 🙂": "f32",
+        'odd "name" 🙂': "f32",
     },
 )
 

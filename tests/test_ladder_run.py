@@ -75,7 +75,11 @@ class Fakes:
         return QuantizeResult(out, out.stat().st_size, 4.5, {"a.weight": preset.lower()}, preset)
 
     def open_base(self, path, text, settings, model):
-        return mock.Mock(content=path.read_bytes())
+        return mock.Mock(content=path.read_bytes(), model=model)
+
+    def base_scores(self, base, text, settings):
+        options = {"n_ctx": settings.n_ctx, "chunks": settings.chunks, "threads": None, "gpu_layers": 0}
+        return self.evaluate(base.model, text, base=None, progress=None, **options)
 
     def evaluate(self, model, text, *, base, n_ctx, chunks, threads, gpu_layers, progress):
         self.scored.append(model.name)
@@ -103,7 +107,8 @@ class Fakes:
         stand_ins = {
             "bitladder.convert.convert": self.convert, "bitladder.evaluate.make_base": self.make_base,
             "bitladder.evaluate.evaluate": self.evaluate, "bitladder.evaluate.open_base": self.open_base,
-            "bitladder.evaluate.identify": lambda path: None, "bitladder.calibrate.collect_imatrix": self.collect,
+            "bitladder.evaluate.identify": lambda path: path,
+            "bitladder.evaluate.base_scores": self.base_scores, "bitladder.calibrate.collect_imatrix": self.collect,
             "bitladder.quantize.quantize": self.quantize,
         }  # fmt: skip
         return _Patches(stand_ins)
@@ -220,7 +225,7 @@ def test_a_change_redoes_only_what_depends_on_it(options, fakes, tmp_path):
 
 def test_what_was_done_before_an_error_stays(options, fakes):
     with (
-        mock.patch("bitladder.evaluate.evaluate", side_effect=KeyboardInterrupt),
+        mock.patch("bitladder.evaluate.base_scores", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         run(options)
@@ -301,9 +306,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(options, fakes, tmp_pa
     kills = 0
     for attempt in range(30):
         # Killed early at first, then later and later: the longer ones get to the steps at the end.
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path), "0.06"], stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen([sys.executable, __file__, str(tmp_path), "0.06"], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "ready\n"
         try:
             process.wait(dice.uniform(0.0, 0.15 + 0.03 * attempt))

@@ -30,9 +30,7 @@ from bitladder.cli.output import Output, common_options
     help="Text for the importance matrix: a file, or a built-in text. Can be repeated.",
 )
 @click.option("--text", default=BUILTIN[1], show_default=True, metavar="TEXT", help="Text to measure with.")
-@click.option(
-    "--chunks", type=click.IntRange(1), help="Measure on at most so many chunks of the text.  [default: all]"
-)
+@click.option("--chunks", type=click.IntRange(1), help="Measure on at most so many chunks of the text.  [default: all]")
 @click.option(
     "--imatrix-chunks",
     type=click.IntRange(1),

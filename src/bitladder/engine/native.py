@@ -139,6 +139,22 @@ MUL_MAT = next(i for i in range(200) if ggml.ggml_op_name(i) == b"MUL_MAT")
 MUL_MAT_ID = MUL_MAT + 1
 
 
+def _vector_converters() -> dict[int, Any]:
+    """The CPU back end's conversions to float32, by type number; empty if it is not a library of its own."""
+    found: dict[int, Any] = {}
+    with contextlib.suppress(FileNotFoundError, RuntimeError):
+        library = llama.load_shared_library("ggml-cpu", llama._base_path)
+        for number, name in ((1, "ggml_cpu_fp16_to_fp32"), (30, "ggml_cpu_bf16_to_fp32")):  # F16, BF16
+            if hasattr(library, name):
+                prototype: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+                found[number] = prototype(ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+    return found
+
+
+# Ten times as fast as the portable conversions that the type traits name, with the same results.
+vector_converters = _vector_converters()
+
+
 def check_abi() -> None:
     """Compare structures and constants with what the library does; BitladderError with one line if they differ.
 
@@ -207,6 +223,7 @@ class NativeLog:
     @contextlib.contextmanager
     def tapped(self) -> Iterator[list[str]]:
         """Collect what is logged inside the context (pieces of lines, in order)."""
+        install_log()  # somebody else in this process may have taken the library's log since
         pieces: list[str] = []
         self._taps.append(pieces)
         try:
@@ -222,7 +239,14 @@ class NativeLog:
 
 log = NativeLog()
 _callback = llama.llama_log_callback(log.receive)
-llama.llama_log_set(_callback, ctypes.c_void_p(0))
+
+
+def install_log() -> None:
+    """Have the library log to `log`."""
+    llama.llama_log_set(_callback, ctypes.c_void_p(0))
+
+
+install_log()
 check_abi()
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.native import GGML_TYPE_COUNT, ggml
+from bitladder.engine.native import GGML_TYPE_COUNT, ggml, vector_converters
 from bitladder.errors import BitladderError
 
 Floats = npt.NDArray[np.float32]
@@ -140,12 +140,13 @@ def dequantize_into(data: Bytes, kind: TensorType, out: Floats) -> None:
 
     Raises BitladderError if the library cannot expand the type.
     """
-    if data.nbytes != kind.row_bytes(out.shape[1]) * len(out) or not (data.flags.c_contiguous and out.flags.c_contiguous):
+    fits = data.nbytes == kind.row_bytes(out.shape[1]) * len(out)
+    if not (fits and data.flags.c_contiguous and out.flags.c_contiguous):
         raise ValueError("data and out do not fit together")
     if kind.name == "f32":
         out[:] = data.view(np.float32).reshape(out.shape)
         return
-    to_float = ggml.ggml_get_type_traits(kind.id).contents.to_float
+    to_float = vector_converters.get(kind.id) or ggml.ggml_get_type_traits(kind.id).contents.to_float
     if not to_float:
         raise BitladderError(f"the library cannot expand {kind.name}")
     to_float(data.ctypes.data, out.ctypes.data, out.size)

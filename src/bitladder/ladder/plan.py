@@ -86,7 +86,7 @@ def plan(options: RunOptions) -> list[Step]:
     steps = [
         Step(name="convert", kind="convert", needs=convert_needs, options={"outtype": options.outtype}),
         Step(name="base", kind="base", needs=("convert", "text"), options=scored),
-        Step(name="score base", kind="score", needs=("convert", "text"), options=scored),
+        Step(name="score base", kind="score", needs=("convert", "base", "text"), options=scored),
         Step(name="imatrix", kind="imatrix", needs=("convert", "calibration"), options=calibrated),
     ]
     for rung in options.rungs:

@@ -203,10 +203,12 @@ class _Execution:
         return Product([out, recipe], {"bytes": result.bytes, "bpw": result.bpw})
 
     def _score(self, rung: str | None) -> Product:
-        path, base, wanted = self.full, None, self.options.chunks
-        if rung is not None:
-            path, base = self.folder / f"{self.facts['convert']['stem']}-{rung}.gguf", self._opened_base()
-        scores = evaluate.evaluate(path, self.text, base=base, chunks=wanted, **self._engine())
+        base, wanted = self._opened_base(), self.options.chunks
+        if rung is None:
+            scores = evaluate.base_scores(base, self.text, self._settings())
+        else:
+            path = self.folder / f"{self.facts['convert']['stem']}-{rung}.gguf"
+            scores = evaluate.evaluate(path, self.text, base=base, chunks=wanted, **self._engine())
         if rung is None and wanted is not None and (scores.chunks or 0) < wanted:
             self.progress.warn(f"{self.text.name} has only {scores.chunks} chunks (--chunks {wanted}); all are used")
         out = _score_path(self.folder, rung or "base")
@@ -220,10 +222,12 @@ class _Execution:
     def _opened_base(self) -> evaluate.HiddenBase:
         """The base, opened once for all rungs: opening it hashes the full-precision model."""
         if self._open_base is None:
-            options = self.options
-            settings = evaluate.Settings(options.n_ctx, options.chunks, options.threads)
-            self._open_base = evaluate.open_base(self._base_path(), self.text, settings, evaluate.identify(self.full))
+            identity = evaluate.identify(self.full)
+            self._open_base = evaluate.open_base(self._base_path(), self.text, self._settings(), identity)
         return self._open_base
+
+    def _settings(self) -> evaluate.Settings:
+        return evaluate.Settings(self.options.n_ctx, self.options.chunks, self.options.threads)
 
     def _engine(self) -> dict[str, Any]:
         options = self.options

@@ -1,0 +1,175 @@
+"""The base file: what the full-precision model predicted, kept as its final hidden states.
+
+Layout: the magic, the header's length (u64, little-endian), the header (JSON, padded to 64 bytes), the tokens (int32
+[chunks, n_ctx]), then for each chunk one record: hidden states [scored, n_embd] as `dtype`, and for each scored
+position the base's NLL (float32), its likeliest token (int32) and that token's logit (float32). Hidden states are a
+few dozen times smaller than log-probabilities of the whole vocabulary, and nothing is lost when the type is the one
+the library itself rounds the head's input to.
+"""
+
+import os
+import pathlib
+import struct
+from typing import BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+
+from bitladder.errors import BitladderError
+from bitladder.evaluate.divergence import BaseRows
+
+Floats = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.int32]
+Dtype = Literal["f16", "bf16", "f32"]
+
+MAGIC = b"BLBASE01"
+_STORED: dict[str, type[np.generic]] = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
+
+
+class Header(pydantic.BaseModel):
+    """What a base was made of. Names are without folders; hashes are SHA-256 in hex."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    model: str
+    model_sha256: str
+    architecture: str
+    vocabulary: str
+    text: str
+    text_sha256: str
+    n_ctx: int = pydantic.Field(ge=4)
+    chunks: int = pydantic.Field(ge=1)
+    chunks_in_text: int
+    bos: int | None
+    n_vocab: int
+    n_embd: int
+    head: str
+    head_type: str
+    dtype: Dtype
+    exact: bool  # the stored states are the very numbers that the library multiplied by the head
+    max_difference: float  # of head × state from the model's own logits in the first chunk, as a share of their range
+    llama_cpp_commit: str
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens per chunk."""
+        return self.n_ctx - 1 - self.n_ctx // 2
+
+    @property
+    def record(self) -> int:
+        """Bytes of a chunk's record."""
+        return self.scored * (self.n_embd * np.dtype(_STORED[self.dtype]).itemsize + 12)
+
+
+def pack(hidden: Floats, dtype: Dtype) -> npt.NDArray[np.generic]:
+    """Hidden states as they are stored. Raises OverflowError if a value is too large for the type."""
+    if dtype == "f32":
+        return hidden
+    if dtype == "f16":
+        with np.errstate(over="ignore"):
+            half = hidden.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise OverflowError
+        return half
+    bits = np.ascontiguousarray(hidden).view(np.uint32)
+    # Round to the nearest, ties to even: add half a unit of the last place kept, and the last kept bit's parity.
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def unpack(stored: npt.NDArray[np.generic], dtype: Dtype) -> Floats:
+    """Stored hidden states as float32, a fresh array."""
+    if dtype == "bf16":
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def write_header(stream: BinaryIO, header: Header, tokens: Tokens) -> None:
+    """Begin a base file: the magic, the header and the tokens, int32 [chunks, n_ctx]."""
+    text = header.model_dump_json().encode()
+    text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
+    stream.write(MAGIC + struct.pack("<Q", len(text)) + text)
+    stream.write(np.ascontiguousarray(tokens, "<i4").tobytes())
+
+
+def write_record(stream: BinaryIO, hidden: npt.NDArray[np.generic], rows: BaseRows) -> None:
+    """Append a chunk: packed hidden states and what is known of its rows."""
+    stream.write(np.ascontiguousarray(hidden).tobytes())
+    for values, kind in ((rows.nll, "<f4"), (rows.top, "<i4"), (rows.top_logit, "<f4")):
+        stream.write(values.astype(kind).tobytes())
+
+
+def is_base_file(path: pathlib.Path) -> bool:
+    """Whether a file begins as a base file does."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+class BaseFile:
+    """An open base file. Raises BitladderError with one line if it is not one, or is shorter than it should be."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        try:
+            self._stream = path.open("rb")
+        except OSError as error:
+            raise BitladderError(f"cannot read the base {path}: {error.strerror}") from error
+        try:
+            self.header, self.tokens = self._read_header()
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def _read_header(self) -> tuple[Header, Tokens]:
+        start = self._stream.read(len(MAGIC) + 8)
+        if start[: len(MAGIC)] != MAGIC:
+            raise BitladderError(f"{self.path} is not a base file of this version of bitladder; make it again")
+        size = os.fstat(self._stream.fileno()).st_size
+        length = struct.unpack("<Q", start[len(MAGIC) :])[0] if len(start) == len(MAGIC) + 8 else size
+        if len(start) + length > size:
+            raise BitladderError(f"the base {self.path} is truncated inside its header: delete it and make it again")
+        try:
+            header = Header.model_validate_json(self._stream.read(length))
+        except pydantic.ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"])) or "JSON"
+            raise BitladderError(f"the base {self.path} has a damaged header ({where}); make it again") from error
+        self._records = len(start) + length + header.chunks * header.n_ctx * 4
+        expected = self._records + header.chunks * header.record
+        if size != expected:
+            raise BitladderError(
+                f"the base {self.path} has {size} bytes instead of {expected}: it is truncated or damaged; "
+                "delete it and make it again"
+            )
+        tokens = np.frombuffer(self._stream.read(header.chunks * header.n_ctx * 4), "<i4")
+        return header, tokens.astype(np.int32).reshape(header.chunks, header.n_ctx)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def hidden(self, chunk: int) -> Floats:
+        """A chunk's hidden states, float32 [scored, n_embd]."""
+        header = self.header
+        stored = np.dtype(_STORED[header.dtype])
+        data = self._read(chunk, 0, header.scored * header.n_embd * stored.itemsize)
+        return unpack(np.frombuffer(data, stored).reshape(header.scored, header.n_embd), header.dtype)
+
+    def rows(self, chunk: int) -> BaseRows:
+        """What is known of a chunk's scored rows."""
+        count = self.header.scored
+        data = self._read(chunk, self.header.record - 12 * count, 12 * count)
+        nll, top, top_logit = (
+            np.frombuffer(data, kind, count, 4 * count * i) for i, kind in enumerate(("<f4", "<i4", "<f4"))
+        )
+        return BaseRows(nll.astype(np.float64), top.astype(np.int32), top_logit.astype(np.float32))
+
+    def _read(self, chunk: int, offset: int, size: int) -> bytes:
+        self._stream.seek(self._records + chunk * self.header.record + offset)
+        data = self._stream.read(size)
+        if len(data) != size:
+            raise BitladderError(f"the base {self.path} ends inside chunk {chunk + 1}: delete it and make it again")
+        return data
