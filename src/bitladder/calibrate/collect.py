@@ -20,13 +20,14 @@ from bitladder.engine.context import Context
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.native import versions
 from bitladder.engine.observe import Multiplication
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing, sha256_bytes
 from bitladder.model.reader import GgufFile
 from bitladder.progress import SILENT, Progress
 
 Floats = npt.NDArray[np.float32]
 SAVE_SECONDS = 60.0
+MIN_CTX = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Collector:
 
     def wants(self, seen: Multiplication) -> bool:
         """Block weights, and the head if asked for; dense inputs of fewer than 16 tokens are left out."""
-        if not (seen.experts or seen.tokens >= 16):
+        if not (seen.experts or seen.tokens >= MIN_CTX):
             return False
         return seen.weight.startswith("blk.") or (self.process_output and seen.weight == "output.weight")
 
@@ -136,6 +137,8 @@ def collect_imatrix(
     Raises BitladderError: text too short, values not finite, files of another model.
     """
     out = pathlib.Path(out)
+    if n_ctx < MIN_CTX:
+        raise UsageError(f"-c {n_ctx} is too short: inputs of fewer than {MIN_CTX} tokens are not collected")
     options = ImatrixOptions(n_ctx, chunks, from_chunk, parse_special, process_output)
     total = Imatrix({}, [], 0, n_ctx)
     read = 0

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bitladder.cli import options
 from bitladder.cli.output import Output, common_options
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ _OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
     show_default=True,
     help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration).",
 )
-@click.option("-c", "--ctx-size", default=512, show_default=True, help="Tokens per chunk.")
+@options.n_ctx
 @click.option("--chunks", type=click.IntRange(min=1), help="Chunks to measure on.  [default: the whole text]")
-@click.option("-b", "--batch-size", default=512, show_default=True, help="Tokens per decode.")
-@click.option("-ub", "--ubatch-size", default=512, show_default=True, help="Tokens per computation.")
-@click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads.  [default: all]")
-@click.option("-ngl", "--gpu-layers", default=0, show_default=True, help="Layers to keep on the GPU.")
+@options.n_batch(512)
+@options.n_ubatch
+@options.threads
+@options.gpu_layers
 @click.option("-o", "--output", "out", type=_OUT, help="Write the JSON to this file as well.")
 @common_options
 def command(
@@ -39,10 +40,10 @@ def command(
     base: pathlib.Path | None,
     base_file: pathlib.Path | None,
     text: str,
-    ctx_size: int,
+    n_ctx: int,
     chunks: int | None,
-    batch_size: int,
-    ubatch_size: int,
+    n_batch: int,
+    n_ubatch: int,
     threads: int | None,
     gpu_layers: int,
     out: pathlib.Path | None,
@@ -56,7 +57,7 @@ def command(
     from bitladder.files import write_json
 
     loaded = load_text(text)
-    settings = package.Settings(ctx_size, chunks, threads, gpu_layers, batch_size, ubatch_size)
+    settings = package.Settings(n_ctx, chunks, threads, gpu_layers, n_batch, n_ubatch)
     opened = package.open_or_compute(base, base_file, loaded, settings, output.progress) if base else None
     try:
         found = [package.measure(model, loaded, settings, base=opened, progress=output.progress)[0] for model in models]

@@ -4,8 +4,7 @@ import pathlib
 
 import click
 
-from bitladder.calibrate import collect_imatrix
-from bitladder.calibrate.texts import load_text
+from bitladder.cli import options
 from bitladder.cli.output import Output, common_options
 from bitladder.errors import UsageError
 
@@ -16,27 +15,9 @@ from bitladder.errors import UsageError
 @click.option(
     "-o", "--output", "out", default="imatrix.gguf", show_default=True, type=click.Path(path_type=pathlib.Path)
 )
-@click.option(
-    "-c", "--ctx-size", "n_ctx", default=512, show_default=True, type=click.IntRange(32), help="Tokens per chunk."
-)
-@click.option(
-    "-b",
-    "--batch-size",
-    "n_batch",
-    default=2048,
-    show_default=True,
-    type=click.IntRange(32),
-    help="Tokens decoded together.",
-)
-@click.option(
-    "-ub",
-    "--ubatch-size",
-    "n_ubatch",
-    default=512,
-    show_default=True,
-    type=click.IntRange(32),
-    help="Tokens computed at once.",
-)
+@options.n_ctx
+@options.n_batch(2048)
+@options.n_ubatch
 @click.option("--chunks", type=click.IntRange(1), help="Chunks to use of each text; all by default.")
 @click.option(
     "--chunk",
@@ -58,8 +39,8 @@ from bitladder.errors import UsageError
     help="Matrix to add; may be repeated.",
 )
 @click.option("--output-format", "form", type=click.Choice(["gguf", "dat"]), default="gguf", show_default=True)
-@click.option("-t", "--threads", type=click.IntRange(1), help="Threads; all CPUs by default.")
-@click.option("-ngl", "--n-gpu-layers", "gpu_layers", default=0, show_default=True, help="Layers on the GPU.")
+@options.threads
+@options.gpu_layers
 @common_options
 def command(
     output: Output,
@@ -82,6 +63,10 @@ def command(
 
     Files are interchangeable with llama-imatrix. An interrupted run goes on where it was.
     """
+    # Imported here, so that --help does not wait for the native library.
+    from bitladder.calibrate import collect_imatrix
+    from bitladder.calibrate.texts import load_text
+
     if files and model is None:
         raise UsageError("a text needs a model: pass -m")
     if n_batch > n_ctx and n_batch % n_ctx:

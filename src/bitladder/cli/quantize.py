@@ -5,9 +5,8 @@ import pathlib
 
 import click
 
+from bitladder.cli import options
 from bitladder.cli.output import Output, common_options
-from bitladder.files import sha256_file
-from bitladder.quantize import quantize
 
 
 @click.command("quantize")
@@ -17,7 +16,7 @@ from bitladder.quantize import quantize
 )
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=pathlib.Path), help="File to write.")
 @click.option("--imatrix", type=click.Path(path_type=pathlib.Path), help="Importance matrix of the same model.")
-@click.option("-t", "--threads", type=click.IntRange(1), help="Threads; all CPUs by default.")
+@options.threads
 @common_options
 def command(
     output: Output,
@@ -32,6 +31,10 @@ def command(
     Types are the library's own choice for the preset; with the same imatrix and library every tensor's bytes equal
     llama-quantize's.
     """
+    # Imported here, so that --help does not wait for the native library.
+    from bitladder.files import sha256_file
+    from bitladder.quantize import quantize
+
     result = quantize(source, out, preset, imatrix=imatrix, threads=threads, progress=output.progress)
     if output.json:
         output.print_json(dataclasses.asdict(result) | {"path": result.path.name, "sha256": sha256_file(result.path)})

@@ -5,6 +5,7 @@ import pathlib
 import click
 
 from bitladder.calibrate.texts import BUILTIN
+from bitladder.cli import options as shared
 from bitladder.cli.output import Output, common_options
 
 
@@ -36,9 +37,7 @@ from bitladder.cli.output import Output, common_options
     type=click.IntRange(1),
     help="Use at most so many chunks of each calibration text.  [default: all]",
 )
-@click.option(
-    "-c", "--ctx-size", "n_ctx", type=click.IntRange(4), default=512, show_default=True, help="Tokens per chunk."
-)
+@shared.n_ctx
 @click.option(
     "--outtype",
     type=click.Choice(["auto", "f16", "bf16", "f32"]),
@@ -46,8 +45,8 @@ from bitladder.cli.output import Output, common_options
     show_default=True,
     help="Type of the full-precision file's matrices.",
 )
-@click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: all CPUs]")
-@click.option("-ngl", "--gpu-layers", type=int, default=0, show_default=True, help="Layers to keep on the GPU.")
+@shared.threads
+@shared.gpu_layers
 @click.option(
     "--converter",
     type=click.Path(path_type=pathlib.Path),
