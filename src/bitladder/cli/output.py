@@ -23,7 +23,9 @@ class Output:
         from rich.console import Console
 
         self.json, self.quiet, self.verbose = json, quiet, verbose
-        self._stdout = Console(file=sys.stdout, highlight=False)
+        # A file or a pipe has no width: tables in it are as wide as they need to be.
+        width = None if sys.stdout.isatty() else 240
+        self._stdout = Console(file=sys.stdout, highlight=False, width=width)
         self._stderr = Console(file=sys.stderr, highlight=False, stderr=True)
         self.progress: Progress = _Bars(self._stderr, quiet)
         if verbose:

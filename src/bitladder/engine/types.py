@@ -1,6 +1,5 @@
 """Tensor types as the library knows them, and its kernels that quantize and dequantize rows, in threads."""
 
-import ctypes
 import dataclasses
 import functools
 import os
@@ -93,29 +92,14 @@ class RowKernels:
         kernels take it (mean squared input per column). Returns uint8 [rows, row bytes]. Raises BitladderError if the
         width does not fit, if the type cannot do without importance, or if the result is not finite.
         """
-        rows, width = weights.shape
-        row_bytes = kind.row_bytes(width)
-        if importance is None and ggml.ggml_quantize_requires_imatrix(kind.id):
-            raise BitladderError(f"{kind.name} needs an importance matrix (--imatrix)")
-        weights = np.ascontiguousarray(weights, np.float32)
-        if importance is not None:
-            importance = np.ascontiguousarray(importance, np.float32)
-            if importance.shape != (width,):
-                raise BitladderError(f"importance has {importance.size} entries for rows of {width} weights")
-        out = np.empty((rows, row_bytes), np.uint8)
-        weight_pointer = importance.ctypes.data if importance is not None else None
-        ggml.ggml_quantize_init(kind.id)
+        width = weights.shape[1]
+        out = np.empty((len(weights), kind.row_bytes(width)), np.uint8)
 
-        def work(span: tuple[int, int]) -> bool:
-            start, stop = span
-            target = out[start:stop]
-            size = ggml.ggml_quantize_chunk(
-                kind.id, weights[start:].ctypes.data, target.ctypes.data, 0, stop - start, width, weight_pointer
-            )
-            return bool(size == target.size and ggml.ggml_validate_row_data(kind.id, target.ctypes.data, size))
+        def work(span: tuple[int, int]) -> None:
+            part = slice(*span)
+            out[part] = quantize_rows(weights[part], kind, importance)
 
-        if not all(self._pool.map(work, self._spans(rows, width))):
-            raise BitladderError(f"the {kind.name} kernel gave invalid blocks: are there NaN or Inf weights?")
+        list(self._pool.map(work, self._spans(len(weights), width)))
         return out
 
     def dequantize(self, data: Bytes, kind: TensorType, width: int) -> Floats:
@@ -152,6 +136,22 @@ def dequantize_into(data: Bytes, kind: TensorType, out: Floats) -> None:
     to_float(data.ctypes.data, out.ctypes.data, out.size)
 
 
-def pointer_bytes(pointer: int, size: int) -> Bytes:
-    """A view (no copy) of `size` bytes of native memory; valid as long as that memory is."""
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+def quantize_rows(weights: Floats, kind: TensorType, importance: Floats | None = None) -> Bytes:
+    """Quantize rows in the calling thread; see RowKernels.quantize."""
+    rows, width = weights.shape
+    out = np.empty((rows, kind.row_bytes(width)), np.uint8)
+    if importance is None and ggml.ggml_quantize_requires_imatrix(kind.id):
+        raise BitladderError(f"{kind.name} needs an importance matrix (--imatrix)")
+    weights = np.ascontiguousarray(weights, np.float32)
+    pointer = None
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+        if importance.shape != (width,):
+            raise BitladderError(f"importance has {importance.size} entries for rows of {width} weights")
+        pointer = importance.ctypes.data
+    # Prepares the type's tables on first use, under a lock of its own.
+    ggml.ggml_quantize_init(kind.id)
+    size = ggml.ggml_quantize_chunk(kind.id, weights.ctypes.data, out.ctypes.data, 0, rows, width, pointer)
+    if size != out.size or not ggml.ggml_validate_row_data(kind.id, out.ctypes.data, size):
+        raise BitladderError(f"the {kind.name} kernel gave invalid blocks: are there NaN or Inf weights?")
+    return out

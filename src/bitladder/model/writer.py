@@ -59,8 +59,7 @@ class GgufWriter:
 
     def __init__(self, stream: BinaryIO, metadata: Mapping[str, Value], tensors: Sequence[TensorPlan]) -> None:
         if "general.alignment" in metadata:
-            # Every file of ours is aligned to the default, as llama-quantize's are.
-            metadata = {key: value for key, value in metadata.items() if key != "general.alignment"}
+            raise ValueError("files of ours have the default alignment")
         self._stream = stream
         self._waiting = list(tensors)[::-1]
         self._left = 0

@@ -1,7 +1,6 @@
 """Streaming a model through the library's kernels into a new file.
 
-Rows are read, expanded to float32, quantized and written in slabs, so memory does not grow with the model. With the
-same preset, imatrix and library every tensor's bytes equal llama-quantize's.
+With the same preset, imatrix and library every tensor's bytes equal llama-quantize's.
 """
 
 import dataclasses
@@ -9,24 +8,20 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
-
 from bitladder.calibrate.imatrix import Imatrix, read_imatrix
 from bitladder.engine.presets import preset_number, preset_types
-from bitladder.engine.types import RowKernels, TensorType
 from bitladder.errors import BitladderError
 from bitladder.files import replacing
-from bitladder.model.reader import GgufFile, TensorInfo
+from bitladder.model.reader import GgufFile
 from bitladder.model.values import Value, string, u32
 from bitladder.model.writer import GgufWriter, TensorPlan, file_size
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize.importance import importance_of
+from bitladder.quantize.stream import stream_tensors
 
-Floats = npt.NDArray[np.float32]
-SLAB = 1 << 24  # weights expanded at a time: 64 MiB of float32
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
-SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+# Splits are joined, and the output has the default alignment.
+DROPPED = ("split.no", "split.count", "split.tensors.count", "general.alignment")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +61,10 @@ def quantize(
         if chosen.types.keys() != file.tensors.keys():
             odd = sorted(chosen.types.keys() ^ file.tensors.keys())
             raise BitladderError(f"the library and {source} disagree on tensors ({odd[0]}, …); is the file damaged?")
+        for name, kind in chosen.types.items():
+            have = file.tensors[name].type
+            if kind != have and have.quantized:
+                raise BitladderError(f"{name} is already {have.name}; quantize from an F16, BF16 or F32 file")
         weights = importance_of(file, chosen, importance, preset, progress)
         if chosen.fallbacks:
             progress.warn(
@@ -73,19 +72,14 @@ def quantize(
             )
         plans = [TensorPlan(name, file.tensors[name].shape, kind) for name, kind in chosen.types.items()]
         values = _metadata(file, preset, imatrix, importance, metadata or {})
-        kernels = RowKernels(threads)
-        try:
-            with replacing(out) as temporary, temporary.open("wb") as stream:
-                writer = GgufWriter(stream, values, plans)
-                with progress.task(f"quantize {preset}", sum(file.tensors[p.name].nbytes for p in plans)) as bar:
-                    for plan in plans:
-                        bar.note(plan.name)
-                        tensor = file.tensors[plan.name]
-                        _write_tensor(writer, file, tensor, plan.type, weights.get(plan.name), kernels)
-                        bar.advance(tensor.nbytes)
-                writer.finish()
-        finally:
-            kernels.close()
+        with (
+            replacing(out) as temporary,
+            temporary.open("wb") as stream,
+            progress.task(f"quantize {preset}", file.tensor_bytes) as bar,
+        ):
+            writer = GgufWriter(stream, values, plans)
+            stream_tensors(writer, file, plans, weights, threads, bar)
+            writer.finish()
         elements = sum(file.tensors[p.name].elements for p in plans)
         bpw = 8 * sum(plan.nbytes for plan in plans) / elements
     types = {name: kind.name for name, kind in chosen.types.items()}
@@ -108,7 +102,7 @@ def _metadata(
     extra: Mapping[str, str],
 ) -> dict[str, Value]:
     """The source's metadata with what llama-quantize changes and adds, in its order; file names without paths."""
-    values = {key: value for key, value in file.metadata.items() if key not in SPLIT_KEYS}
+    values = {key: value for key, value in file.metadata.items() if key not in DROPPED}
     own: dict[str, Value] = {
         "general.quantization_version": u32(QUANTIZATION_VERSION),
         "general.file_type": u32(preset_number(preset)),
@@ -124,37 +118,3 @@ def _metadata(
     for key in own:
         values.pop(key, None)
     return values | own
-
-
-def _write_tensor(
-    writer: GgufWriter,
-    file: GgufFile,
-    tensor: TensorInfo,
-    kind: TensorType,
-    importance: Floats | None,
-    kernels: RowKernels,
-) -> None:
-    per_matrix = tensor.rows_per_matrix
-    step = max(1, SLAB // tensor.width)
-    if kind != tensor.type and tensor.type.quantized:
-        raise BitladderError(f"{tensor.name} is already {tensor.type.name}; quantize from an F16, BF16 or F32 file")
-    for first in range(0, tensor.rows, per_matrix):
-        for start in range(first, first + per_matrix, step):
-            data = file.read(tensor, start, min(start + step, first + per_matrix))
-            if kind == tensor.type:
-                writer.write(tensor.name, data)
-                continue
-            weights = kernels.dequantize(data, tensor.type, tensor.width)
-            _refuse_not_finite(weights, tensor, start)
-            row = importance[first // per_matrix] if importance is not None else None
-            writer.write(tensor.name, kernels.quantize(weights, kind, row))
-
-
-def _refuse_not_finite(weights: Floats, tensor: TensorInfo, start: int) -> None:
-    # One NaN or Inf spoils the sum, and the sum is far cheaper than looking at each weight.
-    if np.isfinite(weights.sum(dtype=np.float64)):
-        return
-    bad = np.flatnonzero(~np.isfinite(weights.reshape(-1)))
-    if len(bad):
-        index = start * tensor.width + int(bad[0])
-        raise BitladderError(f"{tensor.name} has the weight {weights.reshape(-1)[bad[0]]} at index {index}")
