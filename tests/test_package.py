@@ -24,7 +24,7 @@ WALLS = {
     "ladder": {"engine", "model", "calibrate", "convert", "evaluate", "quantize"},
     "report": {"ladder", "model"},
 }
-SHARED = {"errors", "files", "progress"}
+SHARED = {"closing", "errors", "files", "progress"}
 
 
 def imports(path):

@@ -2,12 +2,12 @@
 
 import ctypes
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.closing import Closing
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.native import llama, log
 from bitladder.engine.observe import Observer, Trampoline
@@ -17,7 +17,7 @@ from bitladder.errors import BitladderError
 Floats = npt.NDArray[np.float32]
 
 
-class Context:
+class Context(Closing):
     """Room to decode with a model.
 
     Parameters: `n_ctx` tokens per sequence (-c); `n_seq` sequences decoded side by side; `n_batch` tokens per decode
@@ -68,14 +68,6 @@ class Context:
             llama.llama_batch_free(self._batch)
             llama.llama_free(self._context)
             self._context = None
-
-    def __enter__(self) -> "Context":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def clear(self) -> None:
         """Forget every sequence."""

@@ -4,18 +4,18 @@ import ctypes
 import os
 import pathlib
 from collections.abc import Sequence
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.closing import Closing
 from bitladder.engine.native import backend, llama, log
 from bitladder.errors import BitladderError
 
 Tokens = npt.NDArray[np.int32]
 
 
-class Model:
+class Model(Closing):
     """A GGUF model in memory.
 
     Parameters: `path` the file (or the first of its splits); `mmap` maps the file instead of reading it (a mapped
@@ -69,14 +69,6 @@ class Model:
         if self._model:
             llama.llama_model_free(self._model)
             self._model = None
-
-    def __enter__(self) -> "Model":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def description(self) -> str:

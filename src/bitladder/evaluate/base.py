@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.texts import Text
+from bitladder.closing import Closing
 from bitladder.engine.context import Context
 from bitladder.engine.native import versions
 from bitladder.engine.observe import Multiplication
@@ -33,7 +33,7 @@ _TOLERANCE = 3e-2
 _DTYPES: dict[str, Dtype] = {"f16": "f16", "bf16": "bf16"}
 
 
-class HiddenBase:
+class HiddenBase(Closing):
     """A base file together with the head of the model it was made of (a `divergence.Base`)."""
 
     def __init__(self, file: BaseFile, model: Identity) -> None:
@@ -52,14 +52,6 @@ class HiddenBase:
         """Close the files."""
         self.file.close()
         self._head.close()
-
-    def __enter__(self) -> "HiddenBase":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def rows(self, chunk: int) -> BaseRows:
         """What is stored of a chunk's scored rows."""

@@ -5,11 +5,11 @@ are ever in memory, and reading from the system's file cache costs little beside
 """
 
 import dataclasses
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.closing import Closing
 from bitladder.engine.types import dequantize_into
 from bitladder.evaluate.identity import Identity
 from bitladder.model.reader import GgufFile
@@ -20,7 +20,7 @@ _WEIGHTS = 1 << 18  # weights in a block, about; together with the block's logit
 _MIN_ROWS, _MAX_ROWS = 256, 4096  # fewer would be slow to multiply; more would not fit the scratch of `divergence`
 
 
-class Head:
+class Head(Closing):
     """The output matrix of a model file, float32 logits = hidden states × its transpose."""
 
     def __init__(self, model: Identity) -> None:
@@ -34,14 +34,6 @@ class Head:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def __enter__(self) -> "Head":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def apply(self, hidden: Floats) -> "HeadLogits":
         """The logits of hidden states float32 [rows, n_embd]; nothing is computed yet."""

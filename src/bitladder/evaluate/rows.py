@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.closing import Closing
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError
 
@@ -19,7 +19,7 @@ Tokens = npt.NDArray[np.int32]
 PIECE = 1 << 15  # numbers handled at a time: 128 KB, so that a few such arrays fit into a core's second-level cache
 
 
-class Workers:
+class Workers(Closing):
     """Threads that take work piece by piece. NumPy leaves Python's lock, so that they really run at once.
 
     Each thread has a number, its slot, and two scratch arrays of PIECE float32: `scratch[slot]`.
@@ -34,14 +34,6 @@ class Workers:
         """Stop the threads."""
         if self._pool:
             self._pool.shutdown()
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def run(self, count: int, work: Callable[[int, int], None]) -> None:
         """Call work(i, slot) for i in 0…count−1, in any order; the calling thread helps. Raises what work raises."""

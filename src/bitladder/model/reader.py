@@ -8,12 +8,12 @@ import mmap
 import os
 import pathlib
 import struct
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.closing import Closing
 from bitladder.engine.types import TensorType, all_types
 from bitladder.errors import BitladderError
 from bitladder.model.values import ARRAY, SCALARS, STRING, Value
@@ -57,7 +57,7 @@ class TensorInfo:
         return self.type.row_bytes(self.width) * self.rows
 
 
-class GgufFile:
+class GgufFile(Closing):
     """An open GGUF file.
 
     `metadata` maps keys to Values in file order, `tensors` names to TensorInfo in file order. Raises BitladderError
@@ -80,14 +80,6 @@ class GgufFile:
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
-
-    def __enter__(self) -> "GgufFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object, or the default."""
