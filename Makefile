@@ -19,7 +19,8 @@ lint: $(VENV)/.test
 
 # Ratios against llama.cpp's own tools: needs LLAMA_CPP_TOOLS=DIR and MODEL=F16.gguf TEXT=wiki.test.raw.
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/ratios.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/ratios.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT)) \
+		$(if $(CALIBRATION),--calibration $(CALIBRATION))
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

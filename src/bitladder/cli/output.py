@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,8 +24,8 @@ class Output:
         from rich.console import Console
 
         self.json, self.quiet, self.verbose = json, quiet, verbose
-        # A file or a pipe has no width: tables in it are as wide as they need to be.
-        width = None if sys.stdout.isatty() else 240
+        # A file or a pipe has no width (unless COLUMNS says so): tables in it are as wide as they need to be.
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
         self._stdout = Console(file=sys.stdout, highlight=False, width=width)
         self._stderr = Console(file=sys.stderr, highlight=False, stderr=True)
         self.progress: Progress = _Bars(self._stderr, quiet)
