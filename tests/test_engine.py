@@ -7,7 +7,7 @@ import pytest
 from bitladder.engine import native
 from bitladder.engine.context import Context
 from bitladder.engine.model import Model
-from bitladder.engine.observe import Weights
+from bitladder.engine.observe import HiddenStates, Weights
 from bitladder.engine.types import RowKernels, all_types, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.model.reader import GgufFile
@@ -107,19 +107,18 @@ class Recorder:
         self.experts[seen.weight] = experts
 
 
-def test_observed_inputs_times_weights_give_the_logits(tiny_gguf, kernels):
-    recorder = Recorder({"output.weight"})
-    with Model(tiny_gguf) as model, Context(model, n_ctx=64, observer=recorder) as context:
+def test_hidden_states_times_the_head_give_the_logits(tiny_gguf, kernels):
+    states = HiddenStates("output.weight")
+    with Model(tiny_gguf) as model, Context(model, n_ctx=64, observer=states) as context:
         tokens = model.tokenize("The assert statement inserts debugging assertions into a program.")
         outputs = np.arange(len(tokens)) % 3 == 0
         logits = decode(context, tokens, outputs)
     with GgufFile(tiny_gguf) as file:
         head = file.tensors["output.weight"]
         matrix = kernels.dequantize(file.read(head), head.type, head.width)
-    hidden = recorder.inputs["output.weight"][0]
-    assert hidden.shape == (outputs.sum(), 256)
-    expected = hidden @ matrix.T
-    assert np.abs(expected - logits).max() < 2e-3 * np.ptp(logits)
+    hidden = states.take()
+    assert hidden.shape == (outputs.sum(), 256) and not states.take().size
+    assert np.abs(hidden @ matrix.T - logits).max() < 2e-3 * np.ptp(logits)
 
 
 def test_every_weight_is_seen(tiny_gguf):

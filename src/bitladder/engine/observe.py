@@ -125,6 +125,31 @@ def _ids(tensor: Tensor) -> npt.NDArray[np.int32]:
     return np.ndarray((tokens, n_used), np.int32, memoryview(raw), 0, (tensor.nb[1], tensor.nb[0])).copy()
 
 
+class HiddenStates:
+    """Observer that keeps the final hidden states: the input of the multiplication by the head.
+
+    `head` is the head's weight, "output.weight" or, where it is tied, "token_embd.weight". There is a row for each
+    output asked for; with one sequence per batch they come in its order.
+    """
+
+    def __init__(self, head: str) -> None:
+        self._head = head
+        self._parts: list[Floats] = []
+
+    def wants(self, seen: Multiplication) -> bool:
+        """The head only."""
+        return seen.weight == self._head and seen.tokens > 0
+
+    def see(self, seen: Multiplication, inputs: Floats, experts: npt.NDArray[np.int32] | None) -> None:
+        """Keep a copy."""
+        self._parts.append(inputs.reshape(-1, inputs.shape[-1]).copy())
+
+    def take(self) -> Floats:
+        """States since the last call, float32 [outputs, n_embd]."""
+        parts, self._parts = self._parts, []
+        return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
+
+
 class _Noting(Trampoline):
     """Notes the address of every weight that the graph reads."""
 

@@ -11,7 +11,7 @@ from bitladder.calibrate.texts import Text
 from bitladder.closing import Closing
 from bitladder.engine.context import Context
 from bitladder.engine.native import versions
-from bitladder.engine.observe import Multiplication
+from bitladder.engine.observe import HiddenStates
 from bitladder.errors import BitladderError
 from bitladder.evaluate.basefile import BaseFile, Dtype, Header, pack, unpack, write_header, write_record
 from bitladder.evaluate.chunks import Chunks, cut, decode
@@ -62,25 +62,6 @@ class HiddenBase(Closing):
         return self._head.apply(self.file.hidden(chunk)[start:stop])
 
 
-class _HeadInput:
-    """Observer that keeps the input of the head's multiplication, float32 [rows, n_embd] per computation."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._parts: list[Floats] = []
-
-    def wants(self, multiplication: Multiplication) -> bool:
-        return multiplication.weight == self._name and multiplication.tokens > 0
-
-    def see(self, multiplication: Multiplication, inputs: Floats, experts: npt.NDArray[np.int32] | None) -> None:
-        self._parts.append(inputs.reshape(-1, inputs.shape[-1]).copy())
-
-    def take(self) -> Floats:
-        """Rows seen since the last call."""
-        parts, self._parts = self._parts, []
-        return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
-
-
 def make_base(model: Identity, text: Text, out: pathlib.Path, settings: Settings, progress: Progress = SILENT) -> None:
     """Run the full-precision model over a text and write a base file.
 
@@ -90,7 +71,7 @@ def make_base(model: Identity, text: Text, out: pathlib.Path, settings: Settings
     threads = settings.threads
     with settings.load(model.path) as loaded:
         pieces = cut(loaded, text, settings)
-        observer = _HeadInput(model.head.name)
+        observer = HiddenStates(model.head.name)
         context = settings.context(loaded, observer)
         with context, Workers(threads) as workers, Head(model) as head:
             maker = _Maker(model, text, pieces, context, observer, head, workers)
@@ -109,7 +90,7 @@ class _Maker:
     text: Text
     chunks: Chunks
     context: Context
-    observer: _HeadInput
+    observer: HiddenStates
     head: Head
     workers: Workers
 
