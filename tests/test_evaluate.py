@@ -179,7 +179,7 @@ def test_logits_that_are_not_the_head_times_the_state(folder, text, tmp_path, mo
     def see(self, multiplication, inputs, experts):
         self._parts.append(1.1 * inputs.reshape(-1, inputs.shape[-1]))
 
-    monkeypatch.setattr(base_module._HeadInput, "see", see)
+    monkeypatch.setattr(base_module.HiddenStates, "see", see)
     with pytest.raises(BitladderError, match=r"logits are not output\.weight × hidden state .*olmo2 change them"):
         ev.make_base(folder / "full.gguf", text, tmp_path / "x.base", n_ctx=128, threads=1, chunks=2)
     assert not list(tmp_path.iterdir())
