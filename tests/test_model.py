@@ -95,6 +95,16 @@ def test_replacing_leaves_nothing_behind(tmp_path):
         pass
 
 
+def test_a_device_is_not_replaced_and_a_link_stays(tmp_path):
+    with pytest.raises(BitladderError, match="not a regular file"), replacing("/dev/null"):
+        pass
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+
+
 def test_a_full_disk_is_one_clear_line(tmp_path):
     with (
         pytest.raises(BitladderError, match=r"cannot write .*No space left"),

@@ -83,6 +83,7 @@ def test_help_does_not_load_the_native_library():
         (["imatrix", "-f", "pydoc:test"], 2, "-m"),
         (["imatrix", "-o", "x.gguf"], 1, "--in-file"),
         (["run", "absent", "--out", "x"], 1, "absent"),
+        (["run", ".", "--out", "x"], 1, "config.json"),
         (["quantize"], 2, "Missing"),
         (["nonsense"], 2, "nonsense"),
     ],

@@ -24,6 +24,11 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     if path.is_dir():
         raise BitladderError(f"{path} is a directory; name a file")
+    if path.exists() and not path.is_file():
+        # Renaming onto a device or a pipe would replace it.
+        raise BitladderError(f"{path} is not a regular file; name another one")
+    if path.is_symlink():
+        path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

@@ -18,7 +18,7 @@ from bitladder.ladder.manifest import RunRecord
 from bitladder.ladder.plan import CODE, Kind, RunOptions, Step, command_line, plan
 from bitladder.ladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
 from bitladder.ladder.source import Source, describe, locate
-from bitladder.ladder.space import check_room
+from bitladder.ladder.space import check_room, parameters_of
 from bitladder.ladder.store import Product, Store, open_store
 from bitladder.progress import SILENT, Progress
 
@@ -47,6 +47,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT) -> RunResult:
         raise UsageError(f"--out {options.out} is the checkpoint's own directory; name another one")
     if source.is_gguf and (options.outtype != "auto" or options.converter):
         progress.warn("MODEL is a GGUF already: --outtype and --converter have no effect")
+    parameters_of(source)  # what is no model is refused before a directory is made
     text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
     if text.sha256 in {one.sha256 for one in calibration}:
         progress.warn(f"{text.name} is measured with and calibrated on: the figures will be better than on other text")

@@ -37,7 +37,7 @@ def check_room(options: RunOptions, source: Source, present: Iterable[str]) -> N
     done = set(present)
     rungs = [rung for rung in options.rungs if f"quantize {rung}" not in done]
     convert = not source.is_gguf and "convert" not in done
-    needed = bytes_needed(_parameters(source), rungs, options.outtype if convert else None)
+    needed = bytes_needed(parameters_of(source), rungs, options.outtype if convert else None)
     free = shutil.disk_usage(options.out).free
     if needed > free:
         raise BitladderError(
@@ -54,8 +54,8 @@ def bytes_needed(parameters: int, rungs: Iterable[str], outtype: str | None) -> 
     return int(parameters * bits / 8)
 
 
-def _parameters(source: Source) -> int:
-    """How many weights the model has, from headers only."""
+def parameters_of(source: Source) -> int:
+    """How many weights the model has, from headers only. Raises BitladderError if it is no model."""
     if source.is_gguf:
         with GgufFile(source.path) as file:
             return sum(tensor.elements for tensor in file.tensors.values())
