@@ -141,6 +141,13 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tiny_gguf, text, tmp_path, 
     assert not (tmp_path / "cut.gguf.partial").exists()
 
 
+def test_a_damaged_partial_file_is_said_and_not_used(tiny_gguf, text, tmp_path):
+    out = tmp_path / "a.gguf"
+    (tmp_path / "a.gguf.partial").write_bytes(b"PK\x03\x04 and then nothing")
+    assert collect_imatrix(tiny_gguf, [text], out, n_ctx=128, chunks=2).chunks == 2
+    assert not (tmp_path / "a.gguf.partial").exists()
+
+
 def test_errors(tiny_gguf, moe, text, tmp_path):
     with pytest.raises(BitladderError, match="are needed for chunks of 512"):
         collect_imatrix(tiny_gguf, [type(text)("short", "a few words", "0")], tmp_path / "x")

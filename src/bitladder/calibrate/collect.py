@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import time
+import zipfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -261,7 +262,7 @@ class _Partial:
                 for name in data["names"].tolist():
                     collector.entries[name] = Entry(data[f"{name} sums"], data[f"{name} counts"])
                 done = int(data["done"])
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             progress.warn(f"{self.path.name} cannot be read; starting from the first chunk")
             collector.entries.clear()
             return 0
