@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 
 # The main job on the embedded model: checkpoint in, measured ladder and model card out, in demo/.
 demo: $(VENV)/.installed
-	$(BIN)/bitladder run examples/tiny-olmo2 --out demo
+	$(BIN)/bitladder run examples/tiny-olmo2 --out demo --tasks continuation:pydoc:test --task-count 100
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from bitladder.errors import BitladderError
 from bitladder.ladder.manifest import Manifest, OutputFile, RunRecord, StepRecord
-from bitladder.ladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
+from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
 from bitladder.report import render_card, write_card
 from bitladder.report.numbers import Figure, gigabytes, percent, with_error
 from bitladder.report.results import Scores, worth_their_size
@@ -147,6 +147,24 @@ def test_a_measurement_on_the_calibration_text_says_so(run_dir):
     for path in (run_dir / "recipes").iterdir():
         path.write_text(path.read_text().replace("cc" * 32, "ee" * 32))
     assert "this very text" in render_card(run_dir)
+
+
+def test_benchmarks_stand_side_by_side_with_their_average(run_dir):
+    assert "Benchmarks" not in render_card(run_dir)
+    for rung in (*RUNGS, "base"):
+        path = run_dir / "scores" / f"{rung}.json"
+        tasks = {
+            name: {"accuracy": figure(0.5, 0.02), "chance": 0.25, "count": 625, "source": f"{name}.bin"}
+            for name in ("arc", "mmlu")
+        }
+        extra = {"tasks": tasks, "tasks_average": 0.5, "tasks_average_error": 0.014}
+        path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+    card = render_card(run_dir)
+    lines = card.split("### Benchmarks")[1].split("\n\n")[1].splitlines()
+    assert lines[:3] == ["| Model | arc | mmlu | average |", "|:--|--:|--:|--:|", "| guessing | 25.0 % | 25.0 % | – |"]
+    assert len(lines) == 3 + 1 + len(RUNGS)
+    assert all(line.endswith("| 50.0 ± 2.0 % | 50.0 ± 2.0 % | 50.0 ± 1.4 % |") for line in lines[3:])
+    assert "arc\n(625 questions of `arc.bin`), mmlu" in card
 
 
 def test_the_card_is_written_only_if_it_differs(run_dir):

@@ -2,14 +2,13 @@ import pathlib
 
 import pytest
 
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import UsageError
 from bitladder.ladder.plan import CODE, RunOptions, choose_rungs, command_line, plan
-from bitladder.ladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, read_recipe, recipe_toml, write_recipe
 from bitladder.ladder.source import file_stem
 from bitladder.ladder.space import bytes_needed
 
 RUNGS = ("Q4_K_M", "Q8_0")
-SOURCES = {"model", "converter", "text", "calibration"}
+SOURCES = {"model", "converter", "text", "calibration", "tasks"}
 
 
 def options(**changes) -> RunOptions:
@@ -43,6 +42,7 @@ def test_an_option_changes_only_what_depends_on_it():
     assert differing(imatrix_chunks=5) == [
         "imatrix", "quantize Q4_K_M", "score Q4_K_M", "quantize Q8_0", "score Q8_0",
     ]  # fmt: skip
+    assert differing(tasks="continuation:x.txt") == ["score base", "score Q4_K_M", "score Q8_0"]
     assert differing(rungs=("Q8_0",)) == []
     assert differing(rungs=(*RUNGS, "Q6_K")) == ["quantize Q6_K", "score Q6_K"]
     assert len(differing(outtype="f32")) == 8
@@ -67,11 +67,12 @@ def test_the_command_names_no_paths():
         calibration=("/a/b.txt", "pydoc:test"),
         converter=pathlib.Path("/opt/c.py"),
         threads=2,
+        tasks="arc:/a/arc.bin,mmlu,continuation:pydoc:test",
     )
     line = command_line(full, "name", ("Q8_0",))
     assert line == (
         "bitladder run name --out out --ladder Q4_K_M,Q8_0 --calibration b.txt --calibration pydoc:test"
-        " --text 'my text.txt' -t 2 --converter c.py"
+        " --text 'my text.txt' --tasks arc:arc.bin,mmlu,continuation:pydoc:test -t 2 --converter c.py"
     )
 
 
@@ -86,46 +87,3 @@ def test_file_names_follow_the_convention():
 def test_the_room_a_ladder_needs():
     assert bytes_needed(8_000_000_000, [], "f16") == 16_000_000_000
     assert bytes_needed(8_000_000_000, ["Q8_0"], None) == pytest.approx(9.35e9)
-
-
-RECIPE = Recipe(
-    model='Modèle "x"',
-    file="X-Q4_K_M.gguf",
-    preset="Q4_K_M",
-    bytes=123,
-    bpw=4.9375,
-    source=FileUsed(name="X-F16.gguf", sha256="ab"),
-    imatrix=ImatrixUsed(name="imatrix.gguf", sha256="cd", chunks=3, n_ctx=512, texts=[TextUsed(name="t", sha256="ef")]),
-    versions={"bitladder": "0.1.0"},
-    tensors={
-        "token_embd.weight": "q6_K",
-        "blk.0.ffn_down.weight": "q6_K",
-        "blk.0.attn_k.weight": "q4_K",
-        "blk.1.ffn_down.weight": "q4_K",
-        "blk.1.attn_k.weight": "q4_K",
-        'odd "name" 🙂': "f32",
-    },
-)
-
-
-def test_a_recipe_survives_writing_and_reading(tmp_path):
-    write_recipe(tmp_path / "r.toml", RECIPE)
-    assert read_recipe(tmp_path / "r.toml") == RECIPE
-    without = RECIPE.model_copy(update={"imatrix": None})
-    write_recipe(tmp_path / "r.toml", without)
-    assert read_recipe(tmp_path / "r.toml") == without
-
-
-def test_a_recipe_is_grouped_for_reading():
-    lines = recipe_toml(RECIPE).splitlines()
-    group = lines.index("# ffn_down.weight: 1 × q6_K, 1 × q4_K")
-    assert lines[group + 1 : group + 3] == ['"blk.0.ffn_down.weight" = "q6_K"', '"blk.1.ffn_down.weight" = "q4_K"']
-
-
-@pytest.mark.parametrize(("text", "match"), [("x = ", "not TOML"), ("preset = 3", "model"), (None, "cannot read")])
-def test_a_bad_recipe_is_one_line(tmp_path, text, match):
-    path = tmp_path / "r.toml"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(BitladderError, match=match):
-        read_recipe(path)

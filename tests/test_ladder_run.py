@@ -70,7 +70,7 @@ class Fakes:
         self.write(out, model.read_bytes(), *(text.text.encode() for text in texts), str((n_ctx, chunks)).encode())
         return ImatrixResult(out, 7, 5, {})
 
-    def quantize(self, source, out, preset, *, imatrix, threads, progress):
+    def quantize(self, source, out, preset, *, imatrix, threads, recipe_hash, progress):
         self.write(out, source.read_bytes(), imatrix.read_bytes(), preset.encode())
         return QuantizeResult(out, out.stat().st_size, 4.5, {"a.weight": preset.lower()}, preset)
 
@@ -330,15 +330,21 @@ def test_the_real_thing_on_the_embedded_model(tiny_checkpoint, calibration_text,
     options = RunOptions(
         model=str(tiny_checkpoint), out=tmp_path / "out", rungs=("Q4_K_M",), text=str(calibration_text),
         calibration=(str(calibration_text),), chunks=2, imatrix_chunks=2, n_ctx=64,
+        tasks=f"continuation:{calibration_text}", task_count=8,
     )  # fmt: skip
     result = run(options)
     write_card(options.out)
+    card = (options.out / "README.md").read_text()
+    assert "| Model | continuation |" in card
+    assert "(8 questions of `calibration.txt`)" in card
     full, quant = result.scores
     assert quant["base"] == {"model": full["model"], "sha256": full["sha256"]}
     assert 0 < quant["kld"]["value"] < 0.5
     assert quant["ppl_base"]["value"] == pytest.approx(full["ppl"]["value"], rel=1e-4)
     assert quant["bytes"] < full["bytes"]
+    assert quant["tasks"]["continuation"]["count"] == full["tasks"]["continuation"]["count"] == 8
     assert run(options).made == ()
+    assert run(options.model_copy(update={"task_count": 4})).made == ("score base", "score Q4_K_M")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,11 @@ WALLS = {
     "statistics": {"calibrate", "model"},
     "quantize": {"engine", "model", "calibrate"},
     "evaluate": {"engine", "model", "calibrate"},
-    "ladder": {"engine", "model", "calibrate", "convert", "evaluate", "quantize"},
-    "report": {"ladder", "model"},
+    "sensitivity": {"engine", "model", "evaluate"},
+    "allocate": set(),
+    "recipe": {"engine", "model"},
+    "ladder": {"engine", "model", "calibrate", "convert", "evaluate", "quantize", "recipe"},
+    "report": {"ladder", "model", "recipe"},
 }
 SHARED = {"closing", "errors", "files", "progress"}
 

@@ -17,21 +17,26 @@ if TYPE_CHECKING:
     from bitladder.ladder.run import run as run_ladder
     from bitladder.model.reader import GgufFile
     from bitladder.quantize import quantize as quantize_model
+    from bitladder.recipe import Recipe, read_recipe
+    from bitladder.recipe import extract as extract_recipe
     from bitladder.report import write_card
 
 _HOMES = {
     "BitladderError": ("errors", "BitladderError"),
     "GgufFile": ("model.reader", "GgufFile"),
     "Imatrix": ("calibrate", "Imatrix"),
+    "Recipe": ("recipe", "Recipe"),
     "RunOptions": ("ladder", "RunOptions"),
     "Scores": ("evaluate", "Scores"),
     "collect_imatrix": ("calibrate", "collect_imatrix"),
     "convert_checkpoint": ("convert", "convert"),
     "evaluate_model": ("evaluate", "evaluate"),
+    "extract_recipe": ("recipe", "extract"),
     "load_text": ("calibrate.texts", "load_text"),
     "make_base": ("evaluate", "make_base"),
     "quantize_model": ("quantize", "quantize"),
     "read_imatrix": ("calibrate", "read_imatrix"),
+    "read_recipe": ("recipe", "read_recipe"),
     "run_ladder": ("ladder", "run"),
     "write_card": ("report", "write_card"),
 }
@@ -40,15 +45,18 @@ __all__ = [
     "BitladderError",
     "GgufFile",
     "Imatrix",
+    "Recipe",
     "RunOptions",
     "Scores",
     "collect_imatrix",
     "convert_checkpoint",
     "evaluate_model",
+    "extract_recipe",
     "load_text",
     "make_base",
     "quantize_model",
     "read_imatrix",
+    "read_recipe",
     "run_ladder",
     "write_card",
 ]

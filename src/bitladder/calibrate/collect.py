@@ -244,8 +244,8 @@ class _Partial:
     ) -> None:
         self.path = out.with_name(out.name + ".partial")
         with GgufFile(model) as file:
-            stat = file.path.stat()
-            header = [list(file.tensors), stat.st_size, stat.st_mtime_ns]
+            stats = [part.stat() for part in file.parts]
+            header = [list(file.tensors), *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
         what = [header, [text.sha256 for text in texts], dataclasses.asdict(options), versions()]
         self._key = sha256_bytes(json.dumps(what).encode())
         self._seconds = seconds

@@ -15,8 +15,12 @@ VERBS = {
     "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
     "imatrix": "Compute an importance matrix from calibration texts.",
     "quantize": "Quantize a GGUF to a preset.",
+    "plan": "Say which blocks cost least to leave out.",
+    "recipe": "Show, check, extract, compare and export which type each tensor of a quant has.",
     "stats": "Show what an importance matrix holds, or how two of them differ.",
     "eval": "Measure perplexity and divergence from the full-precision model.",
+    "bench": "Measure prompt processing and text generation in tokens per second.",
+    "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
     "card": "Write the model card of a run again.",
 }
 

@@ -1,34 +1,69 @@
-"""`bitladder eval`: perplexity of GGUF files, and their divergence from the full-precision model."""
+"""`bitladder eval`: perplexity, divergence from the full-precision model, and benchmarks of GGUF files."""
 
+import contextlib
 import pathlib
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from bitladder.cli import options
 from bitladder.cli.output import Output, common_options
 
-if TYPE_CHECKING:
-    from bitladder.evaluate import Figure, Scores
-
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 _OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
+TEXT_CTX, TASK_CTX = 512, 768
 
 
 @click.command("eval")
 @click.option("-m", "--model", "models", type=_FILE, multiple=True, required=True, help="A GGUF file; may be repeated.")
-@click.option("--base", type=_FILE, help="The full-precision GGUF to compare with; its predictions are kept.")
+@click.option(
+    "--base",
+    type=_FILE,
+    help="What to compare with: the full-precision GGUF (its predictions are kept), or a file of its predictions.",
+)
 @click.option("--base-file", type=_OUT, help="Where the base's predictions are kept.  [default: beside the base]")
+@click.option(
+    "--kl-divergence-base",
+    "logits",
+    type=_OUT,
+    help="llama-perplexity's file of log-probabilities: written from the model, or read with --kl-divergence.",
+)
+@click.option("--kl-divergence", "read_logits", is_flag=True, help="Compare with --kl-divergence-base.")
 @click.option(
     "-f",
     "--file",
     "text",
-    default="pydoc:test",
-    show_default=True,
-    help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration).",
+    help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration).  [default: pydoc:test, or "
+    "none if only --tasks are asked for]",
 )
-@options.n_ctx
+@click.option(
+    "--tasks",
+    help="Benchmarks: NAME[:FILE],… of arc, hellaswag, mmlu, truthfulqa, winogrande (without FILE: from the hub) and "
+    "continuation:TEXT.",
+)
+@click.option(
+    "--task-count", type=click.IntRange(min=1), help="Questions of each task, drawn at random.  [default: all]"
+)
+@click.option(
+    "-c",
+    "--ctx-size",
+    "n_ctx",
+    type=click.IntRange(4),
+    help=f"Tokens of context.  [default: {TEXT_CTX} per chunk of text, {TASK_CTX} for tasks]",
+)
 @click.option("--chunks", type=click.IntRange(min=1), help="Chunks to measure on.  [default: the whole text]")
+@click.option(
+    "--noise-chunks",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Chunks for the noise floor of KLD (0: none).",
+)
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    help="Folder of results, kept by content.  [default: the user's cache folder]",
+)
+@click.option("--no-cache", is_flag=True, help="Measure everything anew and keep nothing.")
 @options.n_batch(512)
 @options.n_ubatch
 @options.threads
@@ -39,9 +74,16 @@ def command(
     models: tuple[pathlib.Path, ...],
     base: pathlib.Path | None,
     base_file: pathlib.Path | None,
-    text: str,
-    n_ctx: int,
+    logits: pathlib.Path | None,
+    read_logits: bool,
+    text: str | None,
+    tasks: str | None,
+    task_count: int | None,
+    n_ctx: int | None,
     chunks: int | None,
+    noise_chunks: int,
+    cache: pathlib.Path | None,
+    no_cache: bool,
     n_batch: int,
     n_ubatch: int,
     threads: int | None,
@@ -50,70 +92,61 @@ def command(
     *,
     output: Output,
 ) -> None:
-    """Measure perplexity and, with --base, the divergence from the full-precision model."""
+    """Measure perplexity, divergence from the full-precision model (--base) and benchmarks (--tasks).
+
+    Several models are shown side by side, with the paired difference of each from the first.
+    """
     # Imported here, so that --help does not wait for the native library.
+    import platformdirs
+
     from bitladder import evaluate as package
     from bitladder.calibrate.texts import load_text
+    from bitladder.cli.eval_table import tables
+    from bitladder.evaluate import tasks as benchmarks
     from bitladder.files import write_json
 
-    loaded = load_text(text)
-    settings = package.Settings(n_ctx, chunks, threads, gpu_layers, n_batch, n_ubatch)
-    opened = package.open_or_compute(base, base_file, loaded, settings, output.progress) if base else None
-    try:
-        found = [package.measure(model, loaded, settings, base=opened, progress=output.progress)[0] for model in models]
-    finally:
-        if opened:
-            opened.close()
+    if read_logits and (base or not logits):
+        raise click.UsageError("--kl-divergence compares with --kl-divergence-base FILE; leave --base out")
+    if logits and not read_logits and (len(models) > 1 or base or tasks):
+        raise click.UsageError(
+            "--kl-divergence-base without --kl-divergence writes the file from one full-precision model: one -m, no "
+            "--base, no --tasks"
+        )
+    questions = tuple(benchmarks.load_task(spec) for spec in benchmarks.parse_specs(tasks)) if tasks else ()
+    if text is None and not read_logits and (base or not tasks):
+        text = "pydoc:test"
+    loaded = load_text(text) if text else None
+    if logits and read_logits and n_ctx is None:
+        with package.LogitsFile(logits) as file:
+            n_ctx = file.layout.n_ctx
+    settings = package.Settings(n_ctx or TEXT_CTX, chunks, threads, gpu_layers, n_batch, n_ubatch)
+    if loaded and logits and not read_logits:
+        found = [package.measure_and_keep(models[0], loaded, logits, settings, output.progress)]
+    else:
+        with contextlib.ExitStack() as stack:
+            opened = None
+            if reference := logits or base:
+                opened = package.open_or_compute(reference, base_file, loaded, settings, models[0], output.progress)
+                stack.enter_context(opened)
+            wanted = package.Wanted(
+                text=loaded,
+                settings=settings,
+                base=opened,
+                tasks=questions,
+                task_settings=package.Settings(n_ctx or TASK_CTX, None, threads, gpu_layers, n_batch, n_ubatch),
+                task_count=task_count,
+                noise_chunks=noise_chunks,
+            )
+            folder = cache or platformdirs.user_cache_path("bitladder") / "results"
+            results = package.NoResults() if no_cache else package.ResultFolder(folder)
+            found = package.evaluate_several(list(models), wanted, results=results, progress=output.progress)
     data = [scores.to_json() for scores in found]
     value = data[0] if len(data) == 1 else data
     if out:
         write_json(out, value)
     if output.json:
         output.print_json(value)
-    else:
-        output.print(table(found))
-
-
-def table(found: "list[Scores]") -> Any:
-    """A table with a column for each model; percentages where llama-perplexity prints them."""
-    from rich.table import Table
-
-    first = found[0]
-    text = first.text.name if first.text else ""
-    made = Table(
-        title=f"{text}, {first.chunks} chunks of {first.n_ctx}, {first.tokens_scored} tokens scored",
-        title_justify="left",
-    )
-    made.add_column("")
-    for scores in found:
-        made.add_column(scores.model, justify="right", overflow="fold")
-    for label, cell in _ROWS:
-        cells = [cell(scores) for scores in found]
-        if any(cells):
-            made.add_row(label, *cells)
-    return made
-
-
-def _pm(figure: "Figure | None", digits: int, scale: float = 1, unit: str = "") -> str:
-    return f"{figure.value * scale:.{digits}f} ± {figure.error * scale:.{digits}f}{unit}" if figure else ""
-
-
-def _percent(figure: "Figure | None") -> str:
-    return _pm(figure, 3, 100, " %")
-
-
-_ROWS: list[tuple[str, Any]] = [
-    ("size", lambda s: f"{s.bytes / 1e6:,.1f} MB"),
-    ("bits per weight", lambda s: f"{s.bpw:.3f}"),
-    ("PPL", lambda s: _pm(s.ppl, 4)),
-    ("PPL base", lambda s: _pm(s.ppl_base, 4)),
-    ("ln PPL ratio", lambda s: _pm(s.ln_ppl_ratio, 5)),
-    ("ρ PPL", lambda s: f"{100 * s.rho_ppl:.2f} %" if s.rho_ppl is not None else ""),
-    ("KLD mean", lambda s: _pm(s.kld, 6)),
-    *(
-        (f"KLD {label}", lambda s, field=field: f"{getattr(s.kld, field):.6f}" if s.kld else "")
-        for label, field in (("max", "max"), ("99.9 %", "p999"), ("99 %", "p99"), ("median", "median"))
-    ),
-    ("Δp RMS", lambda s: _percent(s.delta_p.rms if s.delta_p else None)),
-    ("same top p", lambda s: _percent(s.same_top_p)),
-]
+        return
+    for title, table in tables(found):
+        output.line(title)
+        output.print(table)

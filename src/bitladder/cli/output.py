@@ -46,6 +46,11 @@ class Output:
         """Print a rich table or the like on stdout."""
         self._stdout.print(renderable)
 
+    def remark(self, renderable: Any) -> None:
+        """Print a rich table or a line on stderr, unless quiet: what a person reads while work goes on."""
+        if not self.quiet:
+            self._stderr.print(renderable, markup=False)
+
 
 class _Bars:
     """Progress as bars with a time to go; in a file or a pipe, one line when a piece of work begins."""

@@ -1,46 +1,136 @@
 """bitladder quantize."""
 
+import collections
 import dataclasses
 import pathlib
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bitladder.cli import options
 from bitladder.cli.output import Output, common_options
 
+if TYPE_CHECKING:
+    from bitladder.quantize import Preflight, Prepared, QuantizeResult
 
-@click.command("quantize")
-@click.argument("preset")
+_PATH = click.Path(path_type=pathlib.Path)
+
+
+class _FilesInPlace(click.Command):
+    """Puts the entries of --tensor-type-file where the file is named: the first pattern that matches decides."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from bitladder.quantize.options import read_tensor_types
+
+        option, expanded, rest = "--tensor-type-file", list[str](), iter(args)
+        for one in rest:
+            name, equals, path = one.partition("=")
+            if name != option or (not equals and (path := next(rest, "")) == ""):
+                expanded.append(one)
+                continue
+            for entry in read_tensor_types(path):
+                expanded += ["--tensor-type", entry]
+        return super().parse_args(ctx, expanded)
+
+
+@click.command("quantize", cls=_FilesInPlace)
+@click.argument("preset", required=False)
+@click.option("-m", "--model", "source", required=True, type=_PATH, help="F16, BF16 or F32 GGUF.")
+@click.option("-o", "--output", "out", type=_PATH, help="File to write; one that exists is replaced.")
+@click.option("--imatrix", type=_PATH, help="Importance matrix of the same model.")
+@click.option("--recipe", type=_PATH, help="Recipe (TOML): the type of each tensor. PRESET then decides the rest only.")
 @click.option(
-    "-m", "--model", "source", required=True, type=click.Path(path_type=pathlib.Path), help="F16, BF16 or F32 GGUF."
+    "--tensor-type",
+    "tensor_types",
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="Type of tensors whose name the pattern is found in; the first that matches decides.",
 )
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=pathlib.Path), help="File to write.")
-@click.option("--imatrix", type=click.Path(path_type=pathlib.Path), help="Importance matrix of the same model.")
+@click.option("--tensor-type-file", metavar="FILE", help="Such entries in a file, between spaces or newlines.")
+@click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")
+@click.option("--token-embedding-type", metavar="TYPE", help="Type of the token embeddings.")
+@click.option("--pure", is_flag=True, help="The preset's own type for all tensors, no mixture.")
+@click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight as it is.")
+@click.option("--allow-requantize", is_flag=True, help="Take a quantized model too; quality suffers.")
+@click.option("--include-weights", multiple=True, metavar="NAME", help="Use the imatrix only for these weights.")
+@click.option("--exclude-weights", multiple=True, metavar="NAME", help="Do not use the imatrix for these weights.")
+@click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Metadata to set (int, float, bool, str).")
+@click.option("--prune-layers", metavar="L0,L1,…", help="Blocks to leave out.")
+@click.option("--keep-split", is_flag=True, help="Write the same shards as the input has.")
+@click.option("--split-max-size", metavar="N(M|G)", help="Write shards of at most this size.")
+@click.option("--no-fallback", is_flag=True, help="Stop where a width cannot hold the type, and use no other instead.")
+@click.option("--dry-run", is_flag=True, help="Show types and the exact size, and write nothing.")
 @options.threads
 @common_options
 def command(
     output: Output,
-    preset: str,
+    preset: str | None,
     source: pathlib.Path,
-    out: pathlib.Path,
+    out: pathlib.Path | None,
     imatrix: pathlib.Path | None,
+    recipe: pathlib.Path | None,
+    tensor_types: tuple[str, ...],
+    tensor_type_file: None,
+    prune_layers: str | None,
+    split_max_size: str | None,
+    dry_run: bool,
     threads: int | None,
+    **plain: Any,
 ) -> None:
-    """Quantize a full-precision GGUF to PRESET (Q4_K_M, IQ3_S, …).
+    """Quantize a full-precision GGUF to PRESET (Q4_K_M, IQ3_S, …) or a recipe.
 
-    Types are the library's own choice for the preset; with the same imatrix and library every tensor's bytes equal
-    llama-quantize's.
+    Options are llama-quantize's; with the same ones, the same imatrix and library every tensor's bytes equal its own.
     """
     # Imported here, so that --help does not wait for the native library.
-    from bitladder.files import sha256_file
-    from bitladder.quantize import quantize
+    from bitladder.cli.preflight_table import lines, tables
+    from bitladder.model.splits import parse_size
+    from bitladder.quantize import QuantizeOptions, check_room, preflight, prepare, refuse_target, write
+    from bitladder.quantize.options import parse_layers, parse_tensor_type
+    from bitladder.recipe import read_recipe, recipe_sha256
 
-    result = quantize(source, out, preset, imatrix=imatrix, threads=threads, progress=output.progress)
+    read = read_recipe(recipe) if recipe is not None else None
+    wanted = QuantizeOptions(
+        preset=preset or (read.preset if read is not None else None),
+        types=read.tensors if read is not None else None,
+        tensor_types=tuple(parse_tensor_type(text) for text in tensor_types),
+        prune_layers=parse_layers(prune_layers) if prune_layers is not None else (),
+        split_max_bytes=parse_size(split_max_size) if split_max_size is not None else None,
+        **plain,
+    )
+    if out is not None:
+        refuse_target(source, out)
+    elif not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    with prepare(source, wanted, imatrix=imatrix, recipe_hash=recipe_sha256, progress=output.progress) as prepared:
+        found = preflight(prepared, threads=threads)
+        if dry_run or out is None:
+            _show_plan(output, prepared, found)
+            return
+        for part in (*tables(found), *lines(found)):
+            output.remark(part)
+        check_room(prepared, out)
+        _show_result(output, write(prepared, out, threads=threads, progress=output.progress))
+
+
+def _show_plan(output: Output, prepared: "Prepared", found: "Preflight") -> None:
+    from bitladder.cli.preflight_table import as_json, lines, tables
+
+    if output.json:
+        output.print_json(as_json(found) | {"types": prepared.choice.types})
+        return
+    for table in tables(found):
+        output.print(table)
+    for line in lines(found):
+        output.line(line)
+
+
+def _show_result(output: Output, result: "QuantizeResult") -> None:
+    from bitladder.files import sha256_file
+
     if output.json:
         output.print_json(dataclasses.asdict(result) | {"path": result.path.name, "sha256": sha256_file(result.path)})
         return
-    used: dict[str, int] = {}
-    for kind in result.types.values():
-        used[kind] = used.get(kind, 0) + 1
-    kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(used.items(), key=lambda item: -item[1]))
-    output.line(f"{result.path}: {result.bytes} bytes, {result.bpw:.4f} bpw ({kinds})")
+    used = collections.Counter(result.types.values()).most_common()
+    kinds = ", ".join(f"{count} × {kind}" for kind, count in used)
+    bpw = f"{result.bpw:.4f} bpw, {result.bpw_blocks:.4f} in the blocks"
+    output.line(f"{result.path}: {result.bytes} bytes, {bpw} ({kinds})")

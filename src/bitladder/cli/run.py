@@ -38,6 +38,8 @@ from bitladder.cli.output import Output, common_options
     help="Use at most so many chunks of each calibration text.  [default: all]",
 )
 @shared.n_ctx
+@click.option("--tasks", help="Benchmarks to score with, as for eval: NAME:FILE,… or continuation:TEXT.")
+@click.option("--task-count", type=click.IntRange(1), help="Questions of each task, drawn.  [default: all]")
 @click.option(
     "--outtype",
     type=click.Choice(["auto", "f16", "bf16", "f32"]),
@@ -67,6 +69,8 @@ def command(
     chunks: int | None,
     imatrix_chunks: int | None,
     n_ctx: int,
+    tasks: str | None,
+    task_count: int | None,
     outtype: str,
     threads: int | None,
     gpu_layers: int,
@@ -93,6 +97,8 @@ def command(
         chunks=chunks,
         imatrix_chunks=imatrix_chunks,
         n_ctx=n_ctx,
+        tasks=tasks,
+        task_count=task_count,
         outtype=outtype,
         threads=threads,
         gpu_layers=gpu_layers,

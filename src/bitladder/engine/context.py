@@ -8,13 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
+from bitladder.engine.devices import ThreadPool
 from bitladder.engine.model import Model, Tokens
-from bitladder.engine.native import llama, log
+from bitladder.engine.native import ggml, llama, log
 from bitladder.engine.observe import Observer, Trampoline
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError
 
 Floats = npt.NDArray[np.float32]
+FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 
 
 class Context(Closing):
@@ -23,7 +25,8 @@ class Context(Closing):
     Parameters: `n_ctx` tokens per sequence (-c); `n_seq` sequences decoded side by side; `n_batch` tokens per decode
     call (-b) and `n_ubatch` per computation (-ub); `threads` (-t); `observer` is shown the inputs of weight
     multiplications, and with `skip_head` no logits are computed then (`callback` is for watchers of whole graphs, see
-    observe.Weights). Raises BitladderError if the library refuses (memory, mostly).
+    observe.Weights); `flash_attn` (-fa) is "auto", "on" or "off"; `swa_full` keeps all of a sliding window's cache.
+    Raises BitladderError if the library refuses (memory, mostly).
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class Context(Closing):
         n_ubatch: int = 512,
         threads: int | None = None,
         kv_unified: bool = False,
+        flash_attn: str = "auto",
+        swa_full: bool = True,
         observer: Observer | None = None,
         skip_head: bool = False,
         callback: Trampoline | None = None,
@@ -51,6 +56,8 @@ class Context(Closing):
         params.n_outputs_max = params.n_outputs_max_per_seq = params.n_batch
         params.n_threads = params.n_threads_batch = threads or threads_available()
         params.kv_unified = kv_unified
+        params.flash_attn_type = FLASH_ATTN[flash_attn]
+        params.swa_full = swa_full
         self._trampoline = Trampoline(observer, skip_head) if observer else callback
         if self._trampoline:
             params.cb_eval = self._trampoline.callback
@@ -59,7 +66,7 @@ class Context(Closing):
         if not self._context:
             raise BitladderError(f"no context of {n_seq} × {n_ctx} tokens for {model.path}: {log.last_error()}")
         self._memory = llama.llama_get_memory(self._context)
-        self._batch = llama.llama_batch_init(self.n_batch, 0, 1)
+        self._batch = llama.llama_batch_init(self.n_batch, 0, n_seq)
         self._outputs = 0
 
     def close(self) -> None:
@@ -69,23 +76,23 @@ class Context(Closing):
             llama.llama_free(self._context)
             self._context = None
 
-    def clear(self) -> None:
-        """Forget every sequence."""
+    def clear(self, *, data: bool = True) -> None:
+        """Forget every sequence; without `data` the old numbers stay where they are, unused."""
         if self._memory:
-            llama.llama_memory_clear(self._memory, True)
+            llama.llama_memory_clear(self._memory, data)
 
     def decode(
         self,
         tokens: Sequence[int] | Tokens,
         positions: Sequence[int] | Tokens,
-        sequences: Sequence[int] | Tokens,
+        sequences: Sequence[int] | Sequence[tuple[int, ...]] | Tokens,
         outputs: Sequence[bool] | npt.NDArray[np.bool_],
     ) -> None:
         """Decode one batch of at most `n_batch` tokens.
 
-        Each of the four has one entry per token: id, position in its sequence, sequence number, and whether its
-        logits are wanted. Raises BitladderError if the batch is too large or the library fails; an exception raised
-        by the observer is raised again here.
+        Each of the four has one entry per token: id, position in its sequence, sequence number (or the numbers of
+        all sequences that share the token), and whether its logits are wanted. Raises BitladderError if the batch is
+        too large or the library fails; an exception raised by the observer is raised again here.
         """
         count = len(tokens)
         if count > self.n_batch:
@@ -94,17 +101,43 @@ class Context(Closing):
         batch.n_tokens = count
         _view(batch.token, ctypes.c_int32, count)[:] = tokens
         _view(batch.pos, ctypes.c_int32, count)[:] = positions
-        _view(batch.n_seq_id, ctypes.c_int32, count)[:] = 1
+        sharing = _view(batch.n_seq_id, ctypes.c_int32, count)
         for index, sequence in enumerate(sequences):
-            batch.seq_id[index][0] = int(sequence)
+            numbers = sequence if isinstance(sequence, tuple) else (int(sequence),)
+            sharing[index] = len(numbers)
+            for place, number in enumerate(numbers):
+                batch.seq_id[index][place] = number
         _view(batch.logits, ctypes.c_int8, count)[:] = outputs
         self._outputs = int(np.count_nonzero(outputs))
         log.lines.clear()
         status = llama.llama_decode(self._context, batch)
         if self._trampoline:
             self._trampoline.raise_pending()
+        self._check(status)
+
+    def advance(self, tokens: Tokens) -> None:
+        """Go on with sequence 0 by at most `n_batch` tokens, int32, with logits for the last one only.
+
+        The least that a decode costs; it need not be done when this returns (see `synchronize`). Raises BitladderError
+        if the library fails.
+        """
+        batch = llama.llama_batch_get_one(tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(tokens))
+        self._outputs = 1
+        log.lines.clear()
+        status = llama.llama_decode(self._context, batch)
+        self._check(status)
+
+    def _check(self, status: int) -> None:
         if status != 0:
             raise BitladderError(f"decoding with {self.model.path} failed ({status}): {log.last_error()}")
+
+    def synchronize(self) -> None:
+        """Wait until everything is computed."""
+        llama.llama_synchronize(self._context)
+
+    def attach(self, pool: ThreadPool) -> None:
+        """Let the CPU compute with a pool's threads, which must outlive the context."""
+        ggml.llama_attach_threadpool(self._context, pool.handle, None)
 
     def logits(self) -> Floats:
         """Logits of the last batch's outputs, float32 [outputs, n_vocab], in the order of the batch.

@@ -105,6 +105,17 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ggml_backend_buffer_is_host": ([ctypes.c_void_p], ctypes.c_bool),
     "ggml_backend_tensor_get": ([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None),
     "ggml_backend_tensor_set": ([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None),
+    "ggml_backend_reg_count": ([], ctypes.c_size_t),
+    "ggml_backend_reg_get": ([ctypes.c_size_t], ctypes.c_void_p),
+    "ggml_backend_reg_name": ([ctypes.c_void_p], ctypes.c_char_p),
+    "ggml_backend_reg_get_proc_address": ([ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p),
+    "ggml_backend_dev_count": ([], ctypes.c_size_t),
+    "ggml_backend_dev_get": ([ctypes.c_size_t], ctypes.c_void_p),
+    "ggml_backend_dev_type": ([ctypes.c_void_p], ctypes.c_int),
+    "ggml_backend_dev_description": ([ctypes.c_void_p], ctypes.c_char_p),
+    "ggml_backend_dev_backend_reg": ([ctypes.c_void_p], ctypes.c_void_p),
+    "ggml_threadpool_params_init": ([ctypes.c_void_p, ctypes.c_int], None),
+    "llama_attach_threadpool": ([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p], None),  # not in llama_cpp either
     "ggml_init": ([_InitParams], ctypes.c_void_p),
     "ggml_free": ([ctypes.c_void_p], None),
     "ggml_new_tensor_2d": ([ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64], ctypes.c_void_p),
@@ -115,10 +126,11 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 
 def _declare() -> Any:
-    """The ggml functions. dlsym on libllama finds what it links; Windows does not, so libggml-base is opened too."""
+    """The ggml functions. dlsym on libllama finds what it links; Windows does not, so ggml's own are opened too."""
     libraries = [llama._lib]
-    with contextlib.suppress(FileNotFoundError, RuntimeError):
-        libraries.append(llama.load_shared_library("ggml-base", llama._base_path))
+    for part in ("ggml-base", "ggml"):
+        with contextlib.suppress(FileNotFoundError, RuntimeError):
+            libraries.append(llama.load_shared_library(part, llama._base_path))
     functions = type("ggml", (), {})
     for name, (arguments, result) in _SIGNATURES.items():
         found = next((getattr(library, name) for library in libraries if hasattr(library, name)), None)

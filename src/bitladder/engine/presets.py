@@ -1,32 +1,60 @@
-"""Presets ("Q4_K_M") as the library knows them: their names, and the type each would give each tensor."""
+"""What the library's own quantizer would do: presets ("Q4_K_M"), and the type it would give each tensor of a file.
+
+Its rules are not written down here: `llama_model_quantize` is asked, as a dry run, and its log is read.
+"""
 
 import ctypes
 import dataclasses
 import functools
 import os
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from bitladder.engine.native import llama, log
-from bitladder.engine.types import TensorType, type_by_name
+from bitladder.engine.native import ggml, llama, log
+from bitladder.engine.types import TensorType, all_types, type_by_name
 from bitladder.errors import BitladderError
 
 # What llama-quantize also accepts.
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "F32": "ALL_F32"}
 
 _TENSOR = re.compile(r"\[\s*\d+/\s*\d+\] (\S+)\s+- \[[^]]*\], type =\s*(\S+), size =[^\n(]*(?:\((\S+)\))?\n")
-_FALLBACKS = re.compile(r"WARNING: (\d+) of \d+ tensor\(s\) required fallback")
+_MISFIT = re.compile(r"warning: (\S+)\s+- ncols +\d+ not divisible by +\d+ \(required for type +(\S+)\)")
+_FAILURE = re.compile(r"failed to quantize: ([^\n]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What llama_model_quantize is asked for; the fields are those of llama_model_quantize_params.
+
+    `overrides` are std::regex patterns and types, the first that is found in a tensor's name decides. `imatrix` tells
+    whether there will be an importance matrix, as some presets choose differently then. `kv` is metadata to override
+    (int, float, bool or str).
+    """
+
+    preset: str
+    overrides: tuple[tuple[str, TensorType], ...] = ()
+    output_tensor_type: TensorType | None = None
+    token_embedding_type: TensorType | None = None
+    pure: bool = False
+    leave_output_tensor: bool = False
+    only_copy: bool = False
+    keep_split: bool = False
+    imatrix: bool = False
+    kv: Mapping[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
+    prune_layers: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class PresetTypes:
-    """What a preset does to a file: tensors in the order llama-quantize writes them, with their new types.
+    """The library's answer: tensors in the order llama-quantize writes them, with their new types.
 
-    `fallbacks` counts tensors whose width cannot hold the preset's own type; `needs_imatrix` says that it cannot be
-    made without one.
+    Names are the new ones where blocks are pruned. `misfits` maps a tensor whose width cannot hold the type it was
+    to have to that type; `types` has what it gets instead. `needs_imatrix` says that it cannot be made without one.
     """
 
     types: dict[str, TensorType]
-    fallbacks: int
+    misfits: dict[str, TensorType]
     needs_imatrix: bool
 
 
@@ -41,37 +69,120 @@ def presets() -> dict[str, int]:
 
 
 def preset_number(name: str) -> int:
-    """The llama_ftype of a preset, in any case. Raises BitladderError that lists the presets."""
+    """The llama_ftype of a preset: its name in any case, or the number itself, as llama-quantize takes it.
+
+    Raises BitladderError that lists the presets.
+    """
     upper = name.upper()
     upper = ALIASES.get(upper, upper)
-    if upper not in presets():
-        raise BitladderError(f"unknown preset {name!r}; the library knows {', '.join(sorted(presets()))}")
-    return presets()[upper]
+    if upper in presets():
+        return presets()[upper]
+    if upper.isdecimal() and int(upper) in presets().values():
+        return int(upper)
+    raise BitladderError(f"unknown preset {name!r}; the library knows {', '.join(sorted(presets()))}")
 
 
-def preset_types(path: str | os.PathLike[str], preset: str, *, imatrix: bool) -> PresetTypes:
-    """Ask the library (llama_model_quantize, dry run) what a preset gives each tensor of a file.
+def plain_type(preset: str) -> TensorType | None:
+    """The type of a preset that does not quantize (F16, BF16, F32); None for all others."""
+    number = preset_number(preset)
+    name = next(name for name, value in presets().items() if value == number).removeprefix("ALL_").lower()
+    kind = {kind.name: kind for kind in all_types().values()}.get(name)
+    return kind if kind is not None and not kind.quantized else None
 
-    `imatrix` tells whether an importance matrix will be used, as some presets choose differently then. Raises
-    BitladderError in the library's words if it refuses the file.
+
+def storable(kind: TensorType) -> bool:
+    """Whether weights can be stored as this type: the library can expand it again.
+
+    What it cannot expand (q8_1, q8_K, integers) is for work in progress, and its quantizer aborts when asked for it.
     """
+    return kind.name == "f32" or bool(ggml.ggml_get_type_traits(kind.id).contents.to_float)
+
+
+def kernel_needs_importance(kind: TensorType) -> bool:
+    """Whether the library's kernel for a type refuses to run without importance, whatever the tensor."""
+    return bool(ggml.ggml_quantize_requires_imatrix(kind.id))
+
+
+def preset_types(path: str | os.PathLike[str], request: Request) -> PresetTypes:
+    """Ask the library what it would give each tensor of a file (`path`: of its first shard).
+
+    Raises BitladderError in the library's words if it refuses the file or the request.
+    """
+    params, _keep = _params(request)
+    with log.tapped() as pieces:
+        # The output name is not used in a dry run, but must differ from the input's.
+        status = llama.llama_model_quantize(os.fsencode(path), os.fsencode(path) + b".dry", ctypes.byref(params))
+    text = "".join(pieces)
+    if status != 0:
+        raise BitladderError(f"the library cannot quantize {os.fspath(path)}: {_failure(text)}")
+    types = {name: type_by_name(new or old) for name, old, new in _TENSOR.findall(text)}
+    misfits = {name: type_by_name(wanted) for name, wanted in _MISFIT.findall(text)}
+    return PresetTypes(types, misfits, "will require an imatrix" in text)
+
+
+def pattern_error(path: str | os.PathLike[str], pattern: str) -> str | None:
+    """What the library's regular expressions (std::regex) find wrong with a pattern, or None.
+
+    The pattern is compiled but matched with nothing: only copying is asked for. `path` is a model that it can open.
+    """
+    try:
+        preset_types(path, Request("Q8_0", overrides=((pattern, type_by_name("q8_0")),), only_copy=True))
+    except BitladderError as error:
+        return str(error).rpartition(": ")[2]
+    return None
+
+
+def _failure(text: str) -> str:
+    found = _FAILURE.search(text)
+    return found[1].strip() if found else "it says no more"
+
+
+def _params(request: Request) -> tuple[Any, list[Any]]:
+    """The structure, and what has to stay alive as long as it."""
     params = llama.llama_model_quantize_default_params()
-    params.ftype = preset_number(preset)
-    params.dry_run = True
-    params.nthread = 1
-    if imatrix:
+    params.ftype = preset_number(request.preset)
+    params.dry_run, params.nthread = True, 1
+    params.pure, params.only_copy, params.keep_split = request.pure, request.only_copy, request.keep_split
+    params.quantize_output_tensor = not request.leave_output_tensor
+    if request.output_tensor_type is not None:
+        params.output_tensor_type = request.output_tensor_type.id
+    if request.token_embedding_type is not None:
+        params.token_embedding_type = request.token_embedding_type.id
+    keep: list[Any] = []
+    if request.imatrix:
         # Only its presence matters in a dry run.
         one = (ctypes.c_float * 1)(1.0)
         data = (llama.llama_model_imatrix_data * 2)()
         data[0].name, data[0].data, data[0].size = b"any", one, 1
         params.imatrix = data
-    log.lines.clear()
-    with log.tapped() as pieces:
-        # The output name is not used in a dry run, but must differ from the input's.
-        status = llama.llama_model_quantize(os.fsencode(path), os.fsencode(path) + b".dry", ctypes.byref(params))
-    if status != 0:
-        raise BitladderError(f"the library cannot quantize {path}: {log.last_error()}")
-    text = "".join(pieces)
-    types = {name: type_by_name(new or old) for name, old, new in _TENSOR.findall(text)}
-    fallbacks = _FALLBACKS.search(text)
-    return PresetTypes(types, int(fallbacks[1]) if fallbacks else 0, "will require an imatrix" in text)
+        keep += [one, data]
+    if request.overrides:
+        overrides = (llama.llama_model_tensor_override * (len(request.overrides) + 1))()
+        for slot, (pattern, kind) in zip(overrides, request.overrides, strict=False):
+            slot.pattern, slot.type = pattern.encode(), kind.id
+        params.tt_overrides = overrides
+        keep.append(overrides)
+    if request.kv:
+        params.kv_overrides = _kv(request.kv)
+        keep.append(params.kv_overrides)
+    if request.prune_layers:
+        layers: Sequence[int] = [*request.prune_layers, -1]
+        params.prune_layers = (ctypes.c_int32 * len(layers))(*layers)
+        keep.append(params.prune_layers)
+    return params, keep
+
+
+def _kv(values: Mapping[str, int | float | bool | str]) -> Any:
+    """An array of llama_model_kv_override, closed by one without a key."""
+    array = (llama.llama_model_kv_override * (len(values) + 1))()
+    for slot, (key, value) in zip(array, values.items(), strict=False):
+        slot.key = key.encode()
+        if isinstance(value, bool):
+            slot.tag, slot.value.val_bool = llama.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+        elif isinstance(value, int):
+            slot.tag, slot.value.val_i64 = llama.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        elif isinstance(value, float):
+            slot.tag, slot.value.val_f64 = llama.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
+        else:
+            slot.tag, slot.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+    return array

@@ -4,24 +4,47 @@ from bitladder.evaluate.base import HiddenBase
 from bitladder.evaluate.cache import cache_path, load_or_compute_base, open_base
 from bitladder.evaluate.divergence import TokenScores
 from bitladder.evaluate.identity import Identity, identify
-from bitladder.evaluate.measure import base_scores, evaluate, make_base, measure, open_or_compute
+from bitladder.evaluate.logitsfile import LogitsFile
+from bitladder.evaluate.measure import (
+    Measured,
+    base_scores,
+    evaluate,
+    make_base,
+    measure,
+    measure_and_keep,
+    open_or_compute,
+)
+from bitladder.evaluate.results import NoResults, ResultFolder
 from bitladder.evaluate.scores import Figure, Scores
 from bitladder.evaluate.settings import Settings
+from bitladder.evaluate.several import Wanted, add_tasks, evaluate_several
+from bitladder.evaluate.tasks import Task, load_task, parse_specs
 
 __all__ = [
     "Figure",
     "HiddenBase",
     "Identity",
+    "LogitsFile",
+    "Measured",
+    "NoResults",
+    "ResultFolder",
     "Scores",
     "Settings",
+    "Task",
     "TokenScores",
+    "Wanted",
+    "add_tasks",
     "base_scores",
     "cache_path",
     "evaluate",
+    "evaluate_several",
     "identify",
     "load_or_compute_base",
+    "load_task",
     "make_base",
     "measure",
+    "measure_and_keep",
     "open_base",
     "open_or_compute",
+    "parse_specs",
 ]

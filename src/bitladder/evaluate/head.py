@@ -28,7 +28,7 @@ class Head(Closing):
         self.n_vocab = model.head.rows
         self.n_embd = model.head.width
         self.step = min(self.n_vocab, max(_MIN_ROWS, min(_WEIGHTS // self.n_embd, _MAX_ROWS)))
-        self._file = GgufFile(model.head_path)
+        self._file = GgufFile(model.path)
         self._buffers: dict[tuple[str, int], Floats] = {}
 
     def close(self) -> None:

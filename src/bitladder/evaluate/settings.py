@@ -47,7 +47,7 @@ class Settings:
         # Blocks that the CPU back end repacks would be there twice if the file were mapped too. Only what hardly fits
         # into memory had better be mapped, so that the system can drop pages of it.
         size = sum(part.stat().st_size for part in parts(path) if part.is_file())
-        return Model(path, mmap=2 * size > _memory(), gpu_layers=self.gpu_layers)
+        return Model(path, mmap=2 * size > main_memory(), gpu_layers=self.gpu_layers)
 
     def context(self, model: Model, observer: Observer | None = None) -> Context:
         """A context for one chunk at a time."""
@@ -62,7 +62,7 @@ class Settings:
         )
 
 
-def _memory() -> int:
+def main_memory() -> int:
     """Bytes of main memory, 0 if the system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

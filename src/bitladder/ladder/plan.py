@@ -12,9 +12,10 @@ from bitladder.errors import UsageError
 Kind = Literal["convert", "base", "imatrix", "quantize", "score"]
 
 # The version of each step's code: raise one when the step would give other bytes from the same inputs.
-CODE: dict[Kind, int] = {"convert": 1, "base": 1, "imatrix": 1, "quantize": 1, "score": 1}
+CODE: dict[Kind, int] = {"convert": 1, "base": 1, "imatrix": 1, "quantize": 2, "score": 1}
 
 # Presets that do not quantize: the full-precision file is no rung.
+TASK_CTX = 768
 FULL_PRECISION = ("ALL_F32", "F16", "BF16")
 CALIBRATION = ("pydoc:calibration",)
 TEXT = "pydoc:test"
@@ -26,7 +27,8 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     `model` is a checkpoint's directory, a hub id or a full-precision GGUF file. `rungs` are preset names, in order.
     `calibration` and `text` are specs as `calibrate.texts.load_text` reads them. `chunks` (scored) and
     `imatrix_chunks` (of each calibration text) are of `n_ctx` tokens; None is all there are. `model_id` is the hub id
-    of the model for the card, where it cannot be known from `model`.
+    of the model for the card, where it cannot be known from `model`. `tasks` are specs as `evaluate.tasks.parse_specs`
+    reads them, answered with a context of TASK_CTX tokens; `task_count` questions of each (None: all).
     """
 
     model: str
@@ -37,6 +39,8 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     chunks: int | None = pydantic.Field(None, ge=1)
     imatrix_chunks: int | None = pydantic.Field(None, ge=1)
     n_ctx: int = pydantic.Field(512, ge=2)
+    tasks: str | None = None
+    task_count: int | None = pydantic.Field(None, ge=1)
     outtype: str = "auto"
     threads: int | None = pydantic.Field(None, ge=1)
     gpu_layers: int = 0
@@ -46,9 +50,10 @@ class RunOptions(pydantic.BaseModel, frozen=True):
 
 
 class Step(pydantic.BaseModel, frozen=True):
-    """One thing to do. `needs` names what it reads: other steps, or "model", "converter", "text", "calibration".
+    """One thing to do.
 
-    `options` are those that decide the result; threads, for one, do not.
+    `needs` names what it reads: other steps, or "model", "converter", "text", "calibration", "tasks". `options` are
+    those that decide the result; threads, for one, do not.
     """
 
     name: str
@@ -80,22 +85,26 @@ def plan(options: RunOptions) -> list[Step]:
     """The steps of a run, each after those it needs."""
     # Where the layers are computed shows in the last digits of every figure, how many of them does not matter.
     device: dict[str, Any] = {"gpu": options.gpu_layers != 0}
-    scored = {"n_ctx": options.n_ctx, "chunks": options.chunks, **device}
+    scored: dict[str, Any] = {"n_ctx": options.n_ctx, "chunks": options.chunks, **device}
     calibrated = {"n_ctx": options.n_ctx, "chunks": options.imatrix_chunks, **device}
     convert_needs = ("model", "converter") if options.converter else ("model",)
+    based: dict[str, Any] = {**scored}
+    asked: tuple[str, ...] = ()
+    if options.tasks:
+        scored |= {"task_count": options.task_count, "task_ctx": TASK_CTX}
+        asked = ("tasks",)
     steps = [
         Step(name="convert", kind="convert", needs=convert_needs, options={"outtype": options.outtype}),
-        Step(name="base", kind="base", needs=("convert", "text"), options=scored),
-        Step(name="score base", kind="score", needs=("convert", "base", "text"), options=scored),
+        Step(name="base", kind="base", needs=("convert", "text"), options=based),
+        Step(name="score base", kind="score", needs=("convert", "base", "text", *asked), options=scored),
         Step(name="imatrix", kind="imatrix", needs=("convert", "calibration"), options=calibrated),
     ]
     for rung in options.rungs:
         quant = Step(
             name=f"quantize {rung}", kind="quantize", rung=rung, needs=("convert", "imatrix"), options={"preset": rung}
         )
-        score = Step(
-            name=f"score {rung}", kind="score", rung=rung, needs=(quant.name, "convert", "base", "text"), options=scored
-        )
+        needs = (quant.name, "convert", "base", "text", *asked)
+        score = Step(name=f"score {rung}", kind="score", rung=rung, needs=needs, options=scored)
         steps += [quant, score]
     return steps
 
@@ -110,6 +119,8 @@ def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]
             words += ["--calibration", _name(spec)]
     given = {
         "--text": (_name(options.text), TEXT),
+        "--tasks": (_task_names(options.tasks) if options.tasks else None, None),
+        "--task-count": (options.task_count, None),
         "--chunks": (options.chunks, None),
         "--imatrix-chunks": (options.imatrix_chunks, None),
         "-c": (options.n_ctx, 512),
@@ -124,6 +135,12 @@ def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]
         if value != default:
             words += [option, str(value)]
     return shlex.join(words)
+
+
+def _task_names(specs: str) -> str:
+    """Task specs with files by their last part."""
+    parts = (spec.strip().partition(":") for spec in specs.split(","))
+    return ",".join(name + colon + (_name(source) if source else "") for name, colon, source in parts)
 
 
 def _name(path: str) -> str:

@@ -15,12 +15,12 @@ from bitladder.engine import native
 from bitladder.errors import UsageError
 from bitladder.files import write_json
 from bitladder.ladder.manifest import RunRecord
-from bitladder.ladder.plan import CODE, Kind, RunOptions, Step, command_line, plan
-from bitladder.ladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
+from bitladder.ladder.plan import CODE, TASK_CTX, Kind, RunOptions, Step, command_line, plan
 from bitladder.ladder.source import Source, describe, locate
 from bitladder.ladder.space import check_room, parameters_of
 from bitladder.ladder.store import Product, Store, open_store
 from bitladder.progress import SILENT, Progress
+from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, recipe_sha256, write_recipe
 
 IMATRIX = "imatrix.gguf"
 
@@ -51,10 +51,13 @@ def run(options: RunOptions, *, progress: Progress = SILENT) -> RunResult:
     text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
     if text.sha256 in {one.sha256 for one in calibration}:
         progress.warn(f"{text.name} is measured with and calibrated on: the figures will be better than on other text")
+    tasks = [evaluate.load_task(spec) for spec in evaluate.parse_specs(options.tasks)] if options.tasks else []
     with open_store(options.out, keep=source.path if source.is_gguf else None, progress=progress) as store:
         check_room(options, source, store.present())
         store.begin(_record(options, source))
-        with _Execution(options, source, store, text=text, calibration=calibration, progress=progress) as execution:
+        with _Execution(
+            options, source, store, text=text, calibration=calibration, tasks=tasks, progress=progress
+        ) as execution:
             for step in plan(options):
                 execution.do(step)
         store.finish()
@@ -89,10 +92,11 @@ class _Execution:
         *,
         text: Text,
         calibration: list[Text],
+        tasks: list[evaluate.Task],
         progress: Progress,
     ) -> None:
         self.options, self.source, self.store, self.progress = options, source, store, progress
-        self.text, self.calibration = text, calibration
+        self.text, self.calibration, self.tasks = text, calibration, tasks
         self.folder = store.folder
         self.full = source.path  # the full-precision GGUF, once there is one
         self._open_base: evaluate.HiddenBase | None = None
@@ -101,6 +105,7 @@ class _Execution:
             "model": source.digest(store),
             "text": _used(text).model_dump(),
             "calibration": [_used(one).model_dump() for one in calibration],
+            "tasks": [[task.name, task.source, task.sha256] for task in tasks],
         }
         if options.converter:
             self.digests["converter"] = store.sha256(options.converter, f"converter: {options.converter.name}")
@@ -178,7 +183,13 @@ class _Execution:
         out = self.folder / f"{facts['stem']}-{rung}.gguf"
         recipe = self.folder / "recipes" / f"{rung}.toml"
         result = quantize.quantize(
-            self.full, out, rung, imatrix=imatrix, threads=self.options.threads, progress=self.progress
+            self.full,
+            out,
+            rung,
+            imatrix=imatrix,
+            threads=self.options.threads,
+            recipe_hash=recipe_sha256,
+            progress=self.progress,
         )
         used = ImatrixUsed(
             name=IMATRIX,
@@ -205,6 +216,7 @@ class _Execution:
 
     def _score(self, rung: str | None) -> Product:
         base, wanted = self._opened_base(), self.options.chunks
+        path = self.full
         if rung is None:
             scores = evaluate.base_scores(base, self.text, self._settings())
         else:
@@ -212,6 +224,10 @@ class _Execution:
             scores = evaluate.evaluate(path, self.text, base=base, chunks=wanted, **self._engine())
         if rung is None and wanted is not None and (scores.chunks or 0) < wanted:
             self.progress.warn(f"{self.text.name} has only {scores.chunks} chunks (--chunks {wanted}); all are used")
+        if self.tasks:
+            settings = evaluate.Settings(TASK_CTX, None, self.options.threads, self.options.gpu_layers)
+            count = self.options.task_count
+            scores = evaluate.add_tasks(scores, path, self.tasks, settings, count=count, progress=self.progress)
         out = _score_path(self.folder, rung or "base")
         write_json(out, scores.to_json())
         return Product([out])

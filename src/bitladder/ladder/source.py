@@ -13,6 +13,7 @@ from bitladder.convert.hub import hub_id
 from bitladder.errors import BitladderError
 from bitladder.ladder.store import Store
 from bitladder.model.reader import GgufFile
+from bitladder.model.shards import plain_path
 
 # What a converter may read of a checkpoint's directory; .bin files count only where there is no safetensors file.
 READ = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "README.md", "*/*.jinja")
@@ -25,7 +26,10 @@ _ENCODING = re.compile(r"-(BF16|F16|F32)$", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`path` is the checkpoint's directory or the GGUF file; `name` has no path in it; `model_id` is the hub's."""
+    """`path` is the checkpoint's directory or the GGUF file (of a split model the first shard).
+
+    `name` has no path in it; `model_id` is the hub's.
+    """
 
     path: pathlib.Path
     name: str
@@ -72,11 +76,10 @@ def locate(model: str) -> Source:
 def describe(path: pathlib.Path) -> dict[str, Any]:
     """What later steps and the card need to know of the full-precision GGUF, as JSON.
 
-    Raises BitladderError if the file is quantized already, or only a part of a model.
+    `path` may be the first shard of a split model; `bytes` counts all of them. Raises BitladderError if the model is
+    quantized already, or has no weights.
     """
     with GgufFile(path) as file:
-        if int(file.get("split.count", 0)) > 1:
-            raise BitladderError(f"{path} is one part of a split model; join it first: llama-gguf-split --merge")
         weights: dict[str, int] = {}
         for tensor in file.tensors.values():
             if tensor.type.quantized:
@@ -90,7 +93,7 @@ def describe(path: pathlib.Path) -> dict[str, Any]:
         general = {key: value.python() for key, value in file.metadata.items() if key.startswith("general.")}
         return {
             "file": path.name,
-            "stem": file_stem(general, path.stem),
+            "stem": file_stem(general, plain_path(path).stem),
             "architecture": file.architecture,
             "encoding": max(weights, key=lambda name: weights[name]).upper(),
             "bytes": file.size,
@@ -106,6 +109,7 @@ def file_stem(general: Mapping[str, Any], fallback: str) -> str:
 
     `general` holds the general.* metadata; a model without a name is called `fallback`, less its encoding.
     """
+    general = {key: value for key, value in general.items() if isinstance(value, str)}
     if not (general.get("general.basename") or general.get("general.name")):
         return _ENCODING.sub("", fallback)
     keys = {"name": "model_name", "basename": "base_name", "finetune": "finetune_string", "version": "version_string"}

@@ -17,6 +17,7 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_bytes, sha256_file
 from bitladder.ladder import lock, manifest
 from bitladder.ladder.manifest import CachedHash, Manifest, OutputFile, RunRecord, StepRecord
+from bitladder.model.shards import joined_sha256, shards_of
 from bitladder.progress import SILENT, Progress
 
 # What a run writes; found without a manifest, it belongs to somebody else.
@@ -93,7 +94,14 @@ class Store:
         """The content hash of a file, read again only if its size, time of change or inode differ from last time.
 
         `label` names the file in the cache: a path relative to the run directory, or a name for one outside of it.
+        The first shard of a split model stands for all of them (see shards.joined_sha256).
         """
+        parts = shards_of(path)
+        if len(parts) > 1:
+            return joined_sha256([self._sha256(part, f"{label}: {part.name}") for part in parts])
+        return self._sha256(path, label)
+
+    def _sha256(self, path: pathlib.Path, label: str) -> str:
         try:
             status = path.stat()
         except OSError as error:
@@ -146,8 +154,9 @@ def open_store(
 ) -> Iterator[Store]:
     """Open (or create) a run directory under its lock, without what a killed run left half-written.
 
-    `keep` is a file that may lie there beforehand (the model itself). Raises UsageError if the directory holds files
-    that no run has made, BitladderError if another run is at work there or the manifest is damaged.
+    `keep` is a file that may lie there beforehand (the model itself, with all its shards). Raises UsageError if the
+    directory holds files that no run has made, BitladderError if another run is at work there or the manifest is
+    damaged.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,9 +175,10 @@ def open_store(
 
 
 def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
+    kept = shards_of(keep) if keep is not None else ()
     for pattern in OURS:
         for path in sorted(folder.glob(pattern)):
-            if keep is None or not path.samefile(keep):
+            if not any(part.exists() and path.samefile(part) for part in kept):
                 raise UsageError(
                     f"--out {folder} already has {path.name}, which no run has made; name another directory"
                 )

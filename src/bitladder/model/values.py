@@ -44,6 +44,11 @@ def scalar(kind: int, value: float | bool) -> Value:
     return Value(kind, struct.pack("<" + SCALARS[kind], value))
 
 
+def u16(value: int) -> Value:
+    """An unsigned 16-bit integer."""
+    return scalar(U16, value)
+
+
 def u32(value: int) -> Value:
     """An unsigned 32-bit integer."""
     return scalar(U32, value)

@@ -1,6 +1,7 @@
 """Streaming a GGUF file out: all sizes are known beforehand, so the header comes first and tensors follow in order."""
 
 import dataclasses
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
@@ -10,9 +11,8 @@ import numpy.typing as npt
 
 from bitladder.engine.types import TensorType
 from bitladder.errors import BitladderError
+from bitladder.model.header import DEFAULT_ALIGNMENT as ALIGNMENT
 from bitladder.model.values import Value, string
-
-ALIGNMENT = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of data, without padding."""
-        return self.type.row_bytes(self.shape[0]) * int(np.prod(self.shape[1:], dtype=np.int64))
+        return self.type.row_bytes(self.shape[0]) * math.prod(self.shape[1:])
 
 
 def header(metadata: Mapping[str, Value], tensors: Sequence[TensorPlan]) -> bytes:
@@ -65,6 +65,11 @@ class GgufWriter:
         self._left = 0
         stream.write(header(metadata, tensors))
 
+    @property
+    def complete(self) -> bool:
+        """Whether every announced tensor was written in full."""
+        return not self._waiting
+
     def write(self, name: str, data: npt.NDArray[np.uint8]) -> None:
         """Append bytes to tensor `name`, which must be the current or the next one."""
         if not self._left:
@@ -81,5 +86,5 @@ class GgufWriter:
 
     def finish(self) -> None:
         """Check that every tensor was written in full."""
-        if self._waiting or self._left:
+        if not self.complete:
             raise BitladderError(f"internal: tensor {self._waiting[-1].name} was not written")

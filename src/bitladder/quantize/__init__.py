@@ -1,7 +1,10 @@
 """Making one quant: a GGUF and a type for each tensor in, a GGUF out."""
 
 from bitladder.engine.presets import presets
-from bitladder.quantize.quantize import QuantizeResult, quantize
+from bitladder.quantize.options import QuantizeOptions
+from bitladder.quantize.plan import Prepared, prepare
+from bitladder.quantize.preflight import Preflight, check_room, preflight
+from bitladder.quantize.quantize import QuantizeResult, quantize, refuse_target, write
 
 # The ladder, from the smallest to the largest.
 RUNGS = (
@@ -25,4 +28,17 @@ def preset_names() -> list[str]:
     return sorted(presets())
 
 
-__all__ = ["RUNGS", "QuantizeResult", "preset_names", "quantize"]
+__all__ = [
+    "RUNGS",
+    "Preflight",
+    "Prepared",
+    "QuantizeOptions",
+    "QuantizeResult",
+    "check_room",
+    "preflight",
+    "prepare",
+    "preset_names",
+    "quantize",
+    "refuse_target",
+    "write",
+]

@@ -1,67 +1,122 @@
 """From an imatrix to the weights of each tensor's columns, with every doubt settled before work starts."""
 
+import dataclasses
+import pathlib
+
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.imatrix import Imatrix
-from bitladder.engine.presets import PresetTypes
-from bitladder.engine.types import TensorType
-from bitladder.errors import BitladderError
-from bitladder.model.reader import GgufFile, TensorInfo
+from bitladder.engine.presets import kernel_needs_importance, plain_type, preset_types
+from bitladder.engine.types import type_by_name
+from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress
+from bitladder.quantize.choose import BASE, EMBEDDINGS, OUTPUT, Choice, TensorChoice
+from bitladder.quantize.options import QuantizeOptions
+from bitladder.quantize.patterns import exact_patterns
+from bitladder.quantize.prune import pruned_entries
 
 Floats = npt.NDArray[np.float32]
-# llama-quantize refuses to make these without importance, except for the embedding and the head.
-NEED_IMPORTANCE = {"iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s"}
-EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-UNWEIGHTED = (*EMBEDDINGS, "output.weight")
 
 
-def importance_of(
-    file: GgufFile, chosen: PresetTypes, imatrix: Imatrix | None, preset: str, progress: Progress
-) -> dict[str, Floats]:
+def selected(imatrix: Imatrix | None, options: QuantizeOptions) -> Imatrix | None:
+    """The imatrix with the entries that --include-weights or --exclude-weights leave; None if none is left.
+
+    A weight is meant by any part of its name, as with llama-quantize. Raises UsageError for a part that is in no name.
+    """
+    parts = options.include_weights or options.exclude_weights
+    if imatrix is None or not parts:
+        return imatrix
+    option = "--include-weights" if options.include_weights else "--exclude-weights"
+    for part in parts:
+        if not any(part in name for name in imatrix.entries):
+            raise UsageError(f"{option} {part}: no entry of the imatrix has that in its name")
+    keep = bool(options.include_weights)
+    entries = {name: entry for name, entry in imatrix.entries.items() if any(part in name for part in parts) == keep}
+    return dataclasses.replace(imatrix, entries=entries) if entries else None
+
+
+def importance_of(path: pathlib.Path, choice: Choice, imatrix: Imatrix | None, progress: Progress) -> dict[str, Floats]:
     """Importance of the columns of each tensor that will be quantized.
 
-    Returns float32 [matrices, width] by tensor name; a tensor without data is left out and quantized unweighted, with
-    a warning. Raises BitladderError if the imatrix belongs to another model, or lacks what a type cannot do without.
+    `path` is the source. Returns float32 [matrices, width] by (new) tensor name; a tensor without data is left out and
+    quantized unweighted, with a warning. Raises BitladderError if the imatrix belongs to another model, or lacks what a
+    type cannot do without.
     """
-    if imatrix is None:
-        if chosen.needs_imatrix:
-            raise BitladderError(f"{preset} cannot be made without an importance matrix; pass --imatrix")
-        return {}
-    if not imatrix.entries.keys() & file.tensors.keys():
-        some = next(iter(imatrix.entries))
-        raise BitladderError(f"the imatrix belongs to another model: {file.path} has no tensor {some}")
+    changing = [tensor for tensor in choice.tensors if tensor.changes]
     found: dict[str, Floats] = {}
-    without = []
-    for name, kind in chosen.types.items():
-        if kind == file.tensors[name].type:
-            continue
-        weights = _columns(file.tensors[name], kind, imatrix)
-        if weights is not None:
-            found[name] = weights
-        elif name not in UNWEIGHTED:
-            without.append(name)
+    if imatrix is not None:
+        if not imatrix.entries.keys() & {tensor.source.name for tensor in choice.tensors}:
+            some = next(iter(imatrix.entries))
+            raise BitladderError(f"the imatrix belongs to another model: {path} has no tensor {some}")
+        entries = imatrix.entries if choice.pruning is None else pruned_entries(imatrix.entries, choice.pruning)
+        used = dataclasses.replace(imatrix, entries=entries)
+        found = {tensor.name: columns for tensor in changing if (columns := _columns(tensor, used)) is not None}
+        _warn(found, changing, used, progress)
+    if imatrix is not None or choice.needs_imatrix or any(kernel_needs_importance(one.type) for one in changing):
+        _refuse_unweighted(path, choice, [tensor for tensor in changing if tensor.name not in found], imatrix)
+    return found
+
+
+def _columns(tensor: TensorChoice, imatrix: Imatrix) -> Floats | None:
+    entry, source = imatrix.entries.get(tensor.name), tensor.source
+    if entry is None:
+        return None
+    matrices = source.rows // source.rows_per_matrix
+    if entry.sums.size == source.width * matrices:
+        return entry.means().reshape(matrices, source.width)
+    if tensor.name in EMBEDDINGS:
+        return None
+    raise BitladderError(
+        f"the imatrix belongs to another model: {source.name} has {entry.sums.size} entries there, "
+        f"but {source.width} columns × {matrices} here"
+    )
+
+
+def _warn(found: dict[str, Floats], changing: list[TensorChoice], imatrix: Imatrix, progress: Progress) -> None:
+    # Embeddings and head have no entry in most matrices, and nobody misses it. Other floats are not weighted anyhow.
+    usual = (*EMBEDDINGS, *OUTPUT)
+    without = [t.name for t in changing if t.name not in found and t.name not in usual and t.type.quantized]
     if without:
         progress.warn(f"the imatrix has no entry for {len(without)} tensors ({without[0]}, …): quantized unweighted")
     for name, experts in imatrix.gaps().items():
         if name in found:
             progress.warn(f"{name}: no data for experts {experts[:8]}{'…' if len(experts) > 8 else ''}")
-    return found
 
 
-def _columns(tensor: TensorInfo, kind: TensorType, imatrix: Imatrix) -> Floats | None:
-    entry = imatrix.entries.get(tensor.name)
-    if entry is None:
-        if kind.name in NEED_IMPORTANCE and tensor.name not in UNWEIGHTED:
-            raise BitladderError(f"the imatrix has no entry for {tensor.name}, which would become {kind.name}")
-        return None
-    matrices = tensor.rows // tensor.rows_per_matrix
-    if entry.sums.size == tensor.width * matrices:
-        return entry.means().reshape(matrices, tensor.width)
-    if tensor.name in EMBEDDINGS:
-        return None
-    raise BitladderError(
-        f"the imatrix belongs to another model: {tensor.name} has {entry.sums.size} entries there, "
-        f"but {tensor.width} columns × {matrices} here"
+def _refuse_unweighted(
+    path: pathlib.Path, choice: Choice, unweighted: list[TensorChoice], imatrix: Imatrix | None
+) -> None:
+    """Raise BitladderError for a tensor without importance that would get a type that cannot do without it.
+
+    The library is asked: what it says of a file in which only these tensors have their types.
+    """
+    refused = next((tensor for tensor in unweighted if kernel_needs_importance(tensor.type)), None)
+    if refused is None:
+        if not _needed(path, choice, unweighted):
+            return
+        while len(unweighted) > 1:  # halved until the one is found
+            half = unweighted[: len(unweighted) // 2]
+            unweighted = half if _needed(path, choice, half) else unweighted[len(half) :]
+        refused = unweighted[0]
+    if imatrix is None:
+        raise BitladderError(
+            f"{refused.name} would become {refused.type.name}, which cannot be made without an importance matrix; "
+            "pass --imatrix"
+        )
+    raise BitladderError(f"the imatrix has no entry for {refused.name}, which would become {refused.type.name}")
+
+
+def _needed(path: pathlib.Path, choice: Choice, tensors: list[TensorChoice]) -> bool:
+    if not tensors:
+        return False
+    others = ((".*", type_by_name(BASE)),)
+    request = dataclasses.replace(
+        choice.request,
+        preset=BASE if plain_type(choice.request.preset) is not None else choice.request.preset,
+        overrides=(*exact_patterns({tensor.name: tensor.type for tensor in tensors}), *others),
+        output_tensor_type=None,
+        token_embedding_type=None,
+        imatrix=False,
     )
+    return preset_types(path, request).needs_imatrix

@@ -8,15 +8,17 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.engine.presets import storable
 from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, threads_available
 from bitladder.errors import BitladderError
 from bitladder.model.reader import GgufFile, TensorInfo
-from bitladder.model.writer import GgufWriter, TensorPlan
 from bitladder.progress import Task
+from bitladder.quantize.choose import TensorChoice
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -24,10 +26,21 @@ PIECE = 1 << 17  # weights: a call's overhead vanishes, and float32 of it fits a
 AHEAD = 4  # pieces per thread that may be under way or wait to be written
 
 
+class TensorWriter(Protocol):
+    """Takes the tensors' bytes in order, in pieces (model.writer.GgufWriter, or one for shards)."""
+
+    def write(self, name: str, data: Bytes) -> None:
+        """Append bytes to a tensor."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Rows start…stop of a tensor, all of one matrix, to become `kind`; `importance` float32 [width] or None."""
+    """Rows start…stop of a tensor, all of one matrix, to become `kind`; `importance` float32 [width] or None.
 
+    `name` is the tensor's in the new file.
+    """
+
+    name: str
     tensor: TensorInfo
     start: int
     stop: int
@@ -36,17 +49,17 @@ class _Piece:
 
 
 def stream_tensors(
-    writer: GgufWriter,
+    writer: TensorWriter,
     file: GgufFile,
-    plans: Sequence[TensorPlan],
+    tensors: Sequence[TensorChoice],
     importance: Mapping[str, Floats],
     threads: int | None,
     bar: Task,
 ) -> None:
-    """Write every planned tensor of `file`, in order.
+    """Write every chosen tensor of `file`, in order.
 
-    Parameters: `importance` float32 [matrices, width] by tensor name. Raises BitladderError for weights that are not
-    finite; nothing is left running then.
+    Parameters: `importance` float32 [matrices, width] by (new) tensor name. Raises BitladderError for weights that are
+    not finite, copied ones included; nothing is left running then.
     """
     count = threads or threads_available()
     pool = ThreadPoolExecutor(count)
@@ -54,12 +67,12 @@ def stream_tensors(
 
     def write_first() -> None:
         piece, future = waiting.popleft()
-        writer.write(piece.tensor.name, future.result())
-        bar.note(piece.tensor.name)
+        writer.write(piece.name, future.result())
+        bar.note(piece.name)
         bar.advance((piece.stop - piece.start) * piece.tensor.type.row_bytes(piece.tensor.width))
 
     try:
-        for piece in _pieces(file, plans, importance):
+        for piece in _pieces(tensors, importance):
             if len(waiting) >= AHEAD * count:
                 write_first()
             waiting.append((piece, pool.submit(_make, file, piece)))
@@ -69,26 +82,26 @@ def stream_tensors(
         pool.shutdown(cancel_futures=True)
 
 
-def _pieces(file: GgufFile, plans: Sequence[TensorPlan], importance: Mapping[str, Floats]) -> Iterator[_Piece]:
-    for plan in plans:
-        tensor = file.tensors[plan.name]
-        columns = importance.get(plan.name)
+def _pieces(tensors: Sequence[TensorChoice], importance: Mapping[str, Floats]) -> Iterator[_Piece]:
+    for chosen in tensors:
+        tensor, columns = chosen.source, importance.get(chosen.name)
         step = max(1, PIECE // tensor.width)
         for matrix, first in enumerate(range(0, tensor.rows, tensor.rows_per_matrix)):
             end = first + tensor.rows_per_matrix
             for start in range(first, end, step):
                 row = columns[matrix] if columns is not None else None
-                yield _Piece(tensor, start, min(start + step, end), plan.type, row)
+                yield _Piece(chosen.name, tensor, start, min(start + step, end), chosen.type, row)
 
 
 def _make(file: GgufFile, piece: _Piece) -> Bytes:
     data = file.read(piece.tensor, piece.start, piece.stop)
-    if piece.kind == piece.tensor.type:
-        return data
+    copied = piece.kind == piece.tensor.type
+    if copied and not storable(piece.kind):
+        return data  # integers and the like
     weights = np.empty((piece.stop - piece.start, piece.tensor.width), np.float32)
     dequantize_into(data, piece.tensor.type, weights)
     _refuse_not_finite(weights, piece)
-    return quantize_rows(weights, piece.kind, piece.importance)
+    return data if copied else quantize_rows(weights, piece.kind, piece.importance)
 
 
 def _refuse_not_finite(weights: Floats, piece: _Piece) -> None:

@@ -9,8 +9,8 @@ import yaml
 from bitladder.errors import BitladderError
 from bitladder.files import write_text
 from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
-from bitladder.ladder.recipe import Recipe, read_recipe
-from bitladder.report.results import Scores, by_size, read_scores, row, worth_their_size
+from bitladder.recipe import Recipe, read_recipe
+from bitladder.report.results import Scores, by_size, read_scores, row, task_rows, worth_their_size
 
 NAME = "README.md"
 # Front matter keys of the hub → keys of GGUF's general.* metadata.
@@ -61,6 +61,9 @@ def render_card(folder: pathlib.Path) -> str:
         base_row=row(full["encoding"], base),
         rows=[row(rung, scores) for rung, scores in rungs],
         chosen=[row(rung, scores) for rung, scores in rungs if rung in chosen],
+        tasks=base.tasks,
+        has_average=base.tasks_average is not None,
+        task_rows=task_rows([(full["encoding"], base), *rungs]) if base.tasks else [],
         others=[rung for rung, _ in rungs if rung not in chosen],
         imatrix=_imatrix(recipes),
         versions=_versions(recipes, [base, *(scores for _, scores in rungs)]),

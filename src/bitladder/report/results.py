@@ -29,6 +29,15 @@ class TextMeasured(pydantic.BaseModel):
     sha256: str
 
 
+class TaskScore(pydantic.BaseModel):
+    """The part of a benchmark's score that is reported."""
+
+    accuracy: Figure
+    chance: float
+    count: int
+    source: str | None = None
+
+
 class Scores(pydantic.BaseModel):
     """The part of the Scores JSON that a report shows; without a base there is only `ppl`."""
 
@@ -45,6 +54,9 @@ class Scores(pydantic.BaseModel):
     kld: Figure | None = None
     delta_p: DeltaP | None = None
     same_top_p: Figure | None = None
+    tasks: dict[str, TaskScore] = {}
+    tasks_average: float | None = None
+    tasks_average_error: float | None = None
     versions: dict[str, str]
 
 
@@ -87,6 +99,21 @@ def row(label: str, scores: Scores) -> Row:
         rms=f"{with_error(scores.delta_p.rms, 100)} %" if scores.delta_p else DASH,
         same_top=f"{with_error(scores.same_top_p, 100)} %" if scores.same_top_p else DASH,
     )
+
+
+def task_rows(models: Sequence[tuple[str, Scores]]) -> list[tuple[str, list[str]]]:
+    """A row of accuracies for each model, in the order of the first one's tasks; then their average, if known."""
+    names = list(models[0][1].tasks)
+    rows = []
+    for label, scores in models:
+        cells = [
+            f"{with_error(scores.tasks[name].accuracy, 100)} %" if name in scores.tasks else DASH for name in names
+        ]
+        if scores.tasks_average is not None:
+            average = Figure(value=scores.tasks_average, error=scores.tasks_average_error or 0)
+            cells.append(f"{with_error(average, 100)} %")
+        rows.append((label, cells))
+    return rows
 
 
 def rows_of(measured: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[Row]:

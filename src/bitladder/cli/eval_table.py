@@ -1,0 +1,136 @@
+"""The tables of `bitladder eval`: a column for each model, smallest file first, the best of each row in bold."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitladder.evaluate import Figure, Scores
+
+Cell = tuple[str, float | None]  # what is shown, and what rows are judged by: the lowest is the best
+
+
+def tables(found: "list[Scores]") -> list[tuple[str, Any]]:
+    """What was measured of each model and, of several, how each differs from the first: titles and tables.
+
+    Parameters: `found` in the order of the command line.
+    """
+    ordered = sorted(found, key=lambda scores: scores.bytes)
+    made = [(_title(found[0]), _table(ordered, _rows(found)))]
+    paired = [scores for scores in ordered if scores.paired]
+    if paired:
+        made.append((_pair_title(found), _table(paired, _pair_rows(found))))
+    return made
+
+
+def _table(found: "list[Scores]", rows: list[tuple[str, Callable[[Any], Cell]]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table()
+    made.add_column("")
+    for scores in found:
+        made.add_column(scores.model, justify="right", overflow="fold")
+    for label, cell in rows:
+        cells = [cell(scores) for scores in found]
+        if not any(text for text, _ in cells):
+            continue
+        ranked = [rank for _, rank in cells if rank is not None]
+        best = min(ranked) if len(cells) > 1 and ranked else None
+        bold = [rank is not None and rank == best for _, rank in cells]
+        shown = [Text(text, "bold" if strong else "") for (text, _), strong in zip(cells, bold, strict=True)]
+        made.add_row(label, *shown)
+    return made
+
+
+def _title(first: "Scores") -> str:
+    if not first.chunks:
+        return "Tasks"
+    source = first.text.name if first.text else first.base.model if first.base else ""
+    title = f"{source}, {first.chunks} chunks of {first.n_ctx}, {first.tokens_scored} tokens scored"
+    if first.noise:
+        batch, activations = first.noise.batch, first.noise.activations
+        title += (
+            f"\nNoise floor of KLD, base against itself over {first.noise.chunks} chunks: {batch.value:.2g} with "
+            f"-ub {first.noise.n_ubatch}, {activations.value:.2g} with inputs rounded to Q8_0"
+        )
+    return title
+
+
+def _pair_title(found: "list[Scores]") -> str:
+    per = next((scores.paired.per for scores in found if scores.paired), None)
+    return f"Difference from {found[0].model}, paired" + (f" by {per}" if per else "") + " and question"
+
+
+def _pm(figure: "Figure | None", digits: int, scale: float = 1, unit: str = "", sign: str = "") -> str:
+    return f"{figure.value * scale:{sign}.{digits}f} ± {figure.error * scale:.{digits}f}{unit}" if figure else ""
+
+
+def _low(figure: "Figure | None", digits: int, scale: float = 1, unit: str = "") -> Cell:
+    return _pm(figure, digits, scale, unit), figure.value if figure else None
+
+
+def _high(figure: "Figure | None", digits: int) -> Cell:
+    return _pm(figure, digits, 100, " %"), -figure.value if figure else None
+
+
+def _rows(found: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]]:
+    rows: list[tuple[str, Callable[[Any], Cell]]] = [
+        ("size", lambda s: (f"{s.bytes / 1e6:,.1f} MB", None)),
+        ("bits per weight", lambda s: (f"{s.bpw:.3f}", None)),
+        ("PPL", lambda s: _low(s.ppl, 4)),
+        ("PPL base", lambda s: (_pm(s.ppl_base, 4), None)),
+        ("ln PPL ratio", lambda s: (_pm(s.ln_ppl_ratio, 5), None)),
+        ("ρ PPL", lambda s: (f"{100 * s.rho_ppl:.2f} %", -s.rho_ppl) if s.rho_ppl is not None else ("", None)),
+        ("KLD mean", lambda s: _low(s.kld, 6)),
+    ]
+    for label, field in (("max", "max"), ("99.9 %", "p999"), ("99 %", "p99"), ("median", "median")):
+        rows.append((f"KLD {label}", functools.partial(_percentile, field)))
+    rows += [
+        ("Δp RMS", lambda s: _low(s.delta_p.rms if s.delta_p else None, 3, 100, " %")),
+        ("same top p", lambda s: _high(s.same_top_p, 3)),
+    ]
+    for name, task in (found[0].tasks or {}).items():
+        label = f"{name}, {task.count} questions, chance {100 * task.chance:.1f} %"
+        if task.skipped:
+            label += f", {task.skipped} too long"
+        rows.append((label, functools.partial(_task, name)))
+    rows.append(("average of the five", _average))
+    return rows
+
+
+def _percentile(field: str, scores: "Scores") -> Cell:
+    if not scores.kld:
+        return "", None
+    value = float(getattr(scores.kld, field))
+    return f"{value:.6f}", value
+
+
+def _task(name: str, scores: "Scores") -> Cell:
+    return _high((scores.tasks or {})[name].accuracy, 2)
+
+
+def _average(scores: "Scores") -> Cell:
+    if scores.tasks_average is None:
+        return "", None
+    return f"{100 * scores.tasks_average:.2f} ± {100 * (scores.tasks_average_error or 0):.2f} %", -scores.tasks_average
+
+
+def _pair_rows(found: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]]:
+    rows: list[tuple[str, Callable[[Any], Cell]]] = [
+        ("PPL", lambda s: (_pm(s.paired.ppl, 4, sign="+"), None)),
+        ("ln PPL", lambda s: (_pm(s.paired.ln_ppl, 5, sign="+"), None)),
+        ("KLD mean", lambda s: (_pm(s.paired.kld, 6, sign="+"), None)),
+    ]
+    for name in found[0].tasks or {}:
+        rows.append((f"{name} (only it : only the other right)", functools.partial(_pair_task, name)))
+    rows.append(("average of the five", lambda s: (_pm(s.paired.tasks_average, 2, 100, " %", "+"), None)))
+    return rows
+
+
+def _pair_task(name: str, scores: "Scores") -> Cell:
+    pair = (scores.paired.tasks or {}).get(name) if scores.paired else None
+    if pair is None:
+        return "", None
+    shown = _pm(pair.difference, 2, 100, " %", "+")
+    return f"{shown} ({pair.only_this} : {pair.only_other}, p = {pair.p_value:.2g})", None

@@ -1,0 +1,140 @@
+"""bitladder recipe."""
+
+import pathlib
+
+import click
+
+from bitladder.cli.output import Output, common_options
+
+_FILE = click.Path(path_type=pathlib.Path)
+_model = click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF, for shapes and checks.")
+
+
+@click.group("recipe", context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Show, check, extract, compare and export recipes: which type each tensor of a quant has.
+
+    A RECIPE is a recipe's .toml, or any .gguf, whose recipe is then read from the file.
+    """
+
+
+@command.command("show", short_help="Show a recipe in tables.")
+@click.argument("recipe", type=_FILE)
+@_model
+@common_options
+def show(output: Output, recipe: pathlib.Path, model: pathlib.Path | None) -> None:
+    """Show RECIPE: header, kinds × types, layers × kinds."""
+    from bitladder.recipe import view
+    from bitladder.recipe.extract import open_recipe
+
+    opened = open_recipe(recipe, model)
+    if output.json:
+        output.print_json(view.to_json(opened.recipe, opened.shapes))
+        return
+    for line in view.heading(opened.recipe, opened.shapes):
+        output.line(line)
+    for table in (view.kinds_table(opened.recipe, opened.shapes), view.layers_table(opened.recipe)):
+        if table is not None:
+            output.line("")
+            output.print(table)
+
+
+@command.command("check", short_help="Check a recipe against its model.")
+@click.argument("recipe", type=_FILE)
+@click.option("-m", "--model", required=True, type=_FILE, help="The model's full-precision GGUF.")
+@common_options
+def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
+    """Check that RECIPE can be carried out on a model, and tell the exact size of its tensors.
+
+    Exits with 1 if there are problems.
+    """
+    from bitladder import recipe as package
+    from bitladder.errors import BitladderError
+    from bitladder.model.reader import GgufFile
+    from bitladder.recipe.extract import open_recipe
+
+    with GgufFile(model) as file:
+        found = package.check(open_recipe(recipe).recipe, file)
+    if output.json:
+        output.print_json(found.to_json())
+    else:
+        for finding in found.findings:
+            output.line(finding.line())
+        output.line(f"{found.size.bytes} bytes of tensors, {found.size.bpw:.4f} bpw")
+    if found.problems:
+        count = f"{found.problems} problem{'s' if found.problems > 1 else ''}"
+        raise BitladderError(f"{recipe}: {count} with {model.name}")
+
+
+@command.command("extract", short_help="Extract the recipe of a GGUF.")
+@click.argument("gguf", type=_FILE)
+@click.option("-o", "--output", "out", type=_FILE, help="File to write.  [default: print it]")
+@common_options
+def extract(output: Output, gguf: pathlib.Path, out: pathlib.Path | None) -> None:
+    """Extract the recipe of a GGUF of any maker."""
+    from bitladder import recipe as package
+
+    found = package.extract(gguf)
+    if out:
+        package.write_recipe(out, found)
+        output.progress.info(f"wrote {out}")
+    if output.json:
+        output.print_json(found.model_dump(mode="json"))
+    elif not out:
+        output.line(package.recipe_toml(found).removesuffix("\n"))
+
+
+@command.command("diff", short_help="Compare two recipes.")
+@click.argument("a", type=_FILE, metavar="RECIPE_A")
+@click.argument("b", type=_FILE, metavar="RECIPE_B")
+@_model
+@common_options
+def diff(output: Output, a: pathlib.Path, b: pathlib.Path, model: pathlib.Path | None) -> None:
+    """Compare two recipes: which tensors have more or fewer bits in B, and how many bytes that is.
+
+    Bytes need the shapes of the tensors: from a .gguf among the two, or from -m.
+    """
+    from bitladder.recipe import diff as compare
+    from bitladder.recipe.diff_view import difference
+    from bitladder.recipe.extract import joined_shapes, open_recipe
+
+    first, second = open_recipe(a, model), open_recipe(b, model)
+    found = compare(first.recipe, second.recipe, joined_shapes(first, second))
+    if output.json:
+        output.print_json(found.to_json())
+        return
+    for part in difference(found):
+        if isinstance(part, str):
+            output.line(part)
+        else:
+            output.print(part)
+
+
+@command.command("export", short_help="Export for llama-quantize.")
+@click.argument("recipe", type=_FILE)
+@click.option("-o", "--output", "out", type=_FILE, help="File to write the lines to.  [default: print them]")
+@click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF: checks, and leaves out idle lines.")
+@common_options
+def export(output: Output, recipe: pathlib.Path, out: pathlib.Path | None, model: pathlib.Path | None) -> None:
+    """Export RECIPE as lines for llama-quantize --tensor-type-file, and show the command that uses them.
+
+    With the recipe's model and importance matrix, llama-quantize then makes the same tensors, byte by byte. The
+    command goes to stderr if the lines go to stdout.
+    """
+    from bitladder.files import write_text
+    from bitladder.recipe.export import export
+    from bitladder.recipe.extract import open_recipe
+
+    made = export(open_recipe(recipe).recipe, str(out or "types.txt"), model)
+    for note in made.notes:
+        output.progress.warn(note)
+    if out:
+        write_text(out, "".join(f"{line}\n" for line in made.lines))
+    if output.json:
+        output.print_json({"preset": made.preset, "lines": list(made.lines), "command": made.command})
+    elif out:
+        output.line(made.command)
+    else:
+        for line in made.lines:
+            output.line(line)
+        output.progress.info(made.command)

@@ -1,0 +1,53 @@
+"""ARC (AI2 Reasoning Challenge): school science questions, the Easy and the Challenge set together."""
+
+from collections.abc import Iterator
+
+from bitladder.errors import BitladderError
+from bitladder.evaluate.tasks import binary
+from bitladder.evaluate.tasks.benchmark import Benchmark, asked
+from bitladder.evaluate.tasks.hub import HubData, parquet_records
+from bitladder.evaluate.tasks.source import File, Record, json_records
+from bitladder.evaluate.tasks.task import Kind, Question, question
+
+
+def read_json(file: File) -> Iterator[Question]:
+    """AllenAI's jsonl: question.stem, question.choices[] with text and label, answerKey."""
+    for record in json_records(file):
+        inner = record.inner("question")
+        choices = inner.get("choices")
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            raise BitladderError(f"{record.where}: the field choices is not a list of objects")
+        found = [Record(record.where, choice) for choice in choices]
+        labels, texts = [one.text("label") for one in found], [one.text("text") for one in found]
+        yield _question(record, inner.text("stem"), labels, texts)
+
+
+def read_parquet(file: File) -> Iterator[Question]:
+    """The hub's rows: question, choices.text[], choices.label[], answerKey."""
+    for record in parquet_records(file):
+        choices = record.inner("choices")
+        yield _question(record, record.text("question"), choices.texts("label"), choices.texts("text"))
+
+
+def _question(record: Record, text: str, labels: list[str], texts: list[str]) -> Question:
+    key = record.text("answerKey")
+    if key not in labels:
+        raise BitladderError(f"{record.where}: the answer {key} is none of the labels {', '.join(labels)}")
+    return question(record.where, asked(text), texts, labels.index(key))
+
+
+ARC = Benchmark(
+    name="arc",
+    kind=Kind.MULTIPLE_CHOICE,
+    readers={".bin": binary.read, ".jsonl": read_json, ".parquet": read_parquet},
+    default=".bin",
+    layouts=(
+        ("*Easy-Test.jsonl", "*Challenge-Test.jsonl"),
+        ("ARC-Easy/test-*.parquet", "ARC-Challenge/test-*.parquet"),
+    ),
+    hub=HubData(
+        "allenai/ai2_arc",
+        "210d026faf9955653af8916fad021475a3f00453",
+        ("ARC-Easy/test-00000-of-00001.parquet", "ARC-Challenge/test-00000-of-00001.parquet"),
+    ),
+)

@@ -1,0 +1,58 @@
+"""Questions made from any text: which of four passages is the one that follows?
+
+They need no data set and no tokenizer. The text is cut into stretches of PASSAGE words and the NEXT words after them;
+the three wrong choices are what follows other stretches of the same text. Choices begin where the text has a plain
+space, so that each of them joins on as smoothly as the right one.
+"""
+
+import re
+from collections.abc import Iterator
+
+from bitladder.calibrate.texts import load_text
+from bitladder.errors import BitladderError
+from bitladder.evaluate.tasks.draw import below, mersenne_twister
+from bitladder.evaluate.tasks.task import Kind, Question, Task, question
+
+NAME = "continuation"
+PASSAGE, NEXT, CHOICES = 48, 24, 4
+SEED = 2  # not the seed of the draw: that would tie the draw to the places of the right choices
+
+
+def load(source: str) -> Task:
+    """The questions of a text (a file, or a built-in text, see `texts.load_text`); the same for the same text.
+
+    Raises BitladderError if the text cannot be read or is too short.
+    """
+    text = load_text(source)
+    stretches = list(_stretches(text.text))
+    if len(stretches) < CHOICES:
+        raise BitladderError(
+            f"the text {text.name} is too short for {NAME}: it gives {len(stretches)} passages of "
+            f"{PASSAGE + NEXT} words, and {CHOICES} is the least"
+        )
+    return Task(NAME, text.name, text.sha256, Kind.MULTIPLE_CHOICE, tuple(_questions(text.name, stretches)))
+
+
+def _stretches(text: str) -> Iterator[tuple[str, str]]:
+    """Passages and what follows them; none overlaps another."""
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    start = 0
+    while True:
+        seam = start + PASSAGE
+        while seam < len(words) and text[words[seam - 1][1] : words[seam][0]] != " ":
+            seam += 1
+        stop = seam + NEXT
+        if stop > len(words):
+            return
+        yield text[words[start][0] : words[seam - 1][1]], text[words[seam][0] : words[stop - 1][1]]
+        start = stop
+
+
+def _questions(name: str, stretches: list[tuple[str, str]]) -> Iterator[Question]:
+    numbers = mersenne_twister(SEED)
+    for index, (passage, follows) in enumerate(stretches):
+        others = [other for place, (_, other) in enumerate(stretches) if place != index and other != follows]
+        choices = [others.pop(below(len(others), numbers)) for _ in range(min(CHOICES - 1, len(others)))]
+        correct = below(len(choices) + 1, numbers)
+        choices.insert(correct, follows)
+        yield question(f"{name}, record {index + 1}", passage, choices, correct)

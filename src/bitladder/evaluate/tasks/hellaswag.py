@@ -1,0 +1,75 @@
+"""HellaSwag: which of four endings goes on with a description of everyday life."""
+
+import re
+from collections.abc import Callable, Iterator
+
+from bitladder.errors import BitladderError
+from bitladder.evaluate.tasks import binary
+from bitladder.evaluate.tasks.benchmark import Benchmark
+from bitladder.evaluate.tasks.hub import HubData, parquet_records
+from bitladder.evaluate.tasks.source import File, Record, json_records
+from bitladder.evaluate.tasks.task import Kind, Question, question
+
+_LINES, _ENDINGS = 6, 4
+
+
+def read_text(file: File) -> Iterator[Question]:
+    """llama-perplexity's text: six lines a task, which are the context, the right ending's index, four endings."""
+    text = file.text.removesuffix("\n")
+    lines = text.removesuffix("\n").split("\n") if text else []
+    if not lines or len(lines) % _LINES:
+        raise BitladderError(f"{file.name}: {len(lines)} lines; there must be {_LINES} for each task")
+    for start in range(0, len(lines), _LINES):
+        where = f"{file.name}, record {start // _LINES + 1} (line {start + 1})"
+        label = lines[start + 1].strip()
+        if label not in ("0", "1", "2", "3"):
+            raise BitladderError(f"{where}: the right ending is {label!r}, not one of 0 to 3")
+        yield question(where, lines[start], lines[start + 2 : start + _LINES], int(label))
+
+
+def write_text(questions: list[Question]) -> bytes:
+    """The same format. Raises BitladderError if a question does not fit it."""
+    lines = []
+    for number, one in enumerate(questions, 1):
+        record = [one.text, str(one.correct), *one.choices]
+        if len(record) != _LINES or any("\n" in line for line in record):
+            raise BitladderError(f"question {number} has not {_ENDINGS} endings, or a line break: it does not fit")
+        lines += record
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+
+
+def read_json(file: File) -> Iterator[Question]:
+    """The project's jsonl: activity_label, ctx, endings[], label."""
+    return _read_records(file, json_records)
+
+
+def read_parquet(file: File) -> Iterator[Question]:
+    """The hub's rows, which have the same fields."""
+    return _read_records(file, parquet_records)
+
+
+def _read_records(file: File, records: Callable[[File], Iterator[Record]]) -> Iterator[Question]:
+    for record in records(file):
+        text = clean(f"{record.text('activity_label')}: {record.text('ctx')}")
+        endings = [clean(ending) for ending in record.texts("endings")]
+        if len(endings) != _ENDINGS:
+            raise BitladderError(f"{record.where}: {len(endings)} endings; there must be {_ENDINGS}")
+        yield question(record.where, text, endings, record.index("label"))
+
+
+def clean(text: str) -> str:
+    """Without WikiHow's marks, as lm-evaluation-harness has it and llama-perplexity's file was made."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+HELLASWAG = Benchmark(
+    name="hellaswag",
+    kind=Kind.HELLASWAG,
+    readers={".txt": read_text, ".bin": binary.read, ".jsonl": read_json, ".parquet": read_parquet},
+    default=".txt",
+    layouts=(("hellaswag_val*.txt*",), ("hellaswag_val*.jsonl*",), ("data/validation-*.parquet",)),
+    hub=HubData(
+        "Rowan/hellaswag", "218ec52e09a7e7462a5400043bb9a69a41d06b76", ("data/validation-00000-of-00001.parquet",)
+    ),
+)

@@ -1,0 +1,63 @@
+"""Data sets on the Hugging Face hub: parquet files of a pinned revision."""
+
+import dataclasses
+import importlib.util
+import io
+import pathlib
+from collections.abc import Iterator
+
+from bitladder.errors import BitladderError
+from bitladder.evaluate.tasks.source import File, Record
+
+
+@dataclasses.dataclass(frozen=True)
+class HubData:
+    """Files of a data set on the hub."""
+
+    repository: str
+    revision: str
+    files: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The data set and its revision, shortened."""
+        return f"{self.repository}@{self.revision[:8]}"
+
+
+def download(data: HubData, task: str) -> list[pathlib.Path]:
+    """The files of a data set in huggingface_hub's cache, fetched if they are not there.
+
+    Raises BitladderError if they could not be read or cannot be fetched.
+    """
+    _need_pyarrow(data.label)
+    from huggingface_hub import hf_hub_download  # takes a while to import, and files at hand do not need it
+
+    try:
+        return [
+            pathlib.Path(hf_hub_download(data.repository, name, repo_type="dataset", revision=data.revision))
+            for name in data.files
+        ]
+    except Exception as error:  # whatever the network and the hub come up with; there is no common base class
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BitladderError(
+            f"the hub does not give {data.repository}: {reason}; name a file instead: {task}:FILE"
+        ) from error
+
+
+def parquet_records(file: File) -> Iterator[Record]:
+    """The rows of a parquet file. Raises BitladderError without pyarrow, or if the file is none."""
+    _need_pyarrow(file.name)
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(io.BytesIO(file.data)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BitladderError(f"{file.name}: not a parquet file: {str(error).splitlines()[0]}") from error
+    for number, row in enumerate(rows, 1):
+        yield Record(f"{file.name}, row {number}", row)
+
+
+def _need_pyarrow(what: str) -> None:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise BitladderError(f"{what} is parquet, which needs pyarrow: pip install 'bitladder[hub-data]'")

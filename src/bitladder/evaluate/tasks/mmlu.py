@@ -1,0 +1,44 @@
+"""MMLU: exam questions of 57 subjects. The answers' texts are scored, not their letters."""
+
+from collections.abc import Iterator
+
+from bitladder.errors import BitladderError
+from bitladder.evaluate.tasks import binary
+from bitladder.evaluate.tasks.benchmark import Benchmark, asked
+from bitladder.evaluate.tasks.hub import HubData, parquet_records
+from bitladder.evaluate.tasks.source import File, csv_rows
+from bitladder.evaluate.tasks.task import Kind, Question, question
+
+_CELLS = 6  # the question, four choices, the answer
+_ANSWERS = ("0A", "1B", "2C", "3D")
+
+
+def read_csv(file: File) -> Iterator[Question]:
+    """The subjects' csv: question, four choices, the answer as A–D or 0–3; with or without a first line of names."""
+    for number, (where, row) in enumerate(csv_rows(file)):
+        if len(row) != _CELLS:
+            raise BitladderError(f"{where}: {len(row)} cells; there must be a question, four choices and the answer")
+        cells = [cell.strip() for cell in row]
+        if number == 0 and cells[-1].lower() == "answer":
+            continue
+        correct = next((index for index, names in enumerate(_ANSWERS) if cells[-1] and cells[-1] in names), -1)
+        if correct < 0:
+            raise BitladderError(f"{where}: the answer is {cells[-1]!r}, not one of A–D or 0–3")
+        yield question(where, asked(cells[0]), cells[1:5], correct)
+
+
+def read_parquet(file: File) -> Iterator[Question]:
+    """The hub's rows: question, choices[], answer 0–3."""
+    for record in parquet_records(file):
+        text = asked(record.text("question"))
+        yield question(record.where, text, record.texts("choices"), record.index("answer"))
+
+
+MMLU = Benchmark(
+    name="mmlu",
+    kind=Kind.MULTIPLE_CHOICE,
+    readers={".bin": binary.read, ".csv": read_csv, ".parquet": read_parquet},
+    default=".bin",
+    layouts=(("test/*.csv",), ("*.csv",), ("all/test-*.parquet",), ("test-*.parquet",)),
+    hub=HubData("cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe", ("all/test-00000-of-00001.parquet",)),
+)

@@ -1,0 +1,161 @@
+"""Files that questions come from: found, unpacked, and read record by record."""
+
+import bz2
+import csv
+import dataclasses
+import gzip
+import io
+import json
+import lzma
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from bitladder.errors import BitladderError
+
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {".bz2": bz2.decompress, ".gz": gzip.decompress, ".xz": lzma.decompress}
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file's content (unpacked, if it was .bz2, .gz or .xz); `suffix` is that of the unpacked file."""
+
+    path: pathlib.Path
+    data: bytes
+
+    @property
+    def name(self) -> str:
+        """The name without folder."""
+        return self.path.name
+
+    @property
+    def suffix(self) -> str:
+        """Such as ".jsonl", in lower case."""
+        return _inner(self.path).suffix.lower()
+
+    @property
+    def text(self) -> str:
+        """The content as text; bytes that are not UTF-8 are kept as surrogate escapes. A byte-order mark is dropped."""
+        return self.data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A record with named fields; `where` begins messages about it ("dev.jsonl, line 3")."""
+
+    where: str
+    fields: dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        """A field's value. Raises BitladderError if the record has none of that name."""
+        if self.fields.get(name) is None:
+            raise BitladderError(f"{self.where}: no field {name}")
+        return self.fields[name]
+
+    def text(self, name: str) -> str:
+        """A field that is text or a number, as text without blanks around it."""
+        value = self.get(name)
+        if not isinstance(value, str | int):
+            raise BitladderError(f"{self.where}: the field {name} is not text")
+        return str(value).strip()
+
+    def texts(self, name: str) -> list[str]:
+        """A field that is a list of texts."""
+        value = self.get(name)
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise BitladderError(f"{self.where}: the field {name} is not a list of texts")
+        return [one.strip() for one in value]
+
+    def inner(self, name: str) -> "Record":
+        """A field that is a record of its own."""
+        value = self.get(name)
+        if not isinstance(value, dict):
+            raise BitladderError(f"{self.where}: the field {name} is not an object")
+        return Record(self.where, value)
+
+    def index(self, name: str, first: int = 0) -> int:
+        """A whole number counted from `first`, as an index counted from 0."""
+        value = self.text(name)
+        if not value.lstrip("-").isdecimal():
+            raise BitladderError(f"{self.where}: {name} is {value!r}, not a whole number")
+        return int(value) - first
+
+
+def open_file(path: pathlib.Path) -> File:
+    """Read a file. Raises BitladderError if it cannot be read or unpacked."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+    unpack = _UNPACK.get(path.suffix.lower())
+    try:
+        return File(path, unpack(data) if unpack else data)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise BitladderError(f"{path} is damaged: {error}") from error
+
+
+def find_files(folder: pathlib.Path, layouts: tuple[tuple[str, ...], ...]) -> list[pathlib.Path]:
+    """The files of a folder by the first layout of which every pattern finds something; sorted within a pattern.
+
+    Raises BitladderError that lists the layouts if none does.
+    """
+    for layout in layouts:
+        found = [sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in layout]
+        if all(found):
+            return [path for paths in found for path in paths]
+    wanted = "; or ".join(" and ".join(layout) for layout in layouts)
+    raise BitladderError(f"{folder} has none of the files looked for: {wanted}")
+
+
+def json_records(file: File) -> Iterator[Record]:
+    """The records of a .jsonl file (one object a line) or a .json file (a list of objects)."""
+    if file.suffix == ".json":
+        values = _parse(file.text, file.name)
+        if not isinstance(values, list):
+            raise BitladderError(f"{file.name}: not a list of records")
+        numbered = [(f"{file.name}, record {number}", value) for number, value in enumerate(values, 1)]
+    else:
+        lines = [(f"{file.name}, line {number}", line) for number, line in enumerate(file.text.split("\n"), 1)]
+        numbered = [(where, _parse(line, where)) for where, line in lines if line.strip()]
+    for where, value in numbered:
+        if not isinstance(value, dict):
+            raise BitladderError(f"{where}: not an object")
+        yield Record(where, value)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BitladderError(f"{where}: not JSON: {error.msg}") from error
+
+
+def csv_rows(file: File) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a csv file that are not blank: where each ends ("x.csv, line 3"), and its cells."""
+    reader = csv.reader(io.StringIO(file.text, newline=""), strict=True)
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise BitladderError(f"{file.name}, line {reader.line_num}: {error}") from error
+        if row is None:
+            return
+        if any(cell.strip() for cell in row):
+            yield f"{file.name}, line {reader.line_num}", row
+
+
+def csv_records(file: File) -> Iterator[Record]:
+    """The records of a csv file whose first row names the fields."""
+    header: list[str] | None = None
+    for where, row in csv_rows(file):
+        if header is None:
+            header = [cell.strip() for cell in row]
+        elif len(row) != len(header):
+            raise BitladderError(f"{where}: {len(row)} cells where the first line has {len(header)}")
+        else:
+            yield Record(where, dict(zip(header, row, strict=True)))
+
+
+def _inner(path: pathlib.Path) -> pathlib.Path:
+    return path.with_suffix("") if path.suffix.lower() in _UNPACK else path

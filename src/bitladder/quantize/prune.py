@@ -1,0 +1,157 @@
+"""Dropping whole blocks (--prune-layers): tensors renumbered, and all metadata that counts or lists blocks.
+
+llama-quantize renumbers the tensors and sets block_count; metadata with one value per block keep their length there,
+and such a file does not load (llama.cpp #27976). Some architectures decide by a block's number what it is. Where
+pruning would turn a block into another kind, it is refused.
+"""
+
+import dataclasses
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from bitladder.errors import BitladderError, UsageError
+from bitladder.model.values import ARRAY, SCALARS, Value, scalar
+
+T = TypeVar("T")
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
+_OTHER_BLOCK = re.compile(r"\.blk\.\d+\.|^per_layer_")
+# {arch}.KEY, from llama.cpp's llama-arch.cpp and the loaders in src/models.
+_LEADING = ("leading_dense_block_count", "hash_layer_count")  # this many of the first blocks are special
+_TRAILING = ("nextn_predict_layers",)  # this many of the last
+# Every nth block is special.
+_PERIODS = (
+    "attention.sliding_window_pattern",
+    "full_attention_interval",
+    "interleave_moe_layer_step",
+    "moe_every_n_layers",
+    "rescale_every_n_layers",
+)
+# Lists of block numbers, or blocks that depend on others: what pruning should make of them is not known.
+_UNCLEAR = (
+    "attention.shared_kv_layers",
+    "decoder_block_count",
+    "deepstack_mapping",
+    "hrm.layers_per_stack",
+    "n_deepstack_layers",
+    "ple.layers",
+    "target_layers",
+)
+_NOT_PER_BLOCK = ("rope.", "classifier.", "adapters.", "ple.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """Which blocks stay: `kept` are their numbers in the source; their place in it is the new number."""
+
+    kept: tuple[int, ...]
+    blocks: int  # of the source
+
+    def new_name(self, name: str) -> str | None:
+        """A tensor's name in the pruned model; None if it goes with its block."""
+        block = _BLOCK.match(name)
+        if block is None:
+            return name
+        number = int(block[1])
+        return f"blk.{self.kept.index(number)}.{name[block.end() :]}" if number in self.kept else None
+
+
+def plan_pruning(
+    metadata: Mapping[str, Value], tensors: Iterable[str], layers: Sequence[int], architecture: str
+) -> Pruning:
+    """Settle what goes. Raises UsageError for a block the model lacks, and for models that cannot be pruned safely."""
+    count = _integer(metadata.get(f"{architecture}.block_count"))
+    if not count:
+        raise UsageError(f"--prune-layers: the model has no {architecture}.block_count")
+    lacking = [layer for layer in layers if layer >= count]
+    if lacking:
+        raise UsageError(f"--prune-layers {lacking[0]}: the model has blocks 0 to {count - 1}")
+    kept = tuple(block for block in range(count) if block not in layers)
+    if not kept:
+        raise UsageError("--prune-layers: nothing would be left; keep at least one block")
+    odd = next((name for name in tensors if _OTHER_BLOCK.search(name)), None)
+    if odd is not None:
+        raise UsageError(f"--prune-layers: {odd} has a part for each block, which pruning cannot take apart")
+    pruning = Pruning(kept, count)
+    _refuse_unclear(metadata, pruning, architecture)
+    return pruning
+
+
+def pruned_metadata(metadata: Mapping[str, Value], pruning: Pruning, architecture: str) -> dict[str, Value]:
+    """Metadata of the pruned model: per-block arrays cut, counts of blocks counted again, order kept.
+
+    An array of {arch}.* has one value per block if it is as long as there are blocks, or blocks without those that
+    predict further tokens (nextn_predict_layers).
+    """
+    trailing = _integer(metadata.get(f"{architecture}.nextn_predict_layers"))
+    lengths = {pruning.blocks, pruning.blocks - trailing}
+    changed = dict(metadata)
+    for key, value in metadata.items():
+        rest = key.removeprefix(f"{architecture}.")
+        if rest == key:
+            continue
+        if rest == "block_count":
+            changed[key] = scalar(value.kind, len(pruning.kept))
+        elif rest in _LEADING and value.kind != ARRAY:
+            changed[key] = _counted(value, pruning, lambda block, count: block < count)
+        elif rest in _TRAILING and value.kind != ARRAY:
+            changed[key] = _counted(value, pruning, lambda block, count: block >= pruning.blocks - count)
+        elif value.kind == ARRAY and not rest.startswith(_NOT_PER_BLOCK):
+            changed[key] = _cut(value, pruning, lengths)
+    return changed
+
+
+def pruned_entries(entries: Mapping[str, T], pruning: Pruning) -> dict[str, T]:
+    """The entries of an importance matrix (weight name → anything) under their new names, without dropped blocks'."""
+    renamed = {pruning.new_name(name): entry for name, entry in entries.items()}
+    return {name: entry for name, entry in renamed.items() if name is not None}
+
+
+def _counted(value: Value, pruning: Pruning, among: Callable[[int, int], bool]) -> Value:
+    count = _integer(value)
+    return scalar(value.kind, sum(among(block, count) for block in pruning.kept))
+
+
+def _cut(value: Value, pruning: Pruning, lengths: set[int]) -> Value:
+    kind, count = struct.unpack_from("<IQ", value.raw)
+    if count not in lengths or kind not in SCALARS:
+        return value
+    size = struct.calcsize("<" + SCALARS[kind])
+    items = [value.raw[12 + size * block : 12 + size * (block + 1)] for block in pruning.kept if block < count]
+    return Value(ARRAY, struct.pack("<IQ", kind, len(items)) + b"".join(items))
+
+
+def _refuse_unclear(metadata: Mapping[str, Value], pruning: Pruning, architecture: str) -> None:
+    """Raise UsageError where a kept block would become another kind of block, or where that cannot be known."""
+    if pruning.kept == tuple(range(len(pruning.kept))):
+        moved = None  # only the last blocks go: all others keep their numbers
+    else:
+        moved = next(block for new, block in enumerate(pruning.kept) if new != block)
+    for rest in _UNCLEAR:
+        value = metadata.get(f"{architecture}.{rest}")
+        if value is not None and value.python():
+            raise UsageError(f"--prune-layers: what {architecture}.{rest} should become is not known; not supported")
+    for rest in _PERIODS:
+        period = _integer(metadata.get(f"{architecture}.{rest}"))
+        if period > 1 and any(new % period != block % period for new, block in enumerate(pruning.kept)):
+            raise UsageError(
+                f"--prune-layers: {architecture}.{rest} makes every {period}th block another kind; "
+                f"block {moved} would change its kind; prune whole groups of {period}, or the last blocks"
+            )
+    window = _integer(metadata.get(f"{architecture}.attention.sliding_window"))
+    if window and moved is not None and f"{architecture}.attention.sliding_window_pattern" not in metadata:
+        raise UsageError(
+            f"--prune-layers: {architecture} may decide by a block's number where its sliding window of {window} "
+            f"applies, and block {moved} would get another number; only the last blocks can be pruned"
+        )
+
+
+def _integer(value: Value | None) -> int:
+    """A scalar as an integer; 0 for none and for an array."""
+    if value is None or value.kind == ARRAY:
+        return 0
+    try:
+        return int(value.python())
+    except ValueError as error:
+        raise BitladderError(f"a number was expected in the metadata, not {value.python()!r}") from error

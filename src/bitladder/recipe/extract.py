@@ -1,0 +1,129 @@
+"""A recipe from a GGUF of any maker."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+from bitladder.engine.presets import presets
+from bitladder.errors import BitladderError
+from bitladder.files import PathLike, sha256_file
+from bitladder.model.reader import GgufFile
+from bitladder.model.shards import joined_sha256
+from bitladder.recipe.schema import ImatrixUsed, Recipe
+from bitladder.recipe.sizes import Shapes
+from bitladder.recipe.text import read_recipe
+
+RECIPE_KEY = "bitladder.recipe.sha256"
+_OURS = "bitladder."
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A recipe and the shapes of its tensors, as far as they are known (a TOML recipe has none)."""
+
+    recipe: Recipe
+    shapes: Shapes
+
+
+def open_recipe(path: PathLike, model: PathLike | None = None) -> Opened:
+    """The recipe of a .toml or a .gguf file (its content tells which), without hashing the file.
+
+    `model` is a GGUF of the same model, for the shapes of a TOML recipe's tensors. Raises BitladderError for a file
+    that is neither.
+    """
+    if _is_gguf(path):
+        with GgufFile(path) as file:
+            return Opened(recipe_of(file), shapes_of(file))
+    recipe = read_recipe(path)
+    if model is None:
+        return Opened(recipe, {})
+    with GgufFile(model) as file:
+        return Opened(recipe, shapes_of(file))
+
+
+def joined_shapes(a: Opened, b: Opened) -> dict[str, tuple[int, ...]]:
+    """The shapes that either knows. Raises BitladderError if they are not of one model: a tensor has two shapes."""
+    for name in a.shapes.keys() & b.shapes.keys():
+        if a.shapes[name] != b.shapes[name]:
+            raise BitladderError(
+                f"these are not of one model: {name} is {list(a.shapes[name])} in the one, {list(b.shapes[name])} in "
+                "the other"
+            )
+    return {**a.shapes, **b.shapes}
+
+
+def extract(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe of a GGUF: its tensors' types, and what its metadata tell of how it was made.
+
+    The file (all shards of a split model) is read in full, for its hash. Raises BitladderError if it is no model.
+    """
+    with GgufFile(path) as file:
+        found = recipe_of(file)
+        return found.model_copy(update={"sha256": joined_sha256([sha256_file(part) for part in file.parts])})
+
+
+def recipe_of(file: GgufFile) -> Recipe:
+    """The recipe of an open GGUF, without its hash. Raises BitladderError if it is no model."""
+    if file.get("general.type") == "imatrix":
+        raise BitladderError(f"{file.path} is an importance matrix; name the quant itself")
+    if not file.tensors:
+        raise BitladderError(f"{file.path} holds no tensors: there is no recipe in it")
+    own = {key: file.get(key) for key in file.metadata if key.startswith(_OURS)}
+    return Recipe(
+        model=_text(file, "general.name"),
+        file=file.path.name,
+        preset=_preset(file),
+        bytes=file.size,
+        bpw=file.bpw,
+        imatrix=_imatrix(file),
+        metadata={key: value for key, value in own.items() if isinstance(value, bool | int | float | str)},
+        tensors={name: tensor.type.name for name, tensor in file.tensors.items()},
+    )
+
+
+def shapes_of(file: GgufFile) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, in GGUF order."""
+    return {name: tensor.shape for name, tensor in file.tensors.items()}
+
+
+def _is_gguf(path: PathLike) -> bool:
+    try:
+        with pathlib.Path(path).open("rb") as stream:
+            return stream.read(4) == b"GGUF"
+    except OSError as error:
+        raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _preset(file: GgufFile) -> str | None:
+    """The preset of general.file_type, if there is one and the library knows it."""
+    number = file.get("general.file_type")
+    return next((name for name, known in presets().items() if known == number), None)
+
+
+def _imatrix(file: GgufFile) -> ImatrixUsed | None:
+    """What llama-quantize writes of the importance matrix; names lose their paths."""
+    name, dataset = _text(file, "quantize.imatrix.file"), _text(file, "quantize.imatrix.dataset")
+    if name is None:
+        return None
+    return ImatrixUsed(
+        name=_file_name(name),
+        dataset=_file_name(dataset) if dataset else None,
+        entries=_count(file, "quantize.imatrix.entries_count"),
+        chunks=_count(file, "quantize.imatrix.chunks_count"),
+    )
+
+
+def _file_name(path: str) -> str:
+    """The last part of a path of any system."""
+    return pathlib.PureWindowsPath(path).name or path
+
+
+def _text(file: GgufFile, key: str) -> str | None:
+    value: Any = file.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+def _count(file: GgufFile, key: str) -> int | None:
+    value: Any = file.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
