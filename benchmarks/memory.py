@@ -64,7 +64,9 @@ def main() -> None:
         folder = pathlib.Path(name)
         model, out = folder / "model.gguf", folder / "out.gguf"
         for blocks in map(int, options.blocks.split(",")):
-            maker = multiprocessing.get_context("spawn").Process(target=write_model, args=(options.model, model, blocks))
+            maker = multiprocessing.get_context("spawn").Process(
+                target=write_model, args=(options.model, model, blocks)
+            )
             maker.start()
             maker.join()
             if maker.exitcode:

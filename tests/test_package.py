@@ -22,7 +22,6 @@ WALLS = {
     "quantize": {"engine", "model", "calibrate"},
     "evaluate": {"engine", "model", "calibrate"},
     "sensitivity": {"engine", "model", "evaluate"},
-    "allocate": set(),
     "recipe": {"engine", "model"},
     "ladder": {"engine", "model", "calibrate", "convert", "evaluate", "quantize", "recipe"},
     "report": {"ladder", "model", "recipe"},

@@ -106,7 +106,7 @@ def test_the_first_pattern_decides_and_the_table_says_so(model):
         ("[]a]", "empty class"),
         ("[[.a.]]", "collating"),
         ("(" * 300 + "a" + ")" * 300, "more than 100 groups"),
-        ("a" * 30_000, "at most 20000"),
+        ("a" * 30_000, "more than 20000"),
         (r"^((.|..)+)+[0-9]$", "backtracks too long"),
         (r"((\w|\.)*)*[0-9]$", "matches no tensor"),  # std::regex would search this one for hours
     ],
@@ -117,6 +117,15 @@ def test_bad_patterns_are_one_line_at_once(pattern, message, model, names):
         match_patterns(model, [(pattern, "q8_0")], names)
     assert pattern[:20] in str(caught.value).replace("\\\\", "\\") and "\n" not in str(caught.value)
     assert time.monotonic() - start < 20  # a hang is minutes
+
+
+def test_the_wrong_one_of_many_is_named(model, names):
+    types = [(name.replace(".", r"\."), "q8_0") for name in names]
+    types.insert(70, ("attn(_v", "q8_0"))
+    with pytest.raises(UsageError, match=r"pattern 'attn\(_v' is no ECMAScript"):
+        match_patterns(model, types, names)
+    matches = match_patterns(model, [one for one in types if "(" not in one[0]], names)
+    assert [match.first for match in matches] == [(name,) for name in names]
 
 
 def test_upper_case_is_put_in_lower_case_and_said(model):

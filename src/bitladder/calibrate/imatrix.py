@@ -120,6 +120,12 @@ def _read_gguf(path: pathlib.Path) -> Imatrix:
         missing = [k for k in ("datasets", "chunk_count", "chunk_size") if f"imatrix.{k}" not in file.metadata]
         if missing:
             raise BitladderError(f"{path} lacks imatrix.{missing[0]}: it is not a complete imatrix")
+        datasets, chunks, size = (file.get(f"imatrix.{key}") for key in ("datasets", "chunk_count", "chunk_size"))
+        named = isinstance(datasets, list) and all(isinstance(one, str) for one in datasets)
+        if not named or type(chunks) is not int or type(size) is not int:
+            raise BitladderError(
+                f"{path}: imatrix.datasets, chunk_count or chunk_size has a wrong type: the imatrix is damaged"
+            )
         entries = {}
         for name, tensor in file.tensors.items():
             if not name.endswith(SUMS):
@@ -137,9 +143,7 @@ def _read_gguf(path: pathlib.Path) -> Imatrix:
             entries[weight] = Entry(sums, counts)
         if not entries:
             raise BitladderError(f"{path} holds no importance data")
-        return Imatrix(
-            entries, file.get("imatrix.datasets"), file.get("imatrix.chunk_count"), file.get("imatrix.chunk_size")
-        )
+        return Imatrix(entries, datasets, chunks, size)
 
 
 def _read_dat(path: pathlib.Path) -> Imatrix:

@@ -14,7 +14,7 @@ VERBS = {
     "run": "Make the whole ladder: convert, measure, calibrate, quantize, score, and write the card.",
     "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
     "imatrix": "Compute an importance matrix from calibration texts.",
-    "quantize": "Quantize a GGUF to a preset.",
+    "quantize": "Quantize a GGUF to a preset or a recipe.",
     "plan": "Say which blocks cost least to leave out.",
     "recipe": "Show, check, extract, compare and export which type each tensor of a quant has.",
     "stats": "Show what an importance matrix holds, or how two of them differ.",

@@ -49,7 +49,7 @@ class Output:
     def remark(self, renderable: Any) -> None:
         """Print a rich table or a line on stderr, unless quiet: what a person reads while work goes on."""
         if not self.quiet:
-            self._stderr.print(renderable, markup=False)
+            self._stderr.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
 
 
 class _Bars:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitladder.quantize import Preflight
+    from bitladder.quantize.preflight import Fallback, Preflight
 
 SHOWN = 6  # names in a cell; how many more there are is said
 
@@ -25,10 +25,8 @@ def tables(found: "Preflight") -> list[Any]:
         ]
         made.append(_table(("--tensor-type", "type", "found in", "decides", "tensors"), uses, right=(2, 3)))
     if found.fallbacks:
-        forced = [
-            (one.tensor, str(one.width), one.wanted, one.used, f"{one.extra_bytes:+,}") for one in found.fallbacks
-        ]
-        made.append(_table(("width does not hold it", "width", "wanted", "used", "bytes more"), forced, right=(1, 4)))
+        heads = ("width does not hold it", "blocks", "width", "wanted", "used", "bytes more")
+        made.append(_table(heads, _forced(found), right=(2, 5)))
     return made
 
 
@@ -53,6 +51,20 @@ def _kinds(found: "Preflight") -> Any:
         for row in sorted(found.kinds, key=lambda row: (row.kind, -row.bytes))
     ]
     return _table(("kind", "type", "tensors", "bytes", "bpw"), rows, right=(2, 3, 4))
+
+
+def _forced(found: "Preflight") -> list[tuple[str, ...]]:
+    """Tensors that get another type, those of a kind together: every one is told by kind and block."""
+    from bitladder.recipe.names import layer_of, ranges, tensor_kind
+
+    groups: dict[tuple[str, int, str, str], list[Fallback]] = {}
+    for one in found.fallbacks:
+        groups.setdefault((tensor_kind(one.tensor), one.width, one.wanted, one.used), []).append(one)
+    rows: list[tuple[str, ...]] = []
+    for (kind, width, wanted, used), members in groups.items():
+        blocks = ranges([block for one in members if (block := layer_of(one.tensor)) is not None])
+        rows.append((kind, blocks, str(width), wanted, used, f"{sum(one.extra_bytes for one in members):+,}"))
+    return rows
 
 
 def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, right: tuple[int, ...]) -> Any:

@@ -211,6 +211,9 @@ def check_abi() -> None:
         )
 
 
+DEBUG, WARNING, ERROR, CONTINUATION = 1, 3, 4, 5  # ggml_log_level in ggml.h
+
+
 class NativeLog:
     """What the library logs: kept, shown only when asked for, and quoted when a call fails."""
 
@@ -222,14 +225,14 @@ class NativeLog:
         self._lock = threading.Lock()
 
     def receive(self, level: int, text: bytes, _data: Any) -> None:
-        """The callback itself: level 0 none, 1 info, 2 warning, 3 error, 4 debug, 5 continuation."""
+        """The callback itself: level 0 none, 1 debug, 2 info, 3 warning, 4 error, 5 continuation (ggml.h)."""
         decoded = text.decode("utf-8", "replace")
         with self._lock:
-            self._level = self._level if level == 5 else level
+            self._level = self._level if level == CONTINUATION else level
             self.lines.append((self._level, decoded))
             for tap in self._taps:
                 tap.append(decoded)
-        if self.verbose and self._level != 4:
+        if self.verbose and self._level != DEBUG:
             sys.stderr.write(decoded)
 
     @contextlib.contextmanager
@@ -244,9 +247,12 @@ class NativeLog:
             self._taps.remove(pieces)
 
     def last_error(self) -> str:
-        """The last error line(s) in one line; empty if there was none."""
-        errors = [text.strip() for level, text in self.lines if level == 3 and text.strip(" \n=")]
-        return "; ".join(errors[-2:])
+        """The last error line(s) in one line, or warnings if there was no error; empty if there was neither."""
+        for wanted in (ERROR, WARNING):
+            found = [text.strip() for level, text in self.lines if level == wanted and text.strip(" \n=")]
+            if found:
+                return "; ".join(found[-2:])
+        return ""
 
 
 log = NativeLog()

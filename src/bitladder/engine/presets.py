@@ -120,13 +120,14 @@ def preset_types(path: str | os.PathLike[str], request: Request) -> PresetTypes:
     return PresetTypes(types, misfits, "will require an imatrix" in text)
 
 
-def pattern_error(path: str | os.PathLike[str], pattern: str) -> str | None:
-    """What the library's regular expressions (std::regex) find wrong with a pattern, or None.
+def pattern_error(path: str | os.PathLike[str], patterns: Sequence[str]) -> str | None:
+    """What the library's regular expressions (std::regex) find wrong with one of the patterns, or None.
 
-    The pattern is compiled but matched with nothing: only copying is asked for. `path` is a model that it can open.
+    They are compiled but matched with nothing: only copying is asked for. `path` is a model that it can open.
     """
+    overrides = tuple((pattern, type_by_name("q8_0")) for pattern in patterns)
     try:
-        preset_types(path, Request("Q8_0", overrides=((pattern, type_by_name("q8_0")),), only_copy=True))
+        preset_types(path, Request("Q8_0", overrides=overrides, only_copy=True))
     except BitladderError as error:
         return str(error).rpartition(": ")[2]
     return None

@@ -21,7 +21,9 @@ from bitladder.model.values import ARRAY, SCALARS, STRING, U32, Value
 SIZES = {kind: struct.calcsize("<" + code) for kind, code in SCALARS.items()}
 MAX_KEY = 0xFFFF  # bytes of a metadata key, by the format's definition
 MAX_NAME = 63  # bytes of a tensor's name: GGML_MAX_NAME without its final zero
-MAX_STRING = MAX_COUNT = 1 << 30  # bytes of a string, elements of an array: GGUF_MAX_* in gguf.cpp
+MAX_STRING = 1 << 30  # bytes of a string: GGUF_MAX_STRING_LENGTH in gguf.cpp
+# Elements of an array. gguf.cpp takes 2^30; no vocabulary comes near this, and it keeps a lie of a header cheap.
+MAX_COUNT = 1 << 24
 MAX_DIMENSIONS = 4
 DEFAULT_ALIGNMENT = 32
 # The fewest bytes that a metadata entry and a tensor's entry take.

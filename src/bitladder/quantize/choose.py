@@ -267,7 +267,8 @@ def _warnings(tensors: list[TensorChoice], uses: tuple[PatternUse, ...]) -> tupl
         if not use.decided:
             lines.append(
                 f"--tensor-type {use.pattern}={use.type.name} decides nothing: the {len(use.matched)} tensors it "
-                f"matches ({use.matched[0]}, …) are never quantized, or something else goes before it"
+                f"matches ({use.matched[0]}, …) are never quantized, an earlier pattern or another option decides, "
+                "or the preset does not quantize"
             )
         if use.pattern != use.pattern.lower():
             lines.append(

@@ -50,11 +50,12 @@ def match_patterns(
     `path` is a model that the library can open: it judges the patterns' syntax. Raises UsageError that names the
     pattern if it finds nothing, has a syntax error, or takes longer than a second.
     """
+    wanted_types = [target_type(kind, f"--tensor-type {pattern}={kind}") for pattern, kind in tensor_types]
+    compiled = _compiled(path, [pattern for pattern, _ in tensor_types])
     taken: set[str] = set()
     matches = []
-    for pattern, kind in tensor_types:
-        wanted = target_type(kind, f"--tensor-type {pattern}={kind}")
-        found = _search(_compiled(path, pattern), pattern, names)
+    for (pattern, kind), wanted in zip(tensor_types, wanted_types, strict=True):
+        found = _search(compiled[pattern], pattern, names)
         if not found:
             raise UsageError(f"--tensor-type {pattern}={kind}: the pattern matches no tensor of {os.fspath(path)}")
         matches.append(PatternMatch(pattern, wanted, found, tuple(name for name in found if name not in taken)))
@@ -82,20 +83,41 @@ def _escaped(name: str) -> str:
     return re.sub(r"[^\w-]", lambda found: f"\\{found[0]}", name, flags=re.ASCII)
 
 
-def _compiled(path: str | os.PathLike[str], pattern: str) -> "regex.Pattern[bytes]":
-    where = f"--tensor-type pattern {pattern[:200]!r}"
-    if len(pattern) > LONGEST:
-        raise UsageError(f"{where}… has {len(pattern)} characters; at most {LONGEST} are taken: use several patterns")
-    lower = pattern.encode().lower()  # bytes: only ASCII letters change, as with llama-quantize
-    _refuse_dialects(lower.decode(), where)
-    problem = pattern_error(path, lower.decode())
-    if problem is not None:
-        raise UsageError(f"{where} is no ECMAScript regular expression: {problem}")
+def _compiled(path: str | os.PathLike[str], patterns: Sequence[str]) -> "dict[str, regex.Pattern[bytes]]":
+    """Each pattern compiled, once the library has taken all of them. Raises UsageError for the first that is wrong."""
+    lower = {}
+    for pattern in patterns:
+        if len(pattern) > LONGEST:
+            raise UsageError(
+                f"{_named(pattern)} has {len(pattern)} characters, more than {LONGEST}: use several patterns"
+            )
+        lower[pattern] = pattern.encode().lower()  # bytes: only ASCII letters change, as with llama-quantize
+        _refuse_dialects(lower[pattern].decode(), _named(pattern))
+    _refuse_syntax(path, lower)
     try:
         # Bytes, as std::regex sees them; version 0 is the behaviour of Python's re.
-        return regex.compile(lower, regex.VERSION0)
+        return {pattern: regex.compile(text, regex.VERSION0) for pattern, text in lower.items()}
     except (regex.error, RecursionError) as error:
-        raise UsageError(f"{where} is no regular expression: {error}") from error
+        odd = getattr(error, "pattern", b"").decode()
+        raise UsageError(f"{_named(odd)} is no regular expression: {error}") from error
+
+
+def _named(pattern: str) -> str:
+    return f"--tensor-type pattern {pattern[:200]!r}"
+
+
+def _refuse_syntax(path: str | os.PathLike[str], lower: Mapping[str, bytes]) -> None:
+    suspects = list(lower)
+
+    def error_in(patterns: list[str]) -> str | None:
+        return pattern_error(path, [lower[pattern].decode() for pattern in patterns])
+
+    if not suspects or error_in(suspects) is None:
+        return
+    while len(suspects) > 1:  # halved until the one is found
+        half = suspects[: len(suspects) // 2]
+        suspects = half if error_in(half) is not None else suspects[len(half) :]
+    raise UsageError(f"{_named(suspects[0])} is no ECMAScript regular expression: {error_in(suspects)}")
 
 
 def _search(compiled: "regex.Pattern[bytes]", pattern: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def _blocks(base: HiddenBase) -> tuple[dict[int, int], dict[int, list[str]]]:
     odd = [block for block in sizes if len(halves[block]) < 2]
     if odd or not sizes:
         raise BitladderError(
-            f"{base.model.name}: block {odd[0] if odd else 0} of architecture {base.model.architecture} does not end in "
-            "attn_output and ffn_down; it cannot be left out here"
+            f"{base.model.name}: block {odd[0] if odd else 0} of architecture {base.model.architecture} does not end "
+            "in attn_output and ffn_down; it cannot be left out here"
         )
     return dict(sorted(sizes.items())), dict(sorted(ends.items()))

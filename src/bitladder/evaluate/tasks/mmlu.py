@@ -21,7 +21,7 @@ def read_csv(file: File) -> Iterator[Question]:
         cells = [cell.strip() for cell in row]
         if number == 0 and cells[-1].lower() == "answer":
             continue
-        correct = next((index for index, names in enumerate(_ANSWERS) if cells[-1] and cells[-1] in names), -1)
+        correct = next((index for index, names in enumerate(_ANSWERS) if cells[-1] in list(names)), -1)
         if correct < 0:
             raise BitladderError(f"{where}: the answer is {cells[-1]!r}, not one of A–D or 0–3")
         yield question(where, asked(cells[0]), cells[1:5], correct)

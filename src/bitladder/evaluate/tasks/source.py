@@ -127,8 +127,8 @@ def json_records(file: File) -> Iterator[Record]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BitladderError(f"{where}: not JSON: {error.msg}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BitladderError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from error
 
 
 def csv_rows(file: File) -> Iterator[tuple[str, list[str]]]:

@@ -21,7 +21,10 @@ def read_parquet(file: File) -> Iterator[Question]:
     """The hub's rows: question, mc1_targets.choices[], mc1_targets.labels[]."""
     for record in parquet_records(file):
         targets = record.inner("mc1_targets")
-        yield _question(record, targets.texts("choices"), list(targets.get("labels")))
+        labels = targets.get("labels")
+        if not isinstance(labels, list):
+            raise BitladderError(f"{record.where}: the field labels is not a list")
+        yield _question(record, targets.texts("choices"), labels)
 
 
 def read_csv(file: File) -> Iterator[Question]:

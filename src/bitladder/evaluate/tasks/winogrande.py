@@ -80,7 +80,10 @@ def _reads_as(line: str, one: Question) -> bool:
 def read_json(file: File) -> Iterator[Question]:
     """AllenAI's jsonl: sentence, option1, option2, answer; without answers, those of NAME-labels.lst beside it."""
     labels = file.path.with_name(f"{file.path.stem}-labels.lst")
-    answers = labels.read_text().split() if labels.is_file() else []
+    try:
+        answers = labels.read_text(encoding="utf-8").split() if labels.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise BitladderError(f"cannot read {labels}: it is no readable text file") from error
 
     def with_answers(file: File) -> Iterator[Record]:
         for number, record in enumerate(json_records(file)):
