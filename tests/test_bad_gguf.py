@@ -115,9 +115,9 @@ BAD = {
 # The library's parser does not look at the end of the file (its loader does), nor at what names are made of, takes
 # tensors without elements, and knows nothing of splits.
 STRICTER = {"no data", "one byte short", "key that is not UTF-8", "name that is not UTF-8", "zero width", "no rows"}
-STRICTER |= {"split.count as text", "big key"}
+STRICTER |= {"split.count as text"}
 GOOD = {
-    "as it should be": gguf(),
+    "as it should be, without padding at the end": gguf(),
     "version 2": gguf(version=2),
     "no tensors": gguf(tensors=[], data=b""),
     "no metadata": gguf([]),
@@ -125,7 +125,6 @@ GOOD = {
     "a name of 63 bytes": with_tensor(entry("n" * 63, (8,))),
     "an empty array": with_value(ARRAY, struct.pack("<IQ", STRING, 0)),
     "a string that is not UTF-8": with_value(STRING, text(b"\xff\xfe")),
-    "data that ends without padding": gguf()[: len(gguf())],
     "more data than needed": gguf(data=DATA + bytes(100)),
     "alignment 8": gguf(
         [pair("general.alignment", U32, struct.pack("<I", 8))], [entry("a", (1,)), entry("b", (2,), 0, 8)], alignment=8
@@ -197,26 +196,7 @@ def test_every_truncation_is_noticed(tmp_path):
         assert read_all(path), f"{size} of {len(whole)} bytes were taken for a file"
 
 
-INTERESTING = [
-    0,
-    1,
-    2,
-    4,
-    8,
-    9,
-    12,
-    13,
-    63,
-    64,
-    255,
-    1 << 16,
-    1 << 31,
-    (1 << 32) - 1,
-    1 << 40,
-    HUGE,
-    1 << 63,
-    (1 << 64) - 1,
-]
+INTERESTING = [0, 1, 2, 4, 8, 9, 12, 13, 63, 64, 255, 1 << 16, 1 << 31, 1 << 40, HUGE, 1 << 63, (1 << 64) - 1]
 
 
 def damaged(data, chance):
@@ -252,7 +232,7 @@ def test_random_damage_is_read_or_refused_and_never_read_by_us_alone(tmp_path, l
     assert 0 < taken < 3000
 
 
-def test_a_header_alone_decides_how_much_is_read(tmp_path, monkeypatch):
+def test_a_header_alone_decides_how_much_is_read(tmp_path):
     """A sparse file of a terabyte with a header of lies is refused at once."""
     for name in ("key of 2^60 bytes", "strings past the end", "no data"):
         path = tmp_path / "sparse.gguf"

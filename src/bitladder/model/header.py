@@ -2,7 +2,7 @@
 
 The checks are those of llama.cpp (ggml/src/gguf.cpp, and its loader for the end of the file), so that what is read
 here loads there. Sizes are checked before anything of that size is touched: no header can make reading it slow or
-large. Beyond llama.cpp, a name that is not UTF-8 and a tensor without elements are refused.
+large. Beyond llama.cpp, names that are not UTF-8, tensors without elements and absurdly long lists are refused.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ SIZES = {kind: struct.calcsize("<" + code) for kind, code in SCALARS.items()}
 MAX_KEY = 0xFFFF  # bytes of a metadata key, by the format's definition
 MAX_NAME = 63  # bytes of a tensor's name: GGML_MAX_NAME without its final zero
 MAX_STRING = 1 << 30  # bytes of a string: GGUF_MAX_STRING_LENGTH in gguf.cpp
-# Elements of an array. gguf.cpp takes 2^30; no vocabulary comes near this, and it keeps a lie of a header cheap.
-MAX_COUNT = 1 << 24
+# Elements of an array, bytes of a value. gguf.cpp takes 2^30 elements; no vocabulary comes near these, and they keep a
+# lie of a header cheap.
+MAX_COUNT, MAX_VALUE = 1 << 24, 1 << 31
 MAX_DIMENSIONS = 4
 DEFAULT_ALIGNMENT = 32
 # The fewest bytes that a metadata entry and a tensor's entry take.
@@ -229,6 +230,8 @@ class _Cursor:
             self._skip_array(what)
         else:
             self.fail(f"{what} has the unknown type {kind}")
+        if self.position - start > MAX_VALUE:
+            self.fail(f"{what} is said to have {self.position - start} bytes")
         return Value(kind, self.data[start : self.position])
 
     def _size(self, what: str) -> int:
