@@ -43,7 +43,9 @@ class CachedHash(pydantic.BaseModel):
 class RunRecord(pydantic.BaseModel):
     """What the last run was asked for, as far as a reader of the results needs it. No paths, names only.
 
-    `complete` says that every step of that run is done, so that the files belong together.
+    `mode` says how the types of the rungs were chosen (None: the presets by themselves), `compared` names the
+    scores/NAME.json of files of somebody else. `complete` says that every step of that run is done, so that the files
+    belong together.
     """
 
     command: str
@@ -52,6 +54,8 @@ class RunRecord(pydantic.BaseModel):
     rungs: tuple[str, ...]
     n_ctx: int
     quantized_by: str | None = None
+    mode: str | None = None
+    compared: tuple[str, ...] = ()
     complete: bool = False
 
 
