@@ -21,6 +21,7 @@ WALLS = {
     "statistics": {"calibrate", "model"},
     "quantize": {"engine", "model", "calibrate"},
     "evaluate": {"engine", "model", "calibrate"},
+    "allocate": set(),
     "sensitivity": {"engine", "model", "evaluate"},
     "recipe": {"engine", "model"},
     "ladder": {"engine", "model", "calibrate", "convert", "evaluate", "quantize", "recipe"},
