@@ -9,8 +9,9 @@ from bitladder.errors import BitladderError
 from bitladder.ladder.manifest import Manifest, OutputFile, RunRecord, StepRecord
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
 from bitladder.report import render_card, write_card
+from bitladder.report.choose import worth_their_size
 from bitladder.report.numbers import Figure, gigabytes, percent, with_error
-from bitladder.report.results import Scores, worth_their_size
+from bitladder.report.scores import Scores
 
 RUNGS = ("Q8_0", "IQ3_S", "Q4_K_M", "IQ4_NL")
 # bytes, bpw, KLD and its error, RMS Δp, ρ
@@ -94,7 +95,7 @@ def test_the_front_matter_is_what_the_hub_reads(run_dir):
     assert (data.base_model, data.base_model_relation) == ("org/X", "quantized")
     assert (data.license, data.language) == ("apache-2.0", ["en", "no"])
     assert (data.pipeline_tag, data.library_name) == ("text-generation", "gguf")
-    assert data.tags == ["gguf", "quantized", "imatrix"]
+    assert data.tags == ["gguf", "quantized", "imatrix", "llama.cpp", "bitladder"]
     assert data.quantized_by == "someone"
 
 
@@ -111,24 +112,24 @@ def test_one_row_per_rung_from_small_to_large(run_dir):
     by_size = ["IQ3_S", "Q4_K_M", "IQ4_NL", "Q8_0"]
     assert [row[0] for row in table(card, "Sizes")] == by_size
     assert table(card, "Sizes")[0] == ["IQ3_S", "[X-IQ3_S.gguf](X-IQ3_S.gguf)", "3.66", "3.70"]
-    rows = table(card, "Measured quality")
-    assert rows[0] == ["F16 (full precision, 16.00 GB)", "9.123 ± 0.065", "–", "–", "–"]
+    rows = table(card, "Quality")
+    assert rows[0] == ["F16 (full precision)", "9.123 ± 0.065", "–", "–", "–", "–"]
     assert [row[0] for row in rows[1:]] == by_size
 
 
 def test_the_numbers_are_those_of_the_scores(run_dir):
-    rows = {row[0]: row for row in table(render_card(run_dir), "Measured quality")}
-    assert rows["Q4_K_M"] == ["Q4_K_M", "9.200 ± 0.066", "99.51 %", "0.02345 ± 0.00034", "3.420 ± 0.068 %"]
+    rows = {row[0]: row for row in table(render_card(run_dir), "Quality")}
+    assert rows["Q4_K_M"][1:5] == ["**9.200 ± 0.066**", "99.51 %", "0.02345 ± 0.00034", "3.420 ± 0.068 %"]
     for rung, (_, _, kld, rms, _) in MEASURED.items():
-        value, error = map(float, rows[rung][3].split(" ± "))
+        value, error = map(float, rows[rung][3].strip("*").split(" ± "))
         assert value == pytest.approx(kld[0], abs=kld[1] / 10)
         assert error == pytest.approx(kld[1], rel=0.05)
-        assert float(rows[rung][4].split()[0]) == pytest.approx(rms * 100, rel=0.01)
+        assert float(rows[rung][4].strip("*").split()[0]) == pytest.approx(rms * 100, rel=0.01)
 
 
 def test_what_is_recommended_is_better_by_more_than_noise(run_dir):
     card = render_card(run_dir)
-    chosen = [re.match(r"\[(\w+)]", row[0])[1] for row in table(card, "Which file to take")]
+    chosen = [re.match(r"\[(\w+)]", row[0])[1] for row in table(card, "How to choose")]
     assert chosen == ["IQ3_S", "Q4_K_M", "Q8_0"]  # IQ4_NL is larger than Q4_K_M, and lower by less than the noise
     assert "Not in this table: IQ4_NL." in card
 
@@ -160,11 +161,12 @@ def test_benchmarks_stand_side_by_side_with_their_average(run_dir):
         extra = {"tasks": tasks, "tasks_average": 0.5, "tasks_average_error": 0.014}
         path.write_text(json.dumps(json.loads(path.read_text()) | extra))
     card = render_card(run_dir)
-    lines = card.split("### Benchmarks")[1].split("\n\n")[1].splitlines()
-    assert lines[:3] == ["| Model | arc | mmlu | average |", "|:--|--:|--:|--:|", "| guessing | 25.0 % | 25.0 % | – |"]
-    assert len(lines) == 3 + 1 + len(RUNGS)
-    assert all(line.endswith("| 50.0 ± 2.0 % | 50.0 ± 2.0 % | 50.0 ± 1.4 % |") for line in lines[3:])
-    assert "arc\n(625 questions of `arc.bin`), mmlu" in card
+    rows = table(card, "Benchmarks")
+    assert card.count("| Model | arc | mmlu | average |\n") == 1
+    assert len(rows) == 1 + len(RUNGS) + 1
+    assert rows[-1] == ["guessing", "25.0 %", "25.0 %", "–"]
+    assert all([cell.strip("*") for cell in row[1:]] == ["50.0 ± 2.0 %"] * 2 + ["50.0 ± 1.4 %"] for row in rows[:-1])
+    assert "**arc** (625 questions of `arc.bin`)" in card
 
 
 def test_the_card_is_written_only_if_it_differs(run_dir):
@@ -224,3 +226,90 @@ def test_a_larger_and_worse_file_is_never_recommended():
     labelled = [(rung, Scores.model_validate(scores(rung))) for rung in RUNGS]
     worse = labelled[0][1].model_copy(update={"bytes": 10**10, "kld": Figure(value=0.5, error=0.01)})
     assert worth_their_size([*labelled, ("Q9", worse)]) == ["IQ3_S", "Q4_K_M", "Q8_0"]
+
+
+def rewrite(folder, name, **changes):
+    """Change a scores file; a name that is not there yet begins as Q4_K_M's."""
+    path = folder / "scores" / f"{name}.json"
+    value = json.loads(path.read_text()) if path.is_file() else scores("Q4_K_M")
+    path.write_text(json.dumps(value | changes))
+
+
+def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_dir):
+    change_manifest(run_dir, mode="size", compared=["someone-Q4_K_M"])
+    rewrite(run_dir, "Q4_K_M.naive", role="naive", rung="Q4_K_M", sha256="ab" * 32, bytes=6_000_000_000, bpw=6.0)
+    rewrite(run_dir, "someone-Q4_K_M", role="third-party", source="someone/X-GGUF", sha256="cd" * 32)
+    gain = {"model": "X-Q4_K_M.gguf", "sha256": "ab" * 32, "kld": figure(-0.0123, 0.0004)}
+    rewrite(run_dir, "Q4_K_M", role="rung", mode="size", paired=gain)
+    card = render_card(run_dir)
+    rows = {row[0]: row for row in table(card, "Sizes")}
+    assert rows["Q4_K_M"][2:] == ["4.92", "4.90", "6.00", "6.00", "18.0 %"]
+    assert rows["Q8_0"][2:] == ["8.52", "8.50", "–", "–", "–"]
+    assert rows["someone-Q4_K_M †"][1] == "X-Q4_K_M.gguf"  # not in this repository, so no link
+    names = [row[0] for row in table(card, "Quality")][1:]
+    assert names == [
+        "F16 (full precision)",
+        "IQ3_S",
+        "Q4_K_M",
+        "someone-Q4_K_M †",
+        "IQ4_NL",
+        "Q4_K_M preset ◇",
+        "Q8_0",
+    ]
+    gained = {row[0]: row[-1] for row in table(card, "Quality")}
+    assert gained["Q4_K_M"] == "−0.01230 ± 0.00040"
+    assert {gained[name] for name in gained if name != "Q4_K_M"} == {"–"}
+    assert "◇ the preset by itself" in card and "† made by somebody else (someone/X-GGUF)" in card
+    assert "Compared with: `someone/X-GGUF`" in card
+    assert "a plan for size" in card
+
+
+def test_what_noise_cannot_part_from_the_best_is_bold_with_it(run_dir):
+    """Each model's bold cells are worked out here from the raw figures."""
+    speeds = {"IQ3_S": (50.0, 0.5), "Q4_K_M": (60.0, 1.0), "IQ4_NL": (58.0, 0.9), "Q8_0": (30.0, 0.1)}
+    ratios = {"IQ3_S": 0.2, "Q4_K_M": 0.03, "IQ4_NL": 0.031, "Q8_0": 0.02}
+    for rung in RUNGS:
+        bench = [{"test": "tg128", "tokens_per_second": figure(*speeds[rung]), "cpu": "Some CPU", "threads": 2}]
+        rewrite(run_dir, rung, bench=bench, ln_ppl_ratio=figure(ratios[rung], 0.003))
+    card = render_card(run_dir)
+    bold = {row[0]: row[1].startswith("**") for row in table(card, "Speed")}
+    assert bold == {"F16 (full precision)": False, "IQ3_S": False, "Q4_K_M": True, "IQ4_NL": True, "Q8_0": False}
+    # All have the same PPL ± 0.066, but their ratios to the base are known to 0.003.
+    bold = {row[0]: row[1].startswith("**") for row in table(card, "Quality")}
+    assert bold == {"F16 (full precision)": False, "IQ3_S": False, "Q4_K_M": False, "IQ4_NL": False, "Q8_0": True}
+    assert "Some CPU, 2 threads" in card
+    assert table(card, "How to choose")[1][3] == "60.0 ± 1.0"
+
+
+def test_answers_decide_what_is_bold_question_by_question(run_dir):
+    """50 % and 54 % of 100 questions are within noise by themselves; where one answers a subset, they are not."""
+    first = " ".join(f"{n}:{0 if n <= 54 else 1}:0" for n in range(1, 101))
+    fewer = " ".join(f"{n}:{0 if n <= 44 else 1}:0" for n in range(1, 101))
+    for rung, answers, share in (("Q8_0", first, 0.54), ("Q4_K_M", fewer, 0.44)):
+        score = {"accuracy": figure(share, 0.05), "chance": 0.25, "count": 100}
+        rewrite(run_dir, rung, tasks={"arc": score | {"answers": answers}})
+    rows = {row[0]: row for row in table(render_card(run_dir), "Benchmarks")}
+    assert rows["Q8_0"][1] == "**54.0 ± 5.0 %**"
+    assert rows["Q4_K_M"][1] == "44.0 ± 5.0 %"
+    for rung in ("Q8_0", "Q4_K_M"):
+        path = run_dir / "scores" / f"{rung}.json"
+        path.write_text(re.sub(r', "answers": "[^"]*"', "", path.read_text()))
+    rows = {row[0]: row for row in table(render_card(run_dir), "Benchmarks")}
+    assert rows["Q4_K_M"][1] == "**44.0 ± 5.0 %**"
+
+
+def test_the_data_sets_of_the_calibration_are_named(run_dir):
+    assert "datasets" not in ModelCard(render_card(run_dir)).data.to_dict()
+    change_manifest(run_dir, datasets=["org/texts"])
+    path = run_dir / "ladder.json"
+    path.write_text(path.read_text().replace('"c.txt"', '"wiki.train.raw"'))
+    assert ModelCard(render_card(run_dir)).data.datasets == ["org/texts", "Salesforce/wikitext"]
+
+
+def test_every_metric_is_explained_in_two_sentences():
+    from bitladder.evaluate.tasks import TASKS
+    from bitladder.report.metrics import BENCHMARKS, METRICS
+
+    assert set(BENCHMARKS) >= set(TASKS)
+    for text in (*METRICS.values(), *BENCHMARKS.values()):
+        assert len(re.findall(r"\.(?:\s|$)", text)) == 2, text

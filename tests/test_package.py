@@ -25,7 +25,7 @@ WALLS = {
     "sensitivity": {"engine", "model", "evaluate"},
     "recipe": {"engine", "model"},
     "ladder": {"engine", "model", "calibrate", "convert", "evaluate", "quantize", "recipe"},
-    "report": {"ladder", "model", "recipe"},
+    "report": {"ladder", "model", "recipe", "calibrate", "statistics", "evaluate"},
 }
 SHARED = {"closing", "errors", "files", "progress"}
 

@@ -44,8 +44,8 @@ class RunRecord(pydantic.BaseModel):
     """What the last run was asked for, as far as a reader of the results needs it. No paths, names only.
 
     `mode` says how the types of the rungs were chosen (None: the presets by themselves), `compared` names the
-    scores/NAME.json of files of somebody else. `complete` says that every step of that run is done, so that the files
-    belong together.
+    scores/NAME.json of files of somebody else, `datasets` the hub's data sets that the calibration text is from.
+    `complete` says that every step of that run is done, so that the files belong together.
     """
 
     command: str
@@ -56,6 +56,7 @@ class RunRecord(pydantic.BaseModel):
     quantized_by: str | None = None
     mode: str | None = None
     compared: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
     complete: bool = False
 
 

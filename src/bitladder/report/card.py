@@ -1,25 +1,24 @@
 """The model card (README.md) of a run directory, made from what lies in that directory and nothing else."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-import yaml
 
 from bitladder.errors import BitladderError
 from bitladder.files import write_text
-from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
-from bitladder.recipe import Recipe, read_recipe
-from bitladder.report.results import Scores, by_size, read_scores, row, task_rows, worth_their_size
+from bitladder.recipe import Recipe, recipe_sha256
+from bitladder.report import tables
+from bitladder.report.choose import choices
+from bitladder.report.front import front_matter
+from bitladder.report.metrics import BENCHMARKS, METRICS, SPEED
+from bitladder.report.numbers import gigabytes, with_error
+from bitladder.report.rundir import Measured, Run, read_run
 
 NAME = "README.md"
-# Front matter keys of the hub → keys of GGUF's general.* metadata.
-PASSED_ON = {
-    "license": "license",
-    "license_name": "license.name",
-    "license_link": "license.link",
-    "language": "languages",
-}
+# Speeds shown in the table of choices: what a user of a chat waits for.
+GENERATION = "tg128"
 
 
 def write_card(folder: pathlib.Path) -> bool:
@@ -36,11 +35,7 @@ def write_card(folder: pathlib.Path) -> bool:
 
 def render_card(folder: pathlib.Path) -> str:
     """The card's Markdown. The same run directory gives the same text. Raises BitladderError as `write_card`."""
-    manifest, run = complete_manifest(folder)
-    full = manifest.steps["convert"].facts
-    rungs = by_size([(rung, read_scores(folder / "scores" / f"{rung}.json")) for rung in run.rungs])
-    base = read_scores(folder / "scores" / "base.json")
-    recipes = [read_recipe(folder / "recipes" / f"{rung}.toml") for rung, _ in rungs]
+    run = read_run(folder)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bitladder.report"),
         undefined=jinja2.StrictUndefined,
@@ -49,49 +44,88 @@ def render_card(folder: pathlib.Path) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = _cell
-    chosen = worth_their_size(rungs)
-    return environment.get_template("card.md.jinja").render(
-        front=yaml.safe_dump(front_matter(run, full), sort_keys=False, allow_unicode=True).rstrip("\n"),
-        name=str(full["general"].get("name") or full["stem"]),
-        origin=origin(run, full),
-        run=run,
-        full=full,
-        has_full_file=bool(manifest.steps["convert"].outputs),
-        base=base,
-        base_row=row(full["encoding"], base),
-        rows=[row(rung, scores) for rung, scores in rungs],
-        chosen=[row(rung, scores) for rung, scores in rungs if rung in chosen],
-        tasks=base.tasks,
-        has_average=base.tasks_average is not None,
-        task_rows=task_rows([(full["encoding"], base), *rungs]) if base.tasks else [],
-        others=[rung for rung, _ in rungs if rung not in chosen],
-        imatrix=_imatrix(recipes),
-        versions=_versions(recipes, [base, *(scores for _, scores in rungs)]),
-        calibrated_on_text=any(base.text.sha256 in {t.sha256 for t in r.imatrix.texts} for r in recipes if r.imatrix),
-        credits=_credits(manifest, base),
+    return environment.get_template("card.md.jinja").render(front=front_matter(run), **facts(run))
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What card and HTML report say of a run, by the names their templates use."""
+    chosen = choices(run.rungs)
+    taken = {choice.model.label for choice in chosen}
+    base = run.base.scores
+    tasks = tables.tasks(run)
+    scored = [one.scores for one in [run.base, *run.quants]]
+    return {
+        "run": run,
+        "record": run.record,
+        "full": run.full,
+        "has_full_file": bool(run.manifest.steps["convert"].outputs),
+        "base": base,
+        "base_size": gigabytes(base.bytes),
+        "choices": [
+            {
+                "label": choice.model.label,
+                "file": choice.model.scores.model,
+                "size": gigabytes(choice.model.scores.bytes),
+                "kld": with_error(choice.model.scores.kld) if choice.model.scores.kld else tables.DASH,
+                "speed": _speed(choice.model),
+                "when": choice.when,
+            }
+            for choice in chosen
+        ],
+        "not_chosen": [one.label for one in run.rungs if one.label not in taken],
+        "generation": GENERATION if any(one.scores.speed(GENERATION) for one in run.rungs) else None,
+        "sizes": tables.sizes(run),
+        "quality": tables.quality(run),
+        "tasks": tasks,
+        "task_scores": {name: score for one in reversed(scored) for name, score in one.tasks.items()},
+        "speeds": tables.speeds(run),
+        "machine": _machine(scored),
+        "metrics": METRICS,
+        "benchmarks": BENCHMARKS,
+        "speed_meaning": SPEED,
+        "made": [_made(one) for one in run.rungs],
+        "imatrix": _imatrix([one.recipe for one in run.rungs if one.recipe]),
+        "versions": _versions([one.recipe.versions for one in run.rungs if one.recipe] + [s.versions for s in scored]),
+        "calibrated_on_text": any(base.text.sha256 in _calibration(one.recipe) for one in run.rungs if one.recipe),
+        "credits": _credits(run),
+    }
+
+
+def _speed(model: Measured) -> str:
+    figure = model.scores.speed(GENERATION)
+    return with_error(figure) if figure else tables.DASH
+
+
+def _made(model: Measured) -> dict[str, str]:
+    """How one file was made."""
+    assert model.recipe is not None
+    return {
+        "label": model.label,
+        "file": model.scores.model,
+        "mode": model.scores.mode or "naive",
+        "types": tables.type_counts(model),
+        "sha256": model.scores.sha256,
+        "recipe_sha256": recipe_sha256(model.recipe.tensors),
+    }
+
+
+def _machine(scored: Sequence[Any]) -> str:
+    """What the speeds were measured on, such as "Some CPU, 2 threads"."""
+    rows = [row for scores in scored for row in scores.bench]
+    places = dict.fromkeys(
+        ", ".join(
+            part
+            for part in (
+                row.cpu or "",
+                f"{row.backend}" if row.backend else "",
+                f"{row.threads} threads" if row.threads else "",
+                f"{row.gpu_layers} layers on the GPU" if row.gpu_layers else "",
+            )
+            if part
+        )
+        for row in rows
     )
-
-
-def front_matter(run: RunRecord, full: dict[str, Any]) -> dict[str, Any]:
-    """The YAML at the card's top, as the hub reads it. What is not known is left out.
-
-    `full` holds the facts of the full-precision model (`ladder.source.describe`).
-    """
-    values: dict[str, Any] = {}
-    repository = origin(run, full)
-    if repository:
-        values |= {"base_model": repository, "base_model_relation": "quantized"}
-    if run.quantized_by:
-        values["quantized_by"] = run.quantized_by
-    values |= {"pipeline_tag": "text-generation", "library_name": "gguf"}
-    values |= {key: full["general"][name] for key, name in PASSED_ON.items() if full["general"].get(name)}
-    values["tags"] = ["gguf", "quantized", "imatrix"]
-    return values
-
-
-def origin(run: RunRecord, full: dict[str, Any]) -> str | None:
-    """The hub id of the model that was quantized, if it is known."""
-    return run.model_id or full.get("origin")
+    return " and ".join(place for place in places if place)
 
 
 def _imatrix(recipes: list[Recipe]) -> dict[str, Any]:
@@ -102,7 +136,12 @@ def _imatrix(recipes: list[Recipe]) -> dict[str, Any]:
     return next(iter(found.values())).model_dump()
 
 
-def _versions(recipes: list[Recipe], scores: list[Scores]) -> str:
+def _calibration(recipe: Recipe) -> set[str]:
+    """Hashes of the texts that the importance matrix is from."""
+    return {text.sha256 for text in recipe.imatrix.texts} if recipe.imatrix else set()
+
+
+def _versions(used: Sequence[dict[str, str]]) -> str:
     """Every version that took part, such as "bitladder 0.1.0, llama.cpp 0c1e570"."""
     names = {
         "bitladder": "bitladder",
@@ -110,7 +149,6 @@ def _versions(recipes: list[Recipe], scores: list[Scores]) -> str:
         "llama_cpp_commit": "llama.cpp commit",
         "ggml": "ggml",
     }
-    used = [recipe.versions for recipe in recipes] + [one.versions for one in scores]
     parts = []
     for key, label in names.items():
         found = sorted({versions[key] for versions in used if key in versions})
@@ -119,13 +157,14 @@ def _versions(recipes: list[Recipe], scores: list[Scores]) -> str:
     return ", ".join(parts)
 
 
-def _credits(manifest: Manifest, base: Scores) -> dict[str, bool]:
-    """Whose texts were used."""
-    texts = manifest.steps["imatrix"].facts.get("texts", [])
-    names = [base.text.name, *(text["name"] for text in texts)]
+def _credits(run: Run) -> dict[str, Any]:
+    """Whose texts and files were used."""
+    texts = run.manifest.steps["imatrix"].facts.get("texts", [])
+    names = [run.base.scores.text.name, *(text["name"] for text in texts)]
     return {
         "wikitext": any("wiki" in name.lower() for name in names),
         "python": any(name.startswith("pydoc:") for name in names),
+        "sources": sorted({one.scores.source for one in run.others if one.scores.source}),
     }
 
 
