@@ -29,7 +29,7 @@ def _devices(kinds: tuple[int, ...]) -> list[Any]:
     return [device for device in found if ggml.ggml_backend_dev_type(device) in kinds]
 
 
-def _cpu_function(name: str, result: Any, argument: Any) -> Any:
+def cpu_function(name: str, result: Any, argument: Any) -> Any:
     """A function that the CPU back end offers beyond the common interface, or None."""
     for device in _devices((CPU,)):
         address = ggml.ggml_backend_reg_get_proc_address(ggml.ggml_backend_dev_backend_reg(device), name.encode())
@@ -64,8 +64,8 @@ class ThreadPool(Closing):
         self.handle: int | None = None
         params = _PoolParams()
         ggml.ggml_threadpool_params_init(ctypes.addressof(params), threads)
-        make = _cpu_function("ggml_threadpool_new", ctypes.c_void_p, ctypes.c_void_p)
-        self._free = _cpu_function("ggml_threadpool_free", None, ctypes.c_void_p)
+        make = cpu_function("ggml_threadpool_new", ctypes.c_void_p, ctypes.c_void_p)
+        self._free = cpu_function("ggml_threadpool_free", None, ctypes.c_void_p)
         # The structure's layout is as declared if the number of threads is where it should be.
         if make and self._free and params.n_threads == threads:
             self.handle = make(ctypes.addressof(params))

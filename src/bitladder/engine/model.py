@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
+from bitladder.engine.extras import extras_work
 from bitladder.engine.native import backend, llama, log
 from bitladder.errors import BitladderError
 
@@ -20,7 +21,8 @@ class Model(Closing):
 
     Parameters: `path` the file (or the first of its splits); `mmap` maps the file instead of reading it (a mapped
     weight cannot be replaced); `repack` lets the CPU back end keep some types in a layout that multiplies faster
-    (a repacked weight cannot be replaced either); `gpu_layers` as -ngl; `vocab_only` loads no weights.
+    (a repacked weight cannot be replaced either), if the library can be trusted with it (see `extras`); `gpu_layers`
+    as -ngl; `vocab_only` loads no weights.
     Raises BitladderError with the library's own words if the file does not load.
     """
 
@@ -39,7 +41,7 @@ class Model(Closing):
         backend()
         params = llama.llama_model_default_params()
         params.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mmap else llama.LLAMA_LOAD_MODE_NONE
-        params.use_extra_bufts = repack
+        params.use_extra_bufts = repack and not vocab_only and extras_work()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocab_only
         log.lines.clear()

@@ -76,7 +76,9 @@ class TypeTraits(ctypes.Structure):
     )
 
 
-class _InitParams(ctypes.Structure):
+class InitParams(ctypes.Structure):
+    """struct ggml_init_params (ggml.h)."""
+
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
@@ -116,12 +118,20 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ggml_backend_dev_backend_reg": ([ctypes.c_void_p], ctypes.c_void_p),
     "ggml_threadpool_params_init": ([ctypes.c_void_p, ctypes.c_int], None),
     "llama_attach_threadpool": ([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p], None),  # not in llama_cpp either
-    "ggml_init": ([_InitParams], ctypes.c_void_p),
+    "ggml_init": ([InitParams], ctypes.c_void_p),
     "ggml_free": ([ctypes.c_void_p], None),
     "ggml_new_tensor_2d": ([ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64], ctypes.c_void_p),
     "ggml_set_name": ([ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p),
     "ggml_mul_mat": ([ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p),
     "ggml_tensor_overhead": ([], ctypes.c_size_t),
+    "ggml_graph_overhead": ([], ctypes.c_size_t),
+    "ggml_new_graph": ([ctypes.c_void_p], ctypes.c_void_p),
+    "ggml_build_forward_expand": ([ctypes.c_void_p, ctypes.c_void_p], None),
+    "ggml_backend_init_by_type": ([ctypes.c_int, ctypes.c_char_p], ctypes.c_void_p),
+    "ggml_backend_graph_compute": ([ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int),
+    "ggml_backend_alloc_ctx_tensors": ([ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p),
+    "ggml_backend_alloc_ctx_tensors_from_buft": ([ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p),
+    "ggml_backend_buft_name": ([ctypes.c_void_p], ctypes.c_char_p),
 }
 
 
@@ -174,7 +184,7 @@ def check_abi() -> None:
     through llama_cpp's structures: their last fields have known values only if every field before has its size.
     """
     problems = []
-    context = ggml.ggml_init(_InitParams(1 << 16, None, True))
+    context = ggml.ggml_init(InitParams(1 << 16, None, True))
     first = ggml.ggml_new_tensor_2d(context, 0, 64, 5)
     second = ggml.ggml_new_tensor_2d(context, 0, 64, 7)
     ggml.ggml_set_name(first, b"abi.weight")
