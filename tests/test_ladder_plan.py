@@ -32,22 +32,28 @@ def test_every_step_comes_after_those_it_needs():
         assert step.kind in CODE
         done.add(step.name)
     assert [step.name for step in plan(options())] == [
-        "convert", "base", "score base", "imatrix", "quantize Q4_K_M", "score Q4_K_M", "quantize Q8_0", "score Q8_0",
+        "convert", "base", "measure base", "imatrix", "quantize Q4_K_M", "measure Q4_K_M", "quantize Q8_0",
+        "measure Q8_0", "bench", "score base", "score Q4_K_M", "score Q8_0",
     ]  # fmt: skip
 
 
 def test_an_option_changes_only_what_depends_on_it():
-    assert differing(threads=3, quantized_by="me") == []
-    assert differing(chunks=5) == ["base", "score base", "score Q4_K_M", "score Q8_0"]
+    measured, scored = ([f"{verb} {name}" for name in ("base", *RUNGS)] for verb in ("measure", "score"))
+    assert differing(quantized_by="me") == []
+    assert differing(threads=3) == ["bench", *scored]
+    assert differing(bench=False) == scored
+    assert differing(chunks=5) == ["base", *measured, *scored]
     assert differing(imatrix_chunks=5) == [
-        "imatrix", "quantize Q4_K_M", "score Q4_K_M", "quantize Q8_0", "score Q8_0",
+        "imatrix", "quantize Q4_K_M", "measure Q4_K_M", "quantize Q8_0", "measure Q8_0", "bench", *scored,
     ]  # fmt: skip
-    assert differing(tasks="continuation:x.txt") == ["score base", "score Q4_K_M", "score Q8_0"]
-    assert differing(rungs=("Q8_0",)) == []
-    assert differing(rungs=(*RUNGS, "Q6_K")) == ["quantize Q6_K", "score Q6_K"]
-    assert len(differing(outtype="f32")) == 8
+    assert differing(tasks="continuation:x.txt") == [*measured, *scored]
+    assert differing(rungs=("Q8_0",)) == ["bench", "score base", "score Q8_0"]
+    assert differing(rungs=(*RUNGS, "Q6_K")) == ["quantize Q6_K", "measure Q6_K", "bench", *scored, "score Q6_K"]
+    assert len(differing(outtype="f32")) == 12
     assert differing(gpu_layers=10) == [step.name for step in plan(options())][1:]
-    assert plan(options(gpu_layers=10)) == plan(options(gpu_layers=99))
+    # How many layers are on the GPU decides speed, and nothing else.
+    ten, all_of_them = plan(options(gpu_layers=10)), plan(options(gpu_layers=99))
+    assert [step.name for step, other in zip(ten, all_of_them, strict=True) if step != other] == ["bench"]
 
 
 def test_choosing_rungs():
@@ -68,11 +74,12 @@ def test_the_command_names_no_paths():
         converter=pathlib.Path("/opt/c.py"),
         threads=2,
         tasks="arc:/a/arc.bin,mmlu,continuation:pydoc:test",
+        bench=False,
     )
     line = command_line(full, "name", ("Q8_0",))
     assert line == (
         "bitladder run name --out out --ladder Q4_K_M,Q8_0 --calibration b.txt --calibration pydoc:test"
-        " --text 'my text.txt' --tasks arc:arc.bin,mmlu,continuation:pydoc:test -t 2 --converter c.py"
+        " --text 'my text.txt' --tasks arc:arc.bin,mmlu,continuation:pydoc:test -t 2 --converter c.py --no-bench"
     )
 
 

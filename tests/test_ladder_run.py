@@ -22,7 +22,7 @@ from bitladder.calibrate import ImatrixResult
 from bitladder.convert import ConvertResult
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import Figure, Scores
+from bitladder.evaluate import Figure, Scores, SpeedRow
 from bitladder.evaluate.scores import BaseModelName, DeltaP, Divergence, Named
 from bitladder.files import replacing
 from bitladder.ladder import RunOptions, run
@@ -33,8 +33,10 @@ from bitladder.quantize import QuantizeResult
 from bitladder.report import write_card
 
 RUNGS = ("IQ3_S", "Q4_K_M", "Q8_0")
-ALL_STEPS = ["convert", "base", "score base", "imatrix"]
-ALL_STEPS += [f"{verb} {rung}" for rung in RUNGS for verb in ("quantize", "score")]
+SCORES = ["score base", *(f"score {rung}" for rung in RUNGS)]
+ALL_STEPS = ["convert", "base", "measure base", "imatrix"]
+ALL_STEPS += [f"{verb} {rung}" for rung in RUNGS for verb in ("quantize", "measure")]
+ALL_STEPS += ["bench", *SCORES]
 
 
 class Fakes:
@@ -102,6 +104,14 @@ class Fakes:
             **(compared if base else {}),
         )  # fmt: skip
 
+    def bench(self, models, tests, repetitions, settings, progress):
+        time.sleep(self.seconds)
+        samples = {path: 1_000_000 * path.read_bytes()[-1] + 1 for path in models}
+        return [
+            SpeedRow(path.name, "toy", 64, 64, test, settings, 2, "CPU", "cpu", "", "2026", (samples[path],) * 2)
+            for path in models for test in tests
+        ]  # fmt: skip
+
     def patched(self):
         """All heavy functions replaced, as a context."""
         stand_ins = {
@@ -109,7 +119,7 @@ class Fakes:
             "bitladder.evaluate.evaluate": self.evaluate, "bitladder.evaluate.open_base": self.open_base,
             "bitladder.evaluate.identify": lambda path: path,
             "bitladder.evaluate.base_scores": self.base_scores, "bitladder.calibrate.collect_imatrix": self.collect,
-            "bitladder.quantize.quantize": self.quantize,
+            "bitladder.quantize.quantize": self.quantize, "bitladder.evaluate.bench": self.bench,
         }  # fmt: skip
         return _Patches(stand_ins)
 
@@ -168,7 +178,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in ("ladder.json", ".lock"):
             data = path.read_bytes()
-            if path.parent.name == "scores":
+            if path.parent.name in ("measured", "scores"):
                 data = json.dumps(json.loads(data) | {"seconds": 0}).encode()
             found[path.relative_to(folder).as_posix()] = data
     return found
@@ -190,10 +200,14 @@ def test_a_run_makes_everything_and_again_nothing(options, fakes):
     assert list(result.made) == ALL_STEPS
     assert write_card(options.out)
     assert set(contents(options.out)) == {
-        "README.md", "imatrix.gguf", "Toy-64-F16.gguf", "Toy-64-F16.text.txt.512.base", "scores/base.json",
-        *(f"Toy-64-{rung}.gguf" for rung in RUNGS), *(f"scores/{rung}.json" for rung in RUNGS),
-        *(f"recipes/{rung}.toml" for rung in RUNGS),
+        "README.md", "imatrix.gguf", "Toy-64-F16.gguf", "Toy-64-F16.text.txt.512.base", "bench.json",
+        *(f"Toy-64-{rung}.gguf" for rung in RUNGS), *(f"recipes/{rung}.toml" for rung in RUNGS),
+        *(f"{folder}/{name}.json" for folder in ("measured", "scores") for name in ("base", *RUNGS)),
     }  # fmt: skip
+    for one in result.scores:
+        assert [test["test"] for test in one["bench"]] == ["pp512", "tg128", "pp512+tg128"]
+        nanoseconds = 1_000_000 * (options.out / one["model"]).read_bytes()[-1] + 1
+        assert one["bench"][1]["tokens_per_second"]["value"] == pytest.approx(128e9 / nanoseconds)
     assert [one["model"] for one in result.scores] == ["Toy-64-F16.gguf", *(f"Toy-64-{rung}.gguf" for rung in RUNGS)]
     with GgufFile(options.out / "Toy-64-F16.gguf") as file:
         assert file.get("general.basename") == "Toy"
@@ -210,17 +224,22 @@ def test_a_run_makes_everything_and_again_nothing(options, fakes):
 
 def test_a_change_redoes_only_what_depends_on_it(options, fakes, tmp_path):
     run(options)
-    scores = ["score base", *(f"score {rung}" for rung in RUNGS)]
+    measures = ["measure base", *(f"measure {rung}" for rung in RUNGS)]
     (tmp_path / "text.txt").write_text("other words")
-    assert sorted(run(options).made) == sorted(["base", *scores])
-    changed = options.model_copy(update={"rungs": ("Q6_K", *RUNGS), "threads": 2, "quantized_by": "me"})
-    assert list(run(changed).made) == ["quantize Q6_K", "score Q6_K"]
+    assert sorted(run(options).made) == sorted(["base", *measures, *SCORES])
+    changed = options.model_copy(update={"rungs": ("Q6_K", *RUNGS), "quantized_by": "me"})
+    assert sorted(run(changed).made) == sorted(["quantize Q6_K", "measure Q6_K", "bench", "score Q6_K", *SCORES])
+    silent = changed.model_copy(update={"bench": False})
+    result = run(silent)
+    assert sorted(result.made) == sorted(["score Q6_K", *SCORES])
+    assert not any("bench" in one for one in result.scores)
+    assert list(run(silent.model_copy(update={"threads": 2})).made) == []
     (tmp_path / "calibration.txt").write_text("yet other words")
-    assert "convert" not in run(options).made
-    assert list(run(options.model_copy(update={"rungs": ("Q8_0",)})).made) == []
+    assert "convert" not in run(silent).made
+    assert list(run(silent.model_copy(update={"rungs": ("Q8_0",)})).made) == []
     (options.out / "Toy-64-Q4_K_M.gguf").unlink()
     (options.out / "scores" / "Q8_0.json").write_text("{}")
-    assert list(run(options).made) == ["quantize Q4_K_M", "score Q8_0"]
+    assert list(run(silent).made) == ["quantize Q4_K_M", "score Q8_0"]
 
 
 def test_what_was_done_before_an_error_stays(options, fakes):
@@ -344,7 +363,9 @@ def test_the_real_thing_on_the_embedded_model(tiny_checkpoint, calibration_text,
     assert quant["bytes"] < full["bytes"]
     assert quant["tasks"]["continuation"]["count"] == full["tasks"]["continuation"]["count"] == 8
     assert run(options).made == ()
-    assert run(options.model_copy(update={"task_count": 4})).made == ("score base", "score Q4_K_M")
+    assert all(test["tokens_per_second"]["value"] > 0 for one in result.scores for test in one["bench"])
+    again = run(options.model_copy(update={"task_count": 4})).made
+    assert again == ("measure base", "measure Q4_K_M", "score base", "score Q4_K_M")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from bitladder.cli.output import Output, common_options
 @shared.n_ctx
 @click.option("--tasks", help="Benchmarks to score with, as for eval: NAME:FILE,… or continuation:TEXT.")
 @click.option("--task-count", type=click.IntRange(1), help="Questions of each task, drawn.  [default: all]")
+@click.option("--bench/--no-bench", default=True, show_default=True, help="Measure tokens per second.")
 @click.option(
     "--outtype",
     type=click.Choice(["auto", "f16", "bf16", "f32"]),
@@ -71,6 +72,7 @@ def command(
     n_ctx: int,
     tasks: str | None,
     task_count: int | None,
+    bench: bool,
     outtype: str,
     threads: int | None,
     gpu_layers: int,
@@ -99,6 +101,7 @@ def command(
         n_ctx=n_ctx,
         tasks=tasks,
         task_count=task_count,
+        bench=bench,
         outtype=outtype,
         threads=threads,
         gpu_layers=gpu_layers,

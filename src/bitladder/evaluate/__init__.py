@@ -18,6 +18,9 @@ from bitladder.evaluate.results import NoResults, ResultFolder
 from bitladder.evaluate.scores import Figure, Scores
 from bitladder.evaluate.settings import Settings
 from bitladder.evaluate.several import Wanted, add_tasks, evaluate_several
+from bitladder.evaluate.speed import bench
+from bitladder.evaluate.speedrows import SpeedRow, SpeedSettings
+from bitladder.evaluate.speedtests import SpeedTest
 from bitladder.evaluate.tasks import Task, load_task, parse_specs
 
 __all__ = [
@@ -30,11 +33,15 @@ __all__ = [
     "ResultFolder",
     "Scores",
     "Settings",
+    "SpeedRow",
+    "SpeedSettings",
+    "SpeedTest",
     "Task",
     "TokenScores",
     "Wanted",
     "add_tasks",
     "base_scores",
+    "bench",
     "cache_path",
     "evaluate",
     "evaluate_several",

@@ -9,13 +9,23 @@ import pydantic
 from bitladder.calibrate.texts import BUILTIN
 from bitladder.errors import UsageError
 
-Kind = Literal["convert", "base", "imatrix", "quantize", "score"]
+Kind = Literal["convert", "base", "imatrix", "quantize", "measure", "bench", "score"]
 
 # The version of each step's code: raise one when the step would give other bytes from the same inputs.
-CODE: dict[Kind, int] = {"convert": 1, "base": 1, "imatrix": 1, "quantize": 2, "score": 1}
+CODE: dict[Kind, int] = {
+    "convert": 1,
+    "base": 1,
+    "imatrix": 1,
+    "quantize": 2,
+    "measure": 1,
+    "bench": 1,
+    "score": 2,
+}
 
-# Presets that do not quantize: the full-precision file is no rung.
 TASK_CTX = 768
+# Prompt and generated tokens of each speed test, and how often each is repeated.
+BENCH_TESTS, BENCH_REPETITIONS = ((512, 0), (0, 128), (512, 128)), 3
+# Presets that do not quantize: the full-precision file is no rung.
 FULL_PRECISION = ("ALL_F32", "F16", "BF16")
 CALIBRATION = ("pydoc:calibration",)
 TEXT = "pydoc:test"
@@ -28,7 +38,8 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     `calibration` and `text` are specs as `calibrate.texts.load_text` reads them. `chunks` (scored) and
     `imatrix_chunks` (of each calibration text) are of `n_ctx` tokens; None is all there are. `model_id` is the hub id
     of the model for the card, where it cannot be known from `model`. `tasks` are specs as `evaluate.tasks.parse_specs`
-    reads them, answered with a context of TASK_CTX tokens; `task_count` questions of each (None: all).
+    reads them, answered with a context of TASK_CTX tokens; `task_count` questions of each (None: all). `bench` asks for
+    tokens per second.
     """
 
     model: str
@@ -41,6 +52,7 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     n_ctx: int = pydantic.Field(512, ge=2)
     tasks: str | None = None
     task_count: int | None = pydantic.Field(None, ge=1)
+    bench: bool = True
     outtype: str = "auto"
     threads: int | None = pydantic.Field(None, ge=1)
     gpu_layers: int = 0
@@ -96,17 +108,36 @@ def plan(options: RunOptions) -> list[Step]:
     steps = [
         Step(name="convert", kind="convert", needs=convert_needs, options={"outtype": options.outtype}),
         Step(name="base", kind="base", needs=("convert", "text"), options=based),
-        Step(name="score base", kind="score", needs=("convert", "base", "text", *asked), options=scored),
+        Step(name="measure base", kind="measure", needs=("convert", "base", "text", *asked), options=scored),
         Step(name="imatrix", kind="imatrix", needs=("convert", "calibration"), options=calibrated),
     ]
+    quants = []
     for rung in options.rungs:
         quant = Step(
             name=f"quantize {rung}", kind="quantize", rung=rung, needs=("convert", "imatrix"), options={"preset": rung}
         )
         needs = (quant.name, "convert", "base", "text", *asked)
-        score = Step(name=f"score {rung}", kind="score", rung=rung, needs=needs, options=scored)
-        steps += [quant, score]
+        steps += [quant, Step(name=f"measure {rung}", kind="measure", rung=rung, needs=needs, options=scored)]
+        quants.append(quant.name)
+    timed: tuple[str, ...] = ()
+    if options.bench:
+        # One step for all: they take turns, so that a busy moment of the machine hits all alike.
+        steps.append(Step(name="bench", kind="bench", needs=("convert", *quants), options=_bench_options(options)))
+        timed = ("bench",)
+    for rung in (None, *options.rungs):
+        name = rung or "base"
+        steps.append(Step(name=f"score {name}", kind="score", rung=rung, needs=(f"measure {name}", *timed)))
     return steps
+
+
+def _bench_options(options: RunOptions) -> dict[str, Any]:
+    """What decides tokens per second, beside the machine. Here the numbers of threads and of layers matter."""
+    return {
+        "tests": [list(test) for test in BENCH_TESTS],
+        "repetitions": BENCH_REPETITIONS,
+        "threads": options.threads,
+        "gpu_layers": options.gpu_layers,
+    }
 
 
 def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]) -> str:
@@ -134,6 +165,8 @@ def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]
     for option, (value, default) in given.items():
         if value != default:
             words += [option, str(value)]
+    if not options.bench:
+        words.append("--no-bench")
     return shlex.join(words)
 
 

@@ -15,14 +15,24 @@ from bitladder.engine import native
 from bitladder.errors import UsageError
 from bitladder.files import write_json
 from bitladder.ladder.manifest import RunRecord
-from bitladder.ladder.plan import CODE, TASK_CTX, Kind, RunOptions, Step, command_line, plan
+from bitladder.ladder.plan import (
+    BENCH_REPETITIONS,
+    BENCH_TESTS,
+    CODE,
+    TASK_CTX,
+    Kind,
+    RunOptions,
+    Step,
+    command_line,
+    plan,
+)
 from bitladder.ladder.source import Source, describe, locate
 from bitladder.ladder.space import check_room, parameters_of
 from bitladder.ladder.store import Product, Store, open_store
 from bitladder.progress import SILENT, Progress
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, recipe_sha256, write_recipe
 
-IMATRIX = "imatrix.gguf"
+IMATRIX, BENCH = "imatrix.gguf", "bench.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +72,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT) -> RunResult:
                 execution.do(step)
         store.finish()
         names = ["base", *options.rungs]
-        scores = [json.loads(_score_path(store.folder, name).read_text(encoding="utf-8")) for name in names]
+        scores = [_read_json(_score_path(store.folder, name)) for name in names]
         return RunResult(store.folder, tuple(store.made), scores)
 
 
@@ -79,6 +89,10 @@ def _record(options: RunOptions, source: Source) -> RunRecord:
 
 def _score_path(folder: pathlib.Path, name: str) -> pathlib.Path:
     return folder / "scores" / f"{name}.json"
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class _Execution:
@@ -128,7 +142,9 @@ class _Execution:
             "base": self._base,
             "imatrix": self._imatrix,
             "quantize": functools.partial(self._quantize, step.rung or ""),
-            "score": functools.partial(self._score, step.rung),
+            "measure": functools.partial(self._measure, step.rung),
+            "bench": self._bench,
+            "score": functools.partial(self._score, step.rung, with_bench="bench" in step.needs),
         }
         record = self.store.ensure(step.name, inputs, works[step.kind])
         self.facts[step.name] = record.facts
@@ -180,7 +196,7 @@ class _Execution:
 
     def _quantize(self, rung: str) -> Product:
         imatrix, facts = self.folder / IMATRIX, self.facts["convert"]
-        out = self.folder / f"{facts['stem']}-{rung}.gguf"
+        out = self._model_path(rung)
         recipe = self.folder / "recipes" / f"{rung}.toml"
         result = quantize.quantize(
             self.full,
@@ -214,13 +230,12 @@ class _Execution:
         )
         return Product([out, recipe], {"bytes": result.bytes, "bpw": result.bpw})
 
-    def _score(self, rung: str | None) -> Product:
+    def _measure(self, rung: str | None) -> Product:
         base, wanted = self._opened_base(), self.options.chunks
-        path = self.full
+        path = self._model_path(rung)
         if rung is None:
             scores = evaluate.base_scores(base, self.text, self._settings())
         else:
-            path = self.folder / f"{self.facts['convert']['stem']}-{rung}.gguf"
             scores = evaluate.evaluate(path, self.text, base=base, chunks=wanted, **self._engine())
         if rung is None and wanted is not None and (scores.chunks or 0) < wanted:
             self.progress.warn(f"{self.text.name} has only {scores.chunks} chunks (--chunks {wanted}); all are used")
@@ -228,9 +243,37 @@ class _Execution:
             settings = evaluate.Settings(TASK_CTX, None, self.options.threads, self.options.gpu_layers)
             count = self.options.task_count
             scores = evaluate.add_tasks(scores, path, self.tasks, settings, count=count, progress=self.progress)
-        out = _score_path(self.folder, rung or "base")
+        out = self._measured_path(rung)
         write_json(out, scores.to_json())
         return Product([out])
+
+    def _bench(self) -> Product:
+        """Tokens per second of the full-precision model and every rung, in turns: label → rows of Scores.bench."""
+        paths = {rung or "base": self._model_path(rung) for rung in (None, *self.options.rungs)}
+        tests = [evaluate.SpeedTest(*test) for test in BENCH_TESTS]
+        settings = evaluate.SpeedSettings(self.options.threads, self.options.gpu_layers)
+        rows = evaluate.bench(list(paths.values()), tests, BENCH_REPETITIONS, settings, self.progress)
+        found: dict[str, list[dict[str, Any]]] = {label: [] for label in paths}
+        for label, path in paths.items():
+            found[label] = [row.bench_row().model_dump() for row in rows if row.model == path.name]
+        out = self.folder / BENCH
+        write_json(out, found)
+        return Product([out])
+
+    def _score(self, rung: str | None, *, with_bench: bool) -> Product:
+        """Put together what was measured of a model, which stays valid when only the speeds are measured again."""
+        scores = _read_json(self._measured_path(rung))
+        if with_bench:
+            scores["bench"] = _read_json(self.folder / BENCH)[rung or "base"]
+        out = _score_path(self.folder, rung or "base")
+        write_json(out, evaluate.Scores.model_validate(scores).to_json())
+        return Product([out])
+
+    def _model_path(self, rung: str | None) -> pathlib.Path:
+        return self.full if rung is None else self.folder / f"{self.facts['convert']['stem']}-{rung}.gguf"
+
+    def _measured_path(self, rung: str | None) -> pathlib.Path:
+        return self.folder / "measured" / f"{rung or 'base'}.json"
 
     def _base_path(self) -> pathlib.Path:
         """Named as `bitladder eval` names a base, so that it finds this one beside the model."""

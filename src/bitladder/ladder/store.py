@@ -186,6 +186,6 @@ def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
 
 def _sweep(folder: pathlib.Path) -> None:
     """Remove the temporary files of a killed run (see files.replacing). The lock is held, so nobody uses them."""
-    for place in (folder, folder / "recipes", folder / "scores"):
+    for place in (folder, folder / "recipes", folder / "measured", folder / "scores"):
         for path in place.glob(".*.tmp"):
             path.unlink(missing_ok=True)
