@@ -68,3 +68,16 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(builtin_text("calibration")[:40_000])
     return path
+
+
+@pytest.fixture(scope="session")
+def small_run(tiny_checkpoint: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A finished run of the embedded model: Q4_K_M and Q8_0, measured on eight chunks. Not to be changed."""
+    from bitladder.ladder import RunOptions, run
+    from bitladder.report import write_card
+
+    folder = tmp_path_factory.mktemp("run") / "tiny-ladder"
+    options = {"rungs": ("Q4_K_M", "Q8_0"), "chunks": 8, "imatrix_chunks": 4, "n_ctx": 128, "bench": False, "threads": 1}
+    run(RunOptions(model=str(tiny_checkpoint), out=folder, **options))
+    write_card(folder)
+    return folder

@@ -25,6 +25,8 @@ WALLS = {
     "sensitivity": {"engine", "model", "evaluate"},
     "recipe": {"engine", "model"},
     "ladder": {"engine", "model", "calibrate", "convert", "evaluate", "quantize", "recipe"},
+    "hub": set(),
+    "publish": {"hub", "ladder"},
     "report": {"ladder", "model", "recipe", "calibrate", "statistics", "evaluate"},
 }
 SHARED = {"closing", "errors", "files", "progress"}

@@ -22,6 +22,7 @@ VERBS = {
     "bench": "Measure prompt processing and text generation in tokens per second.",
     "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
     "card": "Write the model card of a run again.",
+    "push": "Upload a finished run to the Hugging Face hub.",
 }
 
 

@@ -34,6 +34,11 @@ class Output:
 
             log.verbose = True
 
+    def tame_hub(self) -> None:
+        """Keep huggingface_hub's bars back where ours are too: quiet, or no terminal. To be said before its import."""
+        if self.quiet or not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
     def print_json(self, value: Any) -> None:
         """Print a value as indented JSON on stdout."""
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,72 @@
+"""`bitladder push`: a finished run to the Hugging Face hub."""
+
+import pathlib
+
+import click
+
+from bitladder.cli.output import Output, common_options
+
+
+@click.command("push")
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
+@click.argument("repo", metavar="REPO_ID")
+@click.option("--private", is_flag=True, help="Make the repository private, if it has to be made.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files of this name. May be repeated.")
+@click.option("--dry-run", is_flag=True, help="List what would go; nothing is sent.")
+@common_options
+def command(
+    *, output: Output, folder: pathlib.Path, repo: str, private: bool, exclude: tuple[str, ...], dry_run: bool
+) -> None:
+    """Upload the quants, card, report, scores, recipes and importance matrix of a run to REPO_ID (OWNER/NAME).
+
+    Only files that the run lists go. After an interruption the same command goes on. Log in first with `hf auth
+    login`, or set HF_TOKEN.
+    """
+    from rich.table import Table
+
+    from bitladder import publish
+    from bitladder.errors import UsageError
+    from bitladder.hub import HubName, parse
+
+    name = parse(repo)
+    if name != HubName(repo, None, None, None):
+        raise UsageError(f"{repo} is no repository of the hub; name one as OWNER/NAME")
+    entries = publish.contents(folder, exclude)
+    publish.check_private(folder, entries)
+    warnings = publish.warnings(folder, entries)
+    for line in warnings:
+        output.progress.warn(line)
+    total = sum(entry.bytes for entry in entries)
+    listed = [{"name": entry.name, "bytes": entry.bytes, "rung": entry.rung} for entry in entries]
+    data = {"repo": repo, "private": private, "files": listed, "bytes": total, "warnings": warnings}
+    if dry_run:
+        if output.json:
+            output.print_json({**data, "url": None})
+            return
+        table = Table("file", box=None, pad_edge=False)
+        table.add_column("size", justify="right")
+        table.add_column("run it with")
+        default = publish.default_file(entries)
+        for entry in entries:
+            hint = f"llama-server -hf {repo}:{entry.rung}" if entry.rung else ""
+            hint += f"   (and -hf {repo})" if entry.name == default else ""
+            table.add_row(entry.name, _size(entry.bytes), hint)
+        output.print(table)
+        output.line(f"{len(entries)} files, {_size(total)}, would go to {repo}; nothing was sent")
+        return
+    from bitladder.hub import upload
+
+    output.tame_hub()
+    output.progress.info(f"{len(entries)} files, {_size(total)}, to {repo}")
+    url = upload(folder, publish.groups(entries), repo, private=private)
+    if output.json:
+        output.print_json({**data, "url": url})
+    else:
+        output.line(url)
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
