@@ -18,6 +18,7 @@ WALLS = {
     "model": {"engine"},
     "convert": {"engine", "model"},
     "calibrate": {"engine", "model"},
+    "gradients": {"engine", "model", "calibrate"},
     "statistics": {"calibrate", "model"},
     "quantize": {"engine", "model", "calibrate"},
     "evaluate": {"engine", "model", "calibrate"},

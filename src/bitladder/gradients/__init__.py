@@ -1,0 +1,9 @@
+"""What an error at each token, and in each output, costs in the end: gradients through the model (extra: torch).
+
+torch is imported when the first function is called, and not by importing this package.
+"""
+
+from bitladder.gradients.check import Agreement, check
+from bitladder.gradients.moments import GradientMoments, weighted_moments
+
+__all__ = ["Agreement", "GradientMoments", "check", "weighted_moments"]
