@@ -72,7 +72,7 @@ class Fakes:
         self.write(out, model.read_bytes(), *(text.text.encode() for text in texts), str((n_ctx, chunks)).encode())
         return ImatrixResult(out, 7, 5, {})
 
-    def quantize(self, source, out, preset, *, imatrix, threads, recipe_hash, progress):
+    def quantize(self, source, out, preset, *, imatrix, threads, progress):
         self.write(out, source.read_bytes(), imatrix.read_bytes(), preset.encode())
         return QuantizeResult(out, out.stat().st_size, 4.5, {"a.weight": preset.lower()}, preset)
 

@@ -20,7 +20,7 @@ WALLS = {
     "calibrate": {"engine", "model"},
     "gradients": {"engine", "model", "calibrate"},
     "statistics": {"calibrate", "model"},
-    "quantize": {"engine", "model", "calibrate"},
+    "quantize": {"engine", "model", "calibrate", "recipe"},
     "evaluate": {"engine", "model", "calibrate"},
     "allocate": set(),
     "sensitivity": {"engine", "model", "evaluate"},

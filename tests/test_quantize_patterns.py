@@ -11,7 +11,8 @@ from bitladder.errors import UsageError
 from bitladder.model.reader import GgufFile
 from bitladder.quantize import QuantizeOptions, prepare
 from bitladder.quantize.options import parse_tensor_type, read_tensor_types
-from bitladder.quantize.patterns import exact_patterns, match_patterns
+from bitladder.quantize.patterns import match_patterns
+from bitladder.recipe.patterns import exact_patterns
 
 PROBE = type_by_name("f64")  # no tensor has it, and any width holds it
 

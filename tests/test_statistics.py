@@ -10,8 +10,9 @@ from moe import write_moe
 from bitladder.calibrate import collect_imatrix, read_imatrix, write_imatrix
 from bitladder.calibrate.imatrix import Entry, Imatrix
 from bitladder.calibrate.texts import load_text
+from bitladder.model.names import ranges
 from bitladder.statistics import by_kind, by_layer, tensor_statistics
-from bitladder.statistics.names import block_and_kind, in_previous_block, ranges
+from bitladder.statistics.names import block_and_kind, in_previous_block
 
 # Columns as llama-imatrix prints them: digits after the point, and the factor to its unit.
 PRINTED = {
@@ -247,4 +248,4 @@ def test_names():
     assert block_and_kind("weight") == (None, "weight") and block_and_kind("blk") == (None, "blk")
     assert in_previous_block("dec.blk.10.q.weight") == "dec.blk.9.q.weight"
     assert in_previous_block("blk.0.q.weight") is in_previous_block("output.weight") is None
-    assert ranges([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7, 8" and ranges([]) == ""
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7, 8" and ranges([]) == ""

@@ -78,7 +78,7 @@ def test_gaps(moe, pair):
     assert gaps.without_entry == ["blk.0.attn_k.weight", "output.weight", "token_embd.weight"]
     assert gaps.not_in_model == []
     assert gaps.lines() == [
-        "block 1: 4 of 8 experts never reached in ffn_down_exps, ffn_gate_exps, ffn_up_exps: 2, 5–7",
+        "block 1: 4 of 8 experts never reached in ffn_down_exps, ffn_gate_exps, ffn_up_exps: 2, 5-7",
         "blk.1.attn_q.weight: 1 value not finite; compute it again",
         "entries without a single token: attn_q of block 0",
         "3 weights of the model without an entry: attn_k of block 0; output.weight (collected only with imatrix "

@@ -55,7 +55,8 @@ def _kinds(found: "Preflight") -> Any:
 
 def _forced(found: "Preflight") -> list[tuple[str, ...]]:
     """Tensors that get another type, those of a kind together: every one is told by kind and block."""
-    from bitladder.recipe.names import layer_of, ranges, tensor_kind
+    from bitladder.model.names import ranges
+    from bitladder.recipe.names import layer_of, tensor_kind
 
     groups: dict[tuple[str, int, str, str], list[Fallback]] = {}
     for one in found.fallbacks:

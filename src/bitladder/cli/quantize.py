@@ -86,7 +86,7 @@ def command(
     from bitladder.model.splits import parse_size
     from bitladder.quantize import QuantizeOptions, check_room, preflight, prepare, refuse_target, write
     from bitladder.quantize.options import parse_layers, parse_tensor_type
-    from bitladder.recipe import read_recipe, recipe_sha256
+    from bitladder.recipe import read_recipe
 
     read = read_recipe(recipe) if recipe is not None else None
     wanted = QuantizeOptions(
@@ -101,7 +101,7 @@ def command(
         refuse_target(source, out)
     elif not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    with prepare(source, wanted, imatrix=imatrix, recipe_hash=recipe_sha256, progress=output.progress) as prepared:
+    with prepare(source, wanted, imatrix=imatrix, progress=output.progress) as prepared:
         found = preflight(prepared, threads=threads)
         if dry_run or out is None:
             _show_plan(output, prepared, found)

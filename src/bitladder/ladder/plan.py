@@ -124,9 +124,9 @@ def plan(options: RunOptions) -> list[Step]:
         # One step for all: they take turns, so that a busy moment of the machine hits all alike.
         steps.append(Step(name="bench", kind="bench", needs=("convert", *quants), options=_bench_options(options)))
         timed = ("bench",)
-    for rung in (None, *options.rungs):
-        name = rung or "base"
-        steps.append(Step(name=f"score {name}", kind="score", rung=rung, needs=(f"measure {name}", *timed)))
+    steps.append(Step(name="score base", kind="score", needs=("measure base", *timed)))
+    for rung in options.rungs:
+        steps.append(Step(name=f"score {rung}", kind="score", rung=rung, needs=(f"measure {rung}", *timed)))
     return steps
 
 

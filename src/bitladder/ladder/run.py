@@ -30,7 +30,7 @@ from bitladder.ladder.source import Source, describe, locate
 from bitladder.ladder.space import check_room, parameters_of
 from bitladder.ladder.store import Product, Store, open_store
 from bitladder.progress import SILENT, Progress
-from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, recipe_sha256, write_recipe
+from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
 
 IMATRIX, BENCH = "imatrix.gguf", "bench.json"
 
@@ -204,7 +204,6 @@ class _Execution:
             rung,
             imatrix=imatrix,
             threads=self.options.threads,
-            recipe_hash=recipe_sha256,
             progress=self.progress,
         )
         used = ImatrixUsed(

@@ -13,8 +13,9 @@ from bitladder.engine.types import TensorType, all_types
 from bitladder.errors import BitladderError, UsageError
 from bitladder.model.reader import GgufFile, TensorInfo
 from bitladder.quantize.options import QuantizeOptions, check_options, parse_override, target_type
-from bitladder.quantize.patterns import PatternMatch, exact_patterns, match_patterns
+from bitladder.quantize.patterns import PatternMatch, match_patterns
 from bitladder.quantize.prune import Pruning, plan_pruning
+from bitladder.recipe.patterns import exact_patterns
 
 # What --token-embedding-type and --output-tensor-type are about; llama-quantize has no fallback for their widths.
 EMBEDDINGS, OUTPUT = ("token_embd.weight", "per_layer_token_embd.weight"), ("output.weight",)

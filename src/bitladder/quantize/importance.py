@@ -13,8 +13,8 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress
 from bitladder.quantize.choose import BASE, EMBEDDINGS, OUTPUT, Choice, TensorChoice
 from bitladder.quantize.options import QuantizeOptions
-from bitladder.quantize.patterns import exact_patterns
 from bitladder.quantize.prune import pruned_entries
+from bitladder.recipe.patterns import exact_patterns
 
 Floats = npt.NDArray[np.float32]
 

@@ -3,10 +3,9 @@
 llama-quantize compiles a pattern, put in lower case, as an ECMAScript regular expression (std::regex) and searches it
 anywhere in the name; the first pattern found decides. std::regex has no time limit, and a pattern that backtracks
 without end would hang the library. So names are matched here, by `regex`, which has one, and the library is handed
-exact names (`exact_patterns`). Patterns that the two could read differently are refused (`_refuse_dialects`).
+exact names (`recipe.patterns`). Patterns that the two could read differently are refused (`_refuse_dialects`).
 """
 
-import collections
 import dataclasses
 import os
 import re
@@ -23,7 +22,6 @@ from bitladder.quantize.options import target_type
 SECONDS = 1.0  # for one pattern over all names; ordinary ones take milliseconds
 # Of characters, of groups in each other (std::regex compiles by recursion), of repetitions asked for with {}.
 LONGEST, DEEPEST, MOST = 20_000, 100, 255
-_BLOCK = re.compile(r"(?<=blk\.)\d+(?=\.)")
 _TOKEN = re.compile(
     r"(?P<class>\[(?:\[:[a-z]*:\]|\\.|[^\]\\])*\]?)|(?P<escape>\\(?:x[0-9a-f]{2}|.))"
     r"|(?P<repetition>[*+?]|\{\d+(?:,\d*)?\})|(?P<open>\((?:\?[:=!])?)|(?P<other>.)",
@@ -61,26 +59,6 @@ def match_patterns(
         matches.append(PatternMatch(pattern, wanted, found, tuple(name for name in found if name not in taken)))
         taken.update(found)
     return tuple(matches)
-
-
-def exact_patterns(types: Mapping[str, TensorType]) -> tuple[tuple[str, TensorType], ...]:
-    """std::regex patterns that find exactly these names, in few: tensors that differ in the block alone share one.
-
-    A thousand tensors searched for a thousand patterns would take std::regex seconds.
-    """
-    blocks: dict[tuple[str, TensorType], list[str]] = collections.defaultdict(list)
-    for name, kind in types.items():
-        number = _BLOCK.search(name)
-        if number is None:
-            blocks[f"^{_escaped(name)}$", kind] = []
-        else:
-            form = f"^{_escaped(name[: number.start()])}(?:%s){_escaped(name[number.end() :])}$"
-            blocks[form, kind].append(number[0])
-    return tuple((form.replace("%s", "|".join(numbers)), kind) for (form, kind), numbers in blocks.items())
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"[^\w-]", lambda found: f"\\{found[0]}", name, flags=re.ASCII)
 
 
 def _compiled(path: str | os.PathLike[str], patterns: Sequence[str]) -> "dict[str, regex.Pattern[bytes]]":

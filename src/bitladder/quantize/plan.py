@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from bitladder.calibrate.imatrix import read_imatrix
 from bitladder.closing import Closing
@@ -18,6 +18,7 @@ from bitladder.quantize.filetype import file_type
 from bitladder.quantize.importance import Floats, importance_of, selected
 from bitladder.quantize.metadata import RECIPE_KEY, quant_metadata
 from bitladder.quantize.options import QuantizeOptions, check_options
+from bitladder.recipe.schema import recipe_sha256
 
 _IN_BLOCK = re.compile(r"(^|\.)blk\.\d+\.")
 
@@ -69,14 +70,12 @@ def prepare(
     *,
     imatrix: str | os.PathLike[str] | None = None,
     metadata: Mapping[str, str] | None = None,
-    recipe_hash: Callable[[Mapping[str, str]], str] | None = None,
     progress: Progress = SILENT,
 ) -> Prepared:
     """Settle how to quantize a GGUF; nothing is written.
 
-    Parameters: `imatrix` an importance matrix of the same model; `metadata` strings to add to the file's;
-    `recipe_hash` from the types by tensor to bitladder.recipe.sha256 (bitladder.recipe.recipe_sha256). Warnings go to
-    `progress`. Raises BitladderError if the options, the imatrix or the source cannot be used.
+    Parameters: `imatrix` an importance matrix of the same model; `metadata` strings to add to the file's. Warnings go
+    to `progress`. Raises BitladderError if the options, the imatrix or the source cannot be used.
     """
     check_options(options)
     file = GgufFile(source)
@@ -88,9 +87,7 @@ def prepare(
         importance = importance_of(file.path, choice, used, progress)
         for line in choice.warnings:
             progress.warn(line)
-        extra = dict(metadata or {})
-        if recipe_hash is not None:
-            extra[RECIPE_KEY] = recipe_hash(choice.types)
+        extra = {**(metadata or {}), RECIPE_KEY: recipe_sha256(choice.types)}
         number = file_type(file, options, choice)
         origin = (imatrix, used) if imatrix is not None and used is not None else None
         values = quant_metadata(file, choice, number, origin, extra)

@@ -6,7 +6,7 @@ With the same options, imatrix and library every tensor's bytes equal llama-quan
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from bitladder.errors import BitladderError
 from bitladder.model.splits import output_paths, writing
@@ -40,22 +40,19 @@ def quantize(
     imatrix: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     metadata: Mapping[str, str] | None = None,
-    recipe_hash: Callable[[Mapping[str, str]], str] | None = None,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
     """Quantize a GGUF.
 
     Parameters: `source` an F16, BF16 or F32 GGUF (or any, with allow_requantize); `out` the file to write, replaced if
     it exists; `options` a preset such as "Q4_K_M", or more; `imatrix` an importance matrix of the same model;
-    `metadata` and `recipe_hash` as for `prepare`. Raises BitladderError before anything is written if the options, the
+    `metadata` as for `prepare`. Raises BitladderError before anything is written if the options, the
     imatrix or the source cannot be used; and, leaving no file, if weights are not finite or the disk is full.
     """
     if isinstance(options, str):
         options = QuantizeOptions(preset=options)
     refuse_target(source, out)
-    with prepare(
-        source, options, imatrix=imatrix, metadata=metadata, recipe_hash=recipe_hash, progress=progress
-    ) as prepared:
+    with prepare(source, options, imatrix=imatrix, metadata=metadata, progress=progress) as prepared:
         return write(prepared, out, threads=threads, progress=progress)
 
 

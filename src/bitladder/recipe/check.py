@@ -11,7 +11,7 @@ from bitladder.model.reader import GgufFile
 from bitladder.recipe.extract import shapes_of
 from bitladder.recipe.findings import Checked, Findings
 from bitladder.recipe.names import layer_of
-from bitladder.recipe.patterns import override_pairs, preset_and_pairs
+from bitladder.recipe.patterns import exact_patterns, preset_and_pairs
 from bitladder.recipe.schema import Recipe
 from bitladder.recipe.sizes import size_of
 
@@ -82,7 +82,7 @@ def _without_substitute(wanted: dict[str, TensorType], file: GgufFile, found: Fi
             misfits[kind].append(name)
     for kind, names in misfits.items():
         try:
-            preset_types(file.path, Request("Q8_0", overrides=override_pairs(dict.fromkeys(names, kind.name))))
+            preset_types(file.path, Request("Q8_0", overrides=exact_patterns(dict.fromkeys(names, kind))))
         except BitladderError:
             for name in names:
                 found.problem(name, f"{_misfit(name, kind, file)}, and the library has no substitute")
@@ -122,7 +122,7 @@ def _in_need(types: Mapping[str, TensorType], base: str, file: GgufFile) -> dict
     reasons: dict[str, str] = {}
     for (kind, _), names in groups.items():
         # All others get a type that needs none, so the answer is about these.
-        request = Request(base, overrides=(*override_pairs(dict.fromkeys(names, kind.name)), harmless))
+        request = Request(base, overrides=(*exact_patterns(dict.fromkeys(names, kind)), harmless))
         if kernel_needs_importance(kind) and layer_of(names[0]) is None:
             reasons |= dict.fromkeys(names, f"{kind.name} needs an importance matrix with an entry for it")
         elif kind.quantized and preset_types(file.path, request).needs_imatrix:

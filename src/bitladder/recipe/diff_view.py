@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from bitladder.model.names import ranges
 from bitladder.recipe.diff import RecipeDiff
-from bitladder.recipe.names import one_line, ranges, short_kind
+from bitladder.recipe.names import one_line, short_kind
 from bitladder.recipe.view import cell, size_text, table_of
 
 _ARROWS = {"up": ("▲", "green"), "down": ("▼", "red"), "level": ("=", "")}

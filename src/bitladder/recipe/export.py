@@ -44,7 +44,7 @@ def export(recipe: Recipe, types: str, model: PathLike | None = None) -> Export:
 
 
 def export_lines(recipe: Recipe, names: Collection[str] | None = None) -> list[str]:
-    """Lines PATTERN=TYPE for llama-quantize --tensor-type-file; see `patterns.override_pairs`.
+    """Lines PATTERN=TYPE for llama-quantize --tensor-type-file; see `patterns.exact_patterns`.
 
     llama-quantize reads words between whitespace and cuts them at the first "=", so patterns have neither. `names` are
     those of the recipe's tensors that are wanted (all, unless given). Raises BitladderError for a type that the library

@@ -1,7 +1,6 @@
 """What a tensor's name tells a reader of recipes: its layer, its kind, and where it is looked for."""
 
 import re
-from collections.abc import Iterable
 
 _BLOCK = re.compile(r"(^|\.)blk\.(\d+)\.")
 # Embedding and head, then a layer's weights in the order in which a token meets them.
@@ -44,14 +43,3 @@ def reading_order(name: str) -> tuple[bool, bool, int, str, int, str]:
 def one_line(text: str) -> str:
     """A text from a file as it may stand in a line: a damaged file's names may hold control characters."""
     return "".join(one if one.isprintable() else " " for one in text)
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Numbers in few words: [5, 0, 1, 2] is "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

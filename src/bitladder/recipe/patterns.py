@@ -18,29 +18,27 @@ _NOT_MADE = {"NVFP4"}  # a name for converted files: llama_model_quantize refuse
 _PLAIN = set(string.ascii_lowercase + string.digits + "_-/")
 
 
-def override_pairs(tensors: Mapping[str, str]) -> tuple[tuple[str, TensorType], ...]:
-    """Patterns that give exactly the named tensors exactly their types; no tensor matches two of them.
+def exact_patterns(types: Mapping[str, TensorType]) -> tuple[tuple[str, TensorType], ...]:
+    """std::regex patterns that give exactly the named tensors exactly their types; no tensor matches two of them.
 
-    One takes all tensors of a kind together that have one type: ("^blk\\.(0|3)\\.attn_v\\.weight$", q6_K). Raises
-    BitladderError for a type that the library does not know.
+    One takes all tensors of a kind together that have one type: ("^blk\\.(0|3)\\.attn_v\\.weight$", q6_K). A thousand
+    tensors searched for a thousand patterns would take std::regex seconds.
     """
-    groups: dict[tuple[str, str, str], list[str]] = collections.defaultdict(list)
-    for name in sorted(tensors, key=reading_order):
+    groups: dict[tuple[str, str, TensorType], list[str]] = collections.defaultdict(list)
+    for name in sorted(types, key=reading_order):
         before, layer, after = around_layer(name) or (name, "", "")
-        groups[before, after, tensors[name].lower()].append(layer)
-    return tuple(
-        (f"^{_pattern(before, layers, after)}$", type_by_name(kind)) for (before, after, kind), layers in groups.items()
-    )
+        groups[before, after, types[name]].append(layer)
+    return tuple((f"^{_pattern(before, layers, after)}$", kind) for (before, after, kind), layers in groups.items())
 
 
 def preset_and_pairs(tensors: Mapping[str, str], preset: str | None) -> tuple[str, tuple[tuple[str, TensorType], ...]]:
     """What to ask llama-quantize for, so that `preset` decides all tensors that are not named.
 
     A preset that does not quantize takes no patterns; another stands in for it, and a last pattern for all the rest
-    does what it would have done. Raises BitladderError as `override_pairs` and `base_preset`.
+    does what it would have done. Raises BitladderError for a type that the library does not know, and as `base_preset`.
     """
     rest = plain_type(preset) if preset is not None else None
-    pairs = override_pairs(tensors)
+    pairs = exact_patterns({name: type_by_name(kind) for name, kind in tensors.items()})
     return base_preset(tensors, preset), (*pairs, (".*", rest)) if rest is not None else pairs
 
 

@@ -10,8 +10,9 @@ from rich.text import Text
 
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
+from bitladder.model.names import ranges
 from bitladder.recipe.extract import RECIPE_KEY
-from bitladder.recipe.names import layer_of, one_line, ranges, reading_order, short_kind
+from bitladder.recipe.names import layer_of, one_line, reading_order, short_kind
 from bitladder.recipe.schema import Recipe, recipe_sha256
 from bitladder.recipe.sizes import Shapes, Size, block_size, size_of
 

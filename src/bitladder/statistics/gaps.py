@@ -10,8 +10,9 @@ import numpy as np
 
 from bitladder.calibrate.imatrix import Imatrix
 from bitladder.errors import BitladderError
+from bitladder.model.names import ranges
 from bitladder.model.reader import GgufFile, TensorInfo
-from bitladder.statistics.names import block_and_kind, order, ranges
+from bitladder.statistics.names import block_and_kind, order
 
 _WHY = {
     "token_embd": "looked up, not multiplied: it never has one",
@@ -142,7 +143,7 @@ def _s(count: int) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """Names, those of one kind together: "attn_q of blocks 0–3, output.weight (why)"."""
+    """Names, those of one kind together: "attn_q of blocks 0-3, output.weight (why)"."""
     blocks: dict[str, list[int]] = {}
     others = []
     for name in names:

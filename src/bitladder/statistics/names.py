@@ -32,14 +32,3 @@ def order(name: str) -> tuple[float, str, str]:
     """A key that sorts by block, then kind; what lies outside of blocks comes last."""
     block, kind = block_and_kind(name)
     return (float("inf") if block is None else block), kind, name
-
-
-def ranges(numbers: list[int]) -> str:
-    """Ascending numbers in few words: [0, 1, 2, 5] is "0–2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

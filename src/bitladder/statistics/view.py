@@ -8,13 +8,14 @@ from typing import Any
 
 from bitladder.calibrate.imatrix import Imatrix, read_imatrix
 from bitladder.errors import UsageError
+from bitladder.model.names import ranges
 from bitladder.statistics import columns as shown
 from bitladder.statistics.columns import Column, find_column
 from bitladder.statistics.compare import Comparison, TensorDifference, compare, grouped
 from bitladder.statistics.gaps import Gaps, find_gaps, listed
 from bitladder.statistics.grid import Grid, make_grid
 from bitladder.statistics.groups import GroupStatistics, by_kind, by_layer
-from bitladder.statistics.names import block_and_kind, ranges
+from bitladder.statistics.names import block_and_kind
 from bitladder.statistics.tables import Row, plain, sort_rows
 from bitladder.statistics.tensors import TensorStatistics, tensor_statistics
 
