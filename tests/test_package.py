@@ -24,6 +24,7 @@ WALLS = {
     "evaluate": {"engine", "model", "calibrate"},
     "allocate": set(),
     "sensitivity": {"engine", "model", "evaluate"},
+    "planning": {"allocate", "calibrate", "engine", "evaluate", "model", "quantize", "recipe", "sensitivity"},
     "recipe": {"engine", "model"},
     "ladder": {"engine", "model", "calibrate", "convert", "evaluate", "quantize", "recipe"},
     "hub": set(),

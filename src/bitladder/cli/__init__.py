@@ -15,7 +15,7 @@ VERBS = {
     "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
     "imatrix": "Compute an importance matrix from calibration texts.",
     "quantize": "Quantize a GGUF to a preset or a recipe.",
-    "plan": "Say which blocks cost least to leave out.",
+    "plan": "Choose the type of each tensor from measured costs, or the blocks to leave out.",
     "recipe": "Show, check, extract, compare and export which type each tensor of a quant has.",
     "stats": "Show what an importance matrix holds, or how two of them differ.",
     "eval": "Measure perplexity and divergence from the full-precision model.",
