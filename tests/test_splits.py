@@ -315,6 +315,30 @@ def test_the_last_name_not_to_be_had_takes_the_others_back(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+@pytest.mark.parametrize("failing", [3, 2, 1])
+def test_shards_that_cannot_all_be_replaced_stay(failing, tmp_path, monkeypatch):
+    old = write_small(tmp_path / "X.gguf")
+    before = {path.name: path.read_bytes() for path in old}
+    real = pathlib.Path.replace
+
+    def refuse(self, target):
+        assert not old[0].exists(), "killed now, old and new shards would be taken for one model"
+        if target == old[failing - 1] and ".old" not in self.name:
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", refuse)
+    other = TensorPlan("a", (8, 4), F32)
+    with pytest.raises(BitladderError, match=f"cannot write .*X-0000{failing}-of-00003.gguf: Input/output error"):
+        write_small(tmp_path / "X.gguf", ((other,), (SMALL[1],), (SMALL[2],)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    write_small(tmp_path / "X.gguf", ((other,), (SMALL[1],), (SMALL[2],)))
+    assert {path.name for path in tmp_path.iterdir()} == before.keys()
+    with GgufFile(old[0]) as file:
+        assert file.tensors["a"].shape == (8, 4)
+
+
 def test_the_shard_that_does_not_fit_is_named(tmp_path, monkeypatch):
     real = pathlib.Path.open
 

@@ -157,25 +157,44 @@ def _metadata_of_each(metadata: Mapping[str, Value], groups: Groups) -> list[dic
 
 @contextlib.contextmanager
 def _replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]:
-    """`files.replacing` for several files: when one cannot be renamed, those that were are removed again."""
+    """`files.replacing` for several files: all of them get their names, or those that were there before stay.
+
+    Files that are replaced are moved aside first, the first shard before the others. So whenever the process is
+    killed, no first shard stands before others that are not its own.
+    """
+    if len(paths) == 1:
+        with replacing(paths[0]) as temporary:
+            yield [temporary]
+        return
     made: set[int] = set()
+    aside: dict[pathlib.Path, pathlib.Path] = {}
     try:
         with contextlib.ExitStack() as stack:
             # Left in the opposite order: the first shard, without which nobody takes the others for a model, is last.
             temporaries = [stack.enter_context(replacing(path)) for path in paths]
             made |= {temporary.stat().st_ino for temporary in temporaries}
             yield temporaries
+            for path in filter(pathlib.Path.exists, paths):
+                with _naming(path):
+                    kept = path.resolve()
+                    aside[kept] = kept.rename(kept.with_name(f".{kept.name}.old.tmp"))
     except BaseException:
         for path in paths:
             if path.exists() and path.stat().st_ino in made:
                 path.resolve().unlink()
+        for kept, moved in reversed(aside.items()):
+            with _naming(kept, f"; what was there is {moved.name} now"):
+                moved.replace(kept)
         raise
+    for moved in aside.values():
+        with _naming(moved):
+            moved.unlink()
 
 
 @contextlib.contextmanager
-def _naming(path: pathlib.Path) -> Iterator[None]:
+def _naming(path: pathlib.Path, more: str = "") -> Iterator[None]:
     """Say which file could not be written: `replacing` would name the last shard for all of them."""
     try:
         yield
     except OSError as error:
-        raise BitladderError(f"cannot write {path}: {error.strerror or error}") from error
+        raise BitladderError(f"cannot write {path}: {error.strerror or error}{more}") from error
