@@ -1,4 +1,4 @@
-"""`bitladder card`: the model card of a run, written again."""
+"""`bitladder card`: the model card and the HTML report of a run, written again."""
 
 import pathlib
 
@@ -11,11 +11,12 @@ from bitladder.cli.output import Output, common_options
 @click.argument("run_dir", type=click.Path(path_type=pathlib.Path))
 @common_options
 def command(run_dir: pathlib.Path, *, output: Output) -> None:
-    """Write README.md of RUN_DIR again, from the files in it."""
-    from bitladder.report import write_card
+    """Write README.md and report.html of RUN_DIR again, from the files in it."""
+    from bitladder.report import write_card, write_report
 
-    changed = write_card(run_dir)
+    written = [(run_dir / "README.md", write_card(run_dir)), (run_dir / "report.html", write_report(run_dir))]
     if output.json:
-        output.print_json({"path": str(run_dir / "README.md"), "changed": changed})
-    else:
-        output.line(f"{run_dir / 'README.md'}: {'written' if changed else 'as it was'}")
+        output.print_json([{"path": str(path), "changed": changed} for path, changed in written])
+        return
+    for path, changed in written:
+        output.line(f"{path}: {'written' if changed else 'as it was'}")

@@ -88,7 +88,7 @@ def command(
     # Imported here, so that --help does not wait for the native library.
     from bitladder.ladder import RunOptions, choose_rungs, run
     from bitladder.quantize import RUNGS, preset_names
-    from bitladder.report import write_card
+    from bitladder.report import write_card, write_report
 
     options = RunOptions(
         model=model,
@@ -110,9 +110,9 @@ def command(
         model_id=model_id,
     )
     result = run(options, progress=output.progress)
-    wrote = write_card(out)
+    wrote = [write_card(out), write_report(out)]
     if not result.made:
-        said = "the card was written again; nothing else to do" if wrote else "nothing to do"
+        said = "card and report were written again; nothing else to do" if any(wrote) else "nothing to do"
         output.progress.info(f"{said}: {out} has the complete ladder ({len(options.rungs)} rungs)")
     if output.json:
         output.print_json(result.scores)

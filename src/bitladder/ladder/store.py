@@ -21,7 +21,7 @@ from bitladder.model.shards import joined_sha256, shards_of
 from bitladder.progress import SILENT, Progress
 
 # What a run writes; found without a manifest, it belongs to somebody else.
-OURS = ("README.md", "recipes", "scores", "*.gguf")
+OURS = ("README.md", "report.html", "recipes", "scores", "*.gguf")
 
 
 @dataclasses.dataclass(frozen=True)

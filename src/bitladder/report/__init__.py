@@ -1,6 +1,7 @@
-"""What a person reads of a run: the model card and the tables. Reads only the run directory."""
+"""What a person reads of a run: the model card, the HTML report and the tables. Reads only the run directory."""
 
 from bitladder.report.card import render_card, write_card
+from bitladder.report.page import render_report, write_report
 from bitladder.report.results import Row, rows_of
 
-__all__ = ["Row", "render_card", "rows_of", "write_card"]
+__all__ = ["Row", "render_card", "render_report", "rows_of", "write_card", "write_report"]

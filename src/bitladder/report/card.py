@@ -112,20 +112,11 @@ def _made(model: Measured) -> dict[str, str]:
 def _machine(scored: Sequence[Any]) -> str:
     """What the speeds were measured on, such as "Some CPU, 2 threads"."""
     rows = [row for scores in scored for row in scores.bench]
-    places = dict.fromkeys(
-        ", ".join(
-            part
-            for part in (
-                row.cpu or "",
-                f"{row.backend}" if row.backend else "",
-                f"{row.threads} threads" if row.threads else "",
-                f"{row.gpu_layers} layers on the GPU" if row.gpu_layers else "",
-            )
-            if part
-        )
+    parts = [
+        (row.cpu, f"{row.threads} threads" if row.threads else None, row.backend if row.backend != "CPU" else None)
         for row in rows
-    )
-    return " and ".join(place for place in places if place)
+    ]
+    return " and ".join(dict.fromkeys(", ".join(part for part in row if part) for row in parts if any(row)))
 
 
 def _imatrix(recipes: list[Recipe]) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""What the charts have in common: looks by role, log axes with readable ticks, and what hovering tells."""
+
+import collections
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bitladder.recipe import Recipe
+from bitladder.recipe.names import reading_order, short_kind
+from bitladder.report.numbers import Figure, gigabytes, with_error
+from bitladder.report.rundir import Measured
+
+Chart = dict[str, Any]
+# Role → name in the legend, colour, and a symbol, so that no reader has to tell colours apart.
+LOOKS = {
+    "rung": ("rungs", "@rung", "circle"),
+    "naive": ("presets by themselves", "@naive", "diamond"),
+    "third-party": ("by others", "@other", "square"),
+    "candidate": ("candidates", "@candidate", "circle-open"),
+}
+
+
+def figure(data: Sequence[Chart], *, x: Chart, y: Chart, height: int = 420, **layout: Any) -> Chart:
+    """A figure in the looks that all share."""
+    return {
+        "data": list(data),
+        "layout": {
+            "height": height,
+            "margin": {"l": 64, "r": 16, "t": 24, "b": 52},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"color": "@text", "size": 13, "family": "system-ui, sans-serif"},
+            "hoverlabel": {"align": "left", "bgcolor": "@paper", "bordercolor": "@text", "font": {"color": "@text"}},
+            "hovermode": "closest",
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "@muted", "activecolor": "@text"},
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "xaxis": _axis(x),
+            "yaxis": _axis(y),
+            **layout,
+        },
+    }
+
+
+def axis(title: str, values: Iterable[float] = (), **more: Any) -> Chart:
+    """An axis with its title; with `values` it is logarithmic, with ticks that suit their span."""
+    made: Chart = {"title": {"text": title}, **more}
+    found = [value for value in values if value > 0]
+    if found:
+        ticks = log_ticks(min(found), max(found))
+        made |= {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return made
+
+
+def _axis(given: Chart) -> Chart:
+    return {"gridcolor": "@grid", "zerolinecolor": "@grid", "linecolor": "@grid", "automargin": True, **given}
+
+
+def log_ticks(least: float, most: float) -> list[float]:
+    """Round numbers for a logarithmic axis, from a decade below to one above, denser where the span is short.
+
+    Those outside are seen when the reader zooms out.
+    """
+    ratio = most / least
+    if ratio < 3:
+        mantissas: tuple[float, ...] = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
+    elif ratio < 12:
+        mantissas = (1, 1.5, 2, 3, 4, 5, 6, 8)
+    elif ratio < 1000:
+        mantissas = (1, 2, 5)
+    else:
+        mantissas = (1,)
+    first, last = math.floor(math.log10(least)) - 1, math.floor(math.log10(most)) + 1
+    return [float(f"{mantissa}e{power}") for power in range(first, last + 1) for mantissa in mantissas]
+
+
+def errors(figures: Sequence[Figure], colour: str) -> Chart:
+    """Error bars of one standard error."""
+    return {"type": "data", "array": [one.error for one in figures], "color": colour, "thickness": 1.2, "width": 3}
+
+
+def describe(model: Measured) -> str:
+    """What hovering over a model tells: size, KLD, and its types kind by kind."""
+    scores = model.scores
+    lines = [f"<b>{html.escape(model.label)}</b>", f"{gigabytes(scores.bytes)} GB, {scores.bpw:.2f} bits per weight"]
+    if scores.kld:
+        lines.append(f"KLD {with_error(scores.kld)}")
+    if scores.predicted_kld is not None:
+        lines.append(f"predicted {scores.predicted_kld:.4g}")
+    if scores.source:
+        lines.append(f"from {html.escape(scores.source)}")
+    return "<br>".join(lines + (recipe_lines(model.recipe) if model.recipe else []))
+
+
+def recipe_lines(recipe: Recipe, most: int = 12) -> list[str]:
+    """A recipe in a line per kind: "ffn_down: 20 q4_K, 10 q6_K"; norms and the like are left out."""
+    kinds: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for name in sorted(recipe.tensors, key=reading_order):
+        if recipe.tensors[name].lower() != "f32":
+            kinds[short_kind(name)][recipe.tensors[name]] += 1
+    lines = []
+    for kind, counts in kinds.items():
+        alone = counts.total() == 1
+        types = ", ".join(name if alone else f"{count} {name}" for name, count in counts.most_common())
+        lines.append(html.escape(f"{kind}: {types}"))
+    return [*lines[:most], f"… and {len(lines) - most} kinds more"] if len(lines) > most else lines

@@ -1,0 +1,151 @@
+// Drawing: every chart on the page is kept with the function that makes its figure, to be drawn again when the theme
+// changes or a control is used.
+const drawn = new Map();
+
+async function loadPlotly() {
+  const bytes = Uint8Array.from(atob(document.getElementById("plotly").textContent), (one) => one.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = document.createElement("script");
+  script.textContent = await new Response(stream).text();
+  document.head.append(script);
+}
+
+function draw(element, make) {
+  drawn.set(element, make);
+  return paint(element, make());
+}
+
+function paint(element, plain) {
+  const figure = coloured(plain);
+  const layout = { ...figure.layout, dragmode: touch.matches ? false : "zoom", uirevision: figure.layout.uirevision ?? "kept" };
+  if (narrow.matches) {
+    thinOut(figure.data);
+    layout.margin = { ...layout.margin, l: 8, r: 8 };
+    layout.font = { ...layout.font, size: 11 };
+  }
+  const options = {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: touch.matches || figure.data.some((trace) => trace.type === "heatmap") ? false : "hover",
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    // By itself plotly.js has a button that uploads the chart.
+    showSendToCloud: false,
+    plotlyServerURL: "",
+  };
+  return Plotly.react(element, figure.data, layout, options);
+}
+
+// Where there is little room only what is worth its size has its name beside it; the rest tells it when tapped.
+function thinOut(traces) {
+  const front = traces.find((trace) => trace.meta === "front");
+  if (!front) return;
+  for (const trace of traces.filter((one) => one.mode === "markers+text")) {
+    trace.text = trace.text.map((name, index) => (front.x.includes(trace.x[index]) ? name : ""));
+  }
+}
+
+function drawAll() {
+  return Promise.all([...drawn].map(([element, make]) => draw(element, make)));
+}
+
+// A section's chart, with its controls: which figure, which groups of traces, which axes are logarithmic.
+function chartOf(element) {
+  const section = element.dataset.section;
+  const choices = data.charts[section];
+  const controls = document.querySelector(`[data-for="${section}"]`);
+  const state = { choice: Object.keys(choices)[0], hidden: new Set(), linear: new Set() };
+  const make = () => {
+    const { data: traces, layout } = structuredClone(choices[state.choice]);
+    for (const axis of state.linear) {
+      layout[axis] = { ...layout[axis], type: "linear", tickvals: null, ticktext: null, rangemode: "tozero" };
+    }
+    // A change of axis or choice gives a new view; anything else leaves the reader's zoom alone.
+    layout.uirevision = [state.choice, ...state.linear].join();
+    return { data: traces.filter((trace) => !state.hidden.has(trace.meta)), layout };
+  };
+  if (controls) connect(controls, choices, state, () => draw(element, make));
+  keys(element);
+  return draw(element, make);
+}
+
+function connect(controls, choices, state, redraw) {
+  const select = controls.querySelector("[data-choice]");
+  if (select) {
+    select.append(...Object.keys(choices).map((name) => new Option(name)));
+    select.addEventListener("change", () => { state.choice = select.value; redraw(); });
+  }
+  const groups = controls.querySelector("[data-groups]");
+  if (groups) {
+    for (const trace of choices[state.choice].data) {
+      const label = document.createElement("label");
+      const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: true });
+      box.dataset.group = trace.meta;
+      box.addEventListener("change", () => { toggle(state.hidden, trace.meta, !box.checked); redraw(); });
+      label.append(box, ` ${trace.name}`);
+      groups.append(label);
+    }
+  }
+  for (const box of controls.querySelectorAll("[data-axis]")) {
+    box.addEventListener("change", () => { toggle(state.linear, box.dataset.axis, !box.checked); redraw(); });
+  }
+}
+
+function toggle(set, value, member) {
+  if (member) set.add(value);
+  else set.delete(value);
+}
+
+// Arrow keys go through the points of a chart and show what hovering shows; Escape leaves.
+function keys(element) {
+  let at = -1;
+  element.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") {
+      at = -1;
+      Plotly.Fx.unhover(element);
+      return;
+    }
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 1, ArrowUp: -1, Home: -Infinity, End: Infinity };
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    const stops = stopsOf(element);
+    if (!stops.length) return;
+    at = nextStop(stops, at, event.key, steps[event.key]);
+    const { curve, point, text } = stops[at];
+    Plotly.Fx.hover(element, [{ curveNumber: curve, pointNumber: point }]);
+    document.getElementById("live").textContent = text.replaceAll("<br>", "; ").replace(/<[^>]*>/g, "");
+  });
+  element.addEventListener("blur", () => { if (window.Plotly) Plotly.Fx.unhover(element); });
+}
+
+function stopsOf(element) {
+  const stops = [];
+  element.data.forEach((trace, curve) => {
+    if (trace.hoverinfo === "skip" || trace.visible === "legendonly") return;
+    if (trace.type === "heatmap") {
+      trace.z.forEach((row, j) => row.forEach((value, i) => {
+        if (value !== null) stops.push({ curve, point: [j, i], x: i, y: j, text: trace.hovertext[j][i] });
+      }));
+    } else {
+      trace.x.forEach((x, point) => stops.push({ curve, point, x, y: trace.y[point], text: trace.hovertext[point] }));
+    }
+  });
+  if (element.data.some((trace) => trace.type === "heatmap")) return stops;
+  // Points from left to right; where rows are models, row by row as they are seen from the top.
+  const order = element.layout.yaxis.categoryarray;
+  if (order) return stops.sort((a, b) => order.indexOf(b.y) - order.indexOf(a.y) || a.x - b.x);
+  return stops.sort((a, b) => a.x - b.x || a.y - b.y);
+}
+
+function nextStop(stops, at, key, step) {
+  const last = stops.length - 1;
+  if (at < 0 && Number.isFinite(step)) return 0;
+  const here = stops[at];
+  const vertical = key === "ArrowDown" || key === "ArrowUp";
+  if (vertical && Array.isArray(here.point)) {
+    // In a heat map up and down stay in the column.
+    const column = stops.map((stop, index) => ({ ...stop, index })).filter((stop) => stop.x === here.x);
+    const place = column.findIndex((stop) => stop.index === at) + step;
+    return column[Math.min(Math.max(place, 0), column.length - 1)].index;
+  }
+  return Math.min(Math.max(at + step, 0), last);
+}
