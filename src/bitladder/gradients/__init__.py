@@ -4,6 +4,7 @@ torch is imported when the first function is called, and not by importing this p
 """
 
 from bitladder.gradients.check import Agreement, check
+from bitladder.gradients.fisher import FisherCost, fisher_costs
 from bitladder.gradients.moments import GradientMoments, weighted_moments
 
-__all__ = ["Agreement", "GradientMoments", "check", "weighted_moments"]
+__all__ = ["Agreement", "FisherCost", "GradientMoments", "check", "fisher_costs", "weighted_moments"]

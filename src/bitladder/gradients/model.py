@@ -127,7 +127,7 @@ class TorchModel(Closing):
     def _head_gradient(self, hidden: torch.Tensor, tap: Tap | None, generator: torch.Generator) -> torch.Tensor:
         """Draw labels, and return the gradient of their log-probabilities with respect to `hidden`."""
         gradient = torch.softmax(self._head(hidden), -1)
-        # By the inverse of the distribution function: one random number per position, not one per token of the vocabulary.
+        # By the inverse of the distribution function: one random number per position is enough.
         sums = gradient.cumsum(-1)
         drawn = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
         labels = torch.searchsorted(sums, drawn, right=True).clamp_(max=self.n_vocab - 1)

@@ -74,7 +74,7 @@ def weighted_moments(
 
     check(path, chunks[0, :CHECKED_TOKENS], threads=threads)
     with torch_threads(threads), TorchModel(path, memory=memory, threads=threads) as model:
-        wanted = _wanted(model, names)
+        wanted = choose(model, names)
         groups = _groups(model, wanted, outputs, memory)
         with progress.task("gradients", len(groups) * len(chunks)) as bar:
             for group in groups:
@@ -97,7 +97,8 @@ def chunk_generator(seed: int, index: int) -> "torch.Generator":
     return cast("torch.Generator", require_torch().Generator().manual_seed(seed * 1_000_003 + index))
 
 
-def _wanted(model: "TorchModel", names: Collection[str] | None) -> list[str]:
+def choose(model: "TorchModel", names: Collection[str] | None) -> list[str]:
+    """The names (None: of all matrices) from the last of the computation to the first. UsageError for an odd one."""
     if names is None:
         return model.matrices[::-1]
     odd = [name for name in names if name not in model.matrices]
