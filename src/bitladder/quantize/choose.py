@@ -8,6 +8,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping
 
+from bitladder.engine.overrides import check_overrides
 from bitladder.engine.presets import PresetTypes, Request, plain_type, preset_types
 from bitladder.engine.types import TensorType, all_types
 from bitladder.errors import BitladderError, UsageError
@@ -87,6 +88,7 @@ def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> Choice
     matches = match_patterns(file.path, options.tensor_types, list(sources))
     overrides = recipe | {name: match.type for match in matches for name in match.first}
     request = _request(options, overrides, sources, imatrix)
+    check_overrides(file.path, request.kv)
     answer = preset_types(file.path, request)
     if answer.types.keys() != sources.keys():
         odd = sorted(answer.types.keys() ^ sources.keys())
