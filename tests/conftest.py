@@ -61,6 +61,16 @@ def tools() -> Tools:
 
 
 @pytest.fixture(scope="session")
+def report_run(
+    tiny_gguf: pathlib.Path, calibration_text: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+    """A run directory with everything that a report can show. Not to be changed."""
+    from report_runs import full_run
+
+    return full_run(tiny_gguf, calibration_text, tmp_path_factory.mktemp("run") / "ladder")
+
+
+@pytest.fixture(scope="session")
 def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The built-in calibration text as a file, cut to some 12,000 tokens."""
     from bitladder.calibrate.texts import builtin_text
@@ -77,7 +87,14 @@ def small_run(tiny_checkpoint: pathlib.Path, tmp_path_factory: pytest.TempPathFa
     from bitladder.report import write_card
 
     folder = tmp_path_factory.mktemp("run") / "tiny-ladder"
-    options = {"rungs": ("Q4_K_M", "Q8_0"), "chunks": 8, "imatrix_chunks": 4, "n_ctx": 128, "bench": False, "threads": 1}
+    options = {
+        "rungs": ("Q4_K_M", "Q8_0"),
+        "chunks": 8,
+        "imatrix_chunks": 4,
+        "n_ctx": 128,
+        "bench": False,
+        "threads": 1,
+    }
     run(RunOptions(model=str(tiny_checkpoint), out=folder, **options))
     write_card(folder)
     return folder

@@ -6,6 +6,8 @@ A plain run gives four rungs. Two of them are then given other parts: the files 
 import json
 import pathlib
 
+from bitladder import evaluate
+from bitladder.evaluate import SpeedSettings, SpeedTest
 from bitladder.ladder import RunOptions, run
 from bitladder.ladder.manifest import load_manifest
 from bitladder.recipe import read_recipe
@@ -17,9 +19,10 @@ def full_run(model: pathlib.Path, text: pathlib.Path, folder: pathlib.Path) -> p
     """IQ3_S, Q4_K_M and Q8_0 as rungs, Q4_K_S as the preset beside Q4_K_M, Q5_K_M as somebody else's file."""
     options = RunOptions(
         model=str(model), out=folder, rungs=(*RUNGS, "Q4_K_S", "Q5_K_M"), calibration=(str(text),), chunks=4,
-        imatrix_chunks=4, tasks="continuation:pydoc:test", task_count=12, model_id="org/tiny",
+        imatrix_chunks=4, tasks="continuation:pydoc:test", task_count=8, model_id="org/tiny", threads=1, bench=False,
     )  # fmt: skip
     run(options)
+    time_all(model, folder)
     moved(folder, "Q4_K_S", "Q4_K_M.naive", role="naive", rung="Q4_K_M")
     moved(folder, "Q5_K_M", "someone-Q5_K_M", role="third-party", source="someone/tiny-GGUF")
     scores = {rung: json.loads((folder / "scores" / f"{rung}.json").read_text()) for rung in RUNGS}
@@ -49,12 +52,22 @@ def full_run(model: pathlib.Path, text: pathlib.Path, folder: pathlib.Path) -> p
     return folder
 
 
-def moved(folder: pathlib.Path, rung: str, name: str, **changes: str) -> None:
+def time_all(model: pathlib.Path, folder: pathlib.Path) -> None:
+    """Put speeds into every scores file, of tests short enough for a test."""
+    paths = {json.loads(path.read_text())["model"]: path for path in (folder / "scores").iterdir()}
+    models = [model if name == model.name else folder / name for name in paths]
+    rows = evaluate.bench(models, (SpeedTest(32, 0), SpeedTest(0, 8)), 2, SpeedSettings(threads=1, gpu_layers=0))
+    for name, path in paths.items():
+        measured = [row.bench_row().model_dump() for row in rows if row.model == name]
+        write(path, json.loads(path.read_text()) | {"bench": measured})
+
+
+def moved(folder: pathlib.Path, old: str, name: str, **changes: str) -> None:
     """Give a rung's scores and recipe another name and part."""
-    score = json.loads((folder / "scores" / f"{rung}.json").read_text())
+    score = json.loads((folder / "scores" / f"{old}.json").read_text())
     write(folder / "scores" / f"{name}.json", score | changes)
-    (folder / "scores" / f"{rung}.json").unlink()
-    (folder / "recipes" / f"{rung}.toml").rename(folder / "recipes" / f"{name}.toml")
+    (folder / "scores" / f"{old}.json").unlink()
+    (folder / "recipes" / f"{old}.toml").rename(folder / "recipes" / f"{name}.toml")
 
 
 def write(path: pathlib.Path, value: object) -> None:

@@ -110,8 +110,8 @@ function keys(element) {
     const stops = stopsOf(element);
     if (!stops.length) return;
     at = nextStop(stops, at, event.key, steps[event.key]);
-    const { curve, point, text } = stops[at];
-    Plotly.Fx.hover(element, [{ curveNumber: curve, pointNumber: point }]);
+    const { where, text } = stops[at];
+    Plotly.Fx.hover(element, [where]);
     document.getElementById("live").textContent = text.replaceAll("<br>", "; ").replace(/<[^>]*>/g, "");
   });
   element.addEventListener("blur", () => { if (window.Plotly) Plotly.Fx.unhover(element); });
@@ -123,10 +123,15 @@ function stopsOf(element) {
     if (trace.hoverinfo === "skip" || trace.visible === "legendonly") return;
     if (trace.type === "heatmap") {
       trace.z.forEach((row, j) => row.forEach((value, i) => {
-        if (value !== null) stops.push({ curve, point: [j, i], x: i, y: j, text: trace.hovertext[j][i] });
+        // A cell is found by its place on the axes, not by its number.
+        const where = { curveNumber: curve, xval: i, yval: j };
+        if (value !== null) stops.push({ where, x: i, y: j, text: trace.hovertext[j][i] });
       }));
     } else {
-      trace.x.forEach((x, point) => stops.push({ curve, point, x, y: trace.y[point], text: trace.hovertext[point] }));
+      trace.x.forEach((x, point) => {
+        const where = { curveNumber: curve, pointNumber: point };
+        stops.push({ where, x, y: trace.y[point], text: trace.hovertext[point] });
+      });
     }
   });
   if (element.data.some((trace) => trace.type === "heatmap")) return stops;
@@ -141,7 +146,7 @@ function nextStop(stops, at, key, step) {
   if (at < 0 && Number.isFinite(step)) return 0;
   const here = stops[at];
   const vertical = key === "ArrowDown" || key === "ArrowUp";
-  if (vertical && Array.isArray(here.point)) {
+  if (vertical && "xval" in here.where) {
     // In a heat map up and down stay in the column.
     const column = stops.map((stop, index) => ({ ...stop, index })).filter((stop) => stop.x === here.x);
     const place = column.findIndex((stop) => stop.index === at) + step;
