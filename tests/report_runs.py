@@ -12,6 +12,7 @@ from bitladder.ladder import RunOptions, run
 from bitladder.ladder.manifest import load_manifest
 from bitladder.recipe import read_recipe
 
+CHECK = {"pairs": 24, "rank_correlation": 0.9876, "median_ratio": 1.234}
 RUNGS = ("IQ3_S", "Q4_K_M", "Q8_0")
 
 
@@ -44,7 +45,7 @@ def full_run(model: pathlib.Path, text: pathlib.Path, folder: pathlib.Path) -> p
         for place, name in enumerate(names)
         if "norm" not in name
     }
-    write(folder / "sensitivity.json", {"schema_version": 1, "tensors": prices})
+    write(folder / "sensitivity.json", {"schema_version": 1, "tensors": prices, "check": CHECK})
     manifest = load_manifest(folder)
     assert manifest and manifest.run
     manifest.run = manifest.run.model_copy(update={"rungs": RUNGS, "mode": "quality", "compared": ("someone-Q5_K_M",)})

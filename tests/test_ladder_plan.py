@@ -75,11 +75,12 @@ def test_the_command_names_no_paths():
         threads=2,
         tasks="arc:/a/arc.bin,mmlu,continuation:pydoc:test",
         bench=False,
+        datasets=("org/texts",),
     )
     line = command_line(full, "name", ("Q8_0",))
     assert line == (
         "bitladder run name --out out --ladder Q4_K_M,Q8_0 --calibration b.txt --calibration pydoc:test"
-        " --text 'my text.txt' --tasks arc:arc.bin,mmlu,continuation:pydoc:test -t 2 --converter c.py --no-bench"
+        " --calibration-dataset org/texts --text 'my text.txt' --tasks arc:arc.bin,mmlu,continuation:pydoc:test -t 2 --converter c.py --no-bench"
     )
 
 

@@ -133,6 +133,10 @@ def test_sizes_of_tensors_are_those_of_the_file(folder):
     assert [one["key"] for one in tensors.statistics] == ["sum", "entropy_norm", "zd", "cossim"]
 
 
+def test_how_well_prices_fit_is_told(page):
+    assert "24 measured swaps" in page and "rank correlation 0.988, measured 1.23 ×" in page
+
+
 def test_nothing_on_the_page_comes_from_elsewhere(page):
     """Links are for the reader to follow; everything that a browser would fetch by itself is inside."""
     for tag, attributes in Parser(page).elements:

@@ -58,6 +58,13 @@ from bitladder.cli.output import Output, common_options
 )
 @click.option("--quantized-by", metavar="NAME", help="Who made the quants, for the card.")
 @click.option("--base-model", "model_id", metavar="ID", help="Hub id of MODEL, for the card of a local model.")
+@click.option(
+    "--calibration-dataset",
+    "datasets",
+    multiple=True,
+    metavar="ID",
+    help="Hub id of a data set that the calibration text is from, for the card. Can be repeated.",
+)
 @common_options
 def command(
     *,
@@ -79,6 +86,7 @@ def command(
     converter: pathlib.Path | None,
     quantized_by: str | None,
     model_id: str | None,
+    datasets: tuple[str, ...],
 ) -> None:
     """Make the whole ladder of MODEL: convert, measure, calibrate, quantize, score, and write the card.
 
@@ -108,6 +116,7 @@ def command(
         converter=converter,
         quantized_by=quantized_by,
         model_id=model_id,
+        datasets=datasets,
     )
     result = run(options, progress=output.progress)
     wrote = [write_card(out), write_report(out)]

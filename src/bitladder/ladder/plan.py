@@ -37,9 +37,9 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     `model` is a checkpoint's directory, a hub id or a full-precision GGUF file. `rungs` are preset names, in order.
     `calibration` and `text` are specs as `calibrate.texts.load_text` reads them. `chunks` (scored) and
     `imatrix_chunks` (of each calibration text) are of `n_ctx` tokens; None is all there are. `model_id` is the hub id
-    of the model for the card, where it cannot be known from `model`. `tasks` are specs as `evaluate.tasks.parse_specs`
-    reads them, answered with a context of TASK_CTX tokens; `task_count` questions of each (None: all). `bench` asks for
-    tokens per second.
+    of the model for the card, where it cannot be known from `model`; `datasets` are those of the calibration text, for
+    the card too. `tasks` are specs as `evaluate.tasks.parse_specs` reads them, answered with a context of TASK_CTX
+    tokens; `task_count` questions of each (None: all). `bench` asks for tokens per second.
     """
 
     model: str
@@ -59,6 +59,7 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     converter: pathlib.Path | None = None
     quantized_by: str | None = None
     model_id: str | None = None
+    datasets: tuple[str, ...] = ()
 
 
 class Step(pydantic.BaseModel, frozen=True):
@@ -148,6 +149,8 @@ def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]
     if options.calibration != CALIBRATION:
         for spec in options.calibration:
             words += ["--calibration", _name(spec)]
+    for dataset in options.datasets:
+        words += ["--calibration-dataset", dataset]
     given = {
         "--text": (_name(options.text), TEXT),
         "--tasks": (_task_names(options.tasks) if options.tasks else None, None),

@@ -81,6 +81,7 @@ def _record(options: RunOptions, source: Source) -> RunRecord:
         command=command_line(options, source.name, quantize.RUNGS),
         model=source.name,
         model_id=options.model_id or source.model_id,
+        datasets=options.datasets,
         rungs=options.rungs,
         n_ctx=options.n_ctx,
         quantized_by=options.quantized_by,

@@ -61,6 +61,7 @@ def render_report(folder: pathlib.Path) -> str:
         other_text=_other_text(run),
         agreement=agreement(pairs(run)),
         tensors=tensors,
+        check=run.sensitivity.check if run.sensitivity else None,
         data=_json({"charts": charts, "tensors": tensors.to_json()}),
         style=_web(STYLES),
         script=_web(SCRIPTS),

@@ -50,10 +50,19 @@ class TensorCost(pydantic.BaseModel):
         return next((cost for name, cost in self.kld.items() if name.lower() == kind.lower()), None)
 
 
+class Check(pydantic.BaseModel):
+    """How prices fit swaps that they were not made from: Spearman's correlation and measured / predicted."""
+
+    pairs: int
+    rank_correlation: float
+    median_ratio: float
+
+
 class Sensitivity(pydantic.BaseModel):
     """sensitivity.json: the price of each type of each tensor."""
 
     tensors: dict[str, TensorCost] = {}
+    check: Check | None = None
 
 
 @dataclasses.dataclass(frozen=True)
