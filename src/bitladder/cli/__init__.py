@@ -19,6 +19,7 @@ VERBS = {
     "recipe": "Show, check, extract, compare and export which type each tensor of a quant has.",
     "stats": "Show what an importance matrix holds, or how two of them differ.",
     "eval": "Measure perplexity and divergence from the full-precision model.",
+    "compare": "Compare quants of one model, whoever made them: quality, types, origin, winner at equal size.",
     "bench": "Measure prompt processing and text generation in tokens per second.",
     "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
     "card": "Write the model card of a run again.",

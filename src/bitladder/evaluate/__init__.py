@@ -14,10 +14,11 @@ from bitladder.evaluate.measure import (
     measure_and_keep,
     open_or_compute,
 )
+from bitladder.evaluate.paired import paired_mean
 from bitladder.evaluate.results import NoResults, ResultFolder
 from bitladder.evaluate.scores import Figure, Scores
 from bitladder.evaluate.settings import Settings
-from bitladder.evaluate.several import Wanted, add_tasks, evaluate_several
+from bitladder.evaluate.several import Wanted, add_tasks, compare_pair, evaluate_several, measure_several
 from bitladder.evaluate.speed import bench
 from bitladder.evaluate.speedrows import SpeedRow, SpeedSettings
 from bitladder.evaluate.speedtests import SpeedTest
@@ -43,6 +44,7 @@ __all__ = [
     "base_scores",
     "bench",
     "cache_path",
+    "compare_pair",
     "evaluate",
     "evaluate_several",
     "identify",
@@ -51,7 +53,9 @@ __all__ = [
     "make_base",
     "measure",
     "measure_and_keep",
+    "measure_several",
     "open_base",
     "open_or_compute",
+    "paired_mean",
     "parse_specs",
 ]

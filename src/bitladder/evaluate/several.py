@@ -50,17 +50,24 @@ def evaluate_several(
 
     What `results` has is not measured again. Raises BitladderError as `measure` and `tasks.score_task`.
     """
+    found: list[Scores] = []
+    measured = measure_several(models, wanted, results=results, progress=progress)
+    for index, one in enumerate(measured):
+        found.append(one.scores.model_copy(update={"paired": compare_pair(one, measured[0]) if index else None}))
+    return found
+
+
+def measure_several(
+    models: list[pathlib.Path], wanted: Wanted, *, results: Results | None = None, progress: Progress = SILENT
+) -> list[Measured]:
+    """As `evaluate_several`, with what the figures are means of, so that any two can be compared (`compare_pair`)."""
     results = results or NoResults()
     identities = [identify(model) for model in models]
     noise = None
     if isinstance(wanted.base, HiddenBase) and wanted.noise_chunks:
         noise = _noise(wanted.base, wanted, results, progress)
     measured = [_measure(identity, wanted, results, progress) for identity in identities]
-    found = []
-    for index, one in enumerate(measured):
-        pair = compare_pair(one, measured[0]) if index else None
-        found.append(one.scores.model_copy(update={"noise": noise, "paired": pair}))
-    return found
+    return [dataclasses.replace(one, scores=one.scores.model_copy(update={"noise": noise})) for one in measured]
 
 
 def _measure(identity: Identity, wanted: Wanted, results: Results, progress: Progress) -> Measured:
