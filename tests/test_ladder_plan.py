@@ -67,7 +67,7 @@ def test_choosing_rungs():
 
 
 def test_the_command_names_no_paths():
-    assert command_line(options(), "org/name", RUNGS) == "bitladder run org/name --out out"
+    assert command_line(options(), "org/name", RUNGS) == "bitladder run org/name --out out --mode naive"
     full = options(
         text="/home/me/my text.txt",
         calibration=("/a/b.txt", "pydoc:test"),
@@ -80,7 +80,8 @@ def test_the_command_names_no_paths():
     line = command_line(full, "name", ("Q8_0",))
     assert line == (
         "bitladder run name --out out --ladder Q4_K_M,Q8_0 --calibration b.txt --calibration pydoc:test"
-        " --calibration-dataset org/texts --text 'my text.txt' --tasks arc:arc.bin,mmlu,continuation:pydoc:test -t 2 --converter c.py --no-bench"
+        " --calibration-dataset org/texts --text 'my text.txt' --tasks arc:arc.bin,mmlu,continuation:pydoc:test"
+        " -t 2 --converter c.py --mode naive --no-bench"
     )
 
 

@@ -19,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from bitladder.calibrate import ImatrixResult
+from bitladder.calibrate.imatrix import Entry, Imatrix, write_imatrix
 from bitladder.convert import ConvertResult
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError, UsageError
@@ -69,7 +70,13 @@ class Fakes:
         self.write(out, model.read_bytes(), text.text.encode(), str((n_ctx, chunks)).encode())
 
     def collect(self, model, texts, out, *, n_ctx, chunks, threads, gpu_layers, progress):
-        self.write(out, model.read_bytes(), *(text.text.encode() for text in texts), str((n_ctx, chunks)).encode())
+        read = b"|".join([model.read_bytes(), *(text.text.encode() for text in texts), str((n_ctx, chunks)).encode()])
+        # A matrix that can be read: the report shows what it says.
+        sums = np.frombuffer(hashlib.sha256(read).digest(), np.uint8).astype(np.float32)[None]
+        time.sleep(self.seconds)
+        write_imatrix(
+            Imatrix({"a.weight": Entry(sums, np.array([n_ctx]))}, [text.name for text in texts], 5, n_ctx), out
+        )
         return ImatrixResult(out, 7, 5, {})
 
     def quantize(self, source, out, preset, *, imatrix, threads, progress):
