@@ -50,6 +50,7 @@ WALLS = {
     "hub": set(),
     "compare": {"calibrate", "engine", "evaluate", "hub", "model", "recipe"},
     "publish": {"hub", "ladder"},
+    "terminal": {"report"},
     "report": {"ladder", "model", "recipe", "calibrate", "statistics", "evaluate"},
 }
 SHARED = {"closing", "errors", "files", "progress"}

@@ -22,6 +22,7 @@ VERBS = {
     "compare": "Compare quants of one model, whoever made them: quality, types, origin, winner at equal size.",
     "bench": "Measure prompt processing and text generation in tokens per second.",
     "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
+    "show": "Show the ladder of a run, with a small plot.",
     "card": "Write the model card of a run again.",
     "push": "Upload a finished run to the Hugging Face hub.",
 }

@@ -34,6 +34,11 @@ class Output:
 
             log.verbose = True
 
+    @property
+    def width(self) -> int:
+        """Characters that fit into a line of stdout; a file or a pipe has wide ones."""
+        return self._stdout.width
+
     def tame_hub(self) -> None:
         """Keep huggingface_hub's bars back where ours are too: quiet, or no terminal. To be said before its import."""
         if self.quiet or not sys.stderr.isatty():

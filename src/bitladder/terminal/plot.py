@@ -1,0 +1,110 @@
+"""Points on two logarithmic axes, drawn with characters."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+# Ticks in each power of ten; the finest that gives no more than MOST of them is taken.
+STEPS: tuple[tuple[float, ...], ...] = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5), (1,))
+MOST = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """`x` and `y` are above 0; `mark` is one character, `label` stands beside it if there is room."""
+
+    x: float
+    y: float
+    mark: str
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """Values between `low` and `high` on `cells` places, equal ratios equally far apart."""
+
+    low: float
+    high: float
+    cells: int
+
+    def place(self, value: float) -> int:
+        share = (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+        return round(share * (self.cells - 1))
+
+    def ticks(self) -> list[float]:
+        """Round values inside the axis, some seven at most unless it spans more powers of ten."""
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        found: list[float] = []
+        for steps in STEPS:
+            # From the digits, as 1.2 · 10⁻⁴ is not the number nearest to 0.00012.
+            every = [float(f"{step}e{power}") for power in powers for step in steps]
+            found = [value for value in every if self.low <= value <= self.high]
+            if len(found) <= MOST:
+                break
+        return found
+
+
+def scatter(
+    points: Sequence[Point],
+    *,
+    width: int,
+    height: int,
+    x_text: Callable[[float], str] = lambda value: f"{value:.3g}",
+    y_text: Callable[[float], str] = lambda value: f"{value:.3g}",
+) -> list[str]:
+    """Lines of at most `width` characters: the plot, `height` lines of it, and the x axis below.
+
+    Of points that fall on the same place the later one is drawn. Points that are not above 0 have no place on a
+    logarithmic axis and are left out; without any there are no lines.
+    """
+    points = [point for point in points if point.x > 0 and point.y > 0]
+    if not points:
+        return []
+    y_axis = _axis([point.y for point in points], height)
+    y_ticks = {height - 1 - y_axis.place(value): y_text(value) for value in y_axis.ticks()}
+    margin = max((len(text) for text in y_ticks.values()), default=0) + 1
+    x_axis = _axis([point.x for point in points], max(10, width - margin - 1))
+    grid = [[" "] * x_axis.cells for _ in range(height)]
+    places = [(height - 1 - y_axis.place(point.y), x_axis.place(point.x)) for point in points]
+    for (row, column), point in zip(places, points, strict=True):
+        grid[row][column] = point.mark
+    for (row, column), point in zip(places, points, strict=True):
+        if grid[row][column] == point.mark:
+            _write_label(grid[row], column, point.label)
+    lines = [
+        f"{y_ticks.get(row, ''):>{margin - 1}} {'┤' if row in y_ticks else '│'}{''.join(cells)}".rstrip()
+        for row, cells in enumerate(grid)
+    ]
+    return [*lines, *_x_lines(x_axis, margin, x_text)]
+
+
+def _axis(values: Sequence[float], cells: int) -> _Axis:
+    """An axis with a little room on both sides."""
+    low, high = min(values), max(values)
+    room = max((high / low) ** 0.06, 1.05)
+    return _Axis(low / room, high * room, cells)
+
+
+def _write_label(row: list[str], column: int, label: str) -> None:
+    """Beside the mark, to the right or else to the left, with a blank on both sides; not at all if there is no room."""
+    size = len(label)
+    for start in (column + 2, column - 1 - size):
+        stop = start + size
+        around = row[max(0, start - 1) : stop + 1] if start > column else row[max(0, start - 1) : stop]
+        if label and start >= 0 and stop <= len(row) and all(one == " " for one in around):
+            row[start:stop] = label
+            return
+
+
+def _x_lines(axis: _Axis, margin: int, text: Callable[[float], str]) -> list[str]:
+    rule, words = ["─"] * axis.cells, [" "] * (axis.cells + 2)
+    end = -1
+    for value in axis.ticks():
+        place, shown = axis.place(value), text(value)
+        rule[place] = "┬"
+        start = max(0, min(place - len(shown) // 2, len(words) - len(shown)))
+        if start > end:
+            words[start : start + len(shown)] = shown
+            end = start + len(shown)
+    blank = " " * margin
+    return [f"{blank}└{''.join(rule)}", f"{blank} {''.join(words)}".rstrip()]
