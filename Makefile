@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 # The main job on the embedded model: checkpoint in, measured ladder and model card out, in demo/.
 demo: $(VENV)/.installed
@@ -13,9 +13,15 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/.test
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples scripts
+	$(BIN)/ruff format --check src tests benchmarks examples scripts
 	$(BIN)/mypy
+	$(BIN)/python scripts/docs.py --check
+
+# docs/commands.md from the command line, then the documentation site in site/.
+docs: $(VENV)/.docs
+	$(BIN)/python scripts/docs.py
+	$(BIN)/zensical build --clean --strict
 
 # Ratios against llama.cpp's own tools: needs LLAMA_CPP_TOOLS=DIR and MODEL=F16.gguf TEXT=wiki.test.raw.
 bench: $(VENV)/.installed
@@ -33,5 +39,9 @@ $(VENV)/.test: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo site .pytest_cache .mypy_cache .ruff_cache
