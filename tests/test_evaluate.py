@@ -1,10 +1,12 @@
 """Perplexity and divergence of real files: bases, their errors, and llama-perplexity's figures."""
 
 import ctypes
+import dataclasses
 import json
 import os
 import re
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -197,6 +199,27 @@ def test_another_vocabulary(folder, text, base_path, tmp_path):
         writer.finish()
     with pytest.raises(BitladderError, match=r"foreign\.gguf and the base full\.gguf have different vocabularies"):
         ev.evaluate(tmp_path / "foreign.gguf", text, base=base_path, n_ctx=128, threads=1, chunks=6)
+    # A base that would have to be computed first is not begun.
+    options = {
+        "base": folder / "full.gguf",
+        "base_file": tmp_path / "new.base",
+        "n_ctx": 128,
+        "threads": 1,
+        "chunks": 6,
+    }
+    with (
+        mock.patch("bitladder.evaluate.base.make_base", side_effect=AssertionError),
+        pytest.raises(BitladderError, match="different vocabularies"),
+    ):
+        ev.evaluate(tmp_path / "foreign.gguf", text, **made, n_ctx=128, threads=1, chunks=6)
+    wanted = ev.Wanted(text, ev.Settings(n_ctx=128, threads=1, chunks=6))
+    with ev.load_or_compute_base(folder / "full.gguf", text, wanted.settings, path=tmp_path / "new.base") as base:
+        wanted = dataclasses.replace(wanted, base=base)
+        with (
+            mock.patch("bitladder.evaluate.several.measure", side_effect=AssertionError),
+            pytest.raises(BitladderError, match="different vocabularies"),
+        ):
+            ev.evaluate_several([folder / "q8.gguf", tmp_path / "foreign.gguf"], wanted)
 
 
 def test_command(folder, tmp_path):

@@ -42,10 +42,33 @@ def identify(path: pathlib.Path) -> Identity:
     if not path.exists():
         raise BitladderError(f"no such model file: {path}")
     with GgufFile(path) as file:
-        # Without a matrix of its own for the output the token embeddings serve ("tied").
-        head = file.tensors.get("output.weight") or file.tensors.get("token_embd.weight")
-        tokens = file.metadata.get("tokenizer.ggml.tokens")
-        if head is None or tokens is None:
-            raise BitladderError(f"{path} is no language model: it has no token embeddings or no vocabulary")
+        head, vocabulary = _head_and_vocabulary(file)
         digest = joined_sha256([sha256_file(part) for part in file.parts])
-        return Identity(path, digest, file.size, file.bpw, file.architecture, sha256_bytes(tokens.raw), head)
+        return Identity(path, digest, file.size, file.bpw, file.architecture, vocabulary, head)
+
+
+def check_vocabularies(model: pathlib.Path, base: pathlib.Path) -> None:
+    """Raise BitladderError if two models have different vocabularies; from the files' headers, without hashing them."""
+    if not model.exists():
+        raise BitladderError(f"no such model file: {model}")
+    with GgufFile(model) as one, GgufFile(base) as other:
+        (head, vocabulary), (base_head, base_vocabulary) = _head_and_vocabulary(one), _head_and_vocabulary(other)
+    if vocabulary != base_vocabulary or head.rows != base_head.rows:
+        raise unlike(model.name, head.rows, base.name, base_head.rows)
+
+
+def unlike(model: str, tokens: int, base: str, base_tokens: int) -> BitladderError:
+    """The error that says that two models' vocabularies are not the same."""
+    return BitladderError(
+        f"{model} and the base {base} have different vocabularies ({tokens} and {base_tokens} tokens): "
+        "they cannot be compared"
+    )
+
+
+def _head_and_vocabulary(file: GgufFile) -> tuple[TensorInfo, str]:
+    # Without a matrix of its own for the output the token embeddings serve ("tied").
+    head = file.tensors.get("output.weight") or file.tensors.get("token_embd.weight")
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if head is None or tokens is None:
+        raise BitladderError(f"{file.path} is no language model: it has no token embeddings or no vocabulary")
+    return head, sha256_bytes(tokens.raw)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from bitladder.calibrate.texts import Text
 from bitladder.engine.native import versions
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import UsageError
 from bitladder.evaluate import base as bases
 from bitladder.evaluate.base import HiddenBase
 from bitladder.evaluate.basefile import is_base_file
@@ -19,7 +19,7 @@ from bitladder.evaluate.cache import check_fits, load_or_compute_base, open_base
 from bitladder.evaluate.chunks import cut
 from bitladder.evaluate.divergence import compare
 from bitladder.evaluate.figures import divergence_figures, perplexity
-from bitladder.evaluate.identity import Identity, identify
+from bitladder.evaluate.identity import Identity, check_vocabularies, identify, unlike
 from bitladder.evaluate.logitsbase import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.logitsfile import is_logits_file
 from bitladder.evaluate.logitswrite import write_logits_file
@@ -111,7 +111,7 @@ def measure(
             stack.callback(base.close)
         if isinstance(base, HiddenBase):
             check_fits(base, _needed(text), settings)
-            _same_vocabulary(identity, base)
+            check_vocabulary(identity, base)
         loaded = stack.enter_context(settings.load(identity.path))
         if isinstance(base, LogitsBase):
             check_logits(base, loaded, text, settings)
@@ -203,12 +203,13 @@ def open_or_compute(
     """The base that `evaluate` uses for `base` and `base_file`, opened once for several models.
 
     `base` may be a model, a base file or llama-perplexity's file of log-probabilities; `model` is one of those to be
-    compared with it, whose tokenizer checks the last kind.
+    compared with it: its vocabulary must be a base model's, and its tokenizer checks the last kind.
     """
     if is_logits_file(base):
         return open_logits(base, text, settings, model)
     if is_base_file(base):
         return open_base(base, _needed(text), settings)
+    check_vocabularies(model, base)  # before the base is computed, which takes a while
     return load_or_compute_base(base, _needed(text), settings, path=base_file, progress=progress)
 
 
@@ -219,9 +220,7 @@ def reference_name(base: Reference) -> BaseModelName:
     return BaseModelName(model=base.header.model, sha256=base.header.model_sha256)
 
 
-def _same_vocabulary(model: Identity, base: HiddenBase) -> None:
+def check_vocabulary(model: Identity, base: HiddenBase) -> None:
+    """Raise BitladderError if a model's vocabulary is not the base's."""
     if model.vocabulary != base.header.vocabulary or model.head.rows != base.header.n_vocab:
-        raise BitladderError(
-            f"{model.name} and the base {base.header.model} have different vocabularies "
-            f"({model.head.rows} and {base.header.n_vocab} tokens): they cannot be compared"
-        )
+        raise unlike(model.name, model.head.rows, base.header.model, base.header.n_vocab)

@@ -12,7 +12,14 @@ from bitladder.engine.model import Model
 from bitladder.engine.native import versions
 from bitladder.evaluate.base import HiddenBase
 from bitladder.evaluate.identity import Identity, identify
-from bitladder.evaluate.measure import Measured, Reference, identity_fields, measure, reference_name
+from bitladder.evaluate.measure import (
+    Measured,
+    Reference,
+    check_vocabulary,
+    identity_fields,
+    measure,
+    reference_name,
+)
 from bitladder.evaluate.noise import noise_floor
 from bitladder.evaluate.paired import average, paired_mean, paired_perplexity, paired_task, unit
 from bitladder.evaluate.results import NoResults, Results
@@ -63,6 +70,9 @@ def measure_several(
     """As `evaluate_several`, with what the figures are means of, so that any two can be compared (`compare_pair`)."""
     results = results or NoResults()
     identities = [identify(model) for model in models]
+    if isinstance(wanted.base, HiddenBase):
+        for identity in identities:  # all of them before the first is measured
+            check_vocabulary(identity, wanted.base)
     noise = None
     if isinstance(wanted.base, HiddenBase) and wanted.noise_chunks:
         noise = _noise(wanted.base, wanted, results, progress)
