@@ -200,13 +200,7 @@ def test_another_vocabulary(folder, text, base_path, tmp_path):
     with pytest.raises(BitladderError, match=r"foreign\.gguf and the base full\.gguf have different vocabularies"):
         ev.evaluate(tmp_path / "foreign.gguf", text, base=base_path, n_ctx=128, threads=1, chunks=6)
     # A base that would have to be computed first is not begun.
-    options = {
-        "base": folder / "full.gguf",
-        "base_file": tmp_path / "new.base",
-        "n_ctx": 128,
-        "threads": 1,
-        "chunks": 6,
-    }
+    made = {"base": folder / "full.gguf", "base_file": tmp_path / "new.base"}
     with (
         mock.patch("bitladder.evaluate.base.make_base", side_effect=AssertionError),
         pytest.raises(BitladderError, match="different vocabularies"),
