@@ -102,11 +102,21 @@ def _made(model: Measured) -> dict[str, str]:
     return {
         "label": model.label,
         "file": model.scores.model,
-        "mode": model.scores.mode or "naive",
+        "chosen_by": _chosen_by(model),
         "types": tables.type_counts(model),
         "sha256": model.scores.sha256,
         "recipe_sha256": recipe_sha256(model.recipe.tensors),
     }
+
+
+def _chosen_by(model: Measured) -> str:
+    """How the types were chosen."""
+    assert model.recipe is not None
+    if model.scores.mode in (None, "naive"):
+        return "the preset"
+    # "bitladder run --mode quality: exact, corrected twice": what comes last names the plan.
+    plan = (model.recipe.made or "").rpartition(": ")[2]
+    return f"a plan for {model.scores.mode}" + (f" ({plan})" if plan else "")
 
 
 def _machine(scored: Sequence[Any]) -> str:

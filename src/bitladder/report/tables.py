@@ -120,9 +120,14 @@ _Column = tuple[str, list[Cell]]
 
 
 def _table(run: Run, columns: Sequence[_Column]) -> Table:
+    """The columns side by side, without the rows of models of which none of this was measured."""
     models = [run.base, *run.quants]
     cells = zip(*(column for _, column in columns), strict=True)
-    lines = [Line(label(one), one.role, one.scores.model, tuple(row)) for one, row in zip(models, cells, strict=True)]
+    lines = [
+        Line(label(one), one.role, one.scores.model, tuple(row))
+        for one, row in zip(models, cells, strict=True)
+        if any(cell.value is not None for cell in row)
+    ]
     return Table(tuple(head for head, _ in columns), tuple(lines))
 
 

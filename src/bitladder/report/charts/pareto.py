@@ -1,6 +1,7 @@
 """Size against divergence: everything that was measured, and the line of what is worth its size."""
 
 import html
+import math
 from collections.abc import Sequence
 
 from bitladder.report.charts.common import LOOKS, Chart, axis, describe, errors, figure
@@ -21,8 +22,14 @@ def pareto(run: Run) -> Chart | None:
     data += [_models(quants, role) for role in ("naive", "third-party", "rung") if any(q.role == role for q in quants)]
     sizes = [one.scores.bytes / 1e9 for one in quants] + [one.bytes / 1e9 for one in tried]
     losses = [one.scores.kld.value for one in quants if one.scores.kld] + [one.kld.value for one in tried if one.kld]
+    # Labels stand to the left of their dots: room for the leftmost. A range is in powers of ten here.
+    least, most = math.log10(min(sizes)), math.log10(max(sizes))
+    span = most - least or 0.1
     return figure(
-        data, x=axis("size in GB", sizes), y=axis("mean KLD in nats per token", losses), height=480, meta={"log": True}
+        data,
+        x=axis("size in GB", sizes, range=[least - 0.18 * span, most + 0.06 * span]),
+        y=axis("mean KLD in nats per token", losses),
+        height=480,
     )
 
 

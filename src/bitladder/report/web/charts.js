@@ -18,8 +18,10 @@ function draw(element, make) {
 function paint(element, plain) {
   const figure = coloured(plain);
   const layout = { ...figure.layout, dragmode: touch.matches ? false : "zoom", uirevision: figure.layout.uirevision ?? "kept" };
+  if (figure.data.some((trace) => trace.mode === "markers+text")) {
+    thinOut(figure.data, layout, layout.width ?? element.clientWidth);
+  }
   if (narrow.matches) {
-    thinOut(figure.data);
     layout.margin = { ...layout.margin, l: 8, r: 8 };
     layout.font = { ...layout.font, size: 11 };
   }
@@ -35,12 +37,27 @@ function paint(element, plain) {
   return Plotly.react(element, figure.data, layout, options);
 }
 
-// Where there is little room only what is worth its size has its name beside it; the rest tells it when tapped.
-function thinOut(traces) {
-  const front = traces.find((trace) => trace.meta === "front");
-  if (!front) return;
-  for (const trace of traces.filter((one) => one.mode === "markers+text")) {
-    trace.text = trace.text.map((name, index) => (front.x.includes(trace.x[index]) ? name : ""));
+// A label that would lie on another one is left out; pointing at its dot tells it. What is worth its size comes first.
+function thinOut(traces, { xaxis, yaxis, height }, width) {
+  const place = (axis, length) => {
+    const scale = axis.type === "log" ? Math.log10 : (value) => value;
+    const key = axis === xaxis ? "x" : "y";
+    const values = traces.flatMap((trace) => trace[key]).map(scale).filter(Number.isFinite);
+    if (axis.rangemode === "tozero") values.push(0);
+    const [least, most] = [Math.min(...values), Math.max(...values)];
+    return (value) => ((scale(value) - least) / (most - least || 1)) * length;
+  };
+  const front = traces.find((trace) => trace.meta === "front")?.x ?? [];
+  const [across, up] = [place(xaxis, width - 90), place(yaxis, height - 110)];
+  const labels = traces.filter((trace) => trace.mode === "markers+text").flatMap((trace) => trace.text.map((name, index) => (
+    { trace, index, name, x: across(trace.x[index]), y: up(trace.y[index]), first: front.includes(trace.x[index]) }
+  )));
+  const kept = [];
+  for (const one of labels.sort((a, b) => b.first - a.first)) {
+    const free = kept.every((other) => Math.abs(one.x - other.x) > 3.6 * (one.name.length + other.name.length)
+      || Math.abs(one.y - other.y) > 13);
+    if (free) kept.push(one);
+    else one.trace.text[one.index] = "";
   }
 }
 
@@ -57,7 +74,7 @@ function chartOf(element) {
   const make = () => {
     const { data: traces, layout } = structuredClone(choices[state.choice]);
     for (const axis of state.linear) {
-      layout[axis] = { ...layout[axis], type: "linear", tickvals: null, ticktext: null, rangemode: "tozero" };
+      layout[axis] = { ...layout[axis], type: "linear", tickvals: null, ticktext: null, range: null, rangemode: "tozero" };
     }
     // A change of axis or choice gives a new view; anything else leaves the reader's zoom alone.
     layout.uirevision = [state.choice, ...state.linear].join();
