@@ -229,7 +229,8 @@ def rewrite(folder, name, **changes):
 def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_dir):
     change_manifest(run_dir, mode="size", compared=["someone-Q4_K_M"])
     rewrite(run_dir, "Q4_K_M.naive", role="naive", rung="Q4_K_M", sha256="ab" * 32, bytes=6_000_000_000, bpw=6.0)
-    rewrite(run_dir, "someone-Q4_K_M", role="third-party", source="someone/X-GGUF", sha256="cd" * 32)
+    rewrite(run_dir, "someone-Q4_K_M", role="third-party", source="someone/X-GGUF", sha256="cd" * 32,
+            doubts=["PPL is below the full precision's"])  # fmt: skip
     gain = {"model": "X-Q4_K_M.gguf", "sha256": "ab" * 32, "kld": figure(-0.0123, 0.0004)}
     rewrite(run_dir, "Q4_K_M", role="rung", mode="size", paired=gain)
     card = render_card(run_dir)
@@ -253,6 +254,7 @@ def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_d
     assert "◇ the preset by itself" in card and "† made by somebody else (someone/X-GGUF)" in card
     assert "Compared with: `someone/X-GGUF`" in card
     assert "a plan for size" in card
+    assert "someone-Q4_K_M † may be of another checkpoint: PPL is below the full precision's." in card
 
 
 def test_what_noise_cannot_part_from_the_best_is_bold_with_it(run_dir):

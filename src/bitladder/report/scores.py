@@ -113,6 +113,7 @@ class Scores(pydantic.BaseModel):
     mode: str | None = None
     predicted_kld: float | None = None
     source: str | None = None
+    doubts: list[str] = []
     versions: dict[str, str]
 
     def average(self) -> Figure | None:
