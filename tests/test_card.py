@@ -3,6 +3,7 @@ import re
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from bitladder.errors import BitladderError
 from bitladder.ladder.manifest import Manifest, OutputFile, RunRecord, StepRecord
@@ -82,11 +83,27 @@ def change_manifest(folder, **changes):
     path.write_text(json.dumps(value))
 
 
+def tables(card):
+    """Every table as a renderer of GitHub's Markdown sees it: heading it stands under → rows of the source's cells."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.split("\n---\n", 1)[1])
+    found, heading, row = {}, "", None
+    for place, token in enumerate(tokens):
+        if token.type == "heading_open":
+            heading = tokens[place + 1].content
+        elif token.type == "table_open":
+            found.setdefault(heading, []).append([])
+        elif token.type == "tr_open":
+            row = []
+        elif token.type in ("th_open", "td_open"):
+            row.append(tokens[place + 1].content)
+        elif token.type == "tr_close":
+            found[heading][-1].append(row)
+    return found
+
+
 def table(card, heading):
-    """The rows of the first table under a heading, as lists of cells."""
-    section = card.split(f"## {heading}\n", 1)[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    """The rows of the first table under a heading, without its head."""
+    return tables(card)[heading][0][1:]
 
 
 def test_the_front_matter_is_what_the_hub_reads(run_dir):
@@ -163,6 +180,9 @@ def test_benchmarks_stand_side_by_side_with_their_average(run_dir):
     rows = table(card, "Benchmarks")
     assert card.count("| Model | arc | mmlu | average |\n") == 1
     assert len(rows) == 1 + len(RUNGS) + 1
+    found = [one for several in tables(card).values() for one in several]
+    lines = [line for line in card.splitlines() if line.startswith("|")]
+    assert len(lines) == sum(len(one) + 1 for one in found)  # a table has a line that is no row
     assert rows[-1] == ["guessing", "25.0 %", "25.0 %", "–"]
     assert all([cell.strip("*") for cell in row[1:]] == ["50.0 ± 2.0 %"] * 2 + ["50.0 ± 1.4 %"] for row in rows[:-1])
     assert "**arc** (625 questions of `arc.bin`)" in card

@@ -164,7 +164,7 @@ def _paired(run: Run) -> _Column:
         same = paired is not None and naive is not None and paired.sha256 == naive.scores.sha256
         figure = paired.kld if paired and same else None
         cells.append(Cell(signed(figure), figure.value) if figure else Cell(DASH))
-    return "KLD less the preset's", cells
+    return "KLD − preset's", cells
 
 
 def signed(figure: Figure) -> str:
