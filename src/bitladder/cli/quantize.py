@@ -9,9 +9,10 @@ import click
 
 from bitladder.cli import options
 from bitladder.cli.output import Output, common_options
+from bitladder.errors import UsageError
 
 if TYPE_CHECKING:
-    from bitladder.quantize import Preflight, Prepared, QuantizeResult
+    from bitladder.quantize import Preflight, Prepared, QuantizeOptions, QuantizeResult
 
 _PATH = click.Path(path_type=pathlib.Path)
 
@@ -59,6 +60,25 @@ class _FilesInPlace(click.Command):
 @click.option("--keep-split", is_flag=True, help="Write the same shards as the input has.")
 @click.option("--split-max-size", metavar="N(M|G)", help="Write shards of at most this size.")
 @click.option("--no-fallback", is_flag=True, help="Stop where a width cannot hold the type, and use no other instead.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["stock", "feedback", "descent", "best"]),
+    default="stock",
+    show_default=True,
+    help="How blocks are chosen: the library's kernels, or for the layer's output (needs --moments).",
+)
+@click.option(
+    "--moments",
+    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+    help="Second moments of the same model, from bitladder calibrate.",
+)
+@click.option(
+    "--guard",
+    default="pydoc:test",
+    show_default=True,
+    help="Text, other than calibration's and the one to judge by, on which chosen blocks must lower KLD; none to skip.",
+)
+@click.option("--guard-chunks", default=8, show_default=True, type=click.IntRange(1), help="Chunks of it.")
 @click.option("--dry-run", is_flag=True, help="Show types and the exact size, and write nothing.")
 @options.threads
 @common_options
@@ -73,13 +93,18 @@ def command(
     tensor_type_file: None,
     prune_layers: str | None,
     split_max_size: str | None,
+    rounding: str,
+    moments: pathlib.Path | None,
+    guard: str,
+    guard_chunks: int,
     dry_run: bool,
     threads: int | None,
     **plain: Any,
 ) -> None:
     """Quantize a full-precision GGUF to PRESET (Q4_K_M, IQ3_S, …) or a recipe.
 
-    Options are llama-quantize's; with the same ones, the same imatrix and library every tensor's bytes equal its own.
+    Options are llama-quantize's; with the same ones, the same imatrix and library every tensor's bytes equal its own,
+    unless --rounding asks for better ones of the same size.
     """
     # Imported here, so that --help does not wait for the native library.
     from bitladder.cli.preflight_table import lines, tables
@@ -101,6 +126,13 @@ def command(
         refuse_target(source, out)
     elif not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    if rounding != "stock" and not dry_run and out is not None:
+        if moments is None:
+            raise UsageError(
+                f"--rounding {rounding} needs second moments: pass --moments (bitladder calibrate makes them)"
+            )
+        _refine(output, source, out, wanted, imatrix, moments, rounding, guard, guard_chunks, threads)
+        return
     with prepare(source, wanted, imatrix=imatrix, progress=output.progress) as prepared:
         found = preflight(prepared, threads=threads)
         if dry_run or out is None:
@@ -110,6 +142,45 @@ def command(
             output.remark(part)
         check_room(prepared, out)
         _show_result(output, write(prepared, out, threads=threads, progress=output.progress))
+
+
+def _refine(
+    output: Output,
+    source: pathlib.Path,
+    out: pathlib.Path,
+    wanted: "QuantizeOptions",
+    imatrix: pathlib.Path | None,
+    moments: pathlib.Path,
+    method: Any,
+    guard: str,
+    guard_chunks: int,
+    threads: int | None,
+) -> None:
+    from bitladder.calibrate.texts import load_text
+    from bitladder.evaluate import Settings
+    from bitladder.files import sha256_file
+    from bitladder.refine import RefineOptions, quantize_refined
+    from bitladder.refine.view import guard_json, refine_lines
+    from bitladder.rounding import RoundingOptions
+
+    refine = RefineOptions(
+        RoundingOptions(method=method),
+        None if guard == "none" else load_text(guard),
+        Settings(chunks=guard_chunks, threads=threads),
+    )
+    made = quantize_refined(
+        source, out, wanted, moments, refine, imatrix=imatrix, threads=threads, progress=output.progress
+    )
+    if output.json:
+        result = dataclasses.asdict(made.result) | {"path": made.result.path.name}
+        seen = None if made.guard is None else guard_json(made.guard)
+        output.print_json(
+            result | {"sha256": sha256_file(made.result.path), "guard": seen, "output_errors": made.losses}
+        )
+        return
+    for line in refine_lines(made):
+        output.line(line)
+    _show_result(output, made.result)
 
 
 def _show_plan(output: Output, prepared: "Prepared", found: "Preflight") -> None:

@@ -6,14 +6,14 @@ With the same options, imatrix and library every tensor's bytes equal llama-quan
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from bitladder.errors import BitladderError
 from bitladder.model.splits import output_paths, writing
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize.options import QuantizeOptions
 from bitladder.quantize.plan import Prepared, prepare
-from bitladder.quantize.stream import stream_tensors
+from bitladder.quantize.stream import Bytes, stream_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,18 @@ def quantize(
 
 
 def write(
-    prepared: Prepared, out: str | os.PathLike[str], *, threads: int | None = None, progress: Progress = SILENT
+    prepared: Prepared,
+    out: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+    rendered: Collection[str] = (),
+    blocks: Callable[[str], Bytes] | None = None,
 ) -> QuantizeResult:
     """Make what was prepared, in one step: `out`, or its shards, appear when they are complete.
 
-    Raises BitladderError that names `out` if it cannot be written or is the source, and the tensor if weights are not
-    finite.
+    The bytes of the tensors in `rendered` come from `blocks`, see `stream_tensors`. Raises BitladderError that names
+    `out` if it cannot be written or is the source, and the tensor if weights are not finite.
     """
     choice, paths = prepared.choice, output_paths(out, prepared.groups)
     for path in paths:
@@ -74,7 +80,7 @@ def write(
         writing(out, prepared.metadata, prepared.groups) as writer,
         progress.task(f"quantize {label}", total) as bar,
     ):
-        stream_tensors(writer, prepared.file, choice.tensors, prepared.importance, threads, bar)
+        stream_tensors(writer, prepared.file, choice.tensors, prepared.importance, threads, bar, rendered, blocks)
     return QuantizeResult(
         paths[0],
         prepared.bytes,

@@ -6,7 +6,7 @@ under way at once, so memory does not grow with the model, and nobody waits at t
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -55,11 +55,14 @@ def stream_tensors(
     importance: Mapping[str, Floats],
     threads: int | None,
     bar: Task,
+    rendered: Collection[str] = (),
+    blocks: Callable[[str], Bytes] | None = None,
 ) -> None:
     """Write every chosen tensor of `file`, in order.
 
-    Parameters: `importance` float32 [matrices, width] by (new) tensor name. Raises BitladderError for weights that are
-    not finite, copied ones included; nothing is left running then.
+    Parameters: `importance` float32 [matrices, width] by (new) tensor name. The bytes of tensors in `rendered` are not
+    made here but come whole from `blocks`, uint8 [rows, row bytes]. Raises BitladderError for weights that are not
+    finite, copied ones included; nothing is left running then.
     """
     count = threads or threads_available()
     pool = ThreadPoolExecutor(count)
@@ -72,19 +75,25 @@ def stream_tensors(
         bar.advance((piece.stop - piece.start) * piece.tensor.type.row_bytes(piece.tensor.width))
 
     try:
-        for piece in _pieces(tensors, importance):
+        for piece in _pieces(tensors, importance, rendered):
             if len(waiting) >= AHEAD * count:
                 write_first()
-            waiting.append((piece, pool.submit(_make, file, piece)))
+            known = blocks if piece.name in rendered else None
+            waiting.append((piece, pool.submit(known, piece.name) if known else pool.submit(_make, file, piece)))
         while waiting:
             write_first()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _pieces(tensors: Sequence[TensorChoice], importance: Mapping[str, Floats]) -> Iterator[_Piece]:
+def _pieces(
+    tensors: Sequence[TensorChoice], importance: Mapping[str, Floats], whole: Collection[str]
+) -> Iterator[_Piece]:
     for chosen in tensors:
         tensor, columns = chosen.source, importance.get(chosen.name)
+        if chosen.name in whole:
+            yield _Piece(chosen.name, tensor, 0, tensor.rows, chosen.type, None)
+            continue
         step = max(1, PIECE // tensor.width)
         for matrix, first in enumerate(range(0, tensor.rows, tensor.rows_per_matrix)):
             end = first + tensor.rows_per_matrix

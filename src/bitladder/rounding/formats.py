@@ -98,8 +98,8 @@ def _split(data: Bytes, bits: int, stride: int) -> Bytes:
     """Bits to indices, [blocks, bytes] → [blocks, bytes · 8/bits]."""
     parts = data.reshape(len(data), -1, 1, stride)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    split: Bytes = ((parts >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(data), -1)
-    return split
+    kept: Bytes = np.asarray((parts >> shifts) & np.uint8((1 << bits) - 1), np.uint8)
+    return kept.reshape(len(data), -1)
 
 
 def _join(indices: npt.NDArray[np.integer], bits: int, stride: int) -> Bytes:

@@ -1,0 +1,7 @@
+"""A whole model rounded for its layers' outputs: rendered, proved on held-out text, written."""
+
+from bitladder.refine.guard import Guard, GuardReport, Trial
+from bitladder.refine.quantize import Refined, RefineOptions, quantize_refined
+from bitladder.refine.render import render_all
+
+__all__ = ["Guard", "GuardReport", "RefineOptions", "Refined", "Trial", "quantize_refined", "render_all"]
