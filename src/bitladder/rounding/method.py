@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from bitladder.errors import BitladderError
 from bitladder.rounding.blocks import Bytes, Floats
+from bitladder.rounding.factors import shrunk
 from bitladder.rounding.formats import FORMATS
 from bitladder.rounding.scalar import round_scalar
 from bitladder.rounding.vector import VECTOR_FORMATS, round_vector
@@ -25,13 +26,14 @@ class RoundingOptions:
     """How to round.
 
     `method`: "feedback" hands each column's error on to those after it; "descent" then changes single indices as long
-    as that helps, `passes` times over the tensor; "best" changes scales too. `damping` is added to the diagonal of H,
-    as a share of its mean, `output_damping` to that of O. `by_importance` rounds columns with much input first.
+    as that helps, `passes` times over the tensor; "best" changes scales too. `damping` is added to the diagonals of H
+    and O, as a share of their mean, after what is off them was made smaller by `shrinkage`. `by_importance` rounds
+    columns with much input first.
     """
 
     method: Method = "best"
-    damping: float = 0.03
-    output_damping: float = 0.1
+    damping: float = 0.1
+    shrinkage: float = 0.2
     passes: int = 2
     by_importance: bool = False
 
@@ -75,12 +77,12 @@ def round_tensor(
         weights,
         stock,
         kind,
-        inputs,
-        outputs,
+        shrunk(inputs, options.shrinkage),
+        None if outputs is None else shrunk(outputs, options.shrinkage),
         passes=passes,
         scales=options.method == "best",
         damping=options.damping,
-        output_damping=options.output_damping,
+        output_damping=options.damping,
         by_importance=options.by_importance,
     )
     before, after = loss(first, inputs, outputs), loss(last, inputs, outputs)
