@@ -19,8 +19,8 @@ RUNGS = ("IQ3_S", "Q4_K_M", "Q8_0")
 def full_run(model: pathlib.Path, text: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """IQ3_S, Q4_K_M and Q8_0 as rungs, Q4_K_S as the preset beside Q4_K_M, Q5_K_M as somebody else's file."""
     options = RunOptions(
-        model=str(model), out=folder, rungs=(*RUNGS, "Q4_K_S", "Q5_K_M"), calibration=(str(text),), chunks=4,
-        imatrix_chunks=4, tasks="continuation:pydoc:test", task_count=8, model_id="org/tiny", threads=1, bench=False,
+        model=str(model), out=folder, rungs=(*RUNGS, "Q4_K_S", "Q5_K_M"), calibration=(str(text),), model_id="org/tiny",
+        chunks=4, imatrix_chunks=4, n_ctx=128, tasks="continuation:pydoc:test", task_count=4, threads=1, bench=False,
     )  # fmt: skip
     run(options)
     time_all(model, folder)
