@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.calibrate.chunks import text_chunks
 from bitladder.calibrate.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from bitladder.calibrate.texts import Text
 from bitladder.engine.context import Context
@@ -148,7 +149,10 @@ def collect_imatrix(
     if texts:
         partial = _Partial(out, model, texts, options, save_seconds)
         with Model(model, gpu_layers=gpu_layers) as loaded:
-            plan = [_chunks(loaded, text, options) for text in texts]
+            plan = [
+                text_chunks(loaded, text, n_ctx, chunks=chunks, from_chunk=from_chunk, parse_special=parse_special)
+                for text in texts
+            ]
             collector = Collector(process_output)
             done = partial.load(collector, progress)
             layout = {"n_batch": n_batch, "n_ubatch": n_ubatch, "threads": threads}
@@ -169,22 +173,6 @@ def collect_imatrix(
             "their columns mattered alike. Use more, or more varied, calibration text"
         )
     return ImatrixResult(out, len(total.entries), read or total.chunk_count, gaps)
-
-
-def _chunks(model: Model, text: Text, options: ImatrixOptions) -> Tokens:
-    """The text's chunks, int32 [chunks, n_ctx], BOS in place of the first token where the vocabulary asks for it."""
-    tokens = model.tokenize(text.text, parse_special=options.parse_special)
-    n_ctx, first = options.n_ctx, options.from_chunk
-    if len(tokens) < 2 * n_ctx:
-        raise BitladderError(f"{text.name} has {len(tokens)} tokens; {2 * n_ctx} are needed for chunks of {n_ctx} (-c)")
-    if first and (first + 2) * n_ctx >= len(tokens):
-        raise BitladderError(f"{text.name} has {len(tokens) // n_ctx} chunks; --from-chunk {first} leaves too few")
-    available = len(tokens) // n_ctx - first
-    count = available if options.chunks is None else min(options.chunks, available)
-    rows = tokens[first * n_ctx : (first + count) * n_ctx].reshape(count, n_ctx).copy()
-    if model.add_bos:
-        rows[:, 0] = model.bos
-    return rows
 
 
 def _decode(

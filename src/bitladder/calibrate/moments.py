@@ -129,13 +129,20 @@ class MomentsFile(Closing):
         outputs = self.packed_outputs(name)
         return Moment(inputs, counts, None if outputs is None else unpack_triangle(outputs))
 
+    def shape(self, name: str) -> Shape:
+        """How large a weight's entry is."""
+        counts, outputs = len(self.counts(name)), self._file.tensors.get(name + OUTPUTS)
+        packed = self._file.tensors[self.entry(name) + MOMENTS]
+        return Shape(counts, width_of(packed.width), 0 if outputs is None else width_of(outputs.width))
+
     def counts(self, name: str) -> npt.NDArray[np.int64]:
         """Tokens seen by each matrix of a weight, int64 [matrices]."""
         return np.rint(self._values(name, COUNTS).reshape(-1)).astype(np.int64)
 
     def packed(self, name: str, matrix: int = 0) -> Floats:
         """The moments of one matrix (expert) of a weight as they are kept, see `unpack_triangle`."""
-        return self._values(name, MOMENTS, matrix)[0]
+        packed: Floats = self._values(name, MOMENTS, matrix)[0]
+        return packed
 
     def packed_outputs(self, name: str) -> Floats | None:
         """E[ggᵀ] as it is kept, or None."""
@@ -234,7 +241,7 @@ def pack_triangle(matrix: npt.NDArray[np.floating]) -> Floats:
 
 def unpack_triangle(packed: Floats) -> Floats:
     """`pack_triangle` undone, float32 [n, n], symmetric."""
-    n = width_of(packed)
+    n = width_of(packed.size)
     full, start = np.empty((n, n), np.float32), 0
     for index in range(n):
         stop = start + n - index
@@ -245,11 +252,11 @@ def unpack_triangle(packed: Floats) -> Floats:
 
 def packed_diagonal(packed: Floats) -> Floats:
     """The diagonal of a packed matrix, float32 [n]."""
-    n = width_of(packed)
+    n = width_of(packed.size)
     rows = np.arange(n)
     return packed[rows * n - rows * (rows - 1) // 2]
 
 
-def width_of(packed: npt.NDArray[np.floating]) -> int:
-    """n of a packed n × n matrix."""
-    return (math.isqrt(8 * packed.size + 1) - 1) // 2
+def width_of(size: int) -> int:
+    """n of an n × n matrix whose triangle has so many numbers."""
+    return (math.isqrt(8 * size + 1) - 1) // 2
