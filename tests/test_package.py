@@ -38,9 +38,11 @@ WALLS = {
     "recipe": {"engine", "model"},
     "ladder": {
         "calibrate",
+        "compare",
         "convert",
         "engine",
         "evaluate",
+        "hub",
         "model",
         "planning",
         "quantize",

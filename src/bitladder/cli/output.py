@@ -28,11 +28,26 @@ class Output:
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
         self._stdout = Console(file=sys.stdout, highlight=False, width=width)
         self._stderr = Console(file=sys.stderr, highlight=False, stderr=True)
-        self.progress: Progress = _Bars(self._stderr, quiet)
+        self._bars = _Bars(self._stderr, quiet)
+        self.progress: Progress = self._bars
         if verbose:
             from bitladder.engine.native import log
 
             log.verbose = True
+
+    @property
+    def live(self) -> bool:
+        """Whether progress is drawn and drawn over, rather than written line by line."""
+        return self._stderr.is_terminal and not self.quiet
+
+    @contextlib.contextmanager
+    def header(self, render: Callable[[], Any]) -> Iterator[None]:
+        """Keep what `render` gives above the bars, drawn anew a few times a second, if progress is `live`."""
+        if self.live:
+            with self._bars.held(render):
+                yield
+        else:
+            yield
 
     @property
     def width(self) -> int:
@@ -68,6 +83,7 @@ class _Bars:
     def __init__(self, console: Any, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
         self._live: Any = None
+        self._header: Callable[[], Any] | None = None
 
     @contextlib.contextmanager
     def task(self, label: str, total: float) -> Iterator[Task]:
@@ -78,30 +94,36 @@ class _Bars:
             self._console.print(label, markup=False)
             yield _NoBar()
             return
-        from rich import progress as bars
+        with self._drawing() as live:
+            identity = live.add_task(label, total=total, note="")
+            try:
+                yield _Bar(live, identity)
+            finally:
+                live.remove_task(identity)
 
-        outermost = self._live is None
-        if outermost:
-            self._live = bars.Progress(
-                bars.TextColumn("{task.description}", markup=False),
-                bars.BarColumn(),
-                bars.TaskProgressColumn(),
-                bars.TimeElapsedColumn(),
-                bars.TextColumn("left"),
-                bars.TimeRemainingColumn(compact=True),
-                bars.TextColumn("{task.fields[note]}", markup=False),
-                console=self._console,
-                transient=True,
-            )
-            self._live.start()
-        identity = self._live.add_task(label, total=total, note="")
+    @contextlib.contextmanager
+    def held(self, render: Callable[[], Any]) -> Iterator[None]:
+        """Keep the bars' place on the screen, with something above them."""
+        self._header = render
         try:
-            yield _Bar(self._live, identity)
+            with self._drawing():
+                yield
         finally:
-            self._live.remove_task(identity)
-            if outermost:
-                self._live.stop()
-                self._live = None
+            self._header = None
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[Any]:
+        """The bars on the screen; whoever began last is inside, whoever began first takes them away."""
+        if self._live is not None:
+            yield self._live
+            return
+        self._live = _with_header(self._console, lambda: self._header() if self._header else None)
+        self._live.start()
+        try:
+            yield self._live
+        finally:
+            self._live.stop()
+            self._live = None
 
     def info(self, text: str) -> None:
         if not self._quiet:
@@ -109,6 +131,29 @@ class _Bars:
 
     def warn(self, text: str) -> None:
         self._console.print(f"warning: {text}", markup=False, style="yellow", soft_wrap=True)
+
+
+def _with_header(console: Any, header: Callable[[], Any]) -> Any:
+    """Bars with a time to go, below what `header` gives (None: nothing)."""
+    from rich import progress as bars
+
+    class Headed(bars.Progress):
+        def get_renderables(self) -> Iterator[Any]:
+            if (above := header()) is not None:
+                yield above
+            yield self.make_tasks_table(self.tasks)
+
+    return Headed(
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.TaskProgressColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("left"),
+        bars.TimeRemainingColumn(compact=True),
+        bars.TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        transient=True,
+    )
 
 
 class _Bar:
