@@ -13,7 +13,7 @@ from bitladder.planning.feedback import Feedback, FeedbackEffort
 from bitladder.planning.moves import kind_moves, random_moves, step
 from bitladder.planning.target import Target
 from bitladder.sensitivity.design import first_groups, held_out, runs, spaced, split
-from bitladder.sensitivity.journal import Journal, Measurement
+from bitladder.sensitivity.journal import Journal, Measurement, recipe_key
 from bitladder.sensitivity.law import Probe, fit
 from bitladder.sensitivity.price import rank_correlation
 
@@ -112,7 +112,7 @@ def test_corrections_are_learnt_from_whole_recipes():
 
     def measured(types):
         value = truth.mean(types) + 0.001  # what no price explains
-        return Measurement(types, (value, value), 0.0)
+        return Measurement(types, (value, value), (value**2, value**2), 8)
 
     near = [*kind_moves(problem(prices), start, PLACES), *random_moves(problem(prices), start, PLACES, 12, seed=1)]
     reference = measured(start)
@@ -131,7 +131,7 @@ def test_corrections_are_learnt_from_whole_recipes():
 def test_nothing_measured_changes_nothing():
     prices = {name: dict.fromkeys(TYPES, 1.0) for name in PLACES}
     start = dict.fromkeys(PLACES, "q4_K")
-    found = correct(prices, PLACES, [], Measurement(start, (1.0,), 0.0))
+    found = correct(prices, PLACES, [], Measurement(start, (1.0,), (1.0,), 8))
     assert found.apply(prices) == prices and found.offset == pytest.approx(1.0 - len(PLACES))
 
 
@@ -202,8 +202,22 @@ def test_a_journal_goes_on_where_it_was(tmp_path):
     assert again.measure(truth, types, 2) == first and truth.calls == 1
     assert again.tokens == 128
     again.measure(truth, types, 3)  # more than is known
+    assert again.measure(truth, types, 1).chunks == again.found[recipe_key(types)].chunks[:1]
     assert truth.calls == 2 and len(Journal(path, "context", 64).measure(truth, types, 3).chunks) == 3
     assert not Journal(path, "another", 64).found
+
+
+def test_errors_are_those_of_the_tokens():
+    tokens = np.random.default_rng(0).lognormal(0, 1, (5, 40))
+
+    class Model:
+        def kld(self, types, chunks):
+            return tokens[:chunks]
+
+    found = Journal(None, "", 1).measure(Model(), {"a": "q4_K"}, 5)
+    for one, part in ((found, tokens), (found.part(1, 4), tokens[1:4])):
+        assert one.kld == pytest.approx(part.mean())
+        assert one.error == pytest.approx(part.std() / math.sqrt(part.size - 1))
 
 
 def test_designs():

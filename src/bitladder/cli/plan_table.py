@@ -6,10 +6,10 @@ from typing import Any
 from rich.table import Table
 
 from bitladder.allocate import size_text
+from bitladder.model.names import ranges
 from bitladder.planning import PlanResult, Target
 from bitladder.planning.explain import Moved, Share, moves, shares
 from bitladder.planning.feedback import Tried
-from bitladder.model.names import ranges
 from bitladder.sensitivity import BlockLoss
 
 Places = Mapping[str, tuple[str, int | None]]
@@ -51,7 +51,7 @@ def _tried(rows: tuple[Tried, ...], best: Tried) -> Table:
     table = _table("recipe", "bytes", "predicted KLD", "measured KLD", "")
     for row in rows:
         predicted = "" if row.predicted is None else f"{row.predicted:.5f}"
-        measured = "" if row.measured is None else f"{row.measured.kld:.5f} ± {row.measured.error:.5f}"
+        measured = f"{row.measured.kld:.5f} ± {row.measured.error:.5f}"
         table.add_row(row.name, f"{row.bytes:,}", predicted, measured, "best" if row is best else "")
     return table
 
@@ -65,10 +65,11 @@ def lines(result: PlanResult, target: Target) -> Iterator[str]:
         f"predicted KLD {_predicted(result):.5f} nats; price {cost.price * 1e6:.6f} nats per MB; "
         + ("proved optimal by these prices" if cost.gap <= 1e-6 else f"within {100 * cost.gap:.4f} % of the optimum")
     )
-    if result.found is not None and (measured := result.found.best.measured) is not None:
+    if result.found is not None:
+        measured = result.found.best.measured
         yield f"measured KLD {measured.kld:.5f} ± {measured.error:.5f} on {result.text} ({result.found.best.name})"
         preset = next((one for one in result.found.tried if one.name.startswith("preset ")), None)
-        if preset is not None and preset.measured is not None:
+        if preset is not None:
             yield (
                 f"{preset.name} by itself: {preset.bytes:,} bytes, KLD {preset.measured.kld:.5f} ± "
                 f"{preset.measured.error:.5f}; the plan has {measured.kld / preset.measured.kld:.3f} × that"
@@ -108,7 +109,7 @@ def as_json(result: PlanResult, places: Places, target: Target) -> dict[str, Any
                 "name": one.name,
                 "bytes": one.bytes,
                 "predicted_kld": one.predicted,
-                "kld": {"value": one.measured.kld, "error": one.measured.error} if one.measured else None,
+                "kld": {"value": one.measured.kld, "error": one.measured.error},
             }
             for one in (result.found.tried if result.found else ())
         ],

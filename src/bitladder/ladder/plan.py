@@ -2,6 +2,7 @@
 
 import pathlib
 import shlex
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -9,15 +10,22 @@ import pydantic
 from bitladder.calibrate.texts import BUILTIN
 from bitladder.errors import UsageError
 
-Kind = Literal["convert", "base", "imatrix", "quantize", "measure", "bench", "score"]
+Kind = Literal[
+    "convert", "base", "imatrix", "price", "plan", "candidates", "quantize", "measure", "naive", "bench", "score"
+]
+Mode = Literal["quality", "size", "naive"]
 
 # The version of each step's code: raise one when the step would give other bytes from the same inputs.
 CODE: dict[Kind, int] = {
     "convert": 1,
     "base": 1,
     "imatrix": 1,
+    "price": 1,
+    "plan": 1,
+    "candidates": 1,
     "quantize": 2,
     "measure": 1,
+    "naive": 1,
     "bench": 1,
     "score": 2,
 }
@@ -29,6 +37,7 @@ BENCH_TESTS, BENCH_REPETITIONS = ((512, 0), (0, 128), (512, 128)), 3
 FULL_PRECISION = ("ALL_F32", "F16", "BF16")
 CALIBRATION = ("pydoc:calibration",)
 TEXT = "pydoc:test"
+MODE: Mode = "quality"  # of the command line
 
 
 class RunOptions(pydantic.BaseModel, frozen=True):
@@ -40,6 +49,7 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     of the model for the card, where it cannot be known from `model`; `datasets` are those of the calibration text, for
     the card too. `tasks` are specs as `evaluate.tasks.parse_specs` reads them, answered with a context of TASK_CTX
     tokens; `task_count` questions of each (None: all). `bench` asks for tokens per second.
+    `compare` names GGUF files of somebody else, or hub ids of some (`hub.fetch`).
     """
 
     model: str
@@ -53,6 +63,8 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     tasks: str | None = None
     task_count: int | None = pydantic.Field(None, ge=1)
     bench: bool = True
+    compare: tuple[str, ...] = ()
+    mode: Mode = "naive"
     outtype: str = "auto"
     threads: int | None = pydantic.Field(None, ge=1)
     gpu_layers: int = 0
@@ -63,15 +75,16 @@ class RunOptions(pydantic.BaseModel, frozen=True):
 
 
 class Step(pydantic.BaseModel, frozen=True):
-    """One thing to do.
+    """One thing to do, for a rung or a file of somebody else (`other`), or for neither.
 
-    `needs` names what it reads: other steps, or "model", "converter", "text", "calibration", "tasks". `options` are
-    those that decide the result; threads, for one, do not.
+    `needs` names what it reads: other steps, or "model", "converter", "text", "calibration", "tasks", "file NAME".
+    `options` are those that decide the result; threads, for one, do not.
     """
 
     name: str
     kind: Kind
     rung: str | None = None
+    other: str | None = None
     needs: tuple[str, ...] = ()
     options: dict[str, Any] = {}
 
@@ -94,8 +107,8 @@ def choose_rungs(ladder: str, *, known: tuple[str, ...], default: tuple[str, ...
     return tuple(dict.fromkeys(names))
 
 
-def plan(options: RunOptions) -> list[Step]:
-    """The steps of a run, each after those it needs."""
+def plan(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
+    """The steps of a run, each after those it needs; `others` names the files of --compare."""
     # Where the layers are computed shows in the last digits of every figure, how many of them does not matter.
     device: dict[str, Any] = {"gpu": options.gpu_layers != 0}
     scored: dict[str, Any] = {"n_ctx": options.n_ctx, "chunks": options.chunks, **device}
@@ -112,23 +125,56 @@ def plan(options: RunOptions) -> list[Step]:
         Step(name="measure base", kind="measure", needs=("convert", "base", "text", *asked), options=scored),
         Step(name="imatrix", kind="imatrix", needs=("convert", "calibration"), options=calibrated),
     ]
+    planned = options.mode != "naive"
+    if planned:
+        steps += _planning(options, device, scored, asked)
     quants = []
     for rung in options.rungs:
-        quant = Step(
-            name=f"quantize {rung}", kind="quantize", rung=rung, needs=("convert", "imatrix"), options={"preset": rung}
-        )
+        types: dict[str, Any] = {"preset": rung}
+        made_of: tuple[str, ...] = ("convert", "imatrix")
+        if planned:
+            types, made_of = types | {"mode": options.mode}, (*made_of, f"plan {rung}")
+        quant = Step(name=f"quantize {rung}", kind="quantize", rung=rung, needs=made_of, options=types)
         needs = (quant.name, "convert", "base", "text", *asked)
         steps += [quant, Step(name=f"measure {rung}", kind="measure", rung=rung, needs=needs, options=scored)]
         quants.append(quant.name)
+    files = tuple(f"file {name}" for name in others)
+    for name, file in zip(others, files, strict=True):
+        needs = (file, "convert", "base", "text", *asked)
+        steps.append(Step(name=f"measure {name}", kind="measure", other=name, needs=needs, options=scored))
     timed: tuple[str, ...] = ()
     if options.bench:
         # One step for all: they take turns, so that a busy moment of the machine hits all alike.
-        steps.append(Step(name="bench", kind="bench", needs=("convert", *quants), options=_bench_options(options)))
+        steps.append(
+            Step(name="bench", kind="bench", needs=("convert", *quants, *files), options=_bench_options(options))
+        )
         timed = ("bench",)
     steps.append(Step(name="score base", kind="score", needs=("measure base", *timed)))
     for rung in options.rungs:
-        steps.append(Step(name=f"score {rung}", kind="score", rung=rung, needs=(f"measure {rung}", *timed)))
+        planned_by = (f"plan {rung}",) if planned else ()
+        steps.append(
+            Step(name=f"score {rung}", kind="score", rung=rung, needs=(f"measure {rung}", *timed, *planned_by))
+        )
+    for name in others:
+        steps.append(Step(name=f"score {name}", kind="score", other=name, needs=(f"measure {name}", *timed)))
     return steps
+
+
+def _planning(
+    options: RunOptions, device: dict[str, Any], scored: dict[str, Any], asked: tuple[str, ...]
+) -> list[Step]:
+    """Prices, a plan for each rung and all that was tried, and each preset by itself to compare with."""
+    needs = ("convert", "imatrix", "calibration")
+    steps = [Step(name="price", kind="price", needs=needs, options={"rungs": sorted(options.rungs), **device})]
+    for rung in options.rungs:
+        how = {"preset": rung, "mode": options.mode, **device}
+        steps.append(Step(name=f"plan {rung}", kind="plan", rung=rung, needs=("price", *needs), options=how))
+        read = ("convert", "imatrix", "base", "text", *asked)
+        steps.append(
+            Step(name=f"naive {rung}", kind="naive", rung=rung, needs=read, options={"preset": rung, **scored})
+        )
+    plans = tuple(f"plan {rung}" for rung in options.rungs)
+    return [*steps, Step(name="candidates", kind="candidates", needs=plans)]
 
 
 def _bench_options(options: RunOptions) -> dict[str, Any]:
@@ -149,6 +195,8 @@ def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]
     if options.calibration != CALIBRATION:
         for spec in options.calibration:
             words += ["--calibration", _name(spec)]
+    for spec in options.compare:
+        words += ["--compare", _name(spec) if pathlib.Path(spec).is_file() else spec]
     for dataset in options.datasets:
         words += ["--calibration-dataset", dataset]
     given = {
@@ -168,6 +216,8 @@ def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]
     for option, (value, default) in given.items():
         if value != default:
             words += [option, str(value)]
+    if options.mode != MODE:
+        words += ["--mode", options.mode]
     if not options.bench:
         words.append("--no-bench")
     return shlex.join(words)

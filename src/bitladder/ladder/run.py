@@ -5,7 +5,7 @@ import functools
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,8 @@ from bitladder.engine import native
 from bitladder.errors import UsageError
 from bitladder.files import write_json
 from bitladder.ladder.manifest import RunRecord
+from bitladder.ladder.others import Other, about, check_headers, doubts, find_others
+from bitladder.ladder.pace import pace_of
 from bitladder.ladder.plan import (
     BENCH_REPETITIONS,
     BENCH_TESTS,
@@ -26,29 +28,35 @@ from bitladder.ladder.plan import (
     command_line,
     plan,
 )
+from bitladder.ladder.planned import PLANNED, PlannedRungs, candidates
 from bitladder.ladder.source import Source, describe, locate
 from bitladder.ladder.space import check_room, parameters_of
 from bitladder.ladder.store import Product, Store, open_store
+from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.progress import SILENT, Progress
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
 
-IMATRIX, BENCH = "imatrix.gguf", "bench.json"
+IMATRIX, BENCH, CANDIDATES = "imatrix.gguf", "bench.json", "candidates.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """The run directory, the steps that were really done, and the Scores JSON of the full precision and each rung."""
+    """The run directory, the steps that were really done, and the Scores JSON of the full precision, each rung and each
+    file of somebody else, which `labels` name in the same order ("base" for the first).
+    """
 
     folder: pathlib.Path
     made: tuple[str, ...]
+    labels: tuple[str, ...]
     scores: list[dict[str, Any]]
 
 
-def run(options: RunOptions, *, progress: Progress = SILENT) -> RunResult:
+def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None = None) -> RunResult:
     """Make (or complete) the ladder that `options` describe.
 
-    What the run directory has already is not made again. Raises BitladderError (UsageError for an option) before the
-    work starts wherever that is possible; what was complete when something went wrong stays.
+    What the run directory has already is not made again. `watch` is told of every moment: the step, the time left and
+    the best so far. Raises BitladderError (UsageError for an option) before the work starts wherever that is possible;
+    what was complete when something went wrong stays.
     """
     if options.converter is not None and not options.converter.is_file():
         raise UsageError(f"--converter {options.converter}: no such file")
@@ -62,21 +70,34 @@ def run(options: RunOptions, *, progress: Progress = SILENT) -> RunResult:
     if text.sha256 in {one.sha256 for one in calibration}:
         progress.warn(f"{text.name} is measured with and calibrated on: the figures will be better than on other text")
     tasks = [evaluate.load_task(spec) for spec in evaluate.parse_specs(options.tasks)] if options.tasks else []
+    others = find_others(options.compare, ("base", *quantize.preset_names()))
+    steps = plan(options, [other.name for other in others])
+    questions = sum(min(len(task.items), options.task_count or len(task.items)) for task in tasks)
+    tracker = Tracker(pace_of(steps, options, text, calibration, questions), len(steps), progress, watch)
     with open_store(options.out, keep=source.path if source.is_gguf else None, progress=progress) as store:
         check_room(options, source, store.present())
-        store.begin(_record(options, source))
+        store.begin(_record(options, source, others))
         with _Execution(
-            options, source, store, text=text, calibration=calibration, tasks=tasks, progress=progress
+            options,
+            source,
+            store,
+            text=text,
+            calibration=calibration,
+            tasks=tasks,
+            others=others,
+            progress=tracker,
         ) as execution:
-            for step in plan(options):
-                execution.do(step)
+            for step in steps:
+                with tracker.step(step.name, made=functools.partial(store.made.__contains__, step.name)):
+                    execution.do(step)
+                    execution.tell(step)
         store.finish()
-        names = ["base", *options.rungs]
+        names = ("base", *options.rungs, *(other.name for other in others))
         scores = [_read_json(_score_path(store.folder, name)) for name in names]
-        return RunResult(store.folder, tuple(store.made), scores)
+        return RunResult(store.folder, tuple(store.made), names, scores)
 
 
-def _record(options: RunOptions, source: Source) -> RunRecord:
+def _record(options: RunOptions, source: Source, others: list[Other]) -> RunRecord:
     return RunRecord(
         command=command_line(options, source.name, quantize.RUNGS),
         model=source.name,
@@ -85,6 +106,8 @@ def _record(options: RunOptions, source: Source) -> RunRecord:
         rungs=options.rungs,
         n_ctx=options.n_ctx,
         quantized_by=options.quantized_by,
+        mode=options.mode if options.mode != "naive" else None,
+        compared=tuple(other.name for other in others),
     )
 
 
@@ -108,13 +131,16 @@ class _Execution:
         text: Text,
         calibration: list[Text],
         tasks: list[evaluate.Task],
-        progress: Progress,
+        others: list[Other],
+        progress: Tracker,
     ) -> None:
         self.options, self.source, self.store, self.progress = options, source, store, progress
+        self.others = {other.name: other for other in others}
         self.text, self.calibration, self.tasks = text, calibration, tasks
         self.folder = store.folder
         self.full = source.path  # the full-precision GGUF, once there is one
         self._open_base: evaluate.HiddenBase | None = None
+        self._planned: PlannedRungs | None = None
         self.facts: dict[str, dict[str, Any]] = {}
         self.digests: dict[str, Any] = {
             "model": source.digest(store),
@@ -122,6 +148,8 @@ class _Execution:
             "calibration": [_used(one).model_dump() for one in calibration],
             "tasks": [[task.name, task.source, task.sha256] for task in tasks],
         }
+        for other in others:
+            self.digests[f"file {other.name}"] = store.sha256(other.path, f"file: {other.name}")
         if options.converter:
             self.digests["converter"] = store.sha256(options.converter, f"converter: {options.converter.name}")
 
@@ -133,6 +161,8 @@ class _Execution:
     ) -> None:
         if self._open_base is not None:
             self._open_base.close()
+        if self._planned is not None:
+            self._planned.close()
 
     def do(self, step: Step) -> None:
         """Make the step's files unless they are there."""
@@ -142,10 +172,14 @@ class _Execution:
             "convert": self._convert,
             "base": self._base,
             "imatrix": self._imatrix,
-            "quantize": functools.partial(self._quantize, step.rung or ""),
-            "measure": functools.partial(self._measure, step.rung),
+            "price": self._price,
+            "plan": functools.partial(self._plan, step.rung or ""),
+            "candidates": self._candidates,
+            "quantize": functools.partial(self._quantize, step.rung or "", planned=f"plan {step.rung}" in step.needs),
+            "naive": functools.partial(self._naive, step.rung or ""),
+            "measure": functools.partial(self._measure, step.rung or step.other),
             "bench": self._bench,
-            "score": functools.partial(self._score, step.rung, with_bench="bench" in step.needs),
+            "score": functools.partial(self._score, step.rung or step.other, with_bench="bench" in step.needs),
         }
         record = self.store.ensure(step.name, inputs, works[step.kind])
         self.facts[step.name] = record.facts
@@ -155,8 +189,19 @@ class _Execution:
         else:
             # A GGUF given as MODEL is used where it is.
             self.digests[step.name] = {"file": record.facts["file"], "sha256": record.facts["sha256"]}
-        if step.kind == "convert" and record.outputs:
-            self.full = self.store.path(record.outputs[0])
+        if step.kind == "convert":
+            if record.outputs:
+                self.full = self.store.path(record.outputs[0])
+            for other in self.others.values():  # before hours of work
+                check_headers(other, self.full)
+
+    def tell(self, step: Step) -> None:
+        """Let those who watch know what a rung has reached."""
+        if step.rung and step.kind == "measure":
+            self.progress.found_scores(step.rung, _read_json(self._measured_path(step.rung)))
+        elif step.rung and step.kind == "naive":
+            scores = _read_json(_score_path(self.folder, f"{step.rung}.naive"))
+            self.progress.found_scores(step.rung, scores, "the preset by itself")
 
     def _convert(self) -> Product:
         if self.source.is_gguf:
@@ -195,67 +240,126 @@ class _Execution:
         texts = [_used(text).model_dump() for text in self.calibration]
         return Product([out], {"entries": result.entries, "chunks": result.chunks, "texts": texts})
 
-    def _quantize(self, rung: str) -> Product:
-        imatrix, facts = self.folder / IMATRIX, self.facts["convert"]
-        out = self._model_path(rung)
-        recipe = self.folder / "recipes" / f"{rung}.toml"
-        result = quantize.quantize(
+    def _planning(self) -> PlannedRungs:
+        """The planner, opened once for all rungs: it holds the loaded model."""
+        if self._planned is None:
+            self._planned = PlannedRungs(
+                self.folder,
+                self.full,
+                self.folder / IMATRIX,
+                self.calibration,
+                threads=self.options.threads,
+                gpu_layers=self.options.gpu_layers,
+                progress=self.progress,
+            )
+        return self._planned
+
+    def _price(self) -> Product:
+        return Product([self._planning().price(self.options.rungs)])
+
+    def _plan(self, rung: str) -> Product:
+        return Product([self._planning().plan(rung, self.options.mode)])
+
+    def _candidates(self) -> Product:
+        out = self.folder / CANDIDATES
+        write_json(out, candidates(self.folder, self.options.rungs, _read_json))
+        return Product([out])
+
+    def _quantize(self, rung: str, *, planned: bool) -> Product:
+        out, recipe = self._model_path(rung), self.folder / "recipes" / f"{rung}.toml"
+        plan = _read_json(self.folder / PLANNED / f"{rung}.json") if planned else None
+        result = self._make(rung, out, None if plan is None else plan["types"])
+        made = self._recipe(result, out.name)
+        if plan is not None:
+            said = f"bitladder run --mode {plan['mode']}: {plan['made']}"
+            made = made.model_copy(update={"budget": f"{plan['mode']}, like {rung}", "made": said})
+        write_recipe(recipe, made)
+        return Product([out, recipe], {"bytes": result.bytes, "bpw": result.bpw})
+
+    def _naive(self, rung: str) -> Product:
+        """The preset by itself: measured and forgotten, but for its recipe and its scores."""
+        out, recipe = _score_path(self.folder, f"{rung}.naive"), self.folder / "recipes" / f"{rung}.naive.toml"
+        path = self.folder / f".{rung}.naive.gguf.tmp"
+        try:
+            result = self._make(rung, path, None)
+            name = f"{self.facts['convert']['stem']}-{rung}.gguf"
+            scores = self._scores(path)
+            write_json(out, scores.to_json() | {"model": name, "role": "naive", "rung": rung, "mode": "naive"})
+            write_recipe(recipe, self._recipe(result, name))
+        finally:
+            path.unlink(missing_ok=True)
+        return Product([out, recipe], {"bytes": result.bytes, "bpw": result.bpw})
+
+    def _make(self, rung: str, out: pathlib.Path, types: Mapping[str, str] | None) -> quantize.QuantizeResult:
+        return quantize.quantize(
             self.full,
             out,
-            rung,
-            imatrix=imatrix,
+            rung if types is None else quantize.QuantizeOptions(rung, types=types),
+            imatrix=self.folder / IMATRIX,
             threads=self.options.threads,
             progress=self.progress,
         )
-        used = ImatrixUsed(
-            name=IMATRIX,
-            sha256=self.digests["imatrix"]["sha256"],
-            chunks=self.facts["imatrix"]["chunks"],
-            n_ctx=self.options.n_ctx,
-            texts=[_used(text) for text in self.calibration],
-        )
-        write_recipe(
-            recipe,
-            Recipe(
-                model=str(facts["general"].get("name") or facts["stem"]),
-                file=out.name,
-                preset=result.preset,
-                bytes=result.bytes,
-                bpw=result.bpw,
-                source=FileUsed(name=facts["file"], sha256=facts["sha256"]),
-                imatrix=used,
-                versions=native.versions(),
-                tensors=result.types,
+
+    def _recipe(self, result: quantize.QuantizeResult, name: str) -> Recipe:
+        facts = self.facts["convert"]
+        return Recipe(
+            model=str(facts["general"].get("name") or facts["stem"]),
+            file=name,
+            preset=result.preset,
+            bytes=result.bytes,
+            bpw=result.bpw,
+            source=FileUsed(name=facts["file"], sha256=facts["sha256"]),
+            imatrix=ImatrixUsed(
+                name=IMATRIX,
+                sha256=self.digests["imatrix"]["sha256"],
+                chunks=self.facts["imatrix"]["chunks"],
+                n_ctx=self.options.n_ctx,
+                texts=[_used(text) for text in self.calibration],
             ),
+            versions=native.versions(),
+            tensors=result.types,
         )
-        return Product([out, recipe], {"bytes": result.bytes, "bpw": result.bpw})
 
     def _measure(self, rung: str | None) -> Product:
         base, wanted = self._opened_base(), self.options.chunks
-        path = self._model_path(rung)
         if rung is None:
-            scores = evaluate.base_scores(base, self.text, self._settings())
+            scores = self._with_tasks(evaluate.base_scores(base, self.text, self._settings()), self.full)
+            if wanted is not None and (scores.chunks or 0) < wanted:
+                self.progress.warn(
+                    f"{self.text.name} has only {scores.chunks} chunks (--chunks {wanted}); all are used"
+                )
         else:
-            scores = evaluate.evaluate(path, self.text, base=base, chunks=wanted, **self._engine())
-        if rung is None and wanted is not None and (scores.chunks or 0) < wanted:
-            self.progress.warn(f"{self.text.name} has only {scores.chunks} chunks (--chunks {wanted}); all are used")
-        if self.tasks:
-            settings = evaluate.Settings(TASK_CTX, None, self.options.threads, self.options.gpu_layers)
-            count = self.options.task_count
-            scores = evaluate.add_tasks(scores, path, self.tasks, settings, count=count, progress=self.progress)
-        out = self._measured_path(rung)
+            scores = self._scores(self._model_path(rung))
+        out, facts = self._measured_path(rung), {}
         write_json(out, scores.to_json())
-        return Product([out])
+        if rung in self.others:
+            facts["doubts"] = doubts(self.others[rung], self.full, scores, self.options.threads, self.progress)
+        return Product([out], facts)
+
+    def _scores(self, path: pathlib.Path) -> evaluate.Scores:
+        """A quant's divergence, and its tasks."""
+        wanted = self.options.chunks
+        scores = evaluate.evaluate(path, self.text, base=self._opened_base(), chunks=wanted, **self._engine())
+        return self._with_tasks(scores, path)
+
+    def _with_tasks(self, scores: evaluate.Scores, path: pathlib.Path) -> evaluate.Scores:
+        if not self.tasks:
+            return scores
+        settings = evaluate.Settings(TASK_CTX, None, self.options.threads, self.options.gpu_layers)
+        count = self.options.task_count
+        return evaluate.add_tasks(scores, path, self.tasks, settings, count=count, progress=self.progress)
 
     def _bench(self) -> Product:
-        """Tokens per second of the full-precision model and every rung, in turns: label → rows of Scores.bench."""
-        paths = {rung or "base": self._model_path(rung) for rung in (None, *self.options.rungs)}
+        """Tokens per second of all models, in turns: label → rows of Scores.bench."""
+        paths = {label or "base": self._model_path(label) for label in (None, *self.options.rungs, *self.others)}
         tests = [evaluate.SpeedTest(*test) for test in BENCH_TESTS]
         settings = evaluate.SpeedSettings(self.options.threads, self.options.gpu_layers)
         rows = evaluate.bench(list(paths.values()), tests, BENCH_REPETITIONS, settings, self.progress)
-        found: dict[str, list[dict[str, Any]]] = {label: [] for label in paths}
-        for label, path in paths.items():
-            found[label] = [row.bench_row().model_dump() for row in rows if row.model == path.name]
+        # A file of somebody else may be called as one of ours is, so rows are told apart by their place.
+        found: dict[str, list[dict[str, Any]]] = {
+            label: [row.bench_row().model_dump() for row in rows[place * len(tests) : (place + 1) * len(tests)]]
+            for place, label in enumerate(paths)
+        }
         out = self.folder / BENCH
         write_json(out, found)
         return Product([out])
@@ -266,10 +370,18 @@ class _Execution:
         if with_bench:
             scores["bench"] = _read_json(self.folder / BENCH)[rung or "base"]
         out = _score_path(self.folder, rung or "base")
-        write_json(out, evaluate.Scores.model_validate(scores).to_json())
+        document = evaluate.Scores.model_validate(scores).to_json()
+        if rung in self.others:
+            document |= about(self.others[rung], self.facts[f"measure {rung}"]["doubts"])
+        elif rung is not None and self.options.mode != "naive":
+            plan = _read_json(self.folder / PLANNED / f"{rung}.json")
+            document |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
+        write_json(out, document)
         return Product([out])
 
     def _model_path(self, rung: str | None) -> pathlib.Path:
+        if rung in self.others:
+            return self.others[rung].path
         return self.full if rung is None else self.folder / f"{self.facts['convert']['stem']}-{rung}.gguf"
 
     def _measured_path(self, rung: str | None) -> pathlib.Path:

@@ -21,7 +21,8 @@ class FeedbackEffort:
     """How much to measure.
 
     `chunks` for a recipe that may be returned, `move_chunks` for one that only teaches; `rounds` of correcting and
-    solving; `random` recipes to learn parts of kinds from; `exchanges` to try at the end.
+    solving; `random` recipes to learn parts of kinds from; `exchanges` to try at the end. With `judge_chunks`, so many
+    chunks that come after the others and that nothing was fitted to decide among the best `finalists` and the rivals.
     """
 
     chunks: int = 12
@@ -29,17 +30,28 @@ class FeedbackEffort:
     rounds: int = 4
     random: int = 10
     exchanges: int = 6
+    judge_chunks: int = 0
+    finalists: int = 3
+
+    @property
+    def text_chunks(self) -> int:
+        """Chunks of text that are needed."""
+        return self.chunks + self.judge_chunks
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """A recipe that was tried: `name` says how it came about; `predicted` nats, None for what was not predicted."""
+    """A recipe that was tried: `name` says how it came about; `predicted` nats, None for what was not predicted.
+
+    `judged` is its measurement on the chunks that decide, if it came so far.
+    """
 
     name: str
     types: dict[str, str]
     bytes: int
     predicted: float | None
-    measured: Measurement | None
+    measured: Measurement
+    judged: Measurement | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +113,8 @@ class Feedback:
                 if seen and turn > 1:
                     break
             self._exchange(task)
+            best = self._judge(set(rivals), task) if effort.judge_chunks else self._best()
         correction, problem, _ = self._again()
-        best = self._best()
         return Found(
             best,
             tuple(self.tried),
@@ -113,22 +125,39 @@ class Feedback:
         )
 
     def _again(self) -> tuple[Correction, Problem, Allocation]:
-        best = self._best().measured
-        assert best is not None
-        correction = correct(self.prices, self.places, self._measured(), best)
+        correction = correct(self.prices, self.places, self._measured(), self._best().measured)
         problem = self.build(correction.apply(self.prices))
         return correction, problem, self.target.solve(problem, correction.offset)
 
     def _measured(self) -> list[Measurement]:
         """Recipes of nearly all tensors: single swaps from full precision are another regime."""
         least = 0.8 * len(self.places)
-        return [one for one in self.journal.found.values() if len(one.types) >= least]
+        count = self.effort.chunks  # what comes after them in the text is for others to judge by
+        return [one.part(0, count) for one in self.journal.found.values() if len(one.types) >= least]
 
     def _best(self) -> Tried:
-        return min(
-            (one for one in self.tried if one.measured is not None),
-            key=lambda one: self.target.rank(one.measured, one.bytes),  # type: ignore[arg-type]
-        )
+        return min(self.tried, key=lambda one: self.target.rank(one.measured, one.bytes))
+
+    def _judge(self, rivals: set[str], task: Task) -> Tried:
+        """The best on text that taught nothing, among the finalists and the rivals."""
+        ranked = sorted(self.tried, key=lambda one: self.target.rank(one.measured, one.bytes))
+        chosen = ranked[: self.effort.finalists]
+        chosen += [one for one in ranked[self.effort.finalists :] if one.name in rivals]
+        judged = []
+        for one in chosen:
+            task.note(f"judge {one.name}")
+            whole = self._measure(one.types, self.effort.text_chunks, one.name)
+            made = dataclasses.replace(one, judged=whole.part(self.effort.chunks, self.effort.text_chunks))
+            self.tried[self.tried.index(one)] = made
+            judged.append(made)
+        target = self.target
+        if target.max_kld is not None:
+            # The text that decides may be harder or easier than the one that the goal is stated on.
+            scale = np.mean(
+                [one.judged.kld / one.measured.kld for one in judged if one.judged and one.measured.kld > 0]
+            )
+            target = dataclasses.replace(target, max_kld=float(target.max_kld * scale))
+        return min(judged, key=lambda one: target.rank(one.judged or one.measured, one.bytes))
 
     def _measure(self, types: Mapping[str, str], chunks: int, label: str) -> Measurement:
         swapped = {name: kind for name, kind in types.items() if kind != self.full[name]}
@@ -164,7 +193,7 @@ class Feedback:
     def _exchange(self, task: Task) -> None:
         """Swaps that are predicted to cost about nothing: one that measures better by its error is taken."""
         best, missed = self._best(), 0
-        for _ in range(self.effort.exchanges):
+        for turn in range(self.effort.exchanges):
             _, problem, _ = self._again()
             if any(kind not in {o.type for o in problem.options[n]} for n, kind in best.types.items()):
                 return  # a rival won whose types have no price
@@ -173,8 +202,7 @@ class Feedback:
             types = next((one for one in candidates if all(one != tried.types for tried in self.tried)), None)
             if types is None:
                 return
-            made = self._try("exchange", types, None, task)
-            assert made.measured is not None and best.measured is not None
+            made = self._try(f"exchange {turn + 1}", types, None, task)
             gaps = np.array(made.measured.chunks) - np.array(best.measured.chunks)
             error = float(gaps.std() / np.sqrt(max(len(gaps) - 1, 1)))
             if self._best().types == made.types and float(gaps.mean()) < -error:

@@ -83,7 +83,9 @@ class Planner:
 
     def __init__(self, subject: Subject, text: Text, options: PlanOptions, progress: Progress = SILENT) -> None:
         self.subject, self.options, self.progress = subject, options, progress
-        chunks = max(options.effort.chunks, options.feedback.chunks if options.feedback else 0)
+        # Without feedback the text is the same as with it, so that prices once found serve both.
+        wanted = options.feedback.text_chunks if options.feedback else options.settings.chunks or 0
+        chunks = max(options.effort.chunks, wanted)
         self.settings = dataclasses.replace(options.settings, chunks=chunks)
         self.text = excerpts(text, chunks, self.settings.n_ctx)
         self.work = options.work or subject.path.with_name(f"{subject.path.stem}.plan")
@@ -173,10 +175,14 @@ class Planner:
 
     def price(self, window: Window, preset: Preset | None = None) -> Sensitivity:
         """Price every type in a window."""
+        return self.price_menus(self.menus(window, preset))
+
+    def price_menus(self, menus: Menus) -> Sensitivity:
+        """Price the types on these menus."""
         return price(
             self.renderer,
             self.model(),
-            self.menus(window, preset),
+            menus,
             self.subject.places,
             self.measurements(),
             self.made(),
@@ -184,12 +190,26 @@ class Planner:
             self.progress,
         )
 
+    def build_priced(self, sensitivity: Sensitivity) -> Problem:
+        """The problem that uncorrected prices make."""
+        return self.build(prices_of(sensitivity))
+
+    def measured_kld(self, preset: Preset) -> float:
+        """The KLD of a preset on the text that recipes are measured on, nats per token."""
+        chunks = self.options.feedback.chunks if self.options.feedback else self.settings.chunks or 1
+        types = {
+            n: k for n, k in preset.types.items() if n in self._names and k != self.subject.file.tensors[n].type.name
+        }
+        return self.measurements().measure(self.model(), types, chunks, f"preset {preset.name}").kld
+
     def prices_for(self, target: Target, preset: Preset | None = None) -> Sensitivity:
         """Prices of all types near a target: those kept in the work folder if they have them, else measured.
 
         For a KLD the window cannot be known beforehand; then it is as wide as makes sense at 5 bits per weight.
         """
-        bpw = 5.0 if target.max_bytes is None else 8 * target.max_bytes / self.subject.weights()
+        bpw = 5.0
+        if target.max_bytes is not None:
+            bpw = 8 * max(target.max_bytes - self.header_bytes(), 0) / self.subject.weights()
         window, kept = Window.around(bpw), self.work / "sensitivity.json"
         menus = self.menus(window, preset)
         if kept.is_file():

@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from bitladder.engine.types import TensorType
 
-COARSE = 3.2  # bits per weight of the type to probe with: KLD far above noise, and not yet broken
+COARSE = 3.5  # bits per weight of the type to probe with: KLD far above noise, and not yet broken
 
 
 def probe_type(menu: Sequence[TensorType]) -> TensorType:
-    """The type to probe a tensor with: the one nearest to COARSE bits per weight; of equals, the later (an I-quant)."""
-    return min(reversed(menu), key=lambda kind: abs(kind.bpw - COARSE))
+    """The type to probe a tensor with: the one nearest to COARSE bits per weight; of equals, the later (q3_K).
+
+    Formats of 4-bit floats are no measure for the others, and are taken only if there is nothing else.
+    """
+    usual = [kind for kind in menu if not kind.name.endswith("fp4")] or menu
+    return min(reversed(usual), key=lambda kind: abs(kind.bpw - COARSE))
 
 
 def runs(names: Sequence[str], count: int) -> list[tuple[str, ...]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -17,11 +18,15 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A recipe's divergence: `chunks` means of each chunk, nats per token; `error` the standard error of their mean."""
+    """A recipe's divergence. `chunks` and `squares` are the means of the KLD (nats) and of its square in each chunk.
+
+    `tokens` were scored in each. The standard error takes tokens as independent.
+    """
 
     types: Mapping[str, str]
     chunks: tuple[float, ...]
-    error: float
+    squares: tuple[float, ...]
+    tokens: int
     label: str = ""
 
     @property
@@ -29,9 +34,15 @@ class Measurement:
         """Mean KLD, nats per token."""
         return float(np.mean(self.chunks))
 
-    def head(self, count: int) -> float:
-        """Mean KLD of the first `count` chunks."""
-        return float(np.mean(self.chunks[:count]))
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        variance = max(float(np.mean(self.squares)) - self.kld**2, 0.0)
+        return math.sqrt(variance / max(len(self.chunks) * self.tokens - 1, 1))
+
+    def part(self, first: int, last: int) -> "Measurement":
+        """What was measured on the chunks first … last−1."""
+        return dataclasses.replace(self, chunks=self.chunks[first:last], squares=self.squares[first:last])
 
 
 class Measures(Protocol):
@@ -61,7 +72,11 @@ class Journal:
                 entry: dict[str, Any] = json.loads(line)
                 if entry["context"] == self._context:
                     self.found[entry["key"]] = Measurement(
-                        entry["types"], tuple(entry["kld"]), entry["error"], entry["label"]
+                        entry["types"],
+                        tuple(entry["kld"]),
+                        tuple(entry["squares"]),
+                        entry["tokens"],
+                        entry["label"],
                     )
             except (ValueError, KeyError, TypeError):
                 continue  # the last line of a process that was killed
@@ -72,14 +87,14 @@ class Journal:
         return sum(len(one.chunks) for one in self.found.values()) * self.tokens_per_chunk
 
     def measure(self, model: Measures, types: Mapping[str, str], chunks: int, label: str = "") -> Measurement:
-        """The divergence of a recipe over at least `chunks` chunks; measured only if it is not known."""
+        """The divergence of a recipe over the first `chunks` chunks; measured only if it is not known."""
         key = recipe_key(types)
         known = self.found.get(key)
         if known is not None and len(known.chunks) >= chunks:
-            return known
+            return known.part(0, chunks)
         tokens = model.kld(types, chunks)
-        error = float(tokens.std() / np.sqrt(max(tokens.size - 1, 1)))
-        made = Measurement(dict(types), tuple(float(one) for one in tokens.mean(axis=1)), error, label)
+        means, squares = (tuple(map(float, one.mean(axis=1))) for one in (tokens, tokens**2))
+        made = Measurement(dict(types), means, squares, tokens.shape[1], label)
         self.found[key] = made
         self.made += 1
         self._write(key, made)
@@ -93,13 +108,15 @@ class Journal:
             "key": key,
             "label": made.label,
             "kld": made.chunks,
-            "error": made.error,
+            "squares": made.squares,
+            "tokens": made.tokens,
             "types": made.types,
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
+            # One write of the whole line: several processes may share the file.
+            with self.path.open("ab", buffering=0) as stream:
+                stream.write((json.dumps(entry) + "\n").encode())
         except OSError as error:
             raise BitladderError(f"cannot write {self.path}: {error.strerror}") from error
 

@@ -5,7 +5,10 @@ here, so that another method changes the prices and nothing else.
 """
 
 import hashlib
+import os
 import pathlib
+import struct
+import zlib
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -14,7 +17,6 @@ import numpy.typing as npt
 
 from bitladder.engine.types import RowKernels, TensorType
 from bitladder.errors import BitladderError
-from bitladder.files import replacing, write_text
 from bitladder.model.reader import GgufFile, TensorInfo
 
 Floats = npt.NDArray[np.float32]
@@ -104,18 +106,24 @@ class Renderer:
 
     def blocks(self, name: str, kind: TensorType) -> Bytes:
         """The tensor's rows as they would be written, uint8 [rows, row bytes]. Raises BitladderError that names it."""
+        return self._rendered(name, kind)[0]
+
+    def _rendered(self, name: str, kind: TensorType) -> tuple[Bytes, float]:
+        """Blocks and their error, from the folder or made."""
         tensor = self.file.tensors[name]
         row = kind.row_bytes(tensor.width)
         path = None if self._folder is None else self._folder / f"{self.key(name, kind)}.blocks"
-        if path is not None and path.is_file() and path.stat().st_size == tensor.rows * row:
-            return np.fromfile(path, np.uint8).reshape(tensor.rows, row)
-        weights = self.weights(name).reshape(-1, tensor.rows_per_matrix, tensor.width)
-        blocks = self.rounding(name, weights, kind, self._importance.get(name)).reshape(tensor.rows, row)
+        if path is not None and (kept := _read(path, tensor.rows * row)) is not None:
+            return kept[0].reshape(tensor.rows, row), kept[1]
+        importance, weights = self._importance.get(name), self.weights(name)
+        shape = (-1, tensor.rows_per_matrix, tensor.width)
+        blocks = self.rounding(name, weights.reshape(shape), kind, importance).reshape(tensor.rows, row)
+        values = self.kernels.dequantize(blocks, kind, tensor.width)
+        error = _error(weights, values, importance, tensor)
         if path is not None and blocks.nbytes <= self._room:
-            with replacing(path) as temporary:
-                blocks.tofile(temporary)
+            _write(path, blocks, error)
             self._room -= blocks.nbytes
-        return blocks
+        return blocks, error
 
     def weights(self, name: str) -> Floats:
         """The full-precision tensor, float32 [rows, width]."""
@@ -129,16 +137,39 @@ class Renderer:
     def error(self, name: str, kind: TensorType) -> float:
         """Σ w (ŵ − w)² over the rendered tensor, w the mean squared input of the column (1 without importance)."""
         if (name, kind.name) not in self._errors:
-            tensor = self.file.tensors[name]
-            path = None if self._folder is None else self._folder / f"{self.key(name, kind)}.error"
-            if path is not None and path.is_file():
-                self._errors[name, kind.name] = float(path.read_text(encoding="ascii"))
-            else:
-                found = _error(self.weights(name), self.values(name, kind), self._importance.get(name), tensor)
-                self._errors[name, kind.name] = found
-                if path is not None:
-                    write_text(path, repr(found))
+            self._errors[name, kind.name] = self._rendered(name, kind)[1]
         return self._errors[name, kind.name]
+
+
+def _write(path: pathlib.Path, blocks: Bytes, error: float) -> None:
+    """Keep blocks, their error and a checksum of both.
+
+    There are thousands of these files and none is precious: they are not forced to the disk one by one, so the
+    checksum must tell what a power cut has left of one.
+    """
+    body = blocks.tobytes() + struct.pack("<d", error)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(body + struct.pack("<I", zlib.crc32(body)))
+        temporary.replace(path)
+    except OSError as problem:
+        raise BitladderError(f"cannot write {path}: {problem.strerror}") from problem
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: pathlib.Path, size: int) -> tuple[Bytes, float] | None:
+    """What `_write` kept, if it is whole."""
+    try:
+        body = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        raise BitladderError(f"cannot read {path}: {problem.strerror}") from problem
+    if len(body) != size + 12 or zlib.crc32(body[:-4]) != struct.unpack_from("<I", body, size + 8)[0]:
+        return None
+    return np.frombuffer(body, np.uint8, size), float(struct.unpack_from("<d", body, size)[0])
 
 
 def _error(weights: Floats, values: Floats, importance: Floats | None, tensor: TensorInfo) -> float:

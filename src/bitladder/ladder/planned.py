@@ -1,0 +1,169 @@
+"""Rungs with planned recipes: prices once, then for each rung the best of several recipes by measured KLD."""
+
+import collections
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from bitladder.calibrate.texts import Text
+from bitladder.closing import Closing
+from bitladder.engine.types import type_by_name
+from bitladder.errors import BitladderError
+from bitladder.evaluate import Settings
+from bitladder.files import sha256_bytes, write_json
+from bitladder.model.writer import TensorPlan
+from bitladder.planning import FeedbackEffort, Planner, PlanOptions, PlanResult, Preset, Subject, Target, rivals
+from bitladder.progress import Progress
+from bitladder.sensitivity.document import load_sensitivity
+from bitladder.sensitivity.menu import ABOVE, BELOW, Window
+from bitladder.sensitivity.price import Effort
+
+SENSITIVITY = "sensitivity.json"
+PLANNED = "planned"  # a folder: what each rung's plan tried
+N_CTX = 256
+# Tokens are spent so that a rung's search takes about as long as scoring a few quants.
+EFFORT = Effort(tokens=100_000)
+FEEDBACK = FeedbackEffort(chunks=12, move_chunks=6, judge_chunks=12)
+STATISTIC = {"sum": "Σ(Act²)", "zd": "ZD", "cossim": "CosSim"}
+
+
+class PlannedRungs(Closing):
+    """The planner of a run. It is opened when it is first used; a run that has everything never does."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        model: pathlib.Path,
+        imatrix: pathlib.Path,
+        calibration: list[Text],
+        *,
+        threads: int | None,
+        gpu_layers: int,
+        progress: Progress,
+    ) -> None:
+        self._folder, self._model, self._imatrix = folder, model, imatrix
+        self._text = joined(calibration)
+        self._settings = Settings(N_CTX, None, threads, gpu_layers)
+        self._progress = progress
+        self._subject: Subject | None = None
+        self._planner: Planner | None = None
+
+    def close(self) -> None:
+        """Free the loaded model."""
+        if self._planner is not None:
+            self._planner.__exit__(None, None, None)
+        if self._subject is not None:
+            self._subject.close()
+        self._planner = self._subject = None
+
+    def _opened(self) -> Planner:
+        if self._planner is None:
+            self._subject = Subject(self._model, self._imatrix)
+            options = PlanOptions(
+                settings=self._settings, effort=EFFORT, feedback=FEEDBACK, work=self._folder / ".planning"
+            )
+            self._planner = Planner(self._subject, self._text, options, self._progress)
+        return self._planner
+
+    def price(self, rungs: tuple[str, ...]) -> pathlib.Path:
+        """Price every type that a rung may need: sensitivity.json."""
+        planner = self._opened()
+        presets = [planner.subject.preset(rung) for rung in rungs]
+        bpw = [8 * preset.bytes / planner.subject.weights() for preset in presets]
+        window = Window(min(bpw) - BELOW, max(bpw) + ABOVE)
+        menus = planner.menus(window)
+        for preset in presets:
+            for name, menu in planner.menus(window, preset).items():
+                menus[name] = tuple(sorted({*menus.get(name, ()), *menu}, key=lambda kind: (kind.bpw, kind.name)))
+        out = self._folder / SENSITIVITY
+        planner.price_menus(menus).save(out)
+        return out
+
+    def plan(self, rung: str, mode: str) -> pathlib.Path:
+        """Plan a rung: planned/RUNG.json, with its types and every recipe that was tried."""
+        planner = self._opened()
+        preset = planner.subject.preset(rung)
+        sensitivity = load_sensitivity(self._folder / SENSITIVITY)
+        target = Target(f"like {rung}", max_bytes=preset.bytes)
+        if mode == "size":
+            goal = planner.measured_kld(preset)
+            target = Target(f"KLD of {rung}", max_kld=goal)
+        result = planner.plan(target, sensitivity, preset, self._rivals(planner, preset, sensitivity))
+        out = self._folder / PLANNED / f"{rung}.json"
+        write_json(out, _document(planner, result, rung, mode))
+        return out
+
+    def _rivals(self, planner: Planner, preset: Preset, sensitivity: Any) -> dict[str, Mapping[str, str]]:
+        """What else could be done with the same bytes: the preset moved by statistics, and simpler allocations."""
+        problem, places = planner.build_priced(sensitivity), planner.subject.places
+        size = Target("", max_bytes=preset.bytes)
+        found: dict[str, Mapping[str, str] | None] = {}
+        if planner.subject.imatrix is not None:
+            for statistic, label in STATISTIC.items():
+                found[f"preset moved by {label}"] = rivals.by_statistic(
+                    problem, preset.types, planner.subject.imatrix, statistic, places, preset.bytes
+                )
+        found["weighted error"] = rivals.weighted_error(sensitivity, planner.build, size)
+        found["greedy"] = rivals.greedy_types(problem, preset.bytes)
+        return {name: types for name, types in found.items() if types is not None}
+
+
+def joined(texts: list[Text]) -> Text:
+    """Several texts as one."""
+    if len(texts) == 1:
+        return texts[0]
+    text = "\n\n".join(one.text for one in texts)
+    return Text(" + ".join(one.name for one in texts), text, sha256_bytes(text.encode("utf-8", "surrogateescape")))
+
+
+def candidates(folder: pathlib.Path, rungs: tuple[str, ...], load: Any) -> dict[str, Any]:
+    """candidates.json: what all rungs tried."""
+    parts = [load(folder / PLANNED / f"{rung}.json") for rung in rungs]
+    if not parts:
+        raise BitladderError("no rung was planned")
+    first = parts[0]
+    return {
+        "schema_version": 1,
+        "text": first["text"],
+        "n_ctx": first["n_ctx"],
+        "chunks": first["chunks"],
+        "candidates": [one for part in parts for one in part["candidates"]],
+    }
+
+
+def _document(planner: Planner, result: PlanResult, rung: str, mode: str) -> dict[str, Any]:
+    found = result.found
+    assert found is not None  # a run always measures
+    rows = []
+    for one in found.tried:
+        figure = one.judged or one.measured
+        types = result.types | one.types
+        row = {
+            "rung": rung,
+            "name": one.name,
+            "bytes": one.bytes,
+            "bpw": _bpw(planner, types),
+            "kld": {"value": figure.kld, "error": figure.error},
+            "types": dict(collections.Counter(one.types.values()).most_common()),
+            "naive": one.name.startswith("preset ") and "moved" not in one.name,
+            "chosen": one.types == found.best.types,
+        }
+        if one.predicted is not None:
+            row["predicted_kld"] = one.predicted
+        rows.append(row)
+    return {
+        "mode": mode,
+        "made": found.best.name,
+        "predicted_kld": result.allocation.cost + found.correction.offset,
+        "text": {"name": planner.text.name, "sha256": planner.text.sha256},
+        "n_ctx": planner.settings.n_ctx,
+        "chunks": FEEDBACK.judge_chunks,
+        "types": result.types,
+        "candidates": rows,
+    }
+
+
+def _bpw(planner: Planner, types: Mapping[str, str]) -> float:
+    shapes = planner.subject.file.tensors
+    nbytes = sum(TensorPlan(name, shapes[name].shape, type_by_name(kind)).nbytes for name, kind in types.items())
+    return 8 * nbytes / planner.subject.weights()
