@@ -49,7 +49,8 @@ def write_sources(path: str | os.PathLike[str], sources: Sequence[Source]) -> Pr
         odd = sorted(set(names) ^ set(other.names()))
         if odd:
             raise BitladderError(f"cannot merge: {odd[0]} is in only one of the files; these are of two models")
-    # Weights share an entry where they do in all sources.
+    # Weights share an entry where they do in all sources; it keeps the name that it has in the first.
+    names = sorted(names, key=lambda name: sources[0].entry(name) != name)
     first: dict[tuple[str, ...], str] = {}
     shared: dict[str, str] = {}
     for name in names:
