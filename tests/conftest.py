@@ -36,9 +36,8 @@ class Tools:
         from bitladder.engine.extras import extras_work
 
         environment = os.environ | {"LD_LIBRARY_PATH": str(self.folder)}
-        if not extras_work():  # then the tools, built alike, would die of them too
+        if not extras_work():  # then the tools, built alike, would die of quantized weights (llama-bench does)
             environment |= {"LLAMA_ARG_REPACK": "0"}
-            arguments += ("--repack", 0) if name == "llama-bench" else ()
         done = subprocess.run(
             [str(self.folder / name), *map(str, arguments)],
             env=environment,
