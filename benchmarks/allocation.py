@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+"""What planned types gain at equal bytes, step by step, on text that neither imatrix nor plan has seen.
+
+    python benchmarks/allocation.py --model F16.gguf --imatrix imatrix.gguf --calibration TEXT --text wiki.test.raw
+
+For each rung: the preset; one type for all; the importance-weighted squared error with the same solver; our prices
+spent greedily; the exact solution with K-quants only and with all types; and that solution after feedback. Every recipe
+becomes a file through the library's kernels and is measured as `bitladder eval` measures. Everything is kept in --work:
+a run that was cut short goes on, and nothing is measured twice. Prints a table and writes JSON.
+"""
+
+import argparse
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bitladder import evaluate
+from bitladder.calibrate.texts import load_text
+from bitladder.errors import BitladderError
+from bitladder.files import write_json
+from bitladder.planning import FeedbackEffort, Planner, PlanOptions, PlanResult, Preset, Subject, Target, rivals
+from bitladder.planning.problem import prices_of
+from bitladder.progress import SILENT
+from bitladder.quantize import QuantizeOptions, quantize
+from bitladder.sensitivity.document import Sensitivity, load_sensitivity
+from bitladder.sensitivity.menu import ABOVE, BELOW, Window, menu_types
+from bitladder.sensitivity.price import Effort
+
+RUNGS = ("IQ3_M", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
+
+
+class Bench:
+    """One model: recipes in, KLD of real files out, each measured once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.work: pathlib.Path = options.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.text = load_text(str(options.text))
+        self.settings = evaluate.Settings(512, options.chunks, options.threads)
+        self.results = self.work / "results.json"
+        self.known: dict[str, Any] = json.loads(self.results.read_text()) if self.results.exists() else {}
+
+    def kld(self, types: Mapping[str, str]) -> dict[str, Any]:
+        """KLD ± of the file with these types, and its bytes."""
+        what = json.dumps([sorted(types.items()), self.text.sha256, self.options.chunks])
+        key = hashlib.sha256(what.encode()).hexdigest()
+        if key not in self.known:
+            out = self.work / "candidate.gguf"
+            made = quantize(
+                self.options.model,
+                out,
+                QuantizeOptions("Q8_0", types=dict(types)),
+                imatrix=self.options.imatrix,
+                threads=self.options.threads,
+            )
+            base = self.work / f"{self.text.name}.base"
+            scores = evaluate.evaluate(
+                out,
+                self.text,
+                base=self.options.model,
+                base_file=base,
+                n_ctx=512,
+                chunks=self.options.chunks,
+                threads=self.options.threads,
+            )
+            out.unlink()
+            assert scores.kld is not None
+            self.known[key] = {"bytes": made.bytes, "kld": scores.kld.value, "error": scores.kld.error}
+            write_json(self.results, self.known)
+        found: dict[str, Any] = self.known[key]
+        return found
+
+
+def main() -> None:
+    options = arguments()
+    bench = Bench(options)
+    effort = FeedbackEffort(chunks=options.plan_chunks, move_chunks=max(options.plan_chunks // 2, 1))
+    plan = PlanOptions(
+        settings=evaluate.Settings(256, None, options.threads),
+        effort=Effort(tokens=options.probe_tokens),
+        feedback=effort,
+        work=options.work / "plan",
+    )
+    rows: list[dict[str, Any]] = []
+    with (
+        Subject(options.model, options.imatrix) as subject,
+        Planner(subject, load_text(str(options.calibration)), plan, SILENT) as planner,
+    ):
+        presets = {rung: subject.preset(rung) for rung in options.rungs}
+        began = time.monotonic()
+        sensitivity = prices(planner, list(presets.values()))
+        print(f"prices: {sensitivity.tokens} tokens, {time.monotonic() - began:.0f} s, check {sensitivity.check}")
+        for rung, preset in presets.items():
+            for name, types, facts in variants(planner, sensitivity, rung, preset, options.only):
+                found = bench.kld(types) | facts | {"rung": rung, "name": name, "budget": preset.bytes}
+                rows.append(found)
+                first = next(row for row in rows if row["rung"] == rung)
+                found["ratio"] = found["kld"] / first["kld"]
+                print(
+                    f"{rung:8} {name:28} {found['bytes']:>11,} bytes  KLD {found['kld']:.5f} ± {found['error']:.5f}  "
+                    f"{found['ratio']:.3f} × the preset  {facts or ''}",
+                    flush=True,
+                )
+        if options.reach:
+            rows.append(reach(planner, sensitivity, bench, presets, options.reach))
+    if options.out:
+        write_json(options.out, document(options, bench, sensitivity, rows))
+
+
+def prices(planner: Planner, presets: list[Preset]) -> Sensitivity:
+    """Prices for all rungs at once, from the work folder if they are there."""
+    kept = planner.work / "sensitivity.json"
+    if kept.exists():
+        return load_sensitivity(kept)
+    bpw = [8 * (preset.bytes - planner.header_bytes()) / planner.subject.weights() for preset in presets]
+    made = planner.price(Window(min(bpw) - BELOW, max(bpw) + ABOVE))
+    made.save(kept)
+    return made
+
+
+def variants(
+    planner: Planner, sensitivity: Sensitivity, rung: str, preset: Preset, only: str | None
+) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """Name, types of all tensors, and facts, each made when it is asked for; the preset first."""
+    subject, target = planner.subject, Target(f"like {rung}", max_bytes=preset.bytes)
+    problem = planner.build_priced(sensitivity)
+
+    def whole(types: Mapping[str, str]) -> dict[str, str]:
+        return {name: types.get(name, tensor.type.name) for name, tensor in subject.file.tensors.items()}
+
+    yield "preset", preset.types, {}
+    if only != "plan":
+        uniform = rivals.uniform(problem, preset.bytes)
+        if uniform:
+            yield "one type for all", whole(uniform), {}
+        yield "weighted error, exact", whole(rivals.weighted_error(sensitivity, planner.build, target)), {}
+        yield "our prices, greedy", whole(rivals.greedy_types(problem, preset.bytes)), {}
+        k_types = {kind.name for kind in menu_types("k")}
+        k_prices = {
+            name: {kind: cost for kind, cost in menu.items() if kind in k_types}
+            for name, menu in prices_of(sensitivity).items()
+        }
+        yield "our prices, exact, K only", whole(target.solve(planner.build(k_prices)).types), {}
+        if subject.imatrix is not None:
+            for statistic in rivals.STATISTICS:
+                types = rivals.by_statistic(
+                    problem, preset.types, subject.imatrix, statistic, subject.places, preset.bytes
+                )
+                if types:
+                    yield f"preset moved by {statistic}", whole(types), {}
+    solved = target.solve(problem)
+    yield "our prices, exact", whole(solved.types), {"predicted": solved.cost}
+    result = planner.plan(target, sensitivity, preset)
+    yield "and feedback", result.types, facts_of(result)
+
+
+def facts_of(result: PlanResult) -> dict[str, Any]:
+    """What the feedback cost and found."""
+    assert result.found is not None
+    best = result.found.best
+    predicted = result.allocation.cost + result.found.correction.offset
+    return {"tokens": result.tokens, "seconds": round(result.seconds, 1), "chosen": best.name, "predicted": predicted}
+
+
+def reach(
+    planner: Planner, sensitivity: Sensitivity, bench: Bench, presets: Mapping[str, Preset], spec: str
+) -> dict[str, Any]:
+    """RUNG:FRACTION: what a file of that fraction of a preset's bytes reaches, against the whole preset."""
+    rung, _, share = spec.partition(":")
+    size = int(presets[rung].bytes * float(share))
+    result = planner.plan(Target(f"{share} of {rung}", max_bytes=size), sensitivity, planner.fitting_preset(size))
+    found = bench.kld(result.types) | facts_of(result)
+    ratio = found["kld"] / bench.kld(presets[rung].types)["kld"]
+    print(f"{share} of the bytes of {rung}: KLD {found['kld']:.5f}, {ratio:.3f} × the preset's at all its bytes")
+    return found | {"rung": rung, "name": f"{share} of its bytes", "budget": size, "ratio": ratio}
+
+
+def document(
+    options: argparse.Namespace, bench: Bench, sensitivity: Sensitivity, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The JSON: everything needed to repeat it."""
+    return {
+        "model": sensitivity.made.model,
+        "model_sha256": sensitivity.made.model_sha256,
+        "imatrix_sha256": sensitivity.made.imatrix_sha256,
+        "measured_on": {"name": bench.text.name, "sha256": bench.text.sha256, "chunks": options.chunks, "n_ctx": 512},
+        "planned_on": sensitivity.made.text,
+        "prices": {"tokens": sensitivity.tokens, "check": sensitivity.check and sensitivity.check.model_dump()},
+        "exponents": sensitivity.exponents,
+        "versions": sensitivity.made.versions,
+        "rows": rows,
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=pathlib.Path, required=True, help="F16 GGUF")
+    parser.add_argument("--imatrix", type=pathlib.Path, required=True)
+    parser.add_argument("--calibration", type=pathlib.Path, required=True, help="text to plan on, not the imatrix's")
+    parser.add_argument("--text", type=pathlib.Path, required=True, help="text to measure on")
+    parser.add_argument("--chunks", type=int, default=40, help="of 512 tokens, to measure on")
+    parser.add_argument("--rungs", type=lambda text: tuple(text.split(",")), default=RUNGS)
+    parser.add_argument("--only", choices=["plan"], help="preset, exact and feedback only")
+    parser.add_argument("--reach", metavar="RUNG:FRACTION", help="also plan for a fraction of a preset's bytes")
+    parser.add_argument("--plan-chunks", type=int, default=12, help="of 256 tokens, to measure recipes on")
+    parser.add_argument("--probe-tokens", type=int, default=120_000)
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("allocation.work"))
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=pathlib.Path, help="JSON to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BitladderError as error:
+        sys.exit(f"allocation: {error}")
