@@ -69,8 +69,9 @@ class _FilesInPlace(click.Command):
 )
 @click.option(
     "--moments",
+    multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
-    help="Second moments of the same model, from bitladder calibrate.",
+    help="Second moments of the same model, from bitladder calibrate; of several files the mean counts.",
 )
 @click.option(
     "--guard",
@@ -94,7 +95,7 @@ def command(
     prune_layers: str | None,
     split_max_size: str | None,
     rounding: str,
-    moments: pathlib.Path | None,
+    moments: tuple[pathlib.Path, ...],
     guard: str,
     guard_chunks: int,
     dry_run: bool,
@@ -127,7 +128,7 @@ def command(
     elif not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if rounding != "stock" and not dry_run and out is not None:
-        if moments is None:
+        if not moments:
             raise UsageError(
                 f"--rounding {rounding} needs second moments: pass --moments (bitladder calibrate makes them)"
             )
@@ -150,7 +151,7 @@ def _refine(
     out: pathlib.Path,
     wanted: "QuantizeOptions",
     imatrix: pathlib.Path | None,
-    moments: pathlib.Path,
+    moments: tuple[pathlib.Path, ...],
     method: Any,
     guard: str,
     guard_chunks: int,

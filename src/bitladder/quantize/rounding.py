@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,20 +28,22 @@ TIED = "token_embd.weight"
 class OutputRounding:
     """Rounds a model's tensors for their layers' outputs (a `sensitivity.rendered.Rounding`).
 
-    Parameters: `moments` of the same model; `options` as for `rounding`. `losses` keeps, by tensor and type, what the
-    library's blocks cost and what these do (see `rounding.method.Rounded`). Threads may call at once.
+    Parameters: `moments` of the same model. Of several files the mean counts, each scaled to the same trace: moments
+    weighted by gradients know what an error costs, and plain ones come from more tokens. `options` as for `rounding`.
+    `losses` keeps, by tensor and type, what the library's blocks cost and what these do (`rounding.method.Rounded`).
+    Threads may call at once.
     """
 
-    def __init__(self, moments: MomentsFile, options: RoundingOptions) -> None:
-        self._moments, self._options = moments, options
+    def __init__(self, moments: Sequence[MomentsFile], options: RoundingOptions) -> None:
+        self._moments, self._options = tuple(moments), options
         self._lock = threading.Lock()
         self.losses: dict[tuple[str, str], tuple[float, float]] = {}
-        text = json.dumps([VERSION, moments.sha256, dataclasses.asdict(options)])
+        text = json.dumps([VERSION, joined_sha256(moments), dataclasses.asdict(options)])
         self.key = "output " + hashlib.sha256(text.encode()).hexdigest()
 
     def covers(self, name: str, kind: TensorType) -> bool:
         """Whether a tensor of that type gets blocks other than the library's."""
-        return self._options.method != "stock" and can_round(kind.name) and name in self._moments
+        return self._options.method != "stock" and can_round(kind.name) and any(name in file for file in self._moments)
 
     def __call__(self, name: str, weights: Floats, kind: TensorType, importance: Floats | None) -> Bytes:
         """The blocks of a tensor, uint8 [matrices, rows, row bytes].
@@ -59,7 +62,7 @@ class OutputRounding:
             if not self.covers(name, kind):
                 return stock
             with self._lock:
-                moment = self._moments.read(name)
+                moment = _mean([file.read(name) for file in self._moments if name in file])
             rounded = self._round(name, weights, stock, kind, moment)
         except BitladderError as error:
             raise BitladderError(f"{name} as {kind.name}: {error}") from error
@@ -84,3 +87,24 @@ class OutputRounding:
             else round_tensor(matrix, stock[index], kind.name, moment.inputs[index], options, outputs)
             for index, matrix in enumerate(weights)
         ]
+
+
+def joined_sha256(moments: Sequence[MomentsFile]) -> str:
+    """The hash of one file, or of the hashes of several in order."""
+    if len(moments) == 1:
+        return moments[0].sha256
+    return hashlib.sha256(" ".join(file.sha256 for file in moments).encode()).hexdigest()
+
+
+def _mean(moments: Sequence[Moment]) -> Moment:
+    """The mean of inputs that were each scaled to a mean diagonal of 1; outputs from the first that has them."""
+    if len(moments) == 1:
+        return moments[0]
+    if len({one.inputs.shape for one in moments}) > 1:
+        raise BitladderError("the files of second moments are of different models")
+    inputs = np.zeros_like(moments[0].inputs)
+    for one in moments:
+        scale = np.trace(one.inputs, axis1=1, axis2=2)[:, None, None] / one.inputs.shape[1]
+        inputs += one.inputs / np.where(scale > 0, scale, 1)
+    outputs = next((one.outputs for one in moments if one.outputs is not None), None)
+    return Moment(inputs / len(moments), np.sum([one.counts for one in moments], axis=0), outputs)

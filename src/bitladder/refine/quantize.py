@@ -1,9 +1,11 @@
 """Quantizing with chosen blocks: prepare, render, guard, write."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 from bitladder.calibrate.moments import MomentsFile
 from bitladder.calibrate.texts import Text
@@ -11,7 +13,7 @@ from bitladder.engine.types import RowKernels, type_by_name
 from bitladder.evaluate import Settings, load_or_compute_base
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import Prepared, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
-from bitladder.quantize.rounding import Bytes, OutputRounding
+from bitladder.quantize.rounding import Bytes, OutputRounding, joined_sha256
 from bitladder.refine.guard import Guard, GuardReport
 from bitladder.refine.render import render_all
 from bitladder.rounding import RoundingOptions
@@ -48,7 +50,7 @@ def quantize_refined(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     options: QuantizeOptions,
-    moments: str | os.PathLike[str],
+    moments: Sequence[str | os.PathLike[str]],
     refine: RefineOptions,
     *,
     imatrix: str | os.PathLike[str] | None = None,
@@ -57,13 +59,14 @@ def quantize_refined(
 ) -> Refined:
     """Quantize a full-precision GGUF with blocks chosen for the layers' outputs.
 
-    Parameters as for `quantize.quantize`; `moments` a file of second moments of the same model. Types and sizes are the
+    Parameters as for `quantize.quantize`; `moments` files of second moments of the same model. Types and sizes are the
     same as without. Raises BitladderError before anything is written if something does not fit together.
     """
     refuse_target(source, out)
-    with MomentsFile(moments) as known:
+    with contextlib.ExitStack() as opened:
+        known = [opened.enter_context(MomentsFile(path)) for path in moments]
         rounding = OutputRounding(known, refine.rounding)
-        extra = {METHOD_KEY: refine.rounding.method, MOMENTS_KEY: known.sha256}
+        extra = {METHOD_KEY: refine.rounding.method, MOMENTS_KEY: joined_sha256(known)}
         with prepare(source, options, imatrix=imatrix, metadata=extra, progress=progress) as prepared:
             return _refine(prepared, out, rounding, refine, threads, progress)
 

@@ -28,14 +28,15 @@ class RoundingOptions:
     `method`: "feedback" hands each column's error on to those after it; "descent" then changes single indices as long
     as that helps, `passes` times over the tensor; "best" changes scales too. `damping` is added to the diagonals of H
     and O, as a share of their mean, after what is off them was made smaller by `shrinkage`. `by_importance` rounds
-    columns with much input first.
+    columns with much input first. `two_sided` lets rows make up for each other's errors where output moments are known.
     """
 
     method: Method = "best"
     damping: float = 0.1
-    shrinkage: float = 0.2
+    shrinkage: float = 0.1
     passes: int = 2
     by_importance: bool = False
+    two_sided: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,8 @@ def round_tensor(
     rows, width = weights.shape
     if inputs.shape != (width, width) or (outputs is not None and outputs.shape != (rows, rows)):
         raise BitladderError(f"second moments of {inputs.shape} do not fit a matrix of {rows} × {width}")
+    if not options.two_sided:
+        outputs = None
     if options.method == "stock" or not can_round(kind):
         return Rounded(stock, 0.0, 0.0)
     run = round_scalar if kind in FORMATS else round_vector

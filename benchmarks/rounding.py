@@ -1,0 +1,146 @@
+"""What each ingredient of rounding is worth: KLD of a preset's types with the library's blocks and with chosen ones.
+
+    python benchmarks/rounding.py --model F16.gguf --imatrix I.gguf --moments FILE [--plain FILE] --text TEXT
+        [--presets Q4_K_M,…] [--methods stock,feedback,descent,best] [--chunks 40] [--json OUT]
+
+Every quant has the same types and bytes as the preset. Ratios are of mean KLD; their ± comes from the paired
+differences by token. `feedback@plain` takes the moments of --plain, whose tokens all count alike; `best/one-sided`
+leaves out the moments of output gradients. Nothing is guarded: this is what the methods themselves do.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+
+from bitladder.calibrate.texts import load_text
+from bitladder.engine.native import versions
+from bitladder.evaluate.measure import Reference, measure, open_or_compute
+from bitladder.evaluate.settings import Settings
+from bitladder.files import write_json
+from bitladder.quantize import QuantizeOptions, quantize
+from bitladder.refine import RefineOptions, quantize_refined
+from bitladder.rounding import RoundingOptions
+
+WAYS = {
+    "feedback": RoundingOptions(method="feedback", two_sided=False),
+    "descent": RoundingOptions(method="descent", two_sided=False),
+    "best/one-sided": RoundingOptions(method="best", two_sided=False),
+    "best": RoundingOptions(method="best"),
+}
+
+
+def main() -> None:
+    arguments = parse()
+    settings = Settings(chunks=arguments.chunks)
+    imatrix = arguments.imatrix
+    rows = []
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
+        bases = {}
+        for name in arguments.text:
+            text = load_text(name)
+            kept = arguments.work / f"{arguments.model.stem}.{text.sha256[:12]}.{arguments.chunks}.base"
+            bases[name] = text, open_or_compute(arguments.model, kept, text, settings, arguments.model)
+        for preset in arguments.presets.split(","):
+            stock: dict[str, np.ndarray] = {}
+            for way in ["stock", *arguments.methods.split(",")]:
+                began, cpu = time.monotonic(), time.process_time()
+                out = pathlib.Path(folder) / "quant.gguf"
+                if way == "stock":
+                    quantize(arguments.model, out, preset, imatrix=imatrix)
+                else:
+                    make(arguments, preset, way, out)
+                cost = time.monotonic() - began, time.process_time() - cpu
+                row = {
+                    "preset": preset,
+                    "way": way,
+                    "bytes": out.stat().st_size,
+                    "seconds": cost[0],
+                    "cpu_seconds": cost[1],
+                }
+                for name, (text, base) in bases.items():
+                    row[pathlib.Path(name).name] = figures(out, text, settings, base, stock, name, way)
+                rows.append(row)
+                print(line(row, [pathlib.Path(name).name for name in bases]), flush=True)
+                if arguments.json:
+                    write_json(arguments.json, document(arguments, rows))
+
+
+def make(arguments: argparse.Namespace, preset: str, way: str, out: pathlib.Path) -> None:
+    """The preset's types with blocks of our choice."""
+    method, _, source = way.partition("@")
+    moments = [arguments.plain] if source == "plain" else arguments.moments
+    refine = RefineOptions(WAYS[method])
+    quantize_refined(arguments.model, out, QuantizeOptions(preset), moments, refine, imatrix=arguments.imatrix)
+
+
+def figures(
+    out: pathlib.Path,
+    text: object,
+    settings: Settings,
+    base: Reference,
+    stock: dict[str, np.ndarray],
+    name: str,
+    way: str,
+) -> dict[str, float]:
+    """KLD ±, and its ratio to the stock blocks' with a paired ± (of the ratio of means, to first order)."""
+    measured = measure(out, text, settings, base=base)
+    kld = measured.arrays["kld"]
+    if way == "stock":
+        stock[name] = kld
+    reference = stock[name]
+    ratio = float(kld.mean() / reference.mean())
+    spread = float(np.std(kld - ratio * reference, ddof=1) / np.sqrt(kld.size) / reference.mean())
+    return {
+        "kld": float(kld.mean()),
+        "error": float(np.std(kld, ddof=1) / np.sqrt(kld.size)),
+        "ratio": ratio,
+        "ratio_error": spread,
+        "same_top": measured.scores.same_top_p.value if measured.scores.same_top_p else float("nan"),
+    }
+
+
+def line(row: dict[str, object], texts: list[str]) -> str:
+    """A row of the table."""
+    parts = [f"| {row['preset']} | {row['way']} | {row['bytes']:,} |"]
+    for text in texts:
+        one = row[text]
+        assert isinstance(one, dict)
+        parts.append(f" {one['kld']:.5f} ± {one['error']:.5f} | {one['ratio']:.3f} ± {one['ratio_error']:.3f} |")
+    return "".join([*parts, f" {row['cpu_seconds']:.0f} |"])
+
+
+def document(arguments: argparse.Namespace, rows: list[dict[str, object]]) -> dict[str, object]:
+    """What is kept."""
+    return {
+        "model": arguments.model.name,
+        "imatrix": arguments.imatrix.name,
+        "moments": [path.name for path in arguments.moments],
+        "chunks": arguments.chunks,
+        "options": {name: dataclasses.asdict(options) for name, options in WAYS.items()},
+        "versions": versions(),
+        "rows": json.loads(json.dumps(rows)),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=pathlib.Path, required=True)
+    parser.add_argument("--imatrix", type=pathlib.Path, required=True)
+    parser.add_argument("--moments", type=pathlib.Path, action="append", required=True)
+    parser.add_argument("--plain", type=pathlib.Path)
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--presets", default="Q4_K_M")
+    parser.add_argument("--methods", default="feedback,descent,best/one-sided,best")
+    parser.add_argument("--chunks", type=int, default=40)
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()))
+    parser.add_argument("--json", type=pathlib.Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""bitladder verify."""
+
+import collections
+import pathlib
+
+import click
+
+from bitladder.cli import options
+from bitladder.cli.output import Output, common_options
+from bitladder.errors import BitladderError
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
+
+
+@click.command("verify")
+@click.argument("quant", type=_FILE)
+@click.option("-m", "--model", "source", required=True, type=_FILE, help="The full-precision GGUF it was made from.")
+@click.option("--imatrix", type=_FILE, help="The importance matrix it was made with.")
+@click.option(
+    "--moments",
+    type=_FILE,
+    multiple=True,
+    help="The second moments it was made with, if it was rounded for the output.",
+)
+@options.threads
+@common_options
+def command(
+    output: Output,
+    quant: pathlib.Path,
+    source: pathlib.Path,
+    imatrix: pathlib.Path | None,
+    moments: tuple[pathlib.Path, ...],
+    threads: int | None,
+) -> None:
+    """Derive every tensor of QUANT again and compare its bytes: exit code 1 if one differs."""
+    # Imported here, so that --help does not wait for the native library.
+    from bitladder.refine.verify import verify
+
+    found = verify(quant, source, imatrix=imatrix, moments=moments, threads=threads, progress=output.progress)
+    if output.json:
+        output.print_json({"quant": quant.name, "tensors": found.ways, "differing": found.differing})
+    else:
+        counts = collections.Counter(found.ways.values()).most_common()
+        output.line(f"{quant}: {', '.join(f'{count} tensors {way}' for way, count in counts)}")
+    if found.differing:
+        some = ", ".join(found.differing[:4]) + (", …" if len(found.differing) > 4 else "")
+        raise BitladderError(
+            f"{len(found.differing)} tensors of {quant} cannot be derived from {source} with what was given ({some}); "
+            "another imatrix, other options or another version of the library made them"
+        )

@@ -1,0 +1,131 @@
+"""Is a quant what it says it is: its blocks derived again from the full-precision model.
+
+A file that others made verifies too, as far as the library's own kernels and the imatrix made it.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from bitladder.calibrate.imatrix import read_imatrix
+from bitladder.calibrate.moments import MomentsFile
+from bitladder.engine.types import RowKernels
+from bitladder.errors import BitladderError
+from bitladder.model.reader import GgufFile, TensorInfo
+from bitladder.progress import SILENT, Progress
+from bitladder.quantize.rounding import OutputRounding, joined_sha256
+from bitladder.refine.quantize import METHOD_KEY, MOMENTS_KEY
+from bitladder.rounding import METHODS, RoundingOptions
+from bitladder.sensitivity.rendered import Renderer, Rounding, Stock
+
+Way = Literal["copied", "stock", "stock without importance", "rounded", "differs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """How each tensor of a quant came about: "copied" from the source, by the library's kernel ("stock", with the
+    imatrix, or without), "rounded" for the output, or "differs": none of these gives its bytes."""
+
+    ways: dict[str, Way]
+
+    @property
+    def differing(self) -> list[str]:
+        """The tensors that could not be derived."""
+        return [name for name, way in self.ways.items() if way == "differs"]
+
+
+def verify(
+    quant: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    *,
+    imatrix: str | os.PathLike[str] | None = None,
+    moments: Sequence[str | os.PathLike[str]] = (),
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> Verified:
+    """Derive every tensor of a quant again and compare bytes.
+
+    Parameters: `source` the full-precision GGUF it was made from; `imatrix` and `moments` those it was made with.
+    Rounding for the output repeats to the bit on one kind of processor; another may add in another order. Raises
+    BitladderError if the two files are not of one model, or if the quant was made with other moments.
+    """
+    with GgufFile(quant) as made, GgufFile(source) as original:
+        _same_model(made, original)
+        ways = _ways(made, original, imatrix, moments, threads)
+        found: dict[str, Way] = {}
+        with progress.task("verify", sum(tensor.nbytes for tensor in made.tensors.values())) as bar:
+            try:
+                for name, tensor in made.tensors.items():
+                    found[name] = _way(made, tensor, original.tensors[name], original, ways)
+                    bar.note(name)
+                    bar.advance(tensor.nbytes)
+            finally:
+                for renderer in ways.values():
+                    renderer.close()
+    return Verified(found)
+
+
+def _same_model(made: GgufFile, original: GgufFile) -> None:
+    for name, tensor in made.tensors.items():
+        other = original.tensors.get(name)
+        if other is None or other.shape != tensor.shape:
+            raise BitladderError(
+                f"{made.path} was not made from {original.path}: {name} is "
+                f"{'not in it' if other is None else f'{list(other.shape)} there and {list(tensor.shape)} here'}"
+            )
+
+
+def _ways(
+    made: GgufFile,
+    original: GgufFile,
+    imatrix: str | os.PathLike[str] | None,
+    moments: Sequence[str | os.PathLike[str]],
+    threads: int | None,
+) -> dict[Way, Renderer]:
+    """What may have made a tensor, the cheapest to try first."""
+    importance = {}
+    if imatrix is not None:
+        entries = read_imatrix(imatrix).entries
+        for name, entry in entries.items():
+            tensor = original.tensors.get(name)
+            matrices = 0 if tensor is None else tensor.rows // tensor.rows_per_matrix
+            if tensor is not None and entry.sums.size == tensor.width * matrices:
+                importance[name] = entry.means().reshape(matrices, tensor.width)
+    kernels = RowKernels(threads)
+    ways: dict[Way, Renderer] = {}
+    if importance:
+        ways["stock"] = Renderer(original, importance, rounding=Stock(kernels), threads=threads)
+    ways["stock without importance"] = Renderer(original, {}, rounding=Stock(kernels), threads=threads)
+    if moments:
+        ways["rounded"] = Renderer(original, importance, rounding=_rounding(made, moments), threads=threads)
+    return ways
+
+
+def _rounding(made: GgufFile, moments: Sequence[str | os.PathLike[str]]) -> Rounding:
+    known = [MomentsFile(path) for path in moments]
+    method, digest = made.get(METHOD_KEY), made.get(MOMENTS_KEY)
+    if method not in METHODS:
+        raise BitladderError(
+            f"{made.path} was not rounded by bitladder ({METHOD_KEY} is {method!r}); leave out --moments"
+        )
+    if digest != joined_sha256(known):
+        raise BitladderError(
+            f"{made.path} was made with other second moments than {' and '.join(map(str, moments))} ({MOMENTS_KEY})"
+        )
+    return OutputRounding(known, RoundingOptions(method=method))
+
+
+def _way(made: GgufFile, tensor: TensorInfo, before: TensorInfo, original: GgufFile, ways: dict[Way, Renderer]) -> Way:
+    data = made.read(tensor)
+    if tensor.type == before.type:
+        return "copied" if np.array_equal(data, original.read(before)) else "differs"
+    for way, renderer in ways.items():
+        try:
+            if np.array_equal(data, renderer.blocks(tensor.name, tensor.type)):
+                return way
+        except BitladderError:
+            continue  # a type that cannot be made without importance, for one
+    return "differs"
