@@ -129,4 +129,4 @@ def test_durations_in_words(seconds, words):
 
 def test_a_line_about_the_best():
     assert line(Best("exact", 83_847_296, 0.0719, 0.0007)) == "83.85 MB, KLD 0.07190 ± 0.00070 (exact)"
-    assert line(Best("", 5_000_000_000, 0.1, 0.01)) == "5.000 GB, KLD 0.10000 ± 0.01000"
+    assert line(Best("", 5_000_000_000, 0.1, 0.01)) == "5.000 GB, KLD 0.100 ± 0.010"

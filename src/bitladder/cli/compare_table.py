@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitladder.compare import Compared, Comparison
     from bitladder.evaluate import Figure
+    from bitladder.evaluate.scores import Divergence
 
 MARKS = {"other": "another model", "sign": "doubtful", "note": "see below", None: ""}
 
@@ -92,7 +93,7 @@ def _models(found: "Comparison") -> Any:
             cells = [
                 f"{scores.ppl.value:.4f}",
                 _ratio(one.ln_ppl),
-                f"{scores.kld.value:.5f} ± {scores.kld.error:.5f}",
+                _figures(scores.kld),
                 f"{100 * scores.delta_p.rms.value:.2f} %",
                 f"{100 * scores.same_top_p.value:.2f} %",
             ]
@@ -100,6 +101,17 @@ def _models(found: "Comparison") -> Any:
             label, f"{one.bytes / 1e9:.4f}", f"{one.bpw:.3f}", *cells, MARKS[_worst(one)], _defeat(one, labelled)
         )
     return table
+
+
+def _figures(figure: "Figure | Divergence") -> str:
+    from bitladder.report import numbers
+
+    return numbers.with_error(numbers.Figure(value=figure.value, error=figure.error))
+
+
+def _gap(figure: "Figure") -> str:
+    """A difference with its sign."""
+    return ("+" if figure.value >= 0 else "") + _figures(figure)
 
 
 def _ratio(gap: "Figure") -> str:
@@ -131,11 +143,11 @@ def _verdicts(found: "Comparison") -> list[str]:
     for level in found.levels:
         first, second = labels[level.members[0]], labels[level.members[1]]
         sizes = " and ".join(f"{found.models[i].bytes:,}" for i in level.members[:2])
-        gap = f"KLD of {second} is {level.gaps[0].value:+.5f} ± {level.gaps[0].error:.5f} from it"
+        gap = f"KLD of {second} is {_gap(level.gaps[0])} from it"
         said = f"{first} wins" if level.sure else f"{first} and {second} are level within noise"
         lines.append(f"{said}: {gap} ({sizes} bytes)")
         for index, figure in zip(level.members[2:], level.gaps[1:], strict=True):
-            lines.append(f"  then {labels[index]}: {figure.value:+.5f} ± {figure.error:.5f}")
+            lines.append(f"  then {labels[index]}: {_gap(figure)}")
     return lines
 
 

@@ -62,8 +62,11 @@ class RunDisplay:
 
 def line(best: "Best") -> str:
     """The best of a rung in words."""
+    from bitladder.report import numbers
+
+    kld = numbers.with_error(numbers.Figure(value=best.kld, error=best.error))
     size = f"{best.bytes / 1e9:.3f} GB" if best.bytes >= 1e8 else f"{best.bytes / 1e6:.2f} MB"
-    return f"{size}, KLD {best.kld:.5f} ± {best.error:.5f}" + (f" ({best.name})" if best.name else "")
+    return f"{size}, KLD {kld}" + (f" ({best.name})" if best.name else "")
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,108 @@
+"""`run --compare`: files of somebody else in the run directory, from disk and from a hub of our own."""
+
+import json
+import shutil
+
+import fake_hub
+import pytest
+import tiny_models
+
+from bitladder.convert import convert
+from bitladder.errors import BitladderError, UsageError
+from bitladder.hub import Fetched
+from bitladder.ladder import RunOptions, run
+from bitladder.ladder import others as module
+from bitladder.ladder.manifest import load_manifest
+from bitladder.ladder.others import find_others
+from bitladder.ladder.plan import command_line
+from bitladder.quantize import RUNGS
+from bitladder.report.rundir import read_run
+
+REPO = "someone/Tiny-GGUF"
+
+
+@pytest.fixture
+def options(small_run, tiny_checkpoint, tmp_path):
+    """The options of the finished run, for a copy of it."""
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    return RunOptions(
+        model=str(tiny_checkpoint), out=folder, rungs=("Q4_K_M", "Q8_0"), chunks=8, imatrix_chunks=4, n_ctx=128,
+        bench=False, threads=1,
+    )  # fmt: skip
+
+
+def test_measured_like_the_rungs_and_only_once(options, small_run, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    ours = small_run / "Tiny-Olmo2-8.9M-Q8_0.gguf"
+    with fake_hub.serving() as hub:
+        files = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        hub.add(REPO, {"theirs-Q8_0.gguf": ours.read_bytes()})
+        told = []
+        asked = options.model_copy(update={"compare": (f"{REPO}:Q8_0",)})
+        result = run(asked, watch=told.append)
+        assert hub.downloads == ["theirs-Q8_0.gguf"]
+        assert run(asked).made == ()  # complete, and not fetched again
+        assert hub.downloads == ["theirs-Q8_0.gguf"]
+    name = "someone_theirs-Q8_0"
+    assert result.made == (f"measure {name}", f"score {name}")
+    assert result.labels == ("base", "Q4_K_M", "Q8_0", name)
+    theirs, rung = (json.loads((options.out / "scores" / f"{one}.json").read_text()) for one in (name, "Q8_0"))
+    assert (theirs["role"], theirs["source"]) == ("third-party", REPO)
+    assert "doubts" not in theirs
+    # It is our own Q8_0 under another name, so its figures are the rung's.
+    assert theirs["sha256"] == rung["sha256"]
+    assert theirs["kld"] == rung["kld"] and theirs["ppl"] == rung["ppl"]
+    assert load_manifest(options.out).run.compared == (name,)
+    assert [one.label for one in read_run(options.out).others] == [name]
+    assert not (options.out / "theirs-Q8_0.gguf").exists()
+    assert set(told[-1].best) == {"Q4_K_M", "Q8_0"}  # of rungs, whoever else is measured
+    assert f"--compare {REPO}:Q8_0" in command_line(asked, "x", RUNGS)
+
+
+def test_another_content_is_measured_again(options, small_run, tmp_path):
+    other = tmp_path / "other.gguf"
+    asked = options.model_copy(update={"compare": (str(other),)})
+    shutil.copy(small_run / "Tiny-Olmo2-8.9M-Q8_0.gguf", other)
+    assert run(asked).made == ("measure other", "score other")
+    shutil.copy(small_run / "Tiny-Olmo2-8.9M-Q4_K_M.gguf", other)
+    assert run(asked).made == ("measure other", "score other")
+    assert "--compare other.gguf" in command_line(asked, "x", RUNGS)  # no path of this machine
+    again = run(options)  # left out again: the ladder is complete without it
+    assert again.made == () and again.labels == ("base", "Q4_K_M", "Q8_0")
+    assert load_manifest(options.out).run.compared == ()
+
+
+def test_a_file_of_another_model_is_refused_before_the_work(options, tmp_path):
+    source = tmp_path / "llama"
+    tiny_models.train_byte_level(source)
+    tiny_models.llama(source)
+    convert(source, tmp_path / "llama.gguf", outtype="f16")
+    asked = options.model_copy(update={"compare": (str(tmp_path / "llama.gguf"),), "out": tmp_path / "new"})
+    with pytest.raises(BitladderError, match=r"--compare llama\.gguf is no quant of this model: another architecture"):
+        run(asked)
+    assert list(load_manifest(tmp_path / "new").steps) == ["convert"]
+
+
+def test_what_is_no_model_is_refused_before_a_directory_is_made(options, small_run, tmp_path):
+    (tmp_path / "text.txt").write_text("GGUF")
+    for spec in ("absent.gguf", str(tmp_path / "text.txt"), str(small_run / "imatrix.gguf")):
+        with pytest.raises((BitladderError, UsageError)):
+            run(options.model_copy(update={"compare": (spec,), "out": tmp_path / "new"}))
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_file_has_a_name_of_its_own(small_run, tmp_path, monkeypatch):
+    ours = small_run / "Tiny-Olmo2-8.9M-Q8_0.gguf"
+    files = {}
+    for place, name in enumerate(("base.gguf", "Q4_K_M.gguf", "a b.gguf", "a-b.gguf", "x.naive.gguf")):
+        path = tmp_path / str(place) / name
+        path.parent.mkdir()
+        path.symlink_to(ours)
+        files[str(place)] = Fetched(path, "me/x" if place == 3 else None)
+    monkeypatch.setattr(module, "fetch", lambda spec, option: files[spec])
+    found = find_others([*files, "3", "2"], ("base", "Q4_K_M", "Q8_0"))
+    assert [one.name for one in found] == ["base-2", "Q4_K_M-2", "a-b", "me_a-b", "x", "me_a-b-2", "a-b-2"]
