@@ -9,6 +9,9 @@ from bitladder.errors import BitladderError
 
 Floats = npt.NDArray[np.float32]
 
+# Of the mean diagonal: less damping and float32 cannot tell a small eigenvalue from none, nor blocks be inverted.
+LEAST_DAMPING = 1e-4
+
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
@@ -28,7 +31,7 @@ class Factors:
 
 
 def damped(h: npt.NDArray[np.floating], damping: float) -> npt.NDArray[np.float64]:
-    """H in float64, scaled to a mean diagonal of 1, with `damping` added to it.
+    """H in float64, scaled to a mean diagonal of 1, with `damping` (at least LEAST_DAMPING) added to it.
 
     Channels that no token reached get the damping alone, so that their weights are rounded each by itself. A matrix of
     zeros becomes the unit matrix. Raises BitladderError if H is not finite.
@@ -41,7 +44,7 @@ def damped(h: npt.NDArray[np.floating], damping: float) -> npt.NDArray[np.float6
     if mean <= 0:
         return np.eye(len(full))
     full /= mean
-    full[np.diag_indices(len(full))] += damping
+    full[np.diag_indices(len(full))] += max(damping, LEAST_DAMPING)
     return full
 
 
