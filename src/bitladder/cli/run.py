@@ -1,11 +1,13 @@
 """`bitladder run`: a model to a directory of measured quants."""
 
 import pathlib
+from typing import Literal
 
 import click
 
 from bitladder.calibrate.texts import BUILTIN
 from bitladder.cli import options as shared
+from bitladder.cli.live import RunDisplay
 from bitladder.cli.output import Output, common_options
 
 
@@ -38,8 +40,22 @@ from bitladder.cli.output import Output, common_options
     help="Use at most so many chunks of each calibration text.  [default: all]",
 )
 @shared.n_ctx
+@click.option(
+    "--mode",
+    type=click.Choice(["quality", "size", "naive"]),
+    default="quality",
+    show_default=True,
+    help="Types for the least KLD in the preset's bytes, for the fewest bytes at its KLD, or the preset's own.",
+)
 @click.option("--tasks", help="Benchmarks to score with, as for eval: NAME:FILE,… or continuation:TEXT.")
 @click.option("--task-count", type=click.IntRange(1), help="Questions of each task, drawn.  [default: all]")
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="MODEL",
+    help="A GGUF of somebody else to measure beside the ladder: a file, OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf. Can "
+    "be repeated.",
+)
 @click.option("--bench/--no-bench", default=True, show_default=True, help="Measure tokens per second.")
 @click.option(
     "--outtype",
@@ -77,8 +93,10 @@ def command(
     chunks: int | None,
     imatrix_chunks: int | None,
     n_ctx: int,
+    mode: Literal["quality", "size", "naive"],
     tasks: str | None,
     task_count: int | None,
+    compare: tuple[str, ...],
     bench: bool,
     outtype: str,
     threads: int | None,
@@ -107,8 +125,10 @@ def command(
         chunks=chunks,
         imatrix_chunks=imatrix_chunks,
         n_ctx=n_ctx,
+        mode=mode,
         tasks=tasks,
         task_count=task_count,
+        compare=compare,
         bench=bench,
         outtype=outtype,
         threads=threads,
@@ -118,7 +138,10 @@ def command(
         model_id=model_id,
         datasets=datasets,
     )
-    result = run(options, progress=output.progress)
+    output.tame_hub()
+    display = RunDisplay(output, options.rungs)
+    with display.shown():
+        result = run(options, progress=output.progress, watch=display.watch)
     wrote = [write_card(out), write_report(out)]
     if not result.made:
         said = "card and report were written again; nothing else to do" if any(wrote) else "nothing to do"
@@ -126,10 +149,11 @@ def command(
     if output.json:
         output.print_json(result.scores)
     else:
-        _print_table(output, list(options.rungs), result.scores)
+        others = result.labels[1 + len(options.rungs) :]
+        _print_table(output, ["full", *options.rungs, *(f"{name} †" for name in others)], result.scores)
 
 
-def _print_table(output: Output, rungs: list[str], scores: list[dict[str, object]]) -> None:
+def _print_table(output: Output, labels: list[str], scores: list[dict[str, object]]) -> None:
     from rich.table import Column, Table
 
     from bitladder.report import rows_of
@@ -138,6 +162,6 @@ def _print_table(output: Output, rungs: list[str], scores: list[dict[str, object
     heads = ("GB", "bpw", "PPL", "ρPPL", "KLD", "RMS Δp")
     columns = (Column(head, justify="right", overflow="fold") for head in heads)
     table = Table("quant", *columns, box=None, pad_edge=False, collapse_padding=True)
-    for row in rows_of(scores, ["full", *rungs]):
+    for row in rows_of(scores, labels):
         table.add_row(row.label, row.size, row.bpw, row.ppl, row.rho, row.kld, row.rms)
     output.print(table)
