@@ -28,7 +28,7 @@ COMMON = ("as_json", "quiet", "verbose", "help")
 
 def reference() -> str:
     """The whole page."""
-    context = click.Context(application, info_name="bitladder")
+    context = click.Context(application, info_name="bitladder", **application.context_settings)
     parts = [
         HEAD,
         "\n".join(f"- [`bitladder {verb}`](#bitladder-{verb}): {said}" for verb, said in VERBS.items()) + "\n",
@@ -40,13 +40,14 @@ def reference() -> str:
     for verb in VERBS:
         command = application.get_command(context, verb)
         assert command is not None
-        parts += sections(command, f"bitladder {verb}", 2)
+        parts += sections(command, f"bitladder {verb}", 2, context)
     return "\n".join(parts)
 
 
-def sections(command: click.Command, name: str, level: int) -> Iterator[str]:
+def sections(command: click.Command, name: str, level: int, parent: click.Context) -> Iterator[str]:
     """A command's section, and those of its own commands."""
-    context = click.Context(command, info_name=name)
+    # With a parent it has the same options for help as on the command line; click remembers them.
+    context = click.Context(command, info_name=name, parent=parent)
     usage = " ".join([name, *command.collect_usage_pieces(context)])
     lines = [f"{'#' * level} {name}\n", f"```\n{usage}\n```\n", f"{paragraphs(command.help or '')}\n"]
     options = [one for one in command.params if isinstance(one, click.Option) and one.name not in COMMON]
@@ -57,7 +58,7 @@ def sections(command: click.Command, name: str, level: int) -> Iterator[str]:
         for child in command.list_commands(context):
             found = command.get_command(context, child)
             assert found is not None
-            yield from sections(found, f"{name} {child}", level + 1)
+            yield from sections(found, f"{name} {child}", level + 1, context)
 
 
 def describe(option: click.Parameter) -> str:
