@@ -23,7 +23,7 @@ WALLS = {
     "quantize": {"engine", "model", "calibrate", "recipe"},
     "evaluate": {"engine", "model", "calibrate"},
     "allocate": set(),
-    "sensitivity": {"engine", "model", "evaluate"},
+    "sensitivity": {"engine", "model", "evaluate", "gradients"},
     "planning": {
         "allocate",
         "calibrate",

@@ -260,3 +260,22 @@ def test_excerpts_are_spread_and_do_not_overlap():
     numbers = sorted(int(line.split()[1]) for line in seen[0])
     assert numbers[0] < 1000 and numbers[-1] > 15_000
     assert excerpts(text, 10_000, 512) is text
+
+
+@pytest.mark.parametrize("method", ["forward", "fisher"])
+def test_prices_rank_swaps_that_were_held_out(small, tmp_path, method):
+    settings = ev.Settings(n_ctx=64, chunks=6, threads=1)
+    options = PlanOptions(
+        method=method, settings=settings, effort=Effort(tokens=20_000, chunks=4), feedback=None, work=tmp_path
+    )
+    with (
+        Subject(small / "small-f16.gguf", small / "imatrix.gguf") as subject,
+        Planner(subject, load_text(str(small / "text.txt")), options) as planner,
+    ):
+        prices = planner.prices_for(Target("test", max_bytes=70_000))
+        assert prices.method == method and prices.tensors.keys() == set(subject.tensors)
+        assert prices.check.rank_correlation > 0.8 and 0.3 < prices.check.median_ratio < 3
+        # Kinds measured as a whole, by hand.
+        names = [name for name, (kind, _) in subject.places.items() if kind == "ffn_down"]
+        real = planner.model().kld(dict.fromkeys(names, "q4_0"), 4).mean()
+        assert sum(prices.tensors[name].kld["q4_0"] for name in names) == pytest.approx(real, rel=0.6)

@@ -109,6 +109,7 @@ def _options(given: dict[str, Any]) -> "PlanOptions":
         settings=Settings(
             given["n_ctx"] or 256, chunks, given["threads"], given["gpu_layers"], given["n_batch"], given["n_ubatch"]
         ),
+        method=given["method"],
         effort=Effort(tokens=given["probe_tokens"]),
         feedback=FeedbackEffort(chunks=chunks, move_chunks=max(1, chunks // 2)) if given["feedback"] else None,
         work=given["work"],

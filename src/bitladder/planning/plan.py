@@ -6,6 +6,7 @@ import json
 import pathlib
 import time
 from collections.abc import Mapping
+from typing import Literal
 
 from bitladder.allocate import Allocation, Problem
 from bitladder.calibrate.texts import Text
@@ -37,7 +38,8 @@ Menus = dict[str, tuple[TensorType, ...]]
 class PlanOptions:
     """What to plan with.
 
-    `menu` as for `sensitivity.menu.menu_types`; `settings` how to measure (n_ctx tokens a chunk, threads);
+    `menu` as for `sensitivity.menu.menu_types`; `settings` how to measure (n_ctx tokens a chunk, threads); `method`
+    forward passes or gradients (extra: torch);
     `effort` for prices, `feedback` for measured recipes (None: none is measured); `work` the folder of rendered
     tensors and measurements; `rounding` None for the library's kernels.
     """
@@ -46,6 +48,7 @@ class PlanOptions:
     fast: tuple[TensorType, ...] | None = None
     constraints: Constraints = dataclasses.field(default_factory=Constraints)
     settings: Settings = dataclasses.field(default_factory=lambda: Settings(n_ctx=256))
+    method: Literal["forward", "fisher"] = "forward"
     effort: Effort = dataclasses.field(default_factory=Effort)
     feedback: FeedbackEffort | None = dataclasses.field(default_factory=FeedbackEffort)
     work: pathlib.Path | None = None
@@ -179,6 +182,21 @@ class Planner:
 
     def price_menus(self, menus: Menus) -> Sensitivity:
         """Price the types on these menus."""
+        if self.options.method == "fisher":
+            from bitladder.sensitivity.fisher import price_by_gradients
+
+            return price_by_gradients(
+                self.renderer,
+                self.model(),
+                menus,
+                self.subject.places,
+                self.measurements(),
+                self.made(),
+                self.options.effort,
+                self.base().chunks.tokens,
+                threads=self.settings.threads,
+                progress=self.progress,
+            )
         return price(
             self.renderer,
             self.model(),
@@ -210,13 +228,15 @@ class Planner:
         bpw = 5.0
         if target.max_bytes is not None:
             bpw = 8 * max(target.max_bytes - self.header_bytes(), 0) / self.subject.weights()
-        window, kept = Window.around(bpw), self.work / "sensitivity.json"
+        method = self.options.method
+        name = "sensitivity.json" if method == "forward" else f"sensitivity-{method}.json"
+        window, kept = Window.around(bpw), self.work / name
         menus = self.menus(window, preset)
         if kept.is_file():
             found = load_sensitivity(kept)
             wanted = {(name, kind.name) for name, menu in menus.items() for kind in menu}
             have = {(name, kind) for name, tensor in found.tensors.items() for kind in tensor.kld}
-            if found.made == self.made() and found.method == "forward" and wanted <= have:
+            if found.made == self.made() and found.method == method and wanted <= have:
                 self.progress.info(f"prices of {kept.name}: nothing is measured again for them")
                 return found
         made = self.price(window, preset)

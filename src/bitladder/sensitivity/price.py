@@ -69,8 +69,8 @@ def price(
         [Probe(types, found.kld) for types, found in probes],
         {key: found.kld for key, found in groups.items()},
     )
-    check = work.check(law.kld, progress)
-    tensors = renderer.file.tensors
+    used = {name: probe_type(menu).name for name, menu in menus.items()}
+    check = check_swaps(law.kld, used, model, journal, effort, progress)
     return Sensitivity(
         made=made,
         probe_types=sorted({kind for types, _ in probes for kind in types.values()}),
@@ -82,18 +82,61 @@ def price(
             for (kind, one), found in groups.items()
         ],
         check=check,
-        tensors={
-            name: TensorPrices(
-                kind=places[name][0],
-                layer=places[name][1],
-                weights=tensors[name].elements,
-                bytes={kind.name: kind.row_bytes(tensors[name].width) * tensors[name].rows for kind in menu},
-                error=errors[name],
-                kld=law.kld[name],
-                probe=law.probe[name],
-            )
-            for name, menu in menus.items()
-        },
+        tensors=table(renderer, menus, places, errors, law.kld, law.probe),
+    )
+
+
+def table(
+    renderer: Renderer,
+    menus: Menus,
+    places: Mapping[str, tuple[str, int | None]],
+    errors: Mapping[str, dict[str, float]],
+    kld: Mapping[str, dict[str, float]],
+    probe: Mapping[str, float] | None = None,
+) -> dict[str, TensorPrices]:
+    """Prices as sensitivity.json has them."""
+    tensors, probe = renderer.file.tensors, probe or {}
+    return {
+        name: TensorPrices(
+            kind=places[name][0],
+            layer=places[name][1],
+            weights=tensors[name].elements,
+            bytes={kind.name: kind.row_bytes(tensors[name].width) * tensors[name].rows for kind in menu},
+            error=errors[name],
+            kld=kld[name],
+            probe=probe.get(name),
+        )
+        for name, menu in menus.items()
+    }
+
+
+def check_swaps(
+    kld: Mapping[str, Mapping[str, float]],
+    used: Mapping[str, str],
+    model: Measures,
+    journal: Journal,
+    effort: Effort,
+    progress: Progress = SILENT,
+) -> Check | None:
+    """Single swaps that nothing was fitted to, against their prices; None for fewer than three.
+
+    `used` tensor → the type that was measured for it alone.
+    """
+    pairs = held_out({name: list(menu) for name, menu in kld.items()}, used, effort.pairs)
+    if len(pairs) < 3:
+        return None
+    measured = []
+    with progress.task("check single swaps", len(pairs)) as task:
+        for name, kind in pairs.items():
+            task.note(f"{name} {kind}")
+            measured.append(journal.measure(model, {name: kind}, effort.chunks, "check").kld)
+            task.advance()
+    predicted = [kld[name][kind] for name, kind in pairs.items()]
+    ratios = np.array(measured) / np.maximum(predicted, 1e-12)
+    return Check(
+        pairs=len(pairs),
+        rank_correlation=rank_correlation(measured, predicted),
+        median_ratio=float(np.median(ratios)),
     )
 
 
@@ -159,26 +202,6 @@ class _Work:
                 found[kind, one] = self.journal.measure(self.model, types, self.effort.chunks, f"kind {kind}")
                 task.advance()
         return found
-
-    def check(self, kld: Mapping[str, Mapping[str, float]], progress: Progress) -> Check | None:
-        """Single swaps that nothing was fitted to, against their prices."""
-        used = {name: probe_type(menu).name for name, menu in self.menus.items()}
-        pairs = held_out({name: list(kld[name]) for name in self.menus}, used, self.effort.pairs)
-        if len(pairs) < 3:
-            return None
-        measured = []
-        with progress.task("check single swaps", len(pairs)) as task:
-            for name, kind in pairs.items():
-                task.note(f"{name} {kind}")
-                measured.append(self.journal.measure(self.model, {name: kind}, self.effort.chunks, "check").kld)
-                task.advance()
-        predicted = [kld[name][kind] for name, kind in pairs.items()]
-        ratios = np.array(measured) / np.maximum(predicted, 1e-12)
-        return Check(
-            pairs=len(pairs),
-            rank_correlation=rank_correlation(measured, predicted),
-            median_ratio=float(np.median(ratios)),
-        )
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
