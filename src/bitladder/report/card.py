@@ -123,11 +123,12 @@ def _chosen_by(model: Measured) -> str:
 def _machine(scored: Sequence[Any]) -> str:
     """What the speeds were measured on, such as "Some CPU, 2 threads"."""
     rows = [row for scores in scored for row in scores.bench]
-    parts = [
-        (row.cpu, f"{row.threads} threads" if row.threads else None, row.backend if row.backend != "CPU" else None)
-        for row in rows
-    ]
+    parts = [(row.cpu, _threads(row.threads), row.backend if row.backend != "CPU" else None) for row in rows]
     return " and ".join(dict.fromkeys(", ".join(part for part in row if part) for row in parts if any(row)))
+
+
+def _threads(count: int | None) -> str | None:
+    return f"{count} thread{'s' if count > 1 else ''}" if count else None
 
 
 def _imatrix(recipes: list[Recipe]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ PERCENTILES = (
 
 
 def task_bars(run: Run, name: str) -> Chart:
-    """Accuracy in a benchmark ("average": of all) in percent; lines show full precision and guessing."""
+    """Accuracy in a benchmark ("average": of all) in percent; a line shows what guessing would get."""
     models = [one for one in [run.base, *run.quants] if _accuracy(one.scores, name)]
     data = []
     for role in ("base", "rung", "naive", "third-party"):
@@ -31,6 +31,8 @@ def task_bars(run: Run, name: str) -> Chart:
         if shown:
             data.append(_bars(shown, role, name))
     chance = next((one.scores.tasks[name].chance for one in models if name in one.scores.tasks), None)
+    if chance is not None:
+        data.append(_guessing(100 * chance, [label(one) for one in models]))
     return figure(
         data,
         x=axis("questions answered rightly, %", rangemode="tozero"),
@@ -38,8 +40,6 @@ def task_bars(run: Run, name: str) -> Chart:
         height=FRAME + ROW * len(models),
         bargap=0.35,
         barmode="overlay",
-        shapes=[_line(100 * chance)] if chance is not None else [],
-        annotations=[_note(100 * chance, "guessing")] if chance is not None else [],
     )
 
 
@@ -100,11 +100,14 @@ def _accuracy(scores: Scores, name: str) -> Figure | None:
     return scores.tasks[name].accuracy if name in scores.tasks else None
 
 
-def _line(x: float) -> Chart:
-    line = {"color": "@text", "width": 1.5, "dash": "dash"}
-    return {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "line": line}
-
-
-def _note(x: float, text: str) -> Chart:
-    place = {"yref": "paper", "y": 0, "yanchor": "bottom", "xanchor": "left", "xshift": 4}
-    return {"x": x, "text": text, "showarrow": False, "font": {"size": 11}, "bgcolor": "@paper", **place}
+def _guessing(share: float, names: list[str]) -> Chart:
+    """A line at what guessing would get."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": f"guessing, {share:.3g} %",
+        "x": [share] * len(names),
+        "y": names,
+        "line": {"color": "@text", "width": 2, "dash": "dash"},
+        "hoverinfo": "skip",
+    }
