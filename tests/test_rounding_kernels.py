@@ -1,0 +1,248 @@
+"""The inner loops of rounding against brute force, numpy's F16, and feedback written as GPTQ's paper has it."""
+
+import itertools
+
+import numpy as np
+import pytest
+from rounding_cases import moments, stock_blocks
+
+from bitladder.rounding.factors import couplings, damped, factor, upper_factor
+from bitladder.rounding.formats import FORMATS, unpack
+from bitladder.rounding.refinekernels import refine_plain, refine_scaled, refit
+from bitladder.rounding.rowkernels import descend, feedback, half, multiply, nearest
+from bitladder.rounding.scalar import round_scalar
+
+F32 = np.float32
+# With integer scales, and with an F16 step for each block: with and without offset, levels evenly spaced or not.
+SCALED = ("q4_K", "q3_K", "iq4_xs")
+PLAIN = ("q4_1", "q4_0", "iq4_nl")
+
+
+@pytest.mark.parametrize("levels", [*{form.levels.tobytes(): form.levels for form in FORMATS.values()}.values()])
+@pytest.mark.parametrize("first", [0, 1])
+def test_nearest_level(levels, first):
+    uniform = bool((np.diff(levels) == 1).all())
+    rng = np.random.default_rng(0)
+    tried = np.concatenate([rng.uniform(levels[0] - 3, levels[-1] + 3, 300), levels, levels + 0.5, [1e9, -1e9]])
+    for x in tried.astype(F32):
+        index = nearest(x, levels, uniform, first)
+        assert first <= index < len(levels)
+        distances = np.abs(levels[first:] - x)
+        assert abs(levels[index] - x) == distances.min()
+
+
+def test_half_is_the_nearest_f16():
+    every = np.arange(1 << 15, dtype=np.uint16)[::7].view(np.float16)
+    every = every[np.isfinite(every)].astype(F32)
+    middles = (every[:-1] + every[1:]) / 2
+    rng = np.random.default_rng(0)
+    tried = np.concatenate([every, middles, np.exp(rng.uniform(-20, 11, 500)).astype(F32), [F32(65519), F32(65503.9)]])
+    for x in tried.astype(F32):
+        wanted = np.clip(F32(x), F32(0), F32(65504)).astype(np.float16)
+        assert half(x) == F32(wanted)
+        assert half(-x) == -F32(wanted)
+    assert half(F32(1e9)) == 65504
+    assert half(F32(-1e9)) == -65504
+
+
+def test_factors_multiply_to_what_they_factor():
+    h = damped(moments(64, 500), 0.03)
+    assert np.diag(h).mean() == pytest.approx(1.03)
+    upper, d = upper_factor(h)
+    assert np.allclose(np.tril(upper, -1), 0)
+    assert np.allclose(np.diag(upper), 1)
+    assert np.allclose(upper @ np.diag(d) @ upper.T, h)
+    factors = factor(moments(64, 500), 32, 0.03, by_importance=True)
+    assert (np.diff(np.diag(h)[factors.order]) <= 0).all()
+    for block in range(2):
+        part = h[32 * block : 32 * block + 32, 32 * block : 32 * block + 32]
+        ut, local = factors.local_ut[block].astype(np.float64), factors.local_d[block].astype(np.float64)
+        assert np.allclose(ut.T @ np.diag(local) @ ut, part, atol=1e-4)
+        assert np.allclose(factors.local_inverse[block] @ part, np.eye(32), atol=1e-3)
+
+
+def test_couplings_split_the_two_sided_loss_by_rows():
+    rng = np.random.default_rng(0)
+    h, outputs = moments(16, 200).astype(np.float64), moments(6, 200, seed=1)
+    delta = rng.normal(size=(6, 16))
+    leading, coupling = (matrix.astype(np.float64) for matrix in couplings(outputs, 0.1))
+    full = damped(outputs, 0.1)
+    _, d = upper_factor(full)
+    total = np.trace(full @ delta @ h @ delta.T)
+    parts = [delta[i] + leading[i, :i] @ delta[:i] for i in range(6)]
+    assert sum(d[i] * part @ h @ part for i, part in enumerate(parts)) == pytest.approx(total, rel=1e-5)
+    # Moving one row, all others as they are.
+    for i in range(6):
+        change = rng.normal(size=16)
+        moved = delta.copy()
+        moved[i] += change
+        seen = coupling[i] @ delta
+        expected = full[i, i] * ((seen + change) @ h @ (seen + change) - seen @ h @ seen)
+        assert np.trace(full @ moved @ h @ moved.T) - total == pytest.approx(expected, rel=1e-4)
+
+
+def gptq(weights, h, steps, offsets, levels, order):
+    """The paper's algorithm (arXiv 2210.17323): errors divided by, and handed on with, Cholesky's factor of H⁻¹."""
+    inverse = np.linalg.cholesky(np.linalg.inv(h[np.ix_(order, order)])).T
+    rest = weights[:, order].astype(np.float64)
+    indices = np.empty(weights.shape, np.int64)
+    for place, column in enumerate(order):
+        scaled = (rest[:, place] - offsets[:, column]) / steps[:, column]
+        indices[:, column] = np.abs(scaled[:, None] - levels).argmin(axis=1)
+        error = rest[:, place] - (levels[indices[:, column]] * steps[:, column] + offsets[:, column])
+        rest[:, place:] -= np.outer(error / inverse[place, place], inverse[place, place:])
+    return indices
+
+
+@pytest.mark.parametrize("by_importance", [False, True])
+@pytest.mark.parametrize("name", ["q4_0", "q4_K", "iq4_nl", "q3_K"])
+def test_feedback_is_gptq_with_the_steps_of_the_type(name, by_importance):
+    rng = np.random.default_rng(5)
+    weights = rng.normal(size=(6, 256)).astype(F32)
+    h = moments(256, 2000)
+    stock = stock_blocks(name, weights, h)
+    data, _, _ = round_scalar(
+        weights, stock, name, h, None,
+        passes=0, scales=False, damping=0.05, output_damping=0.1, by_importance=by_importance,
+    )  # fmt: skip
+    start, blocks = unpack(name, stock, 256), unpack(name, data, 256)
+    assert np.array_equal(start.steps(), blocks.steps())
+    full = damped(h, 0.05)
+    order = np.argsort(-np.diag(full), kind="stable") if by_importance else np.arange(256)
+    sub = start.format.sub
+    steps, offsets = (np.repeat(part.astype(np.float64), sub, axis=1) for part in (start.steps(), start.offsets()))
+    expected = gptq(weights, full, steps, offsets, start.format.levels.astype(np.float64), order)
+    # A tie that float32 decides otherwise would change the rest of its row.
+    same = (expected == blocks.indices).all(axis=1)
+    assert same.sum() >= 5
+
+
+class Row:
+    """One row of a type, and f in float64 by the definition."""
+
+    def __init__(self, name, seed):
+        rng = np.random.default_rng(seed)
+        self.weights = rng.standard_t(4, size=(1, 256)).astype(F32)
+        h = moments(256, 400, seed)
+        self.blocks = unpack(name, stock_blocks(name, self.weights, h), 256)
+        self.form = self.blocks.format
+        self.factors = factor(h, self.form.sub, 0.05)
+        self.sign = F32({"none": 0, "plus": 1, "minus": -1}[self.form.offset])
+        shape = (1, 256 // self.form.sub)
+        self.d = self.blocks.d
+        self.m = np.zeros_like(self.d) if self.blocks.dmin is None else self.blocks.dmin
+        self.scale = np.ones(shape, np.int16) if self.blocks.scale is None else self.blocks.scale
+        self.minimum = np.ones(shape, np.int16) if self.blocks.minimum is None else self.blocks.minimum
+        self.per = self.form.block // self.form.sub
+        self.delta = (self.weights - self.blocks.values())[0]
+        self.slope = np.empty(256, F32)
+        multiply(self.factors.h, self.delta, self.slope)
+
+    def parts(self):
+        step = np.repeat(self.d[0], self.per) * self.scale[0].astype(F32)
+        offset = self.sign * (np.repeat(self.m[0], self.per) * self.minimum[0].astype(F32))
+        return step, offset
+
+    def f(self):
+        step, offset = (np.repeat(part, self.form.sub).astype(np.float64) for part in self.parts())
+        values = self.form.levels[self.blocks.indices[0]].astype(np.float64) * step + offset
+        delta = self.weights[0].astype(np.float64) - values
+        h = self.factors.h.astype(np.float64)
+        # What the kernels carry along is what it should be.
+        assert np.allclose(self.delta, delta, atol=1e-4)
+        assert np.allclose(self.slope, h @ delta, atol=1e-3)
+        return delta @ h @ delta
+
+    def run(self, what):
+        form, factors = self.form, self.factors
+        levels, uniform, indices = form.levels, form.uniform, self.blocks.indices[0]
+        if what == "descend":
+            step, offset = self.parts()
+            return descend(
+                factors.h, step, offset, form.sub, levels, uniform, 0, indices, self.delta, self.slope
+            )  # fmt: skip
+        if what == "refit":
+            return refit(
+                factors.h, self.d[0], self.m[0], self.sign, self.scale[0], self.minimum[0], form.sub, self.per, levels,
+                indices, self.delta, self.slope,
+            )  # fmt: skip
+        local = (factors.h, factors.local_ut, factors.local_d, factors.local_inverse, self.d[0], self.m[0], self.sign)
+        if form.scales is None:
+            tried = np.array([1, 0.95, 1.05, 0.9, 1.1], F32)
+            return refine_plain(
+                *local, tried, form.sub, levels, uniform, 0, indices, self.delta, self.slope
+            )  # fmt: skip
+        limits = np.array([*form.scales, *(form.minimums or (1, 1))], np.int64)
+        return refine_scaled(
+            *local, self.scale[0], self.minimum[0], limits, form.sub, self.per, levels, uniform, 0, indices,
+            self.delta, self.slope,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALED + PLAIN)
+def test_no_step_ever_raises_the_loss(name):
+    changed = dict.fromkeys(("descend", "refine", "refit"), 0)
+    for seed in range(3):
+        row = Row(name, seed)
+        f = row.f()
+        for what in ("descend", "refine", "refit", "descend", "refit", "refine"):
+            count = row.run(what)
+            now = row.f()
+            assert now <= f * (1 + 1e-6), what
+            assert count == 0 or now < f
+            changed[what] += count
+            f = now
+        limits = row.form.scales
+        assert limits is None or (row.scale.min() >= limits[0] and row.scale.max() <= limits[1])
+        assert np.array_equal(row.d, row.d.astype(np.float16).astype(F32))
+        assert np.array_equal(row.m, row.m.astype(np.float16).astype(F32))
+    assert all(changed.values()), changed
+
+
+def test_descent_ends_where_no_single_index_helps():
+    row = Row("q4_K", 7)
+    while row.run("descend"):
+        pass
+    f = row.f()
+    for column in range(0, 256, 5):
+        index = row.blocks.indices[0, column]
+        step = np.repeat(row.parts()[0], 32).astype(np.float64)[column]
+        for other in range(16):
+            change = (row.form.levels[other] - row.form.levels[index]) * step
+            delta = row.delta.astype(np.float64).copy()
+            delta[column] -= change
+            assert delta @ row.factors.h.astype(np.float64) @ delta >= f * (1 - 1e-5)
+
+
+def test_against_the_true_optimum_of_small_problems():
+    """Four columns and eight levels: all 4,096 choices are tried."""
+    levels = np.arange(-4, 4, dtype=F32)
+    choices = np.array(list(itertools.product(range(8), repeat=4)))
+    step, offset = np.ones(1, F32), np.zeros(1, F32)
+    ratios = {"nearest": [], "feedback": [], "descent": []}
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        target = rng.uniform(-3.5, 2.5, 4).astype(F32)
+        x = rng.normal(size=(30, 4)) + 1.5 * rng.normal(size=(30, 1))
+        factors = factor((x.T @ x / 30).astype(F32), 4, 0.01)
+        h = factors.h.astype(np.float64)
+
+        def cost(indices, target=target, h=h):
+            delta = target - levels[indices]
+            return np.einsum("...i,ij,...j->...", delta, h, delta)
+
+        best = cost(choices).min()
+        indices, delta, slope = np.zeros(4, np.uint8), np.empty(4, F32), np.empty(4, F32)
+        feedback(target, factors.ut, factors.order, step, offset, 4, levels, True, 0, indices, delta)
+        ratios["nearest"].append(cost(np.abs(target[:, None] - levels).argmin(axis=1)) / best)
+        ratios["feedback"].append(cost(indices) / best)
+        multiply(factors.h, delta, slope)
+        while descend(factors.h, step, offset, 4, levels, True, 0, indices, delta, slope):
+            pass
+        ratios["descent"].append(cost(indices) / best)
+    means = {name: float(np.mean(values)) for name, values in ratios.items()}
+    assert min(map(min, ratios.values())) >= 1 - 1e-6
+    assert 1 <= means["descent"] <= means["feedback"] < means["nearest"]
+    assert means["descent"] < 1.35
+    # Often the optimum itself.
+    assert np.mean(np.array(ratios["descent"]) < 1 + 1e-6) > 0.5

@@ -1,0 +1,209 @@
+"""Rounding of whole tensors: what must hold for any weights and any second moments, however odd."""
+
+import numpy as np
+import pytest
+from rounding_cases import moments, stock_blocks
+
+from bitladder.engine.native import ggml
+from bitladder.engine.types import dequantize_into, type_by_name
+from bitladder.errors import BitladderError
+from bitladder.rounding import RoundingOptions, round_tensor
+from bitladder.rounding.formats import FORMATS
+from bitladder.rounding.vectorformats import VECTOR_FORMATS
+
+F32 = np.float32
+# One of each kind: scales and minimums, levels unevenly spaced, an F16 step per block, points of a grid.
+KINDS = ("q4_K", "iq4_xs", "q5_1", "iq3_s")
+WIDTH = 256
+
+
+def expand(name, data, width=WIDTH):
+    out = np.empty((len(data), width), F32)
+    dequantize_into(np.ascontiguousarray(data), type_by_name(name), out)
+    return out
+
+
+def loss(delta, h, outputs=None):
+    """tr(O Δ H Δᵀ) in float64."""
+    delta = delta.astype(np.float64)
+    left = delta if outputs is None else outputs.astype(np.float64) @ delta
+    return float(np.vdot(left @ h.astype(np.float64), delta))
+
+
+def checked(name, weights, h, outputs=None, **options):
+    """Round, and hold the result against the library: bytes that it accepts, and losses that are as they are said."""
+    with np.errstate(all="ignore"):
+        stock = stock_blocks(name, weights, np.diag(np.maximum(np.diag(h), 1e-3)))
+    rounded = round_tensor(weights, stock, name, h, RoundingOptions(**options), outputs)
+    assert rounded.data.shape == stock.shape
+    assert rounded.data.dtype == np.uint8
+    data = np.ascontiguousarray(rounded.data)
+    assert ggml.ggml_validate_row_data(type_by_name(name).id, data.ctypes.data, data.size)
+    values = expand(name, data, weights.shape[1])
+    assert np.isfinite(values).all()
+    assert rounded.after <= rounded.before
+    scale = loss(np.abs(weights) + np.abs(values), np.abs(h), None if outputs is None else np.abs(outputs))
+    before, after = (
+        loss(weights - expand(name, stock, weights.shape[1]), h, outputs),
+        loss(weights - values, h, outputs),
+    )
+    assert rounded.before == pytest.approx(before, rel=1e-3, abs=1e-6 * scale)
+    assert rounded.after == pytest.approx(after, rel=1e-3, abs=1e-6 * scale)
+    return rounded, stock
+
+
+def ordinary(rows=3, seed=0, width=WIDTH):
+    return np.random.default_rng(seed).standard_t(5, size=(rows, width)).astype(F32) * F32(0.05)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *VECTOR_FORMATS])
+def test_every_type_gains_and_loads(name):
+    rounded, stock = checked(name, ordinary(2), moments(WIDTH, 2000), passes=1)
+    assert rounded.after < 0.95 * rounded.before
+    assert not np.array_equal(rounded.data, stock)
+
+
+def few_tokens(count):
+    x = np.random.default_rng(9).normal(size=(count, WIDTH))
+    return (x.T @ x / count).astype(F32)
+
+
+def dead_channels():
+    h = moments(WIDTH, 500)
+    h[40:120] = 0
+    h[:, 40:120] = 0
+    return h
+
+
+def one_channel():
+    h = np.zeros((WIDTH, WIDTH), F32)
+    h[77, 77] = 3
+    return h
+
+
+# What H can be when a text is short, an expert was seen once, or channels are dead or enormous.
+ODD = {
+    "one token": lambda: few_tokens(1),
+    "two tokens": lambda: few_tokens(2),
+    "fewer tokens than channels": lambda: few_tokens(100),
+    "dead channels": dead_channels,
+    "one channel": one_channel,
+    "a huge channel": lambda: np.diag(np.where(np.arange(WIDTH) == 5, 1e12, 1e-3)).astype(F32),
+    "tiny": lambda: moments(WIDTH, 500) * F32(1e-30),
+    "large": lambda: moments(WIDTH, 500) * F32(1e20),
+    "all alike": lambda: np.ones((WIDTH, WIDTH), F32),
+    "not quite symmetric": lambda: np.triu(moments(WIDTH, 500)) + np.tril(moments(WIDTH, 500) * F32(1.001), -1),
+    "slightly negative": lambda: few_tokens(3) - F32(1e-4) * np.eye(WIDTH, dtype=F32),
+}
+
+
+@pytest.mark.parametrize("damping", [0.1, 0.0])
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_second_moments_do_not_diverge(odd, name, damping):
+    weights = ordinary()
+    rounded, stock = checked(name, weights, ODD[odd](), passes=1, damping=damping, shrinkage=damping)
+    # Whatever H leaves free, weights stay weights.
+    ours, theirs = (np.abs(expand(name, data)).max() for data in (rounded.data, stock))
+    assert ours <= 4 * theirs
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_without_second_moments_the_library_stands(name):
+    rounded, stock = checked(name, ordinary(), np.zeros((WIDTH, WIDTH), F32), passes=1)
+    assert np.array_equal(rounded.data, stock)
+    assert (rounded.before, rounded.after) == (0, 0)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "q2_K", "q3_K", "q6_K", "q8_0", "iq3_xxs", "iq2_s"])
+def test_odd_weights(name):
+    weights = ordinary(6)
+    weights[0] = 0
+    weights[1] = 0.125
+    weights[2] = -0.125
+    weights[3, :128] = 0
+    weights[4] *= F32(1e-7)
+    weights[5, ::16] *= 1000
+    rounded, _ = checked(name, weights, moments(WIDTH, 300), passes=1)
+    assert not expand(name, rounded.data)[0].any()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_do_not_depend_on_each_other_without_output_moments(name):
+    weights, h = ordinary(4), moments(WIDTH, 300)
+    together, _ = checked(name, weights, h, passes=1)
+    for row in range(4):
+        alone, _ = checked(name, weights[row : row + 1], h, passes=1)
+        assert np.array_equal(alone.data[0], together.data[row])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_output_moments_lower_what_they_weigh(name):
+    weights, h = ordinary(6, 3), moments(WIDTH, 400)
+    outputs = moments(6, 300, seed=4, spread=0.5)
+    options = {"passes": 1, "damping": 0.02, "shrinkage": 0.0}
+    two, _ = checked(name, weights, h, outputs, **options)
+    one, _ = checked(name, weights, h, **options)
+    assert two.after < loss(weights - expand(name, one.data), h, outputs)
+    stock = stock_blocks(name, weights, h)
+    off, without = (
+        round_tensor(weights, stock, name, h, RoundingOptions(two_sided=two_sided, **options), moment).data
+        for two_sided, moment in ((False, outputs), (True, None))
+    )
+    assert np.array_equal(off, without)
+
+
+def test_methods_build_on_each_other():
+    weights, h = ordinary(4, 5), moments(WIDTH, 3000)
+    for name in KINDS:
+        results = {
+            method: checked(name, weights, h, method=method, damping=0.01, shrinkage=0.0)[0].after
+            for method in ("feedback", "descent", "best")
+        }
+        assert results["descent"] < results["feedback"], name
+        assert results["best"] < results["descent"], name
+
+
+def test_q8_0_never_holds_minus_128():
+    """Weights at the very end of the range, in columns whose errors add up, ask for more than −127 again and again."""
+    rng = np.random.default_rng(0)
+    weights = np.where(rng.random((16, WIDTH)) < 0.5, -1, rng.uniform(-1, 0.99, (16, WIDTH))).astype(F32)
+    h = (np.ones((WIDTH, WIDTH)) + 0.1 * np.eye(WIDTH)).astype(F32)
+    for method in ("feedback", "descent", "best"):
+        rounded, _ = checked("q8_0", weights, h, method=method, damping=0.01, shrinkage=0.0)
+        assert (rounded.data.reshape(-1, 34)[:, 2:] == 0x81).any()
+        assert not (rounded.data.reshape(-1, 34)[:, 2:] == 0x80).any()
+
+
+def test_same_bytes_twice_and_inputs_untouched():
+    weights, h, outputs = ordinary(3), moments(WIDTH, 300), moments(3, 50)
+    for name in KINDS:
+        stock = stock_blocks(name, weights, h)
+        copies = [part.copy() for part in (weights, stock, h, outputs)]
+        first, second = (round_tensor(weights, stock, name, h, RoundingOptions(passes=1), outputs) for _ in range(2))
+        assert np.array_equal(first.data, second.data)
+        assert all(np.array_equal(*pair) for pair in zip((weights, stock, h, outputs), copies, strict=True))
+
+
+def test_what_cannot_be_rounded_is_said():
+    weights, h = ordinary(2), moments(WIDTH, 300)
+    for name in KINDS:
+        stock = stock_blocks(name, weights, h)
+        for bad in (np.nan, np.inf):
+            broken = h.copy()
+            broken[3, 4] = bad
+            with pytest.raises(BitladderError, match="not finite"):
+                round_tensor(weights, stock, name, broken, RoundingOptions())
+            with pytest.raises(BitladderError, match="not finite"):
+                round_tensor(weights, stock, name, h, RoundingOptions(), np.full((2, 2), bad, F32))
+        with pytest.raises(BitladderError, match="do not fit"):
+            round_tensor(weights, stock, name, h[:, :-1], RoundingOptions())
+        with pytest.raises(BitladderError, match="do not fit"):
+            round_tensor(weights, stock, name, h, RoundingOptions(), np.eye(3, dtype=F32))
+
+
+def test_stock_and_other_types_stay():
+    weights, h = ordinary(2), moments(WIDTH, 300)
+    for name, method in (("q4_K", "stock"), ("iq3_s", "stock"), ("tq1_0", "best")):
+        stock = stock_blocks(name, weights, h)
+        assert round_tensor(weights, stock, name, h, RoundingOptions(method=method)).data is stock
