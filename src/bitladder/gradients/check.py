@@ -1,7 +1,10 @@
 """Is the torch forward pass the library's? Asked before any gradient is used."""
 
+import contextlib
 import dataclasses
 import os
+import pathlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,6 +12,9 @@ from bitladder.engine.context import Context
 from bitladder.engine.model import Model, Tokens
 from bitladder.errors import BitladderError
 from bitladder.gradients.needs import require_torch, torch_threads
+
+if TYPE_CHECKING:
+    from bitladder.gradients.model import TorchModel
 
 # Of the logits' range. The library rounds the inputs of F16 matrices, and its cache, to F16: on real models that leaves
 # 0.0006 at most. A rope of the wrong kind, or a norm left out, leaves more than 0.1.
@@ -30,11 +36,17 @@ class Agreement:
 
 
 def check(
-    path: str | os.PathLike[str], tokens: Tokens, *, tolerance: float = TOLERANCE, threads: int | None = None
+    path: str | os.PathLike[str],
+    tokens: Tokens,
+    *,
+    tolerance: float = TOLERANCE,
+    threads: int | None = None,
+    ours: "TorchModel | None" = None,
 ) -> Agreement:
     """Compare the logits of one sequence, int32 [length], with the library's at every position.
 
-    Raises BitladderError if they differ somewhere by more than `tolerance` × the range of the logits there.
+    `ours` is the file's torch model if it is open already. Raises BitladderError if they differ somewhere by more than
+    `tolerance` × the range of the logits there.
     """
     require_torch()
     from bitladder.gradients.model import TorchModel
@@ -46,8 +58,9 @@ def check(
     ):
         context.decode(tokens, np.arange(length, dtype=np.int32), np.zeros(length, np.int32), np.ones(length, np.bool_))
         expected = context.logits().copy()
-    with torch_threads(threads), TorchModel(path, threads=threads) as ours:
-        logits = ours.logits(tokens)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch_threads(threads))
+        logits = (ours or stack.enter_context(TorchModel(path, threads=threads))).logits(tokens)
     spread = expected.max(axis=1) - expected.min(axis=1)
     difference = np.abs(logits - expected) / np.maximum(spread, np.finfo(np.float32).tiny)[:, None]
     agreement = Agreement(
@@ -58,7 +71,7 @@ def check(
     )
     if not agreement.largest <= tolerance:
         raise BitladderError(
-            f"{ours.path.name}: torch's logits differ from llama.cpp's by {agreement.largest:.3g} of their range "
-            f"(tolerance {tolerance:g}); gradients of this model cannot be trusted"
+            f"{pathlib.Path(path).name}: torch's logits differ from llama.cpp's by {agreement.largest:.3g} of their "
+            f"range (tolerance {tolerance:g}); gradients of this model cannot be trusted"
         )
     return agreement

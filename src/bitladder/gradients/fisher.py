@@ -66,9 +66,9 @@ def fisher_costs(
     require_torch()
     from bitladder.gradients.model import TorchModel
 
-    check(path, chunks[0, :CHECKED_TOKENS], threads=threads)
     found: dict[str, dict[str, FisherCost]] = {}
     with torch_threads(threads), TorchModel(path, memory=memory, threads=threads) as model:
+        check(path, chunks[0, :CHECKED_TOKENS], threads=threads, ours=model)
         groups: list[list[str]] = []
         room = 0
         for name in choose(model, candidates):

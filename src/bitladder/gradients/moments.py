@@ -72,8 +72,8 @@ def weighted_moments(
     require_torch()
     from bitladder.gradients.model import TorchModel
 
-    check(path, chunks[0, :CHECKED_TOKENS], threads=threads)
     with torch_threads(threads), TorchModel(path, memory=memory, threads=threads) as model:
+        check(path, chunks[0, :CHECKED_TOKENS], threads=threads, ours=model)
         wanted = choose(model, names)
         groups = _groups(model, wanted, outputs, memory)
         with progress.task("gradients", len(groups) * len(chunks)) as bar:
