@@ -270,6 +270,13 @@ def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_d
     ]
     gained = {row[0]: row[-1] for row in table(card, "Quality")}
     assert gained["Q4_K_M"] == "−0.01230 ± 0.00040"
+    assert "as if both had been measured" not in card
+    rewrite(run_dir, "Q4_K_M", paired=None)
+    rewrite(run_dir, "Q4_K_M.naive", kld=figure(0.03, 0.0005))
+    unpaired = {row[0]: row[-1] for row in table(render_card(run_dir), "Quality")}
+    value, error = map(float, unpaired["Q4_K_M"].replace("−", "-").split(" ± "))
+    assert (value, error) == (pytest.approx(0.02345 - 0.03), pytest.approx((0.00034**2 + 0.0005**2) ** 0.5, rel=0.02))
+    assert "as if both had been measured" in render_card(run_dir)
     assert {gained[name] for name in gained if name != "Q4_K_M"} == {"–"}
     assert "◇ the preset by itself" in card and "† made by somebody else (someone/X-GGUF)" in card
     assert "Compared with: `someone/X-GGUF`" in card

@@ -49,11 +49,16 @@ def independent(figure: Callable[[Scores], Figure | None]) -> Difference:
 
 def kld(this: Scores, other: Scores) -> Figure | None:
     """Difference of KLDs, nats per token; of a pair that was compared token by token, with that ±."""
+    return paired_kld(this, other) or independent(lambda scores: scores.kld)(this, other)
+
+
+def paired_kld(this: Scores, other: Scores) -> Figure | None:
+    """Difference of KLDs over the same tokens; None if the two were not compared so."""
     if this.paired and this.paired.sha256 == other.sha256 and this.paired.kld:
         return this.paired.kld
     if other.paired and other.paired.sha256 == this.sha256 and other.paired.kld:
         return Figure(value=-other.paired.kld.value, error=other.paired.kld.error)
-    return independent(lambda scores: scores.kld)(this, other)
+    return None
 
 
 def perplexity(this: Scores, other: Scores) -> Figure | None:

@@ -76,6 +76,7 @@ def facts(run: Run) -> dict[str, Any]:
         "generation": GENERATION if any(one.scores.speed(GENERATION) for one in run.rungs) else None,
         "sizes": tables.sizes(run),
         "quality": tables.quality(run),
+        "all_paired": tables.all_paired(run),
         "doubts": {tables.label(one): one.scores.doubts for one in run.others if one.scores.doubts},
         "tasks": tasks,
         "task_scores": {name: score for one in reversed(scored) for name, score in one.tasks.items()},

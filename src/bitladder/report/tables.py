@@ -52,7 +52,7 @@ def label(model: Measured) -> str:
 
 
 def quality(run: Run) -> Table:
-    """PPL, ρPPL, KLD, RMS Δp and same top token, the full precision first; with pairs also the gain over the preset."""
+    """PPL, ρPPL, KLD, RMS Δp and same top token, the full precision first; with presets the gain over them."""
     columns = [
         _figures(run, "PPL", lambda s: s.ppl, best.perplexity),
         _plain(run, "ρPPL", lambda s: s.rho_ppl, percent),
@@ -60,8 +60,8 @@ def quality(run: Run) -> Table:
         _figures(run, "RMS Δp", _rms, best.independent(_rms), scale=100),
         _figures(run, "Same top token", _same, best.independent(_same), higher=True, scale=100),
     ]
-    if any(one.scores.paired and one.scores.paired.kld for one in run.rungs):
-        columns.append(_paired(run))
+    if run.naive:
+        columns.append(_gained(run))
     return _table(run, columns)
 
 
@@ -156,15 +156,19 @@ def _plain(run: Run, head: str, value: Callable[[Scores], float | None], text: C
     return head, [Cell(DASH) if one is None else Cell(text(one), one) for one in found]
 
 
-def _paired(run: Run) -> _Column:
+def _gained(run: Run) -> _Column:
+    """What a rung's KLD is above or below its preset's."""
     cells = []
     for one in [run.base, *run.quants]:
-        paired = one.scores.paired if one.role == "rung" else None
-        naive = run.naive.get(one.label)
-        same = paired is not None and naive is not None and paired.sha256 == naive.scores.sha256
-        figure = paired.kld if paired and same else None
+        naive = run.naive.get(one.label) if one.role == "rung" else None
+        figure = best.kld(one.scores, naive.scores) if naive else None
         cells.append(Cell(signed(figure), figure.value) if figure else Cell(DASH))
     return "KLD − preset's", cells
+
+
+def all_paired(run: Run) -> bool:
+    """Whether every rung was compared with its preset token by token."""
+    return all(best.paired_kld(one.scores, run.naive[one.label].scores) for one in run.rungs if one.label in run.naive)
 
 
 def signed(figure: Figure) -> str:
