@@ -96,6 +96,19 @@ def test_the_law_finds_an_exponent():
         assert law.kld[name]["q8_0"] == pytest.approx(100 * errors[name]["q8_0"] ** 1.4, rel=0.05)
 
 
+def test_types_with_minimums_do_not_bend_the_law():
+    errors = {f"t{i}": {one: 4.0**-bpw * (1 + i) for one, bpw in TYPES.items()} for i in range(4)}
+    family = {one: 5.0 if one in ("q4_K", "q5_K") else 1.0 for one in TYPES}
+    measured = [one for one in TYPES if one != "q8_0"]
+    groups = {("t", one): sum(errors[n][one] * family[one] for n in errors) for one in measured}
+    law = fit(errors, dict.fromkeys(errors, "t"), [Probe({n: "iq3_s"}, errors[n]["iq3_s"]) for n in errors], groups)
+    assert law.exponent["t"] == pytest.approx(1, abs=0.02)
+    for name, menu in law.kld.items():
+        # What was not measured follows those that are like it.
+        assert menu["q8_0"] == pytest.approx(errors[name]["q8_0"], rel=0.05)
+        assert menu["q4_K"] == pytest.approx(5 * errors[name]["q4_K"], rel=0.05)
+
+
 def test_a_group_is_shared_out_by_error():
     errors = {"a": {"q4_K": 1.0, "q8_0": 0.01}, "b": {"q4_K": 3.0, "q8_0": 0.03}}
     law = fit(errors, {"a": "k", "b": "k"}, [Probe({"a": "q4_K", "b": "q4_K"}, 0.8)], {})

@@ -7,7 +7,9 @@ misses there: errors that are coherent (types with minimums) or that meet within
     kld[t, T] = probe[t] · (e[t, T] / e[t, P])^p · factor[kind, T],
     factor[kind, T] = measured[kind, T] / Σ_t probe[t] · (e[t, T] / e[t, P])^p.
 
-A type at which a kind was not measured takes its factor from the nearest types that were, on the scale of ln e.
+Types with minimums are a family of their own: the same squared error costs more or less there than elsewhere, but
+within a family it follows the power law. So p is fitted with an offset for each family, and a type at which a kind was
+not measured takes its factor from its own family's nearest types, on the scale of ln e.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ import numpy as np
 Errors = Mapping[str, Mapping[str, float]]  # tensor → type → error
 FLOOR = 1e-8  # nats; below this a swap cannot be told from rounding
 RANGE = (0.5, 2.0)  # in which an exponent is believed
+WITH_MINIMUM = {"q4_1", "q5_1", "q2_K", "q4_K", "q5_K"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,7 @@ def fit(errors: Errors, kinds: Mapping[str, str], probes: list[Probe], groups: M
     for kind in dict.fromkeys(kinds.values()):
         names = [name for name in kinds if kinds[name] == kind]
         known = {one: kld for (of, one), kld in groups.items() if of == kind}
-        exponents[kind] = p = _exponent([sum(errors[n][one] for n in names) for one in known], list(known.values()))
+        exponents[kind] = p = _exponent({one: sum(errors[n][one] for n in names) for one in known}, known)
         base = {name: _law(errors[name], share[name], at[name], p) for name in names}
         measured = {}
         for one, kld in known.items():
@@ -84,22 +87,26 @@ def _law(errors: Mapping[str, float], share: float, at: str, p: float) -> dict[s
     return {kind: share * (error / scale) ** p if scale > 0 else 0.0 for kind, error in errors.items()}
 
 
-def _exponent(errors: list[float], klds: list[float]) -> float:
-    """The slope of ln KLD over ln error, pulled towards 1 where few or close types were measured."""
-    points = [(math.log(e), math.log(max(k, FLOOR))) for e, k in zip(errors, klds, strict=True) if e > 0]
-    if len(points) < 2:
-        return 1.0
-    x, y = (np.array(column) for column in zip(*points, strict=True))
-    x, y = x - x.mean(), y - y.mean()
-    prior = 1.0  # a slope of 1, worth two types at a distance of e
-    return float(np.clip((x @ y + prior) / (x @ x + prior), *RANGE))
+def _exponent(errors: Mapping[str, float], klds: Mapping[str, float]) -> float:
+    """The slope of ln KLD over ln error within families, pulled towards 1 where few or close types were measured."""
+    over = under = 1.0  # a slope of 1, worth two types at a distance of e
+    for family in (True, False):
+        kinds = [one for one in klds if errors[one] > 0 and (one in WITH_MINIMUM) == family]
+        x = np.array([math.log(errors[one]) for one in kinds])
+        y = np.array([math.log(max(klds[one], FLOOR)) for one in kinds])
+        if len(kinds) > 1:
+            over += float((x - x.mean()) @ (y - y.mean()))
+            under += float((x - x.mean()) @ (x - x.mean()))
+    return float(np.clip(over / under, *RANGE))
 
 
 def _factor(kind: str, errors: Mapping[str, float], measured: Mapping[str, float]) -> float:
-    """A type's factor, or one interpolated between its neighbours in ln e."""
+    """A type's factor, or one interpolated in ln e between its neighbours in its family (in all, if it has none)."""
     if kind in measured:
         return measured[kind]
-    points = sorted((math.log(errors[one]), math.log(factor)) for one, factor in measured.items() if errors.get(one))
+    known = {one: factor for one, factor in measured.items() if errors.get(one)}
+    family = {one: factor for one, factor in known.items() if (one in WITH_MINIMUM) == (kind in WITH_MINIMUM)}
+    points = sorted((math.log(errors[one]), math.log(factor)) for one, factor in (family or known).items())
     if not points or errors[kind] <= 0:
         return 1.0
     x, y = zip(*points, strict=True)
