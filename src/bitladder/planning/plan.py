@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 import time
 from collections.abc import Mapping
 from typing import Literal
@@ -97,7 +98,7 @@ class Planner:
             subject.importance,
             rounding=options.rounding,
             folder=self.work / "rendered",
-            max_bytes=options.cache_bytes,
+            max_bytes=min(options.cache_bytes, shutil.disk_usage(subject.path.parent).free // 2),
             threads=options.settings.threads,
         )
         self._limits = limits_of(subject, options.constraints)
