@@ -145,20 +145,20 @@ class SequentialModel(Closing):
         entries = make_entries(wanted, self._weights, *self._chunks.shape)
         parts = [Part(entry, 0, entry.input.matrices) for entry in entries]
         plain = MomentCollector(parts)
-        observer = plain
         pair = None
         if self._exact:
-            pair = observer = _Pair(plain, entries, self._exact, self._chunks, self._n_ubatch, self._threads)
+            pair = _Pair(plain, entries, self._exact, self._chunks, self._n_ubatch, self._threads)
         what = names[0].removesuffix(".weight") + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         try:
             with self._progress.task(f"moments of {what}", len(self._chunks)) as bar:
-                layout = {"n_ubatch": self._n_ubatch, "threads": self._threads}
-                for _ in decode_chunks(self._model, self._chunks, observer, **layout):
+                for _ in decode_chunks(
+                    self._model, self._chunks, pair or plain, n_ubatch=self._n_ubatch, threads=self._threads
+                ):
                     bar.advance()
         finally:
             if pair:
                 pair.close()
-        found = {}
+        found: dict[str, ShiftedMoment] = {}
         for adding in plain.adding:
             entry = adding.part.entry
             inputs = np.stack([unpack_triangle(packed) for packed in adding.packed()])
