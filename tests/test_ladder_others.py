@@ -15,10 +15,24 @@ from bitladder.ladder import others as module
 from bitladder.ladder.manifest import load_manifest
 from bitladder.ladder.others import find_others
 from bitladder.ladder.plan import command_line
+from bitladder.ladder.source import locate
 from bitladder.quantize import RUNGS
 from bitladder.report.rundir import read_run
 
 REPO = "someone/Tiny-GGUF"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that this process talks to instead of huggingface.co."""
+    from huggingface_hub import constants
+
+    with fake_hub.serving() as server:
+        files = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
 
 
 @pytest.fixture
@@ -31,22 +45,15 @@ def options(small_run, tiny_checkpoint, tmp_path):
     )  # fmt: skip
 
 
-def test_measured_like_the_rungs_and_only_once(options, small_run, monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
+def test_measured_like_the_rungs_and_only_once(options, small_run, hub):
     ours = small_run / "Tiny-Olmo2-8.9M-Q8_0.gguf"
-    with fake_hub.serving() as hub:
-        files = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        hub.add(REPO, {"theirs-Q8_0.gguf": ours.read_bytes()})
-        told = []
-        asked = options.model_copy(update={"compare": (f"{REPO}:Q8_0",)})
-        result = run(asked, watch=told.append)
-        assert hub.downloads == ["theirs-Q8_0.gguf"]
-        assert run(asked).made == ()  # complete, and not fetched again
-        assert hub.downloads == ["theirs-Q8_0.gguf"]
+    hub.add(REPO, {"theirs-Q8_0.gguf": ours.read_bytes()})
+    told = []
+    asked = options.model_copy(update={"compare": (f"{REPO}:Q8_0",)})
+    result = run(asked, watch=told.append)
+    assert hub.downloads == ["theirs-Q8_0.gguf"]
+    assert run(asked).made == ()  # complete, and not fetched again
+    assert hub.downloads == ["theirs-Q8_0.gguf"]
     name = "someone_theirs-Q8_0"
     assert result.made == (f"measure {name}", f"score {name}")
     assert result.labels == ("base", "Q4_K_M", "Q8_0", name)
@@ -106,3 +113,12 @@ def test_every_file_has_a_name_of_its_own(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fetch", lambda spec, option: files[spec])
     found = find_others([*files, "3", "2"], ("base", "Q4_K_M", "Q8_0"))
     assert [one.name for one in found] == ["base-2", "Q4_K_M-2", "a-b", "me_a-b", "x", "me_a-b-2", "a-b-2"]
+
+
+def test_the_model_itself_may_be_a_gguf_of_the_hub(small_run, hub):
+    full = (small_run / "Tiny-Olmo2-8.9M-BF16.gguf").read_bytes()
+    hub.add(REPO, {"model-Q8_0.gguf": b"GGUF", "model-BF16.gguf": full})
+    source = locate(f"{REPO}:BF16")
+    assert source.is_gguf and source.name == "model-BF16.gguf"
+    assert source.path.read_bytes() == full
+    assert hub.downloads == ["model-BF16.gguf"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 
-from bitladder import convert
+from bitladder import convert, hub
 from bitladder.convert.hub import hub_id
 from bitladder.errors import BitladderError
 from bitladder.ladder.store import Store
@@ -56,11 +56,14 @@ class Source:
 
 
 def locate(model: str) -> Source:
-    """Find MODEL: a GGUF file, a checkpoint's directory, or a repository of the hub, which is downloaded.
+    """Find MODEL: a GGUF file, a checkpoint's directory, or a repository or a GGUF of the hub, which is downloaded.
 
     Raises BitladderError if it is none of these.
     """
     path = pathlib.Path(model)
+    name = hub.parse(model)
+    if name is not None and (name.quant or name.file) and not path.exists():
+        path = hub.fetch(model, "MODEL").path
     if path.is_file():
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
