@@ -47,6 +47,20 @@ from bitladder.cli.output import Output, common_options
     show_default=True,
     help="Types for the least KLD in the preset's bytes, for the fewest bytes at its KLD, or the preset's own.",
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(["stock", "feedback", "descent", "best"]),
+    default="best",
+    show_default=True,
+    help="How blocks are chosen: the library's kernels (stock), or for their layers' outputs.",
+)
+@click.option(
+    "--moments-chunks",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Chunks of each calibration text for the second moments that rounding needs.",
+)
 @click.option("--tasks", help="Benchmarks to score with, as for eval: NAME:FILE,… or continuation:TEXT.")
 @click.option("--task-count", type=click.IntRange(1), help="Questions of each task, drawn.  [default: all]")
 @click.option(
@@ -94,6 +108,8 @@ def command(
     imatrix_chunks: int | None,
     n_ctx: int,
     mode: Literal["quality", "size", "naive"],
+    rounding: Literal["stock", "feedback", "descent", "best"],
+    moments_chunks: int,
     tasks: str | None,
     task_count: int | None,
     compare: tuple[str, ...],
@@ -126,6 +142,8 @@ def command(
         imatrix_chunks=imatrix_chunks,
         n_ctx=n_ctx,
         mode=mode,
+        rounding=rounding,
+        moments_chunks=moments_chunks,
         tasks=tasks,
         task_count=task_count,
         compare=compare,

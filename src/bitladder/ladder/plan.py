@@ -11,7 +11,18 @@ from bitladder.calibrate.texts import BUILTIN
 from bitladder.errors import UsageError
 
 Kind = Literal[
-    "convert", "base", "imatrix", "price", "plan", "candidates", "quantize", "measure", "naive", "bench", "score"
+    "convert",
+    "base",
+    "imatrix",
+    "moments",
+    "price",
+    "plan",
+    "candidates",
+    "quantize",
+    "measure",
+    "naive",
+    "bench",
+    "score",
 ]
 Mode = Literal["quality", "size", "naive"]
 
@@ -20,6 +31,7 @@ CODE: dict[Kind, int] = {
     "convert": 1,
     "base": 1,
     "imatrix": 1,
+    "moments": 1,
     "price": 1,
     "plan": 1,
     "candidates": 1,
@@ -38,6 +50,10 @@ FULL_PRECISION = ("ALL_F32", "F16", "BF16")
 CALIBRATION = ("pydoc:calibration",)
 TEXT = "pydoc:test"
 MODE: Mode = "quality"  # of the command line
+Rounding = Literal["stock", "feedback", "descent", "best"]
+ROUNDING: Rounding = "best"  # of the command line
+# Chunks of each calibration text, from all over it, on which second moments are collected.
+MOMENTS_CHUNKS = 64
 
 
 class RunOptions(pydantic.BaseModel, frozen=True):
@@ -48,7 +64,8 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     `imatrix_chunks` (of each calibration text) are of `n_ctx` tokens; None is all there are. `model_id` is the hub id
     of the model for the card, where it cannot be known from `model`; `datasets` are those of the calibration text, for
     the card too. `tasks` are specs as `evaluate.tasks.parse_specs` reads them, answered with a context of TASK_CTX
-    tokens; `task_count` questions of each (None: all). `bench` asks for tokens per second.
+    tokens; `task_count` questions of each (None: all). `bench` asks for tokens per second. `rounding` is how blocks are
+    chosen; but for "stock" that needs second moments, of `moments_chunks` chunks of each calibration text.
     `compare` names GGUF files of somebody else, or hub ids of some (`hub.fetch`).
     """
 
@@ -65,6 +82,8 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     bench: bool = True
     compare: tuple[str, ...] = ()
     mode: Mode = "naive"
+    rounding: Rounding = "stock"
+    moments_chunks: int = pydantic.Field(MOMENTS_CHUNKS, ge=1)
     outtype: str = "auto"
     threads: int | None = pydantic.Field(None, ge=1)
     gpu_layers: int = 0
@@ -125,13 +144,25 @@ def plan(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
         Step(name="measure base", kind="measure", needs=("convert", "base", "text", *asked), options=scored),
         Step(name="imatrix", kind="imatrix", needs=("convert", "calibration"), options=calibrated),
     ]
-    planned = options.mode != "naive"
+    planned, rounded = options.mode != "naive", options.rounding != "stock"
+    chosen: dict[str, Any] = {"rounding": options.rounding} if rounded else {}
+    by_moments = ("moments",) if rounded else ()
+    if rounded:
+        taken = {"n_ctx": options.n_ctx, "chunks": options.moments_chunks, **device}
+        steps.append(Step(name="moments", kind="moments", needs=("convert", "calibration"), options=taken))
     if planned:
-        steps += _planning(options, device, scored, asked)
+        steps += _planning(options, {**device, **chosen}, by_moments)
+    if planned or rounded:
+        read = ("convert", "imatrix", "base", "text", *asked)
+        for rung in options.rungs:
+            how = {"preset": rung, **scored}
+            steps.append(Step(name=f"naive {rung}", kind="naive", rung=rung, needs=read, options=how))
     quants = []
     for rung in options.rungs:
-        types: dict[str, Any] = {"preset": rung}
-        made_of: tuple[str, ...] = ("convert", "imatrix")
+        types: dict[str, Any] = {"preset": rung, **chosen}
+        made_of: tuple[str, ...] = ("convert", "imatrix", *by_moments)
+        if rounded:  # its blocks are tried on a part of that text
+            made_of = (*made_of, "calibration")
         if planned:
             types, made_of = types | {"mode": options.mode}, (*made_of, f"plan {rung}")
         quant = Step(name=f"quantize {rung}", kind="quantize", rung=rung, needs=made_of, options=types)
@@ -160,19 +191,13 @@ def plan(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
     return steps
 
 
-def _planning(
-    options: RunOptions, device: dict[str, Any], scored: dict[str, Any], asked: tuple[str, ...]
-) -> list[Step]:
-    """Prices, a plan for each rung and all that was tried, and each preset by itself to compare with."""
-    needs = ("convert", "imatrix", "calibration")
+def _planning(options: RunOptions, device: dict[str, Any], more: tuple[str, ...]) -> list[Step]:
+    """Prices, a plan for each rung, and all that was tried."""
+    needs = ("convert", "imatrix", "calibration", *more)
     steps = [Step(name="price", kind="price", needs=needs, options={"rungs": sorted(options.rungs), **device})]
     for rung in options.rungs:
         how = {"preset": rung, "mode": options.mode, **device}
         steps.append(Step(name=f"plan {rung}", kind="plan", rung=rung, needs=("price", *needs), options=how))
-        read = ("convert", "imatrix", "base", "text", *asked)
-        steps.append(
-            Step(name=f"naive {rung}", kind="naive", rung=rung, needs=read, options={"preset": rung, **scored})
-        )
     plans = tuple(f"plan {rung}" for rung in options.rungs)
     return [*steps, Step(name="candidates", kind="candidates", needs=plans)]
 
@@ -218,6 +243,10 @@ def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]
             words += [option, str(value)]
     if options.mode != MODE:
         words += ["--mode", options.mode]
+    if options.rounding != ROUNDING:
+        words += ["--rounding", options.rounding]
+    if options.moments_chunks != MOMENTS_CHUNKS:
+        words += ["--moments-chunks", str(options.moments_chunks)]
     if not options.bench:
         words.append("--no-bench")
     return shlex.join(words)

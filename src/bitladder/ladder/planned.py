@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from bitladder.calibrate.moments import MomentsFile
 from bitladder.calibrate.texts import Text
 from bitladder.closing import Closing
 from bitladder.engine.types import type_by_name
@@ -14,12 +15,16 @@ from bitladder.files import sha256_bytes, write_json
 from bitladder.model.writer import TensorPlan
 from bitladder.planning import FeedbackEffort, Planner, PlanOptions, PlanResult, Preset, Subject, Target, rivals
 from bitladder.progress import Progress
+from bitladder.quantize.rounding import OutputRounding
+from bitladder.refine import render_all
+from bitladder.rounding import RoundingOptions
 from bitladder.sensitivity.document import load_sensitivity
 from bitladder.sensitivity.menu import ABOVE, BELOW, Window
 from bitladder.sensitivity.price import Effort
 
 SENSITIVITY = "sensitivity.json"
 PLANNED = "planned"  # a folder: what each rung's plan tried
+WORK = ".planning"  # a folder: what planning and rounding keep
 N_CTX = 256
 # Tokens are spent so that a rung's search takes about as long as scoring a few quants.
 EFFORT = Effort(tokens=100_000)
@@ -40,8 +45,12 @@ class PlannedRungs(Closing):
         threads: int | None,
         gpu_layers: int,
         progress: Progress,
+        rounding: RoundingOptions,
+        moments: pathlib.Path,
     ) -> None:
         self._folder, self._model, self._imatrix = folder, model, imatrix
+        self._rounding, self._moments_path = rounding, moments
+        self._moments: MomentsFile | None = None
         self._text = joined(calibration)
         self._settings = Settings(N_CTX, None, threads, gpu_layers)
         self._progress = progress
@@ -54,13 +63,24 @@ class PlannedRungs(Closing):
             self._planner.__exit__(None, None, None)
         if self._subject is not None:
             self._subject.close()
-        self._planner = self._subject = None
+        if self._moments is not None:
+            self._moments.close()
+        self._planner = self._subject = self._moments = None
 
     def _opened(self) -> Planner:
         if self._planner is None:
             self._subject = Subject(self._model, self._imatrix)
+            rounding = None
+            if self._rounding.method != "stock":
+                # Types are priced by the errors of the blocks that will be written.
+                self._moments = MomentsFile(self._moments_path)
+                rounding = OutputRounding([self._moments], self._rounding)
             options = PlanOptions(
-                settings=self._settings, effort=EFFORT, feedback=FEEDBACK, work=self._folder / ".planning"
+                settings=self._settings,
+                effort=EFFORT,
+                feedback=FEEDBACK,
+                work=self._folder / WORK,
+                rounding=rounding,
             )
             self._planner = Planner(self._subject, self._text, options, self._progress)
         return self._planner
@@ -75,6 +95,9 @@ class PlannedRungs(Closing):
         for preset in presets:
             for name, menu in planner.menus(window, preset).items():
                 menus[name] = tuple(sorted({*menus.get(name, ()), *menu}, key=lambda kind: (kind.bpw, kind.name)))
+        if self._rounding.method != "stock":
+            pairs = [(name, kind.name) for name, menu in menus.items() for kind in menu]
+            render_all(planner.renderer, pairs, threads=self._settings.threads, progress=self._progress)
         out = self._folder / SENSITIVITY
         planner.price_menus(menus).save(out)
         return out

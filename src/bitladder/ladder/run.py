@@ -29,12 +29,14 @@ from bitladder.ladder.plan import (
     plan,
 )
 from bitladder.ladder.planned import PLANNED, PlannedRungs, candidates
+from bitladder.ladder.rounded import MOMENTS, collect, refine_rung, rounding_options
 from bitladder.ladder.source import Source, describe, locate
 from bitladder.ladder.space import check_room, parameters_of
 from bitladder.ladder.store import Product, Store, open_store
 from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.progress import SILENT, Progress
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
+from bitladder.refine.view import guard_json
 
 IMATRIX, BENCH, CANDIDATES = "imatrix.gguf", "bench.json", "candidates.json"
 
@@ -172,6 +174,7 @@ class _Execution:
             "convert": self._convert,
             "base": self._base,
             "imatrix": self._imatrix,
+            "moments": self._moments,
             "price": self._price,
             "plan": functools.partial(self._plan, step.rung or ""),
             "candidates": self._candidates,
@@ -240,6 +243,12 @@ class _Execution:
         texts = [_used(text).model_dump() for text in self.calibration]
         return Product([out], {"entries": result.entries, "chunks": result.chunks, "texts": texts})
 
+    def _moments(self) -> Product:
+        out = self.folder / MOMENTS
+        engine = {"n_ctx": self.options.n_ctx, "threads": self.options.threads, "gpu_layers": self.options.gpu_layers}
+        made = collect(self.full, self.calibration, out, self.options.moments_chunks, self.progress, **engine)
+        return Product([out], {"chunks": made.chunks, "weighting": made.weighting})
+
     def _planning(self) -> PlannedRungs:
         """The planner, opened once for all rungs: it holds the loaded model."""
         if self._planned is None:
@@ -251,6 +260,8 @@ class _Execution:
                 threads=self.options.threads,
                 gpu_layers=self.options.gpu_layers,
                 progress=self.progress,
+                rounding=rounding_options(self.options),
+                moments=self.folder / MOMENTS,
             )
         return self._planned
 
@@ -268,13 +279,21 @@ class _Execution:
     def _quantize(self, rung: str, *, planned: bool) -> Product:
         out, recipe = self._model_path(rung), self.folder / "recipes" / f"{rung}.toml"
         plan = _read_json(self.folder / PLANNED / f"{rung}.json") if planned else None
-        result = self._make(rung, out, None if plan is None else plan["types"])
+        types = None if plan is None else plan["types"]
+        facts: dict[str, Any] = {}
+        if self.options.rounding == "stock":
+            result = self._make(rung, out, types)
+        else:
+            imatrix = self.folder / IMATRIX
+            refined = refine_rung(self.options, self.full, out, rung, types, self.calibration, imatrix, self.progress)
+            result = refined.result
+            facts["guard"] = None if refined.guard is None else guard_json(refined.guard)
         made = self._recipe(result, out.name)
         if plan is not None:
             said = f"bitladder run --mode {plan['mode']}: {plan['made']}"
             made = made.model_copy(update={"budget": f"{plan['mode']}, like {rung}", "made": said})
         write_recipe(recipe, made)
-        return Product([out, recipe], {"bytes": result.bytes, "bpw": result.bpw})
+        return Product([out, recipe], {"bytes": result.bytes, "bpw": result.bpw, **facts})
 
     def _naive(self, rung: str) -> Product:
         """The preset by itself: measured and forgotten, but for its recipe and its scores."""
@@ -376,6 +395,8 @@ class _Execution:
         elif rung is not None and self.options.mode != "naive":
             plan = _read_json(self.folder / PLANNED / f"{rung}.json")
             document |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
+        if rung in self.options.rungs and self.options.rounding != "stock":
+            document |= {"rounding": self.options.rounding}
         write_json(out, document)
         return Product([out])
 

@@ -107,4 +107,5 @@ def _mean(moments: Sequence[Moment]) -> Moment:
         scale = np.trace(one.inputs, axis1=1, axis2=2)[:, None, None] / one.inputs.shape[1]
         inputs += one.inputs / np.where(scale > 0, scale, 1)
     outputs = next((one.outputs for one in moments if one.outputs is not None), None)
-    return Moment(inputs / len(moments), np.sum([one.counts for one in moments], axis=0), outputs)
+    inputs /= np.float32(len(moments))
+    return Moment(inputs, np.sum([one.counts for one in moments], axis=0), outputs)

@@ -89,7 +89,7 @@ def _refine(
             for method in (Stock(kernels), rounding)
         )
         try:
-            render_all(rounded, chosen, threads=threads, progress=progress)
+            render_all(rounded, chosen.items(), threads=threads, progress=progress)
             report = None
             if refine.guard is not None:
                 base_file = folder / f"{refine.guard.sha256[:12]}.{refine.settings.n_ctx}.base"

@@ -98,8 +98,9 @@ def _split(data: Bytes, bits: int, stride: int) -> Bytes:
     """Bits to indices, [blocks, bytes] → [blocks, bytes · 8/bits]."""
     parts = data.reshape(len(data), -1, 1, stride)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    kept: Bytes = np.asarray((parts >> shifts) & np.uint8((1 << bits) - 1), np.uint8)
-    return kept.reshape(len(data), -1)
+    kept = np.asarray((parts >> shifts) & np.uint8((1 << bits) - 1), np.uint8)
+    flat: Bytes = kept.reshape(len(data), -1)
+    return flat
 
 
 def _join(indices: npt.NDArray[np.integer], bits: int, stride: int) -> Bytes:

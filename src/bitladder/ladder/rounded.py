@@ -1,0 +1,70 @@
+"""Rungs whose blocks are chosen for their layers' outputs: second moments once, then each rung rounded and tried."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bitladder import quantize
+from bitladder.calibrate import MomentsResult, collect_moments
+from bitladder.calibrate.texts import Text
+from bitladder.evaluate import Settings
+from bitladder.gradients import collect_gradient_moments, why_not
+from bitladder.ladder.plan import RunOptions
+from bitladder.ladder.planned import WORK, joined
+from bitladder.planning.excerpts import excerpts
+from bitladder.progress import Progress
+from bitladder.refine import Refined, RefineOptions, quantize_refined
+from bitladder.rounding import RoundingOptions
+
+# Beside what planning keeps: large, and of use to nobody but this run and `bitladder verify`.
+MOMENTS = f"{WORK}/moments.gguf"
+RENDERED = f"{WORK}/rendered"
+GUARD_CHUNKS = 8
+
+
+def collect(
+    model: pathlib.Path, texts: Sequence[Text], out: pathlib.Path, chunks: int, progress: Progress, **engine: Any
+) -> MomentsResult:
+    """Second moments of all weights: weighted by gradients where torch is there and knows the model, else by positions.
+
+    `engine` are n_ctx, threads and gpu_layers. Raises BitladderError as what it calls.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    reason = why_not(model)
+    if reason is None:
+        return collect_gradient_moments(model, texts, out, chunks=chunks, progress=progress, **engine)
+    progress.info(f"tokens are weighted by their positions, not by gradients: {reason}")
+    return collect_moments(model, texts, out, chunks=chunks, weighting="positions", progress=progress, **engine)
+
+
+def rounding_options(options: RunOptions) -> RoundingOptions:
+    """How a run rounds."""
+    return RoundingOptions(method=options.rounding)
+
+
+def refine_rung(
+    options: RunOptions,
+    full: pathlib.Path,
+    out: pathlib.Path,
+    rung: str,
+    types: Mapping[str, str] | None,
+    calibration: Sequence[Text],
+    imatrix: pathlib.Path,
+    progress: Progress,
+) -> Refined:
+    """A rung with the preset's or the planned types, its blocks tried on passages of the calibration text.
+
+    They are other passages than those that plans are judged by; the text that is scored is not looked at.
+    """
+    held_out = excerpts(joined(list(calibration)), GUARD_CHUNKS, options.n_ctx, offset=0.5)
+    settings = Settings(options.n_ctx, GUARD_CHUNKS, options.threads, options.gpu_layers)
+    return quantize_refined(
+        full,
+        out,
+        quantize.QuantizeOptions(rung, types=types),
+        [out.parent / MOMENTS],
+        RefineOptions(rounding_options(options), held_out, settings, out.parent / RENDERED),
+        imatrix=imatrix,
+        threads=options.threads,
+        progress=progress,
+    )
