@@ -252,7 +252,7 @@ def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_d
     rewrite(run_dir, "someone-Q4_K_M", role="third-party", source="someone/X-GGUF", sha256="cd" * 32,
             doubts=["PPL is below the full precision's"])  # fmt: skip
     gain = {"model": "X-Q4_K_M.gguf", "sha256": "ab" * 32, "kld": figure(-0.0123, 0.0004)}
-    rewrite(run_dir, "Q4_K_M", role="rung", mode="size", paired=gain)
+    rewrite(run_dir, "Q4_K_M", role="rung", mode="size", rounding="best", paired=gain)
     card = render_card(run_dir)
     rows = {row[0]: row for row in table(card, "Sizes")}
     assert rows["Q4_K_M"][2:] == ["4.92", "4.90", "6.00", "6.00", "18.0 %"]
@@ -280,7 +280,7 @@ def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_d
     assert {gained[name] for name in gained if name != "Q4_K_M"} == {"–"}
     assert "◇ the preset by itself" in card and "† made by somebody else (someone/X-GGUF)" in card
     assert "Compared with: `someone/X-GGUF`" in card
-    assert "a plan for size" in card
+    assert "| a plan for size; rounding: best |" in card
     assert "someone-Q4_K_M † may be of another checkpoint: PPL is below the full precision's." in card
 
 

@@ -112,13 +112,15 @@ def _made(model: Measured) -> dict[str, str]:
 
 
 def _chosen_by(model: Measured) -> str:
-    """How the types were chosen."""
+    """How the types were chosen, and how weights were rounded to them."""
     assert model.recipe is not None
-    if model.scores.mode in (None, "naive"):
-        return "the preset"
-    # "bitladder run --mode quality: exact, corrected twice": what comes last names the plan.
-    plan = (model.recipe.made or "").rpartition(": ")[2]
-    return f"a plan for {model.scores.mode}" + (f" ({plan})" if plan else "")
+    mode, rounding = model.scores.mode, model.scores.rounding
+    said = "the preset"
+    if mode not in (None, "naive"):
+        # "bitladder run --mode quality: exact, corrected twice": what comes last names the plan.
+        plan = (model.recipe.made or "").rpartition(": ")[2]
+        said = f"a plan for {mode}" + (f" ({plan})" if plan else "")
+    return said if rounding in (None, "stock") else f"{said}; rounding: {rounding}"
 
 
 def _machine(scored: Sequence[Any]) -> str:

@@ -111,6 +111,7 @@ class Scores(pydantic.BaseModel):
     role: Role | None = None
     rung: str | None = None
     mode: str | None = None
+    rounding: str | None = None
     predicted_kld: float | None = None
     source: str | None = None
     doubts: list[str] = []
