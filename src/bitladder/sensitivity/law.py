@@ -9,7 +9,8 @@ misses there: errors that are coherent (types with minimums) or that meet within
 
 Types with minimums are a family of their own: the same squared error costs more or less there than elsewhere, but
 within a family it follows the power law. So p is fitted with an offset for each family, and a type at which a kind was
-not measured takes its factor from its own family's nearest types, on the scale of ln e.
+not measured takes the larger factor of its own family's neighbours, on the scale of e: what is priced too low is what
+an optimiser will take.
 """
 
 import dataclasses
@@ -101,13 +102,14 @@ def _exponent(errors: Mapping[str, float], klds: Mapping[str, float]) -> float:
 
 
 def _factor(kind: str, errors: Mapping[str, float], measured: Mapping[str, float]) -> float:
-    """A type's factor, or one interpolated in ln e between its neighbours in its family (in all, if it has none)."""
+    """A type's factor, or the larger one of its neighbours in its family (in all types, if it has none)."""
     if kind in measured:
         return measured[kind]
     known = {one: factor for one, factor in measured.items() if errors.get(one)}
-    family = {one: factor for one, factor in known.items() if (one in WITH_MINIMUM) == (kind in WITH_MINIMUM)}
-    points = sorted((math.log(errors[one]), math.log(factor)) for one, factor in (family or known).items())
-    if not points or errors[kind] <= 0:
+    family = {one: factor for one, factor in known.items() if (one in WITH_MINIMUM) == (kind in WITH_MINIMUM)} or known
+    if not family or errors[kind] <= 0:
         return 1.0
-    x, y = zip(*points, strict=True)
-    return float(math.exp(np.interp(math.log(errors[kind]), x, y)))
+    ranked = sorted(family, key=lambda one: errors[one])
+    below = [family[one] for one in ranked if errors[one] <= errors[kind]][-1:]
+    above = [family[one] for one in ranked if errors[one] > errors[kind]][:1]
+    return max(below + above)
