@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from bitladder.closing import Closing
 from bitladder.engine.devices import ThreadPool
+from bitladder.engine.interrupts import keeping_interrupts
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.native import ggml, llama, log
 from bitladder.engine.observe import Observer, Trampoline
@@ -110,9 +111,12 @@ class Context(Closing):
         _view(batch.logits, ctypes.c_int8, count)[:] = outputs
         self._outputs = int(np.count_nonzero(outputs))
         log.lines.clear()
-        status = llama.llama_decode(self._context, batch)
         if self._trampoline:
+            with keeping_interrupts(self._trampoline.keep_error):
+                status = llama.llama_decode(self._context, batch)
             self._trampoline.raise_pending()
+        else:
+            status = llama.llama_decode(self._context, batch)
         self._check(status)
 
     def advance(self, tokens: Tokens) -> None:

@@ -71,6 +71,10 @@ class Trampoline:
         self._error: BaseException | None = None
         self.callback = llama.ggml_backend_sched_eval_callback(self._call)
 
+    def keep_error(self, error: BaseException) -> None:
+        """Stop the computation and raise this when decode is done."""
+        self._error = error
+
     def raise_pending(self) -> None:
         """Raise what the observer raised, once."""
         error, self._error = self._error, None

@@ -1,0 +1,51 @@
+"""Ctrl-C while the library computes and calls back."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from bitladder.engine.context import Context
+from bitladder.engine.model import Model
+
+
+class Watcher:
+    """Wants nothing, and says when the computation has begun."""
+
+    def __init__(self):
+        self.begun = threading.Event()
+
+    def wants(self, seen):
+        self.begun.set()
+        return False
+
+    def see(self, seen, inputs, experts):
+        raise AssertionError("nothing was asked for")
+
+
+def test_it_stops_the_computation_and_is_not_lost(tiny_gguf):
+    watcher = Watcher()
+
+    def interrupt():
+        watcher.begun.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with (
+        Model(tiny_gguf) as model,
+        Context(model, n_ctx=512, n_batch=512, threads=1, observer=watcher) as context,
+    ):
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        tokens = np.arange(512) % 300
+        with pytest.raises(KeyboardInterrupt):
+            context.decode(tokens, np.arange(512), np.zeros(512, int), np.ones(512, bool))
+            time.sleep(5)
+        thread.join()
+        assert signal.getsignal(signal.SIGINT) is before
+        context.clear()
+        context.decode(tokens, np.arange(512), np.zeros(512, int), np.ones(512, bool))
+        assert np.isfinite(context.logits()).all()
