@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitladder.calibrate import Imatrix, collect_imatrix, read_imatrix
+    from bitladder.calibrate import Imatrix, collect_imatrix, collect_moments, read_imatrix
     from bitladder.calibrate.texts import load_text
     from bitladder.convert import convert as convert_checkpoint
     from bitladder.errors import BitladderError
@@ -29,6 +29,7 @@ _HOMES = {
     "RunOptions": ("ladder", "RunOptions"),
     "Scores": ("evaluate", "Scores"),
     "collect_imatrix": ("calibrate", "collect_imatrix"),
+    "collect_moments": ("calibrate", "collect_moments"),
     "convert_checkpoint": ("convert", "convert"),
     "evaluate_model": ("evaluate", "evaluate"),
     "extract_recipe": ("recipe", "extract"),
@@ -49,6 +50,7 @@ __all__ = [
     "RunOptions",
     "Scores",
     "collect_imatrix",
+    "collect_moments",
     "convert_checkpoint",
     "evaluate_model",
     "extract_recipe",

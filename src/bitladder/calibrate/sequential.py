@@ -72,7 +72,7 @@ class SequentialModel(Closing):
     Parameters: `path` a model in F32 or F16 (weights are kept in its types); `chunks` int32 [chunks, n_ctx]; `weights`
     of tokens by weight's name, [n_ctx] or [chunks, n_ctx] (none: all alike); `cross` collects E[w x x̃ᵀ] too, for which
     the model is loaded a second time; `n_ubatch` tokens are computed at once. Memory is that of one group's sums, see
-    `groups`. Raises BitladderError if the model does not load.
+    `groups`. `model` is the loaded model, to measure with. Raises BitladderError if it does not load.
     """
 
     def __init__(
@@ -91,18 +91,18 @@ class SequentialModel(Closing):
         self._n_ubatch, self._threads, self._progress = n_ubatch, threads, progress
         self._exact: Model | None = None
         # Blocks that are not repacked are multiplied alike in both, so that what was not replaced gives equal inputs.
-        self._model = Model(path, mmap=False, repack=False, gpu_layers=gpu_layers)
+        self.model = Model(path, mmap=False, repack=False, gpu_layers=gpu_layers)
         try:
             self._exact = Model(path, repack=False, gpu_layers=gpu_layers) if cross else None
-            self._inputs = model_inputs(self._model, threads)
-            self._handles = Weights(self._model)
+            self._inputs = model_inputs(self.model, threads)
+            self._handles = Weights(self.model)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Free the models."""
-        self._model.close()
+        self.model.close()
         if self._exact:
             self._exact.close()
 
@@ -141,7 +141,7 @@ class SequentialModel(Closing):
 
         Raises BitladderError for a name that the model does not multiply by, or inputs that are not finite.
         """
-        wanted = choose_inputs(self._inputs, names, self._model.path.name)
+        wanted = choose_inputs(self._inputs, names, self.model.path.name)
         entries = make_entries(wanted, self._weights, *self._chunks.shape)
         parts = [Part(entry, 0, entry.input.matrices) for entry in entries]
         plain = MomentCollector(parts)
@@ -152,7 +152,7 @@ class SequentialModel(Closing):
         try:
             with self._progress.task(f"moments of {what}", len(self._chunks)) as bar:
                 for _ in decode_chunks(
-                    self._model, self._chunks, pair or plain, n_ubatch=self._n_ubatch, threads=self._threads
+                    self.model, self._chunks, pair or plain, n_ubatch=self._n_ubatch, threads=self._threads
                 ):
                     bar.advance()
         finally:
