@@ -40,6 +40,14 @@ _OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
 @click.option("--min-speed", type=float, metavar="TOKENS/S", help="At least this speed of generation on this CPU.")
 @click.option("--sensitivity", type=_FILE, help="Prices from an earlier plan; with --no-feedback nothing is measured.")
 @click.option(
+    "--prices",
+    "method",
+    type=click.Choice(["forward", "fisher"]),
+    default="forward",
+    show_default=True,
+    help="From swaps in the loaded model, or from gradients (needs bitladder[torch]).",
+)
+@click.option(
     "--probe-tokens", default=120_000, show_default=True, type=click.IntRange(1), help="To decode for prices."
 )
 @click.option("--feedback/--no-feedback", default=True, show_default=True, help="Measure recipes and correct prices.")
