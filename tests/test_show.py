@@ -22,6 +22,9 @@ def folder(small_run, tmp_path_factory):
         kld = score["kld"] | {"value": score["kld"]["value"] * factor}
         changed = score | {"role": role, "kld": kld, "bytes": score["bytes"] + size}
         (folder / "scores" / f"{name}.json").write_text(json.dumps(changed))
+    speed = {"test": "pp512", "tokens_per_second": {"value": 321.5, "error": 2.5}}
+    timed = folder / "scores" / "Q8_0.json"
+    timed.write_text(json.dumps(json.loads(timed.read_text()) | {"bench": [speed]}))
     manifest = json.loads((folder / "ladder.json").read_text())
     manifest["run"]["compared"] = ["owner_X"]
     (folder / "ladder.json").write_text(json.dumps(manifest))
@@ -39,6 +42,8 @@ def test_table_and_plot(folder, capsys):
         written = lines[rung].split("± ")  # PPL, KLD, RMS Δp, same top
         assert float(written[1].split()[-1]) == pytest.approx(score["kld"]["value"], rel=0.02)
     assert [line[:1] for line in (lines["Q4_K_M"], lines["Q4_K_M preset ◇"], lines["owner_X †"])] == ["▸", " ", "▸"]
+    # Only Q8_0 was timed, and the others' rows do not slip.
+    assert lines["Q8_0"].endswith("321.5 ± 2.5") and lines["owner_X †"].rstrip().endswith("–")
     assert "● Q8_0" in shown and "† somebody else's" in shown
     assert invoke(["show", str(folder), "--no-plot"]) == 0
     assert "●" not in capsys.readouterr().out

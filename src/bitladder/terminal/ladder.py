@@ -40,16 +40,21 @@ def ladder_table(run: Run, width: int = 240) -> Table:
     for head in [*heads, *(speeds.heads if speeds else ())]:
         table.add_column(head, justify="right", overflow="fold")
     best = front(run.quants)
-    models = [run.base, *run.quants]
-    for number, (model, line) in enumerate(zip(models, quality.lines, strict=True)):
-        cells = [line.cells[index] for index in [*(index for index, _ in picked), *gain]]
+    # The report leaves out rows in which nothing was measured, so rows are found by their names.
+    measured = {line.label: line.cells for line in quality.lines}
+    timed = {line.label: line.cells for line in speeds.lines} if speeds else {}
+    none = tables.Cell(tables.DASH)
+    for model in [run.base, *run.quants]:
+        label = tables.label(model)
+        row = measured.get(label, (none,) * len(quality.heads))
+        cells = [row[index] for index in [*(index for index, _ in picked), *gain]]
         if speeds:
-            cells += speeds.lines[number].cells
+            cells += timed.get(label, (none,) * len(speeds.heads))
         shown = [Text(cell.text, "bold" if cell.best else "") for cell in cells]
         scores = model.scores
         table.add_row(
             ON_FRONT if model in best else "",
-            _cell(tables.label(model)),
+            _cell(label),
             f"{scores.bytes / 1e9:.4g}",
             f"{scores.bpw:.2f}",
             *shown,
