@@ -2,7 +2,7 @@
 
 import collections
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.calibrate.moments import MomentsFile
@@ -46,11 +46,11 @@ class PlannedRungs(Closing):
         gpu_layers: int,
         progress: Progress,
         rounding: RoundingOptions,
-        moments: pathlib.Path,
+        moments: Sequence[pathlib.Path],
     ) -> None:
         self._folder, self._model, self._imatrix = folder, model, imatrix
-        self._rounding, self._moments_path = rounding, moments
-        self._moments: MomentsFile | None = None
+        self._rounding, self._paths = rounding, moments
+        self._moments: list[MomentsFile] = []
         self._text = joined(calibration)
         self._settings = Settings(N_CTX, None, threads, gpu_layers)
         self._progress = progress
@@ -63,9 +63,10 @@ class PlannedRungs(Closing):
             self._planner.__exit__(None, None, None)
         if self._subject is not None:
             self._subject.close()
-        if self._moments is not None:
-            self._moments.close()
-        self._planner = self._subject = self._moments = None
+        for file in self._moments:
+            file.close()
+        self._planner = self._subject = None
+        self._moments = []
 
     def _opened(self) -> Planner:
         if self._planner is None:
@@ -73,8 +74,8 @@ class PlannedRungs(Closing):
             rounding = None
             if self._rounding.method != "stock":
                 # Types are priced by the errors of the blocks that will be written.
-                self._moments = MomentsFile(self._moments_path)
-                rounding = OutputRounding([self._moments], self._rounding)
+                self._moments = [MomentsFile(path) for path in self._paths]
+                rounding = OutputRounding(self._moments, self._rounding)
             options = PlanOptions(
                 settings=self._settings,
                 effort=EFFORT,

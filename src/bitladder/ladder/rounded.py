@@ -18,18 +18,24 @@ from bitladder.rounding import RoundingOptions
 
 # Beside what planning keeps: large, and of use to nobody but this run and `bitladder verify`.
 MOMENTS = f"{WORK}/moments.gguf"
+# Moments in which all tokens count alike, of more of them: correlations need many tokens, and these cost little.
+PLAIN = f"{WORK}/moments-plain.gguf"
+PLAIN_SHARE = 2
 RENDERED = f"{WORK}/rendered"
 GUARD_CHUNKS = 8
 
 
 def collect(
-    model: pathlib.Path, texts: Sequence[Text], out: pathlib.Path, chunks: int, progress: Progress, **engine: Any
+    model: pathlib.Path, texts: Sequence[Text], folder: pathlib.Path, chunks: int, progress: Progress, **engine: Any
 ) -> MomentsResult:
     """Second moments of all weights: weighted by gradients where torch is there and knows the model, else by positions.
 
-    `engine` are n_ctx, threads and gpu_layers. Raises BitladderError as what it calls.
+    Gradients are costly, so in a file beside there are plain moments of PLAIN_SHARE times the chunks. `engine` are
+    n_ctx, threads and gpu_layers. Raises BitladderError as what it calls.
     """
+    out, plain = folder / MOMENTS, folder / PLAIN
     out.parent.mkdir(parents=True, exist_ok=True)
+    collect_moments(model, texts, plain, chunks=PLAIN_SHARE * chunks, weighting="tokens", progress=progress, **engine)
     reason = why_not(model)
     if reason is None:
         return collect_gradient_moments(model, texts, out, chunks=chunks, progress=progress, **engine)
@@ -62,7 +68,7 @@ def refine_rung(
         full,
         out,
         quantize.QuantizeOptions(rung, types=types),
-        [out.parent / MOMENTS],
+        [out.parent / MOMENTS, out.parent / PLAIN],
         RefineOptions(rounding_options(options), held_out, settings, out.parent / RENDERED),
         imatrix=imatrix,
         threads=options.threads,

@@ -29,7 +29,7 @@ from bitladder.ladder.plan import (
     plan,
 )
 from bitladder.ladder.planned import PLANNED, PlannedRungs, candidates
-from bitladder.ladder.rounded import MOMENTS, collect, refine_rung, rounding_options
+from bitladder.ladder.rounded import MOMENTS, PLAIN, collect, refine_rung, rounding_options
 from bitladder.ladder.source import Source, describe, locate
 from bitladder.ladder.space import check_room, parameters_of
 from bitladder.ladder.store import Product, Store, open_store
@@ -244,10 +244,11 @@ class _Execution:
         return Product([out], {"entries": result.entries, "chunks": result.chunks, "texts": texts})
 
     def _moments(self) -> Product:
-        out = self.folder / MOMENTS
         engine = {"n_ctx": self.options.n_ctx, "threads": self.options.threads, "gpu_layers": self.options.gpu_layers}
-        made = collect(self.full, self.calibration, out, self.options.moments_chunks, self.progress, **engine)
-        return Product([out], {"chunks": made.chunks, "weighting": made.weighting})
+        chunks = self.options.moments_chunks
+        made = collect(self.full, self.calibration, self.folder, chunks, self.progress, **engine)
+        files = [self.folder / MOMENTS, self.folder / PLAIN]
+        return Product(files, {"chunks": made.chunks, "weighting": made.weighting})
 
     def _planning(self) -> PlannedRungs:
         """The planner, opened once for all rungs: it holds the loaded model."""
@@ -261,7 +262,7 @@ class _Execution:
                 gpu_layers=self.options.gpu_layers,
                 progress=self.progress,
                 rounding=rounding_options(self.options),
-                moments=self.folder / MOMENTS,
+                moments=(self.folder / MOMENTS, self.folder / PLAIN),
             )
         return self._planned
 

@@ -19,10 +19,6 @@ Bytes = npt.NDArray[np.uint8]
 
 # Raise it when the same moments and options would give other blocks.
 VERSION = 1
-# A table that is both embedding and head is read row by row too, and there every column counts alike. The unit matrix
-# with this share of the head's mean second moment stands for that use.
-TIED_DAMPING = 1.0
-TIED = "token_embd.weight"
 
 
 class OutputRounding:
@@ -78,8 +74,6 @@ class OutputRounding:
                 f"{len(moment.inputs)} matrices of second moments for {len(weights)} of weights: of another model"
             )
         options = self._options
-        if name == TIED:
-            options = dataclasses.replace(options, damping=TIED_DAMPING)
         outputs = moment.outputs if len(weights) == 1 else None
         return [
             Rounded(stock[index], 0.0, 0.0)
