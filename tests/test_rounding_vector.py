@@ -7,7 +7,7 @@ import pytest
 from rounding_cases import moments, stock_blocks
 
 from bitladder.rounding.factors import damped, upper_factor
-from bitladder.rounding.vector import factor_points, round_vector
+from bitladder.rounding.vector import HOLD, factor_points, round_vector
 from bitladder.rounding.vectorformats import VECTOR_FORMATS, VectorBlocks, grid, unpack_vector
 from bitladder.rounding.vectorkernels import search, settle
 from bitladder.rounding.vectorrowkernels import round_points
@@ -68,7 +68,7 @@ def test_search_that_holds_clear_signs_is_nearly_as_good(name):
         t = triangle(form.group, seed, 0.5)
         wanted = np.random.default_rng(seed).normal(size=form.group) * points.mean()
         r = (t @ wanted).astype(F32)
-        mine, true = found(r, t, points, parity, 2 * points.min()), least(r, t, points, parity)
+        mine, true = found(r, t, points, parity, HOLD[form.even] * points.min()), least(r, t, points, parity)
         assert mine >= true * (1 - 1e-4)
         ours, best = ours + mine, best + true
     assert ours <= 1.1 * best
@@ -77,7 +77,7 @@ def test_search_that_holds_clear_signs_is_nearly_as_good(name):
 def test_two_groups_that_share_a_parity():
     points = grid("iq3_xxs")
     costs = np.empty(len(points), F32)
-    kit = (np.ascontiguousarray(points.T), 8, True, F32(2 * points.min()), costs, costs.view(np.int32))
+    kit = (np.ascontiguousarray(points.T), 8, True, F32(HOLD[True] * points.min()), costs, costs.view(np.int32))
     for seed in range(8):
         whole = np.zeros((16, 16), F32)
         whole[:8, :8] = triangle(8, seed)
@@ -157,7 +157,7 @@ def test_single_rows_never_get_worse_and_d_stays_an_f16():
     factors = factor_points(h, 32, 4, 0.05, False)
     points = np.ascontiguousarray(grid("iq3_s").T)
     costs = np.empty(512, F32)
-    kit = (points, 4, False, F32(2), costs, costs.view(np.int32))
+    kit = (points, 4, False, F32(HOLD[False]), costs, costs.view(np.int32))
     delta, none = weights - start.values(), np.zeros((0, 0), F32)
     codes, d, scale, values = start.codes.copy(), start.d.copy(), start.scale.copy(), start.signed()
     losses = []

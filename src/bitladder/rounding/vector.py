@@ -12,8 +12,9 @@ from bitladder.rounding.vectorrowkernels import round_points
 
 __all__ = ["VECTOR_FORMATS", "round_vector"]
 
-# Signs are tried both ways where a column should be nearer to 0 than this many times the least magnitude of the grid.
-_HOLD = 2.0
+# Signs are tried both ways where a column should be nearer to 0 than this many times the grid's least magnitude, by
+# whether minuses must be even. On real weights more changes nothing where signs are free, and little where not.
+HOLD = {False: 0.5, True: 1.0}
 # How far a scale may go in one pass.
 _MOVES = 2
 
@@ -93,7 +94,7 @@ def round_vector(
     codes, d, scale, values = start.codes.copy(), start.d.copy(), start.scale.copy(), start.signed()
     points = np.ascontiguousarray(grid(kind).T)
     costs = np.empty(form.points, np.float32)
-    kit = (points, form.unit, form.even, np.float32(_HOLD * points.min()), costs, costs.view(np.int32))
+    kit = (points, form.unit, form.even, np.float32(HOLD[form.even] * points.min()), costs, costs.view(np.int32))
     round_points(
         weights,
         0,

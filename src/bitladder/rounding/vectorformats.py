@@ -114,7 +114,7 @@ def grid(name: str) -> Floats:
     )
     out = np.empty((1, blocks * BLOCK), np.float32)
     dequantize_into(pack_vector(every), type_by_name(name), out)
-    points = (out / form.multipliers[0]).reshape(form.points, form.group)
+    points: Floats = (out / form.multipliers[0]).reshape(form.points, form.group)
     points.flags.writeable = False
     return points
 
@@ -153,22 +153,27 @@ def pack_vector(blocks: VectorBlocks) -> Bytes:
 # Codes [blocks, 256/group], bytes of signs [blocks, 32] and scales [blocks, 256/sub] from what follows d, and back.
 
 
+Parts = tuple[npt.NDArray[np.integer], Bytes, Bytes]
+
+
+def _bytes(values: npt.NDArray[np.integer]) -> Bytes:
+    """Numbers below 256 as such."""
+    return values.astype(np.uint8)
+
+
 def _nibbles(data: Bytes) -> Bytes:
-    return np.stack([data & 15, data >> 4], axis=2).reshape(len(data), -1)
+    return _bytes(np.stack([data & 15, data >> 4], axis=2)).reshape(len(data), -1)
 
 
 def _nibble_bytes(scale: Bytes) -> Bytes:
-    return scale[:, 0::2] | (scale[:, 1::2] << 4)
+    return _bytes(scale[:, 0::2] | (scale[:, 1::2] << 4))
 
 
-def _full_signs(sevens: npt.NDArray[np.unsignedinteger]) -> Bytes:
+def _full_signs(sevens: npt.NDArray[np.integer]) -> Bytes:
     """Seven signs and the eighth that makes minuses even, as bytes."""
-    low = (sevens & 127).astype(np.uint8)
+    low = _bytes(sevens & 127)
     odd = np.unpackbits(low[..., None], axis=-1).sum(axis=-1, dtype=np.uint8) & 1
-    return low | (odd << 7)
-
-
-Parts = tuple[npt.NDArray[np.unsignedinteger], Bytes, Bytes]
+    return _bytes(low | (odd << 7))
 
 
 def _unpack_iq3s(data: Bytes) -> Parts:
@@ -178,8 +183,8 @@ def _unpack_iq3s(data: Bytes) -> Parts:
 
 
 def _pack_iq3s(codes: Codes, signs: Bytes, scale: Bytes) -> list[Bytes]:
-    high = np.packbits((codes >> 8).astype(np.uint8), axis=1, bitorder="little")
-    return [(codes & 255).astype(np.uint8), high, signs, _nibble_bytes(scale)]
+    high = np.packbits(_bytes(codes >> 8), axis=1, bitorder="little")
+    return [_bytes(codes & 255), high, signs, _nibble_bytes(scale)]
 
 
 def _unpack_iq2s(data: Bytes) -> Parts:
@@ -190,9 +195,8 @@ def _unpack_iq2s(data: Bytes) -> Parts:
 
 
 def _pack_iq2s(codes: Codes, signs: Bytes, scale: Bytes) -> list[Bytes]:
-    high = (codes >> 8).astype(np.uint8).reshape(len(codes), -1, 4) << np.arange(0, 8, 2, dtype=np.uint8)
-    high = np.bitwise_or.reduce(high, axis=2)
-    return [(codes & 255).astype(np.uint8), signs, high, _nibble_bytes(scale)]
+    high = _bytes(codes >> 8).reshape(len(codes), -1, 4) << np.arange(0, 8, 2, dtype=np.uint8)
+    return [_bytes(codes & 255), signs, _bytes(np.bitwise_or.reduce(high, axis=2)), _nibble_bytes(scale)]
 
 
 def _unpack_iq2xs(data: Bytes) -> Parts:
@@ -213,13 +217,14 @@ def _unpack_words(data: Bytes) -> tuple[Bytes, Bytes]:
     """Signs and scales of words with four times seven signs and, on top, the scale."""
     words = np.ascontiguousarray(data).view("<u4")
     signs = _full_signs((words[:, :, None] >> _SEVENS) & 127)
-    return signs.reshape(len(data), -1), (words >> 28).astype(np.uint8)
+    return signs.reshape(len(data), -1), _bytes(words >> 28)
 
 
 def _words(signs: Bytes, scale: Bytes) -> Bytes:
     sevens = (signs & 127).astype(np.uint32).reshape(len(signs), -1, 4) << _SEVENS
     words = np.bitwise_or.reduce(sevens, axis=2) | (scale.astype(np.uint32) << 28)
-    return words.astype("<u4").view(np.uint8)
+    as_bytes: Bytes = words.astype("<u4").view(np.uint8)
+    return as_bytes
 
 
 def _unpack_iq3xxs(data: Bytes) -> Parts:
@@ -227,7 +232,7 @@ def _unpack_iq3xxs(data: Bytes) -> Parts:
 
 
 def _pack_iq3xxs(codes: Codes, signs: Bytes, scale: Bytes) -> list[Bytes]:
-    return [codes.astype(np.uint8), _words(signs, scale)]
+    return [_bytes(codes), _words(signs, scale)]
 
 
 def _unpack_iq2xxs(data: Bytes) -> Parts:
@@ -237,7 +242,7 @@ def _unpack_iq2xxs(data: Bytes) -> Parts:
 
 
 def _pack_iq2xxs(codes: Codes, signs: Bytes, scale: Bytes) -> list[Bytes]:
-    code = codes.astype(np.uint8).reshape(len(codes), 8, 4)
+    code = _bytes(codes).reshape(len(codes), 8, 4)
     both = np.concatenate([code, _words(signs, scale).reshape(len(codes), 8, 4)], axis=2)
     return [both.reshape(len(codes), -1)]
 
