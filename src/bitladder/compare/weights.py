@@ -23,7 +23,8 @@ from bitladder.recipe.names import short_kind
 Floats = npt.NDArray[np.float32]
 
 ROWS = 32  # of each matrix, evenly spread
-# Distances beyond so many times what rounding makes are not rounding.
+# Distances beyond so many times what rounding makes are not rounding. Seen of any kind and type: up to 1.1 with an
+# imatrix, 1.5 where blocks were chosen for the output; ten steps of training away 3.7 in q6_K and 11.7 in q8_0.
 LIMIT = 2.0
 # Relative error of storage as BF16 (8 bits of mantissa), root mean square and largest: one maker may have started from
 # a BF16 copy of what the other had in full.
