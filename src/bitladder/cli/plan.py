@@ -1,5 +1,7 @@
 """`bitladder plan`: which type each tensor should have, from what it is measured to cost."""
 
+import contextlib
+import dataclasses
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from bitladder.cli.output import Output, common_options
 
 if TYPE_CHECKING:
     from bitladder.planning import Planner, PlanOptions, PlanResult, Preset, Target
+    from bitladder.quantize.rounding import OutputRounding
     from bitladder.sensitivity.document import Sensitivity
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
@@ -38,6 +41,19 @@ _OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
 @click.option("--tie", "ties", multiple=True, metavar="KIND,KIND", help="Kinds with equal types within each layer.")
 @click.option("--max-types", type=click.IntRange(1), help="Use at most so many different types.")
 @click.option("--min-speed", type=float, metavar="TOKENS/S", help="At least this speed of generation on this CPU.")
+@click.option(
+    "--moments",
+    type=_FILE,
+    multiple=True,
+    help="Second moments (bitladder calibrate): price the blocks of quantize --rounding instead of the library's.",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["feedback", "descent", "best"]),
+    default="best",
+    show_default=True,
+    help="How those blocks are chosen.",
+)
 @click.option("--sensitivity", type=_FILE, help="Prices from an earlier plan; with --no-feedback nothing is measured.")
 @click.option(
     "--prices",
@@ -81,8 +97,8 @@ def command(output: Output, model: pathlib.Path, suggest_prune: bool, **given: A
     from bitladder.calibrate.texts import load_text
     from bitladder.planning import Planner, Subject
 
-    with Subject(model, given["imatrix"]) as subject:
-        chosen = _options(given)
+    with contextlib.ExitStack() as opened, Subject(model, given["imatrix"]) as subject:
+        chosen = dataclasses.replace(_options(given), rounding=_rounding(given, opened))
         with Planner(subject, load_text(given["text"] or "pydoc:calibration"), chosen, output.progress) as planner:
             target, preset = _target(planner, wanted[0], given)
             prices = _prices(planner, target, preset, given)
@@ -90,6 +106,18 @@ def command(output: Output, model: pathlib.Path, suggest_prune: bool, **given: A
             out = given["out"] or pathlib.Path(f"{model.stem}-{_word(target.text)}.toml")
             planner.write_recipe(out, result, target)
     _show(output, result, subject.places, target, out)
+
+
+def _rounding(given: dict[str, Any], opened: contextlib.ExitStack) -> "OutputRounding | None":
+    """What rounds for the layers' outputs, with its files open as long as needed; None for the library's kernels."""
+    from bitladder.calibrate.moments import MomentsFile
+    from bitladder.quantize.rounding import OutputRounding
+    from bitladder.rounding import RoundingOptions
+
+    if not given["moments"]:
+        return None
+    files = [opened.enter_context(MomentsFile(path)) for path in given["moments"]]
+    return OutputRounding(files, RoundingOptions(method=given["rounding"]))
 
 
 def _options(given: dict[str, Any]) -> "PlanOptions":

@@ -12,7 +12,8 @@ from bitladder.ladder.plan import BENCH_REPETITIONS, BENCH_TESTS, TASK_CTX, RunO
 
 # Time per weight, as tokens decoded in the same time: a weight is used once a token. Coarse, and replaced by what is
 # seen; i-quants search a codebook for every block.
-CONVERT, QUANTIZE, QUANTIZE_IQ = 200, 1500, 6000
+CONVERT, QUANTIZE, QUANTIZE_IQ, ROUND = 200, 1500, 6000, 30_000
+MOMENTS = 4  # a token's gradients, beside its prediction
 GENERATED = 10  # a generated token takes the time of so many in a prompt
 QUESTION = 4 * TASK_CTX // 8  # tokens that a question's choices take
 PRICED = 40_000  # prices of all rungs together: hundreds of swaps over a few chunks
@@ -34,6 +35,7 @@ def amounts(
         "convert": CONVERT,
         "base": text_tokens,
         "imatrix": calibration_tokens,
+        "moments": MOMENTS * options.moments_chunks * options.n_ctx * len(options.calibration),
         "price": PRICED,
         "plan": PLANNED,
         "measure": decode,
@@ -42,7 +44,8 @@ def amounts(
     found = {}
     for step in steps:
         made = QUANTIZE_IQ if (step.rung or "").startswith("IQ") else QUANTIZE
-        amount = {"quantize": made, "naive": made + decode}.get(step.kind, known.get(step.kind, 0))
+        rounded = made if options.rounding == "stock" else ROUND
+        amount = {"quantize": rounded, "naive": made + decode}.get(step.kind, known.get(step.kind, 0))
         if step.name == "measure base":
             amount = questions * QUESTION  # its perplexity is in the base already
         found[step.name] = float(amount)

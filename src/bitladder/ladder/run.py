@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -11,10 +9,8 @@ from typing import Any
 
 from bitladder import calibrate, convert, evaluate, quantize
 from bitladder.calibrate.texts import Text, load_text
-from bitladder.engine import native
 from bitladder.errors import UsageError
 from bitladder.files import write_json
-from bitladder.ladder.manifest import RunRecord
 from bitladder.ladder.others import Other, about, check_headers, doubts, find_others
 from bitladder.ladder.pace import pace_of
 from bitladder.ladder.plan import (
@@ -25,20 +21,20 @@ from bitladder.ladder.plan import (
     Kind,
     RunOptions,
     Step,
-    command_line,
     plan,
 )
 from bitladder.ladder.planned import PLANNED, PlannedRungs, candidates
+from bitladder.ladder.records import IMATRIX, library_of, read_json, recipe_of, run_record, score_path, text_used
 from bitladder.ladder.rounded import MOMENTS, PLAIN, collect, refine_rung, rounding_options
 from bitladder.ladder.source import Source, describe, locate
 from bitladder.ladder.space import check_room, parameters_of
 from bitladder.ladder.store import Product, Store, open_store
 from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.progress import SILENT, Progress
-from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
+from bitladder.recipe import Recipe, write_recipe
 from bitladder.refine.view import guard_json
 
-IMATRIX, BENCH, CANDIDATES = "imatrix.gguf", "bench.json", "candidates.json"
+BENCH, CANDIDATES = "bench.json", "candidates.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +74,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
     tracker = Tracker(pace_of(steps, options, text, calibration, questions), len(steps), progress, watch)
     with open_store(options.out, keep=source.path if source.is_gguf else None, progress=progress) as store:
         check_room(options, source, store.present())
-        store.begin(_record(options, source, others))
+        store.begin(run_record(options, source, others))
         with _Execution(
             options,
             source,
@@ -95,30 +91,8 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
                     execution.tell(step)
         store.finish()
         names = ("base", *options.rungs, *(other.name for other in others))
-        scores = [_read_json(_score_path(store.folder, name)) for name in names]
+        scores = [read_json(score_path(store.folder, name)) for name in names]
         return RunResult(store.folder, tuple(store.made), names, scores)
-
-
-def _record(options: RunOptions, source: Source, others: list[Other]) -> RunRecord:
-    return RunRecord(
-        command=command_line(options, source.name, quantize.RUNGS),
-        model=source.name,
-        model_id=options.model_id or source.model_id,
-        datasets=options.datasets,
-        rungs=options.rungs,
-        n_ctx=options.n_ctx,
-        quantized_by=options.quantized_by,
-        mode=options.mode if options.mode != "naive" else None,
-        compared=tuple(other.name for other in others),
-    )
-
-
-def _score_path(folder: pathlib.Path, name: str) -> pathlib.Path:
-    return folder / "scores" / f"{name}.json"
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class _Execution:
@@ -146,8 +120,8 @@ class _Execution:
         self.facts: dict[str, dict[str, Any]] = {}
         self.digests: dict[str, Any] = {
             "model": source.digest(store),
-            "text": _used(text).model_dump(),
-            "calibration": [_used(one).model_dump() for one in calibration],
+            "text": text_used(text).model_dump(),
+            "calibration": [text_used(one).model_dump() for one in calibration],
             "tasks": [[task.name, task.source, task.sha256] for task in tasks],
         }
         for other in others:
@@ -168,7 +142,7 @@ class _Execution:
 
     def do(self, step: Step) -> None:
         """Make the step's files unless they are there."""
-        inputs = {"code": CODE[step.kind], "options": step.options, "library": _library(step)}
+        inputs = {"code": CODE[step.kind], "options": step.options, "library": library_of(step)}
         inputs |= {need: self.digests[need] for need in step.needs}
         works: dict[Kind, Callable[[], Product]] = {
             "convert": self._convert,
@@ -201,9 +175,9 @@ class _Execution:
     def tell(self, step: Step) -> None:
         """Let those who watch know what a rung has reached."""
         if step.rung and step.kind == "measure":
-            self.progress.found_scores(step.rung, _read_json(self._measured_path(step.rung)))
+            self.progress.found_scores(step.rung, read_json(self._measured_path(step.rung)))
         elif step.rung and step.kind == "naive":
-            scores = _read_json(_score_path(self.folder, f"{step.rung}.naive"))
+            scores = read_json(score_path(self.folder, f"{step.rung}.naive"))
             self.progress.found_scores(step.rung, scores, "the preset by itself")
 
     def _convert(self) -> Product:
@@ -240,7 +214,7 @@ class _Execution:
             self.progress.warn(
                 f"the calibration text is shorter than --imatrix-chunks {wanted}; all {result.chunks} chunks are used"
             )
-        texts = [_used(text).model_dump() for text in self.calibration]
+        texts = [text_used(text).model_dump() for text in self.calibration]
         return Product([out], {"entries": result.entries, "chunks": result.chunks, "texts": texts})
 
     def _moments(self) -> Product:
@@ -274,12 +248,12 @@ class _Execution:
 
     def _candidates(self) -> Product:
         out = self.folder / CANDIDATES
-        write_json(out, candidates(self.folder, self.options.rungs, _read_json))
+        write_json(out, candidates(self.folder, self.options.rungs, read_json))
         return Product([out])
 
     def _quantize(self, rung: str, *, planned: bool) -> Product:
         out, recipe = self._model_path(rung), self.folder / "recipes" / f"{rung}.toml"
-        plan = _read_json(self.folder / PLANNED / f"{rung}.json") if planned else None
+        plan = read_json(self.folder / PLANNED / f"{rung}.json") if planned else None
         types = None if plan is None else plan["types"]
         facts: dict[str, Any] = {}
         if self.options.rounding == "stock":
@@ -298,7 +272,7 @@ class _Execution:
 
     def _naive(self, rung: str) -> Product:
         """The preset by itself: measured and forgotten, but for its recipe and its scores."""
-        out, recipe = _score_path(self.folder, f"{rung}.naive"), self.folder / "recipes" / f"{rung}.naive.toml"
+        out, recipe = score_path(self.folder, f"{rung}.naive"), self.folder / "recipes" / f"{rung}.naive.toml"
         path = self.folder / f".{rung}.naive.gguf.tmp"
         try:
             result = self._make(rung, path, None)
@@ -321,24 +295,8 @@ class _Execution:
         )
 
     def _recipe(self, result: quantize.QuantizeResult, name: str) -> Recipe:
-        facts = self.facts["convert"]
-        return Recipe(
-            model=str(facts["general"].get("name") or facts["stem"]),
-            file=name,
-            preset=result.preset,
-            bytes=result.bytes,
-            bpw=result.bpw,
-            source=FileUsed(name=facts["file"], sha256=facts["sha256"]),
-            imatrix=ImatrixUsed(
-                name=IMATRIX,
-                sha256=self.digests["imatrix"]["sha256"],
-                chunks=self.facts["imatrix"]["chunks"],
-                n_ctx=self.options.n_ctx,
-                texts=[_used(text) for text in self.calibration],
-            ),
-            versions=native.versions(),
-            tensors=result.types,
-        )
+        digest, facts = self.digests["imatrix"]["sha256"], self.facts
+        return recipe_of(result, name, facts["convert"], facts["imatrix"], digest, self.options.n_ctx, self.calibration)
 
     def _measure(self, rung: str | None) -> Product:
         base, wanted = self._opened_base(), self.options.chunks
@@ -386,15 +344,15 @@ class _Execution:
 
     def _score(self, rung: str | None, *, with_bench: bool) -> Product:
         """Put together what was measured of a model, which stays valid when only the speeds are measured again."""
-        scores = _read_json(self._measured_path(rung))
+        scores = read_json(self._measured_path(rung))
         if with_bench:
-            scores["bench"] = _read_json(self.folder / BENCH)[rung or "base"]
-        out = _score_path(self.folder, rung or "base")
+            scores["bench"] = read_json(self.folder / BENCH)[rung or "base"]
+        out = score_path(self.folder, rung or "base")
         document = evaluate.Scores.model_validate(scores).to_json()
         if rung in self.others:
             document |= about(self.others[rung], self.facts[f"measure {rung}"]["doubts"])
         elif rung is not None and self.options.mode != "naive":
-            plan = _read_json(self.folder / PLANNED / f"{rung}.json")
+            plan = read_json(self.folder / PLANNED / f"{rung}.json")
             document |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
         if rung in self.options.rungs and self.options.rounding != "stock":
             document |= {"rounding": self.options.rounding}
@@ -431,14 +389,3 @@ class _Execution:
             "gpu_layers": options.gpu_layers,
             "progress": self.progress,
         }
-
-
-def _used(text: Text) -> TextUsed:
-    return TextUsed(name=text.name, sha256=text.sha256)
-
-
-def _library(step: Step) -> str:
-    """The library whose code decides the step's result."""
-    if step.kind == "convert":
-        return f"gguf {importlib.metadata.version('gguf')}"
-    return f"llama.cpp {native.versions()['llama_cpp_commit']}"
