@@ -107,7 +107,8 @@ def _join(indices: npt.NDArray[np.integer], bits: int, stride: int) -> Bytes:
     """`_split` undone."""
     parts = indices.reshape(len(indices), -1, 8 // bits, stride)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(parts << shifts, axis=2).reshape(len(indices), -1).astype(np.uint8)
+    joined: Bytes = np.asarray(np.bitwise_or.reduce(parts << shifts, axis=2), np.uint8)
+    return joined.reshape(len(indices), -1)
 
 
 # Blocks of 32: F16 d, perhaps F16 m, perhaps 32 fifth bits, then the low bits (or whole bytes).
