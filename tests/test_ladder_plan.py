@@ -67,7 +67,7 @@ def test_choosing_rungs():
 
 
 def test_the_command_names_no_paths():
-    assert command_line(options(), "org/name", RUNGS) == "bitladder run org/name --out out --mode naive"
+    assert command_line(options(), "org/name", RUNGS) == "bitladder run org/name --out out --mode naive --rounding stock"
     full = options(
         text="/home/me/my text.txt",
         calibration=("/a/b.txt", "pydoc:test"),
@@ -81,7 +81,7 @@ def test_the_command_names_no_paths():
     assert line == (
         "bitladder run name --out out --ladder Q4_K_M,Q8_0 --calibration b.txt --calibration pydoc:test"
         " --calibration-dataset org/texts --text 'my text.txt' --tasks arc:arc.bin,mmlu,continuation:pydoc:test"
-        " -t 2 --converter c.py --mode naive --no-bench"
+        " -t 2 --converter c.py --mode naive --rounding stock --no-bench"
     )
 
 

@@ -306,7 +306,8 @@ def test_the_command(options, fakes):
     from bitladder.cli.run import command
 
     arguments = [options.model, "--out", str(options.out), "--ladder", "iq3_s,Q8_0", "--text", options.text,
-                 "--calibration", options.calibration[0], "--quantized-by", "me", "--mode", "naive"]  # fmt: skip
+                 "--calibration", options.calibration[0], "--quantized-by", "me", "--mode", "naive",
+                 "--rounding", "stock"]  # fmt: skip
     done = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"quant", "full", "IQ3_S", "Q8_0"}
