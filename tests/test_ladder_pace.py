@@ -62,12 +62,15 @@ def test_what_was_complete_tells_nothing_of_time():
 
 def test_every_step_has_an_amount():
     for mode in ("naive", "quality"):
-        options = RunOptions(model="m", out="o", rungs=("IQ3_S", "Q8_0"), mode=mode)
+        options = RunOptions(model="m", out="o", rungs=("IQ3_S", "Q8_0"), mode=mode, rounding="stock")
         steps = plan(options)
         found = amounts(steps, options, text_tokens=4096, calibration_tokens=8192, questions=0)
         assert found.keys() == {step.name for step in steps}
         assert found["measure Q8_0"] == 4096 and found["imatrix"] == 8192
         assert found["quantize IQ3_S"] > found["quantize Q8_0"] > 0
+        better = options.model_copy(update={"rounding": "best"})
+        slower = amounts(plan(better), better, text_tokens=4096, calibration_tokens=8192, questions=0)
+        assert slower["quantize Q8_0"] > found["quantize Q8_0"] and slower["moments"] > 0
 
 
 def test_tracker_tells_the_step_the_share_and_the_best():
