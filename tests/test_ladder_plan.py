@@ -67,7 +67,8 @@ def test_choosing_rungs():
 
 
 def test_the_command_names_no_paths():
-    assert command_line(options(), "org/name", RUNGS) == "bitladder run org/name --out out --mode naive --rounding stock"
+    plain = "bitladder run org/name --out out --mode naive --rounding stock"
+    assert command_line(options(), "org/name", RUNGS) == plain
     full = options(
         text="/home/me/my text.txt",
         calibration=("/a/b.txt", "pydoc:test"),

@@ -23,6 +23,8 @@ WALLS = {
     "quantize": {"engine", "model", "calibrate", "recipe"},
     "evaluate": {"engine", "model", "calibrate"},
     "allocate": set(),
+    "rounding": {"engine"},
+    "refine": {"calibrate", "engine", "evaluate", "model", "quantize", "recipe", "rounding", "sensitivity"},
     "sensitivity": {"engine", "model", "evaluate", "gradients"},
     "planning": {
         "allocate",
@@ -42,18 +44,21 @@ WALLS = {
         "convert",
         "engine",
         "evaluate",
+        "gradients",
         "hub",
         "model",
         "planning",
         "quantize",
         "recipe",
+        "refine",
+        "rounding",
         "sensitivity",
     },
     "hub": set(),
     "compare": {"calibrate", "engine", "evaluate", "hub", "model", "recipe"},
     "publish": {"hub", "ladder"},
     "terminal": {"report"},
-    "report": {"ladder", "model", "recipe", "calibrate", "statistics", "evaluate"},
+    "report": {"ladder", "model", "recipe", "calibrate", "statistics", "evaluate", "engine"},
 }
 SHARED = {"closing", "errors", "files", "progress"}
 

@@ -12,7 +12,7 @@ from bitladder.cli.output import Output, common_options
 
 if TYPE_CHECKING:
     from bitladder.planning import Planner, PlanOptions, PlanResult, Preset, Target
-    from bitladder.quantize.rounding import OutputRounding
+    from bitladder.refine.output import OutputRounding
     from bitladder.sensitivity.document import Sensitivity
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
@@ -111,7 +111,7 @@ def command(output: Output, model: pathlib.Path, suggest_prune: bool, **given: A
 def _rounding(given: dict[str, Any], opened: contextlib.ExitStack) -> "OutputRounding | None":
     """What rounds for the layers' outputs, with its files open as long as needed; None for the library's kernels."""
     from bitladder.calibrate.moments import MomentsFile
-    from bitladder.quantize.rounding import OutputRounding
+    from bitladder.refine.output import OutputRounding
     from bitladder.rounding import RoundingOptions
 
     if not given["moments"]:

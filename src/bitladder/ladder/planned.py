@@ -15,8 +15,8 @@ from bitladder.files import sha256_bytes, write_json
 from bitladder.model.writer import TensorPlan
 from bitladder.planning import FeedbackEffort, Planner, PlanOptions, PlanResult, Preset, Subject, Target, rivals
 from bitladder.progress import Progress
-from bitladder.quantize.rounding import OutputRounding
 from bitladder.refine import render_all
+from bitladder.refine.output import OutputRounding
 from bitladder.rounding import RoundingOptions
 from bitladder.sensitivity.document import load_sensitivity
 from bitladder.sensitivity.menu import ABOVE, BELOW, Window

@@ -13,8 +13,8 @@ from bitladder.engine.types import RowKernels, type_by_name
 from bitladder.evaluate import Settings, load_or_compute_base
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import Prepared, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
-from bitladder.quantize.rounding import Bytes, OutputRounding, joined_sha256
 from bitladder.refine.guard import Guard, GuardReport
+from bitladder.refine.output import Bytes, OutputRounding, joined_sha256
 from bitladder.refine.render import render_all
 from bitladder.rounding import RoundingOptions
 from bitladder.sensitivity.rendered import Renderer, Stock

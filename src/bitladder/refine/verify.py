@@ -16,7 +16,7 @@ from bitladder.engine.types import RowKernels
 from bitladder.errors import BitladderError
 from bitladder.model.reader import GgufFile, TensorInfo
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize.rounding import OutputRounding, joined_sha256
+from bitladder.refine.output import OutputRounding, joined_sha256
 from bitladder.refine.quantize import METHOD_KEY, MOMENTS_KEY
 from bitladder.rounding import METHODS, RoundingOptions
 from bitladder.sensitivity.rendered import Renderer, Rounding, Stock
