@@ -69,6 +69,16 @@ def bytes_per_second(kind: TensorType, threads: int | None = None, seconds: floa
     return best
 
 
+def input_type(kind: TensorType) -> TensorType | None:
+    """The type that the CPU's kernel of a type rounds its input to; None if it takes floats, or is not known."""
+    try:
+        traits = _traits(kind)
+    except BitladderError:
+        return None
+    found = None if traits is None else all_types()[traits.vec_dot_type]
+    return found if found is not None and found.quantized else None
+
+
 def _as_type(vector: np.typing.NDArray[np.float32], kind: TensorType) -> np.typing.NDArray[Any]:
     """The vector as the kernel wants it."""
     if kind.name == "f32":

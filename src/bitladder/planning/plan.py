@@ -173,7 +173,8 @@ class Planner:
         """What has been measured of this model, text, importance and rounding."""
         if self.journal is None:
             context = json.dumps(self.made().model_dump(exclude={"model", "imatrix", "text"}), sort_keys=True)
-            digest = hashlib.sha256(context.encode()).hexdigest()
+            inputs = "kernel inputs" if self.settings.gpu_layers == 0 else "float inputs"
+            digest = hashlib.sha256((context + inputs).encode()).hexdigest()
             self.journal = Journal(self.work / "measured.jsonl", digest, self.settings.n_ctx)
         return self.journal
 
