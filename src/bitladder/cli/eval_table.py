@@ -49,11 +49,14 @@ def _title(first: "Scores") -> str:
     source = first.text.name if first.text else first.base.model if first.base else ""
     title = f"{source}, {first.chunks} chunks of {first.n_ctx}, {first.tokens_scored} tokens scored"
     if first.noise:
-        batch, activations = first.noise.batch, first.noise.activations
+        noise = first.noise
         title += (
-            f"\nNoise floor of KLD, base against itself over {first.noise.chunks} chunks: {batch.value:.2g} with "
-            f"-ub {first.noise.n_ubatch}, {activations.value:.2g} with inputs rounded to Q8_0"
+            f"\nNoise floor of KLD, base against itself over {noise.chunks} chunks: {noise.batch.value:.2g} with "
+            f"-ub {noise.n_ubatch}"
         )
+        for figure, kind in ((noise.activations, "Q8_0"), (noise.activations_k, "Q8_K (K-quants)")):
+            if figure is not None:
+                title += f", {figure.value:.2g} with inputs rounded to {kind}"
     return title
 
 

@@ -6,14 +6,13 @@ MUL_MAT_ID nodes src[0] is the weight, src[1] its input and, for experts, src[2]
 
 import ctypes
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.native import MUL_MAT, MUL_MAT_ID, Tensor, ggml, llama
-from bitladder.engine.types import RowKernels, TensorType, all_types, dequantize_into, quantize_rows
+from bitladder.engine.types import RowKernels, all_types
 from bitladder.errors import BitladderError
 
 Floats = npt.NDArray[np.float32]
@@ -170,49 +169,6 @@ class _Noting(Trampoline):
                 if source.op == 0 and source.name.endswith((b".weight", b".bias")):
                     self._handles.setdefault(weight_name(source.name), pointer)
         return not ask
-
-
-class RoundedInputs(Trampoline):
-    """Rounds the input of every multiplication by a weight to a type, for that multiplication alone.
-
-    What a quantized kernel does to its activations, done to a model whose weights are exact: the error that is left
-    is arithmetic alone. Slow, as each node is computed by itself. Raises BitladderError (when decoding) where inputs
-    lie in memory that cannot be written to here.
-    """
-
-    def __init__(self, kind: TensorType) -> None:
-        self._kind = kind
-        self._error = None
-        self._restore: Callable[[], None] | None = None
-        self.callback = llama.ggml_backend_sched_eval_callback(self._call)
-
-    def _call(self, address: int, ask: bool, _data: Any) -> bool:
-        if self._error is not None:
-            return ask
-        try:
-            if not ask and self._restore:
-                self._restore()  # what else reads the input (a residual, in some architectures) sees it as it was
-                self._restore = None
-            # "Yes" to every node: then all that a node reads is there when we are asked about it.
-            if ask and ctypes.c_int.from_address(address + _OP).value in (MUL_MAT, MUL_MAT_ID):
-                self._round(Tensor.from_address(address))
-        except BaseException as error:
-            self._error = error
-        return True
-
-    def _round(self, node: Tensor) -> None:
-        weight, inputs = Tensor.from_address(node.src[0]), Tensor.from_address(node.src[1])
-        # Weights are leaves of the graph; attention multiplies by what was computed.
-        if weight.op or not weight.name.endswith(b".weight") or inputs.type or inputs.ne[0] % self._kind.block:
-            return
-        if not ggml.ggml_backend_buffer_is_host(inputs.buffer):
-            raise BitladderError("activations on a GPU cannot be rounded; measure with -ngl 0")
-        values = _values(inputs)
-        exact = values.copy()
-        rows = exact.reshape(-1, inputs.ne[0]).copy()
-        dequantize_into(quantize_rows(rows, self._kind), self._kind, rows)
-        values[...] = rows.reshape(values.shape)
-        self._restore = lambda: np.copyto(values, exact)
 
 
 class Weights:

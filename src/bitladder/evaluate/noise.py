@@ -5,18 +5,21 @@ A difference between two quants below it says nothing about their weights.
 
 import dataclasses
 
+from bitladder.engine.activations import KernelInputs
 from bitladder.engine.context import Context
-from bitladder.engine.observe import RoundedInputs, Trampoline
-from bitladder.engine.types import type_by_name
+from bitladder.engine.observe import Trampoline
+from bitladder.engine.types import TensorType, type_by_name
 from bitladder.evaluate.base import HiddenBase
 from bitladder.evaluate.divergence import compare
 from bitladder.evaluate.figures import mean
 from bitladder.evaluate.rows import Workers
 from bitladder.evaluate.scores import Noise, NoiseFigure
 from bitladder.evaluate.settings import Settings
+from bitladder.model.reader import GgufFile
 from bitladder.progress import SILENT, Progress
 
-ACTIVATIONS = "q8_0"
+# Types that stand for all whose kernels round their inputs alike: to Q8_0 (blocks of 32), and to Q8_K (of 256).
+SMALL_BLOCKS, LARGE_BLOCKS = "q8_0", "q6_K"
 
 
 def noise_floor(base: HiddenBase, chunks: int, settings: Settings, progress: Progress = SILENT) -> Noise:
@@ -24,7 +27,8 @@ def noise_floor(base: HiddenBase, chunks: int, settings: Settings, progress: Pro
 
     Once with another -ub, so that sums are taken in another order (or, where the context is one batch of -ub, in
     batches of an eighth); once with the input of every multiplication by a weight rounded to Q8_0, as the CPU kernels
-    of quantized weights round it. Raises BitladderError if the model does not load or decode.
+    of Q8_0, Q5_0 and the like round it, and once to Q8_K, as those of K-quants and most I-quants do, if any width can
+    hold such a type. Raises BitladderError if the model does not load or decode.
     """
     count = min(chunks, len(base.chunks))
     size = min(settings.n_ubatch, settings.n_ctx)
@@ -33,8 +37,22 @@ def noise_floor(base: HiddenBase, chunks: int, settings: Settings, progress: Pro
         chunks=count,
         n_ubatch=other.n_ubatch,
         batch=_divergence(base, count, other, None, progress),
-        activations=_divergence(base, count, settings, RoundedInputs(type_by_name(ACTIVATIONS)), progress),
+        activations=_rounded(base, count, settings, type_by_name(SMALL_BLOCKS), progress),
+        activations_k=_rounded(base, count, settings, type_by_name(LARGE_BLOCKS), progress),
     )
+
+
+def _rounded(
+    base: HiddenBase, count: int, settings: Settings, kind: TensorType, progress: Progress
+) -> NoiseFigure | None:
+    """With inputs rounded as if every weight whose width allows it were of a type; None if none is wide enough."""
+    with GgufFile(base.model.path) as file:
+        fitting = [name for name, tensor in file.tensors.items() if tensor.width % kind.block == 0]
+    if not fitting:
+        return None
+    inputs = KernelInputs()
+    inputs.pretend(dict.fromkeys(fitting, kind))
+    return _divergence(base, count, settings, inputs, progress)
 
 
 def _divergence(

@@ -133,13 +133,15 @@ class NoiseFigure(_Part):
 class Noise(_Part):
     """The noise floor over the first `chunks` chunks (see `noise.noise_floor`).
 
-    `batch` with -ub `n_ubatch`, `activations` with inputs of weights rounded to Q8_0.
+    `batch` with -ub `n_ubatch`, `activations` with inputs of weights rounded to Q8_0, `activations_k` to Q8_K; None
+    where no width can hold a type whose kernel does that.
     """
 
     chunks: int
     n_ubatch: int
     batch: NoiseFigure
-    activations: NoiseFigure
+    activations: NoiseFigure | None
+    activations_k: NoiseFigure | None = None
 
 
 class PairedTask(_Part):

@@ -29,7 +29,7 @@ from bitladder.evaluate.tasks import FIVE, Task, score_task
 from bitladder.progress import SILENT, Progress
 
 # Raise one when its code would give other figures from the same inputs.
-CODE = {"text": 1, "tasks": 1, "noise": 1}
+CODE = {"text": 1, "tasks": 1, "noise": 2}
 
 
 @dataclasses.dataclass(frozen=True)
