@@ -11,6 +11,7 @@ import tiny_models
 
 from bitladder.convert import convert
 from bitladder.convert.checkpoint import read_json
+from bitladder.engine.extras import extras_work
 from bitladder.files import write_json
 
 llama_cpp: Any = pytest.importorskip("llama_cpp")
@@ -48,6 +49,7 @@ def native_logits(path: pathlib.Path, tokens: list[int]) -> np.ndarray[Any, Any]
     llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
+    parameters.use_extra_bufts = extras_work()
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     assert model, "llama.cpp does not load the file"
     settings = llama_cpp.llama_context_default_params()

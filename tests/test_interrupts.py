@@ -13,13 +13,14 @@ from bitladder.engine.model import Model
 
 
 class Watcher:
-    """Wants nothing, and says when the computation has begun."""
+    """Wants nothing, says when the computation has begun, and leaves the first time for something to happen."""
 
     def __init__(self):
-        self.begun = threading.Event()
+        self.begun, self.sent = threading.Event(), threading.Event()
 
     def wants(self, seen):
         self.begun.set()
+        self.sent.wait(60)
         return False
 
     def see(self, seen, inputs, experts):
@@ -32,6 +33,7 @@ def test_it_stops_the_computation_and_is_not_lost(tiny_gguf):
     def interrupt():
         watcher.begun.wait()
         os.kill(os.getpid(), signal.SIGINT)
+        watcher.sent.set()
 
     before = signal.getsignal(signal.SIGINT)
     with (
