@@ -34,6 +34,9 @@ def test_a_rung_has_less_divergence_than_its_preset_and_is_made_once(options):
     rung, naive = (json.loads((folder / "scores" / f"Q3_K_S{part}.json").read_text()) for part in ("", ".naive"))
     assert rung["rounding"] == "feedback" and naive["role"] == "naive"
     assert rung["kld"]["value"] < naive["kld"]["value"]
+    gain = rung["paired"]["kld"]
+    assert gain["value"] == pytest.approx(rung["kld"]["value"] - naive["kld"]["value"])
+    assert gain["value"] < -gain["error"] < 0
     with GgufFile(next(folder.glob("*-Q3_K_S.gguf"))) as file:
         assert file.get("bitladder.rounding") == "feedback"
     guard = json.loads((folder / "ladder.json").read_text())["steps"]["quantize Q3_K_S"]["facts"]["guard"]

@@ -23,7 +23,7 @@ from bitladder.calibrate.imatrix import Entry, Imatrix, write_imatrix
 from bitladder.convert import ConvertResult
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import Figure, Scores, SpeedRow
+from bitladder.evaluate import Figure, Measured, Scores, SpeedRow
 from bitladder.evaluate.scores import BaseModelName, DeltaP, Divergence, Named
 from bitladder.files import replacing
 from bitladder.ladder import RunOptions, run
@@ -111,6 +111,11 @@ class Fakes:
             **(compared if base else {}),
         )  # fmt: skip
 
+    def measure(self, model, text, settings, *, base, progress):
+        options = {name: getattr(settings, name) for name in ("n_ctx", "chunks", "threads", "gpu_layers")}
+        scores = self.evaluate(model, text, base=base, progress=progress, **options)
+        return Measured(scores, {"nll": np.zeros(scores.tokens_scored), "kld": np.zeros(scores.tokens_scored)})
+
     def bench(self, models, tests, repetitions, settings, progress):
         time.sleep(self.seconds)
         samples = {path: 1_000_000 * path.read_bytes()[-1] + 1 for path in models}
@@ -123,7 +128,7 @@ class Fakes:
         """All heavy functions replaced, as a context."""
         stand_ins = {
             "bitladder.convert.convert": self.convert, "bitladder.evaluate.make_base": self.make_base,
-            "bitladder.evaluate.evaluate": self.evaluate, "bitladder.evaluate.open_base": self.open_base,
+            "bitladder.evaluate.measure": self.measure, "bitladder.evaluate.open_base": self.open_base,
             "bitladder.evaluate.identify": lambda path: path,
             "bitladder.evaluate.base_scores": self.base_scores, "bitladder.calibrate.collect_imatrix": self.collect,
             "bitladder.quantize.quantize": self.quantize, "bitladder.evaluate.bench": self.bench,
@@ -185,7 +190,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in ("ladder.json", ".lock"):
             data = path.read_bytes()
-            if path.parent.name in ("measured", "scores"):
+            if path.parent.name in ("measured", "scores") and path.suffix == ".json":
                 data = json.dumps(json.loads(data) | {"seconds": 0}).encode()
             found[path.relative_to(folder).as_posix()] = data
     return found
@@ -210,9 +215,10 @@ def test_a_run_makes_everything_and_again_nothing(options, fakes):
         "README.md", "imatrix.gguf", "Toy-64-F16.gguf", "Toy-64-F16.text.txt.512.base", "bench.json",
         *(f"Toy-64-{rung}.gguf" for rung in RUNGS), *(f"recipes/{rung}.toml" for rung in RUNGS),
         *(f"{folder}/{name}.json" for folder in ("measured", "scores") for name in ("base", *RUNGS)),
+        *(f"measured/{rung}.npz" for rung in RUNGS),
     }  # fmt: skip
     for one in result.scores:
-        assert [test["test"] for test in one["bench"]] == ["pp512", "tg128", "pp512+tg128"]
+        assert [test["test"] for test in one["bench"]] == ["pp512", "tg128", "pp1024+tg1024"]
         nanoseconds = 1_000_000 * (options.out / one["model"]).read_bytes()[-1] + 1
         assert one["bench"][1]["tokens_per_second"]["value"] == pytest.approx(128e9 / nanoseconds)
     assert [one["model"] for one in result.scores] == ["Toy-64-F16.gguf", *(f"Toy-64-{rung}.gguf" for rung in RUNGS)]
@@ -336,7 +342,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(options, fakes, tmp_pa
         process = subprocess.Popen([sys.executable, __file__, str(tmp_path), "0.06"], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "ready\n"
         try:
-            process.wait(dice.uniform(0.0, 0.15 + 0.03 * attempt))
+            process.wait(dice.uniform(0.0, 0.15 * 1.2**attempt))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -357,7 +363,7 @@ def test_the_real_thing_on_the_embedded_model(tiny_checkpoint, calibration_text,
     options = RunOptions(
         model=str(tiny_checkpoint), out=tmp_path / "out", rungs=("Q4_K_M",), text=str(calibration_text),
         calibration=(str(calibration_text),), chunks=2, imatrix_chunks=2, n_ctx=64,
-        tasks=f"continuation:{calibration_text}", task_count=8,
+        tasks=f"continuation:{calibration_text}", task_count=8, bench_tests=((32, 0), (0, 8), (16, 8)),
     )  # fmt: skip
     result = run(options)
     write_card(options.out)

@@ -8,7 +8,7 @@ that were done, and until there is one, from all others.
 from collections.abc import Mapping, Sequence
 
 from bitladder.calibrate.texts import Text
-from bitladder.ladder.plan import BENCH_REPETITIONS, BENCH_TESTS, TASK_CTX, RunOptions, Step
+from bitladder.ladder.plan import BENCH_REPETITIONS, TASK_CTX, RunOptions, Step
 
 # Time per weight, as tokens decoded in the same time: a weight is used once a token. Coarse, and replaced by what is
 # seen; i-quants search a codebook for every block.
@@ -30,7 +30,7 @@ def amounts(
     """
     decode = float(text_tokens + questions * QUESTION)
     models = 1 + sum(step.kind == "quantize" for step in steps)
-    bench = sum(prompt + GENERATED * generated for prompt, generated in BENCH_TESTS) * BENCH_REPETITIONS
+    bench = sum(prompt + GENERATED * generated for prompt, generated in options.bench_tests) * BENCH_REPETITIONS
     known: dict[str, float] = {
         "convert": CONVERT,
         "base": text_tokens,

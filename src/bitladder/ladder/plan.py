@@ -36,15 +36,15 @@ CODE: dict[Kind, int] = {
     "plan": 1,
     "candidates": 1,
     "quantize": 2,
-    "measure": 1,
-    "naive": 1,
+    "measure": 2,
+    "naive": 2,
     "bench": 1,
-    "score": 2,
+    "score": 3,
 }
 
 TASK_CTX = 768
 # Prompt and generated tokens of each speed test, and how often each is repeated.
-BENCH_TESTS, BENCH_REPETITIONS = ((512, 0), (0, 128), (512, 128)), 3
+BENCH_TESTS, BENCH_REPETITIONS = ((512, 0), (0, 128), (1024, 1024)), 3
 # Presets that do not quantize: the full-precision file is no rung.
 FULL_PRECISION = ("ALL_F32", "F16", "BF16")
 CALIBRATION = ("pydoc:calibration",)
@@ -64,8 +64,9 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     `imatrix_chunks` (of each calibration text) are of `n_ctx` tokens; None is all there are. `model_id` is the hub id
     of the model for the card, where it cannot be known from `model`; `datasets` are those of the calibration text, for
     the card too. `tasks` are specs as `evaluate.tasks.parse_specs` reads them, answered with a context of TASK_CTX
-    tokens; `task_count` questions of each (None: all). `bench` asks for tokens per second. `rounding` is how blocks are
-    chosen; but for "stock" that needs second moments, of `moments_chunks` chunks of each calibration text.
+    tokens; `task_count` questions of each (None: all). `bench` asks for tokens per second in `bench_tests` (tokens of
+    the prompt, tokens generated). `rounding` is how blocks are chosen; but for "stock" that needs second moments, of
+    `moments_chunks` chunks of each calibration text.
     `compare` names GGUF files of somebody else, or hub ids of some (`hub.fetch`).
     """
 
@@ -80,6 +81,7 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     tasks: str | None = None
     task_count: int | None = pydantic.Field(None, ge=1)
     bench: bool = True
+    bench_tests: tuple[tuple[int, int], ...] = BENCH_TESTS
     compare: tuple[str, ...] = ()
     mode: Mode = "naive"
     rounding: Rounding = "stock"
@@ -180,12 +182,19 @@ def plan(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
             Step(name="bench", kind="bench", needs=("convert", *quants, *files), options=_bench_options(options))
         )
         timed = ("bench",)
-    steps.append(Step(name="score base", kind="score", needs=("measure base", *timed)))
+    return [*steps, *_scoring(options, others, timed)]
+
+
+def _scoring(options: RunOptions, others: Sequence[str], timed: tuple[str, ...]) -> list[Step]:
+    """What was measured, timed and planned of each model, put together."""
+    steps = [Step(name="score base", kind="score", needs=("measure base", *timed))]
     for rung in options.rungs:
-        planned_by = (f"plan {rung}",) if planned else ()
-        steps.append(
-            Step(name=f"score {rung}", kind="score", rung=rung, needs=(f"measure {rung}", *timed, *planned_by))
-        )
+        needs = (f"measure {rung}", *timed)
+        if options.mode != "naive":
+            needs = (*needs, f"plan {rung}")
+        if options.mode != "naive" or options.rounding != "stock":
+            needs = (*needs, f"naive {rung}")
+        steps.append(Step(name=f"score {rung}", kind="score", rung=rung, needs=needs))
     for name in others:
         steps.append(Step(name=f"score {name}", kind="score", other=name, needs=(f"measure {name}", *timed)))
     return steps
@@ -205,7 +214,7 @@ def _planning(options: RunOptions, device: dict[str, Any], more: tuple[str, ...]
 def _bench_options(options: RunOptions) -> dict[str, Any]:
     """What decides tokens per second, beside the machine. Here the numbers of threads and of layers matter."""
     return {
-        "tests": [list(test) for test in BENCH_TESTS],
+        "tests": [list(test) for test in options.bench_tests],
         "repetitions": BENCH_REPETITIONS,
         "threads": options.threads,
         "gpu_layers": options.gpu_layers,

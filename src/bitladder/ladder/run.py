@@ -13,9 +13,9 @@ from bitladder.errors import UsageError
 from bitladder.files import write_json
 from bitladder.ladder.others import Other, about, check_headers, doubts, find_others
 from bitladder.ladder.pace import pace_of
+from bitladder.ladder.pairs import keep_tokens, paired_with_naive
 from bitladder.ladder.plan import (
     BENCH_REPETITIONS,
-    BENCH_TESTS,
     CODE,
     TASK_CTX,
     Kind,
@@ -156,7 +156,7 @@ class _Execution:
             "naive": functools.partial(self._naive, step.rung or ""),
             "measure": functools.partial(self._measure, step.rung or step.other),
             "bench": self._bench,
-            "score": functools.partial(self._score, step.rung or step.other, with_bench="bench" in step.needs),
+            "score": functools.partial(self._score, step),
         }
         record = self.store.ensure(step.name, inputs, works[step.kind])
         self.facts[step.name] = record.facts
@@ -277,12 +277,14 @@ class _Execution:
         try:
             result = self._make(rung, path, None)
             name = f"{self.facts['convert']['stem']}-{rung}.gguf"
-            scores = self._scores(path)
-            write_json(out, scores.to_json() | {"model": name, "role": "naive", "rung": rung, "mode": "naive"})
+            measured = self._measured(path)
+            said = {"model": name, "role": "naive", "rung": rung, "mode": "naive"}
+            write_json(out, measured.scores.to_json() | said)
             write_recipe(recipe, self._recipe(result, name))
+            tokens = keep_tokens(self.folder, f"{rung}.naive", measured.arrays)
         finally:
             path.unlink(missing_ok=True)
-        return Product([out, recipe], {"bytes": result.bytes, "bpw": result.bpw})
+        return Product([out, recipe, tokens], {"bytes": result.bytes, "bpw": result.bpw})
 
     def _make(self, rung: str, out: pathlib.Path, types: Mapping[str, str] | None) -> quantize.QuantizeResult:
         return quantize.quantize(
@@ -300,6 +302,7 @@ class _Execution:
 
     def _measure(self, rung: str | None) -> Product:
         base, wanted = self._opened_base(), self.options.chunks
+        files, facts = [self._measured_path(rung)], {}
         if rung is None:
             scores = self._with_tasks(evaluate.base_scores(base, self.text, self._settings()), self.full)
             if wanted is not None and (scores.chunks or 0) < wanted:
@@ -307,18 +310,19 @@ class _Execution:
                     f"{self.text.name} has only {scores.chunks} chunks (--chunks {wanted}); all are used"
                 )
         else:
-            scores = self._scores(self._model_path(rung))
-        out, facts = self._measured_path(rung), {}
-        write_json(out, scores.to_json())
+            measured = self._measured(self._model_path(rung))
+            scores = measured.scores
+            files.append(keep_tokens(self.folder, rung, measured.arrays))
+        write_json(files[0], scores.to_json())
         if rung in self.others:
             facts["doubts"] = doubts(self.others[rung], self.full, scores, self.options.threads, self.progress)
-        return Product([out], facts)
+        return Product(files, facts)
 
-    def _scores(self, path: pathlib.Path) -> evaluate.Scores:
-        """A quant's divergence, and its tasks."""
-        wanted = self.options.chunks
-        scores = evaluate.evaluate(path, self.text, base=self._opened_base(), chunks=wanted, **self._engine())
-        return self._with_tasks(scores, path)
+    def _measured(self, path: pathlib.Path) -> evaluate.Measured:
+        """A quant's divergence, token by token, and its tasks."""
+        base = self._opened_base()
+        found = evaluate.measure(path, self.text, self._settings(), base=base, progress=self.progress)
+        return dataclasses.replace(found, scores=self._with_tasks(found.scores, path))
 
     def _with_tasks(self, scores: evaluate.Scores, path: pathlib.Path) -> evaluate.Scores:
         if not self.tasks:
@@ -330,7 +334,7 @@ class _Execution:
     def _bench(self) -> Product:
         """Tokens per second of all models, in turns: label → rows of Scores.bench."""
         paths = {label or "base": self._model_path(label) for label in (None, *self.options.rungs, *self.others)}
-        tests = [evaluate.SpeedTest(*test) for test in BENCH_TESTS]
+        tests = [evaluate.SpeedTest(*test) for test in self.options.bench_tests]
         settings = evaluate.SpeedSettings(self.options.threads, self.options.gpu_layers)
         rows = evaluate.bench(list(paths.values()), tests, BENCH_REPETITIONS, settings, self.progress)
         # A file of somebody else may be called as one of ours is, so rows are told apart by their place.
@@ -342,10 +346,11 @@ class _Execution:
         write_json(out, found)
         return Product([out])
 
-    def _score(self, rung: str | None, *, with_bench: bool) -> Product:
+    def _score(self, step: Step) -> Product:
         """Put together what was measured of a model, which stays valid when only the speeds are measured again."""
+        rung = step.rung or step.other
         scores = read_json(self._measured_path(rung))
-        if with_bench:
+        if "bench" in step.needs:
             scores["bench"] = read_json(self.folder / BENCH)[rung or "base"]
         out = score_path(self.folder, rung or "base")
         document = evaluate.Scores.model_validate(scores).to_json()
@@ -356,6 +361,8 @@ class _Execution:
             document |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
         if rung in self.options.rungs and self.options.rounding != "stock":
             document |= {"rounding": self.options.rounding}
+        if f"naive {rung}" in step.needs:
+            document |= {"paired": paired_with_naive(self.folder, rung or "")}
         write_json(out, document)
         return Product([out])
 
@@ -379,7 +386,8 @@ class _Execution:
         return self._open_base
 
     def _settings(self) -> evaluate.Settings:
-        return evaluate.Settings(self.options.n_ctx, self.options.chunks, self.options.threads)
+        options = self.options
+        return evaluate.Settings(options.n_ctx, options.chunks, options.threads, options.gpu_layers)
 
     def _engine(self) -> dict[str, Any]:
         options = self.options
