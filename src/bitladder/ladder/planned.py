@@ -29,6 +29,8 @@ N_CTX = 256
 # Tokens are spent so that a rung's search takes about as long as scoring a few quants.
 EFFORT = Effort(tokens=100_000)
 FEEDBACK = FeedbackEffort(chunks=12, move_chunks=6, judge_chunks=12)
+# What a file says of its rounding takes so many bytes at most; planned files are not larger than their presets.
+SAID = 256
 STATISTIC = {"sum": "Σ(Act²)", "zd": "ZD", "cossim": "CosSim"}
 
 
@@ -108,7 +110,8 @@ class PlannedRungs(Closing):
         planner = self._opened()
         preset = planner.subject.preset(rung)
         sensitivity = load_sensitivity(self._folder / SENSITIVITY)
-        target = Target(f"like {rung}", max_bytes=preset.bytes)
+        room = preset.bytes - (SAID if self._rounding.method != "stock" else 0)
+        target = Target(f"like {rung}", max_bytes=room)
         if mode == "size":
             goal = planner.measured_kld(preset)
             target = Target(f"KLD of {rung}", max_kld=goal)
