@@ -62,6 +62,10 @@ def log_ticks(least: float, most: float) -> list[float]:
     Those outside are seen when the reader zooms out.
     """
     ratio = most / least
+    if ratio < 1.2:  # no round mantissas within: even steps, which look even on so short a stretch of the axis
+        step = 10.0 ** math.floor(math.log10(max(most - least, most / 1000)))
+        middle = round((least + most) / 2 / step)
+        return [float(f"{number * step:.6g}") for number in range(max(1, middle - 12), middle + 13)]
     if ratio < 3:
         mantissas: tuple[float, ...] = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
     elif ratio < 12:
