@@ -1,10 +1,10 @@
 """How to measure."""
 
 import dataclasses
-import os
 import pathlib
 
 from bitladder.engine.context import Context
+from bitladder.engine.memory import main_memory
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Observer
 from bitladder.errors import UsageError
@@ -60,11 +60,3 @@ class Settings:
             threads=self.threads,
             observer=observer,
         )
-
-
-def main_memory() -> int:
-    """Bytes of main memory, 0 if the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 0

@@ -18,11 +18,11 @@ import numpy as np
 from bitladder.closing import Closing
 from bitladder.engine.context import Context
 from bitladder.engine.devices import ACCEL, CPU, GPU, IGPU, ThreadPool, backend_names, processors
+from bitladder.engine.memory import main_memory
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate.identity import parts
-from bitladder.evaluate.settings import main_memory
 from bitladder.evaluate.speedrows import SpeedRow, SpeedSettings
 from bitladder.evaluate.speedtests import SpeedTest
 from bitladder.progress import SILENT, Progress, Task
