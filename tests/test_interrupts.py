@@ -27,6 +27,15 @@ class Watcher:
         raise AssertionError("nothing was asked for")
 
 
+@pytest.fixture
+def handled():
+    """Python's own handling of SIGINT, also where this process was started to ignore it (in the background)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("handled")
 def test_it_stops_the_computation_and_is_not_lost(tiny_gguf):
     watcher = Watcher()
 
