@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 
 # The main job on the embedded model: checkpoint in, measured ladder and model card out, in demo/.
 demo: $(VENV)/.installed
-	$(BIN)/bitladder run examples/tiny-olmo2 --out demo --ladder IQ3_M,Q4_K_M,Q6_K,Q8_0 --chunks 40 \
+	$(BIN)/bitladder run examples/tiny-olmo2 --out demo --ladder Q4_K_M,Q6_K --chunks 40 \
 		--moments-chunks 16 --tasks continuation:pydoc:test --task-count 100
 
 test: $(VENV)/.test
