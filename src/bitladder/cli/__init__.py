@@ -15,6 +15,7 @@ VERBS = {
     "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
     "imatrix": "Compute an importance matrix from calibration texts.",
     "calibrate": "Collect second moments, which rounding for the output needs, and an importance matrix beside.",
+    "smooth": "Balance a model's channels, so that blocks of it lose less.",
     "quantize": "Quantize a GGUF to a preset or a recipe.",
     "plan": "Choose the type of each tensor from measured costs, or the blocks to leave out.",
     "recipe": "Show, check, extract, compare and export which type each tensor of a quant has.",

@@ -61,6 +61,12 @@ from bitladder.cli.output import Output, common_options
     type=click.IntRange(1),
     help="Chunks of each calibration text for the second moments that rounding needs.",
 )
+@click.option(
+    "--smooth/--no-smooth",
+    default=None,
+    help="Balance channels first: the model computes the same and blocks lose less.  [default: yes, but for --mode "
+    "naive --rounding stock]",
+)
 @click.option("--tasks", help="Benchmarks to score with, as for eval: NAME:FILE,… or continuation:TEXT.")
 @click.option("--task-count", type=click.IntRange(1), help="Questions of each task, drawn.  [default: all]")
 @click.option(
@@ -110,6 +116,7 @@ def command(
     mode: Literal["quality", "size", "naive"],
     rounding: Literal["stock", "feedback", "descent", "best"],
     moments_chunks: int,
+    smooth: bool | None,
     tasks: str | None,
     task_count: int | None,
     compare: tuple[str, ...],
@@ -129,6 +136,7 @@ def command(
     """
     # Imported here, so that --help does not wait for the native library.
     from bitladder.ladder import RunOptions, choose_rungs, run
+    from bitladder.ladder.plan import smooths
     from bitladder.quantize import RUNGS, preset_names
     from bitladder.report import write_card, write_report
 
@@ -144,6 +152,7 @@ def command(
         mode=mode,
         rounding=rounding,
         moments_chunks=moments_chunks,
+        smooth=smooths(mode, rounding) if smooth is None else smooth,
         tasks=tasks,
         task_count=task_count,
         compare=compare,

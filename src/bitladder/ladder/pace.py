@@ -35,6 +35,7 @@ def amounts(
         "convert": CONVERT,
         "base": text_tokens,
         "imatrix": calibration_tokens,
+        "smooth": 2 * CONVERT,
         "moments": MOMENTS * options.moments_chunks * options.n_ctx * len(options.calibration),
         "price": PRICED,
         "plan": PLANNED,

@@ -14,6 +14,7 @@ Kind = Literal[
     "convert",
     "base",
     "imatrix",
+    "smooth",
     "moments",
     "price",
     "plan",
@@ -31,6 +32,7 @@ CODE: dict[Kind, int] = {
     "convert": 1,
     "base": 1,
     "imatrix": 1,
+    "smooth": 1,
     "moments": 1,
     "price": 1,
     "plan": 1,
@@ -66,7 +68,7 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     the card too. `tasks` are specs as `evaluate.tasks.parse_specs` reads them, answered with a context of TASK_CTX
     tokens; `task_count` questions of each (None: all). `bench` asks for tokens per second in `bench_tests` (tokens of
     the prompt, tokens generated). `rounding` is how blocks are chosen; but for "stock" that needs second moments, of
-    `moments_chunks` chunks of each calibration text.
+    `moments_chunks` chunks of each calibration text. `smooth` makes rungs of a model with balanced channels.
     `compare` names GGUF files of somebody else, or hub ids of some (`hub.fetch`).
     """
 
@@ -86,6 +88,7 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     mode: Mode = "naive"
     rounding: Rounding = "stock"
     moments_chunks: int = pydantic.Field(MOMENTS_CHUNKS, ge=1)
+    smooth: bool = False
     outtype: str = "auto"
     threads: int | None = pydantic.Field(None, ge=1)
     gpu_layers: int = 0
@@ -147,14 +150,19 @@ def plan(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
         Step(name="imatrix", kind="imatrix", needs=("convert", "calibration"), options=calibrated),
     ]
     planned, rounded = options.mode != "naive", options.rounding != "stock"
+    made: tuple[str, ...] = ("convert", "imatrix")
+    if options.smooth:
+        needs = (*made, "calibration")  # tried on a part of that text
+        steps.append(Step(name="smooth", kind="smooth", needs=needs, options={"n_ctx": options.n_ctx, **device}))
+        made = ("smooth", "imatrix")
     chosen: dict[str, Any] = {"rounding": options.rounding} if rounded else {}
     by_moments = ("moments",) if rounded else ()
     if rounded:
         taken = {"n_ctx": options.n_ctx, "chunks": options.moments_chunks, **device}
-        steps.append(Step(name="moments", kind="moments", needs=("convert", "calibration"), options=taken))
+        steps.append(Step(name="moments", kind="moments", needs=(made[0], "calibration"), options=taken))
     if planned:
-        steps += _planning(options, {**device, **chosen}, by_moments)
-    if planned or rounded:
+        steps += _planning(options, {**device, **chosen}, (*made, "calibration", *by_moments))
+    if planned or rounded or options.smooth:
         read = ("convert", "imatrix", "base", "text", *asked)
         for rung in options.rungs:
             how = {"preset": rung, **scored}
@@ -162,7 +170,7 @@ def plan(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
     quants = []
     for rung in options.rungs:
         types: dict[str, Any] = {"preset": rung, **chosen}
-        made_of: tuple[str, ...] = ("convert", "imatrix", *by_moments)
+        made_of = (*made, *by_moments)
         if rounded:  # its blocks are tried on a part of that text
             made_of = (*made_of, "calibration")
         if planned:
@@ -192,7 +200,7 @@ def _scoring(options: RunOptions, others: Sequence[str], timed: tuple[str, ...])
         needs = (f"measure {rung}", *timed)
         if options.mode != "naive":
             needs = (*needs, f"plan {rung}")
-        if options.mode != "naive" or options.rounding != "stock":
+        if options.mode != "naive" or options.rounding != "stock" or options.smooth:
             needs = (*needs, f"naive {rung}")
         steps.append(Step(name=f"score {rung}", kind="score", rung=rung, needs=needs))
     for name in others:
@@ -200,9 +208,8 @@ def _scoring(options: RunOptions, others: Sequence[str], timed: tuple[str, ...])
     return steps
 
 
-def _planning(options: RunOptions, device: dict[str, Any], more: tuple[str, ...]) -> list[Step]:
+def _planning(options: RunOptions, device: dict[str, Any], needs: tuple[str, ...]) -> list[Step]:
     """Prices, a plan for each rung, and all that was tried."""
-    needs = ("convert", "imatrix", "calibration", *more)
     steps = [Step(name="price", kind="price", needs=needs, options={"rungs": sorted(options.rungs), **device})]
     for rung in options.rungs:
         how = {"preset": rung, "mode": options.mode, **device}
@@ -256,9 +263,16 @@ def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]
         words += ["--rounding", options.rounding]
     if options.moments_chunks != MOMENTS_CHUNKS:
         words += ["--moments-chunks", str(options.moments_chunks)]
+    if options.smooth != smooths(options.mode, options.rounding):
+        words.append("--smooth" if options.smooth else "--no-smooth")
     if not options.bench:
         words.append("--no-bench")
     return shlex.join(words)
+
+
+def smooths(mode: str, rounding: str) -> bool:
+    """Whether channels are balanced if nothing is said: unless all is to be as llama-quantize makes it."""
+    return mode != "naive" or rounding != "stock"
 
 
 def _task_names(specs: str) -> str:

@@ -21,6 +21,7 @@ from bitladder.rounding import RoundingOptions
 from bitladder.sensitivity.document import load_sensitivity
 from bitladder.sensitivity.menu import ABOVE, BELOW, Window
 from bitladder.sensitivity.price import Effort
+from bitladder.smooth import KEY
 
 SENSITIVITY = "sensitivity.json"
 PLANNED = "planned"  # a folder: what each rung's plan tried
@@ -29,8 +30,8 @@ N_CTX = 256
 # Tokens are spent so that a rung's search takes about as long as scoring a few quants.
 EFFORT = Effort(tokens=100_000)
 FEEDBACK = FeedbackEffort(chunks=12, move_chunks=6, judge_chunks=12)
-# What a file says of its rounding takes so many bytes at most; planned files are not larger than their presets.
-SAID = 256
+# What a file says of its rounding and smoothing takes so many bytes at most; planned files are not larger than presets.
+SAID = 384
 STATISTIC = {"sum": "Σ(Act²)", "zd": "ZD", "cossim": "CosSim"}
 
 
@@ -110,7 +111,8 @@ class PlannedRungs(Closing):
         planner = self._opened()
         preset = planner.subject.preset(rung)
         sensitivity = load_sensitivity(self._folder / SENSITIVITY)
-        room = preset.bytes - (SAID if self._rounding.method != "stock" else 0)
+        marked = self._rounding.method != "stock" or planner.subject.file.get(KEY)
+        room = preset.bytes - (SAID if marked else 0)
         target = Target(f"like {rung}", max_bytes=room)
         if mode == "size":
             goal = planner.measured_kld(preset)

@@ -26,7 +26,7 @@ GUARD_CHUNKS = 8
 
 
 def collect(
-    model: pathlib.Path, texts: Sequence[Text], folder: pathlib.Path, chunks: int, progress: Progress, **engine: Any
+    model: pathlib.Path, texts: Sequence[Text], folder: pathlib.Path, chunks: int, *, progress: Progress, **engine: Any
 ) -> MomentsResult:
     """Second moments of all weights: weighted by gradients where torch is there and knows the model, else by positions.
 
@@ -50,12 +50,12 @@ def rounding_options(options: RunOptions) -> RoundingOptions:
 
 def refine_rung(
     options: RunOptions,
-    full: pathlib.Path,
+    model: pathlib.Path,
+    imatrix: pathlib.Path,
     out: pathlib.Path,
     rung: str,
     types: Mapping[str, str] | None,
     calibration: Sequence[Text],
-    imatrix: pathlib.Path,
     progress: Progress,
 ) -> Refined:
     """A rung with the preset's or the planned types, its blocks tried on passages of the calibration text.
@@ -65,7 +65,7 @@ def refine_rung(
     held_out = excerpts(joined(list(calibration)), GUARD_CHUNKS, options.n_ctx, offset=0.5)
     settings = Settings(options.n_ctx, GUARD_CHUNKS, options.threads, options.gpu_layers)
     return quantize_refined(
-        full,
+        model,
         out,
         quantize.QuantizeOptions(rung, types=types),
         [out.parent / MOMENTS, out.parent / PLAIN],

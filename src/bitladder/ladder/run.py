@@ -14,20 +14,14 @@ from bitladder.files import write_json
 from bitladder.ladder.others import Other, about, check_headers, doubts, find_others
 from bitladder.ladder.pace import pace_of
 from bitladder.ladder.pairs import keep_tokens, paired_with_naive
-from bitladder.ladder.plan import (
-    BENCH_REPETITIONS,
-    CODE,
-    TASK_CTX,
-    Kind,
-    RunOptions,
-    Step,
-    plan,
-)
+from bitladder.ladder.plan import CODE, TASK_CTX, Kind, RunOptions, Step, plan
 from bitladder.ladder.planned import PLANNED, PlannedRungs, candidates
 from bitladder.ladder.records import IMATRIX, library_of, read_json, recipe_of, run_record, score_path, text_used
 from bitladder.ladder.rounded import MOMENTS, PLAIN, collect, refine_rung, rounding_options
+from bitladder.ladder.smoothed import smooth
 from bitladder.ladder.source import Source, describe, locate
 from bitladder.ladder.space import check_room, parameters_of
+from bitladder.ladder.speeds import speeds
 from bitladder.ladder.store import Product, Store, open_store
 from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.progress import SILENT, Progress
@@ -115,6 +109,8 @@ class _Execution:
         self.text, self.calibration, self.tasks = text, calibration, tasks
         self.folder = store.folder
         self.full = source.path  # the full-precision GGUF, once there is one
+        # What rungs are made of, and its imatrix: the full-precision model, or that with balanced channels.
+        self.material, self.importance = source.path, self.folder / IMATRIX
         self._open_base: evaluate.HiddenBase | None = None
         self._planned: PlannedRungs | None = None
         self.facts: dict[str, dict[str, Any]] = {}
@@ -148,6 +144,7 @@ class _Execution:
             "convert": self._convert,
             "base": self._base,
             "imatrix": self._imatrix,
+            "smooth": self._smooth,
             "moments": self._moments,
             "price": self._price,
             "plan": functools.partial(self._plan, step.rung or ""),
@@ -166,9 +163,11 @@ class _Execution:
         else:
             # A GGUF given as MODEL is used where it is.
             self.digests[step.name] = {"file": record.facts["file"], "sha256": record.facts["sha256"]}
+        if step.kind == "smooth" and record.outputs:
+            self.material, self.importance = map(self.store.path, record.outputs)
         if step.kind == "convert":
             if record.outputs:
-                self.full = self.store.path(record.outputs[0])
+                self.full = self.material = self.store.path(record.outputs[0])
             for other in self.others.values():  # before hours of work
                 check_headers(other, self.full)
 
@@ -217,10 +216,15 @@ class _Execution:
         texts = [text_used(text).model_dump() for text in self.calibration]
         return Product([out], {"entries": result.entries, "chunks": result.chunks, "texts": texts})
 
+    def _smooth(self) -> Product:
+        files, facts = smooth(
+            self.options, self.full, self.folder / IMATRIX, self.folder, self.calibration, self.progress
+        )
+        return Product(files, {name: self.facts["convert"][name] for name in ("file", "sha256")} | facts)
+
     def _moments(self) -> Product:
-        engine = {"n_ctx": self.options.n_ctx, "threads": self.options.threads, "gpu_layers": self.options.gpu_layers}
         chunks = self.options.moments_chunks
-        made = collect(self.full, self.calibration, self.folder, chunks, self.progress, **engine)
+        made = collect(self.material, self.calibration, self.folder, chunks, **self._engine())
         files = [self.folder / MOMENTS, self.folder / PLAIN]
         return Product(files, {"chunks": made.chunks, "weighting": made.weighting})
 
@@ -229,8 +233,8 @@ class _Execution:
         if self._planned is None:
             self._planned = PlannedRungs(
                 self.folder,
-                self.full,
-                self.folder / IMATRIX,
+                self.material,
+                self.importance,
                 self.calibration,
                 threads=self.options.threads,
                 gpu_layers=self.options.gpu_layers,
@@ -256,11 +260,11 @@ class _Execution:
         plan = read_json(self.folder / PLANNED / f"{rung}.json") if planned else None
         types = None if plan is None else plan["types"]
         facts: dict[str, Any] = {}
+        material = self.material, self.importance
         if self.options.rounding == "stock":
-            result = self._make(rung, out, types)
+            result = self._make(rung, material, out, types)
         else:
-            imatrix = self.folder / IMATRIX
-            refined = refine_rung(self.options, self.full, out, rung, types, self.calibration, imatrix, self.progress)
+            refined = refine_rung(self.options, *material, out, rung, types, self.calibration, self.progress)
             result = refined.result
             facts["guard"] = None if refined.guard is None else guard_json(refined.guard)
         made = self._recipe(result, out.name)
@@ -275,7 +279,7 @@ class _Execution:
         out, recipe = score_path(self.folder, f"{rung}.naive"), self.folder / "recipes" / f"{rung}.naive.toml"
         path = self.folder / f".{rung}.naive.gguf.tmp"
         try:
-            result = self._make(rung, path, None)
+            result = self._make(rung, (self.full, self.folder / IMATRIX), path, None)
             name = f"{self.facts['convert']['stem']}-{rung}.gguf"
             measured = self._measured(path)
             said = {"model": name, "role": "naive", "rung": rung, "mode": "naive"}
@@ -286,12 +290,15 @@ class _Execution:
             path.unlink(missing_ok=True)
         return Product([out, recipe, tokens], {"bytes": result.bytes, "bpw": result.bpw})
 
-    def _make(self, rung: str, out: pathlib.Path, types: Mapping[str, str] | None) -> quantize.QuantizeResult:
+    def _make(
+        self, rung: str, made_of: tuple[pathlib.Path, pathlib.Path], out: pathlib.Path, types: Mapping[str, str] | None
+    ) -> quantize.QuantizeResult:
+        model, imatrix = made_of
         return quantize.quantize(
-            self.full,
+            model,
             out,
             rung if types is None else quantize.QuantizeOptions(rung, types=types),
-            imatrix=self.folder / IMATRIX,
+            imatrix=imatrix,
             threads=self.options.threads,
             progress=self.progress,
         )
@@ -332,18 +339,10 @@ class _Execution:
         return evaluate.add_tasks(scores, path, self.tasks, settings, count=count, progress=self.progress)
 
     def _bench(self) -> Product:
-        """Tokens per second of all models, in turns: label → rows of Scores.bench."""
+        """Tokens per second of all models: label → rows of Scores.bench."""
         paths = {label or "base": self._model_path(label) for label in (None, *self.options.rungs, *self.others)}
-        tests = [evaluate.SpeedTest(*test) for test in self.options.bench_tests]
-        settings = evaluate.SpeedSettings(self.options.threads, self.options.gpu_layers)
-        rows = evaluate.bench(list(paths.values()), tests, BENCH_REPETITIONS, settings, self.progress)
-        # A file of somebody else may be called as one of ours is, so rows are told apart by their place.
-        found: dict[str, list[dict[str, Any]]] = {
-            label: [row.bench_row().model_dump() for row in rows[place * len(tests) : (place + 1) * len(tests)]]
-            for place, label in enumerate(paths)
-        }
         out = self.folder / BENCH
-        write_json(out, found)
+        write_json(out, speeds(self.options, paths, self.progress))
         return Product([out])
 
     def _score(self, step: Step) -> Product:
@@ -361,6 +360,8 @@ class _Execution:
             document |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
         if rung in self.options.rungs and self.options.rounding != "stock":
             document |= {"rounding": self.options.rounding}
+        if rung in self.options.rungs and self.material != self.full:
+            document |= {"smoothed": True}
         if f"naive {rung}" in step.needs:
             document |= {"paired": paired_with_naive(self.folder, rung or "")}
         write_json(out, document)

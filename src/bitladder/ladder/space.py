@@ -37,7 +37,10 @@ def check_room(options: RunOptions, source: Source, present: Iterable[str]) -> N
     done = set(present)
     rungs = [rung for rung in options.rungs if f"quantize {rung}" not in done]
     convert = not source.is_gguf and "convert" not in done
-    needed = bytes_needed(parameters_of(source), rungs, options.outtype if convert else None)
+    parameters = parameters_of(source)
+    needed = bytes_needed(parameters, rungs, options.outtype if convert else None)
+    if options.smooth and "smooth" not in done:
+        needed += bytes_needed(parameters, (), options.outtype)
     free = shutil.disk_usage(options.out).free
     if needed > free:
         raise BitladderError(

@@ -86,6 +86,7 @@ def facts(run: Run) -> dict[str, Any]:
         "benchmarks": BENCHMARKS,
         "speed_meaning": SPEED,
         "made": [_made(one) for one in run.rungs],
+        "smoothed": any(one.scores.smoothed for one in run.rungs),
         "imatrix": _imatrix([one.recipe for one in run.rungs if one.recipe]),
         "versions": _versions([one.recipe.versions for one in run.rungs if one.recipe] + [s.versions for s in scored]),
         "calibrated_on_text": any(base.text.sha256 in _calibration(one.recipe) for one in run.rungs if one.recipe),
@@ -120,7 +121,9 @@ def _chosen_by(model: Measured) -> str:
         # "bitladder run --mode quality: exact, corrected twice": what comes last names the plan.
         plan = (model.recipe.made or "").rpartition(": ")[2]
         said = f"a plan for {mode}" + (f" ({plan})" if plan else "")
-    return said if rounding in (None, "stock") else f"{said}; rounding: {rounding}"
+    if rounding not in (None, "stock"):
+        said += f"; rounding: {rounding}"
+    return f"{said}; smoothed" if model.scores.smoothed else said
 
 
 def _machine(scored: Sequence[Any]) -> str:

@@ -112,6 +112,7 @@ class Scores(pydantic.BaseModel):
     rung: str | None = None
     mode: str | None = None
     rounding: str | None = None
+    smoothed: bool = False
     predicted_kld: float | None = None
     source: str | None = None
     doubts: list[str] = []

@@ -1,0 +1,82 @@
+"""bitladder smooth."""
+
+import dataclasses
+import pathlib
+
+import click
+
+from bitladder.cli import options
+from bitladder.cli.output import Output, common_options
+
+
+@click.command("smooth")
+@click.option(
+    "-m", "--model", required=True, type=click.Path(path_type=pathlib.Path), help="Full-precision GGUF: F32, F16, BF16."
+)
+@click.option(
+    "--imatrix",
+    required=True,
+    type=click.Path(path_type=pathlib.Path),
+    help="Importance matrix of that model: how large its channels are.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=pathlib.Path),
+    help="GGUF to write.  [default: MODEL-smooth.gguf]",
+)
+@click.option(
+    "--imatrix-out",
+    type=click.Path(path_type=pathlib.Path),
+    help="Importance matrix of the new file, which it needs instead.  [default: beside -o, as NAME.imatrix.gguf]",
+)
+@click.option("-f", "--file", "text", help="Text to try it on: the KLD of a Q4_K_M before and after is printed.")
+@click.option("--chunks", default=8, show_default=True, type=click.IntRange(1), help="Chunks of that text.")
+@options.n_ctx
+@options.threads
+@options.gpu_layers
+@common_options
+def command(
+    output: Output,
+    model: pathlib.Path,
+    imatrix: pathlib.Path,
+    out: pathlib.Path | None,
+    imatrix_out: pathlib.Path | None,
+    text: str | None,
+    chunks: int,
+    n_ctx: int,
+    threads: int | None,
+    gpu_layers: int,
+) -> None:
+    """Balance a model's channels before it is quantized: it computes the same, and blocks of it lose less.
+
+    Scales move between norms, v, up and the weights behind them, by powers of two. The logits are compared before and
+    after. Quantize the new file with the new importance matrix. Adapters (LoRA) of the model do not fit the new one.
+    """
+    # Imported here, so that --help does not wait for the native library.
+    from bitladder.calibrate.texts import load_text
+    from bitladder.evaluate import Settings
+    from bitladder.smooth import smooth_model, trial
+
+    loaded = load_text(text) if text else None
+    out = out or model.with_name(f"{model.stem}-smooth.gguf")
+    imatrix_out = imatrix_out or out.with_name(f"{out.stem}.imatrix.gguf")
+    result = smooth_model(model, imatrix, out, imatrix_out, threads=threads, progress=output.progress)
+    tried = None
+    if loaded is not None:
+        settings = Settings(n_ctx, chunks, threads, gpu_layers)
+        tried = trial(
+            (model, imatrix), (out, imatrix_out), loaded, settings, folder=out.parent, progress=output.progress
+        )
+    if output.json:
+        said = {"path": out.name, "imatrix": imatrix_out.name, "links": result.links, "logits_moved": result.moved}
+        output.print_json(said | ({} if tried is None else {"trial": dataclasses.asdict(tried)}))
+        return
+    links = ", ".join(f"{count} × {kind}" for kind, count in result.links.items())
+    output.line(f"{out}: {links}; logits moved by {result.moved:.1e} of their range. Its imatrix: {imatrix_out}")
+    if tried is not None:
+        output.line(
+            f"{tried.preset} on {tried.tokens} tokens: KLD {tried.before:.5f} as it is, {tried.after:.5f} smoothed "
+            f"(difference ± {tried.error:.5f})"
+        )
