@@ -5,8 +5,8 @@
 
 For each rung: the preset; one type for all; the importance-weighted squared error with the same solver; our prices
 spent greedily; the exact solution with K-quants only and with all types; and that solution after feedback. Every recipe
-becomes a file through the library's kernels and is measured as `bitladder eval` measures. Everything is kept in --work:
-a run that was cut short goes on, and nothing is measured twice. Prints a table and writes JSON.
+becomes a file through the library's kernels and is measured as `bitladder eval` measures. Everything is kept in --work,
+recipes too: a run that was cut short goes on, and nothing is measured twice. Prints a table and writes JSON.
 """
 
 import argparse
@@ -156,6 +156,7 @@ def variants(
     solved = target.solve(problem)
     yield "our prices, exact", whole(solved.types), {"predicted": solved.cost}
     result = planner.plan(target, sensitivity, preset)
+    planner.write_recipe(planner.work / f"{rung}.toml", result, target)
     yield "and feedback", result.types, facts_of(result)
 
 
@@ -173,7 +174,9 @@ def reach(
     """RUNG:FRACTION: what a file of that fraction of a preset's bytes reaches, against the whole preset."""
     rung, _, share = spec.partition(":")
     size = int(presets[rung].bytes * float(share))
-    result = planner.plan(Target(f"{share} of {rung}", max_bytes=size), sensitivity, planner.fitting_preset(size))
+    target = Target(f"{share} of {rung}", max_bytes=size)
+    result = planner.plan(target, sensitivity, planner.fitting_preset(size))
+    planner.write_recipe(planner.work / f"{rung}-{share}.toml", result, target)
     found = bench.kld(result.types) | facts_of(result)
     ratio = found["kld"] / bench.kld(presets[rung].types)["kld"]
     print(f"{share} of the bytes of {rung}: KLD {found['kld']:.5f}, {ratio:.3f} × the preset's at all its bytes")

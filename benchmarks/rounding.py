@@ -1,11 +1,14 @@
 """What each ingredient of rounding is worth: KLD of a preset's types with the library's blocks and with chosen ones.
 
     python benchmarks/rounding.py --model F16.gguf --imatrix I.gguf --moments FILE [--plain FILE] --text TEXT
-        [--presets Q4_K_M,…] [--methods stock,feedback,descent,best] [--chunks 40] [--json OUT]
+        [--presets Q4_K_M,…] [--methods feedback,descent,best] [--chunks 40] [--json OUT]
+        [--stock-model F16.gguf --stock-imatrix I.gguf]
 
 Every quant has the same types and bytes as the preset. Ratios are of mean KLD; their ± comes from the paired
 differences by token. `feedback@plain` takes the moments of --plain, whose tokens all count alike; `best/one-sided`
-leaves out the moments of output gradients. Nothing is guarded: this is what the methods themselves do.
+leaves out the moments of output gradients. With --stock-model the preset, and the full precision, are of that file: so
+a smoothed --model is compared with the preset of the model as it is, and `smoothed` is the library's blocks of it.
+Nothing is guarded: this is what the methods themselves do.
 """
 
 import argparse
@@ -37,21 +40,23 @@ WAYS = {
 def main() -> None:
     arguments = parse()
     settings = Settings(chunks=arguments.chunks)
-    imatrix = arguments.imatrix
+    full, imatrix = arguments.stock_model or arguments.model, arguments.stock_imatrix or arguments.imatrix
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         bases = {}
         for name in arguments.text:
             text = load_text(name)
-            kept = arguments.work / f"{arguments.model.stem}.{text.sha256[:12]}.{arguments.chunks}.base"
-            bases[name] = text, open_or_compute(arguments.model, kept, text, settings, arguments.model)
+            kept = arguments.work / f"{full.stem}.{text.sha256[:12]}.{arguments.chunks}.base"
+            bases[name] = text, open_or_compute(full, kept, text, settings, full)
         for preset in arguments.presets.split(","):
             stock: dict[str, np.ndarray] = {}
             for way in ["stock", *arguments.methods.split(",")]:
                 began, cpu = time.monotonic(), time.process_time()
                 out = pathlib.Path(folder) / "quant.gguf"
                 if way == "stock":
-                    quantize(arguments.model, out, preset, imatrix=imatrix)
+                    quantize(full, out, preset, imatrix=imatrix)
+                elif way == "smoothed":
+                    quantize(arguments.model, out, preset, imatrix=arguments.imatrix)
                 else:
                     make(arguments, preset, way, out)
                 cost = time.monotonic() - began, time.process_time() - cpu
@@ -119,6 +124,7 @@ def document(arguments: argparse.Namespace, rows: list[dict[str, object]]) -> di
     return {
         "model": arguments.model.name,
         "imatrix": arguments.imatrix.name,
+        "stock_model": arguments.stock_model and arguments.stock_model.name,
         "moments": [path.name for path in arguments.moments],
         "chunks": arguments.chunks,
         "options": {name: dataclasses.asdict(options) for name, options in WAYS.items()},
@@ -133,6 +139,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--imatrix", type=pathlib.Path, required=True)
     parser.add_argument("--moments", type=pathlib.Path, action="append", required=True)
     parser.add_argument("--plain", type=pathlib.Path)
+    parser.add_argument("--stock-model", type=pathlib.Path)
+    parser.add_argument("--stock-imatrix", type=pathlib.Path)
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--presets", default="Q4_K_M")
     parser.add_argument("--methods", default="feedback,descent,best/one-sided,best")

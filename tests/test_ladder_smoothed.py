@@ -9,7 +9,7 @@ import pytest
 from bitladder.engine.types import dequantize_into, quantize_rows
 from bitladder.ladder import RunOptions, run
 from bitladder.ladder.plan import command_line, plan
-from bitladder.ladder.smoothed import SMOOTH, SMOOTH_IMATRIX
+from bitladder.ladder.smoothed import SMOOTH, TRIALS
 from bitladder.model.reader import GgufFile
 from bitladder.quantize import RUNGS, quantize
 from bitladder.refine.verify import verify
@@ -57,8 +57,10 @@ def test_rungs_are_made_of_the_smoothed_model_where_it_helps(tiny_gguf, tmp_path
     assert {"smooth", "naive Q4_K_M", "quantize Q4_K_M"} <= set(made.made)
     rung, naive = (json.loads((folder / "scores" / f"Q4_K_M{part}.json").read_text()) for part in ("", ".naive"))
     assert rung["kld"]["value"] < naive["kld"]["value"]
-    facts = json.loads((folder / "ladder.json").read_text())["steps"]["smooth"]["facts"]
-    assert facts["trial"]["after"] < facts["trial"]["before"] and set(facts["links"]) == {"attn_v", "ffn_up"}
+    steps = json.loads((folder / "ladder.json").read_text())["steps"]
+    assert steps["trial Q4_K_M"]["facts"]["smoothed"] and set(steps["smooth"]["facts"]["links"]) == {"attn_v", "ffn_up"}
+    tried = json.loads((folder / TRIALS / "Q4_K_M.json").read_text())
+    assert tried["after"] < tried["before"] and rung["smoothed"] and "smoothed" not in naive
     quant = next(folder.glob("*-Q4_K_M.gguf"))
     with GgufFile(quant) as file:
         assert len(file.get(KEY)) == 64
@@ -75,9 +77,8 @@ def test_rungs_are_made_of_the_smoothed_model_where_it_helps(tiny_gguf, tmp_path
 
 def test_where_it_does_not_help_rungs_are_made_of_the_model_as_it_is(tiny_gguf, tmp_path):
     result = run(options_for(tiny_gguf, tmp_path / "ladder"))
-    facts = json.loads((result.folder / "ladder.json").read_text())["steps"]["smooth"]["facts"]
-    assert facts["trial"]["after"] >= facts["trial"]["before"]
-    assert not (result.folder / SMOOTH).exists() and not (result.folder / SMOOTH_IMATRIX).exists()
+    tried = json.loads((result.folder / TRIALS / "Q4_K_M.json").read_text())
+    assert tried["after"] >= tried["before"] and not tried["smoothed"]
     with GgufFile(next(result.folder.glob("*-Q4_K_M.gguf"))) as file:
         assert file.get(KEY) is None
     rung, naive = (json.loads((result.folder / "scores" / f"Q4_K_M{part}.json").read_text()) for part in ("", ".naive"))
@@ -87,10 +88,11 @@ def test_where_it_does_not_help_rungs_are_made_of_the_model_as_it_is(tiny_gguf, 
 def test_smoothing_is_planned_unless_all_is_stock(tiny_gguf, tmp_path):
     options = options_for(tiny_gguf, tmp_path / "out")
     steps = {step.name: step for step in plan(options)}
-    assert "smooth" in steps["quantize Q4_K_M"].needs and "smooth" not in steps["naive Q4_K_M"].needs
+    assert "trial Q4_K_M" in steps["quantize Q4_K_M"].needs and "smooth" not in steps["naive Q4_K_M"].needs
     assert command_line(options, "m.gguf", RUNGS).endswith("--mode naive --rounding stock --smooth --no-bench")
     best = options.model_copy(update={"mode": "quality", "rounding": "best"})
     steps = {step.name: step for step in plan(best)}
-    assert all("smooth" in steps[name].needs for name in ("moments", "price", "plan Q4_K_M", "quantize Q4_K_M"))
+    assert "moments" in steps["smooth"].needs
+    assert all("trial Q4_K_M" in steps[name].needs for name in ("price", "plan Q4_K_M", "quantize Q4_K_M"))
     assert "smooth" not in command_line(best, "m.gguf", RUNGS)
     assert "--no-smooth" in command_line(best.model_copy(update={"smooth": False}), "m.gguf", RUNGS)

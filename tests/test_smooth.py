@@ -8,18 +8,20 @@ import tiny_models
 import torch
 from moe import write_moe
 
-from bitladder.calibrate import collect_imatrix, read_imatrix
+from bitladder.calibrate import collect_imatrix, collect_moments, read_imatrix
 from bitladder.calibrate.imatrix import write_imatrix
+from bitladder.calibrate.moments import MomentsFile
 from bitladder.calibrate.texts import load_text
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine.context import Context
 from bitladder.engine.model import Model
 from bitladder.errors import BitladderError
+from bitladder.gradients import collect_gradient_moments
 from bitladder.model.reader import GgufFile
 from bitladder.progress import SILENT
 from bitladder.quantize import quantize
-from bitladder.smooth import KEY, SmoothingError, balance, links_of, smooth_model
+from bitladder.smooth import KEY, SmoothingError, balance, links_of, smooth_model, smoothed_moments
 from bitladder.smooth import model as smoothing
 
 LLAMA_KINDS = ["attn_norm", "ffn_norm", "attn_v", "ffn_up"]
@@ -99,6 +101,31 @@ def test_the_imatrix_is_that_of_the_smoothed_inputs(tmp_path, text):
     for name, entry in said.items():
         np.testing.assert_allclose(entry.sums, seen[name].sums, rtol=1e-3)
         np.testing.assert_array_equal(entry.counts, seen[name].counts)
+
+
+def test_moments_are_those_of_the_smoothed_model(tmp_path, text):
+    path, imatrix, _ = made(tmp_path, tiny_models.llama, text)
+    result = smooth_model(path, imatrix, tmp_path / "s.gguf", tmp_path / "si.gguf")
+    plain, weighted = {}, {}
+    for label, model in (("old", path), ("new", tmp_path / "s.gguf")):
+        plain[label], weighted[label] = tmp_path / f"p-{label}.gguf", tmp_path / f"g-{label}.gguf"
+        collect_moments(model, [text], plain[label], n_ctx=64)
+        collect_gradient_moments(model, [text], weighted[label], n_ctx=64, chunks=2)
+    for pair in (plain, weighted):
+        smoothed_moments(pair["old"], result.scales, tmp_path / "m.gguf", "of the smoothed")
+        with MomentsFile(tmp_path / "m.gguf") as said, MomentsFile(pair["new"]) as seen:
+            assert said.names() == seen.names() and said.provenance.model_sha256 == "of the smoothed"
+            for name in said.names():
+                ours, theirs = said.read(name), seen.read(name)
+                largest = np.abs(theirs.inputs).max()
+                # What a token counts for v and up is said by the gradients of their outputs, as they were.
+                if pair is plain or not name.endswith(("attn_v.weight", "ffn_up.weight")):
+                    np.testing.assert_allclose(ours.inputs, theirs.inputs, rtol=1e-3, atol=1e-5 * largest)
+                np.testing.assert_array_equal(ours.counts, theirs.counts)
+                assert (ours.outputs is None) == (theirs.outputs is None)
+                if ours.outputs is not None:
+                    top = np.abs(theirs.outputs).max()
+                    np.testing.assert_allclose(ours.outputs, theirs.outputs, rtol=1e-3, atol=1e-5 * top)
 
 
 def test_experts_have_scales_of_their_own(tmp_path, tiny_gguf, text):

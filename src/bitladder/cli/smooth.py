@@ -31,6 +31,12 @@ from bitladder.cli.output import Output, common_options
     type=click.Path(path_type=pathlib.Path),
     help="Importance matrix of the new file, which it needs instead.  [default: beside -o, as NAME.imatrix.gguf]",
 )
+@click.option(
+    "--moments",
+    multiple=True,
+    type=click.Path(path_type=pathlib.Path),
+    help="Second moments of the model: those of the new file are written beside -o, as NAME.MOMENTS. Can be repeated.",
+)
 @click.option("-f", "--file", "text", help="Text to try it on: the KLD of a Q4_K_M before and after is printed.")
 @click.option("--chunks", default=8, show_default=True, type=click.IntRange(1), help="Chunks of that text.")
 @options.n_ctx
@@ -43,6 +49,7 @@ def command(
     imatrix: pathlib.Path,
     out: pathlib.Path | None,
     imatrix_out: pathlib.Path | None,
+    moments: tuple[pathlib.Path, ...],
     text: str | None,
     chunks: int,
     n_ctx: int,
@@ -57,12 +64,17 @@ def command(
     # Imported here, so that --help does not wait for the native library.
     from bitladder.calibrate.texts import load_text
     from bitladder.evaluate import Settings
-    from bitladder.smooth import smooth_model, trial
+    from bitladder.files import sha256_file
+    from bitladder.smooth import smooth_model, smoothed_moments, trial
 
     loaded = load_text(text) if text else None
     out = out or model.with_name(f"{model.stem}-smooth.gguf")
     imatrix_out = imatrix_out or out.with_name(f"{out.stem}.imatrix.gguf")
     result = smooth_model(model, imatrix, out, imatrix_out, threads=threads, progress=output.progress)
+    scaled = [out.with_name(f"{out.stem}.{path.name}") for path in moments]
+    digest = sha256_file(out) if moments else ""
+    for old, new in zip(moments, scaled, strict=True):
+        smoothed_moments(old, result.scales, new, digest)
     tried = None
     if loaded is not None:
         settings = Settings(n_ctx, chunks, threads, gpu_layers)
@@ -71,10 +83,13 @@ def command(
         )
     if output.json:
         said = {"path": out.name, "imatrix": imatrix_out.name, "links": result.links, "logits_moved": result.moved}
+        said["moments"] = [path.name for path in scaled]
         output.print_json(said | ({} if tried is None else {"trial": dataclasses.asdict(tried)}))
         return
     links = ", ".join(f"{count} × {kind}" for kind, count in result.links.items())
     output.line(f"{out}: {links}; logits moved by {result.moved:.1e} of their range. Its imatrix: {imatrix_out}")
+    for path in scaled:
+        output.line(f"{path}: its second moments")
     if tried is not None:
         output.line(
             f"{tried.preset} on {tried.tokens} tokens: KLD {tried.before:.5f} as it is, {tried.after:.5f} smoothed "

@@ -36,6 +36,7 @@ def amounts(
         "base": text_tokens,
         "imatrix": calibration_tokens,
         "smooth": 2 * CONVERT,
+        "trial": 2 * QUANTIZE,
         "moments": MOMENTS * options.moments_chunks * options.n_ctx * len(options.calibration),
         "price": PRICED,
         "plan": PLANNED,

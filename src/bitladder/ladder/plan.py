@@ -2,7 +2,7 @@
 
 import pathlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -15,6 +15,7 @@ Kind = Literal[
     "base",
     "imatrix",
     "smooth",
+    "trial",
     "moments",
     "price",
     "plan",
@@ -33,6 +34,7 @@ CODE: dict[Kind, int] = {
     "base": 1,
     "imatrix": 1,
     "smooth": 1,
+    "trial": 1,
     "moments": 1,
     "price": 1,
     "plan": 1,
@@ -150,18 +152,17 @@ def plan(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
         Step(name="imatrix", kind="imatrix", needs=("convert", "calibration"), options=calibrated),
     ]
     planned, rounded = options.mode != "naive", options.rounding != "stock"
-    made: tuple[str, ...] = ("convert", "imatrix")
-    if options.smooth:
-        needs = (*made, "calibration")  # tried on a part of that text
-        steps.append(Step(name="smooth", kind="smooth", needs=needs, options={"n_ctx": options.n_ctx, **device}))
-        made = ("smooth", "imatrix")
     chosen: dict[str, Any] = {"rounding": options.rounding} if rounded else {}
     by_moments = ("moments",) if rounded else ()
     if rounded:
         taken = {"n_ctx": options.n_ctx, "chunks": options.moments_chunks, **device}
-        steps.append(Step(name="moments", kind="moments", needs=(made[0], "calibration"), options=taken))
+        steps.append(Step(name="moments", kind="moments", needs=("convert", "calibration"), options=taken))
+    tried: dict[str, tuple[str, ...]] = dict.fromkeys(options.rungs, ())
+    if options.smooth:
+        steps += _smoothing(options, device, by_moments)
+        tried = {rung: ("smooth", f"trial {rung}") for rung in options.rungs}
     if planned:
-        steps += _planning(options, {**device, **chosen}, (*made, "calibration", *by_moments))
+        steps += _planning(options, {**device, **chosen}, by_moments, tried)
     if planned or rounded or options.smooth:
         read = ("convert", "imatrix", "base", "text", *asked)
         for rung in options.rungs:
@@ -170,7 +171,7 @@ def plan(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
     quants = []
     for rung in options.rungs:
         types: dict[str, Any] = {"preset": rung, **chosen}
-        made_of = (*made, *by_moments)
+        made_of: tuple[str, ...] = ("convert", "imatrix", *by_moments, *tried[rung])
         if rounded:  # its blocks are tried on a part of that text
             made_of = (*made_of, "calibration")
         if planned:
@@ -208,12 +209,30 @@ def _scoring(options: RunOptions, others: Sequence[str], timed: tuple[str, ...])
     return steps
 
 
-def _planning(options: RunOptions, device: dict[str, Any], needs: tuple[str, ...]) -> list[Step]:
-    """Prices, a plan for each rung, and all that was tried."""
-    steps = [Step(name="price", kind="price", needs=needs, options={"rungs": sorted(options.rungs), **device})]
+def _smoothing(options: RunOptions, device: dict[str, Any], more: tuple[str, ...]) -> list[Step]:
+    """The smoothed model, and for each rung whether it is better made of it."""
+    needs = ("convert", "imatrix")
+    steps = [Step(name="smooth", kind="smooth", needs=(*needs, *more))]
+    for rung in options.rungs:
+        how = {"preset": rung, "n_ctx": options.n_ctx, **device}
+        # It is tried on a part of the calibration text.
+        read = (*needs, "smooth", "calibration")
+        steps.append(Step(name=f"trial {rung}", kind="trial", rung=rung, needs=read, options=how))
+    return steps
+
+
+def _planning(
+    options: RunOptions, device: dict[str, Any], more: tuple[str, ...], tried: Mapping[str, tuple[str, ...]]
+) -> list[Step]:
+    """Prices, a plan for each rung, and all that was tried. `more` and, by rung, `tried` are read too."""
+    needs = ("convert", "imatrix", "calibration", *more)
+    all_tried = tuple(dict.fromkeys(step for steps in tried.values() for step in steps))
+    priced = {"rungs": sorted(options.rungs), **device}
+    steps = [Step(name="price", kind="price", needs=(*needs, *all_tried), options=priced)]
     for rung in options.rungs:
         how = {"preset": rung, "mode": options.mode, **device}
-        steps.append(Step(name=f"plan {rung}", kind="plan", rung=rung, needs=("price", *needs), options=how))
+        read = ("price", *needs, *tried[rung])
+        steps.append(Step(name=f"plan {rung}", kind="plan", rung=rung, needs=read, options=how))
     plans = tuple(f"plan {rung}" for rung in options.rungs)
     return [*steps, Step(name="candidates", kind="candidates", needs=plans)]
 

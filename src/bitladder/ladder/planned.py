@@ -50,7 +50,9 @@ class PlannedRungs(Closing):
         progress: Progress,
         rounding: RoundingOptions,
         moments: Sequence[pathlib.Path],
+        work: pathlib.Path,
     ) -> None:
+        self._work = work
         self._folder, self._model, self._imatrix = folder, model, imatrix
         self._rounding, self._paths = rounding, moments
         self._moments: list[MomentsFile] = []
@@ -83,14 +85,14 @@ class PlannedRungs(Closing):
                 settings=self._settings,
                 effort=EFFORT,
                 feedback=FEEDBACK,
-                work=self._folder / WORK,
+                work=self._work,
                 rounding=rounding,
             )
             self._planner = Planner(self._subject, self._text, options, self._progress)
         return self._planner
 
-    def price(self, rungs: tuple[str, ...]) -> pathlib.Path:
-        """Price every type that a rung may need: sensitivity.json."""
+    def price(self, rungs: tuple[str, ...], out: pathlib.Path) -> pathlib.Path:
+        """Price every type that a rung may need, as sensitivity.json has it."""
         planner = self._opened()
         presets = [planner.subject.preset(rung) for rung in rungs]
         bpw = [8 * preset.bytes / planner.subject.weights() for preset in presets]
@@ -102,15 +104,14 @@ class PlannedRungs(Closing):
         if self._rounding.method != "stock":
             pairs = [(name, kind.name) for name, menu in menus.items() for kind in menu]
             render_all(planner.renderer, pairs, threads=self._settings.threads, progress=self._progress)
-        out = self._folder / SENSITIVITY
         planner.price_menus(menus).save(out)
         return out
 
-    def plan(self, rung: str, mode: str) -> pathlib.Path:
-        """Plan a rung: planned/RUNG.json, with its types and every recipe that was tried."""
+    def plan(self, rung: str, mode: str, prices: pathlib.Path) -> pathlib.Path:
+        """Plan a rung by its prices: planned/RUNG.json, with its types and every recipe that was tried."""
         planner = self._opened()
         preset = planner.subject.preset(rung)
-        sensitivity = load_sensitivity(self._folder / SENSITIVITY)
+        sensitivity = load_sensitivity(prices)
         marked = self._rounding.method != "stock" or planner.subject.file.get(KEY)
         room = preset.bytes - (SAID if marked else 0)
         target = Target(f"like {rung}", max_bytes=room)

@@ -11,14 +11,15 @@ from bitladder import calibrate, convert, evaluate, quantize
 from bitladder.calibrate.texts import Text, load_text
 from bitladder.errors import UsageError
 from bitladder.files import write_json
+from bitladder.ladder.material import Materials
 from bitladder.ladder.others import Other, about, check_headers, doubts, find_others
 from bitladder.ladder.pace import pace_of
 from bitladder.ladder.pairs import keep_tokens, paired_with_naive
 from bitladder.ladder.plan import CODE, TASK_CTX, Kind, RunOptions, Step, plan
-from bitladder.ladder.planned import PLANNED, PlannedRungs, candidates
+from bitladder.ladder.planned import PLANNED, candidates
 from bitladder.ladder.records import IMATRIX, library_of, read_json, recipe_of, run_record, score_path, text_used
-from bitladder.ladder.rounded import MOMENTS, PLAIN, collect, refine_rung, rounding_options
-from bitladder.ladder.smoothed import smooth
+from bitladder.ladder.rounded import MOMENTS, PLAIN, collect, refine_rung
+from bitladder.ladder.smoothed import smooth, try_rung
 from bitladder.ladder.source import Source, describe, locate
 from bitladder.ladder.space import check_room, parameters_of
 from bitladder.ladder.speeds import speeds
@@ -109,10 +110,8 @@ class _Execution:
         self.text, self.calibration, self.tasks = text, calibration, tasks
         self.folder = store.folder
         self.full = source.path  # the full-precision GGUF, once there is one
-        # What rungs are made of, and its imatrix: the full-precision model, or that with balanced channels.
-        self.material, self.importance = source.path, self.folder / IMATRIX
         self._open_base: evaluate.HiddenBase | None = None
-        self._planned: PlannedRungs | None = None
+        self._made_of: Materials | None = None
         self.facts: dict[str, dict[str, Any]] = {}
         self.digests: dict[str, Any] = {
             "model": source.digest(store),
@@ -133,8 +132,8 @@ class _Execution:
     ) -> None:
         if self._open_base is not None:
             self._open_base.close()
-        if self._planned is not None:
-            self._planned.close()
+        if self._made_of is not None:
+            self._made_of.close()
 
     def do(self, step: Step) -> None:
         """Make the step's files unless they are there."""
@@ -145,6 +144,7 @@ class _Execution:
             "base": self._base,
             "imatrix": self._imatrix,
             "smooth": self._smooth,
+            "trial": functools.partial(self._trial, step.rung or ""),
             "moments": self._moments,
             "price": self._price,
             "plan": functools.partial(self._plan, step.rung or ""),
@@ -163,11 +163,9 @@ class _Execution:
         else:
             # A GGUF given as MODEL is used where it is.
             self.digests[step.name] = {"file": record.facts["file"], "sha256": record.facts["sha256"]}
-        if step.kind == "smooth" and record.outputs:
-            self.material, self.importance = map(self.store.path, record.outputs)
         if step.kind == "convert":
             if record.outputs:
-                self.full = self.material = self.store.path(record.outputs[0])
+                self.full = self.store.path(record.outputs[0])
             for other in self.others.values():  # before hours of work
                 check_headers(other, self.full)
 
@@ -217,38 +215,36 @@ class _Execution:
         return Product([out], {"entries": result.entries, "chunks": result.chunks, "texts": texts})
 
     def _smooth(self) -> Product:
-        files, facts = smooth(
-            self.options, self.full, self.folder / IMATRIX, self.folder, self.calibration, self.progress
-        )
+        files, facts = smooth(self.options, self.full, self.folder, self.progress)
         return Product(files, {name: self.facts["convert"][name] for name in ("file", "sha256")} | facts)
+
+    def _trial(self, rung: str) -> Product:
+        out, helps = try_rung(self.options, self.full, self.folder, rung, self.calibration, self.progress)
+        return Product([out], {"smoothed": helps})
+
+    def _smoothed(self, rung: str) -> bool:
+        """Whether a rung is made of the smoothed model."""
+        return bool(self.facts.get(f"trial {rung}", {}).get("smoothed"))
 
     def _moments(self) -> Product:
         chunks = self.options.moments_chunks
-        made = collect(self.material, self.calibration, self.folder, chunks, **self._engine())
+        made = collect(self.full, self.calibration, self.folder, chunks, **self._engine())
         files = [self.folder / MOMENTS, self.folder / PLAIN]
         return Product(files, {"chunks": made.chunks, "weighting": made.weighting})
 
-    def _planning(self) -> PlannedRungs:
-        """The planner, opened once for all rungs: it holds the loaded model."""
-        if self._planned is None:
-            self._planned = PlannedRungs(
-                self.folder,
-                self.material,
-                self.importance,
-                self.calibration,
-                threads=self.options.threads,
-                gpu_layers=self.options.gpu_layers,
-                progress=self.progress,
-                rounding=rounding_options(self.options),
-                moments=(self.folder / MOMENTS, self.folder / PLAIN),
+    def _materials(self) -> Materials:
+        """What rungs are made of, with a planner; opened once for all rungs."""
+        if self._made_of is None:
+            self._made_of = Materials(
+                self.options, self.folder, self.full, self.calibration, self._smoothed, self.progress
             )
-        return self._planned
+        return self._made_of
 
     def _price(self) -> Product:
-        return Product([self._planning().price(self.options.rungs)])
+        return Product(self._materials().price())
 
     def _plan(self, rung: str) -> Product:
-        return Product([self._planning().plan(rung, self.options.mode)])
+        return Product([self._materials().plan(rung)])
 
     def _candidates(self) -> Product:
         out = self.folder / CANDIDATES
@@ -260,11 +256,12 @@ class _Execution:
         plan = read_json(self.folder / PLANNED / f"{rung}.json") if planned else None
         types = None if plan is None else plan["types"]
         facts: dict[str, Any] = {}
-        material = self.material, self.importance
+        made_of = self._materials().of(rung)
         if self.options.rounding == "stock":
-            result = self._make(rung, material, out, types)
+            result = self._make(rung, (made_of.model, made_of.imatrix), out, types)
         else:
-            refined = refine_rung(self.options, *material, out, rung, types, self.calibration, self.progress)
+            read = made_of.model, made_of.imatrix, made_of.moments
+            refined = refine_rung(self.options, *read, out, rung, types, self.calibration, self.progress)
             result = refined.result
             facts["guard"] = None if refined.guard is None else guard_json(refined.guard)
         made = self._recipe(result, out.name)
@@ -360,7 +357,7 @@ class _Execution:
             document |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
         if rung in self.options.rungs and self.options.rounding != "stock":
             document |= {"rounding": self.options.rounding}
-        if rung in self.options.rungs and self.material != self.full:
+        if rung in self.options.rungs and self._smoothed(rung or ""):
             document |= {"smoothed": True}
         if f"naive {rung}" in step.needs:
             document |= {"paired": paired_with_naive(self.folder, rung or "")}

@@ -1,4 +1,4 @@
-"""The model that rungs are made of: the full-precision one, with its channels balanced where that helps."""
+"""The model with balanced channels, and which rungs are better made of it."""
 
 import pathlib
 from collections.abc import Sequence
@@ -6,47 +6,79 @@ from typing import Any
 
 from bitladder.calibrate.texts import Text
 from bitladder.evaluate import Settings
+from bitladder.files import sha256_file, write_json
 from bitladder.ladder.plan import RunOptions
 from bitladder.ladder.planned import WORK, joined
+from bitladder.ladder.records import IMATRIX
+from bitladder.ladder.rounded import MOMENTS, PLAIN
 from bitladder.planning.excerpts import excerpts
 from bitladder.progress import Progress
-from bitladder.smooth import SmoothingError, smooth_model, trial
+from bitladder.smooth import SmoothingError, smooth_model, smoothed_moments, trial
 
 # Beside what planning keeps: `bitladder smooth` makes the same bytes from the full-precision file and the imatrix.
 SMOOTH = f"{WORK}/smooth.gguf"
-SMOOTH_IMATRIX = f"{WORK}/imatrix.gguf"
+SMOOTH_IMATRIX = f"{WORK}/smooth.imatrix.gguf"
+SMOOTH_MOMENTS = f"{WORK}/smooth-moments.gguf"
+SMOOTH_PLAIN = f"{WORK}/smooth-moments-plain.gguf"
+TRIALS = f"{WORK}/trials"
 CHUNKS = 8
 
 
 def smooth(
-    options: RunOptions,
-    full: pathlib.Path,
-    imatrix: pathlib.Path,
-    folder: pathlib.Path,
-    calibration: Sequence[Text],
-    progress: Progress,
+    options: RunOptions, full: pathlib.Path, folder: pathlib.Path, progress: Progress
 ) -> tuple[list[pathlib.Path], dict[str, Any]]:
-    """Write SMOOTH and SMOOTH_IMATRIX in `folder`: those two, and what is to be said of them.
+    """Write the smoothed model, its imatrix and, if there are any, its second moments: the files, and facts of them.
 
-    Without them, and with a remark, for a model whose channels cannot be scaled, and for one of which a preset comes
-    out worse on passages of the calibration text. The text that is scored is not looked at.
+    No files, and a remark, for a model whose channels cannot be scaled.
     """
-    out, out_imatrix = folder / SMOOTH, folder / SMOOTH_IMATRIX
+    out = folder / SMOOTH
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        made = smooth_model(full, imatrix, out, out_imatrix, threads=options.threads, progress=progress)
+        made = smooth_model(
+            full, folder / IMATRIX, out, folder / SMOOTH_IMATRIX, threads=options.threads, progress=progress
+        )
     except SmoothingError as error:
         progress.warn(f"rungs are made of the model as it is: {error}")
         return [], {}
-    text = excerpts(joined(list(calibration)), CHUNKS, options.n_ctx, offset=0.25)
-    settings = Settings(options.n_ctx, CHUNKS, options.threads, options.gpu_layers)
-    tried = trial((full, imatrix), (out, out_imatrix), text, settings, folder=out.parent, progress=progress)
-    said = f"a {tried.preset} of the smoothed model has KLD {tried.after:.5f}, of the model as it is {tried.before:.5f}"
-    facts = {"links": made.links, "trial": {"preset": tried.preset, "before": tried.before, "after": tried.after}}
-    if tried.helps:
-        progress.info(f"rungs are made of the smoothed model: {said}")
-        return [out, out_imatrix], facts
-    progress.info(f"rungs are made of the model as it is: {said}")
-    out.unlink()
-    out_imatrix.unlink()
-    return [], facts
+    files = [out, made.imatrix]
+    if options.rounding != "stock":
+        digest = sha256_file(out)
+        for old, new in ((MOMENTS, SMOOTH_MOMENTS), (PLAIN, SMOOTH_PLAIN)):
+            smoothed_moments(folder / old, made.scales, folder / new, digest)
+            files.append(folder / new)
+    return files, {"links": made.links}
+
+
+def try_rung(
+    options: RunOptions,
+    full: pathlib.Path,
+    folder: pathlib.Path,
+    rung: str,
+    calibration: Sequence[Text],
+    progress: Progress,
+) -> tuple[pathlib.Path, bool]:
+    """Is a rung better made of the smoothed model? The preset of each is measured on passages of the calibration text.
+
+    The text that is scored is not looked at. Returns the file that says it, and what it says.
+    """
+    out, smoothed = folder / TRIALS / f"{rung}.json", (folder / SMOOTH, folder / SMOOTH_IMATRIX)
+    said: dict[str, Any] = {"smoothed": False}
+    if smoothed[0].is_file():
+        text = excerpts(joined(list(calibration)), CHUNKS, options.n_ctx, offset=0.25)
+        settings = Settings(options.n_ctx, CHUNKS, options.threads, options.gpu_layers)
+        tried = trial(
+            (full, folder / IMATRIX),
+            smoothed,
+            text,
+            settings,
+            preset=rung,
+            folder=smoothed[0].parent,
+            progress=progress,
+        )
+        said = {"smoothed": tried.helps, "before": tried.before, "after": tried.after, "error": tried.error}
+        made_of = "the smoothed model" if tried.helps else "the model as it is"
+        progress.info(
+            f"{rung} is made of {made_of}: KLD of the preset {tried.after:.5f} smoothed, {tried.before:.5f} else"
+        )
+    write_json(out, said)
+    return out, bool(said["smoothed"])

@@ -2,6 +2,7 @@
 
 from bitladder.smooth.links import Link, SmoothingError, links_of
 from bitladder.smooth.model import KEY, SmoothResult, smooth_model, smoothed_imatrix
+from bitladder.smooth.moments import smoothed_moments
 from bitladder.smooth.scales import balance
 from bitladder.smooth.trial import Trial, trial
 
@@ -15,5 +16,6 @@ __all__ = [
     "links_of",
     "smooth_model",
     "smoothed_imatrix",
+    "smoothed_moments",
     "trial",
 ]

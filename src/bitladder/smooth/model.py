@@ -38,13 +38,14 @@ CHECKED_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class SmoothResult:
-    """The file, the importance matrix of its inputs, links used by kind, and how far logits moved at most, as a
-    fraction of their range."""
+    """The file, the importance matrix of its inputs, links used by kind, how far logits moved at most, as a fraction of
+    their range, and the scales, float32 [matrices, channels] by link."""
 
     path: pathlib.Path
     imatrix: pathlib.Path
     links: dict[str, int]
     moved: float
+    scales: list[tuple[Link, Floats]] = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass
@@ -99,7 +100,7 @@ def smooth_model(
         used = [(link, scale) for link, scale in scales if link.kind in kinds]
     write_imatrix(smoothed_imatrix(matrix, used), imatrix_out)
     counts = {kind: sum(link.kind == kind for link, _ in used) for kind in kinds}
-    return SmoothResult(out, imatrix_out, counts, moved)
+    return SmoothResult(out, imatrix_out, counts, moved, used)
 
 
 def smoothed_imatrix(imatrix: Imatrix, scales: Sequence[tuple[Link, Floats]]) -> Imatrix:
