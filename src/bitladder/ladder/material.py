@@ -19,12 +19,14 @@ SENSITIVITY_PLAIN = "sensitivity-plain.json"
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """A full-precision file, its imatrix, and its second moments (which exist if anything is rounded for outputs)."""
+    """A full-precision file, its imatrix, its second moments (which exist if anything is rounded for outputs), and the
+    folder of what planning and rounding keep of it."""
 
     smoothed: bool
     model: pathlib.Path
     imatrix: pathlib.Path
     moments: tuple[pathlib.Path, ...]
+    work: pathlib.Path
 
 
 class Materials(Closing):
@@ -44,10 +46,10 @@ class Materials(Closing):
     ) -> None:
         self._options, self._calibration, self._progress = options, list(calibration), progress
         self._folder, self._smoothed = folder, smoothed
-        self._plain = Material(False, full, folder / IMATRIX, (folder / MOMENTS, folder / PLAIN))
-        self._smooth = Material(
-            True, folder / SMOOTH, folder / SMOOTH_IMATRIX, (folder / SMOOTH_MOMENTS, folder / SMOOTH_PLAIN)
-        )
+        work = folder / WORK
+        self._plain = Material(False, full, folder / IMATRIX, (folder / MOMENTS, folder / PLAIN), work / "plain")
+        moments = folder / SMOOTH_MOMENTS, folder / SMOOTH_PLAIN
+        self._smooth = Material(True, folder / SMOOTH, folder / SMOOTH_IMATRIX, moments, work / "smoothed")
         self._open: tuple[Material, PlannedRungs] | None = None
 
     def close(self) -> None:
@@ -92,7 +94,7 @@ class Materials(Closing):
             progress=self._progress,
             rounding=rounding_options(self._options),
             moments=material.moments,
-            work=self._folder / WORK / ("smoothed" if material.smoothed else "plain"),
+            work=material.work,
         )
         self._open = (material, planner)
         return planner

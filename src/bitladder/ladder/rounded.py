@@ -21,7 +21,6 @@ MOMENTS = f"{WORK}/moments.gguf"
 # Moments in which all tokens count alike, of more of them: correlations need many tokens, and these cost little.
 PLAIN = f"{WORK}/moments-plain.gguf"
 PLAIN_SHARE = 2
-RENDERED = f"{WORK}/rendered"
 GUARD_CHUNKS = 8
 
 
@@ -53,6 +52,7 @@ def refine_rung(
     model: pathlib.Path,
     imatrix: pathlib.Path,
     moments: Sequence[pathlib.Path],
+    work: pathlib.Path,
     out: pathlib.Path,
     rung: str,
     types: Mapping[str, str] | None,
@@ -61,7 +61,8 @@ def refine_rung(
 ) -> Refined:
     """A rung with the preset's or the planned types, its blocks tried on passages of the calibration text.
 
-    They are other passages than those that plans are judged by; the text that is scored is not looked at.
+    Blocks that planning rendered in `work` are used. The passages are others than those that plans are judged by; the
+    text that is scored is not looked at.
     """
     held_out = excerpts(joined(list(calibration)), GUARD_CHUNKS, options.n_ctx, offset=0.5)
     settings = Settings(options.n_ctx, GUARD_CHUNKS, options.threads, options.gpu_layers)
@@ -70,7 +71,7 @@ def refine_rung(
         out,
         quantize.QuantizeOptions(rung, types=types),
         moments,
-        RefineOptions(rounding_options(options), held_out, settings, out.parent / RENDERED),
+        RefineOptions(rounding_options(options), held_out, settings, work / "rendered"),
         imatrix=imatrix,
         threads=options.threads,
         progress=progress,

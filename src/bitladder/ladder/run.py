@@ -260,7 +260,7 @@ class _Execution:
         if self.options.rounding == "stock":
             result = self._make(rung, (made_of.model, made_of.imatrix), out, types)
         else:
-            read = made_of.model, made_of.imatrix, made_of.moments
+            read = made_of.model, made_of.imatrix, made_of.moments, made_of.work
             refined = refine_rung(self.options, *read, out, rung, types, self.calibration, self.progress)
             result = refined.result
             facts["guard"] = None if refined.guard is None else guard_json(refined.guard)
