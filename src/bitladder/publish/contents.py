@@ -11,7 +11,7 @@ from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
 
 CARD = "README.md"
 # Beside the card, the quants, their recipes and scores; those that the run did not make are left out.
-BESIDE = ("report.html", "imatrix.gguf", "candidates.json", "sensitivity.json")
+BESIDE = ("report.html", "imatrix.gguf", "candidates.json", "sensitivity.json", "sensitivity-plain.json")
 
 
 @dataclasses.dataclass(frozen=True)
