@@ -11,8 +11,7 @@ from bitladder.errors import UsageError
 
 
 @click.command("calibrate")
-@click.option("-m", "--model", type=click.Path(path_type=pathlib.Path), help="Full-precision GGUF.")
-@click.option("-f", "--file", "files", multiple=True, help="Calibration text; may be repeated.")
+@options.calibrating
 @click.option(
     "-o", "--output", "out", default="moments.gguf", show_default=True, type=click.Path(path_type=pathlib.Path)
 )
@@ -36,24 +35,11 @@ from bitladder.errors import UsageError
 )
 @options.n_ctx
 @options.n_ubatch
-@click.option("--chunks", type=click.IntRange(1), help="Chunks to use of each text; all by default.")
 @click.option(
     "--spread/--no-spread",
     default=True,
     show_default=True,
     help="Take --chunks from all over the text, not from its beginning.",
-)
-@click.option(
-    "--chunk",
-    "--from-chunk",
-    "from_chunk",
-    default=0,
-    type=click.IntRange(0),
-    help="Chunks to skip at the start of each text.",
-)
-@click.option("--process-output", is_flag=True, help="output.weight in the importance matrix too.")
-@click.option(
-    "--parse-special", is_flag=True, help='Read "<|im_end|>" and the like in the text as the tokens they name.'
 )
 @click.option(
     "--in-file",

@@ -10,27 +10,13 @@ from bitladder.errors import UsageError
 
 
 @click.command("imatrix")
-@click.option("-m", "--model", type=click.Path(path_type=pathlib.Path), help="Full-precision GGUF.")
-@click.option("-f", "--file", "files", multiple=True, help="Calibration text; may be repeated.")
+@options.calibrating
 @click.option(
     "-o", "--output", "out", default="imatrix.gguf", show_default=True, type=click.Path(path_type=pathlib.Path)
 )
 @options.n_ctx
 @options.n_batch(2048)
 @options.n_ubatch
-@click.option("--chunks", type=click.IntRange(1), help="Chunks to use of each text; all by default.")
-@click.option(
-    "--chunk",
-    "--from-chunk",
-    "from_chunk",
-    default=0,
-    type=click.IntRange(0),
-    help="Chunks to skip at the start of each text.",
-)
-@click.option("--process-output", is_flag=True, help="Collect for output.weight too.")
-@click.option(
-    "--parse-special", is_flag=True, help='Read "<|im_end|>" and the like in the text as the tokens they name.'
-)
 @click.option(
     "--in-file",
     "in_files",

@@ -3,6 +3,7 @@
 A file that others made verifies too, as far as the library's own kernels and the imatrix made it.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -54,17 +55,17 @@ def verify(
     """
     with GgufFile(quant) as made, GgufFile(source) as original:
         _same_model(made, original)
-        ways = _ways(made, original, imatrix, moments, threads)
         found: dict[str, Way] = {}
-        with progress.task("verify", sum(tensor.nbytes for tensor in made.tensors.values())) as bar:
-            try:
-                for name, tensor in made.tensors.items():
-                    found[name] = _way(made, tensor, original.tensors[name], original, ways)
-                    bar.note(name)
-                    bar.advance(tensor.nbytes)
-            finally:
-                for renderer in ways.values():
-                    renderer.close()
+        with contextlib.ExitStack() as opened:
+            known = [opened.enter_context(MomentsFile(path)) for path in moments]
+            ways = _ways(made, original, imatrix, known, threads)
+            for renderer in ways.values():
+                opened.callback(renderer.close)
+            bar = opened.enter_context(progress.task("verify", sum(tensor.nbytes for tensor in made.tensors.values())))
+            for name, tensor in made.tensors.items():
+                found[name] = _way(made, tensor, original.tensors[name], original, ways)
+                bar.note(name)
+                bar.advance(tensor.nbytes)
     return Verified(found)
 
 
@@ -82,7 +83,7 @@ def _ways(
     made: GgufFile,
     original: GgufFile,
     imatrix: str | os.PathLike[str] | None,
-    moments: Sequence[str | os.PathLike[str]],
+    moments: Sequence[MomentsFile],
     threads: int | None,
 ) -> dict[Way, Renderer]:
     """What may have made a tensor, the cheapest to try first."""
@@ -104,17 +105,15 @@ def _ways(
     return ways
 
 
-def _rounding(made: GgufFile, moments: Sequence[str | os.PathLike[str]]) -> Rounding:
-    known = [MomentsFile(path) for path in moments]
+def _rounding(made: GgufFile, known: Sequence[MomentsFile]) -> Rounding:
     method, digest = made.get(METHOD_KEY), made.get(MOMENTS_KEY)
     if method not in METHODS:
         raise BitladderError(
             f"{made.path} was not rounded by bitladder ({METHOD_KEY} is {method!r}); leave out --moments"
         )
     if digest != joined_sha256(known):
-        raise BitladderError(
-            f"{made.path} was made with other second moments than {' and '.join(map(str, moments))} ({MOMENTS_KEY})"
-        )
+        names = " and ".join(str(one.path) for one in known)
+        raise BitladderError(f"{made.path} was made with other second moments than {names} ({MOMENTS_KEY})")
     return OutputRounding(known, RoundingOptions(method=method))
 
 
