@@ -38,6 +38,7 @@ def smooth(
             full, folder / IMATRIX, out, folder / SMOOTH_IMATRIX, threads=options.threads, progress=progress
         )
     except SmoothingError as error:
+        out.unlink(missing_ok=True)  # of another model that was here before
         progress.warn(f"rungs are made of the model as it is: {error}")
         return [], {}
     files = [out, made.imatrix]
