@@ -219,7 +219,8 @@ class _Execution:
         return Product(files, {name: self.facts["convert"][name] for name in ("file", "sha256")} | facts)
 
     def _trial(self, rung: str) -> Product:
-        out, helps = try_rung(self.options, self.full, self.folder, rung, self.calibration, self.progress)
+        full = self.full, self.digests["convert"]["sha256"]
+        out, helps = try_rung(self.options, *full, self.folder, rung, self.calibration, self.progress)
         return Product([out], {"smoothed": helps})
 
     def _smoothed(self, rung: str) -> bool:

@@ -53,6 +53,7 @@ def smooth(
 def try_rung(
     options: RunOptions,
     full: pathlib.Path,
+    full_sha256: str,
     folder: pathlib.Path,
     rung: str,
     calibration: Sequence[Text],
@@ -67,6 +68,9 @@ def try_rung(
     if smoothed[0].is_file():
         text = excerpts(joined(list(calibration)), CHUNKS, options.n_ctx, offset=0.25)
         settings = Settings(options.n_ctx, CHUNKS, options.threads, options.gpu_layers)
+        # All rungs are compared with the same predictions.
+        base = out.with_name(f"{full_sha256[:12]}.{text.sha256[:12]}.{options.n_ctx}.base")
+        base.parent.mkdir(parents=True, exist_ok=True)
         tried = trial(
             (full, folder / IMATRIX),
             smoothed,
@@ -74,6 +78,7 @@ def try_rung(
             settings,
             preset=rung,
             folder=smoothed[0].parent,
+            base_file=base,
             progress=progress,
         )
         said = {"smoothed": tried.helps, "before": tried.before, "after": tried.after, "error": tried.error}

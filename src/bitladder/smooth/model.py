@@ -18,10 +18,10 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing, sha256_file
 from bitladder.model.header import TensorInfo
 from bitladder.model.reader import GgufFile
-from bitladder.model.shards import COUNT, NUMBER, TENSORS
 from bitladder.model.values import string
 from bitladder.model.writer import GgufWriter, TensorPlan
 from bitladder.progress import SILENT, Progress, Task
+from bitladder.quantize.metadata import DROPPED
 from bitladder.smooth.links import Link, SmoothingError, links_of
 from bitladder.smooth.scales import balance
 
@@ -203,8 +203,7 @@ def _write(
     progress: Progress = SILENT,
 ) -> pathlib.Path:
     factors = factors_of(scales, kinds)
-    dropped = (NUMBER, COUNT, TENSORS, "general.alignment")  # one file, with the default alignment
-    metadata = {key: value for key, value in file.metadata.items() if key not in dropped}
+    metadata = {key: value for key, value in file.metadata.items() if key not in DROPPED}
     metadata[KEY] = string(digest)
     plans = [TensorPlan(name, tensor.shape, tensor.type) for name, tensor in file.tensors.items()]
     with path.open("wb") as stream, progress.task("write the smoothed model", file.tensor_bytes) as task:
