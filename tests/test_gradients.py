@@ -135,12 +135,11 @@ def by_autograd(kind, folder, tokens, labels):
     return {name: (inputs.numpy(), output.grad[0].numpy()) for name, (inputs, output) in seen.items()}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", LlamaForCausalLM), ("olmo2", Olmo2ForCausalLM)])
-def test_moments_are_those_of_autograd_per_token(models, name, kind):
-    path = models / f"{name}.gguf"
+def pairs_by_autograd(path, kind, folder, chunks, seed):
+    """By GGUF name, for each chunk: inputs and gradients as transformers has them, for the labels that we draw."""
     expected = {}
     with TorchModel(path) as model:
-        for index, chunk in enumerate(TOKENS):
+        for index, chunk in enumerate(chunks):
             shown = {}
             model.backward(
                 chunk,
@@ -148,30 +147,56 @@ def test_moments_are_those_of_autograd_per_token(models, name, kind):
                 lambda _, inputs, gradients, shown=shown: shown.update(
                     labels=gradients.argmax(1, keepdim=True).clone()
                 ),
-                generator=chunk_generator(5, index),
+                generator=chunk_generator(seed, index),
             )
-            for weight, pair in by_autograd(kind, models / name, chunk, shown["labels"]).items():
+            for weight, pair in by_autograd(kind, folder, chunk, shown["labels"]).items():
                 expected.setdefault(weight, []).append(pair)
-    found = {moments.name: moments for moments in weighted_moments(path, TOKENS, seed=5)}
+    return expected
+
+
+def weighted(rows, weights):
+    return np.einsum("t,ti,tj->ij", weights / weights.mean(), rows, rows) / len(rows)
+
+
+def leverages(rows, moments):
+    mean = np.trace(moments) / len(moments)
+    return np.einsum("ti,ij,tj->t", rows, np.linalg.inv(moments / mean + 0.1 * np.eye(len(moments))), rows)
+
+
+@pytest.mark.parametrize("count", [3, 9])
+@pytest.mark.parametrize(("name", "kind"), [("llama", LlamaForCausalLM), ("olmo2", Olmo2ForCausalLM)])
+def test_moments_are_those_of_autograd_per_token(models, name, kind, count):
+    chunks = np.random.default_rng(0).integers(2, 380, (count, 48)).astype(np.int32)
+    path = models / f"{name}.gguf"
+    expected = pairs_by_autograd(path, kind, models / name, chunks, 5)
+    found = {moments.name: moments for moments in weighted_moments(path, chunks, seed=5)}
     assert found.keys() == expected.keys()
     for weight, pairs in expected.items():
-        x, g = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-        power = np.square(g.astype(np.float64)).sum(1)
-        wanted = np.einsum("t,ti,tj->ij", power / power.mean(), x, x) / len(x)
+        x, g = (np.concatenate(parts).astype(np.float64) for parts in zip(*pairs, strict=True))
+        power = np.square(g).sum(1)
         moments = found[weight]
-        assert moments.tokens == TOKENS.size
-        np.testing.assert_allclose(moments.inputs, wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=weight)
-        assert moments.power == pytest.approx(power.mean(), rel=1e-3)
-        profile = power.reshape(TOKENS.shape).mean(0) / power.mean()
+        assert moments.tokens == chunks.size
+        profile = power.reshape(chunks.shape).mean(0) / power.mean()
         np.testing.assert_allclose(moments.by_position, profile, rtol=2e-3, atol=1e-6, err_msg=weight)
         if weight == "output.weight":
             assert moments.outputs is None
+            wanted, outputs = weighted(x, power), None
+        elif count < 8:
+            wanted, outputs = weighted(x, power), g.T @ g / len(g)
+        else:
+            # Every fourth chunk tells what leverages the tokens of the others have.
+            pilots = np.repeat(np.arange(count) % 4 == 0, chunks.shape[1])
+            first = weighted(x[pilots], power[pilots]), g[pilots].T @ g[pilots] / pilots.sum()
+            x, g = x[~pilots], g[~pilots]
+            wanted = weighted(x, leverages(g, first[1]))
+            outputs = weighted(g, leverages(x, first[0]))
+        np.testing.assert_allclose(moments.inputs, wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=weight)
+        if outputs is None:
             continue
-        wanted = g.T @ g / len(g)
         if name == "llama" and weight.split(".")[2] in {"attn_q", "attn_k"}:  # llama.cpp's order of rows
-            order = np.arange(len(wanted)).reshape(-1, 2, 8).swapaxes(1, 2).reshape(-1)
-            wanted = wanted[np.ix_(order, order)]
-        np.testing.assert_allclose(moments.outputs, wanted, rtol=0, atol=5e-4 * np.abs(wanted).max(), err_msg=weight)
+            order = np.arange(len(outputs)).reshape(-1, 2, 8).swapaxes(1, 2).reshape(-1)
+            outputs = outputs[np.ix_(order, order)]
+        np.testing.assert_allclose(moments.outputs, outputs, rtol=0, atol=5e-4 * np.abs(outputs).max(), err_msg=weight)
 
 
 def test_memory_and_choice_change_nothing_but_the_passes(models):

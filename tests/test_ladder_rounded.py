@@ -4,11 +4,15 @@ import json
 
 import pytest
 
+from bitladder.calibrate.texts import load_text
 from bitladder.ladder import RunOptions, run
 from bitladder.ladder.plan import command_line, plan
 from bitladder.ladder.rounded import MOMENTS, PLAIN
+from bitladder.ladder.tuned import set_apart
 from bitladder.model.reader import GgufFile
 from bitladder.quantize import RUNGS
+from bitladder.report import write_card
+from bitladder.tune.key import TUNE_KEY
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,22 @@ def test_a_rung_has_less_divergence_than_its_preset_and_is_made_once(options):
     assert run(options).made == ()
 
 
+def test_a_rung_is_tuned_on_text_it_is_not_tried_on(options, tmp_path):
+    texts = [load_text("pydoc:calibration")]
+    first, end = set_apart(texts)
+    assert first[0].text + end.text == texts[0].text
+    assert first[0].sha256 != texts[0].sha256
+    tuned = options.model_copy(update={"out": tmp_path / "ladder", "tune_chunks": 24, "n_ctx": 128})
+    run(tuned)
+    score = json.loads((tuned.out / "scores" / "Q3_K_S.json").read_text())
+    assert score["tuned"] is True
+    with GgufFile(next(tuned.out.glob("*-Q3_K_S.gguf"))) as file:
+        assert file.get(TUNE_KEY).startswith("24 × 128 tokens")
+    write_card(tuned.out)
+    assert "rounding: feedback; tuned" in (tuned.out / "README.md").read_text()
+    assert run(tuned).made == ()
+
+
 def test_what_depends_on_rounding_is_planned(options):
     steps = {step.name: step for step in plan(options)}
     assert "moments" in steps["quantize Q3_K_S"].needs and "moments" not in steps["naive Q3_K_S"].needs
@@ -51,4 +71,4 @@ def test_what_depends_on_rounding_is_planned(options):
     assert not {"moments", "naive Q3_K_S"} & stock
     planned = {step.name: step for step in plan(options.model_copy(update={"mode": "quality"}))}
     assert "moments" in planned["price"].needs
-    assert "--rounding feedback --moments-chunks 6" in command_line(options, "m.gguf", RUNGS)
+    assert "--rounding feedback --moments-chunks 6 --tune-chunks 0" in command_line(options, "m.gguf", RUNGS)

@@ -17,6 +17,7 @@ VERBS = {
     "calibrate": "Collect second moments, which rounding for the output needs, and an importance matrix beside.",
     "smooth": "Balance a model's channels, so that blocks of it lose less.",
     "quantize": "Quantize a GGUF to a preset or a recipe.",
+    "tune": "Tune a quant's scales for the whole model's predictions.",
     "plan": "Choose the type of each tensor from measured costs, or the blocks to leave out.",
     "recipe": "Show, check, extract, compare and export which type each tensor of a quant has.",
     "stats": "Show what an importance matrix holds, or how two of them differ.",

@@ -62,6 +62,14 @@ from bitladder.cli.output import Output, common_options
     help="Chunks of each calibration text for the second moments that rounding needs.",
 )
 @click.option(
+    "--tune-chunks",
+    default=64,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Chunks of each calibration text on which scales are tuned, if torch is installed; 0 not to. With --rounding "
+    "stock they are not.",
+)
+@click.option(
     "--smooth/--no-smooth",
     default=None,
     help="Balance channels first: the model computes the same and blocks lose less.  [default: yes, but for --mode "
@@ -116,6 +124,7 @@ def command(
     mode: Literal["quality", "size", "naive"],
     rounding: Literal["stock", "feedback", "descent", "best"],
     moments_chunks: int,
+    tune_chunks: int,
     smooth: bool | None,
     tasks: str | None,
     task_count: int | None,
@@ -152,6 +161,7 @@ def command(
         mode=mode,
         rounding=rounding,
         moments_chunks=moments_chunks,
+        tune_chunks=tune_chunks,
         smooth=smooths(mode, rounding) if smooth is None else smooth,
         tasks=tasks,
         task_count=task_count,

@@ -42,7 +42,7 @@ class Layers:
         self.weights = weights
         self.sizes = sizes
         self.wanted: Collection[str] = ()
-        self.tap: Tap = _nothing
+        self.tap: Tap = nothing
         self.multiplied: dict[str, None] = {}  # weights in the order of their first use
 
     def linear(self, inputs: torch.Tensor, prefix: str) -> torch.Tensor:
@@ -87,5 +87,6 @@ class Layers:
         return self.linear(gate * self.linear(inputs, f"{block}.ffn_up"), f"{block}.ffn_down")
 
 
-def _nothing(name: str, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+def nothing(name: str, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+    """A tap that looks away."""
     del name, inputs, gradient

@@ -16,7 +16,7 @@ from bitladder.engine.context import Floats
 from bitladder.engine.model import Tokens
 from bitladder.errors import BitladderError
 from bitladder.gradients.families import FAMILIES
-from bitladder.gradients.layers import Layers, Tap
+from bitladder.gradients.layers import Layers, Tap, nothing
 from bitladder.gradients.rope import rope_tables
 from bitladder.gradients.sizes import read_sizes
 from bitladder.gradients.weights import TorchWeights
@@ -98,6 +98,26 @@ class TorchModel(Closing):
             down = self._head_gradient(hidden.detach()[0], tap if self.head in wanted else None, generator)
             if lowest < blocks:
                 hidden.backward(down[None], retain_graph=draw + 1 < draws)  # type: ignore[no-untyped-call]
+
+    def states(self, tokens: Tokens, wanted: Collection[str] = (), tap: Tap = nothing) -> torch.Tensor:
+        """What the head multiplies, [length, width], for one sequence, int32 [length].
+
+        With `wanted` it can be differentiated: a backward pass from it shows `tap` those weights, as `backward` does.
+        """
+        self._layers.wanted, self._layers.tap = frozenset(wanted), tap
+        with torch.set_grad_enabled(bool(wanted)):
+            stream = self._embed(torch.from_numpy(tokens.astype(np.int64)))
+            if wanted:
+                stream.requires_grad_()
+            return self._blocks(stream, 0, self.sizes.blocks, final=True)[0]
+
+    def head_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [length, n_vocab] of final states [length, width]."""
+        return self._head(states)
+
+    def head_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """An objective's derivative by the final states, from that by the logits."""
+        return gradient @ self.weights.get(self.head)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.weights.rows(EMBEDDING, ids)[None]

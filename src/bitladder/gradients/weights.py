@@ -55,6 +55,10 @@ class TorchWeights(Closing):
             self._kept[name] = values
         return values
 
+    def replace(self, name: str, values: torch.Tensor) -> None:
+        """Let a tensor have other values from now on, of the same shape as `get` gives; they stay in memory."""
+        self._kept[name] = values
+
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
         """Some rows of a matrix, float32 [len(indices), width]."""
         self.used.add(name)

@@ -14,6 +14,7 @@ from bitladder.ladder.plan import BENCH_REPETITIONS, TASK_CTX, RunOptions, Step
 # seen; i-quants search a codebook for every block.
 CONVERT, QUANTIZE, QUANTIZE_IQ, ROUND = 200, 1500, 6000, 30_000
 MOMENTS = 4  # a token's gradients, beside its prediction
+TUNE = 8  # and a step of tuning
 GENERATED = 10  # a generated token takes the time of so many in a prompt
 QUESTION = 4 * TASK_CTX // 8  # tokens that a question's choices take
 PRICED = 40_000  # prices of all rungs together: hundreds of swaps over a few chunks
@@ -46,7 +47,8 @@ def amounts(
     found = {}
     for step in steps:
         made = QUANTIZE_IQ if (step.rung or "").startswith("IQ") else QUANTIZE
-        rounded = made if options.rounding == "stock" else ROUND
+        tuned = TUNE * options.tune_chunks * options.n_ctx * len(options.calibration)
+        rounded = made if options.rounding == "stock" else ROUND + tuned
         amount = {"quantize": rounded, "naive": made + decode}.get(step.kind, known.get(step.kind, 0))
         if step.name == "measure base":
             amount = questions * QUESTION  # its perplexity is in the base already

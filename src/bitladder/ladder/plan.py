@@ -35,11 +35,11 @@ CODE: dict[Kind, int] = {
     "imatrix": 1,
     "smooth": 1,
     "trial": 1,
-    "moments": 1,
+    "moments": 2,
     "price": 1,
     "plan": 1,
     "candidates": 1,
-    "quantize": 2,
+    "quantize": 3,
     "measure": 2,
     "naive": 2,
     "bench": 1,
@@ -58,6 +58,7 @@ Rounding = Literal["stock", "feedback", "descent", "best"]
 ROUNDING: Rounding = "best"  # of the command line
 # Chunks of each calibration text, from all over it, on which second moments are collected.
 MOMENTS_CHUNKS = 64
+TUNE_CHUNKS = 64  # of the command line, on which the scales of a rung are tuned
 
 
 class RunOptions(pydantic.BaseModel, frozen=True):
@@ -70,7 +71,8 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     the card too. `tasks` are specs as `evaluate.tasks.parse_specs` reads them, answered with a context of TASK_CTX
     tokens; `task_count` questions of each (None: all). `bench` asks for tokens per second in `bench_tests` (tokens of
     the prompt, tokens generated). `rounding` is how blocks are chosen; but for "stock" that needs second moments, of
-    `moments_chunks` chunks of each calibration text. `smooth` makes rungs of a model with balanced channels.
+    `moments_chunks` chunks of each calibration text; of a rung that is rounded so the scales are tuned on `tune_chunks`
+    (0: not at all). `smooth` makes rungs of a model with balanced channels.
     `compare` names GGUF files of somebody else, or hub ids of some (`hub.fetch`).
     """
 
@@ -90,6 +92,7 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     mode: Mode = "naive"
     rounding: Rounding = "stock"
     moments_chunks: int = pydantic.Field(MOMENTS_CHUNKS, ge=1)
+    tune_chunks: int = pydantic.Field(0, ge=0)
     smooth: bool = False
     outtype: str = "auto"
     threads: int | None = pydantic.Field(None, ge=1)
@@ -153,6 +156,7 @@ def plan(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
     ]
     planned, rounded = options.mode != "naive", options.rounding != "stock"
     chosen: dict[str, Any] = {"rounding": options.rounding} if rounded else {}
+    tuned: dict[str, Any] = {"tune_chunks": options.tune_chunks} if rounded and options.tune_chunks else {}
     by_moments = ("moments",) if rounded else ()
     if rounded:
         taken = {"n_ctx": options.n_ctx, "chunks": options.moments_chunks, **device}
@@ -170,7 +174,7 @@ def plan(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
             steps.append(Step(name=f"naive {rung}", kind="naive", rung=rung, needs=read, options=how))
     quants = []
     for rung in options.rungs:
-        types: dict[str, Any] = {"preset": rung, **chosen}
+        types: dict[str, Any] = {"preset": rung, **chosen, **tuned}
         made_of: tuple[str, ...] = ("convert", "imatrix", *by_moments, *tried[rung])
         if rounded:  # its blocks are tried on a part of that text
             made_of = (*made_of, "calibration")
@@ -272,16 +276,14 @@ def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]
         "--converter": (_name(str(options.converter)) if options.converter else None, None),
         "--quantized-by": (options.quantized_by, None),
         "--base-model": (options.model_id, None),
+        "--mode": (options.mode, MODE),
+        "--rounding": (options.rounding, ROUNDING),
+        "--moments-chunks": (options.moments_chunks, MOMENTS_CHUNKS),
+        "--tune-chunks": (TUNE_CHUNKS if options.rounding == "stock" else options.tune_chunks, TUNE_CHUNKS),
     }
     for option, (value, default) in given.items():
         if value != default:
             words += [option, str(value)]
-    if options.mode != MODE:
-        words += ["--mode", options.mode]
-    if options.rounding != ROUNDING:
-        words += ["--rounding", options.rounding]
-    if options.moments_chunks != MOMENTS_CHUNKS:
-        words += ["--moments-chunks", str(options.moments_chunks)]
     if options.smooth != smooths(options.mode, options.rounding):
         words.append("--smooth" if options.smooth else "--no-smooth")
     if not options.bench:

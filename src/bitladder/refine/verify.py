@@ -19,16 +19,19 @@ from bitladder.model.reader import GgufFile, TensorInfo
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.output import OutputRounding, joined_sha256
 from bitladder.refine.quantize import METHOD_KEY, MOMENTS_KEY
-from bitladder.rounding import METHODS, RoundingOptions
+from bitladder.rounding import METHODS, RoundingOptions, can_round
+from bitladder.rounding.integers import same_integers
 from bitladder.sensitivity.rendered import Renderer, Rounding, Stock
+from bitladder.tune.key import TUNE_KEY
 
-Way = Literal["copied", "stock", "stock without importance", "rounded", "differs"]
+Way = Literal["copied", "stock", "stock without importance", "rounded", "tuned", "differs"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Verified:
     """How each tensor of a quant came about: "copied" from the source, by the library's kernel ("stock", with the
-    imatrix, or without), "rounded" for the output, or "differs": none of these gives its bytes."""
+    imatrix, or without), "rounded" for the output, "tuned" (in a file that says so: the integers are those of one of
+    these ways, and only F16 numbers of blocks differ; or a norm), or "differs": none of these gives its bytes."""
 
     ways: dict[str, Way]
 
@@ -119,12 +122,18 @@ def _rounding(made: GgufFile, known: Sequence[MomentsFile]) -> Rounding:
 
 def _way(made: GgufFile, tensor: TensorInfo, before: TensorInfo, original: GgufFile, ways: dict[Way, Renderer]) -> Way:
     data = made.read(tensor)
+    tuned = bool(made.get(TUNE_KEY))
     if tensor.type == before.type:
-        return "copied" if np.array_equal(data, original.read(before)) else "differs"
+        if np.array_equal(data, original.read(before)):
+            return "copied"
+        return "tuned" if tuned and tensor.name.endswith("norm.weight") else "differs"
     for way, renderer in ways.items():
         try:
-            if np.array_equal(data, renderer.blocks(tensor.name, tensor.type)):
-                return way
+            derived = renderer.blocks(tensor.name, tensor.type)
         except BitladderError:
             continue  # a type that cannot be made without importance, for one
+        if np.array_equal(data, derived):
+            return way
+        if tuned and can_round(tensor.type.name) and same_integers(tensor.type.name, data, derived, tensor.width):
+            return "tuned"
     return "differs"

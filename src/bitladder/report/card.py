@@ -87,6 +87,7 @@ def facts(run: Run) -> dict[str, Any]:
         "speed_meaning": SPEED,
         "made": [_made(one) for one in run.rungs],
         "smoothed": any(one.scores.smoothed for one in run.rungs),
+        "tuned": any(one.scores.tuned for one in run.rungs),
         "imatrix": _imatrix([one.recipe for one in run.rungs if one.recipe]),
         "versions": _versions([one.recipe.versions for one in run.rungs if one.recipe] + [s.versions for s in scored]),
         "calibrated_on_text": any(base.text.sha256 in _calibration(one.recipe) for one in run.rungs if one.recipe),
@@ -123,7 +124,8 @@ def _chosen_by(model: Measured) -> str:
         said = f"a plan for {mode}" + (f" ({plan})" if plan else "")
     if rounding not in (None, "stock"):
         said += f"; rounding: {rounding}"
-    return f"{said}; smoothed" if model.scores.smoothed else said
+    marks = [mark for mark, there in (("tuned", model.scores.tuned), ("smoothed", model.scores.smoothed)) if there]
+    return "; ".join([said, *marks])
 
 
 def _machine(scored: Sequence[Any]) -> str:

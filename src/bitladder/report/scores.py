@@ -113,6 +113,7 @@ class Scores(pydantic.BaseModel):
     mode: str | None = None
     rounding: str | None = None
     smoothed: bool = False
+    tuned: bool = False
     predicted_kld: float | None = None
     source: str | None = None
     doubts: list[str] = []

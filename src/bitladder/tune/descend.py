@@ -1,0 +1,64 @@
+"""Adam over chunks of text, on what `Student` lets move."""
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from bitladder.engine.model import Tokens
+from bitladder.errors import BitladderError
+from bitladder.gradients.model import TorchModel
+from bitladder.progress import SILENT, Progress
+from bitladder.tune.student import Key, Student
+
+BETA1, BETA2, EPSILON = 0.9, 0.98, 1e-12
+WARM_UP = 10  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How to descend: a step for each chunk, in an order drawn with `seed`.
+
+    `rate` is how far a step moves a parameter at most, as a share of the number it belongs to. It grows over the first
+    steps, then falls to 0 along half a cosine.
+    """
+
+    rate: float = 3e-4
+    seed: int = 0
+
+    def rates(self, steps: int) -> list[float]:
+        """The rate of each step."""
+        return [
+            self.rate * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+            for step in range(steps)
+        ]
+
+
+def descend(
+    student: Student, teacher: TorchModel, chunks: Tokens, schedule: Schedule, *, progress: Progress = SILENT
+) -> list[float]:
+    """Move the student's parameters towards a lower KLD from the teacher (Adam, arXiv 1412.6980).
+
+    Parameters: chunks int32 [chunks, n_ctx]. Returns each step's KLD, nats per token, as it was before the step.
+    Raises BitladderError if it is not finite.
+    """
+    order = np.random.default_rng(schedule.seed).permutation(len(chunks))
+    means: dict[Key, torch.Tensor] = {key: torch.zeros_like(move) for key, move in student.parameters.items()}
+    squares = {key: torch.zeros_like(move) for key, move in student.parameters.items()}
+    seen = []
+    with progress.task("tune", len(order)) as bar:
+        for step, (index, rate) in enumerate(zip(order, schedule.rates(len(order)), strict=True), 1):
+            divergence, slopes = student.backward(chunks[index], teacher)
+            if not math.isfinite(divergence):
+                raise BitladderError(f"the KLD of {student.model.path.name} is not finite in step {step}")
+            for key, slope in slopes.items():
+                mean = means[key].lerp_(slope, 1 - BETA1)
+                square = squares[key].lerp_(slope.square_(), 1 - BETA2)
+                spread = (square / (1 - BETA2**step)).sqrt_().add_(EPSILON)
+                student.parameters[key].addcdiv_(mean, spread, value=-rate / (1 - BETA1**step))
+            student.put()
+            seen.append(divergence)
+            bar.note(f"KLD {np.mean(seen[-20:]):.5f}")
+            bar.advance()
+    return seen

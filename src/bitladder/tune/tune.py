@@ -1,0 +1,169 @@
+"""A quant whose blocks' scales are tuned against the full precision, tried on held-out text and written."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.calibrate.chunks import Reading
+from bitladder.calibrate.texts import Text
+from bitladder.engine.model import Model, Tokens
+from bitladder.errors import BitladderError, UsageError
+from bitladder.evaluate import Figure, Settings, load_or_compute_base, measure, paired_mean
+from bitladder.evaluate.figures import mean
+from bitladder.files import replacing
+from bitladder.gradients.check import check
+from bitladder.gradients.needs import require_torch, torch_threads
+from bitladder.model.reader import GgufFile
+from bitladder.model.values import string
+from bitladder.model.writer import GgufWriter, TensorPlan
+from bitladder.progress import SILENT, Progress
+from bitladder.quantize.metadata import DROPPED
+from bitladder.tune.key import TUNE_KEY
+
+Bytes = npt.NDArray[np.uint8]
+CHECKED_TOKENS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneOptions:
+    """How to tune.
+
+    `chunks` of each text, of `n_ctx` tokens, from all over it (None: all there are). `rate` and `seed` as of
+    `descend.Schedule`. `norms`: the norms too.
+    """
+
+    n_ctx: int = 512
+    chunks: int | None = None
+    rate: float = 3e-4
+    seed: int = 0
+    norms: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What became of it.
+
+    `before`, `after` and their paired `difference`: KLD on held-out text, nats per token (None without one). `kept` is
+    whether it fell; if not, the file is the quant as it was. `steps` of so many tokens were made, and `seen` are the
+    KLDs of their chunks in torch, each before its step.
+    """
+
+    path: pathlib.Path
+    kept: bool
+    before: Figure | None
+    after: Figure | None
+    difference: Figure | None
+    steps: int
+    n_ctx: int
+    seen: list[float] = dataclasses.field(repr=False)
+
+
+def tune(
+    full: str | os.PathLike[str],
+    quant: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    texts: Sequence[Text],
+    options: TuneOptions | None = None,
+    *,
+    held_out: tuple[Text, Settings] | None = None,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> Tuned:
+    """Tune a quant's scales and norms for the predictions of its full-precision model.
+
+    A block's F16 numbers, and norms, are moved by gradients of the KLD over `texts`, the integers stay: the file has
+    the same types and bytes, and its speed. `held_out`: a text that is neither among `texts` nor the one to judge by,
+    and how to measure it; KLD there must fall, or the quant is copied as it is.
+    Everything is in memory at once, about 20 bytes for each weight. Raises BitladderError if torch is not installed, if
+    it does not compute what the library does, or if the two files are not of one model.
+    """
+    require_torch()
+    options = options or TuneOptions()
+    full, quant, out = pathlib.Path(full), pathlib.Path(quant), pathlib.Path(out)
+    if out.exists() and any(out.samefile(one) for one in (full, quant)):
+        raise UsageError(f"{out} is an input; name another output")
+    if not texts:
+        raise UsageError("tuning needs a text: pass -f")
+    _same_model(full, quant)
+    with Model(full, vocab_only=True) as vocabulary:
+        chunks = Reading(options.n_ctx, options.chunks).rows(vocabulary, texts)
+    blocks, vectors, seen = _moved(full, quant, chunks, options, threads, progress)
+    with replacing(out) as temporary:
+        _write(quant, temporary, blocks, vectors, f"{len(chunks)} × {options.n_ctx} tokens, rate {options.rate:g}")
+        before = after = difference = None
+        if held_out is not None:
+            before, after, difference = _tried(full, quant, temporary, *held_out, progress)
+        kept = difference is None or difference.value < 0
+        if not kept:
+            shutil.copyfile(quant, temporary)
+    return Tuned(out, kept, before, after, difference, len(chunks), options.n_ctx, seen)
+
+
+def _tried(
+    full: pathlib.Path, quant: pathlib.Path, tuned: pathlib.Path, text: Text, settings: Settings, progress: Progress
+) -> tuple[Figure, Figure, Figure]:
+    """KLD of the quant as it was and tuned, and their paired difference."""
+    with (
+        tempfile.TemporaryDirectory(dir=tuned.parent, prefix=".tune.") as folder,
+        load_or_compute_base(full, text, settings, path=pathlib.Path(folder) / "base", progress=progress) as base,
+    ):
+        before, after = (
+            measure(path, text, settings, base=base, progress=progress).arrays["kld"] for path in (quant, tuned)
+        )
+        return mean(before), mean(after), paired_mean(after, before, len(base.chunks))
+
+
+def _same_model(full: pathlib.Path, quant: pathlib.Path) -> None:
+    with GgufFile(full) as source, GgufFile(quant) as made:
+        for name, tensor in made.tensors.items():
+            other = source.tensors.get(name)
+            if other is None or other.shape != tensor.shape:
+                raise BitladderError(f"{quant.name} is no quant of {full.name}: {name} is not the same there")
+
+
+def _moved(
+    full: pathlib.Path,
+    quant: pathlib.Path,
+    chunks: Tokens,
+    options: TuneOptions,
+    threads: int | None,
+    progress: Progress,
+) -> tuple[dict[str, Bytes], dict[str, npt.NDArray[np.float32]], list[float]]:
+    """Blocks and vectors by tensor after the descent, and the KLD seen on the way."""
+    from bitladder.gradients.model import TorchModel
+    from bitladder.tune.descend import Schedule, descend
+    from bitladder.tune.student import Student
+
+    with (
+        torch_threads(threads),
+        TorchModel(full, memory=1 << 62, threads=threads) as teacher,
+        Student(quant, norms=options.norms, threads=threads) as student,
+    ):
+        check(full, chunks[0, :CHECKED_TOKENS], threads=threads, ours=teacher)
+        seen = descend(student, teacher, chunks, Schedule(options.rate, options.seed), progress=progress)
+        return {name: scales.blocks() for name, scales in student.scales.items()}, student.vectors(), seen
+
+
+def _write(
+    quant: pathlib.Path,
+    out: pathlib.Path,
+    blocks: dict[str, Bytes],
+    vectors: dict[str, npt.NDArray[np.float32]],
+    said: str,
+) -> None:
+    with GgufFile(quant) as file, out.open("wb") as stream:
+        metadata = {key: value for key, value in file.metadata.items() if key not in DROPPED} | {TUNE_KEY: string(said)}
+        plans = [TensorPlan(name, tensor.shape, tensor.type) for name, tensor in file.tensors.items()]
+        writer = GgufWriter(stream, metadata, plans)
+        for name, tensor in file.tensors.items():
+            if name in vectors:
+                writer.write(name, vectors[name].view(np.uint8))
+            else:
+                writer.write(name, blocks[name] if name in blocks else file.read(tensor))
+        writer.finish()
