@@ -2,12 +2,13 @@
 
     python benchmarks/rounding.py --model F16.gguf --imatrix I.gguf --moments FILE [--plain FILE] --text TEXT
         [--presets Q4_K_M,…] [--methods feedback,descent,best] [--chunks 40] [--json OUT]
-        [--stock-model F16.gguf --stock-imatrix I.gguf]
+        [--stock-model F16.gguf --stock-imatrix I.gguf] [--calibration TEXT … --tune-chunks N]
 
 Every quant has the same types and bytes as the preset. Ratios are of mean KLD; their ± comes from the paired
 differences by token. `feedback@plain` takes the moments of --plain, whose tokens all count alike; `best/one-sided`
 leaves out the moments of output gradients. With --stock-model the preset, and the full precision, are of that file: so
 a smoothed --model is compared with the preset of the model as it is, and `smoothed` is the library's blocks of it.
+`best+tuned` tunes the scales of `best` on --calibration too, `best+scales` without the norms.
 Nothing is guarded: this is what the methods themselves do.
 """
 
@@ -28,6 +29,7 @@ from bitladder.files import write_json
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.refine import RefineOptions, quantize_refined
 from bitladder.rounding import RoundingOptions
+from bitladder.tune import TuneOptions, tune
 
 WAYS = {
     "feedback": RoundingOptions(method="feedback", two_sided=False),
@@ -77,10 +79,16 @@ def main() -> None:
 
 def make(arguments: argparse.Namespace, preset: str, way: str, out: pathlib.Path) -> None:
     """The preset's types with blocks of our choice."""
+    way, _, tuning = way.partition("+")
     method, _, source = way.partition("@")
     moments = [arguments.plain] if source == "plain" else arguments.moments
     refine = RefineOptions(WAYS[method])
     quantize_refined(arguments.model, out, QuantizeOptions(preset), moments, refine, imatrix=arguments.imatrix)
+    if tuning:
+        texts, before = [load_text(name) for name in arguments.calibration], out.with_name("before.gguf")
+        out.rename(before)
+        wanted = TuneOptions(chunks=arguments.tune_chunks, norms=tuning == "tuned")
+        tune(arguments.model, before, out, texts, wanted)
 
 
 def figures(
@@ -144,6 +152,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--presets", default="Q4_K_M")
     parser.add_argument("--methods", default="feedback,descent,best/one-sided,best")
+    parser.add_argument("--calibration", action="append", default=[])
+    parser.add_argument("--tune-chunks", type=int, default=100)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=pathlib.Path)
