@@ -48,6 +48,18 @@ def calibrating(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def guard(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--guard and --guard-chunks: a text on which something must hold."""
+    text = click.option(
+        "--guard",
+        default="pydoc:test",
+        show_default=True,
+        help=f"Text, other than calibration's and the one to judge by, on which {what}; none to skip.",
+    )
+    chunks = click.option("--guard-chunks", default=8, show_default=True, type=click.IntRange(1), help="Chunks of it.")
+    return lambda command: text(chunks(command))
+
+
 def n_batch(default: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """-b with a default of the command's own."""
     return click.option(

@@ -73,13 +73,7 @@ class _FilesInPlace(click.Command):
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
     help="Second moments of the same model, from bitladder calibrate; of several files the mean counts.",
 )
-@click.option(
-    "--guard",
-    default="pydoc:test",
-    show_default=True,
-    help="Text, other than calibration's and the one to judge by, on which chosen blocks must lower KLD; none to skip.",
-)
-@click.option("--guard-chunks", default=8, show_default=True, type=click.IntRange(1), help="Chunks of it.")
+@options.guard("chosen blocks must lower KLD")
 @click.option("--dry-run", is_flag=True, help="Show types and the exact size, and write nothing.")
 @options.threads
 @common_options

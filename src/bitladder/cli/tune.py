@@ -27,13 +27,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the order of chunks.")
 @click.option("--norms/--no-norms", default=True, show_default=True, help="Tune the norms too.")
-@click.option(
-    "--guard",
-    default="pydoc:test",
-    show_default=True,
-    help="Text, other than calibration's and the one to judge by, on which KLD must fall; none to skip.",
-)
-@click.option("--guard-chunks", default=8, show_default=True, type=click.IntRange(1), help="Chunks of it.")
+@options.guard("KLD must fall")
 @options.n_ctx
 @options.threads
 @common_options

@@ -266,27 +266,13 @@ class _Execution:
             refined = refine_rung(self.options, *read, out, rung, types, self.calibration, self.progress)
             result = refined.result
             facts["guard"] = None if refined.guard is None else guard_json(refined.guard)
-            facts["tuned"] = bool(self.options.tune_chunks) and self._tune(made_of.model, out)
+            facts["tuned"] = tune_rung(self.options, made_of.model, out, self.calibration, self.progress)
         made = self._recipe(result, out.name)
         if plan is not None:
             said = f"bitladder run --mode {plan['mode']}: {plan['made']}"
             made = made.model_copy(update={"budget": f"{plan['mode']}, like {rung}", "made": said})
         write_recipe(recipe, made)
         return Product([out, recipe], {"bytes": result.bytes, "bpw": result.bpw, **facts})
-
-    def _tune(self, full: pathlib.Path, quant: pathlib.Path) -> bool:
-        """Tune a rung in place; whether that helped."""
-        hidden = quant.with_name(f".{quant.name}.tuned.tmp")
-        try:
-            made = tune_rung(self.options, full, quant, hidden, self.calibration, self.progress)
-            if made is None:
-                return False
-            hidden.replace(quant)
-            if not made.kept:
-                self.progress.info(f"{quant.name}: tuned scales lose more on held-out text; they stay as they were")
-            return made.kept
-        finally:
-            hidden.unlink(missing_ok=True)
 
     def _naive(self, rung: str) -> Product:
         """The preset by itself: measured and forgotten, but for its recipe and its scores."""
@@ -373,9 +359,8 @@ class _Execution:
             plan = read_json(self.folder / PLANNED / f"{rung}.json")
             document |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
         if rung in self.options.rungs and self.options.rounding != "stock":
-            document |= {"rounding": self.options.rounding}
-            if self.facts[f"quantize {rung}"].get("tuned"):
-                document |= {"tuned": True}
+            tuned = bool(self.facts[f"quantize {rung}"].get("tuned"))
+            document |= {"rounding": self.options.rounding} | ({"tuned": True} if tuned else {})
         if rung in self.options.rungs and self._smoothed(rung or ""):
             document |= {"smoothed": True}
         if f"naive {rung}" in step.needs:

@@ -10,34 +10,39 @@ from bitladder.gradients import why_not
 from bitladder.ladder.plan import RunOptions
 from bitladder.ladder.planned import joined
 from bitladder.progress import Progress
-from bitladder.tune import Tuned, TuneOptions, tune
+from bitladder.tune import TuneOptions, tune
 
 HELD_OUT = 0.1  # of each calibration text
 CHUNKS = 8
 
 
 def tune_rung(
-    options: RunOptions,
-    full: pathlib.Path,
-    quant: pathlib.Path,
-    out: pathlib.Path,
-    calibration: Sequence[Text],
-    progress: Progress,
-) -> Tuned | None:
-    """Tune a quant of `full` and write it; None, and nothing written, if there is no way to.
+    options: RunOptions, full: pathlib.Path, quant: pathlib.Path, calibration: Sequence[Text], progress: Progress
+) -> bool:
+    """Tune a quant of `full` in place; whether that helped. Nothing changes if it does not, or cannot be done.
 
     The text that is scored is not looked at.
     """
+    if not options.tune_chunks:
+        return False
     reason = why_not(full)
     if reason is not None:
         progress.info(f"scales are not tuned: {reason}")
-        return None
+        return False
     texts, held_out = set_apart(calibration)
     settings = Settings(options.n_ctx, CHUNKS, options.threads, options.gpu_layers)
     wanted = TuneOptions(n_ctx=options.n_ctx, chunks=options.tune_chunks)
-    return tune(
-        full, quant, out, texts, wanted, held_out=(held_out, settings), threads=options.threads, progress=progress
-    )
+    out = quant.with_name(f".{quant.name}.tuned.tmp")
+    try:
+        made = tune(
+            full, quant, out, texts, wanted, held_out=(held_out, settings), threads=options.threads, progress=progress
+        )
+        out.replace(quant)
+    finally:
+        out.unlink(missing_ok=True)
+    if not made.kept:
+        progress.info(f"{quant.name}: tuned scales lose more on held-out text, and stay as they were")
+    return made.kept
 
 
 def set_apart(texts: Sequence[Text]) -> tuple[list[Text], Text]:

@@ -80,8 +80,9 @@ def tune(
     A block's F16 numbers, and norms, are moved by gradients of the KLD over `texts`, the integers stay: the file has
     the same types and bytes, and its speed. `held_out`: a text that is neither among `texts` nor the one to judge by,
     and how to measure it; KLD there must fall, or the quant is copied as it is.
-    Everything is in memory at once, about 20 bytes for each weight. Raises BitladderError if torch is not installed, if
-    it does not compute what the library does, or if the two files are not of one model.
+    Everything is in memory at once, some 20 bytes for each weight and what a chunk leaves for its way back. Raises
+    BitladderError if torch is not installed, if it does not compute what the library does, or if the two files are not
+    of one model.
     """
     require_torch()
     options = options or TuneOptions()
@@ -93,8 +94,8 @@ def tune(
     _same_model(full, quant)
     with Model(full, vocab_only=True) as vocabulary:
         chunks = Reading(options.n_ctx, options.chunks).rows(vocabulary, texts)
-    blocks, vectors, seen = _moved(full, quant, chunks, options, threads, progress)
-    with replacing(out) as temporary:
+    with replacing(out) as temporary:  # opened first: a folder that cannot be written to is told of at once
+        blocks, vectors, seen = _moved(full, quant, chunks, options, threads, progress)
         _write(quant, temporary, blocks, vectors, f"{len(chunks)} × {options.n_ctx} tokens, rate {options.rate:g}")
         before = after = difference = None
         if held_out is not None:
