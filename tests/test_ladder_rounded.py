@@ -11,8 +11,8 @@ from bitladder.ladder.rounded import MOMENTS, PLAIN
 from bitladder.ladder.tuned import set_apart
 from bitladder.model.reader import GgufFile
 from bitladder.quantize import RUNGS
+from bitladder.quantize.metadata import TUNE_KEY
 from bitladder.report import write_card
-from bitladder.tune.key import TUNE_KEY
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from bitladder.engine.types import RowKernels
 from bitladder.errors import BitladderError
 from bitladder.model.reader import GgufFile, TensorInfo
 from bitladder.progress import SILENT, Progress
+from bitladder.quantize.metadata import TUNE_KEY
 from bitladder.refine.output import OutputRounding, joined_sha256
 from bitladder.refine.quantize import METHOD_KEY, MOMENTS_KEY
 from bitladder.rounding import METHODS, RoundingOptions, can_round
 from bitladder.rounding.integers import same_integers
 from bitladder.sensitivity.rendered import Renderer, Rounding, Stock
-from bitladder.tune.key import TUNE_KEY
 
 Way = Literal["copied", "stock", "stock without importance", "rounded", "tuned", "differs"]
 

@@ -23,8 +23,7 @@ from bitladder.model.reader import GgufFile
 from bitladder.model.values import string
 from bitladder.model.writer import GgufWriter, TensorPlan
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize.metadata import DROPPED
-from bitladder.tune.key import TUNE_KEY
+from bitladder.quantize.metadata import DROPPED, TUNE_KEY
 
 Bytes = npt.NDArray[np.uint8]
 CHECKED_TOKENS = 128
