@@ -34,8 +34,6 @@ class RoundingOptions:
     method: Method = "best"
     damping: float = 0.1
     shrinkage: float = 0.1
-    output_damping: float = 0.3
-    output_shrinkage: float = 0.3
     passes: int = 2
     by_importance: bool = False
     two_sided: bool = True
@@ -83,11 +81,11 @@ def round_tensor(
         stock,
         kind,
         shrunk(inputs, options.shrinkage),
-        None if outputs is None else shrunk(outputs, options.output_shrinkage),
+        None if outputs is None else shrunk(outputs, options.shrinkage),
         passes=passes,
         scales=options.method == "best",
         damping=options.damping,
-        output_damping=options.output_damping,
+        output_damping=options.damping,
         by_importance=options.by_importance,
     )
     before, after = loss(first, inputs, outputs), loss(last, inputs, outputs)
