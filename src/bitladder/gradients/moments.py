@@ -8,7 +8,7 @@ hundreds of times its mean. Hence H = E[w xxᵀ] and, for the rows, O = E[v gg�
 Kronecker-factored sketch of the Hessian. For errors whose columns have the covariance C, and rows R, the expectation
 above is tr(C H) with w = gᵀRg and tr(R O) with v = xᵀCx. Rounding for H and O leaves errors where these are small, so
 that C and R are taken to be (H + λ)⁻¹ and (O + λ)⁻¹: w and v are leverages. With w = ‖g‖² and v = 1, which suit errors
-that are alike everywhere, quants of a 127M model had a tenth more KLD.
+that are alike everywhere, quants of two small models had 2 to 12 % more KLD.
 """
 
 import dataclasses
