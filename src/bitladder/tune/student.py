@@ -34,7 +34,11 @@ class Student(Closing):
                 for name in self.model.matrices
                 if name != self.model.head and can_tune(file.tensors[name].type.name)
             }
-            vectors = [name for name, tensor in file.tensors.items() if norms and name.endswith("norm.weight")]
+            vectors = [
+                name
+                for name, tensor in file.tensors.items()
+                if norms and name.endswith("norm.weight") and tensor.type.name == "f32"
+            ]
         if not self.scales:
             self.model.close()
             raise BitladderError(f"{self.model.path.name} has no quantized blocks whose scales could be tuned")
