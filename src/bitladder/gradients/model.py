@@ -72,8 +72,7 @@ class TorchModel(Closing):
     def logits(self, tokens: Tokens) -> Floats:
         """Logits of every position of one sequence: int32 [length] to float32 [length, n_vocab]."""
         with torch.no_grad():
-            ids = torch.from_numpy(tokens.astype(np.int64))
-            result: Floats = self._head(self._blocks(self._embed(ids), 0, self.sizes.blocks, final=True)[0]).numpy()
+            result: Floats = self.head_logits(self.states(tokens)).numpy()
         return result
 
     def backward(
@@ -113,7 +112,9 @@ class TorchModel(Closing):
 
     def head_logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [length, n_vocab] of final states [length, width]."""
-        return self._head(states)
+        logits = states @ self.weights.get(self.head).T
+        bias = self.head.replace(".weight", ".bias")
+        return logits + self.weights.get(bias) if self.weights.has(bias) else logits
 
     def head_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """An objective's derivative by the final states, from that by the logits."""
@@ -138,15 +139,10 @@ class TorchModel(Closing):
             self._tables = rope_tables(self.sizes.rope, length, divisors)
         return self._tables[0][:length], self._tables[1][:length]
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = hidden @ self.weights.get(self.head).T
-        bias = self.head.replace(".weight", ".bias")
-        return logits + self.weights.get(bias) if self.weights.has(bias) else logits
-
     @torch.no_grad()
     def _head_gradient(self, hidden: torch.Tensor, tap: Tap | None, generator: torch.Generator) -> torch.Tensor:
         """Draw labels, and return the gradient of their log-probabilities with respect to `hidden`."""
-        gradient = torch.softmax(self._head(hidden), -1)
+        gradient = torch.softmax(self.head_logits(hidden), -1)
         # By the inverse of the distribution function: one random number per position is enough.
         sums = gradient.cumsum(-1)
         drawn = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
@@ -155,4 +151,4 @@ class TorchModel(Closing):
         gradient.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.float32))
         if tap is not None:
             tap(self.head, hidden, gradient)
-        return gradient @ self.weights.get(self.head)
+        return self.head_gradient(gradient)

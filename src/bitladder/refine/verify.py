@@ -15,6 +15,7 @@ from bitladder.calibrate.imatrix import read_imatrix
 from bitladder.calibrate.moments import MomentsFile
 from bitladder.engine.types import RowKernels
 from bitladder.errors import BitladderError
+from bitladder.model.kinship import refuse_other_model
 from bitladder.model.reader import GgufFile, TensorInfo
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize.metadata import TUNE_KEY
@@ -57,7 +58,7 @@ def verify(
     BitladderError if the two files are not of one model, or if the quant was made with other moments.
     """
     with GgufFile(quant) as made, GgufFile(source) as original:
-        _same_model(made, original)
+        refuse_other_model(made, original)
         found: dict[str, Way] = {}
         with contextlib.ExitStack() as opened:
             known = [opened.enter_context(MomentsFile(path)) for path in moments]
@@ -70,16 +71,6 @@ def verify(
                 bar.note(name)
                 bar.advance(tensor.nbytes)
     return Verified(found)
-
-
-def _same_model(made: GgufFile, original: GgufFile) -> None:
-    for name, tensor in made.tensors.items():
-        other = original.tensors.get(name)
-        if other is None or other.shape != tensor.shape:
-            raise BitladderError(
-                f"{made.path} was not made from {original.path}: {name} is "
-                f"{'not in it' if other is None else f'{list(other.shape)} there and {list(tensor.shape)} here'}"
-            )
 
 
 def _ways(

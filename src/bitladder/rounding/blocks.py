@@ -72,11 +72,15 @@ class Blocks:
         spread = np.repeat(self.dmin, self.format.block // self.format.sub, axis=1)
         return -(spread * self.minimum.astype(np.float32))
 
-    def values(self) -> Floats:
-        """The weights, float32 [rows, width], equal to the library's to the last bit."""
+    def scaled(self) -> Floats:
+        """step · level, without offsets: float32 [rows, width]."""
         rows, width = self.indices.shape
         levels = self.format.levels[self.indices].reshape(rows, -1, self.format.sub)
-        values = levels * self.steps()[:, :, None]
+        return (levels * self.steps()[:, :, None]).reshape(rows, width)
+
+    def values(self) -> Floats:
+        """The weights, float32 [rows, width], equal to the library's to the last bit."""
+        values = self.scaled()
         if self.dmin is not None:
-            values += self.offsets()[:, :, None]
-        return values.reshape(rows, width)
+            values.reshape(len(values), -1, self.format.sub)[...] += self.offsets()[:, :, None]
+        return values

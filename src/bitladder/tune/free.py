@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from bitladder.rounding import can_round
 from bitladder.rounding.blocks import Blocks, Bytes, Floats
 from bitladder.rounding.formats import FORMATS, pack, unpack
 from bitladder.rounding.vectorformats import BLOCK, VectorBlocks, pack_vector, unpack_vector
@@ -11,17 +10,12 @@ from bitladder.rounding.vectorformats import BLOCK, VectorBlocks, pack_vector, u
 _LARGEST = float(np.finfo(np.float16).max)
 
 
-def can_tune(kind: str) -> bool:
-    """Whether a type ("q4_K", …) has blocks whose F16 numbers are known here."""
-    return can_round(kind)
-
-
 class FreeScales:
     """One matrix: W = Σ_i parts[i] · (1 + moves[i]), a move for each block.
 
-    Parameters: `data` its blocks, uint8 [rows, row bytes]. There is one part, levels × steps, for types without
-    minimums, and a second one, the offsets, for those that have them. `moves` float32 [rows, width / block], all 0 at
-    first.
+    Parameters: `kind` a type that `rounding.can_round` knows; `data` its blocks, uint8 [rows, row bytes]. There is one
+    part, levels × steps, for types without minimums, and a second one, the offsets, for those that have them. `moves`
+    float32 [rows, width / block], all 0 at first.
     """
 
     def __init__(self, kind: str, data: Bytes, width: int) -> None:
@@ -29,7 +23,7 @@ class FreeScales:
         if kind in FORMATS:
             self._blocks = unpack(kind, data, width)
             self.block = self._blocks.format.block
-            parts = [_without_offset(self._blocks)]
+            parts = [self._blocks.scaled()]
             if self._blocks.dmin is not None:
                 parts.append(np.repeat(self._blocks.offsets(), self._blocks.format.sub, axis=1))
         else:
@@ -59,12 +53,6 @@ class FreeScales:
             return pack_vector(VectorBlocks(blocks.format, blocks.codes, blocks.minus, d, blocks.scale))
         dmin = None if blocks.dmin is None else _moved(blocks.dmin, self.moves[1])
         return pack(Blocks(blocks.format, blocks.indices, d, dmin, blocks.scale, blocks.minimum))
-
-
-def _without_offset(blocks: Blocks) -> Floats:
-    rows, width = blocks.indices.shape
-    levels = blocks.format.levels[blocks.indices].reshape(rows, -1, blocks.format.sub)
-    return np.asarray((levels * blocks.steps()[:, :, None]).reshape(rows, width), np.float32)
 
 
 def _moved(numbers: Floats, moves: torch.Tensor) -> Floats:

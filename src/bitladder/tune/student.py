@@ -10,7 +10,8 @@ from bitladder.engine.model import Tokens
 from bitladder.errors import BitladderError
 from bitladder.gradients.model import TorchModel
 from bitladder.model.reader import GgufFile
-from bitladder.tune.free import FreeScales, can_tune
+from bitladder.rounding import can_round
+from bitladder.tune.free import FreeScales
 
 # Positions whose logits are held at once: at 150,000 tokens of vocabulary some 80 MB for each of a few arrays.
 ROWS = 128
@@ -32,7 +33,7 @@ class Student(Closing):
             self.scales = {
                 name: FreeScales(file.tensors[name].type.name, file.read(file.tensors[name]), file.tensors[name].width)
                 for name in self.model.matrices
-                if name != self.model.head and can_tune(file.tensors[name].type.name)
+                if name != self.model.head and can_round(file.tensors[name].type.name)
             }
             vectors = [
                 name

@@ -13,12 +13,14 @@ import numpy.typing as npt
 from bitladder.calibrate.chunks import Reading
 from bitladder.calibrate.texts import Text
 from bitladder.engine.model import Model, Tokens
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import UsageError
 from bitladder.evaluate import Figure, Settings, load_or_compute_base, measure, paired_mean
 from bitladder.evaluate.figures import mean
 from bitladder.files import replacing
 from bitladder.gradients.check import check
+from bitladder.gradients.moments import CHECKED_TOKENS
 from bitladder.gradients.needs import require_torch, torch_threads
+from bitladder.model.kinship import refuse_other_model
 from bitladder.model.reader import GgufFile
 from bitladder.model.values import string
 from bitladder.model.writer import GgufWriter, TensorPlan
@@ -26,7 +28,6 @@ from bitladder.progress import SILENT, Progress
 from bitladder.quantize.metadata import DROPPED, TUNE_KEY
 
 Bytes = npt.NDArray[np.uint8]
-CHECKED_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,8 @@ def tune(
         raise UsageError(f"{out} is an input; name another output")
     if not texts:
         raise UsageError("tuning needs a text: pass -f")
-    _same_model(full, quant)
+    with GgufFile(full) as source, GgufFile(quant) as made:
+        refuse_other_model(made, source)
     with Model(full, vocab_only=True) as vocabulary:
         chunks = Reading(options.n_ctx, options.chunks).rows(vocabulary, texts)
     with replacing(out) as temporary:  # opened first: a folder that cannot be written to is told of at once
@@ -117,14 +119,6 @@ def _tried(
             measure(path, text, settings, base=base, progress=progress).arrays["kld"] for path in (quant, tuned)
         )
         return mean(before), mean(after), paired_mean(after, before, len(base.chunks))
-
-
-def _same_model(full: pathlib.Path, quant: pathlib.Path) -> None:
-    with GgufFile(full) as source, GgufFile(quant) as made:
-        for name, tensor in made.tensors.items():
-            other = source.tensors.get(name)
-            if other is None or other.shape != tensor.shape:
-                raise BitladderError(f"{quant.name} is no quant of {full.name}: {name} is not the same there")
 
 
 def _moved(
