@@ -112,7 +112,7 @@ def test_moments_are_those_of_the_smoothed_model(tmp_path, text):
         collect_moments(model, [text], plain[label], n_ctx=64)
         collect_gradient_moments(model, [text], weighted[label], n_ctx=64, chunks=2)
     for pair in (plain, weighted):
-        smoothed_moments(pair["old"], result.scales, tmp_path / "m.gguf", "of the smoothed")
+        smoothed_moments(pair["old"], result.changes, tmp_path / "m.gguf", "of the smoothed")
         with MomentsFile(tmp_path / "m.gguf") as said, MomentsFile(pair["new"]) as seen:
             assert said.names() == seen.names() and said.provenance.model_sha256 == "of the smoothed"
             for name in said.names():

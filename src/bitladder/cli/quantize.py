@@ -13,6 +13,7 @@ from bitladder.errors import UsageError
 
 if TYPE_CHECKING:
     from bitladder.quantize import Preflight, Prepared, QuantizeOptions, QuantizeResult
+    from bitladder.refine import RefineOptions
 
 _PATH = click.Path(path_type=pathlib.Path)
 
@@ -73,6 +74,14 @@ class _FilesInPlace(click.Command):
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
     help="Second moments of the same model, from bitladder calibrate; of several files the mean counts.",
 )
+@click.option(
+    "--sequential",
+    multiple=True,
+    metavar="TEXT",
+    help="Round from block to block, so that later ones make up for earlier ones' errors on this calibration text.",
+)
+@click.option("--sequential-chunks", default=24, show_default=True, type=click.IntRange(1), help="Chunks of each.")
+@click.option("--sequential-blocks", default=5, show_default=True, type=click.IntRange(1), help="Blocks at a time.")
 @options.guard("chosen blocks must lower KLD")
 @click.option("--dry-run", is_flag=True, help="Show types and the exact size, and write nothing.")
 @options.threads
@@ -90,6 +99,9 @@ def command(
     split_max_size: str | None,
     rounding: str,
     moments: tuple[pathlib.Path, ...],
+    sequential: tuple[str, ...],
+    sequential_chunks: int,
+    sequential_blocks: int,
     guard: str,
     guard_chunks: int,
     dry_run: bool,
@@ -126,8 +138,13 @@ def command(
             raise UsageError(
                 f"--rounding {rounding} needs second moments: pass --moments (bitladder calibrate makes them)"
             )
-        _refine(output, source, out, wanted, imatrix, moments, rounding, guard, guard_chunks, threads)
+        refine = _refine_options(rounding, guard, guard_chunks, threads)
+        if sequential:
+            refine = _in_order(refine, sequential, sequential_chunks, sequential_blocks)
+        _refine(output, source, out, wanted, imatrix, moments, refine, threads)
         return
+    if sequential and not dry_run:
+        raise UsageError("--sequential belongs to --rounding feedback, descent or best")
     with prepare(source, wanted, imatrix=imatrix, progress=output.progress) as prepared:
         found = preflight(prepared, threads=threads)
         if dry_run or out is None:
@@ -139,6 +156,27 @@ def command(
         _show_result(output, write(prepared, out, threads=threads, progress=output.progress))
 
 
+def _refine_options(method: Any, guard: str, guard_chunks: int, threads: int | None) -> "RefineOptions":
+    from bitladder.calibrate.texts import load_text
+    from bitladder.evaluate import Settings
+    from bitladder.refine import RefineOptions
+    from bitladder.rounding import RoundingOptions
+
+    return RefineOptions(
+        RoundingOptions(method=method),
+        None if guard == "none" else load_text(guard),
+        Settings(chunks=guard_chunks, threads=threads),
+    )
+
+
+def _in_order(refine: "RefineOptions", texts: tuple[str, ...], chunks: int, blocks: int) -> "RefineOptions":
+    from bitladder.calibrate.texts import load_text
+    from bitladder.refine import Sequential
+
+    read = tuple(load_text(text) for text in texts)
+    return dataclasses.replace(refine, sequential=Sequential(read, chunks, blocks))
+
+
 def _refine(
     output: Output,
     source: pathlib.Path,
@@ -146,23 +184,13 @@ def _refine(
     wanted: "QuantizeOptions",
     imatrix: pathlib.Path | None,
     moments: tuple[pathlib.Path, ...],
-    method: Any,
-    guard: str,
-    guard_chunks: int,
+    refine: "RefineOptions",
     threads: int | None,
 ) -> None:
-    from bitladder.calibrate.texts import load_text
-    from bitladder.evaluate import Settings
     from bitladder.files import sha256_file
-    from bitladder.refine import RefineOptions, quantize_refined
+    from bitladder.refine import quantize_refined
     from bitladder.refine.view import guard_json, refine_lines
-    from bitladder.rounding import RoundingOptions
 
-    refine = RefineOptions(
-        RoundingOptions(method=method),
-        None if guard == "none" else load_text(guard),
-        Settings(chunks=guard_chunks, threads=threads),
-    )
     made = quantize_refined(
         source, out, wanted, moments, refine, imatrix=imatrix, threads=threads, progress=output.progress
     )

@@ -45,7 +45,7 @@ def smooth(
     if options.rounding != "stock":
         digest = sha256_file(out)
         for old, new in ((MOMENTS, SMOOTH_MOMENTS), (PLAIN, SMOOTH_PLAIN)):
-            smoothed_moments(folder / old, made.scales, folder / new, digest)
+            smoothed_moments(folder / old, made.changes, folder / new, digest)
             files.append(folder / new)
     return files, {"links": made.links}
 

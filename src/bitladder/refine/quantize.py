@@ -10,17 +10,20 @@ from collections.abc import Sequence
 from bitladder.calibrate.moments import MomentsFile
 from bitladder.calibrate.texts import Text
 from bitladder.engine.types import RowKernels, type_by_name
+from bitladder.errors import UsageError
 from bitladder.evaluate import Settings, load_or_compute_base
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import Prepared, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
 from bitladder.refine.guard import Guard, GuardReport
 from bitladder.refine.output import Bytes, OutputRounding, joined_sha256
 from bitladder.refine.render import render_all
+from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order
 from bitladder.rounding import RoundingOptions
 from bitladder.sensitivity.rendered import Renderer, Stock
 
 # What the file says of its blocks, for `bitladder verify`.
 METHOD_KEY, MOMENTS_KEY = "bitladder.rounding", "bitladder.rounding.moments.sha256"
+SEQUENTIAL_KEY = "bitladder.rounding.sequential"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +31,15 @@ class RefineOptions:
     """How to choose blocks, and on what they are tried.
 
     `guard` is the text (None: blocks are not tried), `settings` how it is measured. `work` is the folder in which
-    rendered tensors are kept for the next time (None: for this time only).
+    rendered tensors are kept for the next time (None: for this time only). `sequential` rounds from block to block
+    (None: each tensor for inputs in full precision).
     """
 
     rounding: RoundingOptions = dataclasses.field(default_factory=RoundingOptions)
     guard: Text | None = None
     settings: Settings = dataclasses.field(default_factory=lambda: Settings(chunks=8))
     work: pathlib.Path | None = None
+    sequential: Sequential | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,12 @@ def quantize_refined(
         known = [opened.enter_context(MomentsFile(path)) for path in moments]
         rounding = OutputRounding(known, refine.rounding)
         extra = {METHOD_KEY: refine.rounding.method, MOMENTS_KEY: joined_sha256(known)}
+        if refine.sequential is not None:
+            if options.prune_layers:
+                raise UsageError(
+                    "--sequential goes through the model as it is; prune layers first, in a file of its own"
+                )
+            extra[SEQUENTIAL_KEY] = refine.sequential.describe()
         with prepare(source, options, imatrix=imatrix, metadata=extra, progress=progress) as prepared:
             return _refine(prepared, out, rounding, refine, threads, progress)
 
@@ -84,12 +95,16 @@ def _refine(
     with tempfile.TemporaryDirectory(dir=pathlib.Path(out).parent, prefix=".rounding.") as temporary:
         folder = refine.work or pathlib.Path(temporary)
         kernels = RowKernels(threads)
+        shifted = None if refine.sequential is None else ShiftedRounding(rounding, refine.sequential, types)
         stock, rounded = (
             Renderer(prepared.file, prepared.importance, rounding=method, folder=folder, threads=threads)
-            for method in (Stock(kernels), rounding)
+            for method in (Stock(kernels), shifted or rounding)
         )
         try:
-            render_all(rounded, chosen.items(), threads=threads, progress=progress)
+            if shifted is not None:
+                render_in_order(shifted, (stock, rounded), types, list(chosen), threads=threads, progress=progress)
+            else:
+                render_all(rounded, chosen.items(), threads=threads, progress=progress)
             report = None
             if refine.guard is not None:
                 base_file = folder / f"{refine.guard.sha256[:12]}.{refine.settings.n_ctx}.base"

@@ -5,7 +5,10 @@ A file that others made verifies too, as far as the library's own kernels and th
 
 import contextlib
 import dataclasses
+import json
 import os
+import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,17 +16,19 @@ import numpy as np
 
 from bitladder.calibrate.imatrix import read_imatrix
 from bitladder.calibrate.moments import MomentsFile
-from bitladder.engine.types import RowKernels
+from bitladder.calibrate.texts import Text
+from bitladder.engine.types import RowKernels, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.model.kinship import refuse_other_model
 from bitladder.model.reader import GgufFile, TensorInfo
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize.metadata import TUNE_KEY
 from bitladder.refine.output import OutputRounding, joined_sha256
-from bitladder.refine.quantize import METHOD_KEY, MOMENTS_KEY
+from bitladder.refine.quantize import METHOD_KEY, MOMENTS_KEY, SEQUENTIAL_KEY
+from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order
 from bitladder.rounding import METHODS, RoundingOptions, can_round
 from bitladder.rounding.integers import same_integers
-from bitladder.sensitivity.rendered import Renderer, Rounding, Stock
+from bitladder.sensitivity.rendered import Renderer, Stock
 
 Way = Literal["copied", "stock", "stock without importance", "rounded", "tuned", "differs"]
 
@@ -48,12 +53,14 @@ def verify(
     *,
     imatrix: str | os.PathLike[str] | None = None,
     moments: Sequence[str | os.PathLike[str]] = (),
+    sequential: Sequence[Text] = (),
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> Verified:
     """Derive every tensor of a quant again and compare bytes.
 
-    Parameters: `source` the full-precision GGUF it was made from; `imatrix` and `moments` those it was made with.
+    Parameters: `source` the full-precision GGUF it was made from; `imatrix` and `moments` those it was made with,
+    `sequential` the texts, if it was rounded from block to block.
     Rounding for the output repeats to the bit on one kind of processor; another may add in another order. Raises
     BitladderError if the two files are not of one model, or if the quant was made with other moments.
     """
@@ -62,7 +69,8 @@ def verify(
         found: dict[str, Way] = {}
         with contextlib.ExitStack() as opened:
             known = [opened.enter_context(MomentsFile(path)) for path in moments]
-            ways = _ways(made, original, imatrix, known, threads)
+            folder = pathlib.Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="bitladder.verify.")))
+            ways = _ways(made, original, imatrix, known, sequential, folder, threads, progress)
             for renderer in ways.values():
                 opened.callback(renderer.close)
             bar = opened.enter_context(progress.task("verify", sum(tensor.nbytes for tensor in made.tensors.values())))
@@ -78,7 +86,10 @@ def _ways(
     original: GgufFile,
     imatrix: str | os.PathLike[str] | None,
     moments: Sequence[MomentsFile],
+    sequential: Sequence[Text],
+    folder: pathlib.Path,
     threads: int | None,
+    progress: Progress,
 ) -> dict[Way, Renderer]:
     """What may have made a tensor, the cheapest to try first."""
     importance = {}
@@ -95,11 +106,47 @@ def _ways(
         ways["stock"] = Renderer(original, importance, rounding=Stock(kernels), threads=threads)
     ways["stock without importance"] = Renderer(original, {}, rounding=Stock(kernels), threads=threads)
     if moments:
-        ways["rounded"] = Renderer(original, importance, rounding=_rounding(made, moments), threads=threads)
+        rounding = _rounding(made, moments)
+        order = _sequential(made, sequential)
+        if order is None:
+            ways["rounded"] = Renderer(original, importance, rounding=rounding, threads=threads)
+            return ways
+        types = {
+            name: tensor.type.name
+            for name, tensor in made.tensors.items()
+            if tensor.type != original.tensors[name].type
+        }
+        chosen = [name for name, kind in types.items() if rounding.covers(name, type_by_name(kind))]
+        shifted = ShiftedRounding(rounding, order, types)
+        stock, ways["rounded"] = (
+            Renderer(original, importance, rounding=one, folder=folder, threads=threads)
+            for one in (Stock(kernels), shifted)
+        )
+        render_in_order(shifted, (stock, ways["rounded"]), types, chosen, threads=threads, progress=progress)
+        stock.close()
     return ways
 
 
-def _rounding(made: GgufFile, known: Sequence[MomentsFile]) -> Rounding:
+def _sequential(made: GgufFile, texts: Sequence[Text]) -> Sequential | None:
+    """What a file was rounded behind, by the texts that are given, or None."""
+    said = made.get(SEQUENTIAL_KEY)
+    if said is None:
+        if texts:
+            raise BitladderError(f"{made.path} was not rounded from block to block; leave out --sequential")
+        return None
+    try:
+        facts = json.loads(str(said))
+        order = Sequential(tuple(texts), int(facts["chunks"]), int(facts["blocks"]), int(facts["n_ctx"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise BitladderError(f"{made.path}: {SEQUENTIAL_KEY} is {said!r}, which says nothing known here") from error
+    if order.describe() != said:
+        raise BitladderError(
+            f"{made.path} was rounded from block to block on other texts than those given by --sequential"
+        )
+    return order
+
+
+def _rounding(made: GgufFile, known: Sequence[MomentsFile]) -> OutputRounding:
     method, digest = made.get(METHOD_KEY), made.get(MOMENTS_KEY)
     if method not in METHODS:
         raise BitladderError(

@@ -24,6 +24,7 @@ class SmoothingError(BitladderError):
 
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
+FLOATS = ("f32", "f16", "bf16")  # types of weights that can change
 _EXPERTS = ("_exps", "_shexp")
 # The norm, and what may multiply its output. A norm that meets other matrices than these is left alone.
 _NORMS = {

@@ -2,10 +2,11 @@
 what the first one did.
 """
 
+import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,23 +14,22 @@ import numpy.typing as npt
 from bitladder.calibrate.imatrix import Imatrix, read_imatrix, write_imatrix
 from bitladder.engine.context import Context
 from bitladder.engine.model import Model
-from bitladder.engine.types import dequantize_into, quantize_rows
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing, sha256_file
-from bitladder.model.header import TensorInfo
 from bitladder.model.reader import GgufFile
 from bitladder.model.values import string
 from bitladder.model.writer import GgufWriter, TensorPlan
-from bitladder.progress import SILENT, Progress, Task
+from bitladder.progress import SILENT, Progress
 from bitladder.quantize.metadata import DROPPED
-from bitladder.smooth.links import Link, SmoothingError, links_of
+from bitladder.smooth.changes import Change, changed_imatrix, changed_rows, changes_of
+from bitladder.smooth.links import FLOATS, Link, SmoothingError, links_of
+from bitladder.smooth.order import Order, find_order
+from bitladder.smooth.pieces import column_squares
 from bitladder.smooth.scales import balance
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 KEY = "bitladder.smooth.imatrix.sha256"
-FLOATS = ("f32", "f16", "bf16")
-PIECE = 1 << 20  # weights read at once
 # Of the logits' range. Products are the same but for what F16 rounds, which leaves 0.002 in 30 blocks; a scale that
 # went astray in one of them left 0.1.
 TOLERANCE = 0.01
@@ -38,22 +38,16 @@ CHECKED_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class SmoothResult:
-    """The file, the importance matrix of its inputs, links used by kind, how far logits moved at most, as a fraction of
-    their range, and the scales, float32 [matrices, channels] by link."""
+    """The file, the importance matrix of its inputs, links used by kind, by what the order of channels multiplies the
+    error of the head's rounded inputs (None: the order stayed), how far logits moved at most, as a fraction of their
+    range, and what was done to each tensor."""
 
     path: pathlib.Path
     imatrix: pathlib.Path
     links: dict[str, int]
+    head_noise: float | None
     moved: float
-    scales: list[tuple[Link, Floats]] = dataclasses.field(repr=False)
-
-
-@dataclasses.dataclass
-class Factors:
-    """What a tensor is multiplied by: `columns` float32 [matrices or 1, width], `rows` float32 [rows]; None: by 1."""
-
-    columns: npt.NDArray[np.floating] | None = None
-    rows: npt.NDArray[np.floating] | None = None
+    changes: dict[str, Change] = dataclasses.field(repr=False)
 
 
 def smooth_model(
@@ -62,14 +56,18 @@ def smooth_model(
     out: str | os.PathLike[str],
     imatrix_out: str | os.PathLike[str],
     *,
+    scales: bool = True,
+    order: bool = True,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> SmoothResult:
-    """Write a model whose channels are balanced (`balance`), and the importance matrix of its inputs.
+    """Write a model whose channels are balanced (`balance`) and ordered (`order.find_order`), and the importance matrix
+    of its inputs.
 
-    Parameters: `model` an F32, F16 or BF16 GGUF; `imatrix` of its inputs. The logits of some tokens are compared; a
-    kind of link that changes them is left out, with a warning. Raises SmoothingError for quantized weights, and if no
-    link is known or keeps the logits; BitladderError for an imatrix of another model and for scales that overflow.
+    Parameters: `model` an F32, F16 or BF16 GGUF; `imatrix` of its inputs; `scales` and `order` say which of the two is
+    done. The logits of some tokens are compared; a kind of link that changes them is left out, with a warning, and so
+    is the order. Raises SmoothingError for quantized weights, and if nothing can change or keeps the logits;
+    BitladderError for an imatrix of another model and for scales that overflow.
     """
     out, imatrix_out = pathlib.Path(out), pathlib.Path(imatrix_out)
     digest, matrix = sha256_file(imatrix), read_imatrix(imatrix)
@@ -79,66 +77,80 @@ def smooth_model(
                 raise UsageError(f"{path} is an input; name another output")
         if file.get(KEY):
             raise BitladderError(f"{file.path} is smoothed already")
-        links = [link for link in links_of(file) if _importance(matrix, link) is not None]
-        if not links:
-            raise BitladderError(f"{imatrix} belongs to another model: it has no entry for {file.path.name}'s weights")
-        kinds = list(dict.fromkeys(link.kind for link in links))
-        for link in links:
-            _refuse_quantized(file, link)
-        scales = _scales(file, matrix, links, progress)
+        found = _Parts(
+            _scales(file, _links(file, matrix, imatrix), matrix, progress) if scales else [],
+            find_order(file, threads=threads) if order else None,
+        )
+        if not found.names():
+            raise SmoothingError(
+                f"{file.path}: no other order of channels is known to be better; one is sought where embeddings are "
+                "the head and their width is a multiple of 256"
+            )
         before = _Logits(file.path, threads)
         with replacing(out) as temporary:
-            moved = before.moved(_write(file, digest, scales, kinds, temporary, progress))
+            moved = before.moved(_write(file, digest, found.changes(), temporary, progress))
             if moved > TOLERANCE:
-                kinds = [one for one in kinds if before.neutral(_write(file, digest, scales, [one], temporary))]
-                progress.warn(
-                    f"{file.path.name} reads channels elsewhere too: only {', '.join(kinds) or 'nothing'} can be scaled"
+                found = found.only(
+                    [
+                        name
+                        for name in found.names()
+                        if before.neutral(_write(file, digest, found.only([name]).changes(), temporary))
+                    ]
                 )
-                moved = before.moved(_write(file, digest, scales, kinds, temporary, progress))
-            if not kinds or moved > TOLERANCE:
+                progress.warn(
+                    f"{file.path.name} reads channels elsewhere too: only {', '.join(found.names()) or 'nothing'} "
+                    "can change"
+                )
+                moved = before.moved(_write(file, digest, found.changes(), temporary, progress))
+            if not found.names() or moved > TOLERANCE:
                 raise SmoothingError(f"{file.path}: no scale can move without changing the logits; do not smooth it")
-        used = [(link, scale) for link, scale in scales if link.kind in kinds]
-    write_imatrix(smoothed_imatrix(matrix, used), imatrix_out)
-    counts = {kind: sum(link.kind == kind for link, _ in used) for kind in kinds}
-    return SmoothResult(out, imatrix_out, counts, moved, used)
+    changes = found.changes()
+    write_imatrix(changed_imatrix(matrix, changes), imatrix_out)
+    noise = None if found.order is None else found.order.noise
+    return SmoothResult(out, imatrix_out, found.links(), noise, moved, changes)
 
 
-def smoothed_imatrix(imatrix: Imatrix, scales: Sequence[tuple[Link, Floats]]) -> Imatrix:
-    """The importance matrix of the smoothed model's inputs, which are the first one's divided by the scales.
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What can be done to a model: scales by link, and an order."""
 
-    Parameters: `scales` float32 [matrices, channels of the readers] by link.
-    """
-    entries = dict(imatrix.entries)
-    for link, scale in scales:
-        for name in link.readers:
-            if name in entries:
-                sums = entries[name].sums
-                entries[name] = dataclasses.replace(entries[name], sums=sums / np.square(scale, dtype=np.float64))
-    return dataclasses.replace(imatrix, entries=entries)
+    scales: list[tuple[Link, Floats]]
+    order: Order | None
 
+    def names(self) -> list[str]:
+        """Kinds of links, and "order"."""
+        return [*dict.fromkeys(link.kind for link, _ in self.scales), *(["order"] if self.order else [])]
 
-def factors_of(scales: Sequence[tuple[Link, Floats]], kinds: Sequence[str]) -> dict[str, Factors]:
-    """What every tensor of some kinds of links is multiplied by. `scales` as for `smoothed_imatrix`."""
-    found: dict[str, Factors] = {}
-    for link, scale in scales:
-        if link.kind not in kinds:
-            continue
-        for name in link.readers:
-            found.setdefault(name, Factors()).columns = scale
-        made = scale.reshape(link.matrices, link.groups, link.repeats, link.size)[:, :, 0].reshape(-1)
-        for name in link.makers:
-            found.setdefault(name, Factors()).rows = 1 / made
-    return found
+    def only(self, names: Sequence[str]) -> "_Parts":
+        """A part of it."""
+        kept = [(link, scale) for link, scale in self.scales if link.kind in names]
+        return _Parts(kept, self.order if "order" in names else None)
+
+    def links(self) -> dict[str, int]:
+        """How many links of each kind."""
+        return dict(collections.Counter(link.kind for link, _ in self.scales))
+
+    def changes(self) -> dict[str, Change]:
+        return changes_of(self.scales, self.order)
 
 
-def _scales(file: GgufFile, imatrix: Imatrix, links: Sequence[Link], progress: Progress) -> list[tuple[Link, Floats]]:
+def _links(file: GgufFile, matrix: Imatrix, path: str | os.PathLike[str]) -> list[Link]:
+    links = [link for link in links_of(file) if _importance(matrix, link) is not None]
+    if not links:
+        raise BitladderError(f"{path} belongs to another model: it has no entry for {file.path.name}'s weights")
+    for link in links:
+        _refuse_quantized(file, link)
+    return links
+
+
+def _scales(file: GgufFile, links: Sequence[Link], imatrix: Imatrix, progress: Progress) -> list[tuple[Link, Floats]]:
     found = []
     total = sum(file.tensors[name].elements for link in links for name in link.readers)
     with progress.task("balance channels", total) as task:
         for link in links:
             importance = _importance(imatrix, link)
             assert importance is not None
-            squares = sum(_squares(file, file.tensors[name], link.matrices, task) for name in link.readers)
+            squares = sum(column_squares(file, file.tensors[name], link.matrices, task) for name in link.readers)
             shape = (link.matrices, link.groups, link.repeats, link.size)
             shared = [np.asarray(one, np.float64).reshape(shape).sum(2) for one in (importance, squares)]
             rows = []
@@ -170,39 +182,13 @@ def _importance(imatrix: Imatrix, link: Link) -> Doubles | None:
     return None
 
 
-def _squares(file: GgufFile, tensor: TensorInfo, matrices: int, task: Task) -> Doubles:
-    """Sums of squares of a tensor's columns, [matrices, width] (of all its matrices together if `matrices` is 1)."""
-    found = np.zeros((matrices, tensor.width))
-    for start, weights in _pieces(file, tensor):
-        matrix = start // tensor.rows_per_matrix if matrices > 1 else 0
-        found[matrix] += np.einsum("ij,ij->j", weights, weights, dtype=np.float64)
-        task.advance(weights.size)
-    if not np.isfinite(found).all():
-        raise BitladderError(f"{file.path}: {tensor.name} has weights that are not finite")
-    return found
-
-
-def _pieces(file: GgufFile, tensor: TensorInfo) -> Iterator[tuple[int, Floats]]:
-    """A tensor's first row and float32 [rows, width], each piece within one matrix."""
-    step = max(1, PIECE // tensor.width)
-    for first in range(0, tensor.rows, tensor.rows_per_matrix):
-        end = first + tensor.rows_per_matrix
-        for start in range(first, end, step):
-            stop = min(start + step, end)
-            weights = np.empty((stop - start, tensor.width), np.float32)
-            dequantize_into(file.read(tensor, start, stop), tensor.type, weights)
-            yield start, weights
-
-
 def _write(
     file: GgufFile,
     digest: str,
-    scales: Sequence[tuple[Link, Floats]],
-    kinds: Sequence[str],
+    changes: Mapping[str, Change],
     path: pathlib.Path,
     progress: Progress = SILENT,
 ) -> pathlib.Path:
-    factors = factors_of(scales, kinds)
     metadata = {key: value for key, value in file.metadata.items() if key not in DROPPED}
     metadata[KEY] = string(digest)
     plans = [TensorPlan(name, tensor.shape, tensor.type) for name, tensor in file.tensors.items()]
@@ -210,31 +196,11 @@ def _write(
         writer = GgufWriter(stream, metadata, plans)
         for name, tensor in file.tensors.items():
             task.note(name)
-            for data in _scaled(file, tensor, factors.get(name)):
+            for data in changed_rows(file, tensor, changes.get(name, Change())):
                 writer.write(name, data)
                 task.advance(data.nbytes)
         writer.finish()
     return path
-
-
-def _scaled(file: GgufFile, tensor: TensorInfo, factors: Factors | None) -> Iterator[npt.NDArray[np.uint8]]:
-    if factors is None:
-        step = max(1, PIECE // tensor.width)
-        for start in range(0, tensor.rows, step):
-            yield file.read(tensor, start, min(start + step, tensor.rows))
-        return
-    rows = factors.rows
-    if rows is not None:  # of a vector (of each expert, if there are several) each element is a channel
-        rows = rows.reshape(tensor.rows, -1 if tensor.elements == rows.size else 1)
-    columns = factors.columns
-    for start, weights in _pieces(file, tensor):
-        if columns is not None:
-            np.multiply(weights, columns[start // tensor.rows_per_matrix if len(columns) > 1 else 0], out=weights)
-        if rows is not None:
-            np.multiply(weights, rows[start : start + len(weights)], out=weights)
-        if tensor.type.name == "f16" and np.abs(weights).max() > np.finfo(np.float16).max:
-            raise BitladderError(f"{tensor.name}: scaled weights overflow F16; convert with --outtype bf16 or f32")
-        yield quantize_rows(weights, tensor.type, None)
 
 
 def _refuse_quantized(file: GgufFile, link: Link) -> None:
