@@ -1,13 +1,15 @@
 """What each ingredient of rounding is worth: KLD of a preset's types with the library's blocks and with chosen ones.
 
     python benchmarks/rounding.py --model F16.gguf --imatrix I.gguf --moments FILE [--plain FILE] --text TEXT
-        [--presets Q4_K_M,…] [--methods feedback,descent,best] [--chunks 40] [--json OUT]
-        [--stock-model F16.gguf --stock-imatrix I.gguf] [--calibration TEXT … --tune-chunks N]
+        [--domain TEXT … --domain-chunks 16] [--presets Q4_K_M,…] [--methods feedback,descent,best] [--chunks 40]
+        [--json OUT]
+        [--stock-model F16.gguf --stock-imatrix I.gguf] [--calibration TEXT … --tune-chunks N --sequential-chunks N]
 
 Every quant has the same types and bytes as the preset. Ratios are of mean KLD; their ± comes from the paired
 differences by token. `feedback@plain` takes the moments of --plain, whose tokens all count alike; `best/one-sided`
 leaves out the moments of output gradients. With --stock-model the preset, and the full precision, are of that file: so
 a smoothed --model is compared with the preset of the model as it is, and `smoothed` is the library's blocks of it.
+`best/sequential` rounds from block to block, behind what is rounded, on --calibration.
 `best+tuned` tunes the scales of `best` on --calibration too, `best+scales` without the norms.
 Nothing is guarded: this is what the methods themselves do.
 """
@@ -27,7 +29,7 @@ from bitladder.evaluate.measure import Reference, measure, open_or_compute
 from bitladder.evaluate.settings import Settings
 from bitladder.files import write_json
 from bitladder.quantize import QuantizeOptions, quantize
-from bitladder.refine import RefineOptions, quantize_refined
+from bitladder.refine import RefineOptions, Sequential, quantize_refined
 from bitladder.rounding import RoundingOptions
 from bitladder.tune import TuneOptions, tune
 
@@ -46,10 +48,13 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         bases = {}
-        for name in arguments.text:
+        for name in (*arguments.text, *arguments.domain):
             text = load_text(name)
-            kept = arguments.work / f"{full.stem}.{text.sha256[:12]}.{arguments.chunks}.base"
-            bases[name] = text, open_or_compute(full, kept, text, settings, full)
+            used = (
+                dataclasses.replace(settings, chunks=arguments.domain_chunks) if name in arguments.domain else settings
+            )
+            kept = arguments.work / f"{full.stem}.{text.sha256[:12]}.{used.chunks}.base"
+            bases[name] = text, open_or_compute(full, kept, text, used, full), used
         for preset in arguments.presets.split(","):
             stock: dict[str, np.ndarray] = {}
             for way in ["stock", *arguments.methods.split(",")]:
@@ -69,8 +74,8 @@ def main() -> None:
                     "seconds": cost[0],
                     "cpu_seconds": cost[1],
                 }
-                for name, (text, base) in bases.items():
-                    row[pathlib.Path(name).name] = figures(out, text, settings, base, stock, name, way)
+                for name, (text, base, used) in bases.items():
+                    row[pathlib.Path(name).name] = figures(out, text, used, base, stock, name, way)
                 rows.append(row)
                 print(line(row, [pathlib.Path(name).name for name in bases]), flush=True)
                 if arguments.json:
@@ -82,7 +87,10 @@ def make(arguments: argparse.Namespace, preset: str, way: str, out: pathlib.Path
     way, _, tuning = way.partition("+")
     method, _, source = way.partition("@")
     moments = [arguments.plain] if source == "plain" else arguments.moments
-    refine = RefineOptions(WAYS[method])
+    order = None
+    if method.endswith("/sequential"):
+        order = Sequential(tuple(load_text(name) for name in arguments.calibration), arguments.sequential_chunks)
+    refine = RefineOptions(WAYS[method.removesuffix("/sequential")], sequential=order)
     quantize_refined(arguments.model, out, QuantizeOptions(preset), moments, refine, imatrix=arguments.imatrix)
     if tuning:
         texts, before = [load_text(name) for name in arguments.calibration], out.with_name("before.gguf")
@@ -135,6 +143,7 @@ def document(arguments: argparse.Namespace, rows: list[dict[str, object]]) -> di
         "stock_model": arguments.stock_model and arguments.stock_model.name,
         "moments": [path.name for path in arguments.moments],
         "chunks": arguments.chunks,
+        "domain_chunks": arguments.domain_chunks,
         "options": {name: dataclasses.asdict(options) for name, options in WAYS.items()},
         "versions": versions(),
         "rows": json.loads(json.dumps(rows)),
@@ -150,10 +159,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stock-model", type=pathlib.Path)
     parser.add_argument("--stock-imatrix", type=pathlib.Path)
     parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--domain", action="append", default=[])
+    parser.add_argument("--domain-chunks", type=int, default=16)
     parser.add_argument("--presets", default="Q4_K_M")
     parser.add_argument("--methods", default="feedback,descent,best/one-sided,best")
     parser.add_argument("--calibration", action="append", default=[])
     parser.add_argument("--tune-chunks", type=int, default=100)
+    parser.add_argument("--sequential-chunks", type=int, default=12)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=pathlib.Path)

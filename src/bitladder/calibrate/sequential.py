@@ -258,12 +258,14 @@ class _Pair(Closing):
         return None if sums is None else (sums / max(self._tokens, 1)).astype(np.float32)
 
 
-def asymmetric_target(weights: Floats, inputs: Floats, cross: Floats, damping: float = 0.03) -> Floats:
+def asymmetric_target(weights: Floats, inputs: Floats, cross: Floats, damping: float = 1.0) -> Floats:
     """The weights that, given x̃, come nearest to what the exact ones give for x: round these instead, with E[x̃x̃ᵀ].
 
     E‖W x − Ŵ x̃‖² = E‖(W* − Ŵ) x̃‖² + what Ŵ cannot change, with W* = W C H̃⁻¹, C = E[x x̃ᵀ] and H̃ = E[x̃x̃ᵀ]. Damped
     by a share of the mean of H̃'s diagonal, and written as a correction, W* = W + W (C − H̃)(H̃ + λI)⁻¹: where nothing
-    is known it is W. Parameters: weights [n_out, n_in], inputs and cross [n_in, n_in]; returns float32 [n_out, n_in].
+    is known it is W. Most of x̃ − x is noise, for the sake of which the plain regression takes weight from every
+    direction in which inputs vary little, as much as rounding takes; a damping of 1 forgoes that.
+    Parameters: weights [n_out, n_in], inputs and cross [n_in, n_in]; returns float32 [n_out, n_in].
     Raises BitladderError if sizes do not fit or moments are not finite.
     """
     width = weights.shape[1]
