@@ -30,7 +30,9 @@ def made(tiny_gguf, tmp_path_factory):
     collect_moments(tiny_gguf, texts, folder / "moments.gguf", chunks=12, n_ctx=256)
     order = Sequential(tuple(texts), chunks=12, blocks=1, n_ctx=256)
     for name, sequential in (("plain", None), ("sequential", order)):
-        refine = RefineOptions(RoundingOptions(method="feedback"), settings=Settings(n_ctx=256, chunks=4), sequential=sequential)
+        refine = RefineOptions(
+            RoundingOptions(method="feedback"), settings=Settings(n_ctx=256, chunks=4), sequential=sequential
+        )
         quantize_refined(
             tiny_gguf,
             folder / f"{name}.gguf",
