@@ -1,5 +1,6 @@
 """The order of channels: the model computes the same, and the head's rounded inputs are nearer to what they were."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from moe import write_moe
 
 from bitladder.calibrate import collect_imatrix, collect_moments, read_imatrix
+from bitladder.calibrate.imatrix import write_imatrix
 from bitladder.calibrate.moments import MomentsFile
 from bitladder.calibrate.texts import load_text
 from bitladder.cli import invoke
@@ -169,5 +171,11 @@ def test_command(tmp_path, ordinary, capsys):
     assert invoke([*arguments, "--no-order"]) == 0
     said = capsys.readouterr().out
     assert "ordered" not in said and "attn_norm" in said
+    other = read_imatrix(imatrix)
+    other.entries = {name: dataclasses.replace(e, sums=e.sums[:, :-32]) for name, e in other.entries.items()}
+    write_imatrix(other, tmp_path / "other.gguf")
+    assert invoke([*arguments, "--no-scales", "--imatrix", str(tmp_path / "other.gguf")]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "belongs to another model" in said and "\n" not in said
     assert invoke([*arguments, "--no-order", "--no-scales"]) == 1
     assert "no other order" in capsys.readouterr().err

@@ -77,6 +77,7 @@ def smooth_model(
                 raise UsageError(f"{path} is an input; name another output")
         if file.get(KEY):
             raise BitladderError(f"{file.path} is smoothed already")
+        _refuse_other_imatrix(file, matrix, imatrix)
         found = _Parts(
             _scales(file, _links(file, matrix, imatrix), matrix, progress) if scales else [],
             find_order(file, threads=threads) if order else None,
@@ -132,6 +133,16 @@ class _Parts:
 
     def changes(self) -> dict[str, Change]:
         return changes_of(self.scales, self.order)
+
+
+def _refuse_other_imatrix(file: GgufFile, matrix: Imatrix, path: str | os.PathLike[str]) -> None:
+    """An order needs no entry of any link, but it moves columns of all of them."""
+    for name, entry in matrix.entries.items():
+        tensor = file.tensors.get(name)
+        if tensor is not None and entry.sums.shape[1] != tensor.width:
+            raise BitladderError(f"{path} belongs to another model: {name} has {entry.sums.shape[1]} columns there")
+    if not matrix.entries.keys() & file.tensors.keys():
+        raise BitladderError(f"{path} belongs to another model: it has no entry for {file.path.name}'s weights")
 
 
 def _links(file: GgufFile, matrix: Imatrix, path: str | os.PathLike[str]) -> list[Link]:
