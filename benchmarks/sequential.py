@@ -1,13 +1,14 @@
 """What sequential calibration gains, and what it costs: KLD of one type for all block matrices, in the loaded model.
 
     python benchmarks/sequential.py --model F16.gguf --calibration TEXT --text TEXT [--types q3_K,q4_K] [--blocks 1]
-        [--calibration-chunks 16] [--chunks 12] [-c 256] [--first WEIGHT] [--ways plain,sequential,…] [--json OUT]
+        [--calibration-chunks 16] [--chunks 12] [-c 256] [--first WEIGHT] [--damping 1]
+        [--ways plain,sequential,…] [--json OUT]
 
 Ways: `stock` is the library's kernel with the diagonal of H; the others are error feedback and descent with the same
 H = E[xxᵀ] of the full-precision model (`plain`), of the model whose earlier blocks are already replaced
 (`sequential`), and that with the target that makes up for their errors (`asymmetric`); `…/input` goes on from input to
 input within a block. Scored are the last half of each chunk's positions; the ± of a difference is of chunks, paired.
-`--first` weighs the first token of each chunk in every H.
+`--first` weighs the first token of each chunk in every H; `--damping` is the asymmetric target's.
 """
 
 import argparse
@@ -101,7 +102,9 @@ def run(
         for names in groups:
             for name, moment in model.collect(names).items():
                 exact, inputs = weights[name], moment.inputs[0]
-                target = exact if moment.cross is None else asymmetric_target(exact, inputs, moment.cross)
+                target = (
+                    exact if moment.cross is None else asymmetric_target(exact, inputs, moment.cross, arguments.damping)
+                )
                 blocks = quantize_rows(target, kind, np.ascontiguousarray(inputs.diagonal()))
                 if way != "stock":
                     options = RoundingOptions(method="descent", passes=1)
@@ -153,6 +156,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=12)
     parser.add_argument("-c", "--n-ctx", type=int, default=256)
     parser.add_argument("--first", type=float, default=1.0)
+    parser.add_argument("--damping", type=float, default=1.0)
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--json", type=pathlib.Path)
     return parser.parse_args()

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from calibrated import calibrate
 
-from bitladder.calibrate import collect_imatrix, collect_moments
 from bitladder.calibrate.moments import Moment, MomentsFile, Provenance, Shape, writing_moments
 from bitladder.calibrate.texts import Text, load_text
 from bitladder.cli import invoke
@@ -21,11 +21,7 @@ PRESET = "Q3_K_S"
 @pytest.fixture(scope="module")
 def prepared(tiny_gguf, tmp_path_factory):
     """An imatrix and plain second moments of the embedded model."""
-    folder = tmp_path_factory.mktemp("refine")
-    texts = [load_text("pydoc:calibration")]
-    collect_imatrix(tiny_gguf, texts, folder / "imatrix.gguf", chunks=12, n_ctx=256)
-    collect_moments(tiny_gguf, texts, folder / "moments.gguf", chunks=12, n_ctx=256)
-    return folder
+    return calibrate(tiny_gguf, tmp_path_factory.mktemp("refine"))
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from calibrated import calibrate
 
-from bitladder.calibrate import collect_imatrix, collect_moments
 from bitladder.calibrate.chunks import text_chunks
 from bitladder.calibrate.texts import Text, load_text
 from bitladder.cli import invoke
@@ -24,11 +24,8 @@ PRESET = "Q3_K_S"
 @pytest.fixture(scope="module")
 def made(tiny_gguf, tmp_path_factory):
     """The embedded model rounded tensor by tensor ("plain"), and from block to block ("sequential")."""
-    folder = tmp_path_factory.mktemp("sequential")
-    texts = [load_text("pydoc:calibration")]
-    collect_imatrix(tiny_gguf, texts, folder / "imatrix.gguf", chunks=12, n_ctx=256)
-    collect_moments(tiny_gguf, texts, folder / "moments.gguf", chunks=12, n_ctx=256)
-    order = Sequential(tuple(texts), chunks=12, blocks=1, n_ctx=256)
+    folder = calibrate(tiny_gguf, tmp_path_factory.mktemp("sequential"))
+    order = Sequential((load_text("pydoc:calibration"),), chunks=12, blocks=1, n_ctx=256)
     for name, sequential in (("plain", None), ("sequential", order)):
         refine = RefineOptions(
             RoundingOptions(method="feedback"), settings=Settings(n_ctx=256, chunks=4), sequential=sequential

@@ -97,10 +97,8 @@ def order_for_blocks(squares: Doubles, weights: Doubles, block: int = BLOCK) -> 
     sizes = squares.mean(axis=0)
     left, chosen = np.arange(count), []
     while len(left) > block:
-        by_size, by_weight = (
-            left[np.argsort(-sizes[left], kind="stable")],
-            left[np.argsort(weights[left], kind="stable")],
-        )
+        by_size = left[np.argsort(-sizes[left], kind="stable")]
+        by_weight = left[np.argsort(weights[left], kind="stable")]
         best = (np.inf, left[:block])
         for large in range(min(OUTLIERS, block) + 1):
             outliers = by_size[:large]

@@ -1,0 +1,14 @@
+"""What rounding needs of a model: an imatrix and plain second moments."""
+
+import pathlib
+
+from bitladder.calibrate import collect_imatrix, collect_moments
+from bitladder.calibrate.texts import load_text
+
+
+def calibrate(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """Write imatrix.gguf and moments.gguf, from 12 chunks of 256 tokens of the calibration text; the folder again."""
+    texts = [load_text("pydoc:calibration")]
+    collect_imatrix(model, texts, folder / "imatrix.gguf", chunks=12, n_ctx=256)
+    collect_moments(model, texts, folder / "moments.gguf", chunks=12, n_ctx=256)
+    return folder
