@@ -10,7 +10,8 @@ differences by token. `feedback@plain` takes the moments of --plain, whose token
 leaves out the moments of output gradients. With --stock-model the preset, and the full precision, are of that file: so
 a smoothed --model is compared with the preset of the model as it is, and `smoothed` is the library's blocks of it.
 `best/sequential` rounds from block to block, behind what is rounded, on --calibration.
-`best+tuned` tunes the scales of `best` on --calibration too, `best+scales` without the norms.
+`best+tuned` tunes the scales of `best` on --calibration too, `best+scales` without the norms; where `best` was made
+before, its blocks are taken again, and the seconds are those of tuning.
 Nothing is guarded: this is what the methods themselves do.
 """
 
@@ -90,7 +91,7 @@ def make(arguments: argparse.Namespace, preset: str, way: str, out: pathlib.Path
     order = None
     if method.endswith("/sequential"):
         order = Sequential(tuple(load_text(name) for name in arguments.calibration), arguments.sequential_chunks)
-    refine = RefineOptions(WAYS[method.removesuffix("/sequential")], sequential=order)
+    refine = RefineOptions(WAYS[method.removesuffix("/sequential")], work=out.parent, sequential=order)
     quantize_refined(arguments.model, out, QuantizeOptions(preset), moments, refine, imatrix=arguments.imatrix)
     if tuning:
         texts, before = [load_text(name) for name in arguments.calibration], out.with_name("before.gguf")

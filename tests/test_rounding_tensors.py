@@ -7,8 +7,8 @@ from rounding_cases import moments, stock_blocks
 from bitladder.engine.native import ggml
 from bitladder.engine.types import dequantize_into, type_by_name
 from bitladder.errors import BitladderError
-from bitladder.rounding import RoundingOptions, round_tensor
-from bitladder.rounding.formats import FORMATS
+from bitladder.rounding import RoundingOptions, passes, round_tensor
+from bitladder.rounding.formats import FORMATS, pack, unpack
 from bitladder.rounding.vectorformats import VECTOR_FORMATS
 
 F32 = np.float32
@@ -153,6 +153,20 @@ def test_output_moments_lower_what_they_weigh(name):
     assert np.array_equal(off, without)
 
 
+@pytest.mark.parametrize("name", ["q4_K", "iq4_nl", "iq3_s"])
+def test_how_many_rows_are_taken_together_changes_nothing(name, monkeypatch):
+    """Between groups, products of matrices tell rows of each other's errors; within one, loops do."""
+    weights, h, outputs = ordinary(70), moments(WIDTH, 600), moments(70, 200)
+    stock = stock_blocks(name, weights, h)
+    found = []
+    for group in (1, 32, 70):
+        monkeypatch.setattr(passes, "GROUP", group)
+        found.append(round_tensor(weights, stock, name, h, RoundingOptions(passes=3), outputs))
+    for one in found[1:]:
+        assert one.after == pytest.approx(found[0].after, rel=0.001)
+        assert np.mean(one.data == found[0].data) > 0.99
+
+
 def test_methods_build_on_each_other():
     weights, h = ordinary(4, 5), moments(WIDTH, 3000)
     for name in KINDS:
@@ -162,6 +176,20 @@ def test_methods_build_on_each_other():
         }
         assert results["descent"] < results["feedback"], name
         assert results["best"] < results["descent"], name
+
+
+@pytest.mark.parametrize("name", ["iq4_nl", "iq4_xs"])
+def test_the_largest_weight_may_be_at_either_end_of_the_levels(name):
+    """These weights are levels but for a factor, 113 the largest; every second block starts with it at −127."""
+    indices = np.random.default_rng(0).integers(3, 16, (4, WIDTH))
+    indices[:, ::32] = 15
+    steps = np.tile(np.repeat(np.array([1 / 2048, 1 / 1024], F32), 32), WIDTH // 64)
+    weights, h = (FORMATS[name].levels[indices] * steps).astype(F32), np.eye(WIDTH, dtype=F32)
+    blocks = unpack(name, stock_blocks(name, weights, h), WIDTH)
+    signed = blocks.d if blocks.scale is None else blocks.scale
+    signed[:, ::2] *= -1
+    rounded = round_tensor(weights, pack(blocks), name, h, RoundingOptions())
+    assert loss(weights - expand(name, rounded.data), h) < 1e-6 * loss(weights, h)
 
 
 def test_q8_0_never_holds_minus_128():

@@ -6,8 +6,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.engine.blas import single_threaded
 from bitladder.engine.context import Context
-from bitladder.evaluate.blas import single_threaded
 from bitladder.evaluate.chunks import Chunks, decode
 from bitladder.evaluate.rows import PIECE, Workers, check_finite
 from bitladder.progress import SILENT, Progress

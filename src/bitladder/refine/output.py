@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 # Raise it when the same moments and options would give other blocks.
-VERSION = 1
+VERSION = 2
 
 
 class OutputRounding:

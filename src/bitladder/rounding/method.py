@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.engine.blas import single_threaded
 from bitladder.errors import BitladderError
 from bitladder.rounding.blocks import Bytes, Floats
 from bitladder.rounding.factors import shrunk
@@ -34,7 +35,7 @@ class RoundingOptions:
     method: Method = "best"
     damping: float = 0.1
     shrinkage: float = 0.1
-    passes: int = 2
+    passes: int = 6
     by_importance: bool = False
     two_sided: bool = True
 
@@ -76,19 +77,20 @@ def round_tensor(
         return Rounded(stock, 0.0, 0.0)
     run = round_scalar if kind in FORMATS else round_vector
     passes = 0 if options.method == "feedback" else options.passes
-    data, first, last = run(
-        weights,
-        stock,
-        kind,
-        shrunk(inputs, options.shrinkage),
-        None if outputs is None else shrunk(outputs, options.shrinkage),
-        passes=passes,
-        scales=options.method == "best",
-        damping=options.damping,
-        output_damping=options.damping,
-        by_importance=options.by_importance,
-    )
-    before, after = loss(first, inputs, outputs), loss(last, inputs, outputs)
+    with single_threaded():  # who has many tensors rounds them in threads
+        data, first, last = run(
+            weights,
+            stock,
+            kind,
+            shrunk(inputs, options.shrinkage),
+            None if outputs is None else shrunk(outputs, options.shrinkage),
+            passes=passes,
+            scales=options.method == "best",
+            damping=options.damping,
+            output_damping=options.damping,
+            by_importance=options.by_importance,
+        )
+        before, after = loss(first, inputs, outputs), loss(last, inputs, outputs)
     return Rounded(data, before, after) if after < before else Rounded(stock, before, before)
 
 

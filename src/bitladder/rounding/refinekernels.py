@@ -10,6 +10,8 @@ from bitladder.rounding.rowkernels import half, jit, local_cost, local_feedback,
 
 # A scale must be better by this share, or rounding errors might go round in circles.
 LESS = np.float32(1 - 1e-5)
+# A step with which a block costs more than this times the best is not fitted any further.
+WORTH = np.float32(1.5)
 
 
 @jit
@@ -29,7 +31,7 @@ def refine_scaled(
 
     hut, hinverse [n/sub, sub, sub], hd [n/sub, sub]: factors and inverses of H's diagonal blocks. d, m [n/block];
     scale, minimum [n/sub]; limits (lowest and highest scale, lowest and highest minimum). A scale is moved by one as
-    long as that helps, the minimum too.
+    long as that helps, the minimum too; where there are negative ones, the sign is tried as well.
     """
     changed = 0
     target, before, after = np.empty(sub, np.float32), np.empty(sub, np.float32), np.empty(sub, np.float32)
@@ -56,12 +58,15 @@ def refine_scaled(
         improved = False
         for step in range(6):
             moves = 0
-            for way in range(9):
-                if step > 0 and way == 4:
+            for way in range(12):
+                if step > 0 and (way == 4 or way > 8):
                     continue
-                s, o = center_scale + way // 3 - 1, center_minimum + way % 3 - 1
-                if mm == 0 and way % 3 != 1:
-                    continue
+                if way < 9:
+                    s, o = center_scale + way // 3 - 1, center_minimum + way % 3 - 1
+                    if mm == 0 and way % 3 != 1:
+                        continue
+                else:  # the other end of the levels for the largest weight
+                    s, o = -(center_scale + way - 10), center_minimum
                 if s < limits[0] or s > limits[1] or s == 0 or o < limits[2] or o > limits[3]:
                     continue
                 cost = local_feedback(
@@ -190,8 +195,10 @@ def refine_plain(h, hut, hd, hinverse, d, m, sign, factors, sub, levels, uniform
             for turn in range(3):
                 cost = local_feedback(
                     target, hut[block], hd[block], size, sign * shift, levels, uniform, first, trial, errors,
-                    np.float32(np.inf),
+                    best * WORTH,
                 )  # fmt: skip
+                if cost > best * WORTH:
+                    break
                 if cost < best * LESS:
                     best, best_d, best_m = cost, size, shift
                     best_indices[:] = trial

@@ -1,66 +1,78 @@
-"""Rounding a whole tensor: rows through the kernels, in threads, with the errors of other rows where they matter."""
+"""Rounding a group of a tensor's rows through the kernels, with the errors of other rows where they matter."""
 
 import numpy as np
 
 from bitladder.rounding.refinekernels import refine_plain, refine_scaled, refit
-from bitladder.rounding.rowkernels import descend, feedback, jit, multiply
+from bitladder.rounding.rowkernels import descend, feedback, jit
 
 
 @jit
-def round_rows(
-    weights, rows_from, rows_to, leading, coupling, h, ut, order, hut, hd, hinverse, d, m, sign, scale, minimum, limits,
-    sub, per, levels, uniform, first, factors, indices, delta, passes, scales,
-):  # fmt: skip
-    """Round rows rows_from … rows_to of weights [rows, n], in place in indices, d, m, scale, minimum and delta.
+def owed(couplings, index, others, out):
+    """Add Σ_{k<index} couplings[index, k] others[k] to out [n]."""
+    if couplings.shape[0] > 0:
+        for other in range(index):
+            amount = couplings[index, other]
+            if amount != 0:
+                for j in range(out.size):
+                    out[j] += amount * others[other, j]
 
-    leading, coupling [rows, rows], or [0, 0] for rows that do not care for each other: row i aims at
-    w_i + Σ_k delta_k c_ik and so makes up for the errors of others; of those done before in the first pass (c is
-    `leading`), of all others later (`coupling`).
+
+@jit
+def _set_steps(d, m, sign, scale, minimum, per, step, offset):
+    for block in range(step.size):
+        step[block] = d[block // per] * np.float32(scale[block])
+        offset[block] = sign * (m[block // per] * np.float32(minimum[block]))
+
+
+@jit
+def open_rows(
+    weights, first_row, targets, leading, ut, order, d, m, sign, scale, minimum, sub, per, levels, uniform, first,
+    indices, delta,
+):  # fmt: skip
+    """Round rows from `first_row` on for the first time, in place in indices and delta [rows, n].
+
+    targets [group, n] and leading [group, group] as `passes.round_in_groups` gives them.
     """
-    n = weights.shape[1]
-    slope, target = np.empty(n, np.float32), np.empty(n, np.float32)
-    aim = np.empty(n, np.float32)
-    step, offset = np.empty(n // sub, np.float32), np.empty(n // sub, np.float32)
-    coupled = coupling.shape[0] > 0
-    for turn in range(passes + 1):
-        for row in range(rows_from, rows_to):
-            opening = turn == 0
-            target[:] = weights[row]
-            if coupled:
-                for other in range(row if opening else weights.shape[0]):
-                    amount = leading[row, other] if opening else coupling[row, other]
-                    if other != row and amount != 0:
-                        for j in range(n):
-                            target[j] += amount * delta[other, j]
-            for block in range(step.size):
-                step[block] = d[row, block // per] * np.float32(scale[row, block])
-                offset[block] = sign * (m[row, block // per] * np.float32(minimum[row, block]))
-            if opening:
-                feedback(target, ut, order, step, offset, sub, levels, uniform, first, indices[row], delta[row])
-                for j in range(n):
-                    delta[row, j] -= target[j] - weights[row, j]
-                continue
-            # In the kernels below delta is the aim's distance, not the weight's.
-            for j in range(n):
-                aim[j] = delta[row, j] + (target[j] - weights[row, j])
-            multiply(h, aim, slope)
-            if scales:
-                if factors.size:
-                    refine_plain(
-                        h, hut, hd, hinverse, d[row], m[row], sign, factors, sub, levels, uniform, first, indices[row],
-                        aim, slope,
-                    )  # fmt: skip
-                else:
-                    refine_scaled(
-                        h, hut, hd, hinverse, d[row], m[row], sign, scale[row], minimum[row], limits, sub, per, levels,
-                        uniform, first, indices[row], aim, slope,
-                    )  # fmt: skip
-                refit(
-                    h, d[row], m[row], sign, scale[row], minimum[row], sub, per, levels, indices[row], aim, slope
+    step, offset = np.empty(scale.shape[1], np.float32), np.empty(scale.shape[1], np.float32)
+    for index in range(targets.shape[0]):
+        row, target = first_row + index, targets[index]
+        owed(leading, index, delta[first_row:], target)
+        _set_steps(d[row], m[row], sign, scale[row], minimum[row], per, step, offset)
+        feedback(target, ut, order, step, offset, sub, levels, uniform, first, indices[row], delta[row])
+        for j in range(target.size):
+            delta[row, j] -= target[j] - weights[row, j]
+
+
+@jit
+def pass_rows(
+    first_row, slopes, coupling, shifts, h, hut, hd, hinverse, d, m, sign, scale, minimum, limits, sub, per, levels,
+    uniform, first, factors, indices, delta, scales,
+):  # fmt: skip
+    """Change rows from `first_row` on, in place in indices, d, m, scale, minimum and delta [rows, n].
+
+    slopes [group, n] and coupling [group, group] as `passes.round_in_groups` gives them; `shifts` [group, n] is by how
+    much each row's own changes moved its slope. `scales`: whether more than indices change.
+    """
+    step, offset = np.empty(scale.shape[1], np.float32), np.empty(scale.shape[1], np.float32)
+    for index in range(slopes.shape[0]):
+        row, slope = first_row + index, slopes[index]
+        owed(coupling, index, shifts, slope)
+        shifts[index] = slope
+        if scales:
+            if factors.size:
+                refine_plain(
+                    h, hut, hd, hinverse, d[row], m[row], sign, factors, sub, levels, uniform, first, indices[row],
+                    delta[row], slope,
                 )  # fmt: skip
-                for block in range(step.size):
-                    step[block] = d[row, block // per] * np.float32(scale[row, block])
-                    offset[block] = sign * (m[row, block // per] * np.float32(minimum[row, block]))
-            descend(h, step, offset, sub, levels, uniform, first, indices[row], aim, slope)
-            for j in range(n):
-                delta[row, j] = aim[j] - (target[j] - weights[row, j])
+            else:
+                refine_scaled(
+                    h, hut, hd, hinverse, d[row], m[row], sign, scale[row], minimum[row], limits, sub, per, levels,
+                    uniform, first, indices[row], delta[row], slope,
+                )  # fmt: skip
+            refit(
+                h, d[row], m[row], sign, scale[row], minimum[row], sub, per, levels, indices[row], delta[row], slope
+            )  # fmt: skip
+        _set_steps(d[row], m[row], sign, scale[row], minimum[row], per, step, offset)
+        descend(h, step, offset, sub, levels, uniform, first, indices[row], delta[row], slope)
+        for j in range(slope.size):
+            shifts[index, j] = slope[j] - shifts[index, j]

@@ -6,12 +6,15 @@ import numpy.typing as npt
 from bitladder.rounding.blocks import Blocks, Bytes, Floats
 from bitladder.rounding.factors import couplings, factor
 from bitladder.rounding.formats import pack, unpack
-from bitladder.rounding.rounder import round_rows
+from bitladder.rounding.passes import round_in_groups
+from bitladder.rounding.rounder import open_rows, pass_rows
 
 # −128 can be stored as Q8_0, but kernels that negate it in eight bits go wrong.
 _FIRST = {"q8_0": 1}
-# What the step of a block with an F16 step of its own is tried times.
+# What the step of a block with an F16 step of its own is tried times, and where one end of the levels is farther from 0
+# than the other, and no offset makes up for that: the largest weight may be at either.
 _FACTORS = np.array([1, 0.95, 1.05, 0.9, 1.1], np.float32)
+_TURNED = np.array([-0.9, -1, -1.1], np.float32)
 _SIGN = {"none": 0, "plus": 1, "minus": -1}
 
 
@@ -45,36 +48,30 @@ def round_scalar(
     )
     before = weights - start.values()
     delta = before.copy()
+    lowest = _FIRST.get(kind, 0)
+    tried = _FACTORS if form.scales is None else _FACTORS[:0]
+    if form.scales is None and form.offset == "none" and form.levels[lowest] != -form.levels[-1]:
+        tried = np.concatenate([_FACTORS, _TURNED])
     limits = np.array([*(form.scales or (1, 1)), *(form.minimums or (1, 1))], np.int64)
-    round_rows(
-        weights,
-        0,
-        rows,
-        leading,
-        coupling,
-        factors.h,
-        factors.ut,
-        factors.order,
-        factors.local_ut,
-        factors.local_d,
-        factors.local_inverse,
-        blocks.d,
-        blocks.dmin,
-        np.float32(_SIGN[form.offset]),
-        blocks.scale,
-        blocks.minimum,
-        limits,
-        form.sub,
-        form.block // form.sub,
-        form.levels,
-        form.uniform,
-        _FIRST.get(kind, 0),
-        _FACTORS if form.scales is None else _FACTORS[:0],
-        blocks.indices,
-        delta,
-        passes,
-        scales,
-    )
+    sign = np.float32(_SIGN[form.offset])
+    shape = (form.sub, form.block // form.sub, form.levels, form.uniform, lowest)
+
+    def opening(first: int, targets: Floats, leading: Floats) -> None:
+        open_rows(
+            weights, first, targets, leading, factors.ut, factors.order, blocks.d, blocks.dmin, sign, blocks.scale,
+            blocks.minimum, *shape, blocks.indices, delta,
+        )  # fmt: skip
+
+    def one_pass(first: int, slopes: Floats, coupling: Floats) -> Floats:
+        shifts = np.empty_like(slopes)
+        pass_rows(
+            first, slopes, coupling, shifts, factors.h, factors.local_ut, factors.local_d, factors.local_inverse,
+            blocks.d, blocks.dmin, sign, blocks.scale, blocks.minimum, limits, *shape, tried, blocks.indices, delta,
+            scales,
+        )  # fmt: skip
+        return shifts
+
+    round_in_groups(weights, delta, factors.h, leading, coupling, passes, opening, one_pass)
     if start.dmin is None:
         blocks.dmin = None
     if start.scale is None:

@@ -7,8 +7,9 @@ import numpy.typing as npt
 
 from bitladder.rounding.blocks import Bytes, Floats
 from bitladder.rounding.factors import couplings, damped, upper_factor
+from bitladder.rounding.passes import round_in_groups
 from bitladder.rounding.vectorformats import BLOCK, VECTOR_FORMATS, VectorBlocks, grid, pack_vector, unpack_vector
-from bitladder.rounding.vectorrowkernels import round_points
+from bitladder.rounding.vectorrowkernels import open_points, pass_points
 
 __all__ = ["VECTOR_FORMATS", "round_vector"]
 
@@ -84,7 +85,7 @@ def round_vector(
     by_importance: bool,
 ) -> tuple[Bytes, Floats, Floats]:
     """Blocks, and the errors weights − blocks of the library's and of these, float32 [rows, width]; see `method`."""
-    rows, width = weights.shape
+    width = weights.shape[1]
     start = unpack_vector(kind, stock, width)
     form = start.format
     factors = factor_points(inputs, form.sub, form.unit, damping, by_importance)
@@ -95,29 +96,20 @@ def round_vector(
     points = np.ascontiguousarray(grid(kind).T)
     costs = np.empty(form.points, np.float32)
     kit = (points, form.unit, form.even, np.float32(HOLD[form.even] * points.min()), costs, costs.view(np.int32))
-    round_points(
-        weights,
-        0,
-        rows,
-        leading,
-        coupling,
-        factors.h,
-        factors.ut,
-        factors.order,
-        factors.roots,
-        factors.opening,
-        *factors.unit,
-        *factors.sub,
-        d,
-        scale,
-        (form.multipliers, _MOVES if scales else 0, form.sub, BLOCK // form.sub),
-        kit,
-        codes,
-        values,
-        delta,
-        passes,
-        scales,
-    )
+    multipliers = (form.multipliers, _MOVES if scales else 0, form.sub, BLOCK // form.sub)
+    state = (d, scale, multipliers, kit, codes, values, delta)
+
+    def opening(first: int, targets: Floats, leading: Floats) -> None:
+        open_points(
+            weights, first, targets, leading, factors.ut, factors.order, factors.roots, factors.opening, *state
+        )  # fmt: skip
+
+    def one_pass(first: int, slopes: Floats, coupling: Floats) -> Floats:
+        shifts = np.empty_like(slopes)
+        pass_points(first, slopes, coupling, shifts, factors.h, *factors.unit, *factors.sub, *state, scales)
+        return shifts
+
+    round_in_groups(weights, delta, factors.h, leading, coupling, passes, opening, one_pass)
     blocks = VectorBlocks(form, codes, (values < 0).astype(np.uint8), d, scale)
     # What the row kernels carried along has rounding errors of its own.
     return pack_vector(blocks), before, weights - blocks.values()

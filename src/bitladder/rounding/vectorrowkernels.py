@@ -1,4 +1,4 @@
-"""Rounding rows to points of a grid: feedback, descent and scales, and whole tensors.
+"""Rounding rows to points of a grid: feedback, descent and scales, and groups of rows.
 
 As in rowkernels, f = (t − v)ᵀ H (t − v) is lowered for each row, `delta` is t − v and `slope` H · delta. `values` are
 points with their signs, float32 [n]; the weights are values times steps. `kit` is handed down to vectorkernels.settle;
@@ -8,7 +8,8 @@ points with their signs, float32 [n]; the weights are values times steps. `kit` 
 import numpy as np
 
 from bitladder.rounding.refinekernels import LESS
-from bitladder.rounding.rowkernels import half, jit, moved, multiply
+from bitladder.rounding.rounder import owed
+from bitladder.rounding.rowkernels import half, jit, moved
 from bitladder.rounding.vectorkernels import fit_block, settle
 
 
@@ -210,46 +211,44 @@ def refit_points(h, d, scale, scales, values, delta, slope):
 
 
 @jit
-def round_points(
-    weights, rows_from, rows_to, leading, coupling, h, ut, order, roots, opening_t, unit_t, unit_inverse, sub_t,
-    sub_inverse, d, scale, scales, kit, codes, values, delta, passes, refine,
-):  # fmt: skip
-    """Round rows rows_from … rows_to of weights [rows, n], in place in codes, values, d, scale and delta.
+def open_points(
+    weights, first_row, targets, leading, ut, order, roots, opening, d, scale, scales, kit, codes, values, delta
+):
+    """Round rows from `first_row` on for the first time, in place in codes, values, scale and delta [rows, n].
 
-    leading, coupling as in rounder.round_rows; `refine`: whether later passes change scales.
+    targets [group, n] and leading [group, group] as `passes.round_in_groups` gives them.
     """
-    n = weights.shape[1]
-    slope, target, aim = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
-    coupled = coupling.shape[0] > 0
-    for turn in range(passes + 1):
-        opening = turn == 0
-        for row in range(rows_from, rows_to):
-            target[:] = weights[row]
-            if coupled:
-                for other in range(row if opening else weights.shape[0]):
-                    amount = leading[row, other] if opening else coupling[row, other]
-                    if other != row and amount != 0:
-                        for j in range(n):
-                            target[j] += amount * delta[other, j]
-            if opening:
-                open_row(
-                    target, ut, order, roots, opening_t, d[row], scale[row], scales, kit, codes[row], values[row],
-                    delta[row],
-                )  # fmt: skip
-                for j in range(n):
-                    delta[row, j] -= target[j] - weights[row, j]
-                continue
-            # In the kernels below delta is the aim's distance, not the weight's.
-            for j in range(n):
-                aim[j] = delta[row, j] + (target[j] - weights[row, j])
-            multiply(h, aim, slope)
-            if refine:
-                refine_points(
-                    h, sub_t, sub_inverse, d[row], scale[row], scales, kit, codes[row], values[row], aim, slope
-                )  # fmt: skip
-                refit_points(h, d[row], scale[row], scales, values[row], aim, slope)
-            descend_points(
-                h, unit_t, unit_inverse, d[row], scale[row], scales, kit, codes[row], values[row], aim, slope
+    for index in range(targets.shape[0]):
+        row, target = first_row + index, targets[index]
+        owed(leading, index, delta[first_row:], target)
+        open_row(
+            target, ut, order, roots, opening, d[row], scale[row], scales, kit, codes[row], values[row], delta[row]
+        )
+        for j in range(target.size):
+            delta[row, j] -= target[j] - weights[row, j]
+
+
+@jit
+def pass_points(
+    first_row, slopes, coupling, shifts, h, unit_t, unit_inverse, sub_t, sub_inverse, d, scale, scales, kit, codes,
+    values, delta, refine,
+):  # fmt: skip
+    """Change rows from `first_row` on, in place in codes, values, d, scale and delta [rows, n].
+
+    slopes [group, n] and coupling [group, group] as `passes.round_in_groups` gives them; `shifts` [group, n] is by how
+    much each row's own changes moved its slope. `refine`: whether scales change too.
+    """
+    for index in range(slopes.shape[0]):
+        row, slope = first_row + index, slopes[index]
+        owed(coupling, index, shifts, slope)
+        shifts[index] = slope
+        if refine:
+            refine_points(
+                h, sub_t, sub_inverse, d[row], scale[row], scales, kit, codes[row], values[row], delta[row], slope
             )  # fmt: skip
-            for j in range(n):
-                delta[row, j] = aim[j] - (target[j] - weights[row, j])
+            refit_points(h, d[row], scale[row], scales, values[row], delta[row], slope)
+        descend_points(
+            h, unit_t, unit_inverse, d[row], scale[row], scales, kit, codes[row], values[row], delta[row], slope
+        )  # fmt: skip
+        for j in range(slope.size):
+            shifts[index, j] = slope[j] - shifts[index, j]

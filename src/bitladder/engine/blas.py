@@ -4,12 +4,25 @@ import contextlib
 import ctypes
 import functools
 import pathlib
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 # NumPy's wheels carry an OpenBLAS with symbols renamed like this.
 _NAMES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
+
+
+class _Users:
+    """The number is the library's, for all threads: who comes first sets it, and who goes last puts it back."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
+        self.before = 1
+
+
+_USERS = _Users()
 
 
 @functools.cache
@@ -37,9 +50,15 @@ def single_threaded() -> Iterator[None]:
         yield
         return
     get, put = controls
-    before = get()
-    put(1)
+    with _USERS.lock:
+        if _USERS.count == 0:
+            _USERS.before = get()
+            put(1)
+        _USERS.count += 1
     try:
         yield
     finally:
-        put(before)
+        with _USERS.lock:
+            _USERS.count -= 1
+            if _USERS.count == 0:
+                put(_USERS.before)
