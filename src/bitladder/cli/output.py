@@ -5,12 +5,15 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
 from bitladder.progress import Progress, Task
+
+_SAY = 60  # seconds between lines of a log
 
 
 class Output:
@@ -78,7 +81,7 @@ class Output:
 
 
 class _Bars:
-    """Progress as bars with a time to go; in a file or a pipe, one line when a piece of work begins."""
+    """Progress as bars with a time to go; in a file or a pipe, a line when a piece of work begins, and each minute."""
 
     def __init__(self, console: Any, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
@@ -92,7 +95,7 @@ class _Bars:
             return
         if not self._console.is_terminal:
             self._console.print(label, markup=False)
-            yield _NoBar()
+            yield _Lines(self._console, label, total)
             return
         with self._drawing() as live:
             identity = live.add_task(label, total=total, note="")
@@ -165,6 +168,27 @@ class _Bar:
 
     def note(self, text: str) -> None:
         self._live.update(self._identity, note=text)
+
+
+class _Lines:
+    """How far a piece of work is, for a log."""
+
+    def __init__(self, console: Any, label: str, total: float) -> None:
+        self._console, self._label, self._total = console, label, total
+        self._done, self._note = 0.0, ""
+        self._begun = self._said = time.monotonic()
+
+    def advance(self, amount: float = 1) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._said < _SAY or self._total <= 0:
+            return
+        self._said = now
+        text = f"{self._label}: {self._done / self._total:.0%} after {(now - self._begun) / 60:.0f} min"
+        self._console.print(f"{text}, {self._note}" if self._note else text, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._note = text
 
 
 class _NoBar:
