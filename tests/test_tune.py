@@ -8,6 +8,7 @@ import torch
 
 from bitladder.calibrate import collect_imatrix
 from bitladder.calibrate.chunks import Reading
+from bitladder.calibrate.keep import Keep
 from bitladder.calibrate.texts import Text, load_text
 from bitladder.cli import invoke
 from bitladder.engine.model import Model
@@ -151,6 +152,30 @@ def test_what_does_not_help_is_not_kept(tiny_gguf, prepared, tmp_path):
     assert not made.kept
     assert made.difference.value > 0
     assert (tmp_path / "out.gguf").read_bytes() == (prepared / "quant.gguf").read_bytes()
+
+
+def test_an_interrupted_descent_goes_on(tiny_gguf, prepared, tmp_path, monkeypatch):
+    options, texts = TuneOptions(n_ctx=64, chunks=6, rate=1e-3), [load_text("pydoc:calibration")]
+    whole = tune(tiny_gguf, prepared / "quant.gguf", tmp_path / "whole.gguf", texts, options)
+    calls, backward = [], Student.backward
+
+    def interrupted(self, tokens, teacher):
+        calls.append(tokens)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return backward(self, tokens, teacher)
+
+    monkeypatch.setattr(Student, "backward", interrupted)
+    monkeypatch.setattr(Keep, "due", lambda self: True)
+    out = tmp_path / "out.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny_gguf, prepared / "quant.gguf", out, texts, options)
+    assert {one.name for one in tmp_path.iterdir()} == {"whole.gguf", "out.gguf.parts"}
+    made = tune(tiny_gguf, prepared / "quant.gguf", out, texts, options)
+    assert len(calls) == 4 + 3
+    assert made.seen == whole.seen
+    assert out.read_bytes() == whole.path.read_bytes()
+    assert {one.name for one in tmp_path.iterdir()} == {"whole.gguf", "out.gguf"}
 
 
 def test_the_command(tiny_gguf, prepared, tmp_path, capsys):

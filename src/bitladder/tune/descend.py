@@ -1,11 +1,13 @@
 """Adam over chunks of text, on what `Student` lets move."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
 import torch
 
+from bitladder.calibrate.keep import Keep
 from bitladder.engine.model import Tokens
 from bitladder.errors import BitladderError
 from bitladder.gradients.model import TorchModel
@@ -36,19 +38,35 @@ class Schedule:
 
 
 def descend(
-    student: Student, teacher: TorchModel, chunks: Tokens, schedule: Schedule, *, progress: Progress = SILENT
+    student: Student,
+    teacher: TorchModel,
+    chunks: Tokens,
+    schedule: Schedule,
+    *,
+    keep: Keep | None = None,
+    progress: Progress = SILENT,
 ) -> list[float]:
     """Move the student's parameters towards a lower KLD from the teacher (Adam, arXiv 1412.6980).
 
-    Parameters: chunks int32 [chunks, n_ctx]. Returns each step's KLD, nats per token, as it was before the step.
-    Raises BitladderError if it is not finite.
+    Parameters: chunks int32 [chunks, n_ctx]; `keep` takes the state each minute, and gives back what an interrupted
+    descent left there. Returns each step's KLD, nats per token, as it was before the step. Raises BitladderError if it
+    is not finite.
     """
     order = np.random.default_rng(schedule.seed).permutation(len(chunks))
     means: dict[Key, torch.Tensor] = {key: torch.zeros_like(move) for key, move in student.parameters.items()}
     squares = {key: torch.zeros_like(move) for key, move in student.parameters.items()}
-    seen = []
+    seen = np.zeros(len(order))
+    state = {"seen": seen} | {
+        f"{label}{index}": values.numpy()  # the same memory
+        for label, kept in (("move", student.parameters), ("mean", means), ("square", squares))
+        for index, values in enumerate(kept.values())
+    }
+    done = 0 if keep is None else keep.load_state("tune", state, progress)
+    student.put()
     with progress.task("tune", len(order)) as bar:
-        for step, (index, rate) in enumerate(zip(order, schedule.rates(len(order)), strict=True), 1):
+        bar.advance(done)
+        steps = enumerate(zip(order, schedule.rates(len(order)), strict=True), 1)
+        for step, (index, rate) in itertools.islice(steps, done, None):
             divergence, slopes = student.backward(chunks[index], teacher)
             if not math.isfinite(divergence):
                 raise BitladderError(f"the KLD of {student.model.path.name} is not finite in step {step}")
@@ -58,7 +76,9 @@ def descend(
                 spread = (square / (1 - BETA2**step)).sqrt_().add_(EPSILON)
                 student.parameters[key].addcdiv_(mean, spread, value=-rate / (1 - BETA1**step))
             student.put()
-            seen.append(divergence)
-            bar.note(f"KLD {np.mean(seen[-20:]):.5f}")
+            seen[step - 1] = divergence
+            bar.note(f"KLD {seen[max(0, step - 20) : step].mean():.5f}")
             bar.advance()
-    return seen
+            if keep is not None and keep.due():
+                keep.save_state("tune", step, state)
+    return seen.tolist()

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.chunks import Reading
+from bitladder.calibrate.keep import Keep, job_key
 from bitladder.calibrate.texts import Text
 from bitladder.engine.model import Model, Tokens
 from bitladder.errors import UsageError
 from bitladder.evaluate import Figure, Settings, load_or_compute_base, measure, paired_mean
 from bitladder.evaluate.figures import mean
-from bitladder.files import replacing
+from bitladder.files import replacing, sha256_file
 from bitladder.gradients.check import check
 from bitladder.gradients.moments import CHECKED_TOKENS
 from bitladder.gradients.needs import require_torch, torch_threads
@@ -80,6 +81,7 @@ def tune(
     A block's F16 numbers, and norms, are moved by gradients of the KLD over `texts`, the integers stay: the file has
     the same types and bytes, and its speed. `held_out`: a text that is neither among `texts` nor the one to judge by,
     and how to measure it; KLD there must fall, or the quant is copied as it is.
+    What an interrupted descent left in the folder OUT.parts is gone on with.
     Everything is in memory at once, some 20 bytes for each weight and what a chunk leaves for its way back. Raises
     BitladderError if torch is not installed, if it does not compute what the library does, or if the two files are not
     of one model.
@@ -96,7 +98,8 @@ def tune(
     with Model(full, vocab_only=True) as vocabulary:
         chunks = Reading(options.n_ctx, options.chunks).rows(vocabulary, texts)
     with replacing(out) as temporary:  # opened first: a folder that cannot be written to is told of at once
-        blocks, vectors, seen = _moved(full, quant, chunks, options, threads, progress)
+        keep = Keep(out, job_key(full, texts, [sha256_file(quant), dataclasses.asdict(options)]))
+        blocks, vectors, seen = _moved(full, quant, chunks, options, keep, threads, progress)
         _write(quant, temporary, blocks, vectors, f"{len(chunks)} × {options.n_ctx} tokens, rate {options.rate:g}")
         before = after = difference = None
         if held_out is not None:
@@ -104,6 +107,7 @@ def tune(
         kept = difference is None or difference.value < 0
         if not kept:
             shutil.copyfile(quant, temporary)
+    keep.remove()
     return Tuned(out, kept, before, after, difference, len(chunks), options.n_ctx, seen)
 
 
@@ -126,6 +130,7 @@ def _moved(
     quant: pathlib.Path,
     chunks: Tokens,
     options: TuneOptions,
+    keep: Keep,
     threads: int | None,
     progress: Progress,
 ) -> tuple[dict[str, Bytes], dict[str, npt.NDArray[np.float32]], list[float]]:
@@ -140,7 +145,7 @@ def _moved(
         Student(quant, norms=options.norms, threads=threads) as student,
     ):
         check(full, chunks[0, :CHECKED_TOKENS], threads=threads, ours=teacher)
-        seen = descend(student, teacher, chunks, Schedule(options.rate, options.seed), progress=progress)
+        seen = descend(student, teacher, chunks, Schedule(options.rate, options.seed), keep=keep, progress=progress)
         return {name: scales.blocks() for name, scales in student.scales.items()}, student.vectors(), seen
 
 
