@@ -10,7 +10,7 @@ differences by token. `feedback@plain` takes the moments of --plain, whose token
 leaves out the moments of output gradients. With --stock-model the preset, and the full precision, are of that file: so
 a smoothed --model is compared with the preset of the model as it is, and `smoothed` is the library's blocks of it.
 `best/sequential` rounds from block to block, behind what is rounded, on --calibration.
-`best+tuned` tunes the scales of `best` on --calibration too, `best+scales` without the norms; where `best` was made
+`best+scales` tunes the scales of `best` on --calibration, `best+tuned` the norms too; where `best` was made
 before, its blocks are taken again, and the seconds are those of tuning.
 Nothing is guarded: this is what the methods themselves do.
 """

@@ -108,7 +108,7 @@ def test_the_whole_model_s_derivatives_are_those_of_differences(tiny_gguf, prepa
 @pytest.fixture(scope="module")
 def tuned(tiny_gguf, prepared):
     texts, held_out = [load_text("pydoc:calibration")], (load_text("pydoc:test"), Settings(n_ctx=256, chunks=4))
-    options = TuneOptions(n_ctx=256, chunks=60, rate=1e-3)
+    options = TuneOptions(n_ctx=256, chunks=60, rate=1e-3, norms=True)
     return tune(tiny_gguf, prepared / "quant.gguf", prepared / "tuned.gguf", texts, options, held_out=held_out)
 
 

@@ -26,7 +26,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
     help="How far one chunk moves a scale at most, as a share of it.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the order of chunks.")
-@click.option("--norms/--no-norms", default=True, show_default=True, help="Tune the norms too.")
+@click.option("--norms/--no-norms", default=False, show_default=True, help="Tune the norms too.")
 @options.guard("KLD must fall")
 @options.n_ctx
 @options.threads
@@ -48,8 +48,8 @@ def command(
 ) -> None:
     """Tune QUANT's scales for the whole model's predictions: same types and bytes, lower KLD.
 
-    The F16 numbers of blocks, and norms, move along the gradient of the KLD from the full-precision model; integers
-    stay. Needs torch (pip install 'bitladder[torch]').
+    The F16 numbers of blocks move along the gradient of the KLD from the full-precision model; integers stay. Needs
+    torch (pip install 'bitladder[torch]').
     """
     # Imported here, so that --help does not wait for the native library.
     from bitladder.calibrate.texts import load_text

@@ -43,7 +43,7 @@ class TuneOptions:
     chunks: int | None = None
     rate: float = 3e-4
     seed: int = 0
-    norms: bool = True
+    norms: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +76,12 @@ def tune(
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> Tuned:
-    """Tune a quant's scales and norms for the predictions of its full-precision model.
+    """Tune a quant's scales for the predictions of its full-precision model.
 
-    A block's F16 numbers, and norms, are moved by gradients of the KLD over `texts`, the integers stay: the file has
-    the same types and bytes, and its speed. `held_out`: a text that is neither among `texts` nor the one to judge by,
-    and how to measure it; KLD there must fall, or the quant is copied as it is.
-    What an interrupted descent left in the folder OUT.parts is gone on with.
+    A block's F16 numbers, and norms if asked for, are moved by gradients of the KLD over `texts`, the integers stay:
+    the file has the same types and bytes, and its speed. `held_out`: a text that is neither among `texts` nor the one
+    to judge by, and how to measure it; KLD there must fall, or the quant is copied as it is. What an interrupted
+    descent left in the folder OUT.parts is gone on with.
     Everything is in memory at once, some 20 bytes for each weight and what a chunk leaves for its way back. Raises
     BitladderError if torch is not installed, if it does not compute what the library does, or if the two files are not
     of one model.
