@@ -9,7 +9,7 @@ from rounding_cases import moments, stock_blocks
 from bitladder.rounding.factors import couplings, damped, factor, upper_factor
 from bitladder.rounding.formats import FORMATS, unpack
 from bitladder.rounding.refinekernels import refine_plain, refine_scaled, refit
-from bitladder.rounding.rowkernels import descend, feedback, half, multiply, nearest
+from bitladder.rounding.rowkernels import descend, feedback, half, nearest
 from bitladder.rounding.scalar import round_scalar
 
 F32 = np.float32
@@ -135,8 +135,7 @@ class Row:
         self.minimum = np.ones(shape, np.int16) if self.blocks.minimum is None else self.blocks.minimum
         self.per = self.form.block // self.form.sub
         self.delta = (self.weights - self.blocks.values())[0]
-        self.slope = np.empty(256, F32)
-        multiply(self.factors.h, self.delta, self.slope)
+        self.slope = self.factors.h @ self.delta
 
     def parts(self):
         step = np.repeat(self.d[0], self.per) * self.scale[0].astype(F32)
@@ -232,11 +231,11 @@ def test_against_the_true_optimum_of_small_problems():
             return np.einsum("...i,ij,...j->...", delta, h, delta)
 
         best = cost(choices).min()
-        indices, delta, slope = np.zeros(4, np.uint8), np.empty(4, F32), np.empty(4, F32)
+        indices, delta = np.zeros(4, np.uint8), np.empty(4, F32)
         feedback(target, factors.ut, factors.order, step, offset, 4, levels, True, 0, indices, delta)
         ratios["nearest"].append(cost(np.abs(target[:, None] - levels).argmin(axis=1)) / best)
         ratios["feedback"].append(cost(indices) / best)
-        multiply(factors.h, delta, slope)
+        slope = factors.h @ delta
         while descend(factors.h, step, offset, 4, levels, True, 0, indices, delta, slope):
             pass
         ratios["descent"].append(cost(indices) / best)

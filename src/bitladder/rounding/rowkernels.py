@@ -1,7 +1,8 @@
 """The inner loops of rounding, one row at a time, compiled by numba.
 
 All of them lower f = (t − v)ᵀ H (t − v) for one row: t what it should be, v what the format can say, H the second
-moments of the input. `delta` is t − v and `slope` is H · delta, half of −∂f/∂v.
+moments of the input. `delta` is t − v and `slope` is H · delta, half of −∂f/∂v. Later passes only ever move the two
+along with v, and their delta may be w − v, where t is the weight w and what the row owes to others.
 
 H = U D Uᵀ with U unit upper triangular turns f into Σ_j D_j (delta_j + Σ_{k<j} delta_k U_kj)²: rounding column j to
 t_j + Σ_{k<j} delta_k U_kj makes each term as small as it can be once the columns before it are settled (LDLQ,
@@ -75,18 +76,6 @@ def feedback(target, ut, order, step, offset, sub, levels, uniform, first, indic
         value = levels[indices[column]] * size + offset[block]
         errors[place] = wanted - value
         delta[column] = wanted - value
-
-
-@jit
-def multiply(h, delta, slope):
-    """slope = h · delta, for a symmetric h [n, n]."""
-    slope[:] = 0
-    for k in range(delta.size):
-        amount = delta[k]
-        if amount != 0:
-            row = h[k]
-            for j in range(slope.size):
-                slope[j] += amount * row[j]
 
 
 @inlined

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.rounding.blocks import Blocks, Bytes, Floats
+from bitladder.rounding.blocks import Blocks, Bytes, Floats, Format
 from bitladder.rounding.factors import couplings, factor
 from bitladder.rounding.formats import pack, unpack
 from bitladder.rounding.passes import round_in_groups
@@ -49,9 +49,7 @@ def round_scalar(
     before = weights - start.values()
     delta = before.copy()
     lowest = _FIRST.get(kind, 0)
-    tried = _FACTORS if form.scales is None else _FACTORS[:0]
-    if form.scales is None and form.offset == "none" and form.levels[lowest] != -form.levels[-1]:
-        tried = np.concatenate([_FACTORS, _TURNED])
+    tried = _factors(form, lowest)
     limits = np.array([*(form.scales or (1, 1)), *(form.minimums or (1, 1))], np.int64)
     sign = np.float32(_SIGN[form.offset])
     shape = (form.sub, form.block // form.sub, form.levels, form.uniform, lowest)
@@ -80,3 +78,11 @@ def round_scalar(
         blocks.minimum = None
     # What the row kernels carried along has rounding errors of its own.
     return pack(blocks), before, weights - blocks.values()
+
+
+def _factors(form: Format, lowest: int) -> Floats:
+    if form.scales is not None:
+        return _FACTORS[:0]
+    if form.offset != "none" or form.levels[lowest] == -form.levels[-1]:
+        return _FACTORS
+    return np.concatenate([_FACTORS, _TURNED])
