@@ -9,7 +9,8 @@ Every quant has the same types and bytes as the preset. Ratios are of mean KLD; 
 differences by token. `feedback@plain` takes the moments of --plain, whose tokens all count alike; `best/one-sided`
 leaves out the moments of output gradients. With --stock-model the preset, and the full precision, are of that file: so
 a smoothed --model is compared with the preset of the model as it is, and `smoothed` is the library's blocks of it.
-`best/sequential` rounds from block to block, behind what is rounded, on --calibration.
+`best/sequential` rounds from block to block, behind what is rounded, on --calibration. A method RECIPE.toml is `best`
+with the recipe's types instead of the preset's (`bitladder plan --like PRESET`).
 `best+scales` tunes the scales of `best` on --calibration, `best+tuned` the norms too; where `best` was made
 before, its blocks are taken again, and the seconds are those of tuning.
 Nothing is guarded: this is what the methods themselves do.
@@ -30,6 +31,7 @@ from bitladder.evaluate.measure import Reference, measure, open_or_compute
 from bitladder.evaluate.settings import Settings
 from bitladder.files import write_json
 from bitladder.quantize import QuantizeOptions, quantize
+from bitladder.recipe import read_recipe
 from bitladder.refine import RefineOptions, Sequential, quantize_refined
 from bitladder.rounding import RoundingOptions
 from bitladder.tune import TuneOptions, tune
@@ -87,12 +89,15 @@ def make(arguments: argparse.Namespace, preset: str, way: str, out: pathlib.Path
     """The preset's types with blocks of our choice."""
     way, _, tuning = way.partition("+")
     method, _, source = way.partition("@")
+    options = QuantizeOptions(preset)
+    if method.endswith(".toml"):
+        options, method = QuantizeOptions(types=read_recipe(pathlib.Path(method)).tensors), "best"
     moments = [arguments.plain] if source == "plain" else arguments.moments
     order = None
     if method.endswith("/sequential"):
         order = Sequential(tuple(load_text(name) for name in arguments.calibration), arguments.sequential_chunks)
     refine = RefineOptions(WAYS[method.removesuffix("/sequential")], work=out.parent, sequential=order)
-    quantize_refined(arguments.model, out, QuantizeOptions(preset), moments, refine, imatrix=arguments.imatrix)
+    quantize_refined(arguments.model, out, options, moments, refine, imatrix=arguments.imatrix)
     if tuning:
         texts, before = [load_text(name) for name in arguments.calibration], out.with_name("before.gguf")
         out.rename(before)

@@ -5,6 +5,7 @@ import pytest
 from calibrated import calibrate
 
 from bitladder.calibrate.moments import Moment, MomentsFile, Provenance, Shape, writing_moments
+from bitladder.calibrate.secondmoments import model_sha256
 from bitladder.calibrate.texts import Text, load_text
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError
@@ -61,22 +62,44 @@ def test_the_guard_reports_what_it_measured(rounded):
     guard = rounded.guard
     assert guard.after.value < guard.before.value
     assert guard.difference.value == pytest.approx(guard.after.value - guard.before.value, abs=1e-12)
-    assert guard.before.value + sum(t.change.value for t in guard.trials if t.kept) == pytest.approx(
-        guard.after.value, rel=1e-9
-    )
+    put_in = sum(trial.change.value for trial in guard.trials if trial.kept)
+    taken_out = sum(trial.change.value for trial in guard.removals if not trial.kept)
+    assert guard.before.value + put_in - taken_out == pytest.approx(guard.after.value, rel=1e-9)
+    layers = {trial.kind: trial.change.value for trial in guard.removals if trial.kind.startswith("blk.")}
+    least = max(layers, key=layers.get)
+    assert {t.tensors[0].rsplit(".", 2)[0] for t in guard.removals if len(t.tensors) == 1} >= {least}
     assert all(after < before for before, after in rounded.losses.values())
+
+
+def lying(moments, out, liar, others=()):
+    """Second moments of some tensors as they are, and of one the opposite of the truth."""
+    with MomentsFile(moments) as known:
+        read = {name: known.read(name) for name in (liar, *others)}
+        width = read[liar].inputs.shape[1]
+        inverse = np.linalg.inv(read[liar].inputs[0] + 1e-3 * np.eye(width, dtype=np.float32))
+        read[liar] = Moment(inverse[None].astype(np.float32), np.array([256]))
+    shapes = {name: Shape(1, moment.inputs.shape[1]) for name, moment in read.items()}
+    with writing_moments(out, Provenance(["none"], 1, 256), shapes, {}) as writer:
+        for name, moment in read.items():
+            writer.write(name, Moment(moment.inputs, moment.counts))
+    return out
+
+
+def test_a_tensor_that_harms_within_a_kind_that_gains(tiny_gguf, prepared, held_out, tmp_path):
+    kind = [f"blk.{layer}.ffn_down.weight" for layer in range(8)]
+    lie = lying(prepared / "moments.gguf", tmp_path / "lie.gguf", kind[1], [kind[0], *kind[2:]])
+    options = QuantizeOptions("Q3_K_S")
+    made = quantize_refined(
+        tiny_gguf, tmp_path / "q.gguf", options, [lie], refine(guard=held_out), imatrix=prepared / "imatrix.gguf"
+    )
+    assert [(trial.kind, trial.kept) for trial in made.guard.trials] == [("ffn_down", True)]
+    assert made.guard.stock == (kind[1],)
 
 
 def test_blocks_that_harm_are_kept_out(tiny_gguf, prepared, held_out, tmp_path):
     """Moments that say the opposite of the truth: fitted to them, a kind gets worse, and keeps the library's blocks."""
     name = "blk.1.ffn_down.weight"
-    with GgufFile(tiny_gguf) as file:
-        width = file.tensors[name].width
-    with MomentsFile(prepared / "moments.gguf") as known:
-        inverse = np.linalg.inv(known.read(name).inputs[0] + 1e-3 * np.eye(width, dtype=np.float32))
-    lie = tmp_path / "lie.gguf"
-    with writing_moments(lie, Provenance(["none"], 1, 256), {name: Shape(1, width)}, {}) as writer:
-        writer.write(name, Moment(inverse[None].astype(np.float32), np.array([256])))
+    lie = lying(prepared / "moments.gguf", tmp_path / "lie.gguf", name)
     options = QuantizeOptions("Q2_K", types=None)
     made = quantize_refined(
         tiny_gguf, tmp_path / "q.gguf", options, [lie], refine(guard=held_out), imatrix=prepared / "imatrix.gguf"
@@ -126,10 +149,25 @@ def test_moments_of_another_model(tiny_gguf, prepared, tmp_path):
     odd = tmp_path / "odd.gguf"
     with writing_moments(odd, Provenance(["none"], 1, 256), {name: Shape(1, 8)}, {}) as writer:
         writer.write(name, Moment(np.eye(8, dtype=np.float32)[None], np.array([256])))
-    with pytest.raises(BitladderError, match=r"blk\.0\.attn_q\.weight as q3_K: second moments of \(8, 8\) do not fit"):
+    with pytest.raises(BitladderError, match=r"another model than .*: blk\.0\.attn_q\.weight has inputs of 8 there"):
         quantize_refined(tiny_gguf, tmp_path / "q.gguf", QuantizeOptions(PRESET), [odd], RefineOptions())
     assert not (tmp_path / "q.gguf").exists()
     with pytest.raises(BitladderError, match="holds no second moments"):
         quantize_refined(
             tiny_gguf, tmp_path / "q.gguf", QuantizeOptions(PRESET), [prepared / "imatrix.gguf"], RefineOptions()
         )
+
+
+def test_moments_of_other_content_are_warned_of(tiny_gguf, prepared, tmp_path, capsys):
+    """As of a model before it was smoothed: shapes fit, and what they say is not true."""
+    name = "blk.0.attn_q.weight"
+    with MomentsFile(prepared / "moments.gguf") as known:
+        read = known.read(name)
+    for digest, warned in (("0" * 64, True), (model_sha256(tiny_gguf), False)):
+        path = tmp_path / "m.gguf"
+        provenance = Provenance(["none"], 1, 256, model_sha256=digest)
+        with writing_moments(path, provenance, {name: Shape(1, read.inputs.shape[1])}, {}) as writer:
+            writer.write(name, read)
+        arguments = ["-m", str(tiny_gguf), "-o", str(tmp_path / "q.gguf"), "--moments", str(path), "--guard", "none"]
+        assert invoke(["quantize", *arguments, "--rounding", "feedback", PRESET]) == 0
+        assert ("collected from another file" in capsys.readouterr().err) == warned

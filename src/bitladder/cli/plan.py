@@ -11,6 +11,7 @@ from bitladder.cli import options
 from bitladder.cli.output import Output, common_options
 
 if TYPE_CHECKING:
+    from bitladder.model.reader import GgufFile
     from bitladder.planning import Planner, PlanOptions, PlanResult, Preset, Target
     from bitladder.refine.output import OutputRounding
     from bitladder.sensitivity.document import Sensitivity
@@ -98,7 +99,7 @@ def command(output: Output, model: pathlib.Path, suggest_prune: bool, **given: A
     from bitladder.planning import Planner, Subject
 
     with contextlib.ExitStack() as opened, Subject(model, given["imatrix"]) as subject:
-        chosen = dataclasses.replace(_options(given), rounding=_rounding(given, opened))
+        chosen = dataclasses.replace(_options(given), rounding=_rounding(given, opened, subject.file, output))
         with Planner(subject, load_text(given["text"] or "pydoc:calibration"), chosen, output.progress) as planner:
             target, preset = _target(planner, wanted[0], given)
             prices = _prices(planner, target, preset, given)
@@ -108,15 +109,18 @@ def command(output: Output, model: pathlib.Path, suggest_prune: bool, **given: A
     _show(output, result, subject.places, target, out)
 
 
-def _rounding(given: dict[str, Any], opened: contextlib.ExitStack) -> "OutputRounding | None":
+def _rounding(
+    given: dict[str, Any], opened: contextlib.ExitStack, model: "GgufFile", output: Output
+) -> "OutputRounding | None":
     """What rounds for the layers' outputs, with its files open as long as needed; None for the library's kernels."""
     from bitladder.calibrate.moments import MomentsFile
-    from bitladder.refine.output import OutputRounding
+    from bitladder.refine.output import OutputRounding, refuse_other_moments
     from bitladder.rounding import RoundingOptions
 
     if not given["moments"]:
         return None
     files = [opened.enter_context(MomentsFile(path)) for path in given["moments"]]
+    refuse_other_moments(files, model, output.progress)
     return OutputRounding(files, RoundingOptions(method=given["rounding"]))
 
 

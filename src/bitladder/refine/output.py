@@ -10,8 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.moments import Moment, MomentsFile
+from bitladder.calibrate.secondmoments import model_sha256
 from bitladder.engine.types import TensorType, quantize_rows
 from bitladder.errors import BitladderError
+from bitladder.model.reader import GgufFile
+from bitladder.progress import SILENT, Progress
 from bitladder.rounding import Rounded, RoundingOptions, can_round, round_tensor
 
 Floats = npt.NDArray[np.float32]
@@ -81,6 +84,30 @@ class OutputRounding:
             else round_tensor(matrix, stock[index], kind.name, moment.inputs[index], options, outputs)
             for index, matrix in enumerate(weights)
         ]
+
+
+def refuse_other_moments(moments: Sequence[MomentsFile], model: GgufFile, progress: Progress = SILENT) -> None:
+    """Raise BitladderError if second moments do not fit the model's tensors.
+
+    Of a model of the same shapes but other content they say nothing true; that is warned of, not refused, because it
+    may be the same model in another precision.
+    """
+    digest = model_sha256(model.path)
+    for file in moments:
+        for name in file.names():
+            tensor, shape = model.tensors.get(name), file.shape(name)
+            if tensor is None or tensor.width != shape.n_in or shape.n_out not in (0, tensor.rows):
+                here = "not in it" if tensor is None else f"{tensor.rows} × {tensor.width} in it"
+                there = f"{shape.n_out} × {shape.n_in}" if shape.n_out else f"inputs of {shape.n_in}"
+                raise BitladderError(
+                    f"{file.path} holds second moments of another model than {model.path}: {name} has {there} there "
+                    f"and is {here}; collect them with bitladder calibrate -m {model.path}"
+                )
+        if file.provenance.model_sha256 not in ("", digest):
+            progress.warn(
+                f"{file.path} was collected from another file than {model.path}. If that is not the same model in "
+                "another precision, blocks are chosen for inputs that it never has"
+            )
 
 
 def joined_sha256(moments: Sequence[MomentsFile]) -> str:

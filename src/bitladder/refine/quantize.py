@@ -15,7 +15,7 @@ from bitladder.evaluate import Settings, load_or_compute_base
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import Prepared, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
 from bitladder.refine.guard import Guard, GuardReport
-from bitladder.refine.output import Bytes, OutputRounding, joined_sha256
+from bitladder.refine.output import Bytes, OutputRounding, joined_sha256, refuse_other_moments
 from bitladder.refine.render import render_all
 from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order
 from bitladder.rounding import RoundingOptions
@@ -79,6 +79,7 @@ def quantize_refined(
                 )
             extra[SEQUENTIAL_KEY] = refine.sequential.describe()
         with prepare(source, options, imatrix=imatrix, metadata=extra, progress=progress) as prepared:
+            refuse_other_moments(known, prepared.file, progress)
             return _refine(prepared, out, rounding, refine, threads, progress)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from bitladder.evaluate.scores import Figure
 from bitladder.recipe.names import short_kind
-from bitladder.refine.guard import GuardReport
+from bitladder.refine.guard import GuardReport, Trial
 from bitladder.refine.quantize import Refined
 
 
@@ -29,10 +29,13 @@ def refine_lines(made: Refined) -> list[str]:
         f"held-out text ({guard.tokens} tokens): KLD {_text(guard.before)} with the library's blocks, "
         f"{_text(guard.after)} with these (difference {_text(guard.difference)}, paired)"
     )
-    stock = [trial for trial in guard.trials if not trial.kept]
-    if stock:
-        raised = "; ".join(f"{trial.kind} × {len(trial.tensors)}: {trial.change.value:+.5f}" for trial in stock)
-        lines.append(f"{len(guard.stock)} tensors keep the library's blocks. What raised KLD: {raised}")
+    kept = f"{guard.tried - len(guard.stock)} of {guard.tried} tensors have these blocks"
+    raised = [trial for trial in (*guard.trials, *guard.removals) if not trial.kept]
+    lines.append(kept + "".join(f"; {_trial(trial)} with those of {_names(trial)}" for trial in raised))
+    layers = [trial for trial in guard.removals if trial.kind.startswith("blk.")]
+    if layers:
+        least = max(layers, key=lambda trial: trial.change.value)
+        lines.append(f"the layer that gains least by them: {least.kind}, {_trial(least)}")
     return lines
 
 
@@ -44,16 +47,27 @@ def guard_json(guard: GuardReport) -> dict[str, Any]:
         "difference": guard.difference.model_dump(),
         "tokens": guard.tokens,
         "stock": list(guard.stock),
-        "trials": [
-            {
-                "kind": trial.kind,
-                "tensors": list(trial.tensors),
-                "change": trial.change.model_dump(),
-                "kept": trial.kept,
-            }
-            for trial in guard.trials
-        ],
+        "tried": guard.tried,
+        "trials": [_trial_json(trial) for trial in guard.trials],
+        "removals": [_trial_json(trial) for trial in guard.removals],
     }
+
+
+def _trial_json(trial: Trial) -> dict[str, Any]:
+    return {
+        "kind": trial.kind,
+        "tensors": list(trial.tensors),
+        "change": trial.change.model_dump(),
+        "kept": trial.kept,
+    }
+
+
+def _trial(trial: Trial) -> str:
+    return f"KLD {trial.change.value:+.5f} ± {trial.change.error:.5f}"
+
+
+def _names(trial: Trial) -> str:
+    return trial.tensors[0] if len(trial.tensors) == 1 else f"{len(trial.tensors)} {trial.kind}"
 
 
 def _text(figure: Figure) -> str:

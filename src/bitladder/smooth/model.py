@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.imatrix import Imatrix, read_imatrix, write_imatrix
-from bitladder.engine.context import Context
-from bitladder.engine.model import Model
+from bitladder.engine.sequence import logit_differences, sequence_logits
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing, sha256_file
 from bitladder.model.reader import GgufFile
@@ -233,19 +232,14 @@ class _Logits:
 
     def moved(self, path: pathlib.Path) -> float:
         """The largest difference from another file's logits, as a fraction of the range of ours at the position."""
-        other = self._compute(path)
-        spread = np.maximum(np.ptp(self._logits, axis=1), np.finfo(np.float32).tiny)
-        return float((np.abs(other - self._logits) / spread[:, None]).max())
+        return float(logit_differences(self._compute(path), self._logits).max())
 
     def neutral(self, path: pathlib.Path) -> bool:
         """Whether another file computes the same."""
         return self.moved(path) <= TOLERANCE
 
     def _compute(self, path: pathlib.Path) -> Floats:
-        with Model(path, repack=False) as model:
-            count = CHECKED_TOKENS
-            tokens = np.random.default_rng(0).integers(0, model.n_vocab, count).astype(np.int32)
-            with Context(model, n_ctx=count, n_batch=count, n_ubatch=count, threads=self._threads) as context:
-                positions = np.arange(count, dtype=np.int32)
-                context.decode(tokens, positions, np.zeros(count, np.int32), np.ones(count, np.bool_))
-                return context.logits().copy()
+        with GgufFile(path) as file:
+            vocabulary = file.tensors["token_embd.weight"].shape[1]
+        tokens = np.random.default_rng(0).integers(0, vocabulary, CHECKED_TOKENS).astype(np.int32)
+        return sequence_logits(path, tokens, threads=self._threads)

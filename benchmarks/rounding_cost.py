@@ -1,0 +1,124 @@
+"""What rounding one matrix costs by its size, and by that a whole model: CPU seconds of one thread, and memory.
+
+    python benchmarks/rounding_cost.py [--types Q4_K,IQ3_S] [--shapes 1024x1024,…] [--json OUT]
+
+Matrices and moments are random, with correlations that fall off like those of a language model (eigenvalues ~ 1/k);
+each shape is out x in. Seconds are fitted, by least squares of relative errors, with what the method does:
+
+    a m n             scales and levels tried, for each weight
+    b (m n² + m² n)   errors handed on within rows and between them
+    c (n³ + m³)       factors of H and O
+
+and with these numbers models of `MODELS` are predicted. The largest shapes of Llama-2-7B are among those measured, so
+nothing is extrapolated but the number of matrices and, for its 11,008-wide ones, the size. Seconds do not carry over to
+other machines: compare them with those of the library's own kernel, which are printed beside.
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import time
+
+import numpy as np
+
+from bitladder.engine.native import versions
+from bitladder.engine.types import quantize_rows, type_by_name
+from bitladder.rounding import RoundingOptions, round_tensor
+
+# Matrices of one block, out x in, and the number of blocks.
+MODELS = {
+    "Llama-2-7B": (32, [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]),
+    "OLMo-2-1B": (16, [(2048, 2048)] * 4 + [(8192, 2048)] * 2 + [(2048, 8192)]),
+}
+SHAPES = "576x576,1024x1024,2048x2048,4096x1024,1024x4096,4096x4096"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--types", default="Q4_K")
+    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--json", type=pathlib.Path)
+    arguments = parser.parse_args()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
+    rows = []
+    for kind in arguments.types.split(","):
+        cost((256, 256), kind)  # compiles
+        measured = [(shape, *cost(shape, kind)) for shape in shapes]
+        coefficients = fit([shape for shape, *_ in measured], [best for _, _, best in measured])
+        for shape, stock, best in measured:
+            fitted = terms(shape) @ coefficients
+            print(
+                f"{kind} {shape[0]} x {shape[1]}: {best:.1f} s, fitted {fitted:.1f} s; library {stock:.2f} s",
+                flush=True,
+            )
+        hours = {
+            name: count * sum(terms(one) @ coefficients for one in each) / 3600
+            for name, (count, each) in MODELS.items()
+        }
+        print(
+            f"{kind}: a {coefficients[0]:.3g}, b {coefficients[1]:.3g}, c {coefficients[2]:.3g} s;",
+            *(f"{name} {h:.1f} core hours" for name, h in hours.items()),
+            flush=True,
+        )
+        rows.append(
+            {
+                "type": kind,
+                "seconds": [[*shape, stock, best] for shape, stock, best in measured],
+                "coefficients": list(coefficients),
+                "core_hours": hours,
+            }
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory {peak:.0f} MiB")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": rows, "peak_mib": peak, "versions": versions()}, indent=1) + "\n")
+
+
+def cost(shape: tuple[int, int], name: str) -> tuple[float, float]:
+    """CPU seconds of one thread: the library's kernel, and `best` behind it."""
+    kind = type_by_name(name)
+    rng = np.random.default_rng(0)
+    rows, width = shape
+    weights = (0.02 * rng.standard_normal(shape)).astype(np.float32)
+    inputs, outputs = moments(width, rng), moments(rows, rng)
+    began = time.thread_time()
+    stock = quantize_rows(weights, kind, np.diag(inputs).copy())
+    middle = time.thread_time()
+    rounded = round_tensor(weights, stock, kind.name, inputs, RoundingOptions(), outputs)
+    ended = time.thread_time()
+    assert rounded.after < rounded.before
+    return middle - began, ended - middle
+
+
+def moments(size: int, rng: np.random.Generator) -> np.ndarray:
+    """A second moment with eigenvalues 1/k in random directions, and a diagonal of about 1."""
+    vectors = rng.standard_normal((size, size), dtype=np.float32) / np.float32(size**0.5)
+    weighted = vectors * np.float32(1) / np.arange(1, size + 1, dtype=np.float32)
+    found = weighted @ vectors.T
+    return found * np.float32(size / np.trace(found))
+
+
+def terms(shape: tuple[int, int]) -> np.ndarray:
+    """What the three numbers count."""
+    m, n = map(float, shape)
+    return np.array([m * n, m * n * (m + n), n**3 + m**3])
+
+
+def fit(shapes: list[tuple[int, int]], seconds: list[float]) -> np.ndarray:
+    """The numbers that are nearest to all shapes alike; one that would be below 0 is left out."""
+    relative = np.stack([terms(shape) / one for shape, one in zip(shapes, seconds, strict=True)])
+    used = list(range(relative.shape[1]))
+    while True:
+        unit = relative[:, used].max(0)
+        found = np.linalg.lstsq(relative[:, used] / unit, np.ones(len(seconds)), rcond=None)[0] / unit
+        if (found >= 0).all():
+            break
+        used.pop(int(np.argmin(found * unit)))
+    numbers = np.zeros(relative.shape[1])
+    numbers[used] = found
+    return numbers
+
+
+if __name__ == "__main__":
+    main()
