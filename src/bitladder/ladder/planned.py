@@ -15,7 +15,6 @@ from bitladder.files import sha256_bytes, write_json
 from bitladder.model.writer import TensorPlan
 from bitladder.planning import FeedbackEffort, Planner, PlanOptions, PlanResult, Preset, Subject, Target, rivals
 from bitladder.progress import Progress
-from bitladder.refine import render_all
 from bitladder.refine.output import OutputRounding
 from bitladder.rounding import RoundingOptions
 from bitladder.sensitivity.document import load_sensitivity
@@ -101,9 +100,6 @@ class PlannedRungs(Closing):
         for preset in presets:
             for name, menu in planner.menus(window, preset).items():
                 menus[name] = tuple(sorted({*menus.get(name, ()), *menu}, key=lambda kind: (kind.bpw, kind.name)))
-        if self._rounding.method != "stock":
-            pairs = [(name, kind.name) for name, menu in menus.items() for kind in menu]
-            render_all(planner.renderer, pairs, threads=self._settings.threads, progress=self._progress)
         planner.price_menus(menus).save(out)
         return out
 

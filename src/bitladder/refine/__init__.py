@@ -2,7 +2,6 @@
 
 from bitladder.refine.guard import Guard, GuardReport, Trial
 from bitladder.refine.quantize import Refined, RefineOptions, quantize_refined
-from bitladder.refine.render import render_all
 from bitladder.refine.sequential import Sequential
 
-__all__ = ["Guard", "GuardReport", "RefineOptions", "Refined", "Sequential", "Trial", "quantize_refined", "render_all"]
+__all__ = ["Guard", "GuardReport", "RefineOptions", "Refined", "Sequential", "Trial", "quantize_refined"]

@@ -5,12 +5,13 @@ tr(ΔW H ΔWᵀ) can make a worse model. So the blocks of one kind of tensor aft
 full-precision model, in which all others have the blocks that were kept so far, and stay if KLD falls. A kind that
 raises it is tried in halves of its layers, down to single tensors.
 
-What harms in one layer only can hide behind a kind that gains in all. So then each layer's blocks are taken out again,
-and of the layers that gain least by them each tensor's: the last one, and those that do harm or gain no more than the
-error of their gain.
+What harms in one layer can hide behind a kind that gains in all. So then blocks are taken out again: those of groups of
+neighbouring layers, of each layer in the groups that gain least by them, and of each tensor in the layers that do. If a
+kind was refused, the moments are not to be trusted, and every layer is looked at.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -27,13 +28,13 @@ from bitladder.evaluate.figures import mean
 from bitladder.evaluate.rows import Workers
 from bitladder.evaluate.scores import Figure
 from bitladder.evaluate.settings import Settings
-from bitladder.progress import SILENT, Progress, Task
+from bitladder.progress import SILENT, Progress
 from bitladder.recipe.names import layer_of, short_kind
 from bitladder.sensitivity.rendered import Renderer
 
 Doubles = npt.NDArray[np.float64]
 Key = TypeVar("Key")
-# Layers at most that are tried tensor by tensor though they do no harm as a whole: with few tokens no gain is clear.
+# Parts at most that are looked into though they do no harm as a whole: with few tokens no gain is clear.
 UNCLEAR = 4
 
 
@@ -41,7 +42,7 @@ UNCLEAR = 4
 class Trial:
     """Some tensors with their rounded blocks and without: what these add to KLD (paired, nats), and whether they stay.
 
-    `kind` is that of the tensors, or blk.7 for a layer's.
+    `kind` is that of the tensors, or blk.7 for a layer's, blk.6-11 for those of several.
     """
 
     kind: str
@@ -54,8 +55,8 @@ class Trial:
 class GuardReport:
     """KLD of the library's blocks and of what was kept, their paired difference, and every trial in order.
 
-    `trials` are of blocks that were put in, `removals` of blocks that were in and were taken out, which for a whole
-    layer is a measurement only. `stock` names the tensors that keep the library's blocks, of `tried`.
+    `trials` are of blocks that were put in, `removals` of blocks that were in and were taken out, which for whole
+    layers is a measurement only. `stock` names the tensors that keep the library's blocks, of `tried`.
     """
 
     before: Figure
@@ -66,6 +67,15 @@ class GuardReport:
     stock: tuple[str, ...]
     tried: int
     tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Tensors that are taken out together, and the smaller parts inside."""
+
+    label: str
+    names: tuple[str, ...]
+    inside: tuple["_Part", ...] = ()
 
 
 class Guard(Closing):
@@ -97,8 +107,7 @@ class Guard(Closing):
         Raises BitladderError if decoding fails or logits are not finite.
         """
         kinds = _grouped(candidates, short_kind)
-        layers = _grouped([name for name in candidates if layer_of(name) is not None], layer_of)
-        with progress.task("guard", 2 + len(kinds) + len(layers)) as bar:
+        with progress.task("guard", 1 + len(kinds)) as bar:
             for name in self._types:
                 self._put(self._stock, (name,))
             before = now = self._kld()
@@ -109,11 +118,21 @@ class Guard(Closing):
                 now = self._try(kind, tuple(ordered), now, trials)
                 bar.note(f"KLD {now.mean():.5f}, {before.mean():.5f} with the library's blocks")
                 bar.advance()
-            kept = {name for trial in trials if trial.kept for name in trial.tensors}
-            removals: list[Trial] = []
-            within = {layer: [name for name in names if name in kept] for layer, names in layers.items()}
-            now = self._doubt(within, now, removals, bar)
-            bar.advance()
+        kept = {name for trial in trials if trial.kept for name in trial.tensors}
+        removals: list[Trial] = []
+        layers = _layers([name for name in candidates if name in kept])
+        if all(trial.kept for trial in trials) and len(layers) > 3:
+            layers = self._weakest(_neighbours(layers), now, removals, progress)
+        tensors = self._weakest(layers, now, removals, progress)
+        with progress.task("guard, tensors", len(tensors)) as bar:
+            for tensor in tensors:
+                change, without = self._without(tensor.names, now)
+                removals.append(Trial(tensor.label, tensor.names, change, kept=change.value <= 0))
+                if change.value > 0:
+                    now = without
+                else:
+                    self._put(self._rounded, tensor.names)
+                bar.advance()
         kept -= {name for trial in removals if not trial.kept for name in trial.tensors}
         return GuardReport(
             mean(before),
@@ -142,31 +161,24 @@ class Guard(Closing):
             now = self._try(kind, names[middle:], now, trials)
         return now
 
-    def _doubt(
-        self, layers: Mapping[int | None, Sequence[str]], now: Doubles, removals: list[Trial], bar: Task
-    ) -> Doubles:
-        """The scores after measuring what each layer gains, and trying single tensors of those that gain least."""
+    def _weakest(self, parts: Sequence[_Part], now: Doubles, removals: list[Trial], progress: Progress) -> list[_Part]:
+        """What is inside the parts that gain least: of one at least, and of those that harm or gain nothing clear."""
         gains = []
-        for layer, names in layers.items():
-            if names:
-                change, _ = self._without(names, now)
-                self._put(self._rounded, names)
-                gains.append(Trial(f"blk.{layer}", tuple(names), change, kept=True))
-            bar.advance()
-        removals += gains
-        gains.sort(key=lambda trial: -trial.change.value)
-        for place, trial in enumerate(gains):
-            unclear = trial.change.value > (-trial.change.error if place < UNCLEAR else 0)
-            if place and not unclear:
-                break
-            for name in trial.tensors:
-                change, without = self._without((name,), now)
-                removals.append(Trial(short_kind(name), (name,), change, kept=change.value <= 0))
-                if change.value > 0:
-                    now = without
-                else:
-                    self._put(self._rounded, (name,))
-        return now
+        with progress.task("guard, layers", len(parts)) as bar:
+            for part in parts:
+                change, _ = self._without(part.names, now)
+                self._put(self._rounded, part.names)
+                removals.append(Trial(part.label, part.names, change, kept=True))
+                gains.append((change, part))
+                bar.note(part.label)
+                bar.advance()
+        gains.sort(key=lambda pair: -pair[0].value)
+        return [
+            inner
+            for place, (change, part) in enumerate(gains)
+            if not place or change.value > (-change.error if place < UNCLEAR else 0)
+            for inner in part.inside
+        ]
 
     def _without(self, names: Sequence[str], now: Doubles) -> tuple[Figure, Doubles]:
         """What the rounded blocks of these tensors add to KLD, and the scores without them; they are out then."""
@@ -180,6 +192,29 @@ class Guard(Closing):
 
     def _kld(self) -> Doubles:
         return compare(self._context, self._base, self._chunks, self._workers).kld
+
+
+def _layers(names: Sequence[str]) -> list[_Part]:
+    """Each layer and the tensors in it."""
+    layers = _grouped([name for name in names if layer_of(name) is not None], layer_of)
+    return [
+        _Part(f"blk.{layer}", tuple(within), tuple(_Part(short_kind(name), (name,)) for name in within))
+        for layer, within in sorted(layers.items(), key=lambda pair: pair[0] or 0)
+    ]
+
+
+def _neighbours(layers: Sequence[_Part]) -> list[_Part]:
+    """Groups of neighbouring layers, about as many as layers in each."""
+    size = math.isqrt(len(layers))
+    groups = [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
+    return [
+        _Part(
+            f"{group[0].label}-{group[-1].label.removeprefix('blk.')}",
+            tuple(name for layer in group for name in layer.names),
+            group,
+        )
+        for group in groups
+    ]
 
 
 def _grouped(names: Sequence[str], key: Callable[[str], Key]) -> dict[Key, list[str]]:

@@ -16,9 +16,9 @@ from bitladder.progress import SILENT, Progress
 from bitladder.quantize import Prepared, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
 from bitladder.refine.guard import Guard, GuardReport
 from bitladder.refine.output import Bytes, OutputRounding, joined_sha256, refuse_other_moments
-from bitladder.refine.render import render_all
 from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order
 from bitladder.rounding import RoundingOptions
+from bitladder.sensitivity.render import render_all
 from bitladder.sensitivity.rendered import Renderer, Stock
 
 # What the file says of its blocks, for `bitladder verify`.
@@ -105,7 +105,7 @@ def _refine(
             if shifted is not None:
                 render_in_order(shifted, (stock, rounded), types, list(chosen), threads=threads, progress=progress)
             else:
-                render_all(rounded, chosen.items(), threads=threads, progress=progress)
+                render_all(rounded, chosen.items(), progress=progress)
             report = None
             if refine.guard is not None:
                 base_file = folder / f"{refine.guard.sha256[:12]}.{refine.settings.n_ctx}.base"

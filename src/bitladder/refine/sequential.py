@@ -19,7 +19,7 @@ from bitladder.engine.model import Model
 from bitladder.engine.types import TensorType, type_by_name
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.output import Bytes, Floats, OutputRounding
-from bitladder.refine.render import render_all
+from bitladder.sensitivity.render import render_all
 from bitladder.sensitivity.rendered import Renderer
 
 EMBEDDINGS = "token_embd.weight"
@@ -100,7 +100,7 @@ def render_in_order(
             wanted = [name for name in names if name in chosen]
             if number and wanted:
                 shifted.moments = watched.collect(wanted)
-            render_all(rounded, ((name, types[name]) for name in wanted), threads=threads, progress=progress)
+            render_all(rounded, ((name, types[name]) for name in wanted), progress=progress)
             for name in names:
                 if name in types:
                     renderer = rounded if name in wanted else stock

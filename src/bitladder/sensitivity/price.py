@@ -14,6 +14,7 @@ from bitladder.sensitivity.document import Check, GroupPrice, Made, Sensitivity,
 from bitladder.sensitivity.journal import Journal, Measurement, Measures
 from bitladder.sensitivity.law import Probe, fit
 from bitladder.sensitivity.menu import pruned
+from bitladder.sensitivity.render import render_all
 from bitladder.sensitivity.rendered import Renderer
 
 Menus = Mapping[str, Sequence[TensorType]]
@@ -31,17 +32,9 @@ class Effort:
 
 def rendered_errors(renderer: Renderer, menus: Menus, progress: Progress = SILENT) -> dict[str, dict[str, float]]:
     """Σ w (ŵ − w)² of each tensor at each type of its menu: tensor → type → error. Renders what is not cached."""
-    tensors = renderer.file.tensors
-    total = sum(tensors[name].elements * len(menu) for name, menu in menus.items())
-    errors: dict[str, dict[str, float]] = {}
-    with progress.task("render every tensor in every type", total) as task:
-        for name, menu in menus.items():
-            errors[name] = {}
-            for kind in menu:
-                task.note(f"{name} {kind.name}")
-                errors[name][kind.name] = renderer.error(name, kind)
-                task.advance(tensors[name].elements)
-    return errors
+    pairs = [(name, kind.name) for name, menu in menus.items() for kind in menu]
+    found = render_all(renderer, pairs, label="render every tensor in every type", progress=progress)
+    return {name: {kind.name: found[name, kind.name] for kind in menu} for name, menu in menus.items()}
 
 
 def price(
