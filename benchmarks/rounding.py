@@ -72,7 +72,7 @@ def main() -> None:
                 cost = time.monotonic() - began, time.process_time() - cpu
                 row = {
                     "preset": preset,
-                    "way": way,
+                    "way": pathlib.Path(way).name if way.endswith(".toml") else way,
                     "bytes": out.stat().st_size,
                     "seconds": cost[0],
                     "cpu_seconds": cost[1],
