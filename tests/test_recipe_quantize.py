@@ -51,9 +51,7 @@ def imatrix(mixed_gguf, tmp_path_factory):
 def odd_gguf(tiny_gguf, tmp_path_factory):
     """A mixture of experts whose rows of 288 weights are no multiple of a super-block; ffn_down's of 256 are."""
     path = tmp_path_factory.mktemp("odd") / "odd.gguf"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe, "WIDTH", 288)
-        moe.write_moe(tiny_gguf, path, experts=4)
+    moe.write_moe(tiny_gguf, path, experts=4, width=288)
     return path
 
 
