@@ -6,8 +6,9 @@ Matrices and moments are random, with correlations that fall off like those of a
 each shape is out x in. Seconds are fitted, by least squares of relative errors, with what the method does:
 
     a m n             scales and levels tried, for each weight
-    b (m n² + m² n)   errors handed on within rows and between them
-    c (n³ + m³)       factors of H and O
+    b m n²            errors handed on within rows
+    c m² n            and between them
+    d n³              factors of H
 
 and with these numbers models of `MODELS` are predicted. The largest shapes of Llama-2-7B are among those measured, so
 nothing is extrapolated but the number of matrices and, for its 11,008-wide ones, the size. Seconds do not carry over to
@@ -57,7 +58,7 @@ def main() -> None:
             for name, (count, each) in MODELS.items()
         }
         print(
-            f"{kind}: a {coefficients[0]:.3g}, b {coefficients[1]:.3g}, c {coefficients[2]:.3g} s;",
+            f"{kind}: {', '.join(f'{name} {one:.3g}' for name, one in zip('abcd', coefficients, strict=True))} s;",
             *(f"{name} {h:.1f} core hours" for name, h in hours.items()),
             flush=True,
         )
@@ -102,7 +103,7 @@ def moments(size: int, rng: np.random.Generator) -> np.ndarray:
 def terms(shape: tuple[int, int]) -> np.ndarray:
     """What the three numbers count."""
     m, n = map(float, shape)
-    return np.array([m * n, m * n * (m + n), n**3 + m**3])
+    return np.array([m * n, m * n**2, m**2 * n, n**3])
 
 
 def fit(shapes: list[tuple[int, int]], seconds: list[float]) -> np.ndarray:
