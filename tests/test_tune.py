@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -200,3 +201,10 @@ def test_wrong_inputs(tiny_gguf, prepared, tmp_path):
     with pytest.raises(BitladderError, match="no quantized blocks"):
         tune(tiny_gguf, tiny_gguf, tmp_path / "x.gguf", texts, options)
     assert not list(tmp_path.iterdir())
+    norm = next(one for one in gguf.GGUFReader(tiny_gguf).tensors if one.name == "output_norm.weight")
+    other = bytearray(tiny_gguf.read_bytes())
+    other[norm.data_offset + 1] ^= 1  # one bit of one weight
+    (tmp_path / "other.gguf").write_bytes(other)
+    with pytest.raises(BitladderError, match=r"model of the same shapes: output_norm\.weight has other values"):
+        tune(tmp_path / "other.gguf", quant, tmp_path / "x.gguf", texts, options)
+    assert not (tmp_path / "x.gguf").exists()

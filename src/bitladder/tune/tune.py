@@ -21,7 +21,7 @@ from bitladder.files import replacing, sha256_file
 from bitladder.gradients.check import check
 from bitladder.gradients.moments import CHECKED_TOKENS
 from bitladder.gradients.needs import require_torch, torch_threads
-from bitladder.model.kinship import refuse_other_model
+from bitladder.model.kinship import refuse_other_model, refuse_other_vectors
 from bitladder.model.reader import GgufFile
 from bitladder.model.values import string
 from bitladder.model.writer import GgufWriter, TensorPlan
@@ -95,6 +95,8 @@ def tune(
         raise UsageError("tuning needs a text: pass -f")
     with GgufFile(full) as source, GgufFile(quant) as made:
         refuse_other_model(made, source)
+        if not made.get(TUNE_KEY):  # whose norms may have moved
+            refuse_other_vectors(made, source)
     with Model(full, vocab_only=True) as vocabulary:
         chunks = Reading(options.n_ctx, options.chunks).rows(vocabulary, texts)
     with replacing(out) as temporary:  # opened first: a folder that cannot be written to is told of at once
