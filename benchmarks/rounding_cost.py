@@ -10,13 +10,12 @@ each shape is out x in. Seconds are fitted, by least squares of relative errors,
     c m² n            and between them
     d n³              factors of H
 
-and with these numbers models of `MODELS` are predicted. The largest shapes of Llama-2-7B are among those measured, so
-nothing is extrapolated but the number of matrices and, for its 11,008-wide ones, the size. Seconds do not carry over to
+and with these numbers models of `MODELS` are predicted. Llama-2-7B's square matrices are among those
+measured; for the three of 11,008 in each block the size is extrapolated. Seconds do not carry over to
 other machines: compare them with those of the library's own kernel, which are printed beside.
 """
 
 import argparse
-import json
 import pathlib
 import resource
 import time
@@ -25,6 +24,7 @@ import numpy as np
 
 from bitladder.engine.native import versions
 from bitladder.engine.types import quantize_rows, type_by_name
+from bitladder.files import write_json
 from bitladder.rounding import RoundingOptions, round_tensor
 
 # Matrices of one block, out x in, and the number of blocks.
@@ -73,7 +73,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory {peak:.0f} MiB")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "peak_mib": peak, "versions": versions()}, indent=1) + "\n")
+        write_json(arguments.json, {"rows": rows, "peak_mib": peak, "versions": versions()})
 
 
 def cost(shape: tuple[int, int], name: str) -> tuple[float, float]:
@@ -101,7 +101,7 @@ def moments(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def terms(shape: tuple[int, int]) -> np.ndarray:
-    """What the three numbers count."""
+    """What the four numbers count."""
     m, n = map(float, shape)
     return np.array([m * n, m * n**2, m**2 * n, n**3])
 

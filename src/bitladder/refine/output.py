@@ -92,7 +92,6 @@ def refuse_other_moments(moments: Sequence[MomentsFile], model: GgufFile, progre
     Of a model of the same shapes but other content they say nothing true; that is warned of, not refused, because it
     may be the same model in another precision.
     """
-    digest = model_sha256(model.path)
     for file in moments:
         for name in file.names():
             tensor, shape = model.tensors.get(name), file.shape(name)
@@ -103,9 +102,12 @@ def refuse_other_moments(moments: Sequence[MomentsFile], model: GgufFile, progre
                     f"{file.path} holds second moments of another model than {model.path}: {name} has {there} there "
                     f"and is {here}; collect them with bitladder calibrate -m {model.path}"
                 )
-        if file.provenance.model_sha256 not in ("", digest):
+    collected = {file.path: file.provenance.model_sha256 for file in moments if file.provenance.model_sha256}
+    digest = model_sha256(model.path) if collected else ""
+    for path, other in collected.items():
+        if other != digest:
             progress.warn(
-                f"{file.path} was collected from another file than {model.path}. If that is not the same model in "
+                f"{path} was collected from another file than {model.path}. If that is not the same model in "
                 "another precision, blocks are chosen for inputs that it never has"
             )
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from bitladder.engine.types import threads_available, type_by_name
+from bitladder.engine.types import type_by_name
 from bitladder.progress import SILENT, Progress
 from bitladder.sensitivity.rendered import Renderer, Stock
 
@@ -22,7 +22,7 @@ def render_all(
     """
     tensors = renderer.file.tensors
     pairs = sorted(wanted, key=lambda pair: -tensors[pair[0]].elements * tensors[pair[0]].width)
-    pool = ThreadPoolExecutor(1 if isinstance(renderer.rounding, Stock) else renderer.threads or threads_available())
+    pool = ThreadPoolExecutor(1 if isinstance(renderer.rounding, Stock) else renderer.kernels.threads)
     errors = {}
     try:
         with progress.task(label, sum(tensors[name].elements for name, _ in pairs)) as bar:

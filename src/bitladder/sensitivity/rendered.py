@@ -77,7 +77,6 @@ class Renderer:
         threads: int | None = None,
     ) -> None:
         self.file = file
-        self.threads = threads
         self.kernels = RowKernels(threads)
         self.rounding: Rounding = rounding or Stock(self.kernels)
         self._importance, self._folder = importance, folder
