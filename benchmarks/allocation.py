@@ -19,16 +19,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bitladder import evaluate
-from bitladder.calibrate.texts import load_text
 from bitladder.errors import BitladderError
 from bitladder.files import write_json
-from bitladder.planning import FeedbackEffort, Planner, PlanOptions, PlanResult, Preset, Subject, Target, rivals
-from bitladder.planning.problem import prices_of
+from bitladder.plan import FeedbackEffort, Planner, PlanOptions, PlanResult, Preset, Subject, Target, rivals
+from bitladder.plan.priced_problem import prices_of
+from bitladder.plan.prices.document import Sensitivity, load_sensitivity
+from bitladder.plan.prices.menu import ABOVE, BELOW, Window, menu_types
+from bitladder.plan.prices.price import Effort
 from bitladder.progress import SILENT
 from bitladder.quantize import QuantizeOptions, quantize
-from bitladder.sensitivity.document import Sensitivity, load_sensitivity
-from bitladder.sensitivity.menu import ABOVE, BELOW, Window, menu_types
-from bitladder.sensitivity.price import Effort
+from bitladder.text.texts import load_text
 
 RUNGS = ("IQ3_M", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 

@@ -25,16 +25,16 @@ import time
 
 import numpy as np
 
-from bitladder.calibrate.texts import load_text
 from bitladder.engine.native import versions
 from bitladder.evaluate.measure import Reference, measure, open_or_compute
 from bitladder.evaluate.settings import Settings
 from bitladder.files import write_json
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import read_recipe
-from bitladder.refine import RefineOptions, Sequential, quantize_refined
+from bitladder.refine.round import RefineOptions, Sequential, quantize_refined
+from bitladder.refine.tune import TuneOptions, tune
 from bitladder.rounding import RoundingOptions
-from bitladder.tune import TuneOptions, tune
+from bitladder.text.texts import load_text
 
 WAYS = {
     "feedback": RoundingOptions(method="feedback", two_sided=False),

@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from bitladder.calibrate.chunks import text_chunks
 from bitladder.calibrate.sequential import SequentialModel, asymmetric_target
-from bitladder.calibrate.texts import load_text
 from bitladder.engine.context import Context
 from bitladder.engine.model import Model
 from bitladder.engine.native import versions
 from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, type_by_name
 from bitladder.files import write_json
-from bitladder.model.reader import GgufFile
+from bitladder.gguf.reader import GgufFile
 from bitladder.rounding import RoundingOptions, round_tensor
+from bitladder.text.chunks import text_chunks
+from bitladder.text.texts import load_text
 
 WAYS = ("stock", "plain", "sequential", "asymmetric", "sequential/input", "asymmetric/input")
 

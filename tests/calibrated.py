@@ -3,7 +3,7 @@
 import pathlib
 
 from bitladder.calibrate import collect_imatrix, collect_moments
-from bitladder.calibrate.texts import load_text
+from bitladder.text.texts import load_text
 
 
 def calibrate(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:

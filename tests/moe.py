@@ -5,9 +5,9 @@ import pathlib
 import numpy as np
 
 from bitladder.engine.types import type_by_name
-from bitladder.model.reader import GgufFile
-from bitladder.model.values import F32, scalar, string, u32
-from bitladder.model.writer import GgufWriter, TensorPlan
+from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.values import F32, scalar, string, u32
+from bitladder.gguf.writer import GgufWriter, TensorPlan
 
 WIDTH, FFN, BLOCKS, HEADS = 256, 256, 2, 4
 

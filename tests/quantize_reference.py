@@ -15,7 +15,7 @@ from bitladder.convert import convert
 from bitladder.engine.native import llama
 from bitladder.engine.presets import preset_number
 from bitladder.engine.types import type_by_name
-from bitladder.model.reader import GgufFile
+from bitladder.gguf.reader import GgufFile
 
 # What bitladder writes otherwise: names without folders, and two keys of its own.
 OWN_KEYS = {"bitladder.version", "bitladder.recipe.sha256"}

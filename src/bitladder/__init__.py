@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitladder.calibrate import Imatrix, collect_imatrix, collect_moments, read_imatrix
-    from bitladder.calibrate.texts import load_text
     from bitladder.convert import convert as convert_checkpoint
     from bitladder.errors import BitladderError
     from bitladder.evaluate import Scores, make_base
     from bitladder.evaluate import evaluate as evaluate_model
+    from bitladder.gguf.reader import GgufFile
     from bitladder.ladder import RunOptions
     from bitladder.ladder.run import run as run_ladder
-    from bitladder.model.reader import GgufFile
     from bitladder.quantize import quantize as quantize_model
     from bitladder.recipe import Recipe, read_recipe
     from bitladder.recipe import extract as extract_recipe
     from bitladder.report import write_card
+    from bitladder.text.texts import load_text
 
 _HOMES = {
     "BitladderError": ("errors", "BitladderError"),
-    "GgufFile": ("model.reader", "GgufFile"),
+    "GgufFile": ("gguf.reader", "GgufFile"),
     "Imatrix": ("calibrate", "Imatrix"),
     "Recipe": ("recipe", "Recipe"),
     "RunOptions": ("ladder", "RunOptions"),
@@ -33,7 +33,7 @@ _HOMES = {
     "convert_checkpoint": ("convert", "convert"),
     "evaluate_model": ("evaluate", "evaluate"),
     "extract_recipe": ("recipe", "extract"),
-    "load_text": ("calibrate.texts", "load_text"),
+    "load_text": ("text.texts", "load_text"),
     "make_base": ("evaluate", "make_base"),
     "quantize_model": ("quantize", "quantize"),
     "read_imatrix": ("calibrate", "read_imatrix"),

@@ -1,9 +1,9 @@
 """From texts to what guides quantization: the importance matrix, and second moments of inputs."""
 
-from bitladder.calibrate.collect import ImatrixResult, collect_imatrix
+from bitladder.calibrate.collect_imatrix import ImatrixResult, collect_imatrix
 from bitladder.calibrate.imatrix import Imatrix, read_imatrix, write_imatrix
-from bitladder.calibrate.moments import MomentsFile
-from bitladder.calibrate.secondmoments import MomentsResult, collect_moments
+from bitladder.calibrate.moments.collect_moments import MomentsResult, collect_moments
+from bitladder.calibrate.moments.moments_file import MomentsFile
 
 __all__ = [
     "Imatrix",

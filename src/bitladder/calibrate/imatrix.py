@@ -16,9 +16,9 @@ import numpy.typing as npt
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing
-from bitladder.model.reader import GgufFile
-from bitladder.model.values import Value, string, strings, u32
-from bitladder.model.writer import GgufWriter, TensorPlan
+from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.values import Value, string, strings, u32
+from bitladder.gguf.writer import GgufWriter, TensorPlan
 
 Floats = npt.NDArray[np.float32]
 SUMS, COUNTS = ".in_sum2", ".counts"

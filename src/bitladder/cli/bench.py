@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitladder.cli import options
-from bitladder.cli.output import Output, common_options
 from bitladder.errors import UsageError
+from bitladder.show.output import Output, common_options
 
 if TYPE_CHECKING:
-    from bitladder.evaluate.speedrows import SpeedRow
+    from bitladder.evaluate.speed_rows import SpeedRow
 
 _FORMATS = ("md", "json", "jsonl", "csv")
 
@@ -86,8 +86,8 @@ def command(
     """
     # Imported here, so that --help does not wait for the native library.
     from bitladder.evaluate.speed import SpeedError, bench
-    from bitladder.evaluate.speedrows import SpeedSettings
-    from bitladder.evaluate.speedtests import choose_tests
+    from bitladder.evaluate.speed_rows import SpeedSettings
+    from bitladder.evaluate.speed_tests import choose_tests
 
     if out and out.name in _FORMATS:
         raise UsageError(f"-o {out} names a file here; llama-bench's -o {out} is --format {out}")
@@ -103,8 +103,8 @@ def command(
 
 
 def _show(output: Output, rows: "list[SpeedRow]", form: str, out: pathlib.Path | None) -> None:
-    from bitladder.evaluate.speedtable import render
     from bitladder.files import write_text
+    from bitladder.show.speed_tables import render
 
     if form != "table":
         output.line(render(rows, form).removesuffix("\n"))
@@ -118,7 +118,7 @@ def _show(output: Output, rows: "list[SpeedRow]", form: str, out: pathlib.Path |
 def _table(rows: "list[SpeedRow]") -> Any:
     from rich.table import Column, Table
 
-    from bitladder.evaluate.speedtable import columns
+    from bitladder.show.speed_tables import columns
 
     heads, cells = columns(rows)
     left = {"model", "file", "backend"}

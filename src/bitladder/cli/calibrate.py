@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from bitladder.cli import options
-from bitladder.cli.output import Output, common_options
 from bitladder.errors import UsageError
+from bitladder.show.output import Output, common_options
 
 
 @click.command("calibrate")
@@ -73,7 +73,7 @@ def command(
     """
     # Imported here, so that --help does not wait for the native library.
     from bitladder.calibrate import collect_moments
-    from bitladder.calibrate.texts import load_text
+    from bitladder.text.texts import load_text
 
     if files and model is None:
         raise UsageError("a text needs a model: pass -m")
@@ -82,13 +82,13 @@ def command(
     texts = [load_text(spec) for spec in files]
     settings |= {"memory": None if memory is None else int(memory * 2**30), "progress": output.progress}
     if texts and weighting is None:
-        from bitladder.gradients import why_not
+        from bitladder.calibrate.gradients import why_not
 
         reason = why_not(model or "")
         weighting = "gradients" if reason is None else "positions"
         output.remark(f"tokens are weighted by {weighting}" + (f": {reason}" if reason else ""))
     if texts and weighting == "gradients":
-        from bitladder.gradients import collect_gradient_moments
+        from bitladder.calibrate.gradients import collect_gradient_moments
 
         result = collect_gradient_moments(model or "", texts, out, **settings)
     else:

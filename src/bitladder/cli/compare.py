@@ -5,7 +5,7 @@ import pathlib
 import click
 
 from bitladder.cli import options
-from bitladder.cli.output import Output, common_options
+from bitladder.show.output import Output, common_options
 
 _OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
 
@@ -66,12 +66,12 @@ def command(
     # Imported here, so that --help does not wait for the native library.
     import platformdirs
 
-    from bitladder.calibrate.texts import load_text
-    from bitladder.cli.compare_table import sections, to_json
     from bitladder.compare import compare
     from bitladder.evaluate import NoResults, ResultFolder, Settings
     from bitladder.files import write_json
     from bitladder.hub import fetch
+    from bitladder.show.comparison_tables import sections, to_json
+    from bitladder.text.texts import load_text
 
     output.tame_hub()
     loaded = load_text(text)

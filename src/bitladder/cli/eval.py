@@ -6,7 +6,7 @@ import pathlib
 import click
 
 from bitladder.cli import options
-from bitladder.cli.output import Output, common_options
+from bitladder.show.output import Output, common_options
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 _OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
@@ -100,10 +100,10 @@ def command(
     import platformdirs
 
     from bitladder import evaluate as package
-    from bitladder.calibrate.texts import load_text
-    from bitladder.cli.eval_table import tables
     from bitladder.evaluate import tasks as benchmarks
     from bitladder.files import write_json
+    from bitladder.show.eval_tables import tables
+    from bitladder.text.texts import load_text
 
     if read_logits and (base or not logits):
         raise click.UsageError("--kl-divergence compares with --kl-divergence-base FILE; leave --base out")

@@ -5,8 +5,8 @@ import pathlib
 import click
 
 from bitladder.cli import options
-from bitladder.cli.output import Output, common_options
 from bitladder.errors import UsageError
+from bitladder.show.output import Output, common_options
 
 
 @click.command("imatrix")
@@ -51,7 +51,7 @@ def command(
     """
     # Imported here, so that --help does not wait for the native library.
     from bitladder.calibrate import collect_imatrix
-    from bitladder.calibrate.texts import load_text
+    from bitladder.text.texts import load_text
 
     if files and model is None:
         raise UsageError("a text needs a model: pass -m")

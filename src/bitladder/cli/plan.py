@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitladder.cli import options
-from bitladder.cli.output import Output, common_options
+from bitladder.show.output import Output, common_options
 
 if TYPE_CHECKING:
-    from bitladder.model.reader import GgufFile
-    from bitladder.planning import Planner, PlanOptions, PlanResult, Preset, Target
-    from bitladder.refine.output import OutputRounding
-    from bitladder.sensitivity.document import Sensitivity
+    from bitladder.gguf.reader import GgufFile
+    from bitladder.plan import Planner, PlanOptions, PlanResult, Preset, Target
+    from bitladder.plan.prices.document import Sensitivity
+    from bitladder.refine.round.output_rounding import OutputRounding
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 _OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
@@ -95,8 +95,8 @@ def command(output: Output, model: pathlib.Path, suggest_prune: bool, **given: A
     if len(wanted) != 1:
         raise click.UsageError("say what to plan for: one of --like, --size, --bpw, --kld, --vram; or --suggest-prune")
     # Imported here, so that --help does not wait for the native library.
-    from bitladder.calibrate.texts import load_text
-    from bitladder.planning import Planner, Subject
+    from bitladder.plan import Planner, Subject
+    from bitladder.text.texts import load_text
 
     with contextlib.ExitStack() as opened, Subject(model, given["imatrix"]) as subject:
         chosen = dataclasses.replace(_options(given), rounding=_rounding(given, opened, subject.file, output))
@@ -113,8 +113,8 @@ def _rounding(
     given: dict[str, Any], opened: contextlib.ExitStack, model: "GgufFile", output: Output
 ) -> "OutputRounding | None":
     """What rounds for the layers' outputs, with its files open as long as needed; None for the library's kernels."""
-    from bitladder.calibrate.moments import MomentsFile
-    from bitladder.refine.output import OutputRounding, refuse_other_moments
+    from bitladder.calibrate.moments.moments_file import MomentsFile
+    from bitladder.refine.round.output_rounding import OutputRounding, refuse_other_moments
     from bitladder.rounding import RoundingOptions
 
     if not given["moments"]:
@@ -126,10 +126,10 @@ def _rounding(
 
 def _options(given: dict[str, Any]) -> "PlanOptions":
     from bitladder.evaluate import Settings
-    from bitladder.planning import Constraints, FeedbackEffort, PlanOptions, parse_floor
-    from bitladder.quantize.options import parse_tensor_type
-    from bitladder.sensitivity.menu import measured_speeds, within_speed
-    from bitladder.sensitivity.price import Effort
+    from bitladder.plan import Constraints, FeedbackEffort, PlanOptions, parse_floor
+    from bitladder.plan.prices.menu import measured_speeds, within_speed
+    from bitladder.plan.prices.price import Effort
+    from bitladder.quantize.quantize_options import parse_tensor_type
 
     constraints = Constraints(
         tuple(parse_tensor_type(text) for text in given["pins"]),
@@ -158,8 +158,8 @@ def _options(given: dict[str, Any]) -> "PlanOptions":
 
 
 def _target(planner: "Planner", kind: str, given: dict[str, Any]) -> "tuple[Target, Preset | None]":
-    from bitladder.allocate import bpw_bytes, parse_size
-    from bitladder.planning import Target
+    from bitladder.plan import Target
+    from bitladder.plan.allocate import bpw_bytes, parse_size
 
     subject = planner.subject
     if kind == "like":
@@ -188,7 +188,7 @@ def _word(text: str) -> str:
 
 
 def _show(output: Output, result: "PlanResult", places: Any, target: "Target", out: pathlib.Path) -> None:
-    from bitladder.cli.plan_table import as_json, lines, tables
+    from bitladder.show.plan_tables import as_json, lines, tables
 
     if output.json:
         output.print_json(as_json(result, places, target) | {"recipe": out.name})
@@ -201,9 +201,9 @@ def _show(output: Output, result: "PlanResult", places: Any, target: "Target", o
 
 
 def _prune(output: Output, model: pathlib.Path, given: dict[str, Any]) -> None:
-    from bitladder.calibrate.texts import load_text
     from bitladder.evaluate import Settings, load_or_compute_base
-    from bitladder.sensitivity import blocks_left_out
+    from bitladder.text.texts import load_text
+    from bitladder.trial import blocks_left_out
 
     loaded, chunks = load_text(given["text"] or "pydoc:test"), 4 if given["chunks"] == 12 else given["chunks"]
     settings = Settings(
@@ -215,7 +215,7 @@ def _prune(output: Output, model: pathlib.Path, given: dict[str, Any]) -> None:
     if output.json:
         output.print_json([{"block": one.block, "kld": one.kld.model_dump(), "bytes": one.bytes} for one in ranked])
         return
-    from bitladder.cli.plan_table import prune_table
+    from bitladder.show.plan_tables import prune_table
 
     output.line(f"{model.name} without one block, {chunks} chunks of {loaded.name}; the least loss first")
     output.print(prune_table(ranked))

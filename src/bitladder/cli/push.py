@@ -4,7 +4,7 @@ import pathlib
 
 import click
 
-from bitladder.cli.output import Output, common_options
+from bitladder.show.output import Output, common_options
 
 
 @click.command("push")
@@ -24,9 +24,9 @@ def command(
     """
     from rich.table import Table
 
-    from bitladder import publish
     from bitladder.errors import UsageError
     from bitladder.hub import HubName, parse
+    from bitladder.report import publish
 
     name = parse(repo)
     if name != HubName(repo, None, None, None):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitladder.cli import options
-from bitladder.cli.output import Output, common_options
 from bitladder.errors import UsageError
+from bitladder.show.output import Output, common_options
 
 if TYPE_CHECKING:
     from bitladder.quantize import Preflight, Prepared, QuantizeOptions, QuantizeResult
-    from bitladder.refine import RefineOptions
+    from bitladder.refine.round import RefineOptions
 
 _PATH = click.Path(path_type=pathlib.Path)
 
@@ -22,7 +22,7 @@ class _FilesInPlace(click.Command):
     """Puts the entries of --tensor-type-file where the file is named: the first pattern that matches decides."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        from bitladder.quantize.options import read_tensor_types
+        from bitladder.quantize.quantize_options import read_tensor_types
 
         option, expanded, rest = "--tensor-type-file", list[str](), iter(args)
         for one in rest:
@@ -114,11 +114,11 @@ def command(
     unless --rounding asks for better ones of the same size.
     """
     # Imported here, so that --help does not wait for the native library.
-    from bitladder.cli.preflight_table import lines, tables
-    from bitladder.model.splits import parse_size
+    from bitladder.gguf.split_writer import parse_size
     from bitladder.quantize import QuantizeOptions, check_room, preflight, prepare, refuse_target, write
-    from bitladder.quantize.options import parse_layers, parse_tensor_type
+    from bitladder.quantize.quantize_options import parse_layers, parse_tensor_type
     from bitladder.recipe import read_recipe
+    from bitladder.show.preflight_tables import lines, tables
 
     read = read_recipe(recipe) if recipe is not None else None
     wanted = QuantizeOptions(
@@ -157,10 +157,10 @@ def command(
 
 
 def _refine_options(method: Any, guard: str, guard_chunks: int, threads: int | None) -> "RefineOptions":
-    from bitladder.calibrate.texts import load_text
     from bitladder.evaluate import Settings
-    from bitladder.refine import RefineOptions
+    from bitladder.refine.round import RefineOptions
     from bitladder.rounding import RoundingOptions
+    from bitladder.text.texts import load_text
 
     return RefineOptions(
         RoundingOptions(method=method),
@@ -170,8 +170,8 @@ def _refine_options(method: Any, guard: str, guard_chunks: int, threads: int | N
 
 
 def _in_order(refine: "RefineOptions", texts: tuple[str, ...], chunks: int, blocks: int) -> "RefineOptions":
-    from bitladder.calibrate.texts import load_text
-    from bitladder.refine import Sequential
+    from bitladder.refine.round import Sequential
+    from bitladder.text.texts import load_text
 
     read = tuple(load_text(text) for text in texts)
     return dataclasses.replace(refine, sequential=Sequential(read, chunks, blocks))
@@ -188,8 +188,9 @@ def _refine(
     threads: int | None,
 ) -> None:
     from bitladder.files import sha256_file
-    from bitladder.refine import quantize_refined
-    from bitladder.refine.view import guard_json, refine_lines
+    from bitladder.refine.round import quantize_refined
+    from bitladder.refine.round.guard import guard_json
+    from bitladder.show.rounding_tables import refine_lines
 
     made = quantize_refined(
         source, out, wanted, moments, refine, imatrix=imatrix, threads=threads, progress=output.progress
@@ -207,7 +208,7 @@ def _refine(
 
 
 def _show_plan(output: Output, prepared: "Prepared", found: "Preflight") -> None:
-    from bitladder.cli.preflight_table import as_json, lines, tables
+    from bitladder.show.preflight_tables import as_json, lines, tables
 
     if output.json:
         output.print_json(as_json(found) | {"types": prepared.choice.types})

@@ -4,7 +4,7 @@ import pathlib
 
 import click
 
-from bitladder.cli.output import Output, common_options
+from bitladder.show.output import Output, common_options
 
 _FILE = click.Path(path_type=pathlib.Path)
 _model = click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF, for shapes and checks.")
@@ -24,16 +24,16 @@ def command() -> None:
 @common_options
 def show(output: Output, recipe: pathlib.Path, model: pathlib.Path | None) -> None:
     """Show RECIPE: header, kinds × types, layers × kinds."""
-    from bitladder.recipe import view
     from bitladder.recipe.extract import open_recipe
+    from bitladder.show import recipe_tables
 
     opened = open_recipe(recipe, model)
     if output.json:
-        output.print_json(view.to_json(opened.recipe, opened.shapes))
+        output.print_json(recipe_tables.to_json(opened.recipe, opened.shapes))
         return
-    for line in view.heading(opened.recipe, opened.shapes):
+    for line in recipe_tables.heading(opened.recipe, opened.shapes):
         output.line(line)
-    for table in (view.kinds_table(opened.recipe, opened.shapes), view.layers_table(opened.recipe)):
+    for table in (recipe_tables.kinds_table(opened.recipe, opened.shapes), recipe_tables.layers_table(opened.recipe)):
         if table is not None:
             output.line("")
             output.print(table)
@@ -50,7 +50,7 @@ def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
     """
     from bitladder import recipe as package
     from bitladder.errors import BitladderError
-    from bitladder.model.reader import GgufFile
+    from bitladder.gguf.reader import GgufFile
     from bitladder.recipe.extract import open_recipe
 
     with GgufFile(model) as file:
@@ -95,8 +95,8 @@ def diff(output: Output, a: pathlib.Path, b: pathlib.Path, model: pathlib.Path |
     Bytes need the shapes of the tensors: from a .gguf among the two, or from -m.
     """
     from bitladder.recipe import diff as compare
-    from bitladder.recipe.diff_view import difference
     from bitladder.recipe.extract import joined_shapes, open_recipe
+    from bitladder.show.recipe_diff_tables import difference
 
     first, second = open_recipe(a, model), open_recipe(b, model)
     found = compare(first.recipe, second.recipe, joined_shapes(first, second))

@@ -5,10 +5,10 @@ from typing import Literal
 
 import click
 
-from bitladder.calibrate.texts import BUILTIN
 from bitladder.cli import options as shared
-from bitladder.cli.live import RunDisplay
-from bitladder.cli.output import Output, common_options
+from bitladder.show.output import Output, common_options
+from bitladder.show.run_display import RunDisplay
+from bitladder.text.texts import BUILTIN
 
 
 @click.command("run")
@@ -193,7 +193,7 @@ def command(
 def _print_table(output: Output, labels: list[str], scores: list[dict[str, object]]) -> None:
     from rich.table import Column, Table
 
-    from bitladder.report import rows_of
+    from bitladder.show.score_rows import rows_of
 
     # 80 columns, the width of a pipe, are enough for the usual figures; what is wider wraps and is never cut off.
     heads = ("GB", "bpw", "PPL", "ρPPL", "KLD", "RMS Δp")

@@ -4,7 +4,7 @@ import pathlib
 
 import click
 
-from bitladder.cli.output import Output, common_options
+from bitladder.show.output import Output, common_options
 
 
 @click.command("show")
@@ -20,7 +20,7 @@ def command(*, output: Output, folder: pathlib.Path, plot: bool, width: int | No
     smaller has less KLD.
     """
     from bitladder.report.rundir import read_run
-    from bitladder.terminal import ladder_json, ladder_table, pareto_plot
+    from bitladder.show import ladder_json, ladder_table, pareto_plot
 
     run = read_run(folder)
     if output.json:

@@ -6,7 +6,7 @@ import pathlib
 import click
 
 from bitladder.cli import options
-from bitladder.cli.output import Output, common_options
+from bitladder.show.output import Output, common_options
 
 
 @click.command("smooth")
@@ -72,10 +72,10 @@ def command(
     model do not fit the new one.
     """
     # Imported here, so that --help does not wait for the native library.
-    from bitladder.calibrate.texts import load_text
     from bitladder.evaluate import Settings
     from bitladder.files import sha256_file
-    from bitladder.smooth import smooth_model, smoothed_moments, trial
+    from bitladder.refine.smooth import smooth_model, smoothed_moments, trial
+    from bitladder.text.texts import load_text
 
     loaded = load_text(text) if text else None
     out = out or model.with_name(f"{model.stem}-smooth.gguf")

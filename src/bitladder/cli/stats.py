@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from bitladder.cli.output import Output, common_options
 from bitladder.errors import UsageError
+from bitladder.show.output import Output, common_options
 
 _FILE = click.Path(path_type=pathlib.Path)
 
@@ -43,9 +43,9 @@ def command(
     Figures are those of llama-imatrix --show-statistics. With two files, tensors with the largest change come first.
     """
     # Imported here, so that --help does not wait for the native library.
-    from bitladder.statistics import view
-    from bitladder.statistics.heatmap import HeatMap
-    from bitladder.statistics.plot import check_target, write_plot
+    from bitladder.show.imatrix import imatrix_view
+    from bitladder.show.imatrix.heatmap import HeatMap
+    from bitladder.show.imatrix.picture import check_target, write_plot
 
     form = "json" if output.json else form
     if statistic and not plot:
@@ -55,9 +55,9 @@ def command(
     if plot:
         check_target(plot)
     seen = (
-        view.differences(imatrix, other, model, kinds, by, sort)
+        imatrix_view.differences(imatrix, other, model, kinds, by, sort)
         if other
-        else view.statistics(imatrix, model, kinds, by, sort)
+        else imatrix_view.statistics(imatrix, model, kinds, by, sort)
     )
     if plot:
         grid = seen.grid(statistic or ("change" if other else "sum"))
@@ -69,18 +69,18 @@ def command(
 
 
 def _print(output: Output, seen: Any, form: str, *, with_rows: bool) -> None:
-    from bitladder.statistics import tables
+    from bitladder.show.imatrix import formats
 
     if form == "json":
         output.print_json(seen.to_json())
         return
     if form == "csv":
-        output.line(tables.comma_separated(seen.rows, seen.row_type).removesuffix("\n"))
+        output.line(formats.comma_separated(seen.rows, seen.row_type).removesuffix("\n"))
         for note in seen.notes:
             output.progress.warn(note)
         return
     if with_rows:
-        lines = tables.markdown if form == "md" else tables.aligned
+        lines = formats.markdown if form == "md" else formats.aligned
         for line in [seen.heading, "", *lines(seen.rows, seen.columns)]:
             output.line(line)
     if seen.notes:

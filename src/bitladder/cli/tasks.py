@@ -5,8 +5,8 @@ import pathlib
 
 import click
 
-from bitladder.cli.output import Output, common_options
 from bitladder.errors import UsageError
+from bitladder.show.output import Output, common_options
 
 
 @click.command("tasks")

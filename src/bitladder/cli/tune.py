@@ -6,8 +6,8 @@ import pathlib
 import click
 
 from bitladder.cli import options
-from bitladder.cli.output import Output, common_options
 from bitladder.errors import UsageError
+from bitladder.show.output import Output, common_options
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
@@ -52,10 +52,10 @@ def command(
     torch (pip install 'bitladder[torch]').
     """
     # Imported here, so that --help does not wait for the native library.
-    from bitladder.calibrate.texts import load_text
     from bitladder.evaluate import Settings
     from bitladder.files import sha256_file
-    from bitladder.tune import TuneOptions, tune
+    from bitladder.refine.tune import TuneOptions, tune
+    from bitladder.text.texts import load_text
 
     texts = [load_text(spec) for spec in files]
     held_out = None if guard == "none" else (load_text(guard), Settings(n_ctx, guard_chunks, threads))

@@ -6,8 +6,8 @@ import pathlib
 import click
 
 from bitladder.cli import options
-from bitladder.cli.output import Output, common_options
 from bitladder.errors import BitladderError
+from bitladder.show.output import Output, common_options
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
@@ -36,8 +36,8 @@ def command(
 ) -> None:
     """Derive every tensor of QUANT again and compare its bytes: exit code 1 if one differs."""
     # Imported here, so that --help does not wait for the native library.
-    from bitladder.calibrate.texts import load_text
     from bitladder.refine.verify import verify
+    from bitladder.text.texts import load_text
 
     found = verify(
         quant,

@@ -2,8 +2,8 @@
 
 from bitladder.compare.comparison import Compared, Comparison, compare, perplexity_sign
 from bitladder.compare.findings import Finding, worst
+from bitladder.compare.same_weights import check_weights
 from bitladder.compare.structure import check_structure
-from bitladder.compare.weights import check_weights
 
 __all__ = [
     "Compared",

@@ -7,17 +7,17 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from bitladder.calibrate.texts import Text
 from bitladder.compare.findings import Finding, worst
+from bitladder.compare.same_weights import check_weights
 from bitladder.compare.structure import check_structure
-from bitladder.compare.weights import check_weights
 from bitladder.compare.winner import TOLERANCE, Beaten, Level, beaten, levels
 from bitladder.evaluate import Figure, Measured, Settings, Wanted, measure_several, open_or_compute, paired_mean
-from bitladder.evaluate.results import Results
+from bitladder.evaluate.results_cache import Results
+from bitladder.gguf.names import reading_order, short_kind
+from bitladder.gguf.reader import GgufFile
 from bitladder.hub import Fetched
-from bitladder.model.reader import GgufFile
 from bitladder.progress import SILENT, Progress
-from bitladder.recipe.names import reading_order, short_kind
+from bitladder.text.texts import Text
 
 # Perplexity below the base's by so many standard errors is no accident of the text.
 SURE_PPL = 3.0

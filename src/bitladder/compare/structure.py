@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from bitladder.compare.findings import Finding
 from bitladder.files import sha256_bytes
-from bitladder.model.names import ranges
-from bitladder.model.reader import GgufFile
-from bitladder.recipe.names import layer_of
+from bitladder.gguf.names import layer_of
+from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.reader import GgufFile
 
 TOKENS = "tokenizer.ggml.tokens"
 # How text becomes tokens. Token types and templates are mended by quantizers now and then; these are not.

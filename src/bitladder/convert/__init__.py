@@ -1,6 +1,6 @@
 """Turn a Hugging Face checkpoint into a GGUF file."""
 
 from bitladder.convert.build import ConvertResult, convert, default_name
-from bitladder.convert.hub import resolve
+from bitladder.hub.checkpoints import resolve
 
 __all__ = ["ConvertResult", "convert", "default_name", "resolve"]

@@ -10,17 +10,17 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.convert import metadata
+from bitladder.convert import model_metadata
 from bitladder.convert.checkpoint import Checkpoint
 from bitladder.convert.encode import check_finite, encode
 from bitladder.convert.external import run_converter
 from bitladder.convert.family import Family
-from bitladder.convert.hub import resolve
-from bitladder.convert.plan import OUTTYPES, Move, choose_outtype, family_for, plan_moves
+from bitladder.convert.tensor_map import OUTTYPES, Move, choose_outtype, family_for, plan_moves
 from bitladder.convert.tokenizer import read_vocabulary
 from bitladder.convert.vocabulary import write_vocabulary
 from bitladder.errors import UsageError
 from bitladder.files import replacing
+from bitladder.hub.checkpoints import resolve
 from bitladder.progress import SILENT, Progress
 
 
@@ -79,7 +79,7 @@ def default_name(model: str | pathlib.Path, outtype: str = "auto") -> str:
     checkpoint = Checkpoint(folder)
     decided = choose_outtype(checkpoint, outtype)
     parameters = sum(tensor.elements for tensor in checkpoint.tensors.values())
-    return metadata.file_name(metadata.read_metadata(folder, checkpoint.config, parameters), decided)
+    return model_metadata.file_name(model_metadata.read_metadata(folder, checkpoint.config, parameters), decided)
 
 
 def _write(
@@ -96,7 +96,7 @@ def _write(
     try:
         parameters = sum(checkpoint.tensors[source].elements for source in {move.source for move in moves})
         writer.add_type(gguf.GGUFType.MODEL)
-        metadata.read_metadata(checkpoint.folder, checkpoint.config, parameters).set_gguf_meta_model(writer)
+        model_metadata.read_metadata(checkpoint.folder, checkpoint.config, parameters).set_gguf_meta_model(writer)
         extra = family.describe(writer)
         writer.add_file_type(OUTTYPES[outtype][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.convert.checkpoint import Config, Raw, Shape
-from bitladder.convert.rope import describe_rope
+from bitladder.convert.rope_config import describe_rope
 from bitladder.errors import BitladderError
 
 EMBEDDING = "model.embed_tokens.weight"

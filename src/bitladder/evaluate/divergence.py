@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from bitladder.engine.blas import single_threaded
 from bitladder.engine.context import Context
-from bitladder.evaluate.chunks import Chunks, decode
-from bitladder.evaluate.rows import PIECE, Workers, check_finite
+from bitladder.evaluate.decode_chunks import Chunks, decode
+from bitladder.evaluate.logit_rows import PIECE, Workers, check_finite
 from bitladder.progress import SILENT, Progress
 
 Floats = npt.NDArray[np.float32]

@@ -5,8 +5,8 @@ import pathlib
 
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_bytes, sha256_file
-from bitladder.model.reader import GgufFile, TensorInfo
-from bitladder.model.shards import joined_sha256, shards_of
+from bitladder.gguf.reader import GgufFile, TensorInfo
+from bitladder.gguf.shards import joined_sha256, shards_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.texts import Text
 from bitladder.engine.native import versions
 from bitladder.errors import UsageError
-from bitladder.evaluate import base as bases
-from bitladder.evaluate.base import HiddenBase
-from bitladder.evaluate.basefile import is_base_file
-from bitladder.evaluate.cache import check_fits, load_or_compute_base, open_base
-from bitladder.evaluate.chunks import cut
+from bitladder.evaluate.base import hidden as bases
+from bitladder.evaluate.base.basefile import is_base_file
+from bitladder.evaluate.base.cache import check_fits, load_or_compute_base, open_base
+from bitladder.evaluate.base.hidden import HiddenBase
+from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
+from bitladder.evaluate.base.logits_file import is_logits_file
+from bitladder.evaluate.base.logits_write import write_logits_file
+from bitladder.evaluate.decode_chunks import cut
 from bitladder.evaluate.divergence import compare
 from bitladder.evaluate.figures import divergence_figures, perplexity
 from bitladder.evaluate.identity import Identity, check_vocabularies, identify, unlike
-from bitladder.evaluate.logitsbase import LogitsBase, check_logits, compare_logits, open_logits
-from bitladder.evaluate.logitsfile import is_logits_file
-from bitladder.evaluate.logitswrite import write_logits_file
+from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.perplexity import token_nll
-from bitladder.evaluate.rows import Workers
 from bitladder.evaluate.scores import BaseModelName, Named, Scores
 from bitladder.evaluate.settings import Settings
 from bitladder.progress import SILENT, Progress
+from bitladder.text.texts import Text
 
 VERSIONS = ("bitladder", "llama_cpp_python", "llama_cpp_commit")
 Arrays = dict[str, npt.NDArray[Any]]

@@ -9,13 +9,13 @@ from bitladder.engine.activations import KernelInputs
 from bitladder.engine.context import Context
 from bitladder.engine.observe import Trampoline
 from bitladder.engine.types import TensorType, type_by_name
-from bitladder.evaluate.base import HiddenBase
+from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.divergence import compare
 from bitladder.evaluate.figures import mean
-from bitladder.evaluate.rows import Workers
+from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.scores import Noise, NoiseFigure
 from bitladder.evaluate.settings import Settings
-from bitladder.model.reader import GgufFile
+from bitladder.gguf.reader import GgufFile
 from bitladder.progress import SILENT, Progress
 
 # Types that stand for all whose kernels round their inputs alike: to Q8_0 (blocks of 32), and to Q8_K (of 256).

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.context import Context
-from bitladder.evaluate.chunks import Chunks, decode
-from bitladder.evaluate.rows import Workers, score_rows
+from bitladder.evaluate.decode_chunks import Chunks, decode
+from bitladder.evaluate.logit_rows import Workers, score_rows
 from bitladder.progress import SILENT, Progress
 
 Doubles = npt.NDArray[np.float64]

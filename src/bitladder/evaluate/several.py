@@ -7,10 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from bitladder.calibrate.texts import Text
 from bitladder.engine.model import Model
 from bitladder.engine.native import versions
-from bitladder.evaluate.base import HiddenBase
+from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.identity import Identity, identify
 from bitladder.evaluate.measure import (
     Measured,
@@ -22,11 +21,12 @@ from bitladder.evaluate.measure import (
 )
 from bitladder.evaluate.noise import noise_floor
 from bitladder.evaluate.paired import average, paired_mean, paired_perplexity, paired_task, unit
-from bitladder.evaluate.results import NoResults, Results
+from bitladder.evaluate.results_cache import NoResults, Results
 from bitladder.evaluate.scores import Noise, Paired, Scores, TaskScore
 from bitladder.evaluate.settings import Settings
 from bitladder.evaluate.tasks import FIVE, Task, score_task
 from bitladder.progress import SILENT, Progress
+from bitladder.text.texts import Text
 
 # Raise one when its code would give other figures from the same inputs.
 CODE = {"text": 1, "tasks": 1, "noise": 2}

@@ -23,8 +23,8 @@ from bitladder.engine.model import Model, Tokens
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate.identity import parts
-from bitladder.evaluate.speedrows import SpeedRow, SpeedSettings
-from bitladder.evaluate.speedtests import SpeedTest
+from bitladder.evaluate.speed_rows import SpeedRow, SpeedSettings
+from bitladder.evaluate.speed_tests import SpeedTest
 from bitladder.progress import SILENT, Progress, Task
 
 # Share of the main memory that models measured in turns may take; more, and pages would go out and in between turns.

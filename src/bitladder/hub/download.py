@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from bitladder.errors import BitladderError, UsageError
-from bitladder.hub.names import is_model, pick, shards
+from bitladder.hub.quant_files import is_model, pick, shards
 
 _ID = re.compile(
     r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*?)(?:@(?P<revision>[\w./-]+?))?(?::(?P<quant>[\w.-]+)|/(?P<file>[^:]+\.gguf))?"

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
-from bitladder.calibrate.texts import Text
 from bitladder.closing import Closing
 from bitladder.ladder.plan import RunOptions
 from bitladder.ladder.planned import SENSITIVITY, WORK, PlannedRungs
@@ -12,6 +11,7 @@ from bitladder.ladder.records import IMATRIX
 from bitladder.ladder.rounded import MOMENTS, PLAIN, rounding_options
 from bitladder.ladder.smoothed import SMOOTH, SMOOTH_IMATRIX, SMOOTH_MOMENTS, SMOOTH_PLAIN
 from bitladder.progress import Progress
+from bitladder.text.texts import Text
 
 # Prices of the model as it is, where other rungs have those of the smoothed one in SENSITIVITY.
 SENSITIVITY_PLAIN = "sensitivity-plain.json"

@@ -7,8 +7,8 @@ that were done, and until there is one, from all others.
 
 from collections.abc import Mapping, Sequence
 
-from bitladder.calibrate.texts import Text
 from bitladder.ladder.plan import BENCH_REPETITIONS, TASK_CTX, RunOptions, Step
+from bitladder.text.texts import Text
 
 # Time per weight, as tokens decoded in the same time: a weight is used once a token. Coarse, and replaced by what is
 # seen; i-quants search a codebook for every block.

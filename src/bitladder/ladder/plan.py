@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pydantic
 
-from bitladder.calibrate.texts import BUILTIN
 from bitladder.errors import UsageError
+from bitladder.text.texts import BUILTIN
 
 Kind = Literal[
     "convert",

@@ -5,22 +5,22 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitladder.calibrate.moments import MomentsFile
-from bitladder.calibrate.texts import Text
+from bitladder.calibrate.moments.moments_file import MomentsFile
 from bitladder.closing import Closing
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Settings
 from bitladder.files import sha256_bytes, write_json
-from bitladder.model.writer import TensorPlan
-from bitladder.planning import FeedbackEffort, Planner, PlanOptions, PlanResult, Preset, Subject, Target, rivals
+from bitladder.gguf.writer import TensorPlan
+from bitladder.plan import FeedbackEffort, Planner, PlanOptions, PlanResult, Preset, Subject, Target, rivals
+from bitladder.plan.prices.document import load_sensitivity
+from bitladder.plan.prices.menu import ABOVE, BELOW, Window
+from bitladder.plan.prices.price import Effort
 from bitladder.progress import Progress
-from bitladder.refine.output import OutputRounding
+from bitladder.refine.round.output_rounding import OutputRounding
+from bitladder.refine.smooth import KEY
 from bitladder.rounding import RoundingOptions
-from bitladder.sensitivity.document import load_sensitivity
-from bitladder.sensitivity.menu import ABOVE, BELOW, Window
-from bitladder.sensitivity.price import Effort
-from bitladder.smooth import KEY
+from bitladder.text.texts import Text
 
 SENSITIVITY = "sensitivity.json"
 PLANNED = "planned"  # a folder: what each rung's plan tried

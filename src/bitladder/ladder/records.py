@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder import quantize
-from bitladder.calibrate.texts import Text
 from bitladder.engine import native
 from bitladder.ladder.manifest import RunRecord
 from bitladder.ladder.others import Other
 from bitladder.ladder.plan import RunOptions, Step, command_line
 from bitladder.ladder.source import Source
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed
+from bitladder.text.texts import Text
 
 IMATRIX = "imatrix.gguf"
 

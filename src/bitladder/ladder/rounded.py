@@ -6,15 +6,15 @@ from typing import Any
 
 from bitladder import quantize
 from bitladder.calibrate import MomentsResult, collect_moments
-from bitladder.calibrate.texts import Text
+from bitladder.calibrate.gradients import collect_gradient_moments, why_not
 from bitladder.evaluate import Settings
-from bitladder.gradients import collect_gradient_moments, why_not
 from bitladder.ladder.plan import RunOptions
 from bitladder.ladder.planned import WORK, joined
-from bitladder.planning.excerpts import excerpts
 from bitladder.progress import Progress
-from bitladder.refine import Refined, RefineOptions, quantize_refined
+from bitladder.refine.round import Refined, RefineOptions, quantize_refined
 from bitladder.rounding import RoundingOptions
+from bitladder.text.excerpts import excerpts
+from bitladder.text.texts import Text
 
 # Beside what planning keeps: large, and of use to nobody but this run and `bitladder verify`.
 MOMENTS = f"{WORK}/moments.gguf"

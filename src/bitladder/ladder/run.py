@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 from bitladder import calibrate, convert, evaluate, quantize
-from bitladder.calibrate.texts import Text, load_text
 from bitladder.errors import UsageError
 from bitladder.files import write_json
 from bitladder.ladder.material import Materials
@@ -28,7 +27,8 @@ from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.ladder.tuned import tune_rung
 from bitladder.progress import SILENT, Progress
 from bitladder.recipe import Recipe, write_recipe
-from bitladder.refine.view import guard_json
+from bitladder.refine.round.guard import guard_json
+from bitladder.text.texts import Text, load_text
 
 BENCH, CANDIDATES = "bench.json", "candidates.json"
 

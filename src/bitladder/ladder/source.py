@@ -9,11 +9,11 @@ from typing import Any
 import gguf
 
 from bitladder import convert, hub
-from bitladder.convert.hub import hub_id
 from bitladder.errors import BitladderError
+from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.shards import plain_path
+from bitladder.hub.checkpoints import hub_id
 from bitladder.ladder.store import Store
-from bitladder.model.reader import GgufFile
-from bitladder.model.shards import plain_path
 
 # What a converter may read of a checkpoint's directory; .bin files count only where there is no safetensors file.
 READ = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "README.md", "*/*.jinja")

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from bitladder.convert.checkpoint import Checkpoint
 from bitladder.errors import BitladderError
+from bitladder.gguf.reader import GgufFile
 from bitladder.ladder.plan import RunOptions
 from bitladder.ladder.source import Source
-from bitladder.model.reader import GgufFile
 
 # Bits per weight of a preset on a model of some size; small models, with more of them in the embeddings, need more.
 NOMINAL_BPW = {

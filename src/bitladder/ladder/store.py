@@ -15,9 +15,9 @@ from typing import Any
 
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_bytes, sha256_file
+from bitladder.gguf.shards import joined_sha256, shards_of
 from bitladder.ladder import lock, manifest
 from bitladder.ladder.manifest import CachedHash, Manifest, OutputFile, RunRecord, StepRecord
-from bitladder.model.shards import joined_sha256, shards_of
 from bitladder.progress import SILENT, Progress
 
 # What a run writes; found without a manifest, it belongs to somebody else.

@@ -3,14 +3,14 @@
 import pathlib
 from collections.abc import Sequence
 
-from bitladder.calibrate.texts import Text
+from bitladder.calibrate.gradients import why_not
 from bitladder.evaluate import Settings
 from bitladder.files import sha256_bytes
-from bitladder.gradients import why_not
 from bitladder.ladder.plan import RunOptions
 from bitladder.ladder.planned import joined
 from bitladder.progress import Progress
-from bitladder.tune import TuneOptions, tune
+from bitladder.refine.tune import TuneOptions, tune
+from bitladder.text.texts import Text
 
 HELD_OUT = 0.1  # of each calibration text
 CHUNKS = 8

@@ -1,10 +1,10 @@
 """Making one quant: a GGUF and a type for each tensor in, a GGUF out."""
 
 from bitladder.engine.presets import presets
-from bitladder.quantize.options import QuantizeOptions
-from bitladder.quantize.plan import Prepared, prepare
 from bitladder.quantize.preflight import Preflight, check_room, preflight
-from bitladder.quantize.quantize import QuantizeResult, quantize, refuse_target, write
+from bitladder.quantize.prepare import Prepared, prepare
+from bitladder.quantize.quantize_options import QuantizeOptions
+from bitladder.quantize.write_quant import QuantizeResult, quantize, refuse_target, write
 
 # The ladder, from the smallest to the largest.
 RUNGS = (

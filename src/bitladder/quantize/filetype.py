@@ -3,9 +3,9 @@
 from bitladder.engine.presets import Request, preset_number, preset_types, presets
 from bitladder.engine.types import TensorType
 from bitladder.errors import BitladderError
-from bitladder.model.reader import GgufFile
-from bitladder.quantize.choose import Choice
-from bitladder.quantize.options import QuantizeOptions
+from bitladder.gguf.reader import GgufFile
+from bitladder.quantize.choose_types import Choice
+from bitladder.quantize.quantize_options import QuantizeOptions
 
 
 def file_type(file: GgufFile, options: QuantizeOptions, choice: Choice) -> int:

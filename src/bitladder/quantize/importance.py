@@ -11,9 +11,9 @@ from bitladder.engine.presets import kernel_needs_importance, plain_type, preset
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress
-from bitladder.quantize.choose import BASE, EMBEDDINGS, OUTPUT, Choice, TensorChoice
-from bitladder.quantize.options import QuantizeOptions
+from bitladder.quantize.choose_types import BASE, EMBEDDINGS, OUTPUT, Choice, TensorChoice
 from bitladder.quantize.prune import pruned_entries
+from bitladder.quantize.quantize_options import QuantizeOptions
 from bitladder.recipe.patterns import exact_patterns
 
 Floats = npt.NDArray[np.float32]

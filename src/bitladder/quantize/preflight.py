@@ -10,8 +10,8 @@ import shutil
 
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError
-from bitladder.model.splits import split_sizes
-from bitladder.quantize.plan import Prepared
+from bitladder.gguf.split_writer import split_sizes
+from bitladder.quantize.prepare import Prepared
 from bitladder.quantize.stream import AHEAD, PIECE
 
 _BLOCK = re.compile(r"(^|\.)blk\.\d+\.")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from bitladder.errors import BitladderError, UsageError
-from bitladder.model.values import ARRAY, SCALARS, Value, scalar
+from bitladder.gguf.values import ARRAY, SCALARS, Value, scalar
 
 T = TypeVar("T")
 _BLOCK = re.compile(r"^blk\.(\d+)\.")

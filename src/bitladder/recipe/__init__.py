@@ -1,12 +1,12 @@
 """Recipes: the type of every tensor of a quant. Read, written, extracted, compared, checked and exported."""
 
-from bitladder.recipe.check import check
+from bitladder.recipe.check_recipe import check
 from bitladder.recipe.diff import RecipeDiff, diff
 from bitladder.recipe.export import Export, export, export_command, export_lines
 from bitladder.recipe.extract import extract
 from bitladder.recipe.findings import Checked, Finding
 from bitladder.recipe.schema import FileUsed, ImatrixUsed, Recipe, TextUsed, recipe_sha256
-from bitladder.recipe.text import read_recipe, recipe_toml, write_recipe
+from bitladder.recipe.toml import read_recipe, recipe_toml, write_recipe
 
 __all__ = [
     "Checked",

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from bitladder.engine.types import type_by_name
-from bitladder.recipe.names import layer_of, reading_order, short_kind
+from bitladder.gguf.names import layer_of, reading_order, short_kind
 from bitladder.recipe.schema import Recipe
 from bitladder.recipe.sizes import Shapes, Size, size_of, tensor_bytes
 

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from bitladder.engine.presets import presets
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike
-from bitladder.model.reader import GgufFile
-from bitladder.recipe.check import changeable, check
+from bitladder.gguf.reader import GgufFile
+from bitladder.recipe.check_recipe import changeable, check
 from bitladder.recipe.patterns import base_preset, preset_and_pairs, preset_name
 from bitladder.recipe.schema import Recipe
 

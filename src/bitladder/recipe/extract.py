@@ -8,11 +8,11 @@ from typing import Any
 from bitladder.engine.presets import presets
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike, sha256_file
-from bitladder.model.reader import GgufFile
-from bitladder.model.shards import joined_sha256
+from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.shards import joined_sha256
 from bitladder.recipe.schema import ImatrixUsed, Recipe
 from bitladder.recipe.sizes import Shapes
-from bitladder.recipe.text import read_recipe
+from bitladder.recipe.toml import read_recipe
 
 RECIPE_KEY = "bitladder.recipe.sha256"
 _OURS = "bitladder."

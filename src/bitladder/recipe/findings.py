@@ -4,8 +4,8 @@ import collections
 import dataclasses
 from typing import Any
 
-from bitladder.model.names import ranges
-from bitladder.recipe.names import layer_of, one_line, reading_order, short_kind
+from bitladder.gguf.names import layer_of, one_line, reading_order, short_kind
+from bitladder.gguf.number_ranges import ranges
 from bitladder.recipe.sizes import Size
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from bitladder.engine.presets import ALIASES, plain_type, preset_number, presets
 from bitladder.engine.types import TensorType, type_by_name
-from bitladder.recipe.names import around_layer, reading_order
+from bitladder.gguf.names import around_layer, reading_order
 
 _NOT_MADE = {"NVFP4"}  # a name for converted files: llama_model_quantize refuses it
 _PLAIN = set(string.ascii_lowercase + string.digits + "_-/")

@@ -7,8 +7,8 @@ import numpy as np
 
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
-from bitladder.model.writer import TensorPlan
-from bitladder.recipe.names import layer_of
+from bitladder.gguf.names import layer_of
+from bitladder.gguf.writer import TensorPlan
 
 # Tensor name → shape in GGUF order: shape[0] is the row width.
 Shapes = Mapping[str, tuple[int, ...]]

@@ -1,7 +1,1 @@
-"""A whole model rounded for its layers' outputs: rendered, proved on held-out text, written."""
-
-from bitladder.refine.guard import Guard, GuardReport, Trial
-from bitladder.refine.quantize import Refined, RefineOptions, quantize_refined
-from bitladder.refine.sequential import Sequential
-
-__all__ = ["Guard", "GuardReport", "RefineOptions", "Refined", "Sequential", "Trial", "quantize_refined"]
+"""What makes a quant better at the same bytes: smoothing before, rounding, and tuning after."""

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bitladder.calibrate.chunks import Reading
 from bitladder.calibrate.sequential import SequentialModel, ShiftedMoment, asymmetric_target
-from bitladder.calibrate.texts import Text
 from bitladder.engine.model import Model
 from bitladder.engine.types import TensorType, type_by_name
 from bitladder.progress import SILENT, Progress
-from bitladder.refine.output import Bytes, Floats, OutputRounding
-from bitladder.sensitivity.render import render_all
-from bitladder.sensitivity.rendered import Renderer
+from bitladder.refine.round.output_rounding import Bytes, Floats, OutputRounding
+from bitladder.text.chunks import Reading
+from bitladder.text.texts import Text
+from bitladder.trial.render import Renderer
+from bitladder.trial.render_many import render_all
 
 EMBEDDINGS = "token_embd.weight"
 # The first token of a text is what attention rests on: its errors reach all others (the attention sink), but in a mean

@@ -15,20 +15,20 @@ from typing import Literal
 import numpy as np
 
 from bitladder.calibrate.imatrix import read_imatrix
-from bitladder.calibrate.moments import MomentsFile
-from bitladder.calibrate.texts import Text
+from bitladder.calibrate.moments.moments_file import MomentsFile
 from bitladder.engine.types import RowKernels, type_by_name
 from bitladder.errors import BitladderError
-from bitladder.model.kinship import refuse_other_model
-from bitladder.model.reader import GgufFile, TensorInfo
+from bitladder.gguf.kinship import refuse_other_model
+from bitladder.gguf.reader import GgufFile, TensorInfo
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize.metadata import TUNE_KEY
-from bitladder.refine.output import OutputRounding, joined_sha256
-from bitladder.refine.quantize import METHOD_KEY, MOMENTS_KEY, SEQUENTIAL_KEY
+from bitladder.quantize.quant_metadata import TUNE_KEY
+from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256
+from bitladder.refine.round.quantize_rounded import METHOD_KEY, MOMENTS_KEY, SEQUENTIAL_KEY
 from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order
 from bitladder.rounding import METHODS, RoundingOptions, can_round
 from bitladder.rounding.integers import same_integers
-from bitladder.sensitivity.rendered import Renderer, Stock
+from bitladder.text.texts import Text
+from bitladder.trial.render import Renderer, Stock
 
 Way = Literal["copied", "stock", "stock without importance", "rounded", "tuned", "differs"]
 

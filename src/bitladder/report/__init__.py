@@ -2,6 +2,5 @@
 
 from bitladder.report.card import render_card, write_card
 from bitladder.report.page import render_report, write_report
-from bitladder.report.results import Row, rows_of
 
-__all__ = ["Row", "render_card", "render_report", "rows_of", "write_card", "write_report"]
+__all__ = ["render_card", "render_report", "write_card", "write_report"]

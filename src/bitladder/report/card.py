@@ -10,10 +10,10 @@ from bitladder.errors import BitladderError
 from bitladder.files import write_text
 from bitladder.recipe import Recipe, recipe_sha256
 from bitladder.report import tables
-from bitladder.report.choose import choices
 from bitladder.report.front import front_matter
 from bitladder.report.metrics import BENCHMARKS, METRICS, SPEED
 from bitladder.report.numbers import gigabytes, with_error
+from bitladder.report.recommend import choices
 from bitladder.report.rundir import Measured, Run, read_run
 
 NAME = "README.md"

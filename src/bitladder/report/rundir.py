@@ -7,12 +7,12 @@ from typing import Any
 import pydantic
 
 from bitladder.calibrate.imatrix import read_imatrix
+from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
+from bitladder.gguf.reader import GgufFile
 from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
-from bitladder.model.reader import GgufFile
 from bitladder.recipe import Recipe, read_recipe
 from bitladder.report.numbers import Figure
 from bitladder.report.scores import Role, Scores, TextMeasured, read_model, read_scores
-from bitladder.statistics import TensorStatistics, tensor_statistics
 
 CANDIDATES, SENSITIVITY, IMATRIX = "candidates.json", "sensitivity.json", "imatrix.gguf"
 

@@ -5,11 +5,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bitladder.calibrate.statistics import TensorStatistics
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
-from bitladder.recipe.names import layer_of, reading_order, short_kind
+from bitladder.gguf.names import layer_of, reading_order, short_kind
 from bitladder.report.rundir import Measured, Run, read_importance, read_shapes
-from bitladder.statistics import TensorStatistics
 
 # Field of the statistics, its heading, and whether it is shown in percent.
 STATISTICS = (

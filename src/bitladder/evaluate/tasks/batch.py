@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.context import Context
-from bitladder.evaluate.rows import Workers, score_rows
+from bitladder.evaluate.logit_rows import Workers, score_rows
 from bitladder.evaluate.tasks.prepare import Prepared
 
 Doubles = npt.NDArray[np.float64]

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
-from bitladder.evaluate.tasks.hub import HubData
+from bitladder.evaluate.tasks.hub_data import HubData
 from bitladder.evaluate.tasks.source import File
 from bitladder.evaluate.tasks.task import Kind, Question
 

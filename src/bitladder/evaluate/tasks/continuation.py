@@ -8,10 +8,10 @@ space, so that each of them joins on as smoothly as the right one.
 import re
 from collections.abc import Iterator
 
-from bitladder.calibrate.texts import load_text
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks.draw import below, mersenne_twister
 from bitladder.evaluate.tasks.task import Kind, Question, Task, question
+from bitladder.text.texts import load_text
 
 NAME = "continuation"
 PASSAGE, NEXT, CHOICES = 48, 24, 4

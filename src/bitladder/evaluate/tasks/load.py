@@ -5,7 +5,7 @@ import hashlib
 import pathlib
 
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate.tasks import continuation, hub, winogrande
+from bitladder.evaluate.tasks import continuation, hub_data, winogrande
 from bitladder.evaluate.tasks.arc import ARC
 from bitladder.evaluate.tasks.benchmark import Benchmark
 from bitladder.evaluate.tasks.hellaswag import HELLASWAG
@@ -59,7 +59,7 @@ def load_task(spec: TaskSpec) -> Task:
         return continuation.load(spec.source or "")
     benchmark = _BENCHMARKS[spec.name]
     if spec.source is None:
-        return _from_files(benchmark, benchmark.hub.label, hub.download(benchmark.hub, spec.name))
+        return _from_files(benchmark, benchmark.hub.label, hub_data.download(benchmark.hub, spec.name))
     path = pathlib.Path(spec.source)
     if path.is_dir():
         paths = find_files(path, benchmark.layouts)

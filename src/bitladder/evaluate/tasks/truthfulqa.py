@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks import binary
 from bitladder.evaluate.tasks.benchmark import Benchmark, asked
-from bitladder.evaluate.tasks.hub import HubData, parquet_records
+from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
 from bitladder.evaluate.tasks.source import File, Record, csv_records, json_records
 from bitladder.evaluate.tasks.task import Kind, Question, question
 

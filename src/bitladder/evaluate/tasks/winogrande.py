@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks.benchmark import Benchmark
-from bitladder.evaluate.tasks.hub import HubData, parquet_records
+from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
 from bitladder.evaluate.tasks.source import File, Record, json_records
 from bitladder.evaluate.tasks.task import Kind, Question, question
 

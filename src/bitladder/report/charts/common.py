@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bitladder.gguf.names import reading_order, short_kind
 from bitladder.recipe import Recipe
-from bitladder.recipe.names import reading_order, short_kind
 from bitladder.report.numbers import Figure, gigabytes, with_error
 from bitladder.report.rundir import Measured
 

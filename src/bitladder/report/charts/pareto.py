@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 
 from bitladder.report.charts.common import LOOKS, Chart, axis, describe, errors, figure
-from bitladder.report.choose import worth_their_size
 from bitladder.report.numbers import gigabytes, with_error
+from bitladder.report.recommend import worth_their_size
 from bitladder.report.rundir import Candidate, Measured, Run
 from bitladder.report.tables import count_text
 

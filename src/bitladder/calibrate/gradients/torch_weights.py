@@ -1,0 +1,78 @@
+"""The tensors of a model file as torch tensors, float32, kept in memory as far as a budget allows."""
+
+import torch
+
+from bitladder.closing import Closing
+from bitladder.engine.types import RowKernels
+from bitladder.errors import BitladderError
+from bitladder.gguf.reader import GgufFile
+
+
+class TorchWeights(Closing):
+    """Tensors by name.
+
+    Within `memory` bytes they stay expanded; what does not fit is read and expanded again at each use, so that a
+    model of any size needs the memory of its largest tensor. `used` are the names that were asked for.
+    """
+
+    def __init__(self, file: GgufFile, memory: int, threads: int | None = None) -> None:
+        self._file = file
+        self._room = memory
+        self._kept: dict[str, torch.Tensor] = {}
+        self._kernels = RowKernels(threads)
+        self.used: set[str] = set()
+
+    def close(self) -> None:
+        """Forget the tensors."""
+        self._kept.clear()
+        self._kernels.close()
+
+    def has(self, name: str) -> bool:
+        """Whether the file has this tensor."""
+        return name in self._file.tensors
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(rows, width) of a tensor; a vector has one row. Raises BitladderError if there is none of this name."""
+        tensor = self._file.tensors.get(name)
+        if tensor is None:
+            raise BitladderError(f"{self._file.path.name} has no tensor {name}")
+        return tensor.rows, tensor.width
+
+    def get(self, name: str) -> torch.Tensor:
+        """float32 [rows, width], or [width] for a vector. Raises BitladderError if there is none of this name."""
+        self.used.add(name)
+        kept = self._kept.get(name)
+        if kept is not None:
+            return kept
+        _, width = self.shape(name)
+        tensor = self._file.tensors[name]
+        values = torch.from_numpy(self._kernels.dequantize(self._file.read(tensor), tensor.type, width))
+        if len(tensor.shape) == 1:
+            values = values.reshape(width)
+        size = values.nbytes
+        if size <= self._room:
+            self._room -= size
+            self._kept[name] = values
+        return values
+
+    def replace(self, name: str, values: torch.Tensor) -> None:
+        """Let a tensor have other values from now on, of the same shape as `get` gives; they stay in memory."""
+        self._kept[name] = values
+
+    def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
+        """Some rows of a matrix, float32 [len(indices), width]."""
+        self.used.add(name)
+        kept = self._kept.get(name)
+        if kept is not None:
+            return kept[indices]
+        _, width = self.shape(name)
+        tensor = self._file.tensors[name]
+        wanted, places = torch.unique(indices, return_inverse=True)
+        parts = [
+            self._kernels.dequantize(self._file.read(tensor, i, i + 1), tensor.type, width) for i in wanted.tolist()
+        ]
+        return torch.cat([torch.from_numpy(part) for part in parts])[places]
+
+    def unused(self) -> list[str]:
+        """Tensors of the file that nobody asked for."""
+        return [name for name in self._file.tensors if name not in self.used]

@@ -1,0 +1,262 @@
+"""Second moments of inputs: what they are, and the file that keeps them.
+
+For each weight H = E[w xxᵀ] over its inputs x. With w = 1 its diagonal is the imatrix; with w what an error at that
+token costs (see gradients), it tells what an error of the weight costs. A file is a GGUF with general.type "moments":
+NAME.moments holds the upper triangle of each matrix by rows, F32; NAME.counts the tokens seen by each. Weights that
+multiply the same input share one entry; `moments.shared` lists them in pairs (weight, the one whose entry it has).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.closing import Closing
+from bitladder.engine.types import type_by_name
+from bitladder.errors import BitladderError
+from bitladder.files import replacing, sha256_file
+from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.values import Value, string, strings, u32
+from bitladder.gguf.writer import GgufWriter, TensorPlan
+
+Floats = npt.NDArray[np.float32]
+MOMENTS, COUNTS, OUTPUTS = ".moments", ".counts", ".outputs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """Second moments of one weight.
+
+    `inputs` float32 [matrices, n_in, n_in]: the mean over tokens; a matrix is an expert, or the whole weight.
+    `counts` int64 [matrices]: tokens seen. `outputs` float32 [n_out, n_out]: E[ggᵀ] of the gradients at the weight's
+    output, where they are known.
+    """
+
+    inputs: Floats
+    counts: npt.NDArray[np.int64]
+    outputs: Floats | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How large an entry will be: matrices, width of the input, and of the output if its moments are kept (or 0)."""
+
+    matrices: int
+    n_in: int
+    n_out: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where moments come from: names of texts, chunks read, tokens per chunk, and how tokens were weighted.
+
+    `weighting` is "tokens" (all alike), "positions" or "gradients"; `model_sha256` is the file's whose inputs these
+    are.
+    """
+
+    datasets: list[str]
+    chunk_count: int
+    chunk_size: int
+    weighting: str = "tokens"
+    model_sha256: str = ""
+
+
+class MomentsFile(Closing):
+    """An open file of moments; entries are read when asked for.
+
+    Raises BitladderError for a file that is none, or not whole.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise BitladderError(f"no such moments file: {path}")
+        self._file = GgufFile(self.path)
+        try:
+            self.provenance, self._shared = self._read_head()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_head(self) -> tuple[Provenance, dict[str, str]]:
+        file = self._file
+        if file.get("general.type") != "moments":
+            raise BitladderError(
+                f"{self.path} holds no second moments (general.type is {file.get('general.type')!r}); make them with "
+                "bitladder calibrate --second-moments"
+            )
+        pairs = file.get("moments.shared", [])
+        head = Provenance(
+            list(file.get("moments.datasets", [])),
+            int(file.get("moments.chunk_count", 0)),
+            int(file.get("moments.chunk_size", 0)),
+            str(file.get("moments.weighting", "tokens")),
+            str(file.get("moments.model_sha256", "")),
+        )
+        return head, dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The hash of the file's content."""
+        return sha256_file(self.path)
+
+    def names(self) -> list[str]:
+        """Weights with moments, sorted; those that share an entry included."""
+        own = [name.removesuffix(MOMENTS) for name in self._file.tensors if name.endswith(MOMENTS)]
+        return sorted({*own, *self._shared})
+
+    def entry(self, name: str) -> str:
+        """The weight under whose name the entry is kept. Weights with the same one have the same input."""
+        return self._shared.get(name, name)
+
+    def __contains__(self, name: str) -> bool:
+        return self.entry(name) + MOMENTS in self._file.tensors
+
+    def read(self, name: str) -> Moment:
+        """The moments of a weight. Raises BitladderError if it has none, or they are damaged."""
+        counts = self.counts(name)
+        inputs = np.stack([unpack_triangle(self.packed(name, index)) for index in range(len(counts))])
+        outputs = self.packed_outputs(name)
+        return Moment(inputs, counts, None if outputs is None else unpack_triangle(outputs))
+
+    def shape(self, name: str) -> Shape:
+        """How large a weight's entry is."""
+        counts, outputs = len(self.counts(name)), self._file.tensors.get(name + OUTPUTS)
+        packed = self._file.tensors[self.entry(name) + MOMENTS]
+        return Shape(counts, width_of(packed.width), 0 if outputs is None else width_of(outputs.width))
+
+    def counts(self, name: str) -> npt.NDArray[np.int64]:
+        """Tokens seen by each matrix of a weight, int64 [matrices]."""
+        return np.rint(self._values(name, COUNTS).reshape(-1)).astype(np.int64)
+
+    def packed(self, name: str, matrix: int = 0) -> Floats:
+        """The moments of one matrix (expert) of a weight as they are kept, see `unpack_triangle`."""
+        packed: Floats = self._values(name, MOMENTS, matrix)[0]
+        return packed
+
+    def packed_outputs(self, name: str) -> Floats | None:
+        """E[ggᵀ] as it is kept, or None."""
+        return self._values(name, OUTPUTS)[0] if name + OUTPUTS in self._file.tensors else None
+
+    def _values(self, name: str, part: str, row: int | None = None) -> Floats:
+        kept = name if part == OUTPUTS else self.entry(name)
+        tensor = self._file.tensors.get(kept + part)
+        if tensor is None:
+            raise BitladderError(f"{self.path} has no second moments for {name}; collect them for this model")
+        if tensor.type.name != "f32":
+            raise BitladderError(f"{self.path}: {kept}{part} is not F32; the file is damaged, collect it again")
+        start, stop = (0, tensor.rows) if row is None else (row, row + 1)
+        values = self._file.read(tensor, start, stop).view(np.float32)
+        if not np.isfinite(values).all():
+            raise BitladderError(f"{self.path}: {name} has moments that are not finite; collect them again")
+        return values
+
+
+class MomentsWriter:
+    """Writes entries in the order announced; see `writing_moments`."""
+
+    def __init__(self, writer: GgufWriter) -> None:
+        self._writer = writer
+
+    def write(self, name: str, moment: Moment) -> None:
+        """Append an entry, which must be the next one."""
+        outputs = None if moment.outputs is None else pack_triangle(moment.outputs)
+        self.write_packed(name, map(pack_triangle, moment.inputs), moment.counts, outputs)
+
+    def write_packed(
+        self, name: str, matrices: Iterable[Floats], counts: npt.NDArray[np.int64], outputs: Floats | None = None
+    ) -> None:
+        """The same for matrices, and `outputs`, that are packed (`pack_triangle`); they are taken one after the other.
+
+        Raises BitladderError that names the weight if a value is not finite.
+        """
+        for packed in matrices:
+            self._put(name, MOMENTS, packed)
+        self._put(name, COUNTS, counts.astype(np.float32))
+        if outputs is not None:
+            self._put(name, OUTPUTS, outputs)
+
+    def _put(self, name: str, part: str, values: Floats) -> None:
+        if not np.isfinite(values).all():
+            raise BitladderError(
+                f"the second moments of {name} are not finite: the model is damaged, or its activations overflow"
+            )
+        self._writer.write(name + part, np.ascontiguousarray(values, np.float32).view(np.uint8))
+
+
+@contextlib.contextmanager
+def writing_moments(
+    path: str | os.PathLike[str], provenance: Provenance, shapes: Mapping[str, Shape], shared: Mapping[str, str]
+) -> Iterator[MomentsWriter]:
+    """Write a file of moments in one step; it appears when all of `shapes` were written, in that order.
+
+    `shared` maps weights without an entry of their own to the one that they share.
+    """
+    f32 = type_by_name("f32")
+    plans = []
+    for name, shape in shapes.items():
+        plans.append(TensorPlan(name + MOMENTS, (triangle(shape.n_in), shape.matrices), f32))
+        plans.append(TensorPlan(name + COUNTS, (1, shape.matrices), f32))
+        if shape.n_out:
+            plans.append(TensorPlan(name + OUTPUTS, (triangle(shape.n_out), 1), f32))
+    metadata: dict[str, Value] = {
+        "general.type": string("moments"),
+        "moments.datasets": strings(provenance.datasets),
+        "moments.chunk_count": u32(provenance.chunk_count),
+        "moments.chunk_size": u32(provenance.chunk_size),
+        "moments.weighting": string(provenance.weighting),
+        "moments.model_sha256": string(provenance.model_sha256),
+        "moments.shared": strings([part for pair in shared.items() for part in pair]),
+    }
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        writer = GgufWriter(stream, metadata, plans)
+        yield MomentsWriter(writer)
+        writer.finish()
+
+
+def triangle(n: int) -> int:
+    """Numbers in the upper triangle of an n × n matrix, the diagonal included."""
+    return n * (n + 1) // 2
+
+
+def pack_triangle(matrix: npt.NDArray[np.floating]) -> Floats:
+    """The upper triangle by rows: [n, n] → float32 [n(n+1)/2]."""
+    packed, start = np.empty(triangle(len(matrix)), np.float32), 0
+    for index, row in enumerate(matrix):
+        stop = start + len(row) - index
+        packed[start:stop] = row[index:]
+        start = stop
+    return packed
+
+
+def unpack_triangle(packed: Floats) -> Floats:
+    """`pack_triangle` undone, float32 [n, n], symmetric."""
+    n = width_of(packed.size)
+    full, start = np.empty((n, n), np.float32), 0
+    for index in range(n):
+        stop = start + n - index
+        full[index, index:] = full[index:, index] = packed[start:stop]
+        start = stop
+    return full
+
+
+def packed_diagonal(packed: Floats) -> Floats:
+    """The diagonal of a packed matrix, float32 [n]."""
+    n = width_of(packed.size)
+    rows = np.arange(n)
+    return packed[rows * n - rows * (rows - 1) // 2]
+
+
+def width_of(size: int) -> int:
+    """n of an n × n matrix whose triangle has so many numbers."""
+    return (math.isqrt(8 * size + 1) - 1) // 2

@@ -1,0 +1,157 @@
+"""What an imatrix does not know: experts never reached, weights without an entry, values that are no numbers."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from bitladder.calibrate.imatrix import Imatrix
+from bitladder.calibrate.statistics.names import block_and_kind, order
+from bitladder.errors import BitladderError
+from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.reader import GgufFile, TensorInfo
+
+_WHY = {
+    "token_embd": "looked up, not multiplied: it never has one",
+    "output": "collected only with imatrix --process-output",
+}
+
+
+@dataclasses.dataclass
+class Gaps:
+    """By weight name, in the order of blocks.
+
+    `unreached`: experts without a token, and of how many. `perhaps_unreached`: the same guessed from a .dat file,
+    which has no counts for experts and gives those without a token a mean of exactly 1 (only with a model, which tells
+    the number of experts). `no_data`: entries without a single token. `not_finite`: how many values are NaN or
+    infinite. `without_entry`: weights of the model with at least two dimensions that the imatrix says nothing of, None
+    if no model was given; `not_in_model`: entries that the model has no weight for.
+    """
+
+    unreached: dict[str, tuple[list[int], int]]
+    perhaps_unreached: dict[str, tuple[list[int], int]]
+    no_data: list[str]
+    not_finite: dict[str, int]
+    without_entry: list[str] | None = None
+    not_in_model: list[str] | None = None
+
+    def of_kinds(self, kinds: Collection[str]) -> "Gaps":
+        """Only the gaps of weights of these kinds; all of them if there are no kinds."""
+
+        def keep(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: what for name, what in value.items() if block_and_kind(name)[1] in kinds}
+            return None if value is None else [name for name in value if block_and_kind(name)[1] in kinds]
+
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Gaps(**{name: keep(value) for name, value in fields.items()}) if kinds else self
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON: experts as {"count", "of", "experts"}, the rest as it is."""
+        found = dataclasses.asdict(self)
+        for field in ("unreached", "perhaps_unreached"):
+            found[field] = {
+                name: {"count": len(experts), "of": of, "experts": experts}
+                for name, (experts, of) in getattr(self, field).items()
+            }
+        return found
+
+    def lines(self) -> list[str]:
+        """Each gap in a line for a person; weights that share one share a line."""
+        lines = _expert_lines(self.unreached, "never reached")
+        lines += _expert_lines(self.perhaps_unreached, "perhaps never reached (all their means are exactly 1)")
+        for name, count in self.not_finite.items():
+            lines.append(f"{name}: {count} value{_s(count)} not finite; compute it again")
+        if self.no_data:
+            lines.append("entries without a single token: " + listed(self.no_data))
+        if self.without_entry:
+            count = len(self.without_entry)
+            lines.append(f"{count} weight{_s(count)} of the model without an entry: {listed(self.without_entry)}")
+        if self.not_in_model:
+            lines.append(f"entries that the model has no weight for: {listed(self.not_in_model)}")
+        return lines
+
+
+def find_gaps(imatrix: Imatrix, model: str | os.PathLike[str] | None = None) -> Gaps:
+    """All gaps of an imatrix, also against a model's GGUF file if one is given (only its header is read).
+
+    Raises BitladderError if the file is no model, or one whose weights have other widths than the entries.
+    """
+    names = sorted(imatrix.entries, key=order)
+    entries = {name: imatrix.entries[name] for name in names}
+    unreached = {name: np.flatnonzero(entry.counts <= 0).tolist() for name, entry in entries.items()}
+    bad = {name: int((~np.isfinite(entry.sums)).sum()) for name, entry in entries.items()}
+    empty = [name for name in names if len(unreached[name]) == len(entries[name].counts)]
+    gaps = Gaps(
+        unreached={n: (who, len(entries[n].counts)) for n, who in unreached.items() if who and n not in empty},
+        perhaps_unreached={},
+        no_data=empty,
+        not_finite={name: count for name, count in bad.items() if count},
+    )
+    if model is None:
+        return gaps
+    weights = _weights(pathlib.Path(model))
+    gaps.without_entry = sorted((n for n, t in weights.items() if t.rows > 1 and n not in entries), key=order)
+    gaps.not_in_model = [name for name in names if name not in weights]
+    for name in names:
+        if name not in weights:
+            continue
+        columns, experts = _columns(weights[name])
+        if entries[name].sums.size != columns:
+            raise BitladderError(
+                f"{name} has {entries[name].sums.size} columns in the imatrix but {columns} in {model}: "
+                "the imatrix is of another model"
+            )
+        if imatrix.legacy and experts > 1:
+            means = entries[name].means().reshape(experts, -1)
+            if guessed := np.flatnonzero((means == 1).all(axis=1)).tolist():
+                gaps.perhaps_unreached[name] = guessed, experts
+    if len(gaps.not_in_model) == len(names):
+        raise BitladderError(f"{model} has none of the weights of the imatrix, such as {names[0]}: it is another model")
+    return gaps
+
+
+def _weights(path: pathlib.Path) -> dict[str, TensorInfo]:
+    with GgufFile(path) as file:
+        if not file.architecture:
+            raise BitladderError(f"{path} is not a model: it has no general.architecture")
+        return dict(file.tensors)
+
+
+def _columns(tensor: TensorInfo) -> tuple[int, int]:
+    """Columns over all matrices of a weight, and the number of matrices."""
+    experts = tensor.rows // tensor.rows_per_matrix
+    return tensor.width * experts, experts
+
+
+def _expert_lines(found: dict[str, tuple[list[int], int]], what: str) -> list[str]:
+    shared: dict[tuple[int | None, str, int, int], list[str]] = {}
+    for name, (experts, of) in found.items():
+        layer, kind = block_and_kind(name)
+        shared.setdefault((layer, ranges(experts), len(experts), of), []).append(kind)
+    return [
+        f"{'' if layer is None else f'block {layer}: '}{count} of {of} experts {what} in {', '.join(kinds)}: {experts}"
+        for (layer, experts, count, of), kinds in shared.items()
+    ]
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def listed(names: list[str]) -> str:
+    """Names, those of one kind together: "attn_q of blocks 0-3, output.weight (why)"."""
+    blocks: dict[str, list[int]] = {}
+    others = []
+    for name in names:
+        layer, kind = block_and_kind(name)
+        if layer is None:
+            others.append(f"{name} ({_WHY[kind]})" if kind in _WHY else name)
+        else:
+            blocks.setdefault(kind, []).append(layer)
+    return "; ".join(
+        [f"{kind} of block{_s(len(layers))} {ranges(sorted(layers))}" for kind, layers in blocks.items()] + others
+    )

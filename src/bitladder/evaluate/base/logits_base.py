@@ -1,0 +1,213 @@
+"""A file of log-probabilities as a base to compare with, giving llama-perplexity's figures."""
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.closing import Closing
+from bitladder.engine.context import Context
+from bitladder.engine.model import Model
+from bitladder.errors import BitladderError
+from bitladder.evaluate.base.logits_file import Codes, Floats, Layout, LogitsFile
+from bitladder.evaluate.decode_chunks import Chunks
+from bitladder.evaluate.divergence import BaseRows, TokenScores, compare
+from bitladder.evaluate.logit_rows import Workers
+from bitladder.evaluate.settings import Settings
+from bitladder.files import sha256_file
+from bitladder.progress import SILENT, Progress
+from bitladder.text.texts import Text
+
+Doubles = npt.NDArray[np.float64]
+
+# llama-perplexity leaves the likes out of its divergence; they have no share in the sum when e to them is 0.
+_LEAST = np.float32(-16)
+_NOTHING = np.float32(-1e4)
+# How far the probabilities of a row may be from 1 in sum: those that are left out, e^−16 each, come to a few percent.
+_TOLERANCE = 0.1
+_NUMBERS = 1 << 18  # in a block of rows × vocabulary, about, so that it stays in a core's cache
+_MIN_WIDTH, _MAX_WIDTH = 256, 4096
+
+
+class LogitsBase(Closing):
+    """An open file of log-probabilities as a `divergence.Base`.
+
+    Parameters: `bos` the token that took the place of each chunk's first when the file was made, None if none did
+    (the file does not say). `name` is the file's, as it does not name its model either.
+    """
+
+    def __init__(self, file: LogitsFile, bos: int | None) -> None:
+        self.file = file
+        self.chunks = Chunks(file.tokens, bos, file.layout.chunks)
+        self._mass: dict[int, Doubles] = {}
+        self._buffers: dict[int, Floats] = {}
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return self.file.path.name
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file's content."""
+        return sha256_file(self.file.path)
+
+    @property
+    def layout(self) -> Layout:
+        """Context, vocabulary and number of chunks."""
+        return self.file.layout
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    def rows(self, chunk: int) -> BaseRows:
+        """What is stored of a chunk's scored rows; `top_logit` is a log-probability. Raises as `mass`."""
+        self.mass(chunk)
+        codes, scale, floor = self.file.read(chunk)
+        every = np.arange(len(codes))
+        top = codes.argmax(axis=1)
+        targets = self.chunks.targets(chunk)
+        nll = -(scale * codes[every, targets] + floor)
+        return BaseRows(nll.astype(np.float64), top.astype(np.int32), scale * codes[every, top] + floor)
+
+    def mass(self, chunk: int) -> Doubles:
+        """Sum of the probabilities above e^−16 of each scored row, float64 [scored]; near 1, but not 1.
+
+        Kept once it is known, as the record is long and small is what is left of it. Raises BitladderError that names
+        chunk and row if a sum is far from 1.
+        """
+        if chunk in self._mass:
+            return self._mass[chunk]
+        sums = np.empty(self.layout.scored)
+        for row, parts in enumerate(zip(*self.file.read(chunk), strict=True)):
+            codes, scale, floor = parts
+            logs = scale * codes + floor
+            sums[row] = np.exp(logs, where=logs > _LEAST, out=np.zeros_like(logs)).sum(dtype=np.float64)
+        wrong = np.flatnonzero(~(np.abs(sums - 1) < _TOLERANCE))
+        if len(wrong):
+            raise BitladderError(
+                f"{self.file.path}: the probabilities in row {wrong[0] + 1} of chunk {chunk + 1} sum to "
+                f"{sums[wrong[0]]:.3g}: the file is damaged; make it again"
+            )
+        self._mass[chunk] = sums
+        return sums
+
+    def logits(self, chunk: int, start: int, stop: int) -> "LogProbabilities":
+        """Log-probabilities of a chunk's scored rows start…stop, which serve as logits."""
+        codes, scale, floor = self.file.read(chunk)
+        return LogProbabilities(self, codes[start:stop], scale[start:stop], floor[start:stop])
+
+    def buffer(self, slot: int, rows: int, columns: int) -> Floats:
+        """Scratch room of a slot's own."""
+        buffer = self._buffers.get(slot)
+        if buffer is None or buffer.size < rows * columns:
+            buffer = self._buffers[slot] = np.empty(rows * columns, np.float32)
+        return buffer[: rows * columns].reshape(rows, columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProbabilities:
+    """Stored log-probabilities of some rows, expanded when asked for (a `divergence.LogitBlocks`)."""
+
+    base: LogitsBase
+    codes: Codes
+    scale: Floats
+    floor: Floats
+
+    @property
+    def step(self) -> int:
+        """Tokens in a block."""
+        return min(self.base.layout.n_vocab, max(_MIN_WIDTH, min(_NUMBERS // len(self.codes), _MAX_WIDTH)))
+
+    @property
+    def count(self) -> int:
+        """Blocks that make up the vocabulary."""
+        return -(-self.base.layout.n_vocab // self.step)
+
+    def block(self, index: int, slot: int) -> tuple[int, Floats]:
+        """The first token id of a block and its log-probabilities, float32 [rows, block]; see `head.HeadLogits`."""
+        first = index * self.step
+        codes = self.codes[:, first : first + self.step]
+        out = self.base.buffer(slot, *codes.shape)
+        np.multiply(codes, self.scale[:, None], out=out)
+        out += self.floor[:, None]
+        np.copyto(out, _NOTHING, where=out <= _LEAST)
+        return first, out
+
+
+def compare_logits(
+    context: Context, base: LogitsBase, count: int, workers: Workers, progress: Progress = SILENT
+) -> TokenScores:
+    """As `divergence.compare`, with the divergence as llama-perplexity adds it up from such a file.
+
+    It takes the stored probabilities as they are, though in sum S they are not quite 1: Σ p (ln p − ln q), which is
+    S (KL + ln S) for KL of p/S. A token's figure may so be slightly below 0.
+    """
+    scores = compare(context, base, count, workers, progress)
+    mass = np.concatenate([base.mass(chunk) for chunk in range(count)])
+    return dataclasses.replace(scores, kld=mass * (scores.kld + np.log(mass)))
+
+
+def open_logits(path: pathlib.Path, text: Text | None, settings: Settings, model: pathlib.Path) -> LogitsBase:
+    """Open a file of log-probabilities that must fit.
+
+    Parameters: `model` one of the models to compare, for its tokenizer. Without `settings.chunks` all chunks of the
+    file are meant, as for llama-perplexity. Raises BitladderError as `LogitsBase` and `check_logits`.
+    """
+    with Model(model, vocab_only=True) as vocabulary:
+        base = LogitsBase(LogitsFile(path), _bos(vocabulary))
+        try:
+            check_logits(base, vocabulary, text, settings)
+        except BaseException:
+            base.close()
+            raise
+    return base
+
+
+def check_logits(base: LogitsBase, model: Model, text: Text | None, settings: Settings) -> None:
+    """Raise BitladderError that says what differs if the file does not serve for a model, a text and settings.
+
+    The file names neither its model nor its text: the text's tokens must be those that are in the file. Without a
+    text they are taken as they are.
+    """
+    layout, name = base.layout, model.path.name
+    if layout.n_vocab != model.n_vocab:
+        raise BitladderError(
+            f"{base.file.path} was made with a vocabulary of {layout.n_vocab} tokens, but {name} has {model.n_vocab}: "
+            "they cannot be compared"
+        )
+    if layout.n_ctx != settings.n_ctx:
+        raise BitladderError(f"{base.file.path} was made with -c {layout.n_ctx}, not {settings.n_ctx}")
+    if base.chunks.bos != _bos(model):
+        raise BitladderError(f"{name} begins a text with another token than the model {base.file.path} was opened for")
+    if settings.chunks is not None and layout.chunks < settings.chunks:
+        raise BitladderError(
+            f"{base.file.path} has {layout.chunks} chunks, not {settings.chunks}; use --chunks {layout.chunks}"
+        )
+    if text is not None:
+        _check_text(base, model, text)
+
+
+def _check_text(base: LogitsBase, model: Model, text: Text) -> None:
+    layout, name = base.layout, model.path.name
+    tokens = model.tokenize(text.text)
+    kept = base.chunks.tokens.reshape(-1)
+    short = min(len(kept), len(tokens))
+    different = np.flatnonzero(kept[:short] != tokens[:short])
+    if not len(different) and short == len(kept):
+        return
+    first = int(different[0]) if len(different) else short
+    chunk, position = divmod(first, layout.n_ctx)
+    found = repr(model.detokenize([int(tokens[first])], special=True)) if first < len(tokens) else "the end"
+    kept_text = repr(model.detokenize([int(kept[first])], special=True))
+    raise BitladderError(
+        f"{base.file.path} was made of another text than {text.name}, or with another tokenizer than {name}'s: at "
+        f"token {position} of chunk {chunk + 1} it has {kept_text} and the text has {found}"
+    )
+
+
+def _bos(model: Model) -> int | None:
+    return model.bos if model.add_bos and model.bos >= 0 else None

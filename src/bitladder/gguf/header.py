@@ -1,0 +1,268 @@
+"""The header of one GGUF file: parsed, and every claim of it checked against the file.
+
+The checks are those of llama.cpp (ggml/src/gguf.cpp, and its loader for the end of the file), so that what is read
+here loads there. Sizes are checked before anything of that size is touched: no header can make reading it slow or
+large. Beyond llama.cpp, names that are not UTF-8, tensors without elements and absurdly long lists are refused.
+"""
+
+import dataclasses
+import math
+import mmap
+import os
+import pathlib
+import stat
+import struct
+from typing import Any, BinaryIO, NoReturn
+
+from bitladder.engine.types import TensorType, all_types
+from bitladder.errors import BitladderError
+from bitladder.gguf.values import ARRAY, SCALARS, STRING, U32, Value
+
+SIZES = {kind: struct.calcsize("<" + code) for kind, code in SCALARS.items()}
+MAX_KEY = 0xFFFF  # bytes of a metadata key, by the format's definition
+MAX_NAME = 63  # bytes of a tensor's name: GGML_MAX_NAME without its final zero
+MAX_STRING = 1 << 30  # bytes of a string: GGUF_MAX_STRING_LENGTH in gguf.cpp
+# Elements of an array, bytes of a value. gguf.cpp takes 2^30 elements; no vocabulary comes near these, and they keep a
+# lie of a header cheap.
+MAX_COUNT, MAX_VALUE = 1 << 24, 1 << 31
+MAX_DIMENSIONS = 4
+DEFAULT_ALIGNMENT = 32
+# The fewest bytes that a metadata entry and a tensor's entry take.
+_LEAST_VALUE, _LEAST_TENSOR = 14, 24
+_DAMAGED = "it is truncated or damaged; fetch it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a file. `shape` is in GGUF order: shape[0] is the row width (n_in)."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    offset: int  # from the start of the data section
+    part: int = 0  # which of GgufFile.parts holds it
+
+    @property
+    def width(self) -> int:
+        """Weights per row."""
+        return self.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """Rows over all matrices (experts)."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def rows_per_matrix(self) -> int:
+        """Rows of one matrix; a tensor of experts has several."""
+        return self.shape[1] if len(self.shape) > 1 else 1
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.type.row_bytes(self.width) * self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What one file says of itself; `size` is the file's, `data_start` where its tensors begin, both in bytes."""
+
+    path: pathlib.Path
+    size: int
+    metadata: dict[str, Value]
+    tensors: dict[str, TensorInfo]
+    alignment: int
+    data_start: int
+
+    def number(self, key: str, kind: int, default: int | None = None) -> int:
+        """A metadata value that must be of that GGUF type. Raises BitladderError if it is not, or not there."""
+        value = self.metadata.get(key)
+        if value is None and default is not None:
+            return default
+        if value is None or value.kind != kind:
+            what = "is missing" if value is None else f"has the type number {value.kind}, not {kind}"
+            raise BitladderError(f"{self.path}: metadata key {key} {what}: {_DAMAGED}")
+        return int(value.python())
+
+
+def open_regular(path: pathlib.Path) -> BinaryIO:
+    """Open a file for reading. Raises BitladderError if it cannot be, or is a directory, a pipe or a device."""
+    try:
+        # Asked first, because opening a pipe waits for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            what = "a directory" if path.is_dir() else "not a regular file"
+            raise BitladderError(f"cannot open {path}: it is {what}; name a GGUF file")
+        return path.open("rb")
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise BitladderError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_header(stream: BinaryIO, path: pathlib.Path, part: int = 0) -> Header:
+    """Parse and check the header of an open file; `part` is its place among the shards of a model.
+
+    Raises BitladderError that names the file, and the key or tensor, for whatever is wrong with it.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    start = stream.read(24)
+    if start.startswith(b"version https://git-lfs"):
+        raise BitladderError(f"{path} is only a Git LFS pointer; fetch the file itself: git lfs pull")
+    if size < 24 or start[:4] != b"GGUF":
+        what = f"begins with {start[:4]!r}" if len(start) == 24 else f"has only {size} bytes"
+        raise BitladderError(f"{path} is not a GGUF file: it {what}")
+    try:
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+    with data:
+        return _parse(_Cursor(path, data), part)
+
+
+def shown(name: str) -> str:
+    """A name from a file as it may stand in a message: one line, and not too long."""
+    return name if name.isprintable() and len(name) <= 2 * MAX_NAME else repr(name[:MAX_NAME])
+
+
+def _parse(cursor: "_Cursor", part: int) -> Header:
+    path, size = cursor.path, len(cursor.data)
+    version, tensor_count, value_count = cursor.unpack("<4xIQQ", "the header")
+    if version and version & 0xFFFF == 0:
+        raise BitladderError(f"{path} is a GGUF for big-endian machines; convert the model again for this one")
+    if version not in (2, 3):
+        raise BitladderError(f"{path}: GGUF version {version} is not supported (2 and 3 are); convert the model again")
+    if value_count * _LEAST_VALUE + tensor_count * _LEAST_TENSOR > size:
+        cursor.fail(f"claims {value_count} metadata keys and {tensor_count} tensors, too many for {size} bytes")
+    metadata: dict[str, Value] = {}
+    for _ in range(value_count):
+        key = cursor.name("a metadata key", MAX_KEY)
+        if not key or key in metadata:
+            cursor.fail(f"metadata key {shown(key)} occurs twice" if key else "a metadata key is empty")
+        metadata[key] = cursor.value(key)
+    alignment = _alignment(path, metadata.get("general.alignment"))
+    tensors: dict[str, TensorInfo] = {}
+    offset = 0
+    for _ in range(tensor_count):
+        tensor = _tensor(cursor, part)
+        name = shown(tensor.name)
+        if tensor.name in tensors:
+            cursor.fail(f"tensor {name} occurs twice")
+        if tensor.offset != offset:
+            cursor.fail(f"tensor {name} should lie at offset {offset}, not {tensor.offset}, of the data")
+        offset += -(-tensor.nbytes // alignment) * alignment
+        tensors[tensor.name] = tensor
+    data_start = -(-cursor.position // alignment) * alignment
+    for tensor in tensors.values():
+        end = data_start + tensor.offset + tensor.nbytes
+        if end > size:
+            cursor.fail(f"tensor {shown(tensor.name)} ends at byte {end}, but the file has {size}")
+    return Header(path, size, metadata, tensors, alignment, data_start)
+
+
+def _alignment(path: pathlib.Path, value: Value | None) -> int:
+    if value is None:
+        return DEFAULT_ALIGNMENT
+    alignment = value.python() if value.kind == U32 else 0
+    if alignment.bit_count() != 1:
+        raise BitladderError(f"{path}: general.alignment is not a power of two (type u32): {_DAMAGED}")
+    return int(alignment)
+
+
+def _tensor(cursor: "_Cursor", part: int) -> TensorInfo:
+    name = cursor.name("a tensor name", MAX_NAME)
+    what = f"tensor {shown(name)}"
+    (dimensions,) = cursor.unpack("<I", what)
+    if dimensions > MAX_DIMENSIONS:
+        cursor.fail(f"{what} has {dimensions} dimensions; there are at most {MAX_DIMENSIONS}")
+    # A scalar, which has no dimensions, is a row of one.
+    shape = cursor.unpack(f"<{dimensions}Q", what) or (1,)
+    number, offset = cursor.unpack("<IQ", what)
+    if 0 in shape:
+        cursor.fail(f"{what} has the shape {list(shape)}, which holds no weights")
+    kind = all_types().get(number)
+    if kind is None:
+        raise BitladderError(
+            f"{cursor.path}: {what} has type number {number}, unknown to the library: the file is damaged, "
+            "or made for a newer llama.cpp"
+        )
+    if shape[0] % kind.block:
+        cursor.fail(f"{what} is {kind.name}, but {shape[0]} is no multiple of its block of {kind.block}")
+    return TensorInfo(name, shape, kind, offset, part)
+
+
+class _Cursor:
+    """Reads forward through the header; running off the end is an error that says what was being read."""
+
+    def __init__(self, path: pathlib.Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.position = path, data, 0
+
+    def fail(self, what: str) -> NoReturn:
+        raise BitladderError(f"{self.path}: {what}: {_DAMAGED}")
+
+    def unpack(self, form: str, what: str) -> tuple[Any, ...]:
+        start = self.position
+        self._skip(struct.calcsize(form), what)
+        return struct.unpack_from(form, self.data, start)
+
+    def name(self, what: str, longest: int) -> str:
+        (size,) = self.unpack("<Q", what)
+        if size > longest:
+            self.fail(f"{what} is {size} bytes long; {longest} are allowed")
+        self._skip(size, what)
+        raw = self.data[self.position - size : self.position]
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            self.fail(f"{what} is not UTF-8: {raw[:MAX_NAME]!r}")
+
+    def value(self, key: str) -> Value:
+        what = f"metadata key {shown(key)}"
+        (kind,) = self.unpack("<I", what)
+        start = self.position
+        if kind in SIZES:
+            self._skip(SIZES[kind], what)
+        elif kind == STRING:
+            self._skip(self._size(what), what)
+        elif kind == ARRAY:
+            self._skip_array(what)
+        else:
+            self.fail(f"{what} has the unknown type {kind}")
+        if self.position - start > MAX_VALUE:
+            self.fail(f"{what} is said to have {self.position - start} bytes")
+        return Value(kind, self.data[start : self.position])
+
+    def _size(self, what: str) -> int:
+        (size,) = self.unpack("<Q", what)
+        if size > MAX_STRING:
+            self.fail(f"{what} is said to have {size} bytes")
+        return int(size)
+
+    def _skip_array(self, what: str) -> None:
+        kind, count = self.unpack("<IQ", what)
+        if count > MAX_COUNT:
+            self.fail(f"{what} is said to have {count} elements")
+        if kind in SIZES:
+            self._skip(SIZES[kind] * count, what)
+        elif kind == STRING:
+            self._skip_strings(count, what)
+        else:
+            self.fail(f"{what} is an array of type {kind}, which is not supported")
+
+    def _skip(self, size: int, what: str) -> None:
+        self.position += size
+        if self.position > len(self.data):
+            self.fail(f"the file ends inside {what}")
+
+    def _skip_strings(self, count: int, what: str) -> None:
+        # The one loop that runs a hundred thousand times: locals, and no check but the one that reading makes itself.
+        read, data, position = struct.Struct("<Q").unpack_from, self.data, self.position
+        try:
+            for _ in range(count):
+                position += 8 + read(data, position)[0]
+        except (struct.error, OverflowError):
+            position = len(data) + 1
+        self.position = position
+        self._skip(0, what)

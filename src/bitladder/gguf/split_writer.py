@@ -1,0 +1,200 @@
+"""Writing a model in shards: which tensors go together, and a writer that leaves all shards or none.
+
+Grouping and keys are those of tools/gguf-split in llama.cpp, so that its --merge and its loader take what is written.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.closing import Closing
+from bitladder.errors import BitladderError, UsageError
+from bitladder.files import replacing
+from bitladder.gguf.header import TensorInfo
+from bitladder.gguf.shards import COUNT, MAX_SHARDS, NUMBER, SPLIT_KEYS, TENSORS, plain_path, shard_path
+from bitladder.gguf.values import Value, i32, u16
+from bitladder.gguf.writer import GgufWriter, TensorPlan, file_size, padded
+
+Groups = Sequence[Sequence[TensorPlan]]  # the tensors of each shard; only the first may have none
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
+
+
+def parse_size(text: str, option: str = "--split-max-size") -> int:
+    """Bytes of "300M" or "2G" (powers of 1000, as llama-gguf-split counts). Raises UsageError that names the option."""
+    found = re.fullmatch(r"(\d{1,15})([KMG]?)", text.strip().upper(), re.ASCII)
+    size = int(found[1]) * _UNITS[found[2]] if found else 0
+    if not size:
+        raise UsageError(f"{option} is {text!r}; give a whole number and a unit, such as 300M or 2G")
+    return size
+
+
+def group_by_size(tensors: Sequence[TensorPlan], max_bytes: int) -> list[list[TensorPlan]]:
+    """Tensors in their order, each group as long as its tensors (padded, without header) fit into `max_bytes`.
+
+    A tensor is never split; one that is larger than the limit has a shard of its own.
+    """
+    groups: list[list[TensorPlan]] = [[]]
+    size = 0
+    for tensor in tensors:
+        size += padded(tensor.nbytes)
+        if groups[-1] and size > max_bytes:
+            groups.append([])
+            size = padded(tensor.nbytes)
+        groups[-1].append(tensor)
+    return groups
+
+
+def group_by_count(tensors: Sequence[TensorPlan], max_tensors: int) -> list[list[TensorPlan]]:
+    """Tensors in their order, `max_tensors` in each group."""
+    return [list(tensors[start : start + max_tensors]) for start in range(0, len(tensors), max_tensors)] or [[]]
+
+
+def group_as(tensors: Sequence[TensorPlan], source: Mapping[str, TensorInfo]) -> list[list[TensorPlan]]:
+    """Each tensor in the shard where `source` (GgufFile.tensors) has it, and in the order it has there (--keep-split).
+
+    Shards that lose all their tensors are left out, except the first, which carries the metadata. Raises KeyError for
+    a tensor that the source does not have.
+    """
+    place = {name: index for index, name in enumerate(source)}
+    groups: dict[int, list[TensorPlan]] = {0: []}
+    for tensor in sorted(tensors, key=lambda tensor: place[tensor.name]):
+        groups.setdefault(source[tensor.name].part, []).append(tensor)
+    return list(groups.values())
+
+
+def split_sizes(metadata: Mapping[str, Value], groups: Groups) -> list[int]:
+    """Exact bytes of each file that `writing` makes."""
+    return [file_size(values, group) for values, group in zip(_metadata_of_each(metadata, groups), groups, strict=True)]
+
+
+def output_paths(out: str | os.PathLike[str], groups: Groups) -> list[pathlib.Path]:
+    """The files that `writing` makes: `out` itself for one group, OUT-00001-of-0000N.gguf and so on for several.
+
+    An `out` that is named as a shard stands for the model: X-00001-of-00003.gguf for X.gguf. Raises BitladderError for
+    more shards than the format can count.
+    """
+    if len(groups) > MAX_SHARDS:
+        raise BitladderError(f"{out} would have {len(groups)} shards, {MAX_SHARDS} are allowed; use a larger limit")
+    if len(groups) == 1:
+        return [plain_path(pathlib.Path(out))]
+    return [shard_path(pathlib.Path(out), number, len(groups)) for number in range(1, len(groups) + 1)]
+
+
+@contextlib.contextmanager
+def writing(out: str | os.PathLike[str], metadata: Mapping[str, Value], groups: Groups) -> Iterator["SplitWriter"]:
+    """Write a model to `output_paths(out, groups)`: yields the writer that takes the groups' tensors in order.
+
+    The files get their names when all of them are complete, the first shard last; on any exception, Ctrl-C included,
+    none is left. Several files get the keys of a split, one file has none. Raises BitladderError if a file cannot be
+    written.
+    """
+    paths = output_paths(out, groups)
+    with _replacing_all(paths) as temporaries:
+        files = map(_File, paths, temporaries, _metadata_of_each(metadata, groups), groups)
+        with SplitWriter(list(files)) as writer:
+            yield writer
+            writer.finish()
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file to be written: its name, the temporary one, and what goes into it."""
+
+    path: pathlib.Path
+    temporary: pathlib.Path
+    metadata: Mapping[str, Value]
+    tensors: Sequence[TensorPlan]
+
+
+class SplitWriter(Closing):
+    """Takes tensors' bytes in the announced order, as GgufWriter does, and goes from file to file. See `writing`."""
+
+    def __init__(self, files: Sequence[_File]) -> None:
+        self._waiting = list(files)[::-1]
+        self._begin_next()
+
+    def write(self, name: str, data: npt.NDArray[np.uint8]) -> None:
+        """Append bytes to tensor `name`, which must be the current or the next one."""
+        while self._writer.complete and self._waiting:
+            self.close()
+            self._begin_next()
+        with _naming(self._path):
+            self._writer.write(name, data)
+
+    def finish(self) -> None:
+        """Check that every tensor was written in full."""
+        self._writer.finish()
+        if self._waiting:
+            raise BitladderError(f"internal: {self._waiting[-1].path.name} was not written")
+
+    def close(self) -> None:
+        """Close the file at hand."""
+        with _naming(self._path):
+            self._stream.close()
+
+    def _begin_next(self) -> None:
+        file = self._waiting.pop()
+        self._path = file.path
+        with _naming(file.path):
+            self._stream = file.temporary.open("wb")
+            self._writer = GgufWriter(self._stream, file.metadata, file.tensors)
+
+
+def _metadata_of_each(metadata: Mapping[str, Value], groups: Groups) -> list[dict[str, Value]]:
+    own = {key: value for key, value in metadata.items() if key not in SPLIT_KEYS}
+    if len(groups) == 1:
+        return [own]
+    total = sum(map(len, groups))
+    keys = [{NUMBER: u16(i), COUNT: u16(len(groups)), TENSORS: i32(total)} for i in range(len(groups))]
+    return [own | keys[0], *keys[1:]]
+
+
+@contextlib.contextmanager
+def _replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]:
+    """`files.replacing` for several files: all of them get their names, or those that were there before stay.
+
+    Files that are replaced are moved aside first, the first shard before the others. So whenever the process is
+    killed, no first shard stands before others that are not its own.
+    """
+    if len(paths) == 1:
+        with replacing(paths[0]) as temporary:
+            yield [temporary]
+        return
+    made: set[int] = set()
+    aside: dict[pathlib.Path, pathlib.Path] = {}
+    try:
+        with contextlib.ExitStack() as stack:
+            # Left in the opposite order: the first shard, without which nobody takes the others for a model, is last.
+            temporaries = [stack.enter_context(replacing(path)) for path in paths]
+            made |= {temporary.stat().st_ino for temporary in temporaries}
+            yield temporaries
+            for path in filter(pathlib.Path.exists, paths):
+                with _naming(path):
+                    kept = path.resolve()
+                    aside[kept] = kept.rename(kept.with_name(f".{kept.name}.old.tmp"))
+    except BaseException:
+        for path in paths:
+            if path.exists() and path.stat().st_ino in made:
+                path.resolve().unlink()
+        for kept, moved in reversed(aside.items()):
+            with _naming(kept, f"; what was there is {moved.name} now"):
+                moved.replace(kept)
+        raise
+    for moved in aside.values():
+        with _naming(moved):
+            moved.unlink()
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path, more: str = "") -> Iterator[None]:
+    """Say which file could not be written: `replacing` would name the last shard for all of them."""
+    try:
+        yield
+    except OSError as error:
+        raise BitladderError(f"cannot write {path}: {error.strerror or error}{more}") from error

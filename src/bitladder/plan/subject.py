@@ -1,0 +1,129 @@
+"""What is planned for: a full-precision file, its importance, and what the library allows for each tensor."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.calibrate.imatrix import Imatrix, read_imatrix
+from bitladder.closing import Closing
+from bitladder.engine.presets import Request, preset_types, storable
+from bitladder.engine.types import TensorType, all_types, type_by_name
+from bitladder.errors import BitladderError
+from bitladder.files import sha256_file
+from bitladder.gguf.names import layer_of, short_kind
+from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.writer import TensorPlan, file_size, padded
+from bitladder.progress import SILENT
+from bitladder.quantize import QuantizeOptions, prepare
+from bitladder.quantize.quant_metadata import VERSION_KEY
+from bitladder.recipe.check_recipe import changeable
+from bitladder.recipe.patterns import exact_patterns
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A preset by itself: its types, and the bytes of the file that llama-quantize writes."""
+
+    name: str
+    types: dict[str, str]
+    bytes: int
+
+
+class Subject(Closing):
+    """A model to plan for. Raises BitladderError if the file is no full-precision model, or the imatrix not its own."""
+
+    def __init__(self, path: pathlib.Path, imatrix: pathlib.Path | None) -> None:
+        self.path, self.imatrix_path = path, imatrix
+        self.imatrix: Imatrix | None = read_imatrix(imatrix) if imatrix is not None else None
+        self.imatrix_sha256 = sha256_file(imatrix) if imatrix is not None else None
+        self.file = GgufFile(path)
+        self._needy: dict[str, set[str]] = {}
+        try:
+            self.tensors = self._changeable()
+            self.importance = self._importances()
+        except BaseException:
+            self.file.close()
+            raise
+        self.places = {name: (short_kind(name), layer_of(name)) for name in self.tensors}
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    def _changeable(self) -> list[str]:
+        can = changeable(self.file)
+        names = [name for name in self.file.tensors if name in can]
+        quantized = [name for name in names if self.file.tensors[name].type.quantized]
+        if quantized:
+            raise BitladderError(
+                f"{self.path}: {quantized[0]} is {self.file.tensors[quantized[0]].type.name} already; "
+                "plan for an F16, BF16 or F32 model"
+            )
+        if not names:
+            raise BitladderError(f"{self.path} has no tensor that can be quantized")
+        return names
+
+    def _importances(self) -> dict[str, Floats]:
+        entries = self.imatrix.entries if self.imatrix is not None else {}
+        if self.imatrix is not None and not entries.keys() & self.file.tensors.keys():
+            raise BitladderError(f"the imatrix {self.imatrix_path} belongs to another model: no tensor is in both")
+        found = {}
+        for name in self.tensors:
+            tensor = self.file.tensors[name]
+            matrices = tensor.rows // tensor.rows_per_matrix
+            if name in entries and entries[name].sums.size == tensor.width * matrices:
+                found[name] = entries[name].means().reshape(matrices, tensor.width)
+        return found
+
+    def needy(self, name: str) -> set[str]:
+        """Types that the library refuses for a tensor without importance; none if it has importance.
+
+        The rule is the type's within the blocks, and may be another for embeddings and head.
+        """
+        if name in self.importance:
+            return set()
+        place = name if self.places[name][1] is None else "blocks"
+        if place not in self._needy:
+            self._needy[place] = {kind.name for kind in all_types().values() if self._refused(name, kind)}
+        return self._needy[place]
+
+    def _refused(self, name: str, kind: TensorType) -> bool:
+        if not (kind.quantized and storable(kind)) or self.file.tensors[name].width % kind.block:
+            return False
+        request = Request("Q8_0", overrides=(*exact_patterns({name: kind}), (".*", type_by_name("q8_0"))))
+        return preset_types(self.path, request).needs_imatrix
+
+    def preset(self, name: str) -> Preset:
+        """What llama-quantize makes of the model with a preset and this imatrix. Raises BitladderError if it cannot."""
+        with prepare(self.path, QuantizeOptions(name), imatrix=self.imatrix_path, progress=SILENT) as prepared:
+            metadata = {key: value for key, value in prepared.metadata.items() if key != VERSION_KEY}
+            return Preset(name, prepared.choice.types, file_size(metadata, prepared.plans))
+
+    def file_bytes(self, types: Mapping[str, str]) -> int:
+        """The exact size of the file that `bitladder quantize --recipe` writes."""
+        options = QuantizeOptions(types=dict(types), preset="Q8_0")
+        with prepare(self.path, options, imatrix=self.imatrix_path, progress=SILENT) as prepared:
+            return prepared.bytes
+
+    def overhead(self) -> int:
+        """Bytes of a planned file that are not of the tensors that are chosen: header, padding, norms."""
+        everything = dict.fromkeys(self.tensors, "q8_0")
+        sizes = sum(self.tensor_bytes(name, "q8_0") for name in self.tensors)
+        return self.file_bytes(everything) - sizes
+
+    def tensor_bytes(self, name: str, kind: str) -> int:
+        """What a tensor takes in the file, padding included."""
+        return padded(self.plain_bytes(name, kind))
+
+    def plain_bytes(self, name: str, kind: str) -> int:
+        """A tensor's bytes without padding."""
+        return TensorPlan(name, self.file.tensors[name].shape, type_by_name(kind)).nbytes
+
+    def weights(self) -> int:
+        """All weights of the model, norms included."""
+        return sum(tensor.elements for tensor in self.file.tensors.values())

@@ -1,0 +1,281 @@
+"""Which type each tensor gets: options in, a settled choice out.
+
+The library decides (`engine.presets.preset_types`); here its answer is asked for in such a way that patterns and
+recipes are exact names, and is then checked for everything that would go wrong later.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+
+from bitladder.engine.overrides import check_overrides
+from bitladder.engine.presets import PresetTypes, Request, plain_type, preset_types
+from bitladder.engine.types import TensorType, all_types
+from bitladder.errors import BitladderError, UsageError
+from bitladder.gguf.reader import GgufFile, TensorInfo
+from bitladder.quantize.prune import Pruning, plan_pruning
+from bitladder.quantize.quantize_options import QuantizeOptions, check_options, parse_override, target_type
+from bitladder.quantize.type_patterns import PatternMatch, match_patterns
+from bitladder.recipe.patterns import exact_patterns
+
+# What --token-embedding-type and --output-tensor-type are about; llama-quantize has no fallback for their widths.
+EMBEDDINGS, OUTPUT = ("token_embd.weight", "per_layer_token_embd.weight"), ("output.weight",)
+# The preset under which patterns apply when there is none, or one that does not quantize.
+BASE = "Q8_0"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorChoice:
+    """A tensor of the new file: its `name` there, the tensor it is made of, and its type.
+
+    `wanted` differs from `type` where the width cannot hold it. `why` says in a few words what decided.
+    """
+
+    name: str
+    source: TensorInfo
+    type: TensorType
+    wanted: TensorType
+    why: str
+
+    @property
+    def changes(self) -> bool:
+        """Whether its data are computed anew, rather than copied."""
+        return self.type != self.source.type
+
+
+@dataclasses.dataclass(frozen=True)
+class PatternUse:
+    """A line of the match table: the tensors a pattern is found in, and those that it gave its type."""
+
+    pattern: str
+    type: TensorType
+    matched: tuple[str, ...]
+    decided: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """All tensors in the order they are written, the match table, and remarks for the user.
+
+    `request` is what the library was asked, `needs_imatrix` its answer; `pruning` is None if no block goes.
+    """
+
+    tensors: tuple[TensorChoice, ...]
+    patterns: tuple[PatternUse, ...]
+    warnings: tuple[str, ...]
+    request: Request
+    needs_imatrix: bool
+    pruning: Pruning | None
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Tensor name → type name."""
+        return {tensor.name: tensor.type.name for tensor in self.tensors}
+
+
+def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> Choice:
+    """Settle the type of every tensor.
+
+    `imatrix` tells whether there is an importance matrix. Raises UsageError for options that cannot be used with this
+    file, BitladderError if the library refuses it; nothing is written.
+    """
+    check_options(options)
+    pruning = None
+    if options.prune_layers:
+        pruning = plan_pruning(file.metadata, file.tensors, options.prune_layers, file.architecture)
+    sources = _renamed(file, pruning)
+    recipe = _recipe_types(file, options.types or {}, sources)
+    matches = match_patterns(file.path, options.tensor_types, list(sources))
+    overrides = recipe | {name: match.type for match in matches for name in match.first}
+    request = _request(options, overrides, sources, imatrix)
+    check_overrides(file.path, request.kv)
+    answer = preset_types(file.path, request)
+    if answer.types.keys() != sources.keys():
+        odd = sorted(answer.types.keys() ^ sources.keys())
+        raise BitladderError(f"the library and {file.path} disagree on tensors ({odd[0]}, …); is the file damaged?")
+    remarks = []
+    if options.types is not None:
+        answer, unnamed = _exactly(file, recipe, request, answer, sources)
+        remarks = _unnamed(options, unnamed)
+    given = _reasons(options, recipe, matches)
+    tensors = []
+    for name, kind in answer.types.items():
+        source, wanted = sources[name], answer.misfits.get(name, kind)
+        reason, asked = given.get(name, ("", None))
+        if not reason or asked not in (wanted, kind):
+            reason = "kept" if kind == source.type else f"preset {options.preset or ''}".strip()
+        tensors.append(TensorChoice(name, source, kind, wanted, reason))
+    uses = tuple(_use(match, tensors) for match in matches)
+    _refuse(options, tensors)
+    return Choice(tuple(tensors), uses, (*remarks, *_warnings(tensors, uses)), request, answer.needs_imatrix, pruning)
+
+
+def _renamed(file: GgufFile, pruning: Pruning | None) -> dict[str, TensorInfo]:
+    """New name → tensor of the source."""
+    if pruning is None:
+        return dict(file.tensors)
+    renamed = {pruning.new_name(name): tensor for name, tensor in file.tensors.items()}
+    return {name: tensor for name, tensor in renamed.items() if name is not None}
+
+
+def _recipe_types(file: GgufFile, types: Mapping[str, str], sources: Mapping[str, TensorInfo]) -> dict[str, TensorType]:
+    for name in types:
+        if name not in sources:
+            raise UsageError(f"the recipe names {name}, which {file.path} does not have; is it for another model?")
+    # A type that nothing is converted to may be any: an i32 table stays what it is.
+    return {
+        name: sources[name].type
+        if kind.lower() == sources[name].type.name.lower()
+        else target_type(kind, f"the recipe's {name}")
+        for name, kind in types.items()
+    }
+
+
+def _request(
+    options: QuantizeOptions,
+    overrides: Mapping[str, TensorType],
+    sources: Mapping[str, TensorInfo],
+    imatrix: bool,
+) -> Request:
+    preset = BASE if options.preset is None or options.copies else options.preset
+    embedding, embedding_misfit = _special(options.token_embedding_type, "--token-embedding-type", EMBEDDINGS, sources)
+    output, output_misfit = _special(options.output_tensor_type, "--output-tensor-type", OUTPUT, sources)
+    exact = exact_patterns({**overrides, **embedding_misfit, **output_misfit})
+    plain = plain_type(preset)
+    if plain is not None and (options.types is not None or embedding_misfit or output_misfit):
+        # Under a preset that does not quantize the library looks at no override: the rest is named as well then.
+        preset, exact = BASE, (*exact, (".*", plain))
+    return Request(
+        preset,
+        overrides=exact,
+        output_tensor_type=output,
+        token_embedding_type=embedding,
+        pure=options.pure or (options.preset is None),
+        leave_output_tensor=options.leave_output_tensor,
+        only_copy=options.copies,
+        keep_split=options.keep_split,
+        imatrix=imatrix,
+        kv=dict(parse_override(text) for text in options.override_kv),
+        prune_layers=options.prune_layers,
+    )
+
+
+def _special(
+    name: str | None, option: str, tensors: tuple[str, ...], sources: Mapping[str, TensorInfo]
+) -> tuple[TensorType | None, dict[str, TensorType]]:
+    """The type of --token-embedding-type or --output-tensor-type, and nothing else if all widths can hold it.
+
+    The library aborts the process if they cannot. As an override of those tensors it gets the usual fallback.
+    """
+    if name is None:
+        return None, {}
+    kind = target_type(name, option)
+    present = [one for one in tensors if one in sources]
+    if all(sources[one].width % kind.block == 0 for one in present):
+        return kind, {}
+    return None, dict.fromkeys(present, kind)
+
+
+def _exactly(
+    file: GgufFile,
+    recipe: Mapping[str, TensorType],
+    request: Request,
+    answer: PresetTypes,
+    sources: Mapping[str, TensorInfo],
+) -> tuple[PresetTypes, list[str]]:
+    """The answer held to a recipe's word, and the tensors that could be quantized but are not named.
+
+    A matrix that the library never quantizes may still become another unquantized type.
+    """
+    ours = _quantizable(file, request)
+    types = dict(answer.types)
+    for name, kind in recipe.items():
+        if name in ours or kind == sources[name].type:
+            continue
+        if kind.quantized or len(sources[name].shape) < 2:
+            raise UsageError(f"the recipe gives {name} {kind.name}, but it has to stay {sources[name].type.name}")
+        types[name] = kind
+    return dataclasses.replace(answer, types=types), [name for name in sources if name in ours and name not in recipe]
+
+
+def _unnamed(options: QuantizeOptions, names: list[str]) -> list[str]:
+    """A remark on tensors that the recipe does not name. Raises UsageError if there is no preset for them."""
+    if not names:
+        return []
+    some = f"the recipe names no type for {names[0]} ({len(names)} tensors in all)"
+    if options.preset is None:
+        raise UsageError(f"{some}; complete it, or name a preset for the rest")
+    return [f"{some}: preset {options.preset} decides"]
+
+
+def _quantizable(file: GgufFile, request: Request) -> set[str]:
+    """Tensors that the library would quantize: asked for a type that no tensor has, they alone change."""
+    present = {tensor.type for tensor in file.tensors.values()}
+    probe = next(kind for kind in all_types().values() if kind.block == 1 and kind not in present)
+    plain = dataclasses.replace(
+        request, preset=BASE, overrides=((".*", probe),), output_tensor_type=None, token_embedding_type=None
+    )
+    return {name for name, kind in preset_types(file.path, plain).types.items() if kind == probe}
+
+
+def _reasons(
+    options: QuantizeOptions, recipe: Mapping[str, TensorType], matches: tuple[PatternMatch, ...]
+) -> dict[str, tuple[str, TensorType]]:
+    """Tensor name → what the user said of it, and the type."""
+    given = {name: ("recipe", kind) for name, kind in recipe.items()}
+    for match in matches:
+        given |= dict.fromkeys(match.first, (f"--tensor-type {match.pattern}", match.type))
+    for option, text, names in (
+        ("--token-embedding-type", options.token_embedding_type, EMBEDDINGS),
+        ("--output-tensor-type", options.output_tensor_type, OUTPUT),
+    ):
+        if text is not None:
+            # A pattern may name the table of per-layer embeddings, and then goes before the option.
+            fixed = [name for name in names if not (name == EMBEDDINGS[1] and name in given)]
+            given |= dict.fromkeys(fixed, (option, target_type(text, option)))
+    return given
+
+
+def _use(match: PatternMatch, tensors: list[TensorChoice]) -> PatternUse:
+    got = {tensor.name for tensor in tensors if tensor.why == f"--tensor-type {match.pattern}"}
+    return PatternUse(match.pattern, match.type, match.names, tuple(name for name in match.first if name in got))
+
+
+def _refuse(options: QuantizeOptions, tensors: list[TensorChoice]) -> None:
+    for tensor in tensors:
+        if tensor.changes and tensor.source.type.quantized and not options.allow_requantize:
+            raise BitladderError(
+                f"{tensor.source.name} is already {tensor.source.type.name}; quantize from an F16, BF16 or F32 file, "
+                "or allow the loss with --allow-requantize"
+            )
+        if tensor.wanted != tensor.type and options.no_fallback:
+            raise UsageError(f"{_misfit(tensor)}; --no-fallback forbids to use {tensor.type.name} instead")
+
+
+def _misfit(tensor: TensorChoice) -> str:
+    kind = tensor.wanted
+    return f"{tensor.name}: rows of {tensor.source.width} weights cannot be {kind.name} (blocks of {kind.block})"
+
+
+def _warnings(tensors: list[TensorChoice], uses: tuple[PatternUse, ...]) -> tuple[str, ...]:
+    lines = []
+    groups: dict[tuple[TensorType, TensorType], list[TensorChoice]] = collections.defaultdict(list)
+    for tensor in tensors:
+        if tensor.wanted != tensor.type:
+            groups[tensor.wanted, tensor.type].append(tensor)
+    for (_, used), members in groups.items():
+        more = f", and {len(members) - 1} more" if len(members) > 1 else ""
+        lines.append(f"{_misfit(members[0])}{more}: {used.name} instead")
+    for use in uses:
+        if not use.decided:
+            lines.append(
+                f"--tensor-type {use.pattern}={use.type.name} decides nothing: the {len(use.matched)} tensors it "
+                f"matches ({use.matched[0]}, …) are never quantized, an earlier pattern or another option decides, "
+                "or the preset does not quantize"
+            )
+        if use.pattern != use.pattern.lower():
+            lines.append(
+                f"--tensor-type {use.pattern}: patterns are put in lower case, as by llama-quantize; "
+                "names are in lower case, but an escape such as \\S becomes \\s"
+            )
+    return tuple(lines)

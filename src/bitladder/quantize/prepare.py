@@ -1,0 +1,112 @@
+"""Everything about a quant settled before a byte is written: types, importance, metadata, the exact size."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping
+
+from bitladder.calibrate.imatrix import read_imatrix
+from bitladder.closing import Closing
+from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.split_writer import group_as, group_by_size, split_sizes
+from bitladder.gguf.values import Value
+from bitladder.gguf.writer import TensorPlan
+from bitladder.progress import SILENT, Progress
+from bitladder.quantize.choose_types import Choice, choose
+from bitladder.quantize.filetype import file_type
+from bitladder.quantize.importance import Floats, importance_of, selected
+from bitladder.quantize.quant_metadata import RECIPE_KEY, quant_metadata
+from bitladder.quantize.quantize_options import QuantizeOptions, check_options
+from bitladder.recipe.schema import recipe_sha256
+
+_IN_BLOCK = re.compile(r"(^|\.)blk\.\d+\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(Closing):
+    """A quant ready to be made; closing it closes the source.
+
+    `importance` is float32 [matrices, width] by tensor name, `metadata` what the file will have, `groups` the tensors
+    of each shard (one group: one file). `bpw` counts all weights and tensor bytes only; `bpw_blocks` does so for the
+    tensors of the repeating blocks (0 if there are none).
+    """
+
+    file: GgufFile
+    options: QuantizeOptions
+    choice: Choice
+    importance: dict[str, Floats]
+    metadata: dict[str, Value]
+    groups: tuple[tuple[TensorPlan, ...], ...]
+
+    def close(self) -> None:
+        """Close the source."""
+        self.file.close()
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file or shards, headers and padding included."""
+        return sum(split_sizes(self.metadata, self.groups))
+
+    @property
+    def plans(self) -> tuple[TensorPlan, ...]:
+        """All tensors, in the order they are written."""
+        return tuple(plan for group in self.groups for plan in group)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over all tensors."""
+        return _bpw(self.plans)
+
+    @property
+    def bpw_blocks(self) -> float:
+        """Bits per weight over the tensors of the repeating blocks."""
+        return _bpw(tuple(plan for plan in self.plans if _IN_BLOCK.search(plan.name)))
+
+
+def prepare(
+    source: str | os.PathLike[str],
+    options: QuantizeOptions,
+    *,
+    imatrix: str | os.PathLike[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress = SILENT,
+) -> Prepared:
+    """Settle how to quantize a GGUF; nothing is written.
+
+    Parameters: `imatrix` an importance matrix of the same model; `metadata` strings to add to the file's. Warnings go
+    to `progress`. Raises BitladderError if the options, the imatrix or the source cannot be used.
+    """
+    check_options(options)
+    file = GgufFile(source)
+    try:
+        used = selected(read_imatrix(imatrix) if imatrix is not None else None, options)
+        if imatrix is None and (options.include_weights or options.exclude_weights):
+            progress.warn("--include-weights and --exclude-weights have no effect without --imatrix")
+        choice = choose(file, options, imatrix=used is not None)
+        importance = importance_of(file.path, choice, used, progress)
+        for line in choice.warnings:
+            progress.warn(line)
+        extra = {**(metadata or {}), RECIPE_KEY: recipe_sha256(choice.types)}
+        number = file_type(file, options, choice)
+        origin = (imatrix, used) if imatrix is not None and used is not None else None
+        values = quant_metadata(file, choice, number, origin, extra)
+        return Prepared(file, options, choice, importance, values, _groups(options, choice))
+    except BaseException:
+        file.close()
+        raise
+
+
+def _groups(options: QuantizeOptions, choice: Choice) -> tuple[tuple[TensorPlan, ...], ...]:
+    plans = [TensorPlan(one.name, one.source.shape, one.type) for one in choice.tensors]
+    groups = [plans]
+    if options.keep_split:
+        groups = group_as(plans, {one.name: one.source for one in choice.tensors})
+    elif options.split_max_bytes is not None:
+        groups = group_by_size(plans, options.split_max_bytes)
+    return tuple(map(tuple, groups))
+
+
+def _bpw(plans: tuple[TensorPlan, ...]) -> float:
+    weights = sum(math.prod(plan.shape) for plan in plans)
+    return 8 * sum(plan.nbytes for plan in plans) / weights if weights else 0.0

@@ -1,0 +1,113 @@
+"""What smoothing does to each tensor, to the importance of its columns, and to the second moments of its inputs."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.calibrate.imatrix import Imatrix
+from bitladder.calibrate.moments.moments_file import Moment
+from bitladder.engine.types import quantize_rows
+from bitladder.errors import BitladderError
+from bitladder.gguf.header import TensorInfo
+from bitladder.gguf.reader import GgufFile
+from bitladder.refine.smooth.links import Link
+from bitladder.refine.smooth.order import Order
+from bitladder.refine.smooth.pieces import PIECE, row_pieces
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass
+class Change:
+    """First a tensor is multiplied: by `columns` float32 [matrices or 1, width] and `rows` float32 [rows]; then its
+    columns, and the rows of each of its matrices, come in another order. None: nothing of that."""
+
+    columns: Floats | None = None
+    rows: Floats | None = None
+    column_order: Indices | None = None
+    row_order: Indices | None = None
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the tensor stays as it is."""
+        return all(one is None for one in (self.columns, self.rows, self.column_order, self.row_order))
+
+
+def changes_of(scales: Sequence[tuple[Link, Floats]], order: Order | None = None) -> dict[str, Change]:
+    """What happens to which tensor. `scales` float32 [matrices, channels of the readers] by link."""
+    found: dict[str, Change] = {}
+    for link, scale in scales:
+        for name in link.readers:
+            found.setdefault(name, Change()).columns = scale
+        made = scale.reshape(link.matrices, link.groups, link.repeats, link.size)[:, :, 0].reshape(-1)
+        for name in link.makers:
+            found.setdefault(name, Change()).rows = (1 / made).astype(np.float32)
+    if order is not None:
+        for name in order.columns:
+            found.setdefault(name, Change()).column_order = order.channels
+        for name in order.rows:
+            found.setdefault(name, Change()).row_order = order.channels
+    return found
+
+
+def changed_rows(file: GgufFile, tensor: TensorInfo, change: Change) -> Iterator[npt.NDArray[np.uint8]]:
+    """A tensor's rows as they become, piece by piece, in its own type.
+
+    Powers of two and another order round nothing. Raises BitladderError for weights that overflow F16.
+    """
+    if change.nothing:
+        step = max(1, PIECE // tensor.width)
+        for start in range(0, tensor.rows, step):
+            yield file.read(tensor, start, min(start + step, tensor.rows))
+        return
+    rows = change.rows
+    if rows is not None:  # of a vector (of each expert, if there are several) each element is a channel
+        rows = rows.reshape(tensor.rows, -1 if tensor.elements == rows.size else 1)
+    for numbers, weights in row_pieces(file, tensor, change.row_order):
+        if change.columns is not None:
+            matrix = numbers[0] // tensor.rows_per_matrix if len(change.columns) > 1 else 0
+            np.multiply(weights, change.columns[matrix], out=weights)
+        if rows is not None:
+            np.multiply(weights, rows[numbers], out=weights)
+        if tensor.type.name == "f16" and np.abs(weights).max() > np.finfo(np.float16).max:
+            raise BitladderError(f"{tensor.name}: scaled weights overflow F16; convert with --outtype bf16 or f32")
+        placed = weights if change.column_order is None else np.ascontiguousarray(weights[:, change.column_order])
+        yield quantize_rows(placed, tensor.type, None)
+
+
+def changed_imatrix(imatrix: Imatrix, changes: dict[str, Change]) -> Imatrix:
+    """The importance matrix of the new inputs: the old ones divided by the scales, in the new order."""
+    entries = dict(imatrix.entries)
+    for name, change in changes.items():
+        if name not in entries:
+            continue
+        sums = entries[name].sums
+        if change.columns is not None:
+            sums = sums / np.square(change.columns, dtype=np.float64)
+        if change.column_order is not None:
+            sums = np.ascontiguousarray(sums[:, change.column_order])
+        entries[name] = dataclasses.replace(entries[name], sums=sums)
+    return dataclasses.replace(imatrix, entries=entries)
+
+
+def changed_moment(moment: Moment, change: Change) -> Moment:
+    """The second moments of the new inputs and outputs.
+
+    Inputs are divided by the scales of a weight's columns, so E[w xxᵀ] is by their products; an output that is divided
+    by s has a gradient that is s times larger.
+    """
+    inputs, outputs = moment.inputs, moment.outputs
+    if change.columns is not None:
+        inverse = (1 / np.broadcast_to(change.columns, inputs.shape[:2])).astype(np.float32)
+        inputs = inputs * inverse[:, :, None] * inverse[:, None, :]
+    if change.column_order is not None:
+        inputs = np.ascontiguousarray(inputs[:, change.column_order][:, :, change.column_order])
+    if change.rows is not None and outputs is not None:
+        inverse = (1 / change.rows).astype(np.float32)
+        outputs = outputs * inverse[:, None] * inverse[None, :]
+    if change.row_order is not None and outputs is not None:
+        outputs = np.ascontiguousarray(outputs[np.ix_(change.row_order, change.row_order)])
+    return Moment(inputs, moment.counts, outputs)

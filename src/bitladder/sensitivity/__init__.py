@@ -1,5 +1,0 @@
-"""What it costs to change a model: measured in the loaded model, against its own predictions."""
-
-from bitladder.sensitivity.blocks import BlockLoss, blocks_left_out
-
-__all__ = ["BlockLoss", "blocks_left_out"]

@@ -1,0 +1,1 @@
+"""An importance matrix in the terminal: tables, a heat map, a picture."""

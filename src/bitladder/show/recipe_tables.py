@@ -1,0 +1,130 @@
+"""A recipe as tables for the terminal."""
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from bitladder.engine.types import type_by_name
+from bitladder.errors import BitladderError
+from bitladder.gguf.names import layer_of, one_line, reading_order, short_kind
+from bitladder.gguf.number_ranges import ranges
+from bitladder.recipe.extract import RECIPE_KEY
+from bitladder.recipe.schema import Recipe, recipe_sha256
+from bitladder.recipe.sizes import Shapes, Size, block_size, size_of
+
+
+def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
+    """The header in lines: what is known of the file and how it was made, sizes (tensor bytes only), the hash."""
+    imatrix = recipe.imatrix
+    found = {
+        "model": recipe.model,
+        "file": recipe.file,
+        "preset": recipe.preset,
+        "budget": recipe.budget,
+        "made": recipe.made,
+        "source": recipe.source and recipe.source.name,
+        "imatrix": imatrix and imatrix.name + (f", {imatrix.chunks} chunks" if imatrix.chunks else ""),
+        "versions": ", ".join(f"{name} {version}" for name, version in recipe.versions.items()),
+        "file size": recipe.bytes and f"{recipe.bytes:,} bytes",
+        "tensors": size_text(size_of(recipe.tensors, shapes)) or (recipe.bpw and f"{recipe.bpw:.4f} bpw"),
+        "blocks": size_text(block_size(recipe.tensors, shapes)),
+        "recipe": recipe_sha256(recipe.tensors),
+    }
+    said = recipe.metadata.get(RECIPE_KEY)
+    if said not in (None, found["recipe"]):
+        found["note"] = f"the file says that it was made from recipe {said}: its types have been changed since"
+    return [f"{label:<10} {one_line(str(value))}" for label, value in found.items() if value]
+
+
+def kinds_table(recipe: Recipe, shapes: Shapes) -> Table:
+    """Kinds × types with counts; with the shapes of all tensors also bytes and bits per weight."""
+    whole = size_of(recipe.tensors, shapes)
+    table = table_of("kind", "tensors", "types", *(("bytes", "bpw") if whole else ()))
+    for kind, names in _by_kind(recipe.tensors).items():
+        counts = collections.Counter(recipe.tensors[name] for name in names).most_common()
+        types = ", ".join(f"{count} × {one}" if len(names) > 1 else one for one, count in counts)
+        size = whole and size_of(recipe.tensors, shapes, names)
+        table.add_row(cell(kind), str(len(names)), cell(types), *_cells(size))
+    table.add_section()
+    table.add_row("all", str(len(recipe.tensors)), "", *_cells(whole))
+    return table
+
+
+def layers_table(recipe: Recipe) -> Table | None:
+    """Layers × kinds with the type of each; equal neighbours share a line. None if there are no blocks.
+
+    Kinds that are F32 throughout are left out. In colour, a type with more bits than its kind mostly has is green, one
+    with fewer is yellow.
+    """
+    kinds = {
+        kind: {layer: recipe.tensors[name] for name in names if (layer := layer_of(name)) is not None}
+        for kind, names in _by_kind(recipe.tensors).items()
+    }
+    kinds = {kind: types for kind, types in kinds.items() if {one.lower() for one in types.values()} - {"f32"}}
+    layers = sorted({layer for types in kinds.values() for layer in types})
+    if not layers:
+        return None
+    table = table_of("layer", *(one_line(kind).replace("_", "\n", 1) for kind in kinds))
+    usual = {kind: collections.Counter(types.values()).most_common(1)[0][0] for kind, types in kinds.items()}
+    for run, row in _runs(layers, [[types.get(layer, "") for types in kinds.values()] for layer in layers]):
+        cells = [cell(one, _style(one, usual[kind])) for one, kind in zip(row, kinds, strict=True)]
+        table.add_row(ranges(run), *cells)
+    return table
+
+
+def to_json(recipe: Recipe, shapes: Shapes) -> dict[str, Any]:
+    """For `--json`: the recipe, its hash, and the sizes that the tables show (tensor bytes only; None if unknown)."""
+    sizes = {"all": size_of(recipe.tensors, shapes), "blocks": block_size(recipe.tensors, shapes)}
+    known = {name: {"bytes": size.bytes, "bpw": size.bpw} if size else None for name, size in sizes.items()}
+    return recipe.model_dump(mode="json") | {"recipe_sha256": recipe_sha256(recipe.tensors), "sizes": known}
+
+
+def size_text(size: Size | None) -> str | None:
+    """A size in words; None for what is not known."""
+    return f"{size.bytes:,} bytes, {size.bpw:.4f} bpw" if size else None
+
+
+def cell(text: str, style: str = "") -> Text:
+    """A text from a file as a table's cell: one line, and no markup."""
+    return Text(one_line(text), style)
+
+
+def table_of(first: str, *others: str) -> Table:
+    """An empty table with these headings, figures to the right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(Text(name), justify="right" if name in {"tensors", "bytes", "bpw", "up", "down"} else "left")
+    return table
+
+
+def _by_kind(tensors: dict[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for name in sorted(tensors, key=reading_order):
+        found[short_kind(name)].append(name)
+    return found
+
+
+def _runs(layers: Sequence[int], rows: Sequence[list[str]]) -> Iterator[tuple[list[int], list[str]]]:
+    """Layers that follow each other with equal rows, taken together."""
+    start = 0
+    for end in range(1, len(layers) + 1):
+        if end == len(layers) or rows[end] != rows[start] or layers[end] != layers[end - 1] + 1:
+            yield list(layers[start:end]), rows[start]
+            start = end
+
+
+def _style(kind: str, usual: str) -> str:
+    try:
+        more = type_by_name(kind).bpw - type_by_name(usual).bpw if kind else 0
+    except BitladderError:
+        return "red"
+    return "green" if more > 0 else "yellow" if more < 0 else ""
+
+
+def _cells(size: Size | None) -> list[str]:
+    return [f"{size.bytes:,}", f"{size.bpw:.3f}"] if size else []

@@ -1,0 +1,50 @@
+"""What rounding did, in words and as JSON."""
+
+import collections
+
+from bitladder.evaluate.scores import Figure
+from bitladder.gguf.names import short_kind
+from bitladder.refine.round.guard import Trial
+from bitladder.refine.round.quantize_rounded import Refined
+
+
+def refine_lines(made: Refined) -> list[str]:
+    """Output errors by kind, and what the guard saw."""
+    lines = []
+    by_kind: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    for name, (before, after) in made.losses.items():
+        by_kind[short_kind(name)][0] += before
+        by_kind[short_kind(name)][1] += after
+    ratios = [f"{kind} {after / before:.3f}" for kind, (before, after) in by_kind.items() if before > 0]
+    if ratios:
+        lines.append(
+            f"output error against the library's blocks, on the calibration's own moments: {', '.join(ratios)}"
+        )
+    if made.guard is None:
+        lines.append("not tried on held-out text (--guard none)")
+        return lines
+    guard = made.guard
+    lines.append(
+        f"held-out text ({guard.tokens} tokens): KLD {_text(guard.before)} with the library's blocks, "
+        f"{_text(guard.after)} with these (difference {_text(guard.difference)}, paired)"
+    )
+    kept = f"{guard.tried - len(guard.stock)} of {guard.tried} tensors have these blocks"
+    raised = [trial for trial in (*guard.trials, *guard.removals) if not trial.kept]
+    lines.append(kept + "".join(f"; {_trial(trial)} with those of {_names(trial)}" for trial in raised))
+    layers = [trial for trial in guard.removals if trial.kind.startswith("blk.")]
+    if layers:
+        least = max(layers, key=lambda trial: trial.change.value)
+        lines.append(f"the layer that gains least by them: {least.kind}, {_trial(least)}")
+    return lines
+
+
+def _trial(trial: Trial) -> str:
+    return f"KLD {trial.change.value:+.5f} ± {trial.change.error:.5f}"
+
+
+def _names(trial: Trial) -> str:
+    return trial.tensors[0] if len(trial.tensors) == 1 else f"{len(trial.tensors)} {trial.kind}"
+
+
+def _text(figure: Figure) -> str:
+    return f"{figure.value:.5f} ± {figure.error:.5f}"

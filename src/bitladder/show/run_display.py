@@ -1,0 +1,77 @@
+"""What `bitladder run` shows while it works: the step, the time left, and the best so far of each rung."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bitladder.show.output import Output
+
+if TYPE_CHECKING:
+    from bitladder.ladder.tracker import Best, Status
+
+
+class RunDisplay:
+    """Told of every moment of a run. On a terminal a table that stays above the bars; elsewhere a line for each step
+    that is really done and for each rung that gets better.
+    """
+
+    def __init__(self, output: Output, rungs: Sequence[str]) -> None:
+        self._output, self._rungs = output, list(rungs)
+        self._status: Status | None = None
+        self._told = 0
+        self._best: dict[str, Best] = {}
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """While this is open the table is on the screen."""
+        with self._output.header(self._table):
+            yield
+
+    def watch(self, status: "Status") -> None:
+        """A new moment."""
+        self._status = status
+        if self._output.live:
+            return
+        if status.working and status.number != self._told:
+            self._told = status.number
+            left = f", {duration(status.seconds_left)} left" if status.seconds_left is not None else ""
+            self._output.progress.info(f"[{status.number}/{status.count}] {status.step}{left}")
+        for rung, best in status.best.items():
+            if self._best.get(rung) != best and status.working:
+                self._output.progress.info(f"{rung}: {line(best)}")
+        self._best = dict(status.best)
+
+    def _table(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        status = self._status
+        if status is None:
+            return Text("")
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for _ in range(2):
+            table.add_column(no_wrap=True)
+        for rung in self._rungs:
+            best = status.best.get(rung)
+            table.add_row(rung, line(best) if best else "–")
+        left = duration(status.seconds_left) if status.seconds_left is not None else "not known yet"
+        head = f"step {status.number} of {status.count}, {status.step} · time left: {left}"
+        return Group(Text(head, "bold"), table)
+
+
+def line(best: "Best") -> str:
+    """The best of a rung in words."""
+    from bitladder.report import numbers
+
+    kld = numbers.with_error(numbers.Figure(value=best.kld, error=best.error))
+    size = f"{best.bytes / 1e9:.3f} GB" if best.bytes >= 1e8 else f"{best.bytes / 1e6:.2f} MB"
+    return f"{size}, KLD {kld}" + (f" ({best.name})" if best.name else "")
+
+
+def duration(seconds: float) -> str:
+    """About how long: in minutes, from an hour on in hours and minutes; below a minute in tens of seconds."""
+    if seconds < 55:
+        return f"about {max(10, 10 * round(seconds / 10))} s"
+    minutes = round(seconds / 60)
+    return f"about {minutes} min" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,125 @@
+"""Speed rows as llama-bench prints them: its columns, its Markdown, its CSV and JSON fields."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bitladder.engine.context import FLASH_ATTN
+from bitladder.engine.native import versions
+from bitladder.evaluate.speed_rows import SpeedRow, SpeedSettings
+
+
+def render(rows: Sequence[SpeedRow], form: str) -> str:
+    """The rows as "md", "csv", "jsonl" or "json", ending in a newline."""
+    if form == "md":
+        return _markdown(rows)
+    if form == "csv":
+        return _csv(rows)
+    if form == "jsonl":
+        return "".join(json.dumps(fields(row), ensure_ascii=False) + "\n" for row in rows)
+    return json.dumps([fields(row) for row in rows], indent=2, ensure_ascii=False) + "\n"
+
+
+def fields(row: SpeedRow) -> dict[str, Any]:
+    """A row with llama-bench's field names; file names are without folders, and `repetitions` is ours."""
+    settings, test = row.settings, row.test
+    return {
+        "build_commit": versions()["llama_cpp_commit"],
+        "cpu_info": row.cpu,
+        "gpu_info": row.gpu,
+        "backends": row.backend,
+        "model_filename": row.model,
+        "model_type": row.model_type,
+        "model_size": row.size,
+        "model_n_params": row.n_params,
+        "n_batch": settings.n_batch,
+        "n_ubatch": settings.n_ubatch,
+        "n_threads": row.threads,
+        "type_k": "f16",
+        "type_v": "f16",
+        "n_gpu_layers": settings.gpu_layers,
+        "flash_attn": FLASH_ATTN[settings.flash_attn],
+        "n_prompt": test.n_prompt,
+        "n_gen": test.n_gen,
+        "n_depth": test.n_depth,
+        "test_time": row.test_time,
+        "repetitions": len(row.samples_ns),
+        "avg_ns": round(statistics.fmean(row.samples_ns)),
+        "stddev_ns": round(statistics.stdev(row.samples_ns)) if len(row.samples_ns) > 1 else 0,
+        "avg_ts": row.mean,
+        "stddev_ts": row.stddev,
+        "samples_ns": list(row.samples_ns),
+        "samples_ts": row.samples_ts,
+    }
+
+
+def columns(rows: Sequence[SpeedRow]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the table for people, with llama-bench's headings.
+
+    As there, an option has a column if it is not the default. Files have one if descriptions do not tell them apart.
+    """
+    plain = SpeedSettings()
+    files: dict[str, set[str]] = {}
+    for row in rows:
+        files.setdefault(row.model_type, set()).add(row.model)
+    heads: dict[str, Callable[[SpeedRow], str]] = {
+        "model": lambda row: row.model_type,
+        "file": lambda row: row.model,
+        "size": lambda row: _size(row.size),
+        "params": lambda row: _count(row.n_params),
+        "backend": lambda row: row.backend,
+        "ngl": lambda row: str(row.settings.gpu_layers),
+        "threads": lambda row: str(row.threads),
+        "n_batch": lambda row: str(row.settings.n_batch),
+        "n_ubatch": lambda row: str(row.settings.n_ubatch),
+        "fa": lambda row: row.settings.flash_attn,
+        "test": lambda row: row.test.name,
+        "t/s": lambda row: f"{row.mean:.2f} ± {row.stddev:.2f}",
+    }
+    hidden = {
+        "file": all(len(names) == 1 for names in files.values()),
+        "ngl": all("CPU" in row.backend or "BLAS" in row.backend for row in rows),
+        "n_batch": all(row.settings.n_batch == plain.n_batch for row in rows),
+        "n_ubatch": all(row.settings.n_ubatch == plain.n_ubatch for row in rows),
+        "fa": all(row.settings.flash_attn == plain.flash_attn for row in rows),
+    }
+    shown = [head for head in heads if not hidden.get(head)]
+    return shown, [[heads[head](row) for head in shown] for row in rows]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
+
+
+def _markdown(rows: Sequence[SpeedRow]) -> str:
+    heads, cells = columns(rows)
+    left = [head in {"model", "file", "backend"} for head in heads]
+    widths = [max(len(line[index]) for line in [heads, *cells]) for index in range(len(heads))]
+    lines = [
+        " | ".join(
+            cell.ljust(width) if to_left else cell.rjust(width)
+            for cell, width, to_left in zip(line, widths, left, strict=True)
+        )
+        for line in [heads, *cells]
+    ]
+    rule = " | ".join(
+        "-" * width if to_left else "-" * (width - 1) + ":" for width, to_left in zip(widths, left, strict=True)
+    )
+    lines.insert(1, rule)
+    return "".join(f"| {line} |\n" for line in lines) + f"\nbuild: {versions()['llama_cpp_commit']}\n"
+
+
+def _csv(rows: Sequence[SpeedRow]) -> str:
+    out = io.StringIO()
+    names = [name for name in fields(rows[0]) if not name.startswith("samples_")] if rows else []
+    writer = csv.DictWriter(out, names, extrasaction="ignore", quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(fields(row) for row in rows)
+    return out.getvalue()

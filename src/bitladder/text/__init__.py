@@ -1,0 +1,1 @@
+"""Texts: loaded, cut into chunks of tokens, excerpted, and set apart."""

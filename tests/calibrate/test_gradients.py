@@ -1,0 +1,250 @@
+"""Gradients through the model: its forward pass against the library's, its moments against transformers' autograd."""
+
+import importlib
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from transformers import LlamaForCausalLM, Olmo2ForCausalLM
+
+from bitladder.calibrate.gradients import check, weighted_moments
+from bitladder.calibrate.gradients.families import Llama
+from bitladder.calibrate.gradients.forward import TorchModel
+from bitladder.calibrate.gradients.weighted_moments import chunk_generator
+from bitladder.convert import convert
+from bitladder.errors import BitladderError, UsageError
+
+TOKENS = np.random.default_rng(0).integers(2, 380, (3, 48)).astype(np.int32)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+KINDS = {
+    "llama": (tiny_models.llama, {"rope_parameters": LLAMA3}),
+    "tied": (tiny_models.llama, {"tie_word_embeddings": True, "rope_parameters": LINEAR}),
+    "biases": (tiny_models.llama, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "olmo2": (tiny_models.olmo2, {"rope_parameters": YARN}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """F32 GGUFs by name, each beside its checkpoint."""
+    root = tmp_path_factory.mktemp("gradients")
+    tiny_models.train_byte_level(root / "tokenizer")
+    for name, (make, config) in KINDS.items():
+        tiny_models.train_byte_level(root / name)
+        make(root / name, **config)
+        convert(root / name, root / f"{name}.gguf", outtype="f32")
+    return root
+
+
+def rewritten(path, out, architecture, extra=(), without=()):
+    """A llama GGUF as another architecture of llama.cpp's, with some more and some fewer tensors."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, architecture)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            array = field.types[0] == gguf.GGUFValueType.ARRAY
+            name = key.replace("llama.", f"{architecture}.")
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=field.types[-1] if array else None)
+    for tensor in reader.tensors:
+        if not tensor.name.endswith(tuple(without)):
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+    for name, values in extra:
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_are_the_librarys(models, name):
+    found = check(models / f"{name}.gguf", TOKENS.reshape(-1))
+    assert found.positions == TOKENS.size and found.largest < 0.003 and found.same_top > 0.97
+
+
+def test_logits_of_qwen(models, tmp_path):
+    norms = [
+        (f"blk.{block}.attn_{part}_norm.weight", np.random.default_rng(block).uniform(0.5, 1.5, 16).astype(np.float32))
+        for block in range(2)
+        for part in "qk"
+    ]
+    for name, source, extra in (("qwen2", "biases", []), ("qwen3", "tied", norms)):
+        reader = models / f"{source}.gguf"
+        without = [f"{part}.bias" for part in ("attn_output", "ffn_gate", "ffn_up", "ffn_down")]
+        path = rewritten(reader, tmp_path / f"{name}.gguf", name, extra, without)
+        assert check(path, TOKENS.reshape(-1)).largest < 0.003
+
+
+def test_a_forward_pass_that_is_not_the_librarys_is_refused(models, monkeypatch):
+    monkeypatch.setattr(Llama, "interleaved", False)
+    with pytest.raises(BitladderError, match=r"llama\.gguf: torch's logits differ .* cannot be trusted"):
+        next(weighted_moments(models / "llama.gguf", TOKENS))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_a_few_positions_may_be_ill_conditioned(models, monkeypatch, share):
+    """Rounding alone moves the second token of some texts by 7 % of the range: no reason to trust no gradient."""
+    module = importlib.import_module(
+        "bitladder.calibrate.gradients.check_pass"
+    )  # the package's attribute is the function
+    logits, tokens = module.sequence_logits, TOKENS.reshape(-1)
+
+    def moved(*arguments, **options):
+        found = logits(*arguments, **options)
+        found[: round(share * len(found)), 0] += 0.1 * np.ptp(found)
+        return found
+
+    monkeypatch.setattr(module, "sequence_logits", moved)
+    if share < 0.1:
+        found = check(models / "llama.gguf", tokens)
+        assert found.typical < 0.003 and found.largest > 0.03
+    else:
+        with pytest.raises(BitladderError, match="cannot be trusted"):
+            check(models / "llama.gguf", tokens)
+
+
+def test_what_is_not_known_is_refused(models, tmp_path):
+    scale = [("blk.0.attn_q.scale", np.ones(1, np.float32))]
+    with pytest.raises(BitladderError, match=r"no use for tensor blk\.0\.attn_q\.scale"):
+        TorchModel(rewritten(models / "tied.gguf", tmp_path / "scaled.gguf", "llama", scale))
+    with pytest.raises(BitladderError, match=r"architecture 'gpt2', only for llama"):
+        TorchModel(rewritten(models / "tied.gguf", tmp_path / "gpt2.gguf", "gpt2"))
+    with pytest.raises(UsageError, match=r"does not multiply by a weight called 'token_embd\.weight'"):
+        next(weighted_moments(models / "llama.gguf", TOKENS, names=["token_embd.weight"]))
+
+
+PARTS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def by_autograd(kind, folder, tokens, labels):
+    """Inputs [length, n_in] and gradients [length, n_out] of every matrix, by GGUF name, from transformers."""
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    modules = {
+        f"blk.{b}.{ours}.weight": f"model.layers.{b}.{theirs}" for b in range(2) for ours, theirs in PARTS.items()
+    }
+    modules["output.weight"] = "lm_head"
+    seen, handles = {}, []
+    for name, path in modules.items():
+
+        def hook(module, inputs, output, name=name):
+            output.retain_grad()
+            seen[name] = (inputs[0][0].detach(), output)
+
+        handles.append(model.get_submodule(path).register_forward_hook(hook))
+    logits = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0]
+    torch.log_softmax(logits, -1).gather(1, labels).sum().backward()
+    return {name: (inputs.numpy(), output.grad[0].numpy()) for name, (inputs, output) in seen.items()}
+
+
+def pairs_by_autograd(path, kind, folder, chunks, seed):
+    """By GGUF name, for each chunk: inputs and gradients as transformers has them, for the labels that we draw."""
+    expected = {}
+    with TorchModel(path) as model:
+        for index, chunk in enumerate(chunks):
+            shown = {}
+            model.backward(
+                chunk,
+                [model.head],
+                lambda _, inputs, gradients, shown=shown: shown.update(
+                    labels=gradients.argmax(1, keepdim=True).clone()
+                ),
+                generator=chunk_generator(seed, index),
+            )
+            for weight, pair in by_autograd(kind, folder, chunk, shown["labels"]).items():
+                expected.setdefault(weight, []).append(pair)
+    return expected
+
+
+def weighted(rows, weights):
+    return np.einsum("t,ti,tj->ij", weights / weights.mean(), rows, rows) / len(rows)
+
+
+def leverages(rows, moments):
+    mean = np.trace(moments) / len(moments)
+    return np.einsum("ti,ij,tj->t", rows, np.linalg.inv(moments / mean + 0.1 * np.eye(len(moments))), rows)
+
+
+@pytest.mark.parametrize("count", [3, 9])
+@pytest.mark.parametrize(("name", "kind"), [("llama", LlamaForCausalLM), ("olmo2", Olmo2ForCausalLM)])
+def test_moments_are_those_of_autograd_per_token(models, name, kind, count):
+    chunks = np.random.default_rng(0).integers(2, 380, (count, 48)).astype(np.int32)
+    path = models / f"{name}.gguf"
+    expected = pairs_by_autograd(path, kind, models / name, chunks, 5)
+    found = {moments.name: moments for moments in weighted_moments(path, chunks, seed=5)}
+    assert found.keys() == expected.keys()
+    for weight, pairs in expected.items():
+        x, g = (np.concatenate(parts).astype(np.float64) for parts in zip(*pairs, strict=True))
+        power = np.square(g).sum(1)
+        moments = found[weight]
+        assert moments.tokens == chunks.size
+        profile = power.reshape(chunks.shape).mean(0) / power.mean()
+        np.testing.assert_allclose(moments.by_position, profile, rtol=2e-3, atol=1e-6, err_msg=weight)
+        if weight == "output.weight":
+            assert moments.outputs is None
+            wanted, outputs = weighted(x, power), None
+        elif count < 8:
+            wanted, outputs = weighted(x, power), g.T @ g / len(g)
+        else:
+            # Every fourth chunk tells what leverages the tokens of the others have.
+            pilots = np.repeat(np.arange(count) % 4 == 0, chunks.shape[1])
+            first = weighted(x[pilots], power[pilots]), g[pilots].T @ g[pilots] / pilots.sum()
+            x, g = x[~pilots], g[~pilots]
+            wanted = weighted(x, leverages(g, first[1]))
+            outputs = weighted(g, leverages(x, first[0]))
+        np.testing.assert_allclose(moments.inputs, wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=weight)
+        if outputs is None:
+            continue
+        if name == "llama" and weight.split(".")[2] in {"attn_q", "attn_k"}:  # llama.cpp's order of rows
+            order = np.arange(len(outputs)).reshape(-1, 2, 8).swapaxes(1, 2).reshape(-1)
+            outputs = outputs[np.ix_(order, order)]
+        np.testing.assert_allclose(moments.outputs, outputs, rtol=0, atol=5e-4 * np.abs(outputs).max(), err_msg=weight)
+
+
+def test_memory_and_choice_change_nothing_but_the_passes(models):
+    path = models / "tied.gguf"
+    whole = {one.name: one for one in weighted_moments(path, TOKENS, threads=1)}
+    assert "token_embd.weight" in whole and len(whole) == 15
+    again = {one.name: one for one in weighted_moments(path, TOKENS, threads=1, memory=1 << 16)}
+    assert list(whole) == list(again)
+    for name, one in whole.items():
+        np.testing.assert_array_equal(one.inputs, again[name].inputs)
+        np.testing.assert_array_equal(one.by_position, again[name].by_position)
+        if one.outputs is not None:
+            np.testing.assert_array_equal(one.outputs, again[name].outputs)
+    (only,) = weighted_moments(path, TOKENS, names=["blk.1.attn_v.weight"], outputs=False, threads=1)
+    np.testing.assert_array_equal(only.inputs, whole["blk.1.attn_v.weight"].inputs)
+    assert only.outputs is None
+    other = next(weighted_moments(path, TOKENS, names=["blk.1.attn_v.weight"], seed=1, threads=1))
+    assert not np.array_equal(other.inputs, only.inputs)
+
+
+def test_torch_is_imported_late_and_missed_in_one_line(models, monkeypatch):
+    code = "import sys, bitladder.calibrate.gradients; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(BitladderError, match=r"^gradients need torch, .*pip install 'bitladder\[torch\]'$"):
+        next(weighted_moments(models / "llama.gguf", TOKENS))
+    with pytest.raises(BitladderError, match="pip install"):
+        check(models / "llama.gguf", TOKENS[0])

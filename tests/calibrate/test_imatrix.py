@@ -1,0 +1,187 @@
+"""The importance matrix against llama-imatrix, brute force, and itself cut short."""
+
+import numpy as np
+import pytest
+from moe import write_moe
+
+from bitladder.calibrate import collect_imatrix, read_imatrix, write_imatrix
+from bitladder.calibrate.collect_imatrix import Collector
+from bitladder.calibrate.imatrix import Entry, Imatrix
+from bitladder.engine.context import Context
+from bitladder.engine.model import Model
+from bitladder.engine.observe import Multiplication
+from bitladder.errors import BitladderError
+from bitladder.text.texts import load_text
+
+
+@pytest.fixture(scope="module")
+def moe(tiny_gguf, tmp_path_factory):
+    path = tmp_path_factory.mktemp("moe") / "moe.gguf"
+    write_moe(tiny_gguf, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(calibration_text):
+    return load_text(str(calibration_text))
+
+
+def equal(ours: Imatrix, theirs: Imatrix, tolerance: float = 2e-5) -> None:
+    assert ours.entries.keys() == theirs.entries.keys()
+    for name, entry in theirs.entries.items():
+        assert ours.entries[name].counts.tolist() == entry.counts.tolist(), name
+        # One token of another rounding can choose another expert: compare with the largest sum of the weight.
+        assert np.abs(ours.entries[name].sums - entry.sums).max() <= tolerance * entry.sums.max(), name
+
+
+@pytest.mark.parametrize("which", ["tiny_gguf", "moe"])
+def test_equals_llama_imatrix(which, request, tools, calibration_text, text, tmp_path):
+    model = request.getfixturevalue(which)
+    arguments = ["-m", model, "-f", calibration_text, "-c", 256, "--chunks", 6, "--no-ppl", "--process-output"]
+    tools.run("llama-imatrix", *arguments, "-o", tmp_path / "theirs.gguf")
+    result = collect_imatrix(model, [text], tmp_path / "ours.gguf", n_ctx=256, chunks=6, process_output=True)
+    ours, theirs = read_imatrix(tmp_path / "ours.gguf"), read_imatrix(tmp_path / "theirs.gguf")
+    equal(ours, theirs)
+    assert result.chunks == 6
+    assert (ours.chunk_count, ours.chunk_size) == (theirs.chunk_count, theirs.chunk_size)
+    assert result.gaps == theirs.gaps() and bool(result.gaps) == (which == "moe")
+
+
+def test_their_tool_reads_ours_and_we_read_theirs_in_both_formats(tools, tiny_gguf, text, tmp_path):
+    collect_imatrix(tiny_gguf, [text], tmp_path / "a.gguf", n_ctx=128, chunks=3)
+    collect_imatrix(tiny_gguf, [text], tmp_path / "a.dat", n_ctx=128, chunks=3, form="dat")
+    for form in ("gguf", "dat"):
+        out = tmp_path / f"theirs.{form}"
+        tools.run(
+            "llama-imatrix",
+            "-m",
+            tiny_gguf,
+            "--in-file",
+            tmp_path / f"a.{form}",
+            "-c",
+            128,
+            "-o",
+            out,
+            "--output-format",
+            form,
+        )
+        back = read_imatrix(out)
+        for name, entry in read_imatrix(tmp_path / f"a.{form}").entries.items():
+            assert np.allclose(back.entries[name].means(), entry.means(), rtol=1e-6)
+
+
+def test_expert_sums_are_brute_force(moe, text):
+    """Every expert's sums, recomputed token by token in float64 from what the engine shows."""
+    shown = []
+
+    class Both(Collector):
+        def see(self, seen: Multiplication, inputs, experts):
+            if experts is not None:
+                shown.append((seen, inputs.astype(np.float64), experts))
+            super().see(seen, inputs, experts)
+
+    collector = Both()
+    with Model(moe) as model, Context(model, n_ctx=128, observer=collector) as context:
+        tokens = model.tokenize(text.text)[:128]
+        context.decode(tokens, np.arange(128), np.zeros(128, int), np.ones(128, bool))
+    assert len(shown) == 6
+    for seen, inputs, experts in shown:
+        sums, counts = np.zeros((8, inputs.shape[2])), np.zeros(8, int)
+        for token, chosen in enumerate(experts):
+            for slot, expert in enumerate(chosen):
+                sums[expert] += inputs[token, slot % inputs.shape[1]] ** 2
+                counts[expert] += 1
+        assert collector.entries[seen.weight].counts.tolist() == counts.tolist()
+        assert np.allclose(collector.entries[seen.weight].sums, sums, rtol=1e-5)
+        assert counts.sum() == 2 * 128
+    assert collector.entries["blk.1.ffn_up_exps.weight"].counts[-1] == 0
+
+
+def test_batches_and_sides_do_not_matter(tiny_gguf, text, tmp_path):
+    for index, layout in enumerate([{}, {"n_batch": 128}, {"n_batch": 64, "n_ubatch": 64}]):
+        collect_imatrix(tiny_gguf, [text], tmp_path / f"{index}.gguf", n_ctx=128, chunks=4, **layout)
+        equal(read_imatrix(tmp_path / f"{index}.gguf"), read_imatrix(tmp_path / "0.gguf"), 1e-3)
+
+
+def test_two_texts_are_the_merge_of_each(tiny_gguf, text, tmp_path):
+    other = load_text("pydoc:test")
+    collect_imatrix(tiny_gguf, [text], tmp_path / "a.gguf", n_ctx=128, chunks=2)
+    collect_imatrix(tiny_gguf, [other], tmp_path / "b.gguf", n_ctx=128, chunks=3, in_files=[tmp_path / "a.gguf"])
+    collect_imatrix(tiny_gguf, [text, other], tmp_path / "both.gguf", n_ctx=128, chunks=3)
+    collect_imatrix(tiny_gguf, [text], tmp_path / "c.gguf", n_ctx=128, chunks=1, from_chunk=2)
+    inputs = [tmp_path / "b.gguf", tmp_path / "c.gguf"]
+    merged = collect_imatrix("", [], tmp_path / "merged.gguf", n_ctx=128, in_files=inputs)
+    assert merged.chunks == 6
+    # Other chunks side by side round the attention differently.
+    equal(read_imatrix(tmp_path / "merged.gguf"), read_imatrix(tmp_path / "both.gguf"), 1e-3)
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(tiny_gguf, text, tmp_path, monkeypatch):
+    options = {"n_ctx": 128, "chunks": 6, "n_batch": 128}
+    collect_imatrix(tiny_gguf, [text], tmp_path / "whole.gguf", **options)
+    calls = []
+
+    def interrupted(self, collector, done):
+        calls.append(done)
+        original(self, collector, done)
+        if done == 3:
+            raise KeyboardInterrupt
+
+    original = collect_imatrix._Partial.save
+    monkeypatch.setattr(collect_imatrix._Partial, "save", interrupted)
+    out = tmp_path / "cut.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        collect_imatrix(tiny_gguf, [text], out, save_seconds=0, **options)
+    assert not out.exists() and (tmp_path / "cut.gguf.partial").exists()
+    calls.clear()
+    monkeypatch.setattr(collect_imatrix._Partial, "save", lambda *_: calls.append(_[2]))
+    collect_imatrix(tiny_gguf, [text], out, save_seconds=0, **options)
+    assert calls == [4, 5, 6]
+    assert out.read_bytes().replace(b"cut", b"whole") == (tmp_path / "whole.gguf").read_bytes()
+    assert not (tmp_path / "cut.gguf.partial").exists()
+
+
+def test_a_damaged_partial_file_is_said_and_not_used(tiny_gguf, text, tmp_path):
+    out = tmp_path / "a.gguf"
+    (tmp_path / "a.gguf.partial").write_bytes(b"PK\x03\x04 and then nothing")
+    assert collect_imatrix(tiny_gguf, [text], out, n_ctx=128, chunks=2).chunks == 2
+    assert not (tmp_path / "a.gguf.partial").exists()
+
+
+def test_errors(tiny_gguf, moe, text, tmp_path):
+    with pytest.raises(BitladderError, match="are needed for chunks of 512"):
+        collect_imatrix(tiny_gguf, [type(text)("short", "a few words", "0")], tmp_path / "x")
+    with pytest.raises(BitladderError, match="--from-chunk 999"):
+        collect_imatrix(tiny_gguf, [text], tmp_path / "x", from_chunk=999)
+    with pytest.raises(BitladderError, match="no such imatrix"):
+        read_imatrix(tmp_path / "absent")
+    with pytest.raises(BitladderError, match=r"general\.type is None|not an imatrix"):
+        read_imatrix(tiny_gguf)
+    (tmp_path / "junk").write_bytes(b"\x05\x00\x00\x00junk and more junk")
+    with pytest.raises(BitladderError, match="neither|truncated"):
+        read_imatrix(tmp_path / "junk")
+    damaged = Imatrix({"w": Entry(np.array([[1.0, np.nan]]), np.array([3]))}, [], 1, 512)
+    write_imatrix(damaged, tmp_path / "nan.gguf")
+    with pytest.raises(BitladderError, match="w has a value that is not finite at index 1"):
+        read_imatrix(tmp_path / "nan.gguf")
+    collect_imatrix(tiny_gguf, [text], tmp_path / "a.gguf", n_ctx=128, chunks=2)
+    collect_imatrix(moe, [text], tmp_path / "b.gguf", n_ctx=128, chunks=2)
+    one, two = read_imatrix(tmp_path / "a.gguf"), read_imatrix(tmp_path / "b.gguf")
+    two.entries["blk.0.attn_q.weight"].sums = np.ones((1, 64))
+    with pytest.raises(BitladderError, match="two models"):
+        one.add(two)
+
+
+def test_leaving_the_head_out_changes_nothing_else(tiny_gguf, text):
+    found, logits = [], []
+    for skip_head in (False, True):
+        collector = Collector()
+        with Model(tiny_gguf) as model:
+            tokens = model.tokenize(text.text)[:256]
+            with Context(model, n_ctx=256, observer=collector, skip_head=skip_head) as context:
+                context.decode(tokens, np.arange(256), np.zeros(256, int), np.ones(256, bool))
+                logits.append(context.logits().copy())
+        found.append(collector.entries)
+    assert not np.allclose(*logits, atol=1)  # without the head they are whatever lay in that memory
+    assert found[0].keys() == found[1].keys()
+    assert all(np.array_equal(found[0][name].sums, entry.sums) for name, entry in found[1].items())

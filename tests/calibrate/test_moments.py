@@ -1,0 +1,332 @@
+"""Second moments against transformers, the imatrix, brute force, and themselves cut short, cut up and merged."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from moe import write_moe
+
+from bitladder.calibrate import MomentsFile, collect_imatrix, collect_moments, read_imatrix
+from bitladder.calibrate.gradients import weighted_moments
+from bitladder.calibrate.moments import passes
+from bitladder.calibrate.moments.moments_file import pack_triangle, packed_diagonal, unpack_triangle
+from bitladder.calibrate.moments.positions import position_weights
+from bitladder.calibrate.moments.sums import sums_bytes
+from bitladder.calibrate.unfinished import Keep
+from bitladder.cli import invoke
+from bitladder.convert import convert
+from bitladder.engine.context import Context
+from bitladder.engine.model import Model
+from bitladder.errors import BitladderError
+from bitladder.text.chunks import spread_evenly, text_chunks
+from bitladder.text.texts import Text, load_text
+
+SMALL = {"n_ctx": 64, "chunks": 3, "threads": 1}
+# Where transformers has the input of a llama's weights.
+PLACES = {"attn_q": "self_attn.q_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.up_proj"}
+PLACES |= {"attn_v": "self_attn.v_proj", "ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj"}
+
+
+@pytest.fixture(scope="module")
+def text(calibration_text):
+    return Text("part.txt", load_text(str(calibration_text)).text[:3000], "0")
+
+
+@pytest.fixture(scope="module")
+def moe(tiny_gguf, tmp_path_factory):
+    path = tmp_path_factory.mktemp("moe") / "moe.gguf"
+    write_moe(tiny_gguf, path, experts=6)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A random Llama whose head is tied to the embeddings: the transformers model and its GGUF."""
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_models.train_byte_level(folder)
+    model = tiny_models.llama(folder, tie_word_embeddings=True)
+    convert(folder, folder / "tied.gguf", outtype="f32")
+    return model, folder / "tied.gguf"
+
+
+def rows_of(path, text, **what):
+    with Model(path, vocab_only=True) as model:
+        return text_chunks(model, text, **what)
+
+
+def test_is_what_transformers_inputs_give(tied, text, tmp_path):
+    model, path = tied
+    rows = rows_of(path, text, n_ctx=64, chunks=3, spread=True)
+    rng = np.random.default_rng(0)
+    weights = {"blk.1.attn_v.weight": rng.random(64), "blk.0.ffn_up.weight": rng.random((3, 64))}
+    weights["blk.1.ffn_down.weight"] = np.repeat([20.0, 1.0, 0.0], [1, 40, 23])
+    collect_moments(path, [text], tmp_path / "m.gguf", weights=weights, **SMALL)
+
+    inputs, handles = {}, []
+    names = {f"blk.{b}.{ours}.weight": f"model.layers.{b}.{hf}" for b in range(2) for ours, hf in PLACES.items()}
+    for name, place in (names | {"token_embd.weight": "lm_head"}).items():
+        hook = lambda _, given, __, name=name: inputs.__setitem__(name, given[0].numpy().astype(np.float64))  # noqa: E731
+        handles.append(model.get_submodule(place).register_forward_hook(hook))
+    with torch.no_grad():
+        model(torch.from_numpy(rows.astype(np.int64)))
+    with MomentsFile(tmp_path / "m.gguf") as moments:
+        for name, x in inputs.items():
+            w = np.broadcast_to(weights.get(name, np.ones(64)), (3, 64))
+            expected = np.einsum("ct,ctj,ctk->jk", w / w.mean(), x, x) / x.shape[0] / x.shape[1]
+            found = moments.read(name)
+            # The library keeps keys and values in F16.
+            assert np.abs(found.inputs[0] - expected).max() < 2e-3 * expected.max(), name
+            assert found.counts.tolist() == [192] and found.outputs is None
+        # Weights of one input share an entry where their tokens count alike.
+        assert moments.entry("blk.0.attn_v.weight") == moments.entry("blk.0.attn_k.weight") == "blk.0.attn_q.weight"
+        assert moments.entry("blk.1.attn_v.weight") == "blk.1.attn_v.weight"
+        assert moments.provenance.weighting == "positions" and moments.provenance.chunk_count == 3
+
+
+@pytest.mark.parametrize("which", ["tiny_gguf", "moe"])
+def test_the_diagonal_is_the_imatrix_and_the_imatrix_beside_is_the_one_alone(which, request, text, tmp_path):
+    path = request.getfixturevalue(which)
+    options = SMALL | {"process_output": True}
+    result = collect_moments(path, [text], tmp_path / "m.gguf", imatrix=tmp_path / "b.gguf", spread=False, **options)
+    collect_imatrix(path, [text], tmp_path / "i.gguf", n_batch=64, **options)
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "i.gguf").read_bytes()
+    imatrix = read_imatrix(tmp_path / "i.gguf")
+    with MomentsFile(tmp_path / "m.gguf") as moments:
+        assert set(moments.names()) == imatrix.entries.keys()
+        for name, entry in imatrix.entries.items():
+            counts = moments.counts(name)
+            diagonals = np.stack([packed_diagonal(moments.packed(name, i)) for i in range(len(counts))])
+            assert np.array_equal(counts, entry.counts)
+            assert np.abs(diagonals * counts[:, None] - entry.sums).max() < 1e-5 * entry.sums.max(), name
+    assert result.gaps == imatrix.gaps() and bool(result.gaps) == (which == "moe")
+
+
+class Spy:
+    """Keeps the inputs of experts, and which tokens went where."""
+
+    def __init__(self):
+        self.shown = []
+
+    def wants(self, seen):
+        return seen.experts
+
+    def see(self, seen, inputs, experts):
+        self.shown.append((seen.weight, inputs.astype(np.float64), experts))
+
+
+def test_experts_are_brute_force_and_positions_go_on_in_the_next_computation(moe, text, tmp_path):
+    spy, profile = Spy(), np.repeat([8.0, 1.0, 2.0], [1, 39, 24])
+    rows = rows_of(moe, text, n_ctx=64, chunks=3, spread=True)
+    with Model(moe) as model, Context(model, n_ctx=64, n_batch=32, threads=1, observer=spy) as context:
+        for row in rows:
+            context.clear()
+            for first in (0, 32):
+                positions = np.arange(first, first + 32)
+                context.decode(row[positions], positions, np.zeros(32, int), np.ones(32, bool))
+    names = {name for name, *_ in spy.shown}
+    assert len(names) == 6
+    collect_moments(moe, [text], tmp_path / "m", weights=dict.fromkeys(names, profile), n_ubatch=32, **SMALL)
+    sums = {name: [np.zeros((x.shape[2], x.shape[2])) for _ in range(6)] for name, x, _ in spy.shown}
+    counts = {name: [0] * 6 for name in names}
+    for index, (name, inputs, experts) in enumerate(spy.shown):
+        first = 32 * (index // 6 % 2)
+        for token, chosen in enumerate(experts):
+            for slot, expert in enumerate(chosen):
+                x = inputs[token, slot % inputs.shape[1]]
+                sums[name][expert] += profile[first + token] / profile.mean() * np.outer(x, x)
+                counts[name][expert] += 1
+    with MomentsFile(tmp_path / "m") as moments:
+        for name in names:
+            found = moments.read(name)
+            assert found.counts.tolist() == counts[name]
+            expected = np.stack(sums[name]) / np.maximum(counts[name], 1)[:, None, None]
+            assert np.abs(found.inputs - expected).max() < 1e-5 * expected.max()
+        assert counts["blk.1.ffn_up_exps.weight"][-1] == 0
+
+
+@pytest.mark.parametrize("which", ["tied", "moe"])
+def test_little_memory_takes_passes_and_gives_the_same_bytes(which, request, text, tmp_path, monkeypatch):
+    path = request.getfixturevalue(which)
+    path, memory = (path, 2 * sums_bytes(256)) if which == "moe" else (path[1], sums_bytes(96))
+    collect_moments(path, [text], tmp_path / "a.gguf", imatrix=tmp_path / "ai.gguf", **SMALL)
+    held = []
+    original = passes.MomentCollector.__init__
+
+    def counting(self, parts):
+        held.append(sum((part.stop - part.start) * sums_bytes(part.entry.input.width) for part in parts))
+        original(self, parts)
+
+    monkeypatch.setattr(passes.MomentCollector, "__init__", counting)
+    few = collect_moments(path, [text], tmp_path / "b.gguf", imatrix=tmp_path / "bi.gguf", memory=memory, **SMALL)
+    assert few.passes == len(held) > 3 and max(held) <= memory
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert (tmp_path / "ai.gguf").read_bytes() == (tmp_path / "bi.gguf").read_bytes()
+
+
+def test_killed_in_two_passes_it_ends_with_the_same_bytes(tied, text, tmp_path, monkeypatch):
+    path, decoded = tied[1], []
+    memory = 7 * sums_bytes(64)
+    whole = collect_moments(path, [text], tmp_path / "a.gguf", imatrix=tmp_path / "ai.gguf", memory=memory, **SMALL)
+    assert whole.passes == 2
+    original, kill_at = passes.decode_chunks, [2, 5]
+
+    def dying(*arguments, **options):
+        for done in original(*arguments, **options):
+            yield done  # the state is saved before this goes on
+            decoded.append(done)
+            if len(decoded) in kill_at:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(passes, "decode_chunks", dying)
+    monkeypatch.setattr(Keep, "due", lambda _: True)
+    options = SMALL | {"memory": memory, "imatrix": tmp_path / "bi.gguf"}
+    for _ in kill_at:
+        with pytest.raises(KeyboardInterrupt):
+            collect_moments(path, [text], tmp_path / "b.gguf", **options)
+        assert not (tmp_path / "b.gguf").exists() and (tmp_path / "b.gguf.parts").is_dir()
+    collect_moments(path, [text], tmp_path / "b.gguf", **options)
+    assert decoded == [1, 2, 3, 1, 2, 3]
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert (tmp_path / "ai.gguf").read_bytes() == (tmp_path / "bi.gguf").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "ai.gguf", "b.gguf", "bi.gguf"]
+
+
+def test_what_another_job_or_a_crash_left_is_not_used(tied, text, tmp_path, monkeypatch):
+    out = tmp_path / "m.gguf"
+    monkeypatch.setattr(Keep, "due", lambda _: True)
+    monkeypatch.setattr(passes.ImatrixBeside, "write", lambda *_: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        collect_moments(tied[1], [text], out, imatrix=tmp_path / "i", **SMALL)
+    (tmp_path / "m.gguf.parts" / "state").write_bytes(b"PK\x03\x04 and then nothing")
+    monkeypatch.undo()
+    collect_moments(tied[1], [text], out, imatrix=tmp_path / "i", **SMALL)
+    (tmp_path / "m.gguf.parts").mkdir()
+    with pytest.raises(BitladderError, match=r"m\.gguf\.parts is in the way"):
+        collect_moments(tied[1], [text], out, **SMALL)
+
+
+def test_halves_merge_to_the_whole(moe, text, tmp_path):
+    options = {"n_ctx": 64, "threads": 1, "spread": False}
+    collect_moments(moe, [text], tmp_path / "whole", chunks=4, **options)
+    collect_moments(moe, [text], tmp_path / "a", chunks=1, **options)
+    collect_moments(moe, [text], tmp_path / "b", chunks=3, from_chunk=1, in_files=[tmp_path / "a"], **options)
+    assert invoke(["calibrate", "-q", "--in-file", str(tmp_path / "b"), "-o", str(tmp_path / "c")]) == 0
+    with MomentsFile(tmp_path / "b") as merged, MomentsFile(tmp_path / "c") as alone:
+        assert alone.provenance == merged.provenance and alone.names() == merged.names()
+        assert all(np.array_equal(alone.packed(name), merged.packed(name)) for name in merged.names())
+        assert all(alone.entry(name) == merged.entry(name) for name in merged.names())
+    with MomentsFile(tmp_path / "whole") as whole, MomentsFile(tmp_path / "b") as merged:
+        assert merged.names() == whole.names() and merged.provenance.chunk_count == 4
+        for name in whole.names():
+            a, b = whole.read(name), merged.read(name)
+            assert a.counts.tolist() == b.counts.tolist() and merged.entry(name) == whole.entry(name)
+            assert np.abs(a.inputs - b.inputs).max() <= 1e-6 * a.inputs.max()
+
+
+def test_few_tokens_leave_a_low_rank_and_nothing_negative(tied, text, tmp_path):
+    collect_moments(tied[1], [text], tmp_path / "m", n_ctx=16, chunks=2, threads=1, names=["blk.1.ffn_down.weight"])
+    with MomentsFile(tmp_path / "m") as moments:
+        values = np.linalg.eigvalsh(moments.read("blk.1.ffn_down.weight").inputs[0].astype(np.float64))
+        assert moments.names() == ["blk.1.ffn_down.weight"]
+    assert len(values) == 96 and values.min() > -1e-6 * values.max()
+    assert np.count_nonzero(values > 1e-6 * values.max()) <= 32
+
+
+def test_chunks_are_spread(tied, text):
+    for available, count in ((10, 10), (10, 3), (7, 1), (278, 40), (5, 4)):
+        found = spread_evenly(available, count)
+        gaps = np.diff(found)
+        assert len(found) == count and found[0] <= available / count and found[-1] >= available - 1 - available / count
+        assert not count > 1 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+    every = rows_of(tied[1], text, n_ctx=64)
+    some = rows_of(tied[1], text, n_ctx=64, chunks=3, from_chunk=2, spread=True)
+    assert np.array_equal(some, every[2:][spread_evenly(len(every) - 2, 3)])
+    assert (every[:, 0] == 0).all()  # BOS
+
+
+def test_gradients_from_the_command_line(tied, text, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text(text.text)
+    arguments = ["calibrate", "-m", tied[1], "-f", tmp_path / "t.txt", "-c", 64, "--chunks", 2, "-t", 1, "--json"]
+    files = ["-o", tmp_path / "m.gguf", "--imatrix", tmp_path / "i.gguf"]
+    assert invoke([*map(str, arguments), *map(str, files)]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["weighting"] == "gradients" and "weighted by gradients" in printed.err
+    rows = rows_of(tied[1], text, n_ctx=64, chunks=2, spread=True)
+    with MomentsFile(tmp_path / "m.gguf") as moments:
+        expected = list(weighted_moments(tied[1], rows, threads=1))
+        assert {one.name for one in expected} == set(moments.names())
+        for one in expected:
+            found = moments.read(one.name)
+            assert np.allclose(found.inputs[0], one.inputs, rtol=1e-5, atol=1e-6 * one.inputs.max())
+            assert (found.outputs is None) == (one.outputs is None) == (one.name == "token_embd.weight")
+            assert found.outputs is None or np.allclose(found.outputs, one.outputs, atol=1e-5 * one.outputs.max())
+            assert found.counts.tolist() == [128]
+    collect_moments(tied[1], [text], tmp_path / "p.gguf", imatrix=tmp_path / "pi.gguf", n_ctx=64, chunks=2, threads=1)
+    ours, theirs = read_imatrix(tmp_path / "i.gguf"), read_imatrix(tmp_path / "pi.gguf")
+    assert all(np.array_equal(ours.entries[name].sums, entry.sums) for name, entry in theirs.entries.items())
+    assert invoke(["calibrate", *(f"--in-file={tmp_path / n}.gguf" for n in "mp"), "-o", str(tmp_path / "x")]) == 1
+    assert "weight tokens by gradients and by tokens" in capsys.readouterr().err
+
+
+def test_positions_are_what_trying_them_says(moe, text, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text(text.text)
+    arguments = ["calibrate", "-m", moe, "-f", tmp_path / "t.txt", "-c", 64, "--chunks", 2, "-t", 1]
+    assert invoke([*map(str, arguments), "-o", str(tmp_path / "a")]) == 0
+    assert "weighted by positions: " in capsys.readouterr().err  # the torch forward pass knows no experts
+    rows = rows_of(moe, text, n_ctx=64, chunks=2, spread=True)
+    weights = position_weights(moe, rows, threads=1)
+    assert any(np.ptp(profile) > 0.1 for profile in weights.values())
+    collect_moments(moe, [text], tmp_path / "b", weights=weights, n_ctx=64, chunks=2, threads=1)
+    with MomentsFile(tmp_path / "a") as a, MomentsFile(tmp_path / "b") as b:
+        assert a.names() == b.names()
+        for name in a.names():
+            x, y = a.read(name).inputs, b.read(name).inputs
+            assert np.abs(x - y).max() <= 1e-3 * y.max(), name
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 257])
+def test_triangles(width):
+    half = np.random.default_rng(width).standard_normal((width, width)).astype(np.float32)
+    matrix = half + half.T
+    packed = pack_triangle(matrix)
+    assert np.array_equal(packed, matrix[np.triu_indices(width)])
+    assert np.array_equal(unpack_triangle(packed), matrix)
+    assert np.array_equal(packed_diagonal(packed), matrix.diagonal())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["-f", "pydoc:test"], 2, "pass -m"),
+        ([], 1, "--in-file"),
+        (["-m", "absent.gguf", "-f", "pydoc:test"], 1, "absent.gguf"),
+        (["-m", "absent.gguf", "-f", "absent.txt"], 1, "absent.txt"),
+        (["-m", "MODEL", "-f", "pydoc:test", "-c", "8"], 2, "-c 8 is too short"),
+        (["-m", "MODEL", "-f", "short.txt", "--weighting", "tokens"], 1, "short.txt has"),
+        (["-m", "MODEL", "-f", "pydoc:test", "-o", "x", "--imatrix", "x"], 2, "the same file"),
+        (["--in-file", "MODEL"], 1, "holds no second moments"),
+        (["--in-file", "absent.gguf"], 1, "absent.gguf"),
+        (["--imatrix", "x", "--in-file", "MODEL"], 2, "needs a text"),
+    ],
+)
+def test_errors_are_one_line(arguments, code, message, tied, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("a few words")
+    assert invoke(["calibrate", *(str(tied[1]) if one == "MODEL" else one for one in arguments)]) == code
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err and not captured.out
+    assert not (tmp_path / "moments.gguf").exists() and not (tmp_path / "x").exists()
+
+
+def test_what_cannot_be(tied, moe, text, tmp_path):
+    with pytest.raises(BitladderError, match=r"multiply by a weight called 'blk\.9"):
+        collect_moments(tied[1], [text], tmp_path / "m", names=["blk.9.attn_q.weight"], **SMALL)
+    for odd in (np.ones(63), -np.ones(64), np.zeros(64), np.full(64, np.nan)):
+        with pytest.raises(BitladderError, match=r"weights of tokens for blk\.0\.attn_q\.weight"):
+            collect_moments(tied[1], [text], tmp_path / "m", weights={"blk.0.attn_q.weight": odd}, **SMALL)
+    collect_moments(tied[1], [text], tmp_path / "a", names=["blk.0.attn_q.weight"], **SMALL)
+    collect_moments(moe, [text], tmp_path / "b", names=["blk.0.attn_q.weight"], **SMALL)
+    with pytest.raises(BitladderError, match="different models"):
+        collect_moments("", [], tmp_path / "c", in_files=[tmp_path / "a", tmp_path / "b"])

@@ -1,0 +1,76 @@
+"""What an error at a position costs, tried by noise in the loaded model, against gradients through it."""
+
+import numpy as np
+import pytest
+import tiny_models
+
+from bitladder.calibrate.gradients import weighted_moments
+from bitladder.calibrate.moments.positions import position_weights
+from bitladder.convert import convert
+from bitladder.engine.context import Context
+from bitladder.engine.model import Model
+from bitladder.engine.perturb import NoisyOutputs
+
+TOKENS = np.random.default_rng(0).integers(2, 380, (24, 32)).astype(np.int32)
+KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("positions") / "llama"
+    tiny_models.train_byte_level(folder)
+    tiny_models.llama(folder, initializer_range=0.08)
+    convert(folder, folder / "model.gguf", outtype="f32")
+    return folder / "model.gguf"
+
+
+def test_noise_is_where_it_was_asked_for(model_file):
+    noise = NoisyOutputs()
+    tokens = TOKENS[:2]
+    with (
+        Model(model_file) as model,
+        Context(model, n_ctx=32, n_seq=2, n_batch=64, n_ubatch=64, threads=1, callback=noise) as context,
+    ):
+
+        def decode():
+            context.clear()
+            context.decode(
+                tokens.reshape(-1), np.tile(np.arange(32), 2), np.repeat(np.arange(2), 32), np.ones(64, bool)
+            )
+            return context.logits().reshape(2, 32, -1).copy()
+
+        noise.measure()
+        before = decode()
+        assert set(noise.squares) == {f"blk.{b}.{kind}.weight" for b in range(2) for kind in KINDS} | {"output.weight"}
+        assert all(rows.shape == (64,) and (rows > 0).all() for rows in noise.squares.values())
+        noise.disturb({"blk.0.attn_v.weight": 0.1}, np.array([32 + 20]), np.random.default_rng(0))
+        after = decode()
+        np.testing.assert_array_equal(after[0], before[0])
+        np.testing.assert_array_equal(after[1, :20], before[1, :20])
+        assert (np.abs(after[1, 20:] - before[1, 20:]).max(axis=1) > 1e-4).all()
+        noise.quiet()
+        np.testing.assert_array_equal(decode(), before)
+
+
+def test_weights_of_positions_are_those_of_gradients(model_file):
+    found = position_weights(model_file, TOKENS, length=32, blocks_together=1, threads=1)
+    exact = {one.name: one for one in weighted_moments(model_file, TOKENS, outputs=False, draws=4, threads=1)}
+    assert set(found) == {f"blk.{b}.{kind}.weight" for b in range(2) for kind in KINDS}
+    parts = (slice(0, 1), slice(1, 8), slice(8, 32))
+    for name, profile in found.items():
+        assert profile.shape == (32,) and profile.mean() == pytest.approx(1, rel=1e-5)
+        for part in parts:
+            wanted = exact[name].by_position[part].mean()
+            assert profile[part].mean() == pytest.approx(wanted, rel=0.35, abs=0.02), (name, part)
+
+
+def test_a_shorter_look_groups_and_longer_chunks(model_file):
+    short = position_weights(model_file, TOKENS[:4], length=16, blocks_together=2, threads=1)
+    assert position_weights(model_file, TOKENS[:4], length=16, blocks_together=2, threads=1).keys() == short.keys()
+    for kind in KINDS:
+        first, second = (short[f"blk.{block}.{kind}.weight"] for block in range(2))
+        np.testing.assert_array_equal(first, second)
+        assert first.shape == (32,) and first.mean() == pytest.approx(1, rel=1e-5)
+        assert len(set(first.tolist())) <= 3
+    # The first query sees one key alone, whatever it is: its error costs nothing.
+    assert short["blk.0.attn_q.weight"][0] < 0.01

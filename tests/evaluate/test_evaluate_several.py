@@ -1,0 +1,144 @@
+"""Several models side by side: kept results, pairs, the noise floor, and the command's tables."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from bitladder import evaluate as ev
+from bitladder.cli import invoke
+from bitladder.evaluate import several
+from bitladder.evaluate.noise import noise_floor
+from bitladder.evaluate.tasks import load_task, parse_specs
+from bitladder.quantize import quantize
+from bitladder.text.texts import load_text
+
+SETTINGS = ev.Settings(n_ctx=128, chunks=10, threads=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_gguf, tmp_path_factory):
+    made = tmp_path_factory.mktemp("several")
+    shutil.copy(tiny_gguf, made / "full.gguf")
+    for preset in ("Q3_K_M", "Q4_0", "Q8_0"):
+        quantize(tiny_gguf, made / f"{preset}.gguf", preset, threads=1)
+    (made / "test.txt").write_text(load_text("pydoc:test").text[:20_000], encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def wanted(folder):
+    text = load_text(str(folder / "test.txt"))
+    (spec,) = parse_specs(f"continuation:{folder / 'test.txt'}")
+    with ev.open_or_compute(folder / "full.gguf", None, text, SETTINGS, folder / "Q4_0.gguf") as base:
+        yield ev.Wanted(
+            text, SETTINGS, base, (load_task(spec),), ev.Settings(n_ctx=768, threads=1), task_count=12, noise_chunks=2
+        )
+
+
+def test_what_is_known_is_not_measured_again(folder, wanted, tmp_path, monkeypatch):
+    measured = []
+    for name in ("measure", "score_task", "noise_floor"):
+        real = getattr(several, name)
+
+        def watch(first, *rest, _real=real, _name=name, **options):
+            measured.append(_name)
+            return _real(first, *rest, **options)
+
+        monkeypatch.setattr(several, name, watch)
+    results = ev.ResultFolder(tmp_path / "results")
+    two = [folder / "Q4_0.gguf", folder / "Q8_0.gguf"]
+    first = ev.evaluate_several(two, wanted, results=results)
+    assert sorted(measured) == ["measure", "measure", "noise_floor", "score_task", "score_task"]
+    measured.clear()
+    renamed = tmp_path / "renamed.gguf"
+    shutil.copy(two[0], renamed)
+    again = ev.evaluate_several([renamed, two[1]], wanted, results=results)
+    assert not measured
+    for before, after in zip(first, again, strict=True):
+        same = {"model", "seconds", "paired"}
+        assert before.model_dump(exclude=same) == after.model_dump(exclude=same)
+    assert again[0].model == "renamed.gguf" == again[1].paired.model
+    assert again[1].paired.kld == first[1].paired.kld
+    ev.evaluate_several([*two, folder / "Q3_K_M.gguf"], wanted, results=results)
+    assert measured == ["measure", "score_task"]
+    measured.clear()
+    for kept in (tmp_path / "results").rglob("*.npz"):  # damaged results are made again
+        kept.write_bytes(kept.read_bytes()[:100])
+    assert ev.evaluate_several(two[:1], wanted, results=results)[0].kld == first[0].kld
+    assert sorted(measured) == ["measure", "noise_floor", "score_task"]
+
+
+def test_pairs_are_differences_of_the_scores(folder, wanted):
+    models = [folder / "Q4_0.gguf", folder / "Q8_0.gguf", folder / "Q4_0.gguf"]
+    found = ev.evaluate_several(models, wanted)
+    assert found[0].paired is None
+    pair = found[1].paired
+    assert pair.model == "Q4_0.gguf"
+    assert pair.per == "chunk"
+    assert pair.kld.value == pytest.approx(found[1].kld.value - found[0].kld.value)
+    assert pair.kld.value < -3 * pair.kld.error < 0
+    assert pair.ppl.value == pytest.approx(found[1].ppl.value - found[0].ppl.value)
+    assert 0 < pair.ppl.error < found[1].ppl.error / 3
+    gain = found[1].tasks["continuation"].accuracy.value - found[0].tasks["continuation"].accuracy.value
+    assert pair.tasks["continuation"].difference.value == pytest.approx(gain)
+    itself = found[2].paired
+    assert (itself.kld.value, itself.kld.error, itself.ppl.value, itself.ppl.error) == (0, 0, 0, 0)
+
+
+def test_the_noise_floor_lies_below_the_best_quant(folder, wanted):
+    noise = noise_floor(wanted.base, 4, SETTINGS)
+    best = ev.measure(folder / "Q8_0.gguf", wanted.text, SETTINGS, base=wanted.base).scores.kld.value
+    assert noise.chunks == 4
+    assert noise.n_ubatch == 16
+    assert 0 <= noise.batch.value < 1e-5
+    # Q8_0's kernels round inputs as well, so its divergence is this and that of its weights together.
+    assert noise.batch.value < noise.activations.value < best
+    assert noise.activations.max >= noise.activations.value > 0
+    # Blocks of 256 have a larger step than those of 32 in them.
+    assert noise.activations_k.value > noise.activations.value
+
+
+def test_no_text(folder, wanted):
+    (scores,) = ev.evaluate_several(
+        [folder / "Q8_0.gguf"], ev.Wanted(None, SETTINGS, tasks=wanted.tasks, task_count=12)
+    )
+    assert scores.ppl is None
+    assert scores.tasks["continuation"].count == 12
+    assert scores.tasks_average is None  # of the five benchmarks, none was run
+
+
+def test_command(folder, tmp_path, capsys):
+    arguments = ["eval", "--base", folder / "full.gguf", "-f", folder / "test.txt", "-c", 128, "--chunks", 8, "-t", 1]
+    arguments += ["--noise-chunks", 1, "--cache", tmp_path / "cache", "-q", "-o", tmp_path / "out.json"]
+    for name in ("Q8_0", "Q4_0"):
+        arguments += ["-m", folder / f"{name}.gguf"]
+    assert invoke([str(one) for one in arguments]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("Q4_0.gguf") < shown.index("Q8_0.gguf")  # the smaller file first
+    assert "Noise floor" in shown
+    assert "Difference from Q8_0.gguf, paired by chunk" in shown
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert [one["model"] for one in data] == ["Q8_0.gguf", "Q4_0.gguf"]
+    assert np.isfinite(data[1]["paired"]["kld"]["value"])
+    assert data[0]["noise"]["chunks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kl-divergence"], "--kl-divergence compares with --kl-divergence-base"),
+        (["--kl-divergence-base", "x.kld", "--base", "MODEL"], "from one full-precision model"),
+        (["--tasks", "chess:x"], "chess"),
+        (["--tasks", "hellaswag:absent.txt"], "absent.txt"),
+    ],
+)
+def test_bad_options(arguments, message, folder, tmp_path, capsys):
+    model = str(folder / "Q4_0.gguf")
+    given = [model if one == "MODEL" else one for one in arguments]
+    assert invoke(["eval", "-m", model, *given, "--cache", str(tmp_path)]) != 0
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,74 @@
+"""A ladder whose blocks are chosen for the layers' outputs."""
+
+import json
+
+import pytest
+
+from bitladder.gguf.reader import GgufFile
+from bitladder.ladder import RunOptions, run
+from bitladder.ladder.plan import command_line, plan
+from bitladder.ladder.rounded import MOMENTS, PLAIN
+from bitladder.ladder.tuned import set_apart
+from bitladder.quantize import RUNGS
+from bitladder.quantize.quant_metadata import TUNE_KEY
+from bitladder.report import write_card
+from bitladder.text.texts import load_text
+
+
+@pytest.fixture(scope="module")
+def options(tiny_gguf, tmp_path_factory):
+    return RunOptions(
+        model=str(tiny_gguf),
+        out=tmp_path_factory.mktemp("rounded") / "ladder",
+        rungs=("Q3_K_S",),
+        chunks=6,
+        imatrix_chunks=6,
+        moments_chunks=6,
+        n_ctx=256,
+        bench=False,
+        rounding="feedback",
+    )
+
+
+def test_a_rung_has_less_divergence_than_its_preset_and_is_made_once(options):
+    made = run(options)
+    assert {"moments", "naive Q3_K_S", "quantize Q3_K_S"} <= set(made.made)
+    folder = options.out
+    assert (folder / MOMENTS).is_file() and (folder / PLAIN).is_file()
+    rung, naive = (json.loads((folder / "scores" / f"Q3_K_S{part}.json").read_text()) for part in ("", ".naive"))
+    assert rung["rounding"] == "feedback" and naive["role"] == "naive"
+    assert rung["kld"]["value"] < naive["kld"]["value"]
+    gain = rung["paired"]["kld"]
+    assert gain["value"] == pytest.approx(rung["kld"]["value"] - naive["kld"]["value"])
+    assert gain["value"] < -gain["error"] < 0
+    with GgufFile(next(folder.glob("*-Q3_K_S.gguf"))) as file:
+        assert file.get("bitladder.rounding") == "feedback"
+    guard = json.loads((folder / "ladder.json").read_text())["steps"]["quantize Q3_K_S"]["facts"]["guard"]
+    assert guard["after"]["value"] < guard["before"]["value"]
+    assert run(options).made == ()
+
+
+def test_a_rung_is_tuned_on_text_it_is_not_tried_on(options, tmp_path):
+    texts = [load_text("pydoc:calibration")]
+    first, end = set_apart(texts)
+    assert first[0].text + end.text == texts[0].text
+    assert first[0].sha256 != texts[0].sha256
+    tuned = options.model_copy(update={"out": tmp_path / "ladder", "tune_chunks": 24, "n_ctx": 128})
+    run(tuned)
+    score = json.loads((tuned.out / "scores" / "Q3_K_S.json").read_text())
+    assert score["tuned"] is True
+    with GgufFile(next(tuned.out.glob("*-Q3_K_S.gguf"))) as file:
+        assert file.get(TUNE_KEY).startswith("24 × 128 tokens")
+    write_card(tuned.out)
+    assert "rounding: feedback; tuned" in (tuned.out / "README.md").read_text()
+    assert run(tuned).made == ()
+
+
+def test_what_depends_on_rounding_is_planned(options):
+    steps = {step.name: step for step in plan(options)}
+    assert "moments" in steps["quantize Q3_K_S"].needs and "moments" not in steps["naive Q3_K_S"].needs
+    stock = {step.name for step in plan(options.model_copy(update={"rounding": "stock"}))}
+    assert not {"moments", "naive Q3_K_S"} & stock
+    planned = {step.name: step for step in plan(options.model_copy(update={"mode": "quality"}))}
+    assert "moments" in planned["price"].needs
+    assert "--rounding feedback --moments-chunks 6 --tune-chunks 0" in command_line(options, "m.gguf", RUNGS)

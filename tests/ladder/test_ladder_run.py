@@ -1,0 +1,390 @@
+"""Runs with quick stand-ins for the heavy steps; the last test is the real thing on the embedded model.
+
+Started as a script (run, model, texts, seconds to spend per step), this file makes a ladder with the stand-ins: the
+tests kill that process.
+"""
+
+import hashlib
+import json
+import pathlib
+import random
+import struct
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from bitladder.calibrate import ImatrixResult
+from bitladder.calibrate.imatrix import Entry, Imatrix, write_imatrix
+from bitladder.convert import ConvertResult
+from bitladder.engine.types import type_by_name
+from bitladder.errors import BitladderError, UsageError
+from bitladder.evaluate import Figure, Measured, Scores, SpeedRow
+from bitladder.evaluate.scores import BaseModelName, DeltaP, Divergence, Named
+from bitladder.files import replacing
+from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.values import string
+from bitladder.gguf.writer import GgufWriter, TensorPlan
+from bitladder.ladder import RunOptions, run
+from bitladder.quantize import QuantizeResult
+from bitladder.report import write_card
+
+RUNGS = ("IQ3_S", "Q4_K_M", "Q8_0")
+SCORES = ["score base", *(f"score {rung}" for rung in RUNGS)]
+ALL_STEPS = ["convert", "base", "measure base", "imatrix"]
+ALL_STEPS += [f"{verb} {rung}" for rung in RUNGS for verb in ("quantize", "measure")]
+ALL_STEPS += ["bench", *SCORES]
+
+
+class Fakes:
+    """Stand-ins whose output is a hash of their input, written in pieces over `seconds`."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.scored: list[str] = []
+
+    def write(self, path, *parts):
+        digest = hashlib.sha256(b"|".join(parts)).digest()
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            for _ in range(8):
+                stream.write(digest * 100)
+                stream.flush()
+                time.sleep(self.seconds / 8)
+
+    def convert(self, model, out, *, outtype, converter, progress):
+        weights = hashlib.sha256((model / "model.safetensors").read_bytes() + outtype.encode()).digest()
+        metadata = {"general.architecture": string("llama"), "general.basename": string("Toy"),
+                    "general.size_label": string("64"), "general.license": string("mit")}  # fmt: skip
+        with replacing(out) as temporary, temporary.open("wb") as stream:
+            writer = GgufWriter(stream, metadata, [TensorPlan("a.weight", (32, 2), type_by_name("f16"))])
+            time.sleep(self.seconds)
+            writer.write("a.weight", np.frombuffer(weights * 4, np.uint8))
+            writer.finish()
+        return ConvertResult(out, "llama", "f16", 1, out.stat().st_size)
+
+    def make_base(self, model, text, out, *, n_ctx, chunks, threads, gpu_layers, progress):
+        self.write(out, model.read_bytes(), text.text.encode(), str((n_ctx, chunks)).encode())
+
+    def collect(self, model, texts, out, *, n_ctx, chunks, threads, gpu_layers, progress):
+        read = b"|".join([model.read_bytes(), *(text.text.encode() for text in texts), str((n_ctx, chunks)).encode()])
+        # A matrix that can be read: the report shows what it says.
+        sums = np.frombuffer(hashlib.sha256(read).digest(), np.uint8).astype(np.float32)[None]
+        time.sleep(self.seconds)
+        write_imatrix(
+            Imatrix({"a.weight": Entry(sums, np.array([n_ctx]))}, [text.name for text in texts], 5, n_ctx), out
+        )
+        return ImatrixResult(out, 7, 5, {})
+
+    def quantize(self, source, out, preset, *, imatrix, threads, progress):
+        self.write(out, source.read_bytes(), imatrix.read_bytes(), preset.encode())
+        return QuantizeResult(out, out.stat().st_size, 4.5, {"a.weight": preset.lower()}, preset)
+
+    def open_base(self, path, text, settings, model):
+        return mock.Mock(content=path.read_bytes(), model=model)
+
+    def base_scores(self, base, text, settings):
+        options = {"n_ctx": settings.n_ctx, "chunks": settings.chunks, "threads": None, "gpu_layers": 0}
+        return self.evaluate(base.model, text, base=None, progress=None, **options)
+
+    def evaluate(self, model, text, *, base, n_ctx, chunks, threads, gpu_layers, progress):
+        self.scored.append(model.name)
+        content = model.read_bytes() + text.text.encode() + (base.content if base else b"")
+        time.sleep(self.seconds)
+        number = hashlib.sha256(content).digest()[0] / 1000
+        figure = Figure(value=0.5 + number, error=0.01)
+        names = "max p999 p99 p95 p90 p75 median p25 p10 p05 p01 p001 min"
+        spread = dict.fromkeys(names.split(), 0.1)
+        divergence = {key: value for key, value in spread.items() if key not in ("p75", "p25")}
+        compared = {
+            "base": BaseModelName(model="Toy-64-F16.gguf", sha256="ab"), "rho_ppl": 0.99, "same_top_p": figure,
+            "kld": Divergence(value=0.1 + number, error=0.01, **divergence),
+            "delta_p": DeltaP(mean=figure, rms=figure, **spread),
+        }  # fmt: skip
+        return Scores(
+            model=model.name, sha256=hashlib.sha256(model.read_bytes()).hexdigest(), bytes=model.stat().st_size,
+            bpw=4.5, text=Named(name=text.name, sha256=text.sha256), n_ctx=n_ctx, chunks=min(chunks or 3, 3),
+            tokens_scored=765, ppl=figure, versions={"bitladder": "0.1.0"}, seconds=time.monotonic(),
+            **(compared if base else {}),
+        )  # fmt: skip
+
+    def measure(self, model, text, settings, *, base, progress):
+        options = {name: getattr(settings, name) for name in ("n_ctx", "chunks", "threads", "gpu_layers")}
+        scores = self.evaluate(model, text, base=base, progress=progress, **options)
+        return Measured(scores, {"nll": np.zeros(scores.tokens_scored), "kld": np.zeros(scores.tokens_scored)})
+
+    def bench(self, models, tests, repetitions, settings, progress):
+        time.sleep(self.seconds)
+        samples = {path: 1_000_000 * path.read_bytes()[-1] + 1 for path in models}
+        return [
+            SpeedRow(path.name, "toy", 64, 64, test, settings, 2, "CPU", "cpu", "", "2026", (samples[path],) * 2)
+            for path in models for test in tests
+        ]  # fmt: skip
+
+    def patched(self):
+        """All heavy functions replaced, as a context."""
+        stand_ins = {
+            "bitladder.convert.convert": self.convert, "bitladder.evaluate.make_base": self.make_base,
+            "bitladder.evaluate.measure": self.measure, "bitladder.evaluate.open_base": self.open_base,
+            "bitladder.evaluate.identify": lambda path: path,
+            "bitladder.evaluate.base_scores": self.base_scores, "bitladder.calibrate.collect_imatrix": self.collect,
+            "bitladder.quantize.write_quant": self.quantize, "bitladder.evaluate.bench": self.bench,
+        }  # fmt: skip
+        return _Patches(stand_ins)
+
+
+class _Patches:
+    def __init__(self, stand_ins):
+        self.patches = []
+        for name, function in stand_ins.items():
+            package, attribute = name.rsplit(".", 1)
+            __import__(package)
+            self.patches.append(mock.patch.object(sys.modules[package], attribute, function))
+
+    def __enter__(self):
+        for patch in self.patches:
+            patch.start()
+
+    def __exit__(self, *_):
+        for patch in self.patches:
+            patch.stop()
+
+
+@pytest.fixture
+def fakes():
+    made = Fakes()
+    with made.patched():
+        yield made
+
+
+@pytest.fixture
+def options(tmp_path):
+    return make_inputs(tmp_path)
+
+
+def make_inputs(folder: pathlib.Path) -> RunOptions:
+    """A checkpoint of one tensor, two texts, and the options that use them."""
+    model = folder / "toy"
+    model.mkdir()
+    header = json.dumps({"w": {"dtype": "F16", "shape": [2, 32], "data_offsets": [0, 128]}}).encode()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(128))
+    (model / "config.json").write_text("{}")
+    for name in ("calibration.txt", "text.txt"):
+        (folder / name).write_text(f"words of {name}")
+    return inputs_of(folder)
+
+
+def inputs_of(folder: pathlib.Path, out: str = "out") -> RunOptions:
+    return RunOptions(
+        model=str(folder / "toy"), out=folder / out, rungs=RUNGS, text=str(folder / "text.txt"),
+        calibration=(str(folder / "calibration.txt"),),
+    )  # fmt: skip
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    """Every file that has to be the same after the same run; scores without their wall time."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in ("ladder.json", ".lock"):
+            data = path.read_bytes()
+            if path.parent.name in ("measured", "scores") and path.suffix == ".json":
+                data = json.dumps(json.loads(data) | {"seconds": 0}).encode()
+            found[path.relative_to(folder).as_posix()] = data
+    return found
+
+
+class Listener:
+    def __init__(self):
+        self.infos, self.warnings = [], []
+
+    def info(self, text):
+        self.infos.append(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+def test_a_run_makes_everything_and_again_nothing(options, fakes):
+    result = run(options)
+    assert list(result.made) == ALL_STEPS
+    assert write_card(options.out)
+    assert set(contents(options.out)) == {
+        "README.md", "imatrix.gguf", "Toy-64-F16.gguf", "Toy-64-F16.text.txt.512.base", "bench.json",
+        *(f"Toy-64-{rung}.gguf" for rung in RUNGS), *(f"recipes/{rung}.toml" for rung in RUNGS),
+        *(f"{folder}/{name}.json" for folder in ("measured", "scores") for name in ("base", *RUNGS)),
+        *(f"measured/{rung}.npz" for rung in RUNGS),
+    }  # fmt: skip
+    for one in result.scores:
+        assert [test["test"] for test in one["bench"]] == ["pp512", "tg128", "pp1024+tg1024"]
+        nanoseconds = 1_000_000 * (options.out / one["model"]).read_bytes()[-1] + 1
+        assert one["bench"][1]["tokens_per_second"]["value"] == pytest.approx(128e9 / nanoseconds)
+    assert [one["model"] for one in result.scores] == ["Toy-64-F16.gguf", *(f"Toy-64-{rung}.gguf" for rung in RUNGS)]
+    with GgufFile(options.out / "Toy-64-F16.gguf") as file:
+        assert file.get("general.basename") == "Toy"
+    before = {path: path.stat().st_mtime_ns for path in options.out.rglob("*")}
+    again = run(options)
+    assert again.made == ()
+    assert again.scores == result.scores
+    assert not write_card(options.out)
+    assert {path: path.stat().st_mtime_ns for path in options.out.rglob("*") if path != options.out} == {
+        path: time_ns for path, time_ns in before.items() if path != options.out
+    }
+    assert str(options.out.parent) not in (options.out / "ladder.json").read_text()
+
+
+def test_a_change_redoes_only_what_depends_on_it(options, fakes, tmp_path):
+    run(options)
+    measures = ["measure base", *(f"measure {rung}" for rung in RUNGS)]
+    (tmp_path / "text.txt").write_text("other words")
+    assert sorted(run(options).made) == sorted(["base", *measures, *SCORES])
+    changed = options.model_copy(update={"rungs": ("Q6_K", *RUNGS), "quantized_by": "me"})
+    assert sorted(run(changed).made) == sorted(["quantize Q6_K", "measure Q6_K", "bench", "score Q6_K", *SCORES])
+    silent = changed.model_copy(update={"bench": False})
+    result = run(silent)
+    assert sorted(result.made) == sorted(["score Q6_K", *SCORES])
+    assert not any("bench" in one for one in result.scores)
+    assert list(run(silent.model_copy(update={"threads": 2})).made) == []
+    (tmp_path / "calibration.txt").write_text("yet other words")
+    assert "convert" not in run(silent).made
+    assert list(run(silent.model_copy(update={"rungs": ("Q8_0",)})).made) == []
+    (options.out / "Toy-64-Q4_K_M.gguf").unlink()
+    (options.out / "scores" / "Q8_0.json").write_text("{}")
+    assert list(run(silent).made) == ["quantize Q4_K_M", "score Q8_0"]
+
+
+def test_what_was_done_before_an_error_stays(options, fakes):
+    with (
+        mock.patch("bitladder.evaluate.base_scores", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run(options)
+    with pytest.raises(BitladderError, match="not finished"):
+        write_card(options.out)
+    assert list(run(options).made) == ALL_STEPS[2:]
+
+
+def test_a_gguf_is_used_where_it_is(options, fakes, tmp_path):
+    run(options)
+    model = tmp_path / "Elsewhere-F16.gguf"
+    model.write_bytes((options.out / "Toy-64-F16.gguf").read_bytes())
+    listener = Listener()
+    given = options.model_copy(update={"model": str(model), "out": tmp_path / "second", "outtype": "f16"})
+    run(given, progress=listener)
+    write_card(given.out)
+    assert "no effect" in listener.warnings[0]
+    assert not (given.out / "Elsewhere-F16.gguf").exists()
+    assert (given.out / "Toy-64-Q8_0.gguf").read_bytes() == (options.out / "Toy-64-Q8_0.gguf").read_bytes()
+    assert "not part of this repository" in (given.out / "README.md").read_text()
+    # In the run directory itself it is the model, and stays.
+    inside = options.model_copy(update={"model": str(options.out / "Toy-64-F16.gguf")})
+    assert list(run(inside).made) == ["convert"]
+    assert (options.out / "Toy-64-F16.gguf").exists()
+
+
+def test_a_short_text_is_used_and_said(options, fakes):
+    listener = Listener()
+    run(options.model_copy(update={"chunks": 9, "imatrix_chunks": 9}), progress=listener)
+    assert listener.warnings == [
+        "text.txt has only 3 chunks (--chunks 9); all are used",
+        "the calibration text is shorter than --imatrix-chunks 9; all 5 chunks are used",
+    ]
+
+
+def test_what_cannot_work_is_said_before_work(options, fakes, tmp_path):
+    def refused(error, match, **changes):
+        with pytest.raises(error, match=match):
+            run(options.model_copy(update=changes))
+        assert fakes.scored == []
+
+    refused(UsageError, "--out", out=tmp_path / "toy")
+    refused(UsageError, "--out .* is a file", out=tmp_path / "text.txt")
+    refused(UsageError, "--converter", converter=tmp_path / "none.py")
+    refused(BitladderError, "nothing.txt", text=str(tmp_path / "nothing.txt"))
+    refused(BitladderError, "is not a GGUF", model=str(tmp_path / "text.txt"))
+    with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=100)):
+        refused(BitladderError, "--out .* GB free")
+
+
+def test_the_command(options, fakes):
+    from bitladder.cli.run import command
+
+    arguments = [options.model, "--out", str(options.out), "--ladder", "iq3_s,Q8_0", "--text", options.text,
+                 "--calibration", options.calibration[0], "--quantized-by", "me", "--mode", "naive",
+                 "--rounding", "stock"]  # fmt: skip
+    done = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"quant", "full", "IQ3_S", "Q8_0"}
+    assert "quantized_by: me" in (options.out / "README.md").read_text()
+    again = CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False)
+    assert "nothing to do" in again.stderr
+    assert [one["model"] for one in json.loads(again.stdout)] == [
+        "Toy-64-F16.gguf", "Toy-64-IQ3_S.gguf", "Toy-64-Q8_0.gguf",
+    ]  # fmt: skip
+    wrong = CliRunner().invoke(command, [options.model, "--out", str(options.out), "--ladder", "Q99"])
+    assert isinstance(wrong.exception, UsageError)
+    assert "Q99" in str(wrong.exception)
+    assert "Q4_K_M" in str(wrong.exception)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(options, fakes, tmp_path):
+    run(options)
+    write_card(options.out)
+    wanted = contents(options.out)
+    aside = tmp_path / "aside"
+    options.out.rename(aside)
+    dice = random.Random(5)
+    kills = 0
+    for attempt in range(30):
+        # Killed early at first, then later and later: the longer ones get to the steps at the end.
+        process = subprocess.Popen([sys.executable, __file__, str(tmp_path), "0.06"], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        try:
+            process.wait(dice.uniform(0.0, 0.15 * 1.2**attempt))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        process.stdout.close()
+        if process.returncode == 0:
+            break
+    else:
+        raise AssertionError("never finished")
+    assert kills > 1
+    assert contents(options.out) == wanted
+    assert run(options).made == ()
+
+
+def test_the_real_thing_on_the_embedded_model(tiny_checkpoint, calibration_text, tmp_path):
+    if not any(tiny_checkpoint.glob("*.safetensors")):
+        pytest.skip("the embedded model is not there")
+    options = RunOptions(
+        model=str(tiny_checkpoint), out=tmp_path / "out", rungs=("Q4_K_M",), text=str(calibration_text),
+        calibration=(str(calibration_text),), chunks=2, imatrix_chunks=2, n_ctx=64,
+        tasks=f"continuation:{calibration_text}", task_count=8, bench_tests=((32, 0), (0, 8), (16, 8)),
+    )  # fmt: skip
+    result = run(options)
+    write_card(options.out)
+    card = (options.out / "README.md").read_text()
+    assert "| Model | continuation |" in card
+    assert "(8 questions of `calibration.txt`)" in card
+    full, quant = result.scores
+    assert quant["base"] == {"model": full["model"], "sha256": full["sha256"]}
+    assert 0 < quant["kld"]["value"] < 0.5
+    assert quant["ppl_base"]["value"] == pytest.approx(full["ppl"]["value"], rel=1e-4)
+    assert quant["bytes"] < full["bytes"]
+    assert quant["tasks"]["continuation"]["count"] == full["tasks"]["continuation"]["count"] == 8
+    assert run(options).made == ()
+    assert all(test["tokens_per_second"]["value"] > 0 for one in result.scores for test in one["bench"])
+    again = run(options.model_copy(update={"task_count": 4})).made
+    assert again == ("measure base", "measure Q4_K_M", "score base", "score Q4_K_M")
+
+
+if __name__ == "__main__":
+    with Fakes(float(sys.argv[2])).patched():
+        print("ready", flush=True)
+        given = inputs_of(pathlib.Path(sys.argv[1]))
+        run(given)
+        write_card(given.out)

@@ -1,0 +1,298 @@
+"""Planning on a small real model: rendered weights, swaps in the loaded model, the command, and a run's rungs."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+
+from bitladder import evaluate as ev
+from bitladder.calibrate import collect_imatrix, read_imatrix
+from bitladder.cli import invoke
+from bitladder.convert import convert
+from bitladder.engine.activations import rounded
+from bitladder.engine.matvec import input_type
+from bitladder.engine.types import quantize_rows, type_by_name
+from bitladder.errors import UsageError
+from bitladder.gguf.reader import GgufFile
+from bitladder.ladder import RunOptions, planned, run
+from bitladder.plan import Constraints, FeedbackEffort, Planner, PlanOptions, Subject, Target
+from bitladder.plan.prices.document import load_sensitivity
+from bitladder.plan.prices.menu import Window, measured_speeds, menu_types, within_speed
+from bitladder.plan.prices.price import Effort
+from bitladder.quantize import QuantizeOptions, quantize
+from bitladder.recipe import read_recipe
+from bitladder.text.excerpts import excerpts
+from bitladder.text.texts import builtin_text, load_text
+from bitladder.trial.candidate import Candidate
+from bitladder.trial.render import Renderer
+
+SETTINGS = ev.Settings(n_ctx=64, chunks=3, threads=1)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A random Llama of two layers with rows of 64 and 96, its imatrix and a text."""
+    folder = tmp_path_factory.mktemp("small")
+    tiny_models.train_byte_level(folder / "checkpoint")
+    tiny_models.llama(folder / "checkpoint", vocab_size=387, tie_word_embeddings=True)
+    model = folder / "small-f16.gguf"
+    convert(folder / "checkpoint", model, outtype="f16")
+    (folder / "text.txt").write_text(builtin_text("test")[:30_000])
+    calibration = folder / "calibration.txt"
+    calibration.write_text(builtin_text("calibration")[:8000])
+    collect_imatrix(model, [load_text(str(calibration))], folder / "imatrix.gguf", n_ctx=64, threads=1)
+    return folder
+
+
+@pytest.fixture
+def arguments(small, tmp_path):
+    names = {"-m": "small-f16.gguf", "--imatrix": "imatrix.gguf", "-f": "text.txt"}
+    given = [word for option, name in names.items() for word in (option, str(small / name))]
+    return ["plan", *given, "-c", "64", "--chunks", "3", "-t", "1", "-q", "--work", str(tmp_path / "work")]
+
+
+def importances(small):
+    return {name: entry.means() for name, entry in read_imatrix(small / "imatrix.gguf").entries.items()}
+
+
+def test_rendered_blocks_are_the_kernels_and_are_kept(small, tmp_path):
+    importance, name, kind = importances(small), "blk.1.ffn_down.weight", type_by_name("q4_1")
+    with GgufFile(small / "small-f16.gguf") as file:
+        first = Renderer(file, importance, folder=tmp_path, threads=1)
+        weights, values = first.weights(name), first.values(name, kind)
+        assert np.array_equal(first.blocks(name, kind), quantize_rows(weights, kind, importance[name][0]))
+        brute = sum(
+            float(importance[name][0][column]) * float((values[row, column] - weights[row, column]) ** 2)
+            for row in range(weights.shape[0])
+            for column in range(weights.shape[1])
+        )
+        assert first.error(name, kind) == pytest.approx(brute, rel=1e-5)
+
+        class Never:
+            key = "stock"
+
+            def __call__(self, *_):
+                raise AssertionError("rendered again")
+
+        again = Renderer(file, importance, rounding=Never(), folder=tmp_path, threads=1)
+        assert np.array_equal(again.blocks(name, kind), first.blocks(name, kind))
+        assert again.error(name, kind) == first.error(name, kind)
+        kept = next(tmp_path.glob("*.blocks"))
+        data = bytearray(kept.read_bytes())
+        data[5] ^= 1
+        kept.write_bytes(data)  # as a power cut may leave it
+        with pytest.raises(AssertionError, match="rendered again"):
+            again.blocks(name, kind)
+
+
+def test_a_swapped_recipe_is_the_quantized_file(small, tmp_path):
+    text, model = load_text(str(small / "text.txt")), small / "small-f16.gguf"
+    with ev.load_or_compute_base(model, text, SETTINGS, path=tmp_path / "base") as base, GgufFile(model) as file:
+        renderer = Renderer(file, importances(small), threads=1)
+        with Candidate(base, renderer, SETTINGS) as candidate:
+            names = [name for name, tensor in file.tensors.items() if tensor.type.name == "f16"]
+            before = candidate.kld({}, 3).mean()
+            for types in (dict.fromkeys(names, "q4_0"), {"token_embd.weight": "q4_0"}):
+                measured = candidate.kld(types, 3).mean()
+                whole = {name: types.get(name, tensor.type.name) for name, tensor in file.tensors.items()}
+                out = tmp_path / "q.gguf"
+                quantize(model, out, QuantizeOptions("Q8_0", types=whole), imatrix=small / "imatrix.gguf", threads=1)
+                real = ev.measure(out, text, SETTINGS, base=base).scores.kld.value
+                assert measured == pytest.approx(real, rel=0.02)
+                assert measured > 20 * before
+            assert candidate.kld({}, 3).mean() == before
+
+
+def test_inputs_are_rounded_as_the_kernels_round_them():
+    rows = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
+    rows[0, 5] = -40.0  # an outlier, which costs its block
+    rows[2, 256:] = 0
+    out = rounded(rows, type_by_name("q8_K"))
+    for row in range(3):
+        for start in (0, 256):
+            block = rows[row, start : start + 256]
+            step = np.abs(block).max() / 127
+            assert np.abs(out[row, start : start + 256] - block).max() <= step * 0.5001
+            place = np.abs(block).argmax()
+            assert out[row, start + place] == pytest.approx(block[place], rel=1e-6)
+    assert input_type(type_by_name("q4_K")).name == "q8_K" and input_type(type_by_name("q5_0")).name == "q8_0"
+    assert input_type(type_by_name("f32")) is None
+
+
+def test_the_command_plans_and_its_file_is_as_large_as_it_says(small, arguments, tmp_path, capsys):
+    out = tmp_path / "recipe.toml"
+    assert invoke([*arguments, "--like", "Q4_0", "--probe-tokens", "4000", "-o", str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    recipe = read_recipe(out)
+    assert recipe.tensors == said["types"] and recipe.budget == "like Q4_0" and recipe.bytes == said["bytes"]
+    made = tmp_path / "q.gguf"
+    imatrix = str(small / "imatrix.gguf")
+    command = ["quantize", "-m", str(small / "small-f16.gguf"), "--imatrix", imatrix, "-q", "-t", "1"]
+    assert invoke([*command, "--recipe", str(out), "-o", str(made)]) == 0
+    naive = tmp_path / "naive.gguf"
+    quantize(small / "small-f16.gguf", naive, "Q4_0", imatrix=imatrix, threads=1)
+    assert made.stat().st_size == said["bytes"] <= naive.stat().st_size
+    tried = {one["name"]: one["kld"]["value"] for one in said["tried"]}
+    assert len(tried) == len(said["tried"])
+    assert said["kld"]["value"] == min(tried.values()) <= tried["preset Q4_0"]
+    assert said["check"]["pairs"] >= 3
+    # Shares add up, and the tied embedding is among them.
+    assert sum(row["share"] for row in said["kinds"]) == pytest.approx(1)
+    assert sum(row["kld"] for row in said["layers"]) == pytest.approx(sum(row["kld"] for row in said["kinds"]))
+    assert "token_embd" in {row["name"] for row in said["kinds"]}
+
+    # Another budget: nothing is measured again, whether prices are found in the work folder or named.
+    journal = tmp_path / "work" / "measured.jsonl"
+    lines = journal.read_text().count("\n")
+    prices = tmp_path / "work" / "sensitivity.json"
+    budget = ["--bpw", "5.2", "--no-feedback", "-o", str(tmp_path / "second.toml")]
+    capsys.readouterr()
+    for more in ([], ["--sensitivity", str(prices)]):
+        assert invoke([*arguments, *budget, *more]) == 0
+        assert "proved optimal" in capsys.readouterr().out
+    assert journal.read_text().count("\n") == lines
+    second = read_recipe(tmp_path / "second.toml")
+    assert second.bpw <= 5.2 and second.tensors != recipe.tensors
+    document = json.loads(prices.read_text())
+    assert set(document["tensors"]) == {name for name, kind in recipe.tensors.items() if kind != "f32"}
+    assert all(cost >= 0 for one in document["tensors"].values() for cost in one["kld"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "one of --like"),
+        (["--like", "Q4_0", "--bpw", "4"], "one of --like"),
+        (["--like", "Q9_9"], "unknown preset"),
+        (["--size", "many"], "--size"),
+        (["--size", "1KiB", "--no-feedback"], "byte"),
+        (["--bpw", "5", "--menu", "x1"], "--menu"),
+        (["--bpw", "5", "--floor", "attn_x=q8_0"], "attn_x"),
+        (["--bpw", "5", "--tie", "attn_q,attn_x"], "attn_x"),
+        (["--bpw", "5", "--tensor-type", "nothing=q8_0"], "nothing"),
+        (["--bpw", "5", "--tensor-type", "attn_q=q4_K"], "blocks of 256"),
+    ],
+)
+def test_errors_are_one_line(arguments, words, message, capsys):
+    assert invoke([*arguments, *words]) in (1, 2)
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+
+
+def test_constraints_hold(small, tmp_path):
+    constraints = Constraints(
+        pins=(("blk.0.attn_k", "q8_0"),),
+        floors=(("ffn_down", "q5_1"),),
+        ties=(("attn_q", "attn_k", "attn_v"),),
+        max_types=3,
+    )
+    options = PlanOptions(
+        constraints=constraints, settings=SETTINGS, effort=Effort(tokens=1000, pairs=0), feedback=None, work=tmp_path
+    )
+    with Subject(small / "small-f16.gguf", small / "imatrix.gguf") as subject:
+        with Planner(subject, load_text(str(small / "text.txt")), options) as planner:
+            prices = planner.price(Window(4, 9))
+            size = int(6.5 * subject.weights() / 8) + planner.header_bytes()
+            types = planner.plan(Target("test", max_bytes=size), prices).types
+            goal = planner.plan(Target("test", max_kld=1e-3), prices)
+            smaller = planner.plan(Target("test", max_bytes=goal.bytes - 64), prices)
+        assert types["blk.0.attn_k.weight"] == "q8_0"
+        for layer in (0, 1):
+            assert len({types[f"blk.{layer}.attn_{one}.weight"] for one in "qkv"}) == 1
+            assert type_by_name(types[f"blk.{layer}.ffn_down.weight"]).bpw >= 6
+        assert len({types[name] for name in subject.tensors}) <= 3
+        assert goal.allocation.cost <= 1e-3 < smaller.allocation.cost  # no smaller file would do
+        needed = "iq2_xs"
+        assert subject.needy("blk.0.attn_q.weight") == set() and type_by_name(needed).block == 256
+
+
+def test_buffers_leave_less_for_weights(arguments, small, tmp_path, capsys):
+    out = str(tmp_path / "r.toml")
+    common = [*arguments, "--no-feedback", "--probe-tokens", "500", "-o", out, "--json"]
+    sizes = []
+    for context in ("64", "128"):
+        assert invoke([*common, "--vram", "8MiB", "--context", context]) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["bytes"])
+    assert sizes[1] <= sizes[0] <= 8 * 2**20
+    assert invoke([*common, "--vram", "100KiB", "--context", "64"]) == 2
+    assert "--context" in capsys.readouterr().err
+
+
+def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(planned, "N_CTX", 64)
+    monkeypatch.setattr(planned, "EFFORT", Effort(tokens=3000))
+    effort = FeedbackEffort(chunks=3, move_chunks=2, rounds=2, random=2, exchanges=1, judge_chunks=3)
+    monkeypatch.setattr(planned, "FEEDBACK", effort)
+    text = str(small / "text.txt")
+    options = {"chunks": 3, "imatrix_chunks": 4, "n_ctx": 64, "bench": False, "threads": 1, "text": text}
+    model, out = str(small / "small-f16.gguf"), tmp_path / "ladder"
+    for mode in ("quality", "size"):
+        asked = RunOptions(model=model, out=out, rungs=("Q4_0",), mode=mode, **options)
+        done = run(asked)
+        assert ("price" in done.made) == (mode == "quality")  # prices serve every mode
+        assert run(asked).made == ()
+        tried = json.loads((out / "candidates.json").read_text())
+        names = {one["name"] for one in tried["candidates"]}
+        assert {"preset Q4_0", "exact", "greedy", "weighted error"} <= names
+        chosen = [one for one in tried["candidates"] if one["chosen"]]
+        naive = json.loads((out / "scores" / "Q4_0.naive.json").read_text())
+        score = json.loads((out / "scores" / "Q4_0.json").read_text())
+        assert len(chosen) == 1 and score["mode"] == mode and naive["role"] == "naive" and naive["rung"] == "Q4_0"
+        by_name = {one["name"]: one for one in tried["candidates"]}
+        if mode == "quality":
+            assert score["bytes"] <= naive["bytes"]
+            assert chosen[0]["kld"]["value"] <= by_name["preset Q4_0"]["kld"]["value"]
+        recipe = read_recipe(out / "recipes" / "Q4_0.toml")
+        assert recipe.bytes == score["bytes"] == next(out.glob("*-Q4_0.gguf")).stat().st_size
+    assert load_sensitivity(out / "sensitivity.json").tensors
+
+
+def test_menus():
+    kinds = [kind.name for kind in menu_types("k")]
+    assert {"q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "q8_0"} <= set(kinds) and "iq4_xs" not in kinds
+    assert [kind.bpw for kind in menu_types("all")] == sorted(kind.bpw for kind in menu_types("all"))
+    assert [kind.name for kind in menu_types("Q6_K, iq4_nl")] == ["iq4_nl", "q6_K"]
+    for wrong in ("", "q9", "f16", "q8_K"):
+        with pytest.raises(UsageError, match="--menu"):
+            menu_types(wrong)
+    # Speeds that are made up: iq4_xs as fast as a K-quant of its size, iq3_s at half of that.
+    speeds = dict.fromkeys(("q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "q8_0", "iq4_xs"), 1e9) | {"iq3_s": 5e8}
+    fast = {kind.name for kind in within_speed(speeds)}
+    assert "iq4_xs" in fast and "iq3_s" not in fast
+
+
+def test_speeds_are_measured():
+    speeds = measured_speeds(1)
+    assert {"q4_K", "iq3_s", "q8_0"} <= speeds.keys() and all(speed > 1e6 for speed in speeds.values())
+
+
+def test_excerpts_are_spread_and_do_not_overlap():
+    lines = [f"line {number} " + "x" * 40 for number in range(20_000)]
+    text = load_text("pydoc:test")
+    long = type(text)("long", "\n".join(lines), "")
+    one, two = excerpts(long, 4, 64), excerpts(long, 4, 64, offset=0.5)
+    seen = [{line for line in part.text.split("\n") if line in set(lines)} for part in (one, two)]
+    assert not seen[0] & seen[1] and one.sha256 != two.sha256
+    numbers = sorted(int(line.split()[1]) for line in seen[0])
+    assert numbers[0] < 1000 and numbers[-1] > 15_000
+    assert excerpts(text, 10_000, 512) is text
+
+
+@pytest.mark.parametrize("method", ["forward", "fisher"])
+def test_prices_rank_swaps_that_were_held_out(small, tmp_path, method):
+    settings = ev.Settings(n_ctx=64, chunks=6, threads=1)
+    options = PlanOptions(
+        method=method, settings=settings, effort=Effort(tokens=20_000, chunks=4), feedback=None, work=tmp_path
+    )
+    with (
+        Subject(small / "small-f16.gguf", small / "imatrix.gguf") as subject,
+        Planner(subject, load_text(str(small / "text.txt")), options) as planner,
+    ):
+        prices = planner.prices_for(Target("test", max_bytes=70_000))
+        assert prices.method == method and prices.tensors.keys() == set(subject.tensors)
+        assert prices.check.rank_correlation > 0.8 and 0.3 < prices.check.median_ratio < 3
+        # Kinds measured as a whole, by hand.
+        names = [name for name, (kind, _) in subject.places.items() if kind == "ffn_down"]
+        real = planner.model().kld(dict.fromkeys(names, "q4_0"), 4).mean()
+        assert sum(prices.tensors[name].kld["q4_0"] for name in names) == pytest.approx(real, rel=0.6)

@@ -1,0 +1,177 @@
+"""Rounding a whole model: blocks that lower KLD on held-out text, the guard that keeps others out, and verifying."""
+
+import numpy as np
+import pytest
+from calibrated import calibrate
+
+from bitladder.calibrate.moments.collect_moments import model_sha256
+from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, Provenance, Shape, writing_moments
+from bitladder.cli import invoke
+from bitladder.errors import BitladderError
+from bitladder.evaluate import Settings, evaluate
+from bitladder.gguf.reader import GgufFile
+from bitladder.quantize import QuantizeOptions, quantize
+from bitladder.refine.round import RefineOptions, quantize_refined
+from bitladder.refine.verify import verify
+from bitladder.rounding import RoundingOptions
+from bitladder.text.texts import Text, load_text
+
+PRESET = "Q3_K_S"
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_gguf, tmp_path_factory):
+    """An imatrix and plain second moments of the embedded model."""
+    return calibrate(tiny_gguf, tmp_path_factory.mktemp("refine"))
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return load_text("pydoc:test")
+
+
+def refine(**given):
+    return RefineOptions(RoundingOptions(method="best", passes=1), settings=Settings(n_ctx=256, chunks=4), **given)
+
+
+@pytest.fixture(scope="module")
+def rounded(tiny_gguf, prepared, held_out):
+    """A quant of the embedded model, rounded and guarded."""
+    out = prepared / "rounded.gguf"
+    options, imatrix = QuantizeOptions(PRESET), prepared / "imatrix.gguf"
+    moments = [prepared / "moments.gguf"]
+    return quantize_refined(tiny_gguf, out, options, moments, refine(guard=held_out), imatrix=imatrix)
+
+
+def test_same_types_and_bytes_less_divergence_elsewhere(tiny_gguf, prepared, rounded):
+    stock = quantize(tiny_gguf, prepared / "stock.gguf", PRESET, imatrix=prepared / "imatrix.gguf")
+    assert rounded.result.types == stock.types
+    with GgufFile(stock.path) as a, GgufFile(rounded.result.path) as b:
+        assert a.tensor_bytes == b.tensor_bytes
+    # Neither the calibration's text nor the guard's.
+    words = load_text("pydoc:test").text
+    text = Text("the rest", words[len(words) // 2 :], "0" * 64)
+    klds = [
+        evaluate(one.path, text, base=tiny_gguf, base_file=prepared / "rest.base", n_ctx=256, chunks=6).kld.value
+        for one in (stock, rounded.result)
+    ]
+    assert klds[1] < 0.8 * klds[0]
+
+
+def test_the_guard_reports_what_it_measured(rounded):
+    guard = rounded.guard
+    assert guard.after.value < guard.before.value
+    assert guard.difference.value == pytest.approx(guard.after.value - guard.before.value, abs=1e-12)
+    put_in = sum(trial.change.value for trial in guard.trials if trial.kept)
+    taken_out = sum(trial.change.value for trial in guard.removals if not trial.kept)
+    assert guard.before.value + put_in - taken_out == pytest.approx(guard.after.value, rel=1e-9)
+    # Where least is gained it is looked at more closely: from groups of layers to layers, from these to tensors.
+    groups = [trial for trial in guard.removals if "-" in trial.kind]
+    layers = [trial for trial in guard.removals if trial.kind.startswith("blk.") and trial not in groups]
+    single = [trial for trial in guard.removals if not trial.kind.startswith("blk.")]
+    for whole, parts in ((groups, layers), (layers, single)):
+        weakest = max(whole, key=lambda trial: trial.change.value)
+        assert set(weakest.tensors) <= {name for trial in parts for name in trial.tensors}
+    assert all(after < before for before, after in rounded.losses.values())
+
+
+def lying(moments, out, liar, others=()):
+    """Second moments of some tensors as they are, and of one the opposite of the truth."""
+    with MomentsFile(moments) as known:
+        read = {name: known.read(name) for name in (liar, *others)}
+        width = read[liar].inputs.shape[1]
+        inverse = np.linalg.inv(read[liar].inputs[0] + 1e-3 * np.eye(width, dtype=np.float32))
+        read[liar] = Moment(inverse[None].astype(np.float32), np.array([256]))
+    shapes = {name: Shape(1, moment.inputs.shape[1]) for name, moment in read.items()}
+    with writing_moments(out, Provenance(["none"], 1, 256), shapes, {}) as writer:
+        for name, moment in read.items():
+            writer.write(name, Moment(moment.inputs, moment.counts))
+    return out
+
+
+def test_a_tensor_that_harms_within_a_kind_that_gains(tiny_gguf, prepared, held_out, tmp_path):
+    kind = [f"blk.{layer}.ffn_down.weight" for layer in range(8)]
+    lie = lying(prepared / "moments.gguf", tmp_path / "lie.gguf", kind[1], [kind[0], *kind[2:]])
+    options = QuantizeOptions("Q3_K_S")
+    made = quantize_refined(
+        tiny_gguf, tmp_path / "q.gguf", options, [lie], refine(guard=held_out), imatrix=prepared / "imatrix.gguf"
+    )
+    assert [(trial.kind, trial.kept) for trial in made.guard.trials] == [("ffn_down", True)]
+    assert made.guard.stock == (kind[1],)
+
+
+def test_blocks_that_harm_are_kept_out(tiny_gguf, prepared, held_out, tmp_path):
+    """Moments that say the opposite of the truth: fitted to them, a kind gets worse, and keeps the library's blocks."""
+    name = "blk.1.ffn_down.weight"
+    lie = lying(prepared / "moments.gguf", tmp_path / "lie.gguf", name)
+    options = QuantizeOptions("Q2_K", types=None)
+    made = quantize_refined(
+        tiny_gguf, tmp_path / "q.gguf", options, [lie], refine(guard=held_out), imatrix=prepared / "imatrix.gguf"
+    )
+    assert made.guard.stock == (name,)
+    assert made.guard.after.value == made.guard.before.value
+    found = verify(tmp_path / "q.gguf", tiny_gguf, imatrix=prepared / "imatrix.gguf")
+    assert found.ways[name] == "stock" and not found.differing
+
+
+def test_verify_derives_every_tensor(tiny_gguf, prepared, rounded, tmp_path):
+    files = {"imatrix": prepared / "imatrix.gguf", "moments": [prepared / "moments.gguf"]}
+    # The method that the file names is tried with its default options.
+    out = tmp_path / "q.gguf"
+    quantize_refined(
+        tiny_gguf, out, QuantizeOptions(PRESET), files["moments"], RefineOptions(), imatrix=files["imatrix"]
+    )
+    found = verify(out, tiny_gguf, **files)
+    assert not found.differing and "rounded" in found.ways.values()
+    data = bytearray(out.read_bytes())
+    with GgufFile(out) as file:
+        tensor = file.tensors["blk.0.attn_q.weight"]
+        data[file.data_start + tensor.offset + 40] ^= 1
+    (tmp_path / "changed.gguf").write_bytes(data)
+    assert verify(tmp_path / "changed.gguf", tiny_gguf, **files).differing == ["blk.0.attn_q.weight"]
+    with pytest.raises(BitladderError, match=r"was made with other second moments"):
+        verify(out, tiny_gguf, imatrix=files["imatrix"], moments=files["moments"] * 2)
+
+
+def test_command(tiny_gguf, prepared, tmp_path, capsys):
+    out, log = tmp_path / "q.gguf", ["-q"]
+    arguments = ["quantize", "-m", str(tiny_gguf), "-o", str(out), PRESET, "--imatrix", str(prepared / "imatrix.gguf")]
+    assert invoke([*arguments, "--rounding", "feedback", *log]) == 2
+    assert "needs second moments: pass --moments" in capsys.readouterr().err
+    moments = ["--rounding", "feedback", "--moments", str(prepared / "moments.gguf"), "--guard", "none"]
+    assert invoke([*arguments, *moments, *log]) == 0
+    assert "output error against the library's blocks" in capsys.readouterr().out
+    known = ["--imatrix", str(prepared / "imatrix.gguf"), "--moments", str(prepared / "moments.gguf")]
+    assert invoke(["verify", str(out), "-m", str(tiny_gguf), *known, *log]) == 0
+    assert "rounded" in capsys.readouterr().out
+    assert invoke(["verify", str(out), "-m", str(tiny_gguf), *log]) == 1
+    assert "cannot be derived" in capsys.readouterr().err
+
+
+def test_moments_of_another_model(tiny_gguf, prepared, tmp_path):
+    name = "blk.0.attn_q.weight"
+    odd = tmp_path / "odd.gguf"
+    with writing_moments(odd, Provenance(["none"], 1, 256), {name: Shape(1, 8)}, {}) as writer:
+        writer.write(name, Moment(np.eye(8, dtype=np.float32)[None], np.array([256])))
+    with pytest.raises(BitladderError, match=r"another model than .*: blk\.0\.attn_q\.weight has inputs of 8 there"):
+        quantize_refined(tiny_gguf, tmp_path / "q.gguf", QuantizeOptions(PRESET), [odd], RefineOptions())
+    assert not (tmp_path / "q.gguf").exists()
+    with pytest.raises(BitladderError, match="holds no second moments"):
+        quantize_refined(
+            tiny_gguf, tmp_path / "q.gguf", QuantizeOptions(PRESET), [prepared / "imatrix.gguf"], RefineOptions()
+        )
+
+
+def test_moments_of_other_content_are_warned_of(tiny_gguf, prepared, tmp_path, capsys):
+    """As of a model before it was smoothed: shapes fit, and what they say is not true."""
+    name = "blk.0.attn_q.weight"
+    with MomentsFile(prepared / "moments.gguf") as known:
+        read = known.read(name)
+    for digest, warned in (("0" * 64, True), (model_sha256(tiny_gguf), False)):
+        path = tmp_path / "m.gguf"
+        provenance = Provenance(["none"], 1, 256, model_sha256=digest)
+        with writing_moments(path, provenance, {name: Shape(1, read.inputs.shape[1])}, {}) as writer:
+            writer.write(name, read)
+        arguments = ["-m", str(tiny_gguf), "-o", str(tmp_path / "q.gguf"), "--moments", str(path), "--guard", "none"]
+        assert invoke(["quantize", *arguments, "--rounding", "feedback", PRESET]) == 0
+        assert ("collected from another file" in capsys.readouterr().err) == warned

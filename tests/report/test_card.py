@@ -1,0 +1,335 @@
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from bitladder.errors import BitladderError
+from bitladder.ladder.manifest import Manifest, OutputFile, RunRecord, StepRecord
+from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
+from bitladder.report import render_card, write_card
+from bitladder.report.numbers import Figure, gigabytes, percent, with_error
+from bitladder.report.recommend import worth_their_size
+from bitladder.report.scores import Scores
+
+RUNGS = ("Q8_0", "IQ3_S", "Q4_K_M", "IQ4_NL")
+# bytes, bpw, KLD and its error, RMS Δp, ρ
+MEASURED = {
+    "Q8_0": (8_520_000_000, 8.5, (0.00012345, 0.0000012), 0.00321, 0.99987),
+    "IQ3_S": (3_660_000_000, 3.7, (0.1234, 0.0021), 0.0812, 0.9712),
+    "Q4_K_M": (4_920_000_000, 4.9, (0.02345, 0.00034), 0.0342, 0.9951),
+    "IQ4_NL": (4_990_000_000, 5.0, (0.02301, 0.00035), 0.0339, 0.9952),
+}
+TEXT = {"name": "wiki.test.raw", "sha256": "ee" * 32}
+VERSIONS = {"bitladder": "0.1.0", "llama_cpp_python": "0.3.36", "llama_cpp_commit": "abc1234"}
+
+
+def figure(value, error):
+    return {"value": value, "error": error}
+
+
+def scores(rung):
+    common = {"sha256": "aa" * 32, "text": TEXT, "n_ctx": 512, "chunks": 40, "tokens_scored": 10200}
+    common["versions"] = VERSIONS
+    if rung == "base":
+        return common | {"model": "X-F16.gguf", "bytes": 16 * 10**9, "bpw": 16.0, "ppl": figure(9.12345, 0.0654)}
+    size, bpw, kld, rms, rho = MEASURED[rung]
+    return common | {
+        "model": f"X-{rung}.gguf", "bytes": size, "bpw": bpw, "ppl": figure(9.2, 0.066), "rho_ppl": rho,
+        "kld": figure(*kld) | {"max": 3.0}, "delta_p": {"rms": figure(rms, rms / 50)},
+        "same_top_p": figure(0.93, 0.0025), "seconds": 1.0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    general = {"name": "X | Instruct", "license": "apache-2.0", "languages": ["en", "no"]}
+    facts = {
+        "file": "X-F16.gguf", "stem": "X", "architecture": "llama", "encoding": "F16", "parameters": 8_000_000_000,
+        "general": general, "origin": None, "sha256": "bb" * 32,
+    }  # fmt: skip
+    full = OutputFile(path="X-F16.gguf", bytes=1, sha256="bb" * 32)
+    Manifest(
+        run=RunRecord(
+            command="bitladder run org/X --out out", model="org/X", model_id="org/X", rungs=RUNGS, n_ctx=512,
+            quantized_by="someone", complete=True,
+        ),
+        steps={
+            "convert": StepRecord(key="k", inputs={}, outputs=[full], facts=facts),
+            "imatrix": StepRecord(key="k", inputs={}, outputs=[], facts={"texts": [{"name": "c.txt", "sha256": "cc"}]}),
+        },
+    ).save(tmp_path)  # fmt: skip
+    texts = [TextUsed(name="c.txt", sha256="cc" * 32)]
+    for rung in RUNGS:
+        write_recipe(
+            tmp_path / "recipes" / f"{rung}.toml",
+            Recipe(
+                model="X", file=f"X-{rung}.gguf", preset=rung, bytes=1, bpw=1.0, versions=VERSIONS,
+                tensors={"a": "q8_0"}, source=FileUsed(name="X-F16.gguf", sha256="bb" * 32),
+                imatrix=ImatrixUsed(name="imatrix.gguf", sha256="dd" * 32, chunks=100, n_ctx=512, texts=texts),
+            ),
+        )  # fmt: skip
+    (tmp_path / "scores").mkdir()
+    for name in ("base", *RUNGS):
+        (tmp_path / "scores" / f"{name}.json").write_text(json.dumps(scores(name)))
+    return tmp_path
+
+
+def change_manifest(folder, **changes):
+    path = folder / "ladder.json"
+    value = json.loads(path.read_text())
+    value["run"] |= changes
+    path.write_text(json.dumps(value))
+
+
+def tables(card):
+    """Every table as a renderer of GitHub's Markdown sees it: heading it stands under → rows of the source's cells."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.split("\n---\n", 1)[1])
+    found, heading, row = {}, "", None
+    for place, token in enumerate(tokens):
+        if token.type == "heading_open":
+            heading = tokens[place + 1].content
+        elif token.type == "table_open":
+            found.setdefault(heading, []).append([])
+        elif token.type == "tr_open":
+            row = []
+        elif token.type in ("th_open", "td_open"):
+            row.append(tokens[place + 1].content)
+        elif token.type == "tr_close":
+            found[heading][-1].append(row)
+    return found
+
+
+def table(card, heading):
+    """The rows of the first table under a heading, without its head."""
+    return tables(card)[heading][0][1:]
+
+
+def test_the_front_matter_is_what_the_hub_reads(run_dir):
+    data = ModelCard(render_card(run_dir)).data
+    assert (data.base_model, data.base_model_relation) == ("org/X", "quantized")
+    assert (data.license, data.language) == ("apache-2.0", ["en", "no"])
+    assert (data.pipeline_tag, data.library_name) == ("text-generation", "gguf")
+    assert data.tags == ["gguf", "quantized", "imatrix", "llama.cpp", "bitladder"]
+    assert data.quantized_by == "someone"
+
+
+def test_what_is_not_known_is_left_out(run_dir):
+    change_manifest(run_dir, model_id=None, quantized_by=None)
+    card = render_card(run_dir)
+    data = ModelCard(card).data.to_dict()
+    assert not {"base_model", "base_model_relation", "quantized_by"} & data.keys()
+    assert "None" not in card
+
+
+def test_one_row_per_rung_from_small_to_large(run_dir):
+    card = render_card(run_dir)
+    by_size = ["IQ3_S", "Q4_K_M", "IQ4_NL", "Q8_0"]
+    assert [row[0] for row in table(card, "Sizes")] == by_size
+    assert table(card, "Sizes")[0] == ["IQ3_S", "[X-IQ3_S.gguf](X-IQ3_S.gguf)", "3.66", "3.70"]
+    rows = table(card, "Quality")
+    assert rows[0] == ["F16 (full precision)", "9.123 ± 0.065", "–", "–", "–", "–"]
+    assert [row[0] for row in rows[1:]] == by_size
+
+
+def test_the_numbers_are_those_of_the_scores(run_dir):
+    rows = {row[0]: row for row in table(render_card(run_dir), "Quality")}
+    assert rows["Q4_K_M"][1:5] == ["**9.200 ± 0.066**", "99.51 %", "0.02345 ± 0.00034", "3.420 ± 0.068 %"]
+    for rung, (_, _, kld, rms, _) in MEASURED.items():
+        value, error = map(float, rows[rung][3].strip("*").split(" ± "))
+        assert value == pytest.approx(kld[0], abs=kld[1] / 10)
+        assert error == pytest.approx(kld[1], rel=0.05)
+        assert float(rows[rung][4].strip("*").split()[0]) == pytest.approx(rms * 100, rel=0.01)
+
+
+def test_what_is_recommended_is_better_by_more_than_noise(run_dir):
+    card = render_card(run_dir)
+    chosen = [re.match(r"\[(\w+)]", row[0])[1] for row in table(card, "How to choose")]
+    assert chosen == ["IQ3_S", "Q4_K_M", "Q8_0"]  # IQ4_NL is larger than Q4_K_M, and lower by less than the noise
+    assert "Not in this table: IQ4_NL." in card
+
+
+def test_how_it_was_made_is_said(run_dir):
+    card = render_card(run_dir)
+    for said in ("wiki.test.raw", "ee" * 32, "40 chunks", "10200 tokens", "abc1234", "c.txt", "cc" * 32, "dd" * 32,
+                 "bitladder run org/X --out out", "WikiText", "llama.cpp", "X \\| Instruct"):  # fmt: skip
+        assert said in card
+    assert "Python Software Foundation" not in card
+    assert str(run_dir) not in card
+
+
+def test_a_measurement_on_the_calibration_text_says_so(run_dir):
+    assert "this very text" not in render_card(run_dir)
+    for path in (run_dir / "recipes").iterdir():
+        path.write_text(path.read_text().replace("cc" * 32, "ee" * 32))
+    assert "this very text" in render_card(run_dir)
+
+
+def test_benchmarks_stand_side_by_side_with_their_average(run_dir):
+    assert "Benchmarks" not in render_card(run_dir)
+    for rung in (*RUNGS, "base"):
+        path = run_dir / "scores" / f"{rung}.json"
+        tasks = {
+            name: {"accuracy": figure(0.5, 0.02), "chance": 0.25, "count": 625, "source": f"{name}.bin"}
+            for name in ("arc", "mmlu")
+        }
+        extra = {"tasks": tasks, "tasks_average": 0.5, "tasks_average_error": 0.014}
+        path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+    card = render_card(run_dir)
+    rows = table(card, "Benchmarks")
+    assert card.count("| Model | arc | mmlu | average |\n") == 1
+    assert len(rows) == 1 + len(RUNGS) + 1
+    found = [one for several in tables(card).values() for one in several]
+    lines = [line for line in card.splitlines() if line.startswith("|")]
+    assert len(lines) == sum(len(one) + 1 for one in found)  # a table has a line that is no row
+    assert rows[-1] == ["guessing", "25.0 %", "25.0 %", "–"]
+    assert all([cell.strip("*") for cell in row[1:]] == ["50.0 ± 2.0 %"] * 2 + ["50.0 ± 1.4 %"] for row in rows[:-1])
+    assert "**arc** (625 questions of `arc.bin`)" in card
+
+
+def test_the_card_is_written_only_if_it_differs(run_dir):
+    assert write_card(run_dir)
+    before = (run_dir / "README.md").stat().st_mtime_ns
+    assert not write_card(run_dir)
+    assert (run_dir / "README.md").stat().st_mtime_ns == before
+
+
+def test_an_unfinished_run_has_no_card(run_dir, tmp_path_factory):
+    change_manifest(run_dir, complete=False)
+    with pytest.raises(BitladderError, match="not finished"):
+        render_card(run_dir)
+    with pytest.raises(BitladderError, match="not a run directory"):
+        render_card(tmp_path_factory.mktemp("empty"))
+
+
+def test_a_damaged_score_is_one_line(run_dir):
+    (run_dir / "scores" / "Q8_0.json").write_text('{"model": "x"}')
+    with pytest.raises(BitladderError, match=r"Q8_0.json: sha256"):
+        render_card(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (12.3456, 0.0723, "12.346 ± 0.072"),
+        (9.1234, 0.0996, "9.12 ± 0.10"),
+        (1234.5, 67.8, "1234 ± 68"),
+        (1234.5, 678.9, "1234 ± 679"),
+        (0.02345, 0.00034, "0.02345 ± 0.00034"),
+        (0.00012345, 0.0000012, "1.234e-04 ± 1.2e-06"),
+        (0.0, 0.0012, "0.0000 ± 0.0012"),
+        (0.5, 0.0, "0.5"),
+    ],
+)
+def test_an_error_has_two_digits_and_the_value_ends_where_it_does(value, error, text):
+    assert with_error(Figure(value=value, error=error)) == text
+
+
+def test_shares_and_sizes():
+    shares = {0.9531: "95.31 %", 0.99876: "99.88 %", 0.999987: "99.9987 %", 1.0: "100.00 %"}
+    assert {share: percent(share) for share in shares} == shares
+    sizes = {4_920_000_000: "4.92", 49_200_000_000: "49.20", 12_300_000: "0.0123"}
+    assert {size: gigabytes(size) for size in sizes} == sizes
+
+
+def test_a_larger_and_worse_file_is_never_recommended():
+    labelled = [(rung, Scores.model_validate(scores(rung))) for rung in RUNGS]
+    worse = labelled[0][1].model_copy(update={"bytes": 10**10, "kld": Figure(value=0.5, error=0.01)})
+    assert worth_their_size([*labelled, ("Q9", worse)]) == ["IQ3_S", "Q4_K_M", "Q8_0"]
+
+
+def rewrite(folder, name, **changes):
+    """Change a scores file; a name that is not there yet begins as Q4_K_M's."""
+    path = folder / "scores" / f"{name}.json"
+    value = json.loads(path.read_text()) if path.is_file() else scores("Q4_K_M")
+    path.write_text(json.dumps(value | changes))
+
+
+def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_dir):
+    change_manifest(run_dir, mode="size", compared=["someone-Q4_K_M"])
+    rewrite(run_dir, "Q4_K_M.naive", role="naive", rung="Q4_K_M", sha256="ab" * 32, bytes=6_000_000_000, bpw=6.0)
+    rewrite(run_dir, "someone-Q4_K_M", role="third-party", source="someone/X-GGUF", sha256="cd" * 32,
+            doubts=["PPL is below the full precision's"])  # fmt: skip
+    gain = {"model": "X-Q4_K_M.gguf", "sha256": "ab" * 32, "kld": figure(-0.0123, 0.0004)}
+    rewrite(run_dir, "Q4_K_M", role="rung", mode="size", rounding="best", paired=gain)
+    card = render_card(run_dir)
+    rows = {row[0]: row for row in table(card, "Sizes")}
+    assert rows["Q4_K_M"][2:] == ["4.92", "4.90", "6.00", "6.00", "18.0 %"]
+    assert rows["Q8_0"][2:] == ["8.52", "8.50", "–", "–", "–"]
+    assert rows["someone-Q4_K_M †"][1] == "X-Q4_K_M.gguf"  # not in this repository, so no link
+    names = [row[0] for row in table(card, "Quality")]
+    assert names == [
+        "F16 (full precision)",
+        "IQ3_S",
+        "Q4_K_M",
+        "someone-Q4_K_M †",
+        "IQ4_NL",
+        "Q4_K_M preset ◇",
+        "Q8_0",
+    ]
+    gained = {row[0]: row[-1] for row in table(card, "Quality")}
+    assert gained["Q4_K_M"] == "−0.01230 ± 0.00040"
+    assert "as if both had been measured" not in card
+    rewrite(run_dir, "Q4_K_M", paired=None)
+    rewrite(run_dir, "Q4_K_M.naive", kld=figure(0.03, 0.0005))
+    unpaired = {row[0]: row[-1] for row in table(render_card(run_dir), "Quality")}
+    value, error = map(float, unpaired["Q4_K_M"].replace("−", "-").split(" ± "))
+    assert (value, error) == (pytest.approx(0.02345 - 0.03), pytest.approx((0.00034**2 + 0.0005**2) ** 0.5, rel=0.02))
+    assert "as if both had been measured" in render_card(run_dir)
+    assert {gained[name] for name in gained if name != "Q4_K_M"} == {"–"}
+    assert "◇ the preset by itself" in card and "† made by somebody else (someone/X-GGUF)" in card
+    assert "Compared with: `someone/X-GGUF`" in card
+    assert "| a plan for size; rounding: best |" in card
+    assert "someone-Q4_K_M † may be of another checkpoint: PPL is below the full precision's." in card
+
+
+def test_what_noise_cannot_part_from_the_best_is_bold_with_it(run_dir):
+    """Each model's bold cells are worked out here from the raw figures."""
+    speeds = {"IQ3_S": (50.0, 0.5), "Q4_K_M": (60.0, 1.0), "IQ4_NL": (58.0, 0.9), "Q8_0": (30.0, 0.1)}
+    ratios = {"IQ3_S": 0.2, "Q4_K_M": 0.03, "IQ4_NL": 0.031, "Q8_0": 0.02}
+    for rung in RUNGS:
+        bench = [{"test": "tg128", "tokens_per_second": figure(*speeds[rung]), "cpu": "Some CPU", "threads": 2}]
+        rewrite(run_dir, rung, bench=bench, ln_ppl_ratio=figure(ratios[rung], 0.003))
+    card = render_card(run_dir)
+    bold = {row[0]: row[1].startswith("**") for row in table(card, "Speed")}
+    assert bold == {"IQ3_S": False, "Q4_K_M": True, "IQ4_NL": True, "Q8_0": False}
+    # All have the same PPL ± 0.066, but their ratios to the base are known to 0.003.
+    bold = {row[0]: row[1].startswith("**") for row in table(card, "Quality")}
+    assert bold == {"F16 (full precision)": False, "IQ3_S": False, "Q4_K_M": False, "IQ4_NL": False, "Q8_0": True}
+    assert "Some CPU, 2 threads" in card
+    assert table(card, "How to choose")[1][3] == "60.0 ± 1.0"
+
+
+def test_answers_decide_what_is_bold_question_by_question(run_dir):
+    """50 % and 54 % of 100 questions are within noise by themselves; where one answers a subset, they are not."""
+    first = " ".join(f"{n}:{0 if n <= 54 else 1}:0" for n in range(1, 101))
+    fewer = " ".join(f"{n}:{0 if n <= 44 else 1}:0" for n in range(1, 101))
+    for rung, answers, share in (("Q8_0", first, 0.54), ("Q4_K_M", fewer, 0.44)):
+        score = {"accuracy": figure(share, 0.05), "chance": 0.25, "count": 100}
+        rewrite(run_dir, rung, tasks={"arc": score | {"answers": answers}})
+    rows = {row[0]: row for row in table(render_card(run_dir), "Benchmarks")}
+    assert rows["Q8_0"][1] == "**54.0 ± 5.0 %**"
+    assert rows["Q4_K_M"][1] == "44.0 ± 5.0 %"
+    for rung in ("Q8_0", "Q4_K_M"):
+        path = run_dir / "scores" / f"{rung}.json"
+        path.write_text(re.sub(r', "answers": "[^"]*"', "", path.read_text()))
+    rows = {row[0]: row for row in table(render_card(run_dir), "Benchmarks")}
+    assert rows["Q4_K_M"][1] == "**44.0 ± 5.0 %**"
+
+
+def test_the_data_sets_of_the_calibration_are_named(run_dir):
+    assert "datasets" not in ModelCard(render_card(run_dir)).data.to_dict()
+    change_manifest(run_dir, datasets=["org/texts"])
+    path = run_dir / "ladder.json"
+    path.write_text(path.read_text().replace('"c.txt"', '"wiki.train.raw"'))
+    assert ModelCard(render_card(run_dir)).data.datasets == ["org/texts", "Salesforce/wikitext"]
+
+
+def test_every_metric_is_explained_in_two_sentences():
+    from bitladder.evaluate.tasks import TASKS
+    from bitladder.report.metrics import BENCHMARKS, METRICS
+
+    assert set(BENCHMARKS) >= set(TASKS)
+    for text in (*METRICS.values(), *BENCHMARKS.values()):
+        assert len(re.findall(r"\.(?:\s|$)", text)) == 2, text

@@ -1,0 +1,121 @@
+"""`bitladder show`: the table's figures are the scores', the plot's places the logarithms', the front brute force's."""
+
+import itertools
+import json
+import math
+import random
+import shutil
+
+import pytest
+
+from bitladder.cli import invoke
+from bitladder.report.rundir import Measured, read_run
+from bitladder.show import Point, front, ladder_table, scatter
+
+
+@pytest.fixture(scope="module")
+def folder(small_run, tmp_path_factory):
+    """A run with a preset by itself and a file of somebody else: figures of Q4_K_M, a little worse and larger."""
+    folder = shutil.copytree(small_run, tmp_path_factory.mktemp("show") / "run")
+    score = json.loads((folder / "scores" / "Q4_K_M.json").read_text())
+    for name, role, factor, size in (("Q4_K_M.naive", "naive", 1.5, 10), ("owner_X", "third-party", 0.9, 999_999)):
+        kld = score["kld"] | {"value": score["kld"]["value"] * factor}
+        changed = score | {"role": role, "kld": kld, "bytes": score["bytes"] + size}
+        (folder / "scores" / f"{name}.json").write_text(json.dumps(changed))
+    speed = {"test": "pp512", "tokens_per_second": {"value": 321.5, "error": 2.5}}
+    timed = folder / "scores" / "Q8_0.json"
+    timed.write_text(json.dumps(json.loads(timed.read_text()) | {"bench": [speed]}))
+    manifest = json.loads((folder / "ladder.json").read_text())
+    manifest["run"]["compared"] = ["owner_X"]
+    (folder / "ladder.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_table_and_plot(folder, capsys):
+    assert invoke(["show", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    lines = {line[2:].split("  ")[0].strip(): line for line in shown.splitlines()}
+    for rung in ("Q4_K_M", "Q8_0"):
+        score = json.loads((folder / "scores" / f"{rung}.json").read_text())
+        assert f" {score['bpw']:.2f} " in lines[rung]
+        assert f"{score['bytes'] / 1e9:.4g}" in lines[rung]
+        written = lines[rung].split("± ")  # PPL, KLD, RMS Δp, same top
+        assert float(written[1].split()[-1]) == pytest.approx(score["kld"]["value"], rel=0.02)
+    assert [line[:1] for line in (lines["Q4_K_M"], lines["Q4_K_M preset ◇"], lines["owner_X †"])] == ["▸", " ", "▸"]
+    # Only Q8_0 was timed, and the others' rows do not slip.
+    assert lines["Q8_0"].endswith("321.5 ± 2.5") and lines["owner_X †"].rstrip().endswith("–")
+    assert "● Q8_0" in shown and "† somebody else's" in shown
+    assert invoke(["show", str(folder), "--no-plot"]) == 0
+    assert "●" not in capsys.readouterr().out
+
+
+def test_narrow_terminals_have_fewer_columns(folder):
+    run = read_run(folder)
+    heads = [[column.header for column in ladder_table(run, width).columns] for width in (80, 130)]
+    assert heads == [["", "quant", "GB", "bpw", "PPL", "KLD", "RMS Δp"],
+                     ["", "quant", "GB", "bpw", "PPL", "ρPPL", "KLD", "RMS Δp", "same top"]]  # fmt: skip
+
+
+def test_json_is_what_the_run_wrote(folder, capsys):
+    assert invoke(["show", str(folder), "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [one["role"] for one in models] == ["base", "rung", "naive", "third-party", "rung"]
+    assert [one["pareto"] for one in models] == [False, True, False, True, True]
+    for one, name in zip(models, ("base", "Q4_K_M", "Q4_K_M.naive", "owner_X", "Q8_0"), strict=True):
+        assert json.loads((folder / "scores" / f"{name}.json").read_text()).items() <= one.items()
+
+
+def test_front_against_every_pair(folder):
+    run, generator = read_run(folder), random.Random(3)
+    model = run.rungs[0]
+    for _ in range(50):
+        made = []
+        for number in range(8):
+            size, kld = generator.randint(1, 6), generator.randint(1, 6) / 10
+            scores = model.scores.model_copy(
+                update={"bytes": size, "kld": model.scores.kld.model_copy(update={"value": kld})}
+            )
+            made.append(Measured(str(number), "rung", scores))
+        pairs = [(one.scores.bytes, one.scores.kld.value) for one in made]
+        expected = {
+            (size, kld)
+            for size, kld in pairs
+            if not any((a <= size and b < kld) or (a < size and b <= kld) for a, b in pairs)
+        }
+        assert {(one.scores.bytes, one.scores.kld.value) for one in front(made)} == expected
+
+
+def test_equal_ratios_are_equally_far_apart():
+    points = [Point(10.0**i, 10.0 ** (6 - 2 * i), "*") for i in range(4)]
+    lines = scatter(points, width=70, height=25)
+    found = [(row, line.index("*")) for row, line in enumerate(lines) if "*" in line]
+    assert len(found) == 4
+    for axis in (0, 1):
+        steps = [b[axis] - a[axis] for a, b in itertools.pairwise(found)]
+        assert max(steps) - min(steps) <= 1 and min(steps) > 0  # further right and lower down
+    assert max(map(len, lines)) <= 70
+
+
+def test_ticks_stand_where_their_values_are():
+    lines = scatter([Point(1, 1, "*"), Point(1000, 1000, "*")], width=80, height=31)
+    rows = [row for row, line in enumerate(lines) if "*" in line]
+    ticks = {float(line.split("┤")[0]): row for row, line in enumerate(lines) if "┤" in line}
+    for value, row in ticks.items():
+        share = math.log10(value) / 3
+        assert row == pytest.approx(rows[1] + (rows[0] - rows[1]) * share, abs=1.01)
+    assert set(ticks) == {1, 10, 100, 1000}
+
+
+@pytest.mark.parametrize("points", [[], [Point(0, 1, "*")], [Point(1, 0, "*")]])
+def test_nothing_to_draw(points):
+    assert scatter(points, width=60, height=10) == []
+
+
+def test_one_point():
+    lines = scatter([Point(3.2e9, 0.02, "●", "Q4_K_M")], width=60, height=8)
+    assert sum("● Q4_K_M" in line for line in lines) == 1
+
+
+def test_not_a_run(tmp_path, capsys):
+    assert invoke(["show", str(tmp_path)]) == 1
+    assert "is not a run directory" in capsys.readouterr().err
