@@ -27,7 +27,7 @@ WALLS = {
     "quantize": {"calibrate", "engine", "gguf", "recipe"},
     "trial": {"engine", "evaluate", "gguf"},
     "refine": {"calibrate", "engine", "evaluate", "gguf", "quantize", "rounding", "text", "trial"},
-    "plan": {"calibrate", "engine", "evaluate", "gguf", "quantize", "recipe", "text", "trial", "units"},
+    "plan": {"calibrate", "engine", "evaluate", "gguf", "quantize", "recipe", "text", "trial"},
     "ladder": {
         "calibrate",
         "compare",
@@ -59,7 +59,7 @@ WALLS = {
         "trial",
     },
 }
-SHARED = {"closing", "errors", "files", "progress"}
+SHARED = {"closing", "errors", "files", "keys", "options", "progress", "units"}
 
 
 def imports(path):

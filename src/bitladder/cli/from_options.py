@@ -1,0 +1,77 @@
+"""Options of the command line, made from the fields of an `Options` class."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from bitladder.options import OptionField, Options, build, flat
+
+Command = Callable[..., Any]
+
+
+def options_from(
+    cls: type[Options], *, parameter: str = "options", leave_out: tuple[str, ...] = (), **defaults: Any
+) -> Callable[[Command], Command]:
+    """Gives a command one option for each field of `cls` that has a flag, and hands it an object of `cls`.
+
+    Parameters:
+        cls: the options; those nested in it are flattened.
+        parameter: the name under which the command takes the object.
+        leave_out: fields that this command has no option for; they keep their default.
+        defaults: other defaults than the class has, by field name, where a command differs.
+    """
+    fields = [field for field in flat(cls) if field.name not in leave_out]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def collecting(*args: Any, **kwargs: Any) -> Any:
+            values = {field.name: _typed(field, kwargs.pop(field.name)) for field in fields}
+            return command(*args, **kwargs, **{parameter: build(cls, values)})
+
+        decorated: Command = collecting
+        for field in reversed(fields):
+            decorated = _click_option(field, defaults.get(field.name, field.default))(decorated)
+        return decorated
+
+    return decorate
+
+
+def _typed(field: OptionField, value: Any) -> Any:
+    return tuple(value) if field.many else value
+
+
+def _click_option(field: OptionField, default: Any) -> Callable[[Command], Command]:
+    about = field.option
+    shown = about.help
+    kind: Any = field.item
+    if field.choices:
+        kind = click.Choice(field.choices)
+    elif field.item is pathlib.Path:
+        kind = click.Path(path_type=pathlib.Path)
+    elif field.item is int and about.least is not None:
+        kind = _Whole(int(about.least), None if about.most is None else int(about.most))
+    more: dict[str, Any] = {"type": kind, "metavar": about.metavar}
+    if field.item is bool:
+        more = {"is_flag": True} if all("/" not in flag for flag in about.flags) else {}
+    if field.many:
+        more["multiple"] = True
+        shown += " Can be repeated."
+    if default is None:
+        shown += f"  [default: {about.unset}]" if about.unset else ""
+    elif not (field.many and not default):
+        more["show_default"] = True
+    if default is not None:
+        more["default"] = default
+    return click.option(*about.flags, field.name, help=shown, **more)
+
+
+class _Whole(click.IntRange):
+    """A whole number with limits, of which `--help` says nothing: an error does."""
+
+    def _describe_range(self) -> str:
+        return ""
+
+    name = "number"

@@ -1,0 +1,193 @@
+"""Options exist once: a frozen dataclass per concern, whose fields carry help, limits and defaults.
+
+The command line, the command that repeats a run, keys of results and the reference page follow from these fields.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Self, TypeVar
+
+from bitladder.errors import UsageError
+
+KEY = "option"
+T = TypeVar("T", bound="Options")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What a field of `Options` says of itself.
+
+    Parameters:
+        help: one sentence for `--help`.
+        flags: the spellings on the command line, the usual one first; none for what only Python can set.
+        metavar: what stands for the value in `--help`.
+        least: the smallest value, or None.
+        most: the largest value, or None.
+        decides: whether the value decides the result. A number of threads does not.
+        names: what the value names: "file" and "text" are shown without their folders.
+        unset: what None means, for `--help`.
+    """
+
+    help: str = ""
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    least: float | None = None
+    most: float | None = None
+    decides: bool = True
+    names: Literal["file", "text", "tasks"] | None = None
+    unset: str | None = None
+
+
+def option(default: Any = dataclasses.MISSING, *flags: str, **more: Any) -> Any:
+    """A field of an `Options` class, with the parameters of `Option`. A class as default is made anew each time."""
+    metadata = {KEY: Option(flags=flags, **more)}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The base of all options. Raises UsageError that names the flag for a value outside its limits."""
+
+    def __post_init__(self) -> None:
+        for field in table(type(self)):
+            if not field.nested:
+                field.check(getattr(self, field.name))
+
+    def deciding(self) -> dict[str, Any]:
+        """The values that decide a result, by name, for `keys.settled`."""
+        return {field.name: getattr(self, field.name) for field in table(type(self)) if field.option.decides}
+
+    def replace(self, **changes: Any) -> Self:
+        """The same options but for some values, which are checked."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionField:
+    """A field of an `Options` class: its name, type (`item`) and default, and what it says of itself.
+
+    `choices` are the words of a Literal. `many` is true for a tuple, whose items have the type `item`. `optional` is
+    true where None is allowed. `nested` is the class of a field that is options itself.
+    """
+
+    name: str
+    item: type
+    default: Any
+    option: Option
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    optional: bool = False
+    nested: type[Options] | None = None
+
+    @property
+    def usual(self) -> str:
+        """The long spelling of the flag; the name of the field where it has none."""
+        flags = self.option.flags
+        return next((flag for flag in flags if flag.startswith("--")), flags[0] if flags else self.name)
+
+    @property
+    def label(self) -> str:
+        """The option as an error names it."""
+        return self.usual.split("/")[0]
+
+    def check(self, value: Any) -> None:
+        """Raises UsageError if a value is not of the choices or outside the limits."""
+        if value is None and self.optional:
+            return
+        option = self.option
+        for item in value if self.many else (value,):
+            if self.choices and item not in self.choices:
+                raise UsageError(f"{self.label} is {item}; it must be one of {', '.join(self.choices)}")
+            # Written so that NaN is refused.
+            if option.least is not None and not item >= option.least:
+                raise UsageError(f"{self.label} is {item}; it must be at least {option.least}")
+            if option.most is not None and not item <= option.most:
+                raise UsageError(f"{self.label} is {item}; it must be at most {option.most}")
+
+
+_tables: dict[type[Options], tuple[OptionField, ...]] = {}
+
+
+def table(options: type[Options]) -> tuple[OptionField, ...]:
+    """The fields of an `Options` class in their order."""
+    if options not in _tables:
+        hints = typing.get_type_hints(options)
+        _tables[options] = tuple(_field(field, hints[field.name]) for field in dataclasses.fields(options))
+    return _tables[options]
+
+
+def flat(options: type[Options]) -> Iterator[OptionField]:
+    """The fields that have a flag, those of nested options too."""
+    for field in table(options):
+        if field.nested is not None:
+            yield from flat(field.nested)
+        elif field.option.flags:
+            yield field
+
+
+def build(options: type[T], values: dict[str, Any]) -> T:
+    """Options from flat values by field name, as the command line gives them. A name that is missing has its default.
+
+    Raises UsageError for a value outside its limits.
+    """
+    arguments: dict[str, Any] = {}
+    for field in table(options):
+        if field.nested is not None:
+            arguments[field.name] = build(field.nested, values)
+        elif field.name in values:
+            arguments[field.name] = values[field.name]
+    return options(**arguments)
+
+
+def words(options: Options, shown: Mapping[str, Callable[[Any], Any]] | None = None) -> list[str]:
+    """The flags and values of all fields that differ from their default, as words of a command line.
+
+    `shown` turns a value into what may be shown of it, by what the field names ("file", "text", "tasks").
+    """
+    parts: list[str] = []
+    shown = shown or {}
+    for field in flat(type(options)):
+        value = _value(options, field)
+        if value == field.default:
+            continue
+        flag = field.usual
+        if field.item is bool and not field.many:
+            yes, _, no = flag.partition("/")
+            parts.append(yes if value else no)
+            continue
+        show = shown.get(field.option.names or "", str)
+        for item in value if field.many else (value,):
+            parts += [flag, str(show(item))]
+    return parts
+
+
+def _value(options: Options, field: OptionField) -> Any:
+    for own in table(type(options)):
+        if own.nested is not None:
+            if any(one.name == field.name for one in flat(own.nested)):
+                return _value(getattr(options, own.name), field)
+        elif own.name == field.name:
+            return getattr(options, field.name)
+    raise KeyError(field.name)
+
+
+def _field(field: "dataclasses.Field[Any]", hint: Any) -> OptionField:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    about = field.metadata.get(KEY, Option())
+    inner, optional = hint, False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = next(part for part in typing.get_args(hint) if part is not type(None))
+        optional = True
+    many = typing.get_origin(inner) is tuple
+    if many:
+        inner = typing.get_args(inner)[0]
+    choices: tuple[str, ...] = ()
+    if typing.get_origin(inner) is Literal:
+        choices, inner = typing.get_args(inner), str
+    nested = inner if isinstance(inner, type) and issubclass(inner, Options) else None
+    kind = inner if isinstance(inner, type) else object
+    return OptionField(field.name, kind, default, about, choices, many, optional, nested)
