@@ -41,7 +41,7 @@ class Bench:
         self.work: pathlib.Path = options.work
         self.work.mkdir(parents=True, exist_ok=True)
         self.text = load_text(str(options.text))
-        self.settings = evaluate.Settings(512, options.chunks, options.threads)
+        self.settings = evaluate.Settings(n_ctx=512, chunks=options.chunks, threads=options.threads)
         self.results = self.work / "results.json"
         self.known: dict[str, Any] = json.loads(self.results.read_text()) if self.results.exists() else {}
 
@@ -81,7 +81,7 @@ def main() -> None:
     bench = Bench(options)
     effort = FeedbackEffort(chunks=options.plan_chunks, move_chunks=max(options.plan_chunks // 2, 1))
     plan = PlanOptions(
-        settings=evaluate.Settings(256, None, options.threads),
+        settings=evaluate.Settings(n_ctx=256, threads=options.threads),
         effort=Effort(tokens=options.probe_tokens),
         feedback=effort,
         work=options.work / "plan",

@@ -80,7 +80,7 @@ def command(
         [fetch(model) for model in models],
         full.path,
         loaded,
-        Settings(n_ctx, chunks, threads, gpu_layers),
+        Settings(n_ctx=n_ctx, chunks=chunks, threads=threads, gpu_layers=gpu_layers),
         base_file=base_file,
         tolerance=tolerance / 100,
         results=NoResults()

@@ -119,7 +119,14 @@ def command(
     if logits and read_logits and n_ctx is None:
         with package.LogitsFile(logits) as file:
             n_ctx = file.layout.n_ctx
-    settings = package.Settings(n_ctx or TEXT_CTX, chunks, threads, gpu_layers, n_batch, n_ubatch)
+    settings = package.Settings(
+        n_ctx=n_ctx or TEXT_CTX,
+        chunks=chunks,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        n_batch=n_batch,
+        n_ubatch=n_ubatch,
+    )
     if loaded and logits and not read_logits:
         found = [package.measure_and_keep(models[0], loaded, logits, settings, output.progress)]
     else:
@@ -133,7 +140,9 @@ def command(
                 settings=settings,
                 base=opened,
                 tasks=questions,
-                task_settings=package.Settings(n_ctx or TASK_CTX, None, threads, gpu_layers, n_batch, n_ubatch),
+                task_settings=package.Settings(
+                    n_ctx=n_ctx or TASK_CTX, threads=threads, gpu_layers=gpu_layers, n_batch=n_batch, n_ubatch=n_ubatch
+                ),
                 task_count=task_count,
                 noise_chunks=noise_chunks,
             )

@@ -147,7 +147,12 @@ def _options(given: dict[str, Any]) -> "PlanOptions":
         fast=within_speed(speeds) if speeds and given["menu"] == "fast" else None,
         constraints=constraints,
         settings=Settings(
-            given["n_ctx"] or 256, chunks, given["threads"], given["gpu_layers"], given["n_batch"], given["n_ubatch"]
+            n_ctx=given["n_ctx"] or 256,
+            chunks=chunks,
+            threads=given["threads"],
+            gpu_layers=given["gpu_layers"],
+            n_batch=given["n_batch"],
+            n_ubatch=given["n_ubatch"],
         ),
         method=given["method"],
         effort=Effort(tokens=given["probe_tokens"]),
@@ -207,7 +212,12 @@ def _prune(output: Output, model: pathlib.Path, given: dict[str, Any]) -> None:
 
     loaded, chunks = load_text(given["text"] or "pydoc:test"), 4 if given["chunks"] == 12 else given["chunks"]
     settings = Settings(
-        given["n_ctx"] or 512, chunks, given["threads"], given["gpu_layers"], given["n_batch"], given["n_ubatch"]
+        n_ctx=given["n_ctx"] or 512,
+        chunks=chunks,
+        threads=given["threads"],
+        gpu_layers=given["gpu_layers"],
+        n_batch=given["n_batch"],
+        n_ubatch=given["n_ubatch"],
     )
     with load_or_compute_base(model, loaded, settings, progress=output.progress) as base:
         found = blocks_left_out(base, settings, chunks=chunks, progress=output.progress)

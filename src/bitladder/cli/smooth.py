@@ -89,7 +89,7 @@ def command(
         smoothed_moments(old, result.changes, new, digest)
     tried = None
     if loaded is not None:
-        settings = Settings(n_ctx, chunks, threads, gpu_layers)
+        settings = Settings(n_ctx=n_ctx, chunks=chunks, threads=threads, gpu_layers=gpu_layers)
         tried = trial(
             (model, imatrix), (out, imatrix_out), loaded, settings, folder=out.parent, progress=output.progress
         )

@@ -58,7 +58,9 @@ def command(
     from bitladder.text.texts import load_text
 
     texts = [load_text(spec) for spec in files]
-    held_out = None if guard == "none" else (load_text(guard), Settings(n_ctx, guard_chunks, threads))
+    held_out = (
+        None if guard == "none" else (load_text(guard), Settings(n_ctx=n_ctx, chunks=guard_chunks, threads=threads))
+    )
     if held_out is not None and held_out[0].sha256 in {text.sha256 for text in texts}:
         raise UsageError(f"--guard {guard} is a text that is tuned on; name another one")
     wanted = TuneOptions(n_ctx, chunks, rate, seed, norms)

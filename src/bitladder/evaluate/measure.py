@@ -65,7 +65,9 @@ def evaluate(
     (by default beside it), or a base file, or an open base; the others as for `Settings`.
     Raises BitladderError: a file that is none, a text too short, a base or vocabulary that does not fit.
     """
-    settings = Settings(n_ctx, chunks, threads, gpu_layers, n_batch, n_ubatch)
+    settings = Settings(
+        n_ctx=n_ctx, chunks=chunks, threads=threads, gpu_layers=gpu_layers, n_batch=n_batch, n_ubatch=n_ubatch
+    )
     return measure(model, text, settings, base=base, base_file=base_file, progress=progress).scores
 
 
@@ -86,7 +88,9 @@ def make_base(
 
     The options are those of `Settings`. Raises BitladderError (see `base.make_base`).
     """
-    settings = Settings(n_ctx, chunks, threads, gpu_layers, n_batch, n_ubatch)
+    settings = Settings(
+        n_ctx=n_ctx, chunks=chunks, threads=threads, gpu_layers=gpu_layers, n_batch=n_batch, n_ubatch=n_ubatch
+    )
     bases.make_base(identify(model), text, out, settings, progress)
 
 

@@ -4,39 +4,31 @@ import dataclasses
 import pathlib
 
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.memory import main_memory
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Observer
-from bitladder.errors import UsageError
 from bitladder.evaluate.identity import parts
-
-MIN_CTX = 4
+from bitladder.options import option
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Options of a measurement.
+class Settings(Decoding):
+    """How a model is measured: how it is decoded, and on how much of a text.
 
-    `n_ctx` tokens per chunk (-c); `chunks` at most so many (None: the whole text); `threads` (-t, None: all);
-    `gpu_layers` (-ngl); `n_batch` tokens per decode (-b) and `n_ubatch` per computation (-ub).
     Raises UsageError for numbers that make no sense.
     """
 
-    n_ctx: int = 512
-    chunks: int | None = None
-    threads: int | None = None
-    gpu_layers: int = 0
-    n_batch: int = 512
-    n_ubatch: int = 512
+    n_batch: int = option(
+        512, "-b", "--batch-size", least=1, decides=False, metavar="TOKENS", help="Tokens decoded by one call."
+    )
+    chunks: int | None = option(
+        None, "--chunks", least=1, metavar="N", help="Chunks of the text that are measured.", unset="all"
+    )
 
-    def __post_init__(self) -> None:
-        if self.n_ctx < MIN_CTX:
-            raise UsageError(f"--ctx-size is {self.n_ctx}; it must be at least {MIN_CTX}")
-        if self.chunks is not None and self.chunks < 1:
-            raise UsageError(f"--chunks is {self.chunks}; give a positive number, or leave it out for the whole text")
-        for option, value in (("-b", self.n_batch), ("-ub", self.n_ubatch), ("-t", self.threads)):
-            if value is not None and value < 1:
-                raise UsageError(f"{option} is {value}; it must be at least 1")
+    def deciding(self) -> dict[str, object]:
+        """As of `Decoding`, and the number of chunks."""
+        return {**super().deciding(), "chunks": self.chunks}
 
     def limit(self, available: int) -> int:
         """Chunks to take of those there are."""

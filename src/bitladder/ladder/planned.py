@@ -56,7 +56,7 @@ class PlannedRungs(Closing):
         self._rounding, self._paths = rounding, moments
         self._moments: list[MomentsFile] = []
         self._text = joined(calibration)
-        self._settings = Settings(N_CTX, None, threads, gpu_layers)
+        self._settings = Settings(n_ctx=N_CTX, threads=threads, gpu_layers=gpu_layers)
         self._progress = progress
         self._subject: Subject | None = None
         self._planner: Planner | None = None

@@ -65,7 +65,9 @@ def refine_rung(
     text that is scored is not looked at.
     """
     held_out = excerpts(joined(list(calibration)), GUARD_CHUNKS, options.n_ctx, offset=0.5)
-    settings = Settings(options.n_ctx, GUARD_CHUNKS, options.threads, options.gpu_layers)
+    settings = Settings(
+        n_ctx=options.n_ctx, chunks=GUARD_CHUNKS, threads=options.threads, gpu_layers=options.gpu_layers
+    )
     return quantize_refined(
         model,
         out,

@@ -334,7 +334,7 @@ class _Execution:
     def _with_tasks(self, scores: evaluate.Scores, path: pathlib.Path) -> evaluate.Scores:
         if not self.tasks:
             return scores
-        settings = evaluate.Settings(TASK_CTX, None, self.options.threads, self.options.gpu_layers)
+        settings = evaluate.Settings(n_ctx=TASK_CTX, threads=self.options.threads, gpu_layers=self.options.gpu_layers)
         count = self.options.task_count
         return evaluate.add_tasks(scores, path, self.tasks, settings, count=count, progress=self.progress)
 
@@ -389,7 +389,9 @@ class _Execution:
 
     def _settings(self) -> evaluate.Settings:
         options = self.options
-        return evaluate.Settings(options.n_ctx, options.chunks, options.threads, options.gpu_layers)
+        return evaluate.Settings(
+            n_ctx=options.n_ctx, chunks=options.chunks, threads=options.threads, gpu_layers=options.gpu_layers
+        )
 
     def _engine(self) -> dict[str, Any]:
         options = self.options

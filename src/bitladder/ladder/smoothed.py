@@ -67,7 +67,7 @@ def try_rung(
     said: dict[str, Any] = {"smoothed": False}
     if smoothed[0].is_file():
         text = excerpts(joined(list(calibration)), CHUNKS, options.n_ctx, offset=0.25)
-        settings = Settings(options.n_ctx, CHUNKS, options.threads, options.gpu_layers)
+        settings = Settings(n_ctx=options.n_ctx, chunks=CHUNKS, threads=options.threads, gpu_layers=options.gpu_layers)
         # All rungs are compared with the same predictions.
         base = out.with_name(f"{full_sha256[:12]}.{text.sha256[:12]}.{options.n_ctx}.base")
         base.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def tune_rung(
         progress.info(f"scales are not tuned: {reason}")
         return False
     texts, held_out = set_apart(calibration)
-    settings = Settings(options.n_ctx, CHUNKS, options.threads, options.gpu_layers)
+    settings = Settings(n_ctx=options.n_ctx, chunks=CHUNKS, threads=options.threads, gpu_layers=options.gpu_layers)
     wanted = TuneOptions(n_ctx=options.n_ctx, chunks=options.tune_chunks)
     out = quant.with_name(f".{quant.name}.tuned.tmp")
     try:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
+from bitladder.engine.decoding import MIN_CTX
 from bitladder.errors import BitladderError
-from bitladder.evaluate.settings import MIN_CTX
 
 Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int32]
