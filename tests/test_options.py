@@ -68,3 +68,29 @@ def test_limits_hold_in_python_too(values, message):
 def test_replace_checks_limits():
     with pytest.raises(UsageError, match="--share"):
         Job().replace(share=-1)
+
+
+def test_replace_reaches_nested_options():
+    assert Job().replace(n_ctx=64, mode="fast") == Job(Decoding(n_ctx=64), mode="fast")
+    with pytest.raises(TypeError, match="nothing"):
+        Job().replace(nothing=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder(Options):
+    out: pathlib.Path = option(..., "-o", "--out", help="Directory.")
+    rungs: tuple[str, ...] = option(("all",), "--ladder", commas=True, help="Rungs.")
+
+
+def test_commas_and_what_must_be_given():
+    @click.command()
+    @options_from(Ladder)
+    def make(options: Ladder) -> None:
+        click.echo(repr(options))
+
+    done = CliRunner().invoke(make, ["--ladder", "Q4_K_M, Q6_K", "-o", "x"])
+    assert done.output.strip() == repr(Ladder(pathlib.Path("x"), ("Q4_K_M", "Q6_K")))
+    assert words(Ladder(pathlib.Path("x"), ("a", "b"))) == ["--out", "x", "--ladder", "a,b"]
+    missing = CliRunner().invoke(make, [])
+    assert missing.exit_code == 2
+    assert "--out" in missing.output

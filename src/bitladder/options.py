@@ -28,6 +28,7 @@ class Option:
         decides: whether the value decides the result. A number of threads does not.
         names: what the value names: "file" and "text" are shown without their folders.
         unset: what None means, for `--help`.
+        commas: whether one flag names all items of a tuple, separated by commas.
     """
 
     help: str = ""
@@ -38,11 +39,15 @@ class Option:
     decides: bool = True
     names: Literal["file", "text", "tasks"] | None = None
     unset: str | None = None
+    commas: bool = False
 
 
-def option(default: Any = dataclasses.MISSING, *flags: str, **more: Any) -> Any:
-    """A field of an `Options` class, with the parameters of `Option`. A class as default is made anew each time."""
+def option(default: Any, *flags: str, **more: Any) -> Any:
+    """A field of an `Options` class, with the parameters of `Option`. A class as default is made anew each
+    time; `...` means that there is no default."""
     metadata = {KEY: Option(flags=flags, **more)}
+    if default is ...:
+        return dataclasses.field(metadata=metadata)
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -62,8 +67,19 @@ class Options:
         return {field.name: getattr(self, field.name) for field in table(type(self)) if field.option.decides}
 
     def replace(self, **changes: Any) -> Self:
-        """The same options but for some values, which are checked."""
-        return dataclasses.replace(self, **changes)
+        """The same options but for some values, which are checked. A name may be that of a nested field."""
+        parts: dict[str, Any] = {}
+        for field in table(type(self)):
+            if field.name in changes:
+                parts[field.name] = changes.pop(field.name)
+            elif field.nested is not None:
+                names = {inner.name for inner in table(field.nested)} & changes.keys()
+                if names:
+                    part = {name: changes.pop(name) for name in names}
+                    parts[field.name] = getattr(self, field.name).replace(**part)
+        if changes:
+            raise TypeError(f"{type(self).__name__} has no option {min(changes)}")
+        return dataclasses.replace(self, **parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +152,10 @@ def build(options: type[T], values: dict[str, Any]) -> T:
     """
     arguments: dict[str, Any] = {}
     for field in table(options):
-        if field.nested is not None:
-            arguments[field.name] = build(field.nested, values)
-        elif field.name in values:
+        if field.name in values:
             arguments[field.name] = values[field.name]
+        elif field.nested is not None:
+            arguments[field.name] = build(field.nested, values)
     return options(**arguments)
 
 
@@ -160,7 +176,9 @@ def words(options: Options, shown: Mapping[str, Callable[[Any], Any]] | None = N
             parts.append(yes if value else no)
             continue
         show = shown.get(field.option.names or "", str)
-        for item in value if field.many else (value,):
+        if field.option.commas:
+            value = ",".join(value)
+        for item in value if field.many and not field.option.commas else (value,):
             parts += [flag, str(show(item))]
     return parts
 

@@ -1,5 +1,6 @@
 """Options of the command line, made from the fields of an `Options` class."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -40,6 +41,8 @@ def options_from(
 
 
 def _typed(field: OptionField, value: Any) -> Any:
+    if field.option.commas:
+        return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if field.many else value
 
 
@@ -56,14 +59,18 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
     more: dict[str, Any] = {"type": kind, "metavar": about.metavar}
     if field.item is bool:
         more = {"is_flag": True} if all("/" not in flag for flag in about.flags) else {}
-    if field.many:
+    if field.option.commas:
+        default = ",".join(default)
+    elif field.many:
         more["multiple"] = True
         shown += " Can be repeated."
-    if default is None:
+    if default is dataclasses.MISSING:
+        more["required"] = True
+    elif default is None:
         shown += f"  [default: {about.unset}]" if about.unset else ""
     elif not (field.many and not default):
         more["show_default"] = True
-    if default is not None:
+    if default is not None and default is not dataclasses.MISSING:
         more["default"] = default
     return click.option(*about.flags, field.name, help=shown, **more)
 
