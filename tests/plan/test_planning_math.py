@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from bitladder.plan.allocate import Option, Problem, smallest_cost
+from bitladder.plan.allocate import Problem, TypeOption, smallest_cost
 from bitladder.plan.corrections import correct
 from bitladder.plan.feedback import Feedback, FeedbackEffort
 from bitladder.plan.moves import kind_moves, random_moves, step
@@ -52,8 +52,11 @@ class Truth:
 def problem(prices):
     options = {
         name: tuple(
-            [Option(one, int(KINDS[kind] * TYPES[one] / 8), cost, bpw=TYPES[one]) for one, cost in prices[name].items()]
-            + [Option("f16", 2 * KINDS[kind], 0.0, bpw=16.0)]
+            [
+                TypeOption(one, int(KINDS[kind] * TYPES[one] / 8), cost, bpw=TYPES[one])
+                for one, cost in prices[name].items()
+            ]
+            + [TypeOption("f16", 2 * KINDS[kind], 0.0, bpw=16.0)]
         )
         for name, (kind, _) in PLACES.items()
     }
@@ -199,7 +202,7 @@ def test_a_divergence_as_target():
 
 
 def test_steps_follow_the_hull():
-    menu = (Option("a", 10, 5.0), Option("b", 12, 4.9), Option("c", 14, 1.0), Option("d", 30, 0.9))
+    menu = (TypeOption("a", 10, 5.0), TypeOption("b", 12, 4.9), TypeOption("c", 14, 1.0), TypeOption("d", 30, 0.9))
     one = Problem({"t": menu})
     assert step(one, "t", "a", 1) == "c" and step(one, "t", "d", -1) == "c"
     assert step(one, "t", "d", 1) == "d" and step(one, "t", "a", -1) == "a"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from bitladder.plan.allocate import Option, Problem
+from bitladder.plan.allocate import Problem, TypeOption
 from bitladder.plan.constraints import Constraints, bpw_of, floored, pinned, seconds_of, tied
 from bitladder.plan.prices.document import Sensitivity
 from bitladder.plan.subject import Subject
@@ -17,19 +17,19 @@ def prices_of(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
 
 def options_of(
     subject: Subject, prices: Prices, speeds: Mapping[str, float] | None = None
-) -> dict[str, tuple[Option, ...]]:
+) -> dict[str, tuple[TypeOption, ...]]:
     """Every tensor's menu: its priced types, and its full precision, which costs nothing.
 
     `speeds` (type → bytes/s) give each option the seconds that reading it takes.
     """
     speeds = speeds or {}
-    options: dict[str, tuple[Option, ...]] = {}
+    options: dict[str, tuple[TypeOption, ...]] = {}
     for name in subject.tensors:
         menu = {**prices.get(name, {}), subject.file.tensors[name].type.name: 0.0}
         made = []
         for kind, cost in menu.items():
             nbytes = subject.tensor_bytes(name, kind)
-            made.append(Option(kind, nbytes, cost, seconds_of(nbytes, kind, speeds), bpw_of(kind)))
+            made.append(TypeOption(kind, nbytes, cost, seconds_of(nbytes, kind, speeds), bpw_of(kind)))
         options[name] = tuple(made)
     return options
 
