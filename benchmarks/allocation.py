@@ -21,13 +21,25 @@ from typing import Any
 from bitladder import evaluate
 from bitladder.errors import BitladderError
 from bitladder.files import write_json
-from bitladder.plan import FeedbackEffort, Planner, PlanOptions, PlanResult, Preset, Subject, Target, rivals
-from bitladder.plan.priced_problem import prices_of
-from bitladder.plan.prices.document import Sensitivity, load_sensitivity
-from bitladder.plan.prices.menu import ABOVE, BELOW, Window, menu_types
-from bitladder.plan.prices.price import Effort
-from bitladder.progress import SILENT
+from bitladder.plan import (
+    FeedbackOptions,
+    PlanDecoding,
+    PlanInputs,
+    Planner,
+    PlanOptions,
+    PlanResult,
+    Preset,
+    PriceOptions,
+    Target,
+    TypePrices,
+    load_prices,
+    planned_recipe,
+    rivals,
+)
+from bitladder.plan.allocate import greedy
+from bitladder.plan.prices import menu_types
 from bitladder.quantize import QuantizeOptions, quantize
+from bitladder.recipe import write_recipe
 from bitladder.text.texts import load_text
 
 RUNGS = ("IQ3_M", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
@@ -79,19 +91,16 @@ class Bench:
 def main() -> None:
     options = arguments()
     bench = Bench(options)
-    effort = FeedbackEffort(chunks=options.plan_chunks, move_chunks=max(options.plan_chunks // 2, 1))
     plan = PlanOptions(
-        settings=evaluate.Settings(n_ctx=256, threads=options.threads),
-        effort=Effort(tokens=options.probe_tokens),
-        feedback=effort,
-        work=options.work / "plan",
+        decoding=PlanDecoding(threads=options.threads),
+        prices=PriceOptions(probe_tokens=options.probe_tokens),
+        feedback=FeedbackOptions(chunks=options.plan_chunks),
     )
+    text = load_text(str(options.calibration))
+    inputs = PlanInputs(options.model, options.imatrix, text, work=options.work / "plan")
     rows: list[dict[str, Any]] = []
-    with (
-        Subject(options.model, options.imatrix) as subject,
-        Planner(subject, load_text(str(options.calibration)), plan, SILENT) as planner,
-    ):
-        presets = {rung: subject.preset(rung) for rung in options.rungs}
+    with Planner(inputs, plan) as planner:
+        presets = {rung: planner.subject.preset(rung) for rung in options.rungs}
         began = time.monotonic()
         sensitivity = prices(planner, list(presets.values()))
         print(f"prices: {sensitivity.tokens} tokens, {time.monotonic() - began:.0f} s, check {sensitivity.check}")
@@ -112,23 +121,24 @@ def main() -> None:
         write_json(options.out, document(options, bench, sensitivity, rows))
 
 
-def prices(planner: Planner, presets: list[Preset]) -> Sensitivity:
+def prices(planner: Planner, presets: list[Preset]) -> TypePrices:
     """Prices for all rungs at once, from the work folder if they are there."""
     kept = planner.work / "sensitivity.json"
     if kept.exists():
-        return load_sensitivity(kept)
-    bpw = [8 * (preset.bytes - planner.header_bytes()) / planner.subject.weights() for preset in presets]
-    made = planner.price(Window(min(bpw) - BELOW, max(bpw) + ABOVE))
+        return load_prices(kept)
+    subject = planner.subject
+    bpw = [8 * (preset.bytes - subject.header_bytes()) / subject.weights() for preset in presets]
+    made = planner.price(planner.window(*bpw))
     made.save(kept)
     return made
 
 
 def variants(
-    planner: Planner, sensitivity: Sensitivity, rung: str, preset: Preset, only: str | None
+    planner: Planner, sensitivity: TypePrices, rung: str, preset: Preset, only: str | None
 ) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     """Name, types of all tensors, and facts, each made when it is asked for; the preset first."""
     subject, target = planner.subject, Target(f"like {rung}", max_bytes=preset.bytes)
-    problem = planner.build_priced(sensitivity)
+    problem = planner.build(rivals.prices_of(sensitivity))
 
     def whole(types: Mapping[str, str]) -> dict[str, str]:
         return {name: types.get(name, tensor.type.name) for name, tensor in subject.file.tensors.items()}
@@ -139,44 +149,45 @@ def variants(
         if uniform:
             yield "one type for all", whole(uniform), {}
         yield "weighted error, exact", whole(rivals.weighted_error(sensitivity, planner.build, target)), {}
-        yield "our prices, greedy", whole(rivals.greedy_types(problem, preset.bytes)), {}
+        yield "our prices, greedy", whole(greedy(problem, preset.bytes).types), {}
         k_types = {kind.name for kind in menu_types("k")}
         k_prices = {
             name: {kind: cost for kind, cost in menu.items() if kind in k_types}
-            for name, menu in prices_of(sensitivity).items()
+            for name, menu in rivals.prices_of(sensitivity).items()
         }
         yield "our prices, exact, K only", whole(target.solve(planner.build(k_prices)).types), {}
         if subject.imatrix is not None:
-            for statistic in rivals.STATISTICS:
-                types = rivals.by_statistic(
-                    problem, preset.types, subject.imatrix, statistic, subject.places, preset.bytes
-                )
+            moved = rivals.moved_presets(problem, preset, subject.imatrix, subject.places, planner.options.rivals)
+            for statistic, types in moved.items():
                 if types:
                     yield f"preset moved by {statistic}", whole(types), {}
     solved = target.solve(problem)
     yield "our prices, exact", whole(solved.types), {"predicted": solved.cost}
     result = planner.plan(target, sensitivity, preset)
-    planner.write_recipe(planner.work / f"{rung}.toml", result, target)
+    write_recipe(planner.work / f"{rung}.toml", planned_recipe(subject, result, target))
     yield "and feedback", result.types, facts_of(result)
 
 
 def facts_of(result: PlanResult) -> dict[str, Any]:
     """What the feedback cost and found."""
-    assert result.found is not None
-    best = result.found.best
-    predicted = result.allocation.cost + result.found.correction.offset
-    return {"tokens": result.tokens, "seconds": round(result.seconds, 1), "chosen": best.name, "predicted": predicted}
+    assert result.feedback is not None
+    return {
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 1),
+        "chosen": result.feedback.best.name,
+        "predicted": result.predicted_kld,
+    }
 
 
 def reach(
-    planner: Planner, sensitivity: Sensitivity, bench: Bench, presets: Mapping[str, Preset], spec: str
+    planner: Planner, sensitivity: TypePrices, bench: Bench, presets: Mapping[str, Preset], spec: str
 ) -> dict[str, Any]:
     """RUNG:FRACTION: what a file of that fraction of a preset's bytes reaches, against the whole preset."""
     rung, _, share = spec.partition(":")
     size = int(presets[rung].bytes * float(share))
     target = Target(f"{share} of {rung}", max_bytes=size)
-    result = planner.plan(target, sensitivity, planner.fitting_preset(size))
-    planner.write_recipe(planner.work / f"{rung}-{share}.toml", result, target)
+    result = planner.plan(target, sensitivity, planner.subject.fitting_preset(size))
+    write_recipe(planner.work / f"{rung}-{share}.toml", planned_recipe(planner.subject, result, target))
     found = bench.kld(result.types) | facts_of(result)
     ratio = found["kld"] / bench.kld(presets[rung].types)["kld"]
     print(f"{share} of the bytes of {rung}: KLD {found['kld']:.5f}, {ratio:.3f} × the preset's at all its bytes")
@@ -184,7 +195,7 @@ def reach(
 
 
 def document(
-    options: argparse.Namespace, bench: Bench, sensitivity: Sensitivity, rows: list[dict[str, Any]]
+    options: argparse.Namespace, bench: Bench, sensitivity: TypePrices, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The JSON: everything needed to repeat it."""
     return {
@@ -211,7 +222,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=["plan"], help="preset, exact and feedback only")
     parser.add_argument("--reach", metavar="RUNG:FRACTION", help="also plan for a fraction of a preset's bytes")
     parser.add_argument("--plan-chunks", type=int, default=12, help="of 256 tokens, to measure recipes on")
-    parser.add_argument("--probe-tokens", type=int, default=120_000)
+    parser.add_argument("--probe-tokens", type=int, default=PriceOptions().probe_tokens)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("allocation.work"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=pathlib.Path, help="JSON to write")

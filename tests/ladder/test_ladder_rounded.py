@@ -9,8 +9,7 @@ from bitladder.ladder import RunOptions, run
 from bitladder.ladder.plan import command_line, plan
 from bitladder.ladder.rounded import MOMENTS, PLAIN
 from bitladder.ladder.tuned import set_apart
-from bitladder.quantize import RUNGS
-from bitladder.quantize.quant_metadata import TUNE_KEY
+from bitladder.quantize import RUNGS, TUNE_KEY
 from bitladder.report import write_card
 from bitladder.text.texts import load_text
 

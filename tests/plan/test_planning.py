@@ -1,5 +1,6 @@
 """Planning on a small real model: rendered weights, swaps in the loaded model, the command, and a run's rungs."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -16,10 +17,20 @@ from bitladder.engine.types import quantize_rows, type_by_name
 from bitladder.errors import UsageError
 from bitladder.gguf.reader import GgufFile
 from bitladder.ladder import RunOptions, planned, run
-from bitladder.plan import Constraints, FeedbackEffort, Planner, PlanOptions, Subject, Target
-from bitladder.plan.prices.document import load_sensitivity
-from bitladder.plan.prices.menu import Window, measured_speeds, menu_types, within_speed
-from bitladder.plan.prices.price import Effort
+from bitladder.plan import (
+    Constraints,
+    FeedbackOptions,
+    PlanDecoding,
+    PlanInputs,
+    Planner,
+    PlanOptions,
+    PriceOptions,
+    Target,
+    Window,
+    load_prices,
+)
+from bitladder.plan.options import LawOptions
+from bitladder.plan.prices import measured_speeds, menu_types, within_speed
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import read_recipe
 from bitladder.text.excerpts import excerpts
@@ -28,6 +39,7 @@ from bitladder.trial.candidate import Candidate
 from bitladder.trial.render import Renderer
 
 SETTINGS = ev.Settings(n_ctx=64, chunks=3, threads=1)
+DECODING = PlanDecoding(n_ctx=64, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +62,10 @@ def arguments(small, tmp_path):
     names = {"-m": "small-f16.gguf", "--imatrix": "imatrix.gguf", "-f": "text.txt"}
     given = [word for option, name in names.items() for word in (option, str(small / name))]
     return ["plan", *given, "-c", "64", "--chunks", "3", "-t", "1", "-q", "--work", str(tmp_path / "work")]
+
+
+def inputs(small, work):
+    return PlanInputs(small / "small-f16.gguf", small / "imatrix.gguf", load_text(str(small / "text.txt")), work=work)
 
 
 def importances(small):
@@ -122,7 +138,8 @@ def test_inputs_are_rounded_as_the_kernels_round_them():
 
 def test_the_command_plans_and_its_file_is_as_large_as_it_says(small, arguments, tmp_path, capsys):
     out = tmp_path / "recipe.toml"
-    assert invoke([*arguments, "--like", "Q4_0", "--probe-tokens", "4000", "-o", str(out), "--json"]) == 0
+    few = ["--probe-tokens", "4000"]
+    assert invoke([*arguments, *few, "--like", "Q4_0", "-o", str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     recipe = read_recipe(out)
     assert recipe.tensors == said["types"] and recipe.budget == "like Q4_0" and recipe.bytes == said["bytes"]
@@ -133,9 +150,12 @@ def test_the_command_plans_and_its_file_is_as_large_as_it_says(small, arguments,
     naive = tmp_path / "naive.gguf"
     quantize(small / "small-f16.gguf", naive, "Q4_0", imatrix=imatrix, threads=1)
     assert made.stat().st_size == said["bytes"] <= naive.stat().st_size
-    tried = {one["name"]: one["kld"]["value"] for one in said["tried"]}
+    tried = {one["name"]: one for one in said["tried"]}
     assert len(tried) == len(said["tried"])
-    assert said["kld"]["value"] == min(tried.values()) <= tried["preset Q4_0"]
+    judged = {name: one["judged_kld"]["value"] for name, one in tried.items() if one["judged_kld"]}
+    assert said["kld"]["value"] == min(judged.values()) <= judged["preset Q4_0"]
+    ranked = sorted(tried.values(), key=lambda one: one["kld"]["value"])
+    assert {one["name"] for one in ranked[:3]} | {"preset Q4_0"} == judged.keys()
     assert said["check"]["pairs"] >= 3
     # Shares add up, and the tied embedding is among them.
     assert sum(row["share"] for row in said["kinds"]) == pytest.approx(1)
@@ -148,7 +168,7 @@ def test_the_command_plans_and_its_file_is_as_large_as_it_says(small, arguments,
     prices = tmp_path / "work" / "sensitivity.json"
     budget = ["--bpw", "5.2", "--no-feedback", "-o", str(tmp_path / "second.toml")]
     capsys.readouterr()
-    for more in ([], ["--sensitivity", str(prices)]):
+    for more in (few, ["--sensitivity", str(prices)]):
         assert invoke([*arguments, *budget, *more]) == 0
         assert "proved optimal" in capsys.readouterr().out
     assert journal.read_text().count("\n") == lines
@@ -157,6 +177,55 @@ def test_the_command_plans_and_its_file_is_as_large_as_it_says(small, arguments,
     document = json.loads(prices.read_text())
     assert set(document["tensors"]) == {name for name, kind in recipe.tensors.items() if kind != "f32"}
     assert all(cost >= 0 for one in document["tensors"].values() for cost in one["kld"].values())
+    assert not {"seconds", "time"} & document.keys()  # later steps are keyed by this file's content
+
+    # More effort is another price.
+    assert invoke([*arguments, *budget, "--probe-tokens", "6000"]) == 0
+    assert json.loads(prices.read_text())["key"] != document["key"]
+    assert journal.read_text().count("\n") > lines
+
+
+def test_prices_are_valid_for_all_that_decides_them_and_nothing_else(small, tmp_path):
+    usual = PlanOptions(decoding=DECODING, feedback=FeedbackOptions(chunks=2))
+    files = inputs(small, tmp_path)
+    text = load_text("pydoc:test")
+
+    def key(options=usual, files=files):
+        with Planner(files, options) as planner:
+            return planner.price_key()
+
+    decisive = {
+        "effort": key(usual.replace(prices=PriceOptions(probe_tokens=500_000))),
+        "chunks of a probe": key(usual.replace(prices=PriceOptions(probe_chunks=2))),
+        "the law": key(usual.replace(prices=PriceOptions(law=LawOptions(exponent_damping=2.0)))),
+        "method": key(usual.replace(prices=PriceOptions(method="fisher"))),
+        "rounded inputs": key(usual.replace(decoding=DECODING.replace(gpu_layers=1))),
+        "tokens of a chunk": key(usual.replace(decoding=DECODING.replace(n_ctx=32))),
+        "text": key(files=dataclasses.replace(files, text=text)),
+        "imatrix": key(files=dataclasses.replace(files, imatrix=None)),
+    }
+    assert len({key(), *decisive.values()}) == 1 + len(decisive), decisive
+    idle = usual.replace(
+        cache_bytes=1 << 20,
+        menu="k",  # which types have a price is asked of the prices themselves
+        feedback=FeedbackOptions(chunks=2, rounds=9),
+        decoding=DECODING.replace(threads=2, n_ubatch=32),
+    )
+    assert key(idle) == key() == key(files=dataclasses.replace(files, work=tmp_path / "elsewhere"))
+
+
+def test_prices_do_not_depend_on_what_lies_in_the_journal(small, tmp_path):
+    options = PlanOptions(
+        decoding=DECODING, prices=PriceOptions(probe_tokens=2000, check_pairs=4), feedback=FeedbackOptions(chunks=2)
+    )
+    saved = []
+    for work in ("used", "new"):
+        with Planner(inputs(small, tmp_path / work), options) as planner:
+            if work == "used":  # a killed plan left this
+                planner.measurements().measure({"blk.0.attn_q.weight": "q4_0"}, 4)
+                planner.measurements().measure({"blk.1.ffn_up.weight": "q8_0"}, 2)
+            saved.append(planner.prices_for(Target("test", max_bytes=70_000)))
+    assert saved[0] == saved[1]
 
 
 @pytest.mark.parametrize(
@@ -180,23 +249,40 @@ def test_errors_are_one_line(arguments, words, message, capsys):
     assert message in captured.err and "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bpw", "5", "--rounding", "descent"], "--moments"),  # given without what it needs, not taken for a default
+        (["--bpw", "5", "-f", ""], "text"),  # empty, but given
+        (["--bpw", "5", "--min-speed", "0"], "--min-speed"),
+        (["--bpw", "5", "--chunks", "1"], "--chunks"),
+        (["--bpw", "5", "--floor", "attn_q"], "--floor attn_q"),
+    ],
+)
+def test_what_is_given_is_never_taken_for_a_default(arguments, words, message, capsys):
+    assert invoke([*arguments, *words]) in (1, 2)
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+
+
 def test_constraints_hold(small, tmp_path):
     constraints = Constraints(
-        pins=(("blk.0.attn_k", "q8_0"),),
-        floors=(("ffn_down", "q5_1"),),
-        ties=(("attn_q", "attn_k", "attn_v"),),
-        max_types=3,
+        pins=("blk.0.attn_k=q8_0",), floors=("ffn_down=q5_1",), ties=("attn_q,attn_k,attn_v",), max_types=3
     )
     options = PlanOptions(
-        constraints=constraints, settings=SETTINGS, effort=Effort(tokens=1000, pairs=0), feedback=None, work=tmp_path
+        constraints=constraints,
+        decoding=DECODING,
+        measure=False,
+        prices=PriceOptions(probe_tokens=1000, check_pairs=0),
+        feedback=FeedbackOptions(chunks=3, judge_chunks=0),
     )
-    with Subject(small / "small-f16.gguf", small / "imatrix.gguf") as subject:
-        with Planner(subject, load_text(str(small / "text.txt")), options) as planner:
-            prices = planner.price(Window(4, 9))
-            size = int(6.5 * subject.weights() / 8) + planner.header_bytes()
-            types = planner.plan(Target("test", max_bytes=size), prices).types
-            goal = planner.plan(Target("test", max_kld=1e-3), prices)
-            smaller = planner.plan(Target("test", max_bytes=goal.bytes - 64), prices)
+    with Planner(inputs(small, tmp_path), options) as planner:
+        subject = planner.subject
+        prices = planner.price(Window(4, 9))
+        size = int(6.5 * subject.weights() / 8) + subject.header_bytes()
+        types = planner.plan(Target("test", max_bytes=size), prices).types
+        goal = planner.plan(Target("test", max_kld=1e-3), prices)
+        smaller = planner.plan(Target("test", max_bytes=goal.bytes - 64), prices)
         assert types["blk.0.attn_k.weight"] == "q8_0"
         for layer in (0, 1):
             assert len({types[f"blk.{layer}.attn_{one}.weight"] for one in "qkv"}) == 1
@@ -220,10 +306,12 @@ def test_buffers_leave_less_for_weights(arguments, small, tmp_path, capsys):
 
 
 def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(planned, "N_CTX", 64)
-    monkeypatch.setattr(planned, "EFFORT", Effort(tokens=3000))
-    effort = FeedbackEffort(chunks=3, move_chunks=2, rounds=2, random=2, exchanges=1, judge_chunks=3)
-    monkeypatch.setattr(planned, "FEEDBACK", effort)
+    quick = PlanOptions(
+        decoding=PlanDecoding(n_ctx=64),
+        prices=PriceOptions(probe_tokens=3000),
+        feedback=FeedbackOptions(chunks=3, move_chunks=2, rounds=2, random_recipes=2, exchanges=1),
+    )
+    monkeypatch.setattr(planned, "OPTIONS", quick)
     text = str(small / "text.txt")
     options = {"chunks": 3, "imatrix_chunks": 4, "n_ctx": 64, "bench": False, "threads": 1, "text": text}
     model, out = str(small / "small-f16.gguf"), tmp_path / "ladder"
@@ -245,7 +333,7 @@ def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path, mo
             assert chosen[0]["kld"]["value"] <= by_name["preset Q4_0"]["kld"]["value"]
         recipe = read_recipe(out / "recipes" / "Q4_0.toml")
         assert recipe.bytes == score["bytes"] == next(out.glob("*-Q4_0.gguf")).stat().st_size
-    assert load_sensitivity(out / "sensitivity.json").tensors
+    assert load_prices(out / "sensitivity.json").tensors
 
 
 def test_menus():
@@ -258,7 +346,7 @@ def test_menus():
             menu_types(wrong)
     # Speeds that are made up: iq4_xs as fast as a K-quant of its size, iq3_s at half of that.
     speeds = dict.fromkeys(("q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "q8_0", "iq4_xs"), 1e9) | {"iq3_s": 5e8}
-    fast = {kind.name for kind in within_speed(speeds)}
+    fast = {kind.name for kind in within_speed(speeds, 0.9)}
     assert "iq4_xs" in fast and "iq3_s" not in fast
 
 
@@ -281,18 +369,18 @@ def test_excerpts_are_spread_and_do_not_overlap():
 
 @pytest.mark.parametrize("method", ["forward", "fisher"])
 def test_prices_rank_swaps_that_were_held_out(small, tmp_path, method):
-    settings = ev.Settings(n_ctx=64, chunks=6, threads=1)
     options = PlanOptions(
-        method=method, settings=settings, effort=Effort(tokens=20_000, chunks=4), feedback=None, work=tmp_path
+        decoding=DECODING,
+        measure=False,
+        prices=PriceOptions(method=method, probe_tokens=20_000, probe_chunks=4),
+        feedback=FeedbackOptions(chunks=6, judge_chunks=0),
     )
-    with (
-        Subject(small / "small-f16.gguf", small / "imatrix.gguf") as subject,
-        Planner(subject, load_text(str(small / "text.txt")), options) as planner,
-    ):
+    with Planner(inputs(small, tmp_path), options) as planner:
+        subject = planner.subject
         prices = planner.prices_for(Target("test", max_bytes=70_000))
         assert prices.method == method and prices.tensors.keys() == set(subject.tensors)
         assert prices.check.rank_correlation > 0.8 and 0.3 < prices.check.median_ratio < 3
         # Kinds measured as a whole, by hand.
         names = [name for name, (kind, _) in subject.places.items() if kind == "ffn_down"]
-        real = planner.model().kld(dict.fromkeys(names, "q4_0"), 4).mean()
+        real = planner.model.kld(dict.fromkeys(names, "q4_0"), 4).mean()
         assert sum(prices.tensors[name].kld["q4_0"] for name in names) == pytest.approx(real, rel=0.6)

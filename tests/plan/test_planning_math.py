@@ -7,14 +7,15 @@ import random
 import numpy as np
 import pytest
 
-from bitladder.plan.allocate import Option, Problem, smallest_cost
+from bitladder.plan import FeedbackOptions, Target
+from bitladder.plan.allocate import Problem, TypeOption, smallest_cost
 from bitladder.plan.corrections import correct
-from bitladder.plan.feedback import Feedback, FeedbackEffort
-from bitladder.plan.moves import kind_moves, random_moves, step
-from bitladder.plan.prices.design import first_groups, held_out, runs, spaced, split
+from bitladder.plan.feedback import Feedback, PlanProblem, kind_moves, random_moves, step
+from bitladder.plan.measurements import Measurements
+from bitladder.plan.options import CorrectionOptions, LawOptions
+from bitladder.plan.prices.check_prices import held_out, rank_correlation
+from bitladder.plan.prices.design import first_groups, runs, spaced, split
 from bitladder.plan.prices.law import Probe, fit
-from bitladder.plan.prices.price import rank_correlation
-from bitladder.plan.target import Target
 from bitladder.trial.journal import Journal, Measurement, recipe_key
 
 TYPES = {"iq3_s": 3.4375, "iq4_xs": 4.25, "q4_K": 4.5, "q5_K": 5.5, "q6_K": 6.5625, "q8_0": 8.5}
@@ -52,8 +53,11 @@ class Truth:
 def problem(prices):
     options = {
         name: tuple(
-            [Option(one, int(KINDS[kind] * TYPES[one] / 8), cost, bpw=TYPES[one]) for one, cost in prices[name].items()]
-            + [Option("f16", 2 * KINDS[kind], 0.0, bpw=16.0)]
+            [
+                TypeOption(one, int(KINDS[kind] * TYPES[one] / 8), cost, bpw=TYPES[one])
+                for one, cost in prices[name].items()
+            ]
+            + [TypeOption("f16", 2 * KINDS[kind], 0.0, bpw=16.0)]
         )
         for name, (kind, _) in PLACES.items()
     }
@@ -62,6 +66,11 @@ def problem(prices):
 
 def size(name, one):
     return 2 * KINDS[PLACES[name][0]] if one == "f16" else int(KINDS[PLACES[name][0]] * TYPES[one] / 8)
+
+
+def feedback(prices, target, truth, options, journal=None):
+    planned = PlanProblem(prices, PLACES, target, problem, dict.fromkeys(PLACES, "f16"), size)
+    return Feedback(planned, Measurements(journal or Journal(None, "", 1), truth), options)
 
 
 def test_the_law_finds_scales_and_factors():
@@ -75,14 +84,14 @@ def test_the_law_finds_scales_and_factors():
         for kind in KINDS
         for one in TYPES
     }
-    law = fit(truth.errors, kinds, probes, groups)
+    law = fit(truth.errors, kinds, probes, groups, LawOptions())
     for name in PLACES:
         for one in TYPES:
             assert law.kld[name][one] == pytest.approx(truth.price(name, one), rel=0.15)
     assert all(p == pytest.approx(1, abs=0.2) for p in law.exponent.values())
     # Without some groups, their types lie between those measured.
     fewer = {key: kld for key, kld in groups.items() if key[1] not in ("iq4_xs", "q6_K")}
-    for name, menu in fit(truth.errors, kinds, probes, fewer).kld.items():
+    for name, menu in fit(truth.errors, kinds, probes, fewer, LawOptions()).kld.items():
         assert menu["q6_K"] == pytest.approx(truth.price(name, "q6_K"), rel=0.8)
 
 
@@ -90,7 +99,7 @@ def test_the_law_finds_an_exponent():
     errors = {f"t{i}": {one: 4.0**-bpw * (1 + i) for one, bpw in TYPES.items()} for i in range(4)}
     groups = {("t", one): sum(100 * errors[n][one] ** 1.4 for n in errors) for one in TYPES}
     probes = [Probe({name: "q4_K"}, 100 * errors[name]["q4_K"] ** 1.4) for name in errors]
-    law = fit(errors, dict.fromkeys(errors, "t"), probes, groups)
+    law = fit(errors, dict.fromkeys(errors, "t"), probes, groups, LawOptions())
     assert law.exponent["t"] == pytest.approx(1.4, abs=0.05)
     for name in errors:
         assert law.kld[name]["q8_0"] == pytest.approx(100 * errors[name]["q8_0"] ** 1.4, rel=0.05)
@@ -101,7 +110,8 @@ def test_types_with_minimums_do_not_bend_the_law():
     family = {one: 5.0 if one in ("q4_K", "q5_K") else 1.0 for one in TYPES}
     measured = [one for one in TYPES if one != "q8_0"]
     groups = {("t", one): sum(errors[n][one] * family[one] for n in errors) for one in measured}
-    law = fit(errors, dict.fromkeys(errors, "t"), [Probe({n: "iq3_s"}, errors[n]["iq3_s"]) for n in errors], groups)
+    probes = [Probe({n: "iq3_s"}, errors[n]["iq3_s"]) for n in errors]
+    law = fit(errors, dict.fromkeys(errors, "t"), probes, groups, LawOptions())
     assert law.exponent["t"] == pytest.approx(1, abs=0.02)
     for name, menu in law.kld.items():
         # What was not measured follows those that are like it.
@@ -111,7 +121,7 @@ def test_types_with_minimums_do_not_bend_the_law():
 
 def test_a_group_is_shared_out_by_error():
     errors = {"a": {"q4_K": 1.0, "q8_0": 0.01}, "b": {"q4_K": 3.0, "q8_0": 0.03}}
-    law = fit(errors, {"a": "k", "b": "k"}, [Probe({"a": "q4_K", "b": "q4_K"}, 0.8)], {})
+    law = fit(errors, {"a": "k", "b": "k"}, [Probe({"a": "q4_K", "b": "q4_K"}, 0.8)], {}, LawOptions())
     assert law.kld["a"]["q4_K"] == pytest.approx(0.2) and law.kld["b"]["q8_0"] == pytest.approx(0.006)
 
 
@@ -129,7 +139,7 @@ def test_corrections_are_learnt_from_whole_recipes():
 
     near = [*kind_moves(problem(prices), start, PLACES), *random_moves(problem(prices), start, PLACES, 12, seed=1)]
     reference = measured(start)
-    found = correct(prices, PLACES, [measured(types) for types in near], reference)
+    found = correct(prices, PLACES, [measured(types) for types in near], reference, CorrectionOptions())
     after = found.apply(prices)
     # What matters to a solver is what a change costs.
     for moved in random_moves(problem(prices), start, PLACES, 5, seed=7):
@@ -144,7 +154,7 @@ def test_corrections_are_learnt_from_whole_recipes():
 def test_nothing_measured_changes_nothing():
     prices = {name: dict.fromkeys(TYPES, 1.0) for name in PLACES}
     start = dict.fromkeys(PLACES, "q4_K")
-    found = correct(prices, PLACES, [], Measurement(start, (1.0,), (1.0,), 8))
+    found = correct(prices, PLACES, [], Measurement(start, (1.0,), (1.0,), 8), CorrectionOptions())
     assert found.apply(prices) == prices and found.offset == pytest.approx(1.0 - len(PLACES))
 
 
@@ -157,12 +167,8 @@ def test_the_loop_is_never_worse_than_a_rival_and_comes_near_the_best(seed):
         truth.factor[kind, one] = factor
     rival = dict.fromkeys(PLACES, "q4_K")
     budget = sum(size(name, one) for name, one in rival.items())
-    full = dict.fromkeys(PLACES, "f16")
-    effort = FeedbackEffort(chunks=4, move_chunks=2, rounds=3, exchanges=2)
-    target = Target("test", max_bytes=budget)
-    found = Feedback(prices, PLACES, target, problem, Journal(None, "", 1), truth, effort, full, size).run(
-        {"preset": rival}
-    )
+    options = FeedbackOptions(chunks=4, move_chunks=2, judge_chunks=0, rounds=3, exchanges=2)
+    found = feedback(prices, Target("test", max_bytes=budget), truth, options).run({"preset": rival})
     assert found.best.bytes <= budget
     assert sum(size(name, one) for name, one in found.best.types.items()) == found.best.bytes
     got = truth.mean(found.best.types)
@@ -177,29 +183,44 @@ def test_a_rival_that_nothing_beats_is_returned():
     truth = Truth(seed=1)
     wrong = {name: {one: 1 / truth.price(name, one) for one in TYPES} for name in PLACES}
     best = smallest_cost(problem({n: {one: truth.price(n, one) for one in TYPES} for n in PLACES}), 45_000)
-    effort = FeedbackEffort(chunks=2, move_chunks=1, rounds=1, random=1, exchanges=0)
-    found = Feedback(
-        wrong, PLACES, Target("t", max_bytes=45_000), problem, Journal(None, "", 1), truth, effort,
-        dict.fromkeys(PLACES, "f16"), size,
-    ).run({"preset": best.types})  # fmt: skip
+    options = FeedbackOptions(chunks=2, move_chunks=1, judge_chunks=0, rounds=1, random_recipes=1, exchanges=0)
+    found = feedback(wrong, Target("t", max_bytes=45_000), truth, options).run({"preset": best.types})
     assert found.best.types == best.types and found.best.name == "preset"
+
+
+def test_what_lies_in_the_journal_does_not_steer_a_plan():
+    class SameOnMoreText(Truth):
+        def kld(self, types, chunks):
+            return super().kld(types, 32)[:chunks]
+
+    truth, options = SameOnMoreText(seed=3, interaction=2.0), FeedbackOptions(chunks=4, move_chunks=2, exchanges=2)
+    prices = {name: {one: 4.0**-bpw for one, bpw in TYPES.items()} for name in PLACES}
+    target = Target("test", max_bytes=sum(size(name, "q4_K") for name in PLACES))
+    clean = feedback(prices, target, truth, options).run({})
+
+    # What a killed plan for another target left: recipes of all tensors, and some of this plan's on more text.
+    journal, draw = Journal(None, "", 1), random.Random(0)
+    for _ in range(40):
+        journal.measure(truth, {name: draw.choice(list(TYPES)) for name in PLACES}, 4, "left over")
+    for one in clean.tried[::2]:
+        journal.measure(truth, one.types, 32, "on more text")
+    repeated = feedback(prices, target, truth, options, journal).run({})
+    assert repeated.best.types == clean.best.types and repeated.correction == clean.correction
+    assert [one.types for one in repeated.tried] == [one.types for one in clean.tried]
 
 
 def test_a_divergence_as_target():
     truth = Truth(seed=2)
     prices = {name: {one: truth.price(name, one) for one in TYPES} for name in PLACES}
     goal = truth.mean(dict.fromkeys(PLACES, "q5_K"))
-    effort = FeedbackEffort(chunks=2, move_chunks=1, rounds=2, random=2, exchanges=2)
-    found = Feedback(
-        prices, PLACES, Target("t", max_kld=goal), problem, Journal(None, "", 1), truth, effort,
-        dict.fromkeys(PLACES, "f16"), size,
-    ).run({})  # fmt: skip
+    options = FeedbackOptions(chunks=2, move_chunks=1, judge_chunks=0, rounds=2, random_recipes=2, exchanges=2)
+    found = feedback(prices, Target("t", max_kld=goal), truth, options).run({})
     assert found.best.measured.kld <= goal
     assert found.best.bytes < sum(size(name, "q5_K") for name in PLACES)
 
 
 def test_steps_follow_the_hull():
-    menu = (Option("a", 10, 5.0), Option("b", 12, 4.9), Option("c", 14, 1.0), Option("d", 30, 0.9))
+    menu = (TypeOption("a", 10, 5.0), TypeOption("b", 12, 4.9), TypeOption("c", 14, 1.0), TypeOption("d", 30, 0.9))
     one = Problem({"t": menu})
     assert step(one, "t", "a", 1) == "c" and step(one, "t", "d", -1) == "c"
     assert step(one, "t", "d", 1) == "d" and step(one, "t", "a", -1) == "a"
@@ -242,7 +263,7 @@ def test_designs():
     assert split({("a",): 1.0}) is None
     assert runs("abcde", 2) == [("a", "b"), ("c", "d", "e")] and runs("ab", 9) == [("a",), ("b",)]
     assert spaced(["a", "b", "c", "d", "e"], 3) == ["a", "c", "e"] and spaced(["a", "b"], 5) == ["a", "b"]
-    pairs = held_out({"x": ["p", "q"], "y": ["p"]}, {"x": "p", "y": "p"}, 5)
+    pairs = held_out({"x": ["p", "q"], "y": ["p"]}, {"x": "p", "y": "p"}, 5, seed=1)
     assert pairs == {"x": "q"}
 
 

@@ -1,5 +1,7 @@
 """What blocks are worth, measured in the loaded model, against files that lack them."""
 
+import json
+
 import pytest
 
 from bitladder import evaluate as ev
@@ -40,3 +42,17 @@ def test_command(tiny_gguf, text, tmp_path, capsys):
     assert "--suggest-prune" in capsys.readouterr().err
     assert invoke([*arguments, "--suggest-prune", "-q"]) == 0
     assert "--prune-layers" in capsys.readouterr().out
+
+
+def test_chunks_that_are_given_are_taken(tiny_gguf, text, tmp_path, capsys):
+    model = tmp_path / "model.gguf"
+    model.symlink_to(tiny_gguf)
+    settings = ev.Settings(n_ctx=32, threads=1)
+    arguments = ["plan", "-m", str(model), "-f", str(tmp_path / "text.txt"), "-c", "32", "-t", "1", "--suggest-prune"]
+    with ev.load_or_compute_base(tiny_gguf, text, settings, path=tmp_path / "base") as base:
+        # 12 is the default of a plan, 4 that of pruning.
+        for words, chunks in ((["--chunks", "12"], 12), ([], 4)):
+            direct = blocks_left_out(base, settings, chunks=chunks)
+            assert invoke([*arguments, *words, "--json", "-q"]) == 0
+            printed = {one["block"]: one["kld"]["value"] for one in json.loads(capsys.readouterr().out)}
+            assert printed == {one.block: one.kld.value for one in direct}

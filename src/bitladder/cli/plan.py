@@ -1,47 +1,42 @@
-"""`bitladder plan`: which type each tensor should have, from what it is measured to cost."""
+"""bitladder plan: which type each tensor should have, from what it is measured to cost."""
 
-import contextlib
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitladder.cli import options
+from bitladder.cli.from_options import options_from
+from bitladder.errors import UsageError
+from bitladder.plan import (
+    FeedbackOptions,
+    PlanDecoding,
+    PlanInputs,
+    Planner,
+    PlanOptions,
+    PruneOptions,
+    TargetOptions,
+    check_target,
+    planned_recipe,
+    rank_blocks,
+    target_of,
+)
+from bitladder.recipe import write_recipe
+from bitladder.rounding import RoundingOptions
+from bitladder.show import plan_tables
 from bitladder.show.output import Output, common_options
-
-if TYPE_CHECKING:
-    from bitladder.gguf.reader import GgufFile
-    from bitladder.plan import Planner, PlanOptions, PlanResult, Preset, Target
-    from bitladder.plan.prices.document import Sensitivity
-    from bitladder.refine.round.output_rounding import OutputRounding
+from bitladder.text.texts import load_text
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 _OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
+_TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 
 
+# A parameter for each option that stands for itself.
 @click.command("plan")
 @click.option("-m", "--model", required=True, type=_FILE, help="Full-precision GGUF.")
 @click.option("--imatrix", type=_FILE, help="Importance matrix of the same model.")
 @click.option("-o", "--output", "out", type=_OUT, help="Recipe to write.  [default: MODEL-TARGET.toml, here]")
-@click.option("--like", metavar="PRESET", help="Least KLD in at most the bytes of this preset.")
-@click.option("--size", metavar="SIZE", help="Least KLD in at most this file size (3.7GiB, 900MB, bytes).")
-@click.option("--bpw", type=float, help="Least KLD in at most so many bits per weight.")
-@click.option("--kld", type=float, help="Smallest file of at most this KLD, nats per token.")
-@click.option("--vram", metavar="SIZE", help="Least KLD in a file that fits beside KV cache and buffers of --context.")
-@click.option("--context", default=4096, show_default=True, type=click.IntRange(1), help="Tokens for --vram.")
-@click.option("--menu", default="all", show_default=True, metavar="k|iq|all|fast|TYPES", help="Types to choose from.")
-@click.option(
-    "--tensor-type",
-    "pins",
-    multiple=True,
-    metavar="PATTERN=TYPE",
-    help="Pin tensors whose name the pattern is found in; the first that matches decides.",
-)
-@click.option("--floor", "floors", multiple=True, metavar="KIND=TYPE", help="Fewest bits of a kind (attn_v=q5_K, 4.5).")
-@click.option("--tie", "ties", multiple=True, metavar="KIND,KIND", help="Kinds with equal types within each layer.")
-@click.option("--max-types", type=click.IntRange(1), help="Use at most so many different types.")
-@click.option("--min-speed", type=float, metavar="TOKENS/S", help="At least this speed of generation on this CPU.")
+@options_from(TargetOptions, parameter="aim")
 @click.option(
     "--moments",
     type=_FILE,
@@ -51,185 +46,86 @@ _OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
 @click.option(
     "--rounding",
     type=click.Choice(["feedback", "descent", "best"]),
-    default="best",
-    show_default=True,
-    help="How those blocks are chosen.",
+    help="How those blocks are chosen; needs --moments.  [default: best]",
 )
 @click.option("--sensitivity", type=_FILE, help="Prices from an earlier plan; with --no-feedback nothing is measured.")
+@options_from(PlanOptions, leave_out=("n_ctx", "chunks"))
+# These two have another default with --suggest-prune. None says that they are not given.
 @click.option(
-    "--prices",
-    "method",
-    type=click.Choice(["forward", "fisher"]),
-    default="forward",
-    show_default=True,
-    help="From swaps in the loaded model, or from gradients (needs bitladder[torch]).",
+    "--chunks",
+    type=int,
+    metavar="N",
+    help=f"Chunks that a recipe is measured on.  [default: {FeedbackOptions().chunks}; to prune "
+    f"{PruneOptions().chunks}]",
 )
 @click.option(
-    "--probe-tokens", default=120_000, show_default=True, type=click.IntRange(1), help="To decode for prices."
+    "-c",
+    "--ctx-size",
+    "n_ctx",
+    type=int,
+    metavar="TOKENS",
+    help=f"Tokens of a chunk.  [default: {PlanDecoding().n_ctx}; to prune {PruneOptions().n_ctx}]",
 )
-@click.option("--feedback/--no-feedback", default=True, show_default=True, help="Measure recipes and correct prices.")
-@click.option("--chunks", default=12, show_default=True, type=click.IntRange(2), help="To measure a recipe on.")
 @click.option("--work", type=click.Path(file_okay=False, path_type=pathlib.Path), help="Folder for what is kept.")
 @click.option("--suggest-prune", is_flag=True, help="Measure the model without each of its blocks instead.")
-@click.option("-f", "--file", "text", help="Text to measure on.  [default: pydoc:calibration; to prune pydoc:test]")
-@click.option(
-    "-c", "--ctx-size", "n_ctx", type=click.IntRange(4), help="Tokens per chunk.  [default: 256; to prune 512]"
-)
-@options.n_batch(512)
-@options.n_ubatch
-@options.threads
-@options.gpu_layers
+@click.option("-f", "--file", "text", help=f"Text to measure on.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]")
 @common_options
-def command(output: Output, model: pathlib.Path, suggest_prune: bool, **given: Any) -> None:
+def command(
+    *,
+    output: Output,
+    model: pathlib.Path,
+    imatrix: pathlib.Path | None,
+    out: pathlib.Path | None,
+    aim: TargetOptions,
+    moments: tuple[pathlib.Path, ...],
+    rounding: str | None,
+    sensitivity: pathlib.Path | None,
+    options: PlanOptions,
+    chunks: int | None,
+    n_ctx: int | None,
+    work: pathlib.Path | None,
+    suggest_prune: bool,
+    text: str | None,
+) -> None:
     """Choose a type for each tensor: least KLD for a size, or least size for a KLD.
 
-    Every tensor is rendered in every type of the menu, swapped into the loaded model, and its KLD measured on a text
-    that should be neither the one of the imatrix nor the one to judge by. An exact solver then spends the bytes; its
-    recipes are measured, prices corrected and solved again. What was measured is kept in --work and never measured
-    again, so another target takes little.
+    Every tensor is rendered in every type of the menu and swapped into the loaded model, and the KLD is measured on a
+    text that should be neither the one of the imatrix nor the one to judge by. An exact solver then spends the bytes.
+    Its recipes are measured, prices are corrected, and the problem is solved again. Measurements are kept in --work,
+    so that another target takes little time.
     """
+    size = {} if n_ctx is None else {"n_ctx": n_ctx}
+    amount = {} if chunks is None else {"chunks": chunks}
     if suggest_prune:
-        _prune(output, model, given)
+        decoding = dataclasses.asdict(options.decoding)
+        del decoding["n_ctx"]
+        prune = PruneOptions(**(decoding | size | amount))
+        loaded = load_text(_PRUNE_TEXT if text is None else text)
+        ranked = rank_blocks(model, loaded, prune, progress=output.progress)
+        if output.json:
+            output.print_json(plan_tables.prune_json(ranked))
+            return
+        output.line(f"{model.name} without one block, {prune.chunks} chunks of {loaded.name}; the least loss first")
+        output.print(plan_tables.prune_table(ranked))
+        output.line(plan_tables.prune_line(ranked))
         return
-    wanted = [name for name in ("like", "size", "bpw", "kld", "vram") if given[name] is not None]
-    if len(wanted) != 1:
-        raise click.UsageError("say what to plan for: one of --like, --size, --bpw, --kld, --vram; or --suggest-prune")
-    # Imported here, so that --help does not wait for the native library.
-    from bitladder.plan import Planner, Subject
-    from bitladder.text.texts import load_text
-
-    with contextlib.ExitStack() as opened, Subject(model, given["imatrix"]) as subject:
-        chosen = dataclasses.replace(_options(given), rounding=_rounding(given, opened, subject.file, output))
-        with Planner(subject, load_text(given["text"] or "pydoc:calibration"), chosen, output.progress) as planner:
-            target, preset = _target(planner, wanted[0], given)
-            prices = _prices(planner, target, preset, given)
-            result = planner.plan(target, prices, preset)
-            out = given["out"] or pathlib.Path(f"{model.stem}-{_word(target.text)}.toml")
-            planner.write_recipe(out, result, target)
-    _show(output, result, subject.places, target, out)
-
-
-def _rounding(
-    given: dict[str, Any], opened: contextlib.ExitStack, model: "GgufFile", output: Output
-) -> "OutputRounding | None":
-    """What rounds for the layers' outputs, with its files open as long as needed; None for the library's kernels."""
-    from bitladder.calibrate.moments.moments_file import MomentsFile
-    from bitladder.refine.round.output_rounding import OutputRounding, refuse_other_moments
-    from bitladder.rounding import RoundingOptions
-
-    if not given["moments"]:
-        return None
-    files = [opened.enter_context(MomentsFile(path)) for path in given["moments"]]
-    refuse_other_moments(files, model, output.progress)
-    return OutputRounding(files, RoundingOptions(method=given["rounding"]))
-
-
-def _options(given: dict[str, Any]) -> "PlanOptions":
-    from bitladder.evaluate import Settings
-    from bitladder.plan import Constraints, FeedbackEffort, PlanOptions, parse_floor
-    from bitladder.plan.prices.menu import measured_speeds, within_speed
-    from bitladder.plan.prices.price import Effort
-    from bitladder.quantize.quantize_options import parse_tensor_type
-
-    constraints = Constraints(
-        tuple(parse_tensor_type(text) for text in given["pins"]),
-        tuple(parse_floor(text) for text in given["floors"]),
-        tuple(tuple(kind.strip() for kind in text.split(",")) for text in given["ties"]),
-        given["max_types"],
-        given["min_speed"],
-    )
-    speeds = None
-    if given["menu"] == "fast" or given["min_speed"] is not None:
-        speeds = measured_speeds(given["threads"])
-    chunks = given["chunks"]
-    return PlanOptions(
-        menu=given["menu"],
-        fast=within_speed(speeds) if speeds and given["menu"] == "fast" else None,
-        constraints=constraints,
-        settings=Settings(
-            n_ctx=given["n_ctx"] or 256,
-            chunks=chunks,
-            threads=given["threads"],
-            gpu_layers=given["gpu_layers"],
-            n_batch=given["n_batch"],
-            n_ubatch=given["n_ubatch"],
-        ),
-        method=given["method"],
-        effort=Effort(tokens=given["probe_tokens"]),
-        feedback=FeedbackEffort(chunks=chunks, move_chunks=max(1, chunks // 2)) if given["feedback"] else None,
-        work=given["work"],
-        speeds=speeds,
-    )
-
-
-def _target(planner: "Planner", kind: str, given: dict[str, Any]) -> "tuple[Target, Preset | None]":
-    from bitladder.plan import Target
-    from bitladder.plan.allocate import bpw_bytes, parse_size
-
-    subject = planner.subject
-    if kind == "like":
-        preset = subject.preset(given["like"])
-        return Target(f"like {given['like'].upper()}", max_bytes=preset.bytes), preset
-    if kind == "kld":
-        return Target(f"KLD {given['kld']:g}", max_kld=given["kld"]), None
-    if kind == "size":
-        size, text = parse_size(given["size"]), f"size {given['size']}"
-    elif kind == "bpw":
-        size, text = bpw_bytes(given["bpw"], subject.weights(), planner.header_bytes()), f"{given['bpw']:g} bpw"
-    else:
-        text = f"vram {given['vram']} context {given['context']}"
-        size = planner.beside(parse_size(given["vram"], "--vram"), given["context"], text)
-    return Target(text, max_bytes=size), planner.fitting_preset(size)
-
-
-def _prices(planner: "Planner", target: "Target", preset: "Preset | None", given: dict[str, Any]) -> "Sensitivity":
-    if given["sensitivity"] is not None:
-        return planner.known(given["sensitivity"])
-    return planner.prices_for(target, preset)
-
-
-def _word(text: str) -> str:
-    return text.removeprefix("like ").replace(" ", "-")
-
-
-def _show(output: Output, result: "PlanResult", places: Any, target: "Target", out: pathlib.Path) -> None:
-    from bitladder.show.plan_tables import as_json, lines, tables
-
+    check_target(aim)
+    if rounding is not None and not moments:
+        raise UsageError(f"--rounding {rounding} needs second moments: pass --moments (bitladder calibrate makes them)")
+    how = RoundingOptions() if rounding is None else RoundingOptions(method=rounding)  # type: ignore[arg-type]
+    options = options.replace(decoding=options.decoding.replace(**size), feedback=options.feedback.replace(**amount))
+    inputs = PlanInputs(model, imatrix, load_text(_TEXT if text is None else text), moments, how, work)
+    with Planner(inputs, options, output.progress) as planner:
+        target, preset = target_of(aim, planner.subject, options.decoding)
+        prices = planner.prices_for(target, preset) if sensitivity is None else planner.known(sensitivity)
+        result = planner.plan(target, prices, preset)
+        out = pathlib.Path(f"{model.stem}-{target.word}.toml") if out is None else out
+        write_recipe(out, planned_recipe(planner.subject, result, target))
+        places = planner.subject.places
     if output.json:
-        output.print_json(as_json(result, places, target) | {"recipe": out.name})
+        output.print_json(plan_tables.as_json(result, places, target) | {"recipe": out.name})
         return
-    for table in tables(result, places):
+    for table in plan_tables.tables(result, places):
         output.print(table)
-    for line in lines(result, target):
+    for line in (*plan_tables.lines(result, target), plan_tables.next_step(out)):
         output.line(line)
-    output.line(f"wrote {out}; bitladder quantize -m MODEL --imatrix IMATRIX --recipe {out} -o OUT.gguf")
-
-
-def _prune(output: Output, model: pathlib.Path, given: dict[str, Any]) -> None:
-    from bitladder.evaluate import Settings, load_or_compute_base
-    from bitladder.text.texts import load_text
-    from bitladder.trial import blocks_left_out
-
-    loaded, chunks = load_text(given["text"] or "pydoc:test"), 4 if given["chunks"] == 12 else given["chunks"]
-    settings = Settings(
-        n_ctx=given["n_ctx"] or 512,
-        chunks=chunks,
-        threads=given["threads"],
-        gpu_layers=given["gpu_layers"],
-        n_batch=given["n_batch"],
-        n_ubatch=given["n_ubatch"],
-    )
-    with load_or_compute_base(model, loaded, settings, progress=output.progress) as base:
-        found = blocks_left_out(base, settings, chunks=chunks, progress=output.progress)
-    ranked = sorted(found, key=lambda one: one.kld.value)
-    if output.json:
-        output.print_json([{"block": one.block, "kld": one.kld.model_dump(), "bytes": one.bytes} for one in ranked])
-        return
-    from bitladder.show.plan_tables import prune_table
-
-    output.line(f"{model.name} without one block, {chunks} chunks of {loaded.name}; the least loss first")
-    output.print(prune_table(ranked))
-    output.line(
-        f"least loss: bitladder quantize … --prune-layers {ranked[0].block} (losses of several blocks add up to more "
-        "than their sum: prune one, and measure again)"
-    )

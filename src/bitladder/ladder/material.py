@@ -73,8 +73,9 @@ class Materials(Closing):
 
     def plan(self, rung: str) -> pathlib.Path:
         """Plan a rung; see PlannedRungs."""
-        material = self.of(rung)
-        return self._planner(material).plan(rung, self._options.mode, self._sensitivity(material))
+        material, mode = self.of(rung), self._options.mode
+        assert mode != "naive"  # such a run has no step that plans
+        return self._planner(material).plan(rung, mode, self._sensitivity(material))
 
     def _sensitivity(self, material: Material) -> pathlib.Path:
         both = len({self._smoothed(rung) for rung in self._options.rungs}) > 1

@@ -15,7 +15,7 @@ from bitladder.ladder.others import Other, about, check_headers, doubts, find_ot
 from bitladder.ladder.pace import pace_of
 from bitladder.ladder.pairs import keep_tokens, paired_with_naive
 from bitladder.ladder.plan import CODE, TASK_CTX, Kind, RunOptions, Step, plan
-from bitladder.ladder.planned import PLANNED, candidates
+from bitladder.ladder.planned import PLANNED
 from bitladder.ladder.records import IMATRIX, library_of, read_json, recipe_of, run_record, score_path, text_used
 from bitladder.ladder.rounded import MOMENTS, PLAIN, collect, refine_rung
 from bitladder.ladder.smoothed import smooth, try_rung
@@ -25,6 +25,7 @@ from bitladder.ladder.speeds import speeds
 from bitladder.ladder.store import Product, Store, open_store
 from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.ladder.tuned import tune_rung
+from bitladder.plan import candidates
 from bitladder.progress import SILENT, Progress
 from bitladder.recipe import Recipe, write_recipe
 from bitladder.refine.round.guard import guard_json
@@ -250,7 +251,8 @@ class _Execution:
 
     def _candidates(self) -> Product:
         out = self.folder / CANDIDATES
-        write_json(out, candidates(self.folder, self.options.rungs, read_json))
+        plans = [read_json(self.folder / PLANNED / f"{rung}.json") for rung in self.options.rungs]
+        write_json(out, candidates(plans))
         return Product([out])
 
     def _quantize(self, rung: str, *, planned: bool) -> Product:

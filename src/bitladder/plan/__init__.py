@@ -1,21 +1,55 @@
 """From prices to a recipe: a target, an exact allocation, and measured feedback."""
 
-from bitladder.plan.constraints import Constraints, parse_floor
-from bitladder.plan.feedback import FeedbackEffort, Found, Tried
-from bitladder.plan.planner import Planner, PlanOptions, PlanResult
+from bitladder.plan.feedback import PLANNING, FeedbackResult, TriedRecipe
+from bitladder.plan.options import (
+    Constraints,
+    FeedbackOptions,
+    PlanDecoding,
+    PlanOptions,
+    PriceOptions,
+    RivalOptions,
+    TargetOptions,
+)
+from bitladder.plan.planner import PlanInputs, Planner
+from bitladder.plan.prices import FISHER_PRICES, PRICES, TypePrices, Window, load_prices
+from bitladder.plan.prune import PruneOptions, rank_blocks
+from bitladder.plan.result import MovedTensors, PlanResult, Share, moved_tensors, planned_recipe, shares
+from bitladder.plan.rungs import candidates, plan_rung, price_rungs
 from bitladder.plan.subject import Preset, Subject
-from bitladder.plan.target import Target
+from bitladder.plan.target import Target, check_target, target_of
 
 __all__ = [
+    "FISHER_PRICES",
+    "PLANNING",
+    "PRICES",
     "Constraints",
-    "FeedbackEffort",
-    "Found",
+    "FeedbackOptions",
+    "FeedbackResult",
+    "MovedTensors",
+    "PlanDecoding",
+    "PlanInputs",
     "PlanOptions",
     "PlanResult",
     "Planner",
     "Preset",
+    "PriceOptions",
+    "PruneOptions",
+    "RivalOptions",
+    "Share",
     "Subject",
     "Target",
-    "Tried",
-    "parse_floor",
+    "TargetOptions",
+    "TriedRecipe",
+    "TypePrices",
+    "Window",
+    "candidates",
+    "check_target",
+    "load_prices",
+    "moved_tensors",
+    "plan_rung",
+    "planned_recipe",
+    "price_rungs",
+    "rank_blocks",
+    "shares",
+    "target_of",
 ]

@@ -1,49 +1,45 @@
-"""Recipes are measured, prices corrected by what was measured, and the problem solved again, until nothing improves."""
+"""Recipes are measured, prices corrected by the measurements, and the problem solved again, until nothing improves."""
 
+import collections
 import dataclasses
+import random
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from bitladder.plan.allocate import Allocation, Problem, neighbours
-from bitladder.plan.corrections import Correction, correct
-from bitladder.plan.moves import kind_moves, random_moves
-from bitladder.plan.priced_problem import Prices
+from bitladder.keys import Algorithm
+from bitladder.plan.allocate import ALLOCATION, Allocation, Problem, neighbours
+from bitladder.plan.corrections import Correction, Places, correct
+from bitladder.plan.measurements import Measurements
+from bitladder.plan.options import FeedbackOptions
+from bitladder.plan.problem import Prices
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Progress, Task
-from bitladder.trial.journal import Journal, Measurement, Measures
+from bitladder.trial.journal import Measurement
 
-Places = Mapping[str, tuple[str, int | None]]
-
-
-@dataclasses.dataclass(frozen=True)
-class FeedbackEffort:
-    """How much to measure.
-
-    `chunks` for a recipe that may be returned, `move_chunks` for one that only teaches; `rounds` of correcting and
-    solving; `random` recipes to learn parts of kinds from; `exchanges` to try at the end. With `judge_chunks`, so many
-    chunks that come after the others and that nothing was fitted to decide among the best `finalists` and the rivals.
-    """
-
-    chunks: int = 12
-    move_chunks: int = 6
-    rounds: int = 4
-    random: int = 10
-    exchanges: int = 6
-    judge_chunks: int = 0
-    finalists: int = 3
-
-    @property
-    def text_chunks(self) -> int:
-        """Chunks of text that are needed."""
-        return self.chunks + self.judge_chunks
+PLANNING = Algorithm(
+    "planning",
+    (
+        "recipes are measured, prices corrected, and the problem solved again",
+        "rivals compete, and text to which nothing was fitted decides",
+        "inputs of swapped weights are rounded as their types' kernels round them",
+        "corrections are fitted to the recipes of the plan itself, not to all that the journal holds",
+    ),
+    uses=(ALLOCATION,),
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tried:
-    """A recipe that was tried: `name` says how it came about; `predicted` nats, None for what was not predicted.
+class TriedRecipe:
+    """A recipe that was tried.
 
-    `judged` is its measurement on the chunks that decide, if it came so far.
+    Parameters:
+        name: how it came about.
+        types: tensor → type.
+        bytes: size of its file.
+        predicted: predicted KLD, nats per token; None for a recipe that was not predicted.
+        measured: its measurement on the text that prices are corrected on.
+        judged: its measurement on the text that decides; None if it was no finalist.
     """
 
     name: str
@@ -53,161 +49,255 @@ class Tried:
     measured: Measurement
     judged: Measurement | None = None
 
+    @property
+    def figure(self) -> Measurement:
+        """The measurement to report: on the text that decides if there is one."""
+        return self.judged or self.measured
+
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """The best recipe and the way to it. `price` is nats per byte at the end, `correction` the last one."""
+class FeedbackResult:
+    """The best recipe and the way to it.
 
-    best: Tried
-    tried: tuple[Tried, ...]
+    Parameters:
+        best: the recipe that was chosen.
+        tried: all recipes that might have been.
+        allocation: the best recipe as an allocation of the last problem.
+        problem: the problem that the last corrected prices make.
+        correction: the last correction.
+    """
+
+    best: TriedRecipe
+    tried: tuple[TriedRecipe, ...]
     allocation: Allocation
     problem: Problem
     correction: Correction
-    prices: dict[str, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanProblem:
+    """What is planned.
+
+    Parameters:
+        prices: tensor → type → nats per token, before any correction.
+        places: tensor → (kind, layer).
+        target: a size or a KLD.
+        build: makes a problem of prices.
+        full: tensor → its type in full precision.
+        tensor_bytes: bytes of a (tensor, type) in the file.
+    """
+
+    prices: Prices
+    places: Places
+    target: Target
+    build: Callable[[Prices], Problem]
+    full: Mapping[str, str]
+    tensor_bytes: Callable[[str, str], int]
 
 
 class Feedback:
     """The loop.
 
-    `build` makes a problem of prices; `places` are tensor → (kind, layer), `full` the full precision of each tensor,
-    `tensor_bytes` what (tensor, type) takes in the file.
+    Parameters:
+        planned: prices, target and problem.
+        measurements: what measures recipes. Prices are corrected by what is measured here, and by nothing else.
+        options: how many recipes, and on how much text.
     """
 
-    def __init__(
-        self,
-        prices: Prices,
-        places: Places,
-        target: Target,
-        build: Callable[[Prices], Problem],
-        journal: Journal,
-        model: Measures,
-        effort: FeedbackEffort,
-        full: Mapping[str, str],
-        tensor_bytes: Callable[[str, str], int],
-    ) -> None:
-        self.prices, self.places, self.target, self.build = prices, places, target, build
-        self.journal, self.model, self.effort, self.full = journal, model, effort, full
-        self._tensor_bytes, self._overhead = tensor_bytes, build(prices).fixed_bytes
-        self.tried: list[Tried] = []
+    def __init__(self, planned: PlanProblem, measurements: Measurements, options: FeedbackOptions) -> None:
+        self._planned, self._measurements, self._options = planned, measurements, options
+        self._target = planned.target
+        self._overhead = planned.build(planned.prices).fixed_bytes
+        self._tried: list[TriedRecipe] = []
 
-    def run(self, rivals: Mapping[str, Mapping[str, str]], progress: Progress = SILENT) -> Found:
-        """Plan, with `rivals` (name → types, such as the preset) measured too: the best of all is returned."""
-        effort = self.effort
-        total = len(rivals) + 1 + 2 * len({kind for kind, _ in self.places.values()}) + effort.random
-        with progress.task("measure recipes, correct prices", total + effort.rounds + effort.exchanges) as task:
+    @PLANNING.entry
+    def run(self, rivals: Mapping[str, Mapping[str, str]], progress: Progress = SILENT) -> FeedbackResult:
+        """Plans. The best recipe of all is returned, rivals included.
+
+        Parameters:
+            rivals: name → types of recipes to compete with, such as the preset.
+            progress: where recipes are shown.
+        """
+        options, places = self._options, self._planned.places
+        total = len(rivals) + 1 + 2 * len({kind for kind, _ in places.values()}) + options.random_recipes
+        with progress.task("measure recipes, correct prices", total + options.rounds + options.exchanges) as task:
             for name, types in rivals.items():
                 self._try(name, types, None, task)
-            problem = self.build(self.prices)
-            allocation = self.target.solve(problem)
+            problem = self._planned.build(self._planned.prices)
+            allocation = self._target.solve(problem)
             self._try("exact", allocation.types, allocation.cost, task)
-            self._teach("kind by kind", kind_moves(problem, allocation.types, self.places), task)
-            for turn in range(effort.rounds):
-                best = self._best()
+            self._teach("kind by kind", kind_moves(problem, allocation.types, places), task)
+            for turn in range(options.rounds):
                 if turn == 1:
-                    near = random_moves(problem, best.types, self.places, effort.random, seed=turn)
+                    near = random_moves(problem, self._best().types, places, options.random_recipes, seed=turn)
                     self._teach("parts of kinds", near, task)
                 correction, problem, allocation = self._again()
-                seen = any(one.types == allocation.types for one in self.tried)
+                seen = any(one.types == allocation.types for one in self._tried)
                 predicted = allocation.cost + correction.offset
                 self._try(f"corrected, round {turn + 1}", allocation.types, predicted, task)
                 if seen and turn > 1:
                     break
             self._exchange(task)
-            best = self._judge(set(rivals), task) if effort.judge_chunks else self._best()
+            best = self._judge(set(rivals), task) if options.judging_chunks else self._best()
         correction, problem, _ = self._again()
-        return Found(
-            best,
-            tuple(self.tried),
-            self._allocation(problem, best.types),
-            problem,
-            correction,
-            correction.apply(self.prices),
-        )
+        return FeedbackResult(best, tuple(self._tried), self._allocation(problem, best.types), problem, correction)
 
     def _again(self) -> tuple[Correction, Problem, Allocation]:
-        correction = correct(self.prices, self.places, self._measured(), self._best().measured)
-        problem = self.build(correction.apply(self.prices))
-        return correction, problem, self.target.solve(problem, correction.offset)
+        """Corrects prices by what is measured so far, and solves."""
+        prices, options = self._planned.prices, self._options
+        correction = correct(
+            prices, self._planned.places, self._whole_recipes(), self._best().measured, options.correction
+        )
+        problem = self._planned.build(correction.apply(prices))
+        return correction, problem, self._target.solve(problem, correction.offset)
 
-    def _measured(self) -> list[Measurement]:
-        """Recipes of nearly all tensors: single swaps from full precision are another regime."""
-        least = 0.8 * len(self.places)
-        count = self.effort.chunks  # what comes after them in the text is for others to judge by
-        return [one.part(0, count) for one in self.journal.found.values() if len(one.types) >= least]
+    def _whole_recipes(self) -> list[Measurement]:
+        """Recipes of nearly all tensors. A single swap from full precision is another regime.
 
-    def _best(self) -> Tried:
-        return min(self.tried, key=lambda one: self.target.rank(one.measured, one.bytes))
+        The text that decides teaches nothing: its chunks are left out.
+        """
+        least = self._options.whole_share * len(self._planned.places)
+        recipes = [one for one in self._measurements.all() if len(one.types) >= least]
+        return [one.part(0, self._options.chunks) for one in recipes]
 
-    def _judge(self, rivals: set[str], task: Task) -> Tried:
-        """The best on text that taught nothing, among the finalists and the rivals."""
-        ranked = sorted(self.tried, key=lambda one: self.target.rank(one.measured, one.bytes))
-        chosen = ranked[: self.effort.finalists]
-        chosen += [one for one in ranked[self.effort.finalists :] if one.name in rivals]
+    def _ranked(self) -> list[TriedRecipe]:
+        return sorted(self._tried, key=lambda one: self._target.rank(one.measured, one.bytes))
+
+    def _best(self) -> TriedRecipe:
+        return self._ranked()[0]
+
+    def _judge(self, rivals: set[str], task: Task) -> TriedRecipe:
+        """The best of finalists and rivals on text to which nothing was fitted."""
+        options, ranked = self._options, self._ranked()
+        finalists = ranked[: options.finalists]
+        finalists += [one for one in ranked[options.finalists :] if one.name in rivals]
         judged = []
-        for one in chosen:
+        for one in finalists:
             task.note(f"judge {one.name}")
-            whole = self._measure(one.types, self.effort.text_chunks, one.name)
-            made = dataclasses.replace(one, judged=whole.part(self.effort.chunks, self.effort.text_chunks))
-            self.tried[self.tried.index(one)] = made
-            judged.append(made)
-        target = self.target
+            whole = self._measure(one.types, options.text_chunks, one.name)
+            recipe = dataclasses.replace(one, judged=whole.part(options.chunks, options.text_chunks))
+            self._tried[self._tried.index(one)] = recipe
+            judged.append(recipe)
+        target = self._target
         if target.max_kld is not None:
-            # The text that decides may be harder or easier than the one that the goal is stated on.
-            scale = np.mean(
-                [one.judged.kld / one.measured.kld for one in judged if one.judged and one.measured.kld > 0]
+            # The text that decides may be harder or easier than the text that the goal is stated on.
+            ratios = [one.figure.kld / one.measured.kld for one in judged if one.measured.kld > 0]
+            target = dataclasses.replace(
+                target, max_kld=target.max_kld * float(np.mean(ratios)) if ratios else target.max_kld
             )
-            target = dataclasses.replace(target, max_kld=float(target.max_kld * scale))
-        return min(judged, key=lambda one: target.rank(one.judged or one.measured, one.bytes))
+        return min(judged, key=lambda one: target.rank(one.figure, one.bytes))
 
     def _measure(self, types: Mapping[str, str], chunks: int, label: str) -> Measurement:
-        swapped = {name: kind for name, kind in types.items() if kind != self.full[name]}
-        return self.journal.measure(self.model, swapped, chunks, label)
+        swapped = {name: kind for name, kind in types.items() if kind != self._planned.full[name]}
+        return self._measurements.measure(swapped, chunks, label)
 
-    def _try(self, name: str, types: Mapping[str, str], predicted: float | None, task: Task) -> Tried:
+    def _try(self, name: str, types: Mapping[str, str], predicted: float | None, task: Task) -> TriedRecipe:
         task.note(name)
-        measured = self._measure(types, self.effort.chunks, name)
-        made = Tried(name, dict(types), self._bytes(types), predicted, measured)
-        if all(one.types != made.types for one in self.tried):
-            self.tried.append(made)
+        measured = self._measure(types, self._options.chunks, name)
+        recipe = TriedRecipe(name, dict(types), self._bytes(types), predicted, measured)
+        if all(one.types != recipe.types for one in self._tried):
+            self._tried.append(recipe)
         task.note(f"{name}: KLD {measured.kld:.5f}")
         task.advance()
-        return made
+        return recipe
 
     def _teach(self, label: str, recipes: Sequence[Mapping[str, str]], task: Task) -> None:
+        """Measures recipes that only correct prices."""
         for types in recipes:
             task.note(label)
-            self._measure(types, self.effort.move_chunks, label)
+            self._measure(types, self._options.teaching_chunks, label)
             task.advance()
 
     def _bytes(self, types: Mapping[str, str]) -> int:
-        return self._overhead + sum(self._tensor_bytes(name, kind) for name, kind in types.items())
+        return self._overhead + sum(self._planned.tensor_bytes(name, kind) for name, kind in types.items())
 
     def _allocation(self, problem: Problem, types: Mapping[str, str]) -> Allocation:
         menus = {name: {option.type: option for option in menu} for name, menu in problem.options.items()}
         used = [menus[name][kind] for name, kind in types.items() if kind in menus[name]]
-        solved = self.target.solve(problem)
-        return dataclasses.replace(
-            solved, types=dict(types), bytes=self._bytes(types), cost=float(sum(one.cost for one in used))
-        )
+        solved = self._target.solve(problem)
+        cost = float(sum(one.cost for one in used))
+        return dataclasses.replace(solved, types=dict(types), bytes=self._bytes(types), cost=cost)
 
     def _exchange(self, task: Task) -> None:
-        """Swaps that are predicted to cost about nothing: one that measures better by its error is taken."""
-        best, missed = self._best(), 0
-        for turn in range(self.effort.exchanges):
+        """Tries exchanges with a predicted cost near 0. One that measures better by its error replaces the best."""
+        options, best, failed = self._options, self._best(), 0
+        for turn in range(options.exchanges):
             _, problem, _ = self._again()
             if any(kind not in {o.type for o in problem.options[n]} for n, kind in best.types.items()):
-                return  # a rival won whose types have no price
+                return  # a rival leads whose types have no price
             allocation = self._allocation(problem, best.types)
-            candidates = (best.types | one.types for one in neighbours(problem, allocation, 40, self.target.max_bytes))
-            types = next((one for one in candidates if all(one != tried.types for tried in self.tried)), None)
+            near = neighbours(problem, allocation, options.exchange_candidates, self._target.max_bytes)
+            recipes = (best.types | one.types for one in near)
+            types = next((one for one in recipes if all(one != tried.types for tried in self._tried)), None)
             if types is None:
                 return
-            made = self._try(f"exchange {turn + 1}", types, None, task)
-            gaps = np.array(made.measured.chunks) - np.array(best.measured.chunks)
+            recipe = self._try(f"exchange {turn + 1}", types, None, task)
+            gaps = np.array(recipe.measured.chunks) - np.array(best.measured.chunks)
             error = float(gaps.std() / np.sqrt(max(len(gaps) - 1, 1)))
-            if self._best().types == made.types and float(gaps.mean()) < -error:
-                best, missed = made, 0
+            if self._best().types == recipe.types and float(gaps.mean()) < -error:
+                best, failed = recipe, 0
             else:
-                missed += 1
-            if missed >= 3:
+                failed += 1
+            if failed >= options.failed_exchanges:
                 return
+
+
+def step(problem: Problem, name: str, kind: str, direction: int) -> str:
+    """The next type of a tensor on the lower hull of its (bytes, cost): up (+1) or down (−1). At the end its own type.
+
+    Example:
+        >>> from bitladder.plan.allocate import TypeOption
+        >>> menu = (TypeOption("q3_K", 10, 5.0), TypeOption("q4_0", 12, 4.9), TypeOption("q4_K", 14, 1.0))
+        >>> step(Problem({"attn_v": menu}), "attn_v", "q3_K", 1)
+        'q4_K'
+    """
+    here = next(option for option in problem.options[name] if option.type == kind)
+    if direction > 0:
+        menu = [o for o in problem.options[name] if o.nbytes > here.nbytes and o.cost < here.cost]
+        # Most nats saved for each byte.
+        return max(menu, key=lambda o: (here.cost - o.cost) / (o.nbytes - here.nbytes)).type if menu else kind
+    menu = [o for o in problem.options[name] if o.nbytes < here.nbytes]
+    # Fewest nats lost for each byte saved.
+    return min(menu, key=lambda o: (o.cost - here.cost) / (here.nbytes - o.nbytes)).type if menu else kind
+
+
+def kind_moves(problem: Problem, types: Mapping[str, str], places: Places) -> list[dict[str, str]]:
+    """The recipe with each kind in turn one step down, and one step up."""
+    by_kind: dict[str, list[str]] = collections.defaultdict(list)
+    for name in types:
+        by_kind[places[name][0]].append(name)
+    recipes = []
+    for names in by_kind.values():
+        for direction in (-1, 1):
+            moved = dict(types) | {name: _step(problem, name, types[name], direction) for name in names}
+            if moved != dict(types):
+                recipes.append(moved)
+    return recipes
+
+
+def random_moves(
+    problem: Problem, types: Mapping[str, str], places: Places, count: int, seed: int
+) -> list[dict[str, str]]:
+    """Recipes in which each third of the layers of each kind goes one step up or down at random.
+
+    As many thirds go up as down, so that the size stays near the recipe's.
+    """
+    draw = random.Random(seed)
+    layers = max((layer for _, layer in places.values() if layer is not None), default=0) + 1
+    parts: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
+    for name in types:
+        kind, layer = places[name]
+        parts[kind, -1 if layer is None else 3 * layer // layers].append(name)
+    recipes = []
+    for _ in range(count):
+        signs = [1, -1] * (len(parts) // 2 + 1)
+        draw.shuffle(signs)
+        moved = dict(types)
+        for names, sign in zip(parts.values(), signs, strict=False):
+            moved |= {name: _step(problem, name, types[name], sign) for name in names}
+        recipes.append(moved)
+    return recipes
+
+
+def _step(problem: Problem, name: str, kind: str, direction: int) -> str:
+    return kind if name in problem.pins else step(problem, name, kind, direction)

@@ -1,4 +1,4 @@
-"""What others would do with the same bytes: recipes that the plan is compared with."""
+"""Other ways to spend the same bytes: recipes that the plan is compared with."""
 
 import collections
 from collections.abc import Callable, Mapping
@@ -7,81 +7,126 @@ from bitladder.calibrate.imatrix import Imatrix
 from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
 from bitladder.engine.types import type_by_name
 from bitladder.plan.allocate import Problem, greedy
-from bitladder.plan.priced_problem import Prices
-from bitladder.plan.prices.document import Sensitivity
+from bitladder.plan.corrections import Places
+from bitladder.plan.options import RivalOptions
+from bitladder.plan.prices import TypePrices
+from bitladder.plan.problem import Prices
+from bitladder.plan.subject import Preset, Subject
 from bitladder.plan.target import Target
 
-Places = Mapping[str, tuple[str, int | None]]
+# What tables call a statistic, and its value: tensors with larger values are taken to matter more.
 STATISTICS: dict[str, Callable[[TensorStatistics], float | None]] = {
-    "sum": lambda one: one.sum,
-    "zd": lambda one: one.zd,
-    # A tensor whose input is unlike the previous block's is taken to matter more.
-    "cossim": lambda one: None if one.cossim is None else -one.cossim,
+    "Σ(Act²)": lambda one: one.sum,
+    "ZD": lambda one: one.zd,
+    # A tensor matters more whose input is unlike the previous block's.
+    "CosSim": lambda one: None if one.cossim is None else -one.cossim,
 }
-SHARE = 4  # one tensor in so many goes up, one goes down
-STEP = 0.5  # bits per weight that a step is at least
 
 
-def weighted_error(sensitivity: Sensitivity, build: Callable[[Prices], Problem], target: Target) -> dict[str, str]:
+def rivals(
+    subject: Subject, preset: Preset, prices: TypePrices, build: Callable[[Prices], Problem], options: RivalOptions
+) -> dict[str, dict[str, str]]:
+    """Recipes in at most the preset's bytes: the preset moved by statistics, and simpler allocations.
+
+    Parameters:
+        subject: the model.
+        preset: the preset.
+        prices: prices of types.
+        build: makes a problem of prices.
+        options: how far the preset is moved.
+
+    Returns:
+        Name → tensor → type.
+    """
+    problem = build(prices_of(prices))
+    recipes: dict[str, dict[str, str] | None] = {}
+    if subject.imatrix is not None:
+        for name, types in moved_presets(problem, preset, subject.imatrix, subject.places, options).items():
+            recipes[f"preset moved by {name}"] = types
+    recipes["weighted error"] = weighted_error(prices, build, Target("", max_bytes=preset.bytes))
+    recipes["greedy"] = greedy(problem, preset.bytes).types
+    return {name: types for name, types in recipes.items() if types is not None}
+
+
+def prices_of(prices: TypePrices) -> dict[str, dict[str, float]]:
+    """Tensor → type → predicted KLD, nats per token."""
+    return {name: dict(tensor.kld) for name, tensor in prices.tensors.items()}
+
+
+def weighted_error(prices: TypePrices, build: Callable[[Prices], Problem], target: Target) -> dict[str, str]:
     """The exact solution for the importance-weighted squared error alone, as if that were the loss."""
-    errors = {name: dict(tensor.error) for name, tensor in sensitivity.tensors.items()}
+    errors = {name: dict(tensor.error) for name, tensor in prices.tensors.items()}
     return target.solve(build(errors)).types
 
 
-def greedy_types(problem: Problem, max_bytes: int) -> dict[str, str]:
-    """The same prices, spent greedily."""
-    return greedy(problem, max_bytes).types
-
-
 def uniform(problem: Problem, max_bytes: int) -> dict[str, str] | None:
-    """One type for all, where its width allows (the smallest above it elsewhere): the largest that fits.
+    """The largest type that fits, for all tensors. Where a width cannot hold it, the smallest type above it.
 
-    None if not even the smallest does.
+    Returns None if not even the smallest type fits.
     """
     kinds = sorted({option.type for menu in problem.options.values() for option in menu}, key=_bpw)
-    for wanted in reversed(kinds):
+    for kind in reversed(kinds):
         types = {}
         for name, menu in problem.options.items():
-            fitting = [option for option in menu if _bpw(option.type) >= _bpw(wanted)]
-            same = [option for option in fitting if option.type == wanted]
-            types[name] = (same or sorted(fitting, key=lambda option: option.nbytes))[0].type
+            large = [option for option in menu if _bpw(option.type) >= _bpw(kind)]
+            same = [option for option in large if option.type == kind]
+            types[name] = (same or sorted(large, key=lambda option: option.nbytes))[0].type
         if _size(problem, types) <= max_bytes:
             return types
     return None
 
 
-def by_statistic(
-    problem: Problem, preset: Mapping[str, str], imatrix: Imatrix, statistic: str, places: Places, max_bytes: int
-) -> dict[str, str] | None:
-    """The preset with the top quarter of each kind, by a statistic of its inputs, a type up, the bottom quarter down.
+def moved_presets(
+    problem: Problem, preset: Preset, imatrix: Imatrix, places: Places, options: RivalOptions
+) -> dict[str, dict[str, str] | None]:
+    """The preset moved by each statistic of the tensors' inputs.
 
-    Where that is too large, fewer go up. None if a kind has too few tensors for quarters everywhere.
+    In each kind the quarter with the largest values goes a type up, the quarter with the smallest a type down. Where
+    that is too large, fewer go up. A recipe is None if every kind has too few tensors for quarters.
+
+    Parameters:
+        problem: menus, and the bytes of each type.
+        preset: where the recipes start from, and the most bytes they may have.
+        imatrix: the importance matrix.
+        places: tensor → (kind, layer).
+        options: which share of tensors moves, and how far.
     """
-    values = {one.tensor: STATISTICS[statistic](one) for one in tensor_statistics(imatrix)}
+    statistics = list(tensor_statistics(imatrix))
+    recipes = {}
+    for label, statistic in STATISTICS.items():
+        values = {one.tensor: value for one in statistics if (value := statistic(one)) is not None}
+        recipes[label] = _moved(problem, preset, values, places, options)
+    return recipes
+
+
+def _moved(
+    problem: Problem, preset: Preset, values: Mapping[str, float], places: Places, options: RivalOptions
+) -> dict[str, str] | None:
     by_kind: dict[str, list[str]] = collections.defaultdict(list)
     for name in problem.options:
-        if values.get(name) is not None and preset[name] in {option.type for option in problem.options[name]}:
+        if name in values and preset.types[name] in {option.type for option in problem.options[name]}:
             by_kind[places[name][0]].append(name)
-    types, raised = {name: preset[name] for name in problem.options}, []
+    types, raised = {name: preset.types[name] for name in problem.options}, []
     for names in by_kind.values():
-        ranked = sorted(names, key=lambda name: values[name] or 0.0)
-        count = len(ranked) // SHARE
+        ranked = sorted(names, key=lambda name: values[name])
+        count = len(ranked) // options.moved_share
         for name in ranked[:count]:
-            types[name] = _neighbour(problem, name, preset[name], -1)
+            types[name] = _neighbour(problem, name, preset.types[name], -options.moved_bpw)
         raised += [(rank, name) for rank, name in enumerate(reversed(ranked[len(ranked) - count :]))]
     if not raised:
         return None
     for _, name in sorted(raised):
-        higher = types | {name: _neighbour(problem, name, preset[name], 1)}
-        if _size(problem, higher) <= max_bytes:
+        higher = types | {name: _neighbour(problem, name, preset.types[name], options.moved_bpw)}
+        if _size(problem, higher) <= preset.bytes:
             types = higher
     return types
 
 
-def _neighbour(problem: Problem, name: str, kind: str, direction: int) -> str:
-    """The nearest type of a menu at least STEP bits per weight away."""
-    menu = [o.type for o in problem.options[name] if direction * (_bpw(o.type) - _bpw(kind)) >= STEP]
-    return min(menu, key=lambda one: (abs(_bpw(one) - _bpw(kind)), one)) if menu else kind
+def _neighbour(problem: Problem, name: str, kind: str, bpw: float) -> str:
+    """The nearest type of a menu that is at least `bpw` bits per weight larger (or, if negative, smaller)."""
+    gaps = {option.type: _bpw(option.type) - _bpw(kind) for option in problem.options[name]}
+    menu = [one for one, gap in gaps.items() if (gap >= bpw if bpw > 0 else gap <= bpw)]
+    return min(menu, key=lambda one: (abs(gaps[one]), one)) if menu else kind
 
 
 def _bpw(kind: str) -> float:

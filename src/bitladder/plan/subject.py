@@ -1,4 +1,4 @@
-"""What is planned for: a full-precision file, its importance, and what the library allows for each tensor."""
+"""The model of a plan: a full-precision file, its importance, and what the library allows for each tensor."""
 
 import dataclasses
 import pathlib
@@ -17,17 +17,21 @@ from bitladder.gguf.names import layer_of, short_kind
 from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.writer import TensorPlan, file_size, padded
 from bitladder.progress import SILENT
-from bitladder.quantize import QuantizeOptions, prepare
-from bitladder.quantize.quant_metadata import VERSION_KEY
-from bitladder.recipe.check_recipe import changeable
-from bitladder.recipe.patterns import exact_patterns
+from bitladder.quantize import RUNGS, VERSION_KEY, QuantizeOptions, prepare
+from bitladder.recipe import changeable, exact_patterns
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A preset by itself: its types, and the bytes of the file that llama-quantize writes."""
+    """A preset by itself.
+
+    Parameters:
+        name: as the user wrote it.
+        types: tensor → type, for every tensor of the file.
+        bytes: size of the file that llama-quantize writes.
+    """
 
     name: str
     types: dict[str, str]
@@ -35,7 +39,20 @@ class Preset:
 
 
 class Subject(Closing):
-    """A model to plan for. Raises BitladderError if the file is no full-precision model, or the imatrix not its own."""
+    """A model to plan for.
+
+    Parameters:
+        path: a full-precision GGUF.
+        imatrix: the importance matrix of the same model, or None.
+
+    Attributes:
+        tensors: names of the tensors that can be quantized, in the order of the file.
+        importance: tensor → mean squared inputs, float32, shape [matrices, width].
+        places: tensor → (kind, layer); the layer is None outside of blocks.
+
+    Raises:
+        BitladderError: the file is not a full-precision model, or the imatrix belongs to another one.
+    """
 
     def __init__(self, path: pathlib.Path, imatrix: pathlib.Path | None) -> None:
         self.path, self.imatrix_path = path, imatrix
@@ -52,12 +69,12 @@ class Subject(Closing):
         self.places = {name: (short_kind(name), layer_of(name)) for name in self.tensors}
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self.file.close()
 
     def _changeable(self) -> list[str]:
-        can = changeable(self.file)
-        names = [name for name in self.file.tensors if name in can]
+        can_change = changeable(self.file)
+        names = [name for name in self.file.tensors if name in can_change]
         quantized = [name for name in names if self.file.tensors[name].type.quantized]
         if quantized:
             raise BitladderError(
@@ -72,18 +89,18 @@ class Subject(Closing):
         entries = self.imatrix.entries if self.imatrix is not None else {}
         if self.imatrix is not None and not entries.keys() & self.file.tensors.keys():
             raise BitladderError(f"the imatrix {self.imatrix_path} belongs to another model: no tensor is in both")
-        found = {}
+        importance = {}
         for name in self.tensors:
             tensor = self.file.tensors[name]
             matrices = tensor.rows // tensor.rows_per_matrix
             if name in entries and entries[name].sums.size == tensor.width * matrices:
-                found[name] = entries[name].means().reshape(matrices, tensor.width)
-        return found
+                importance[name] = entries[name].means().reshape(matrices, tensor.width)
+        return importance
 
     def needy(self, name: str) -> set[str]:
-        """Types that the library refuses for a tensor without importance; none if it has importance.
+        """Names of the types that the library refuses for a tensor without importance; none if it has importance.
 
-        The rule is the type's within the blocks, and may be another for embeddings and head.
+        Within the blocks the rule depends on the type alone. For embeddings and head it may be another.
         """
         if name in self.importance:
             return set()
@@ -99,10 +116,22 @@ class Subject(Closing):
         return preset_types(self.path, request).needs_imatrix
 
     def preset(self, name: str) -> Preset:
-        """What llama-quantize makes of the model with a preset and this imatrix. Raises BitladderError if it cannot."""
+        """The types and size that llama-quantize gives the model. Raises BitladderError for a preset it cannot make."""
         with prepare(self.path, QuantizeOptions(name), imatrix=self.imatrix_path, progress=SILENT) as prepared:
             metadata = {key: value for key, value in prepared.metadata.items() if key != VERSION_KEY}
             return Preset(name, prepared.choice.types, file_size(metadata, prepared.plans))
+
+    def fitting_preset(self, max_bytes: int) -> Preset | None:
+        """The largest of the usual presets whose file is not above a size; None if every file is."""
+        fitting = None
+        for name in RUNGS:
+            try:
+                preset = self.preset(name)
+            except BitladderError:
+                continue
+            if preset.bytes <= max_bytes and (fitting is None or preset.bytes > fitting.bytes):
+                fitting = preset
+        return fitting
 
     def file_bytes(self, types: Mapping[str, str]) -> int:
         """The exact size of the file that `bitladder quantize --recipe` writes."""
@@ -111,13 +140,18 @@ class Subject(Closing):
             return prepared.bytes
 
     def overhead(self) -> int:
-        """Bytes of a planned file that are not of the tensors that are chosen: header, padding, norms."""
+        """Bytes of a planned file outside of the tensors that get a type: header, padding, norms."""
         everything = dict.fromkeys(self.tensors, "q8_0")
         sizes = sum(self.tensor_bytes(name, "q8_0") for name in self.tensors)
         return self.file_bytes(everything) - sizes
 
+    def header_bytes(self) -> int:
+        """Bytes of a planned file that are no weights: header and padding."""
+        names = set(self.tensors)
+        return self.overhead() - sum(tensor.nbytes for name, tensor in self.file.tensors.items() if name not in names)
+
     def tensor_bytes(self, name: str, kind: str) -> int:
-        """What a tensor takes in the file, padding included."""
+        """Bytes of a tensor in the file, padding included."""
         return padded(self.plain_bytes(name, kind))
 
     def plain_bytes(self, name: str, kind: str) -> int:
@@ -125,5 +159,5 @@ class Subject(Closing):
         return TensorPlan(name, self.file.tensors[name].shape, type_by_name(kind)).nbytes
 
     def weights(self) -> int:
-        """All weights of the model, norms included."""
+        """Number of weights of the model, norms included."""
         return sum(tensor.elements for tensor in self.file.tensors.values())

@@ -3,7 +3,9 @@
 from bitladder.engine.presets import presets
 from bitladder.quantize.preflight import Preflight, check_room, preflight
 from bitladder.quantize.prepare import Prepared, prepare
-from bitladder.quantize.quantize_options import QuantizeOptions
+from bitladder.quantize.quant_metadata import DROPPED, TUNE_KEY, VERSION_KEY
+from bitladder.quantize.quantize_options import QuantizeOptions, parse_tensor_type, target_type
+from bitladder.quantize.type_patterns import match_patterns
 from bitladder.quantize.write_quant import QuantizeResult, quantize, refuse_target, write
 
 # The ladder, from the smallest to the largest.
@@ -29,16 +31,22 @@ def preset_names() -> list[str]:
 
 
 __all__ = [
+    "DROPPED",
     "RUNGS",
+    "TUNE_KEY",
+    "VERSION_KEY",
     "Preflight",
     "Prepared",
     "QuantizeOptions",
     "QuantizeResult",
     "check_room",
+    "match_patterns",
+    "parse_tensor_type",
     "preflight",
     "prepare",
     "preset_names",
     "quantize",
     "refuse_target",
+    "target_type",
     "write",
 ]

@@ -15,7 +15,7 @@ QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 # The output is one file with the default alignment; a writer of shards adds its own split.*.
 DROPPED = ("split.no", "split.count", "split.tensors.count", "general.alignment")
 VERSION_KEY, RECIPE_KEY = "bitladder.version", "bitladder.recipe.sha256"
-TUNE_KEY = "bitladder.refine.tune"  # in files whose scales were tuned: on how much, and how
+TUNE_KEY = "bitladder.tune"  # in files whose scales were tuned: on how much, and how
 
 
 def quant_metadata(

@@ -1,10 +1,11 @@
 """Recipes: the type of every tensor of a quant. Read, written, extracted, compared, checked and exported."""
 
-from bitladder.recipe.check_recipe import check
+from bitladder.recipe.check_recipe import changeable, check
 from bitladder.recipe.diff import RecipeDiff, diff
 from bitladder.recipe.export import Export, export, export_command, export_lines
 from bitladder.recipe.extract import extract
 from bitladder.recipe.findings import Checked, Finding
+from bitladder.recipe.patterns import exact_patterns
 from bitladder.recipe.schema import FileUsed, ImatrixUsed, Recipe, TextUsed, recipe_sha256
 from bitladder.recipe.toml import read_recipe, recipe_toml, write_recipe
 
@@ -17,8 +18,10 @@ __all__ = [
     "Recipe",
     "RecipeDiff",
     "TextUsed",
+    "changeable",
     "check",
     "diff",
+    "exact_patterns",
     "export",
     "export_command",
     "export_lines",

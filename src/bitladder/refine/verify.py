@@ -21,7 +21,7 @@ from bitladder.errors import BitladderError
 from bitladder.gguf.kinship import refuse_other_model
 from bitladder.gguf.reader import GgufFile, TensorInfo
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize.quant_metadata import TUNE_KEY
+from bitladder.quantize import TUNE_KEY
 from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256
 from bitladder.refine.round.quantize_rounded import METHOD_KEY, MOMENTS_KEY, SEQUENTIAL_KEY
 from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order

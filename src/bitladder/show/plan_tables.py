@@ -1,29 +1,29 @@
 """A plan as tables, lines and JSON."""
 
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
 
 from bitladder.gguf.number_ranges import ranges
-from bitladder.plan import PlanResult, Target
-from bitladder.plan.allocate import size_text
-from bitladder.plan.explain import Moved, Share, moves, shares
-from bitladder.plan.feedback import Tried
+from bitladder.plan import MovedTensors, PlanResult, Share, Target, TriedRecipe, moved_tensors, shares
 from bitladder.trial import BlockLoss
+from bitladder.trial.journal import Measurement
+from bitladder.units import size_text
 
 Places = Mapping[str, tuple[str, int | None]]
 
 
 def tables(result: PlanResult, places: Places) -> Iterator[Table]:
-    """Kinds, layers, what moved against the preset, and the recipes that were tried."""
+    """Kinds, layers, tensors with another type than in the preset, and the recipes that were tried."""
     yield _shares("kind", shares(result, places, "kind"))
     yield _shares("layer", shares(result, places, "layer"))
-    moved = moves(result, places)
+    moved = moved_tensors(result, places)
     if moved:
-        yield _moves(moved)
-    if result.found is not None:
-        yield _tried(result.found.tried, result.found.best)
+        yield _moved(moved)
+    if result.feedback is not None:
+        yield _tried(result.feedback.tried, result.feedback.best)
 
 
 def _shares(label: str, rows: list[Share]) -> Table:
@@ -35,7 +35,7 @@ def _shares(label: str, rows: list[Share]) -> Table:
     return table
 
 
-def _moves(rows: list[Moved]) -> Table:
+def _moved(rows: list[MovedTensors]) -> Table:
     table = _table("against the preset", "", "tensors", "KB", "KLD, nats", "nats/MB", "layers")
     arrows = {"up": "▲", "down": "▼", "level": "="}
     for row in rows:
@@ -47,55 +47,55 @@ def _moves(rows: list[Moved]) -> Table:
     return table
 
 
-def _tried(rows: tuple[Tried, ...], best: Tried) -> Table:
-    table = _table("recipe", "bytes", "predicted KLD", "measured KLD", "")
+def _tried(rows: tuple[TriedRecipe, ...], best: TriedRecipe) -> Table:
+    table = _table("recipe", "bytes", "predicted KLD", "measured KLD", "judged KLD", "")
     for row in rows:
         predicted = "" if row.predicted is None else f"{row.predicted:.5f}"
-        measured = f"{row.measured.kld:.5f} ± {row.measured.error:.5f}"
-        table.add_row(row.name, f"{row.bytes:,}", predicted, measured, "best" if row is best else "")
+        judged = "" if row.judged is None else _figure(row.judged)
+        chosen = "best" if row is best else ""
+        table.add_row(row.name, f"{row.bytes:,}", predicted, _figure(row.measured), judged, chosen)
     return table
+
+
+def _figure(measured: Measurement) -> str:
+    return f"{measured.kld:.5f} ± {measured.error:.5f}"
 
 
 def lines(result: PlanResult, target: Target) -> Iterator[str]:
     """The summary."""
-    sensitivity, check = result.sensitivity, result.sensitivity.check
+    prices, check = result.prices, result.prices.check
     yield f"target {target.text}: {size_text(result.bytes)}"
     cost = result.allocation
     yield (
-        f"predicted KLD {_predicted(result):.5f} nats; price {cost.price * 1e6:.6f} nats per MB; "
+        f"predicted KLD {result.predicted_kld:.5f} nats; price {cost.price * 1e6:.6f} nats per MB; "
         + ("proved optimal by these prices" if cost.gap <= 1e-6 else f"within {100 * cost.gap:.4f} % of the optimum")
     )
-    if result.found is not None:
-        measured = result.found.best.measured
-        yield f"measured KLD {measured.kld:.5f} ± {measured.error:.5f} on {result.text} ({result.found.best.name})"
-        preset = next((one for one in result.found.tried if one.name.startswith("preset ")), None)
+    if result.feedback is not None:
+        best = result.feedback.best
+        yield f"measured KLD {_figure(best.figure)} on {result.text} ({best.name})"
+        preset = next((one for one in result.feedback.tried if one.name.startswith("preset ")), None)
         if preset is not None:
             yield (
-                f"{preset.name} by itself: {preset.bytes:,} bytes, KLD {preset.measured.kld:.5f} ± "
-                f"{preset.measured.error:.5f}; the plan has {measured.kld / preset.measured.kld:.3f} × that"
+                f"{preset.name} by itself: {preset.bytes:,} bytes, KLD {_figure(preset.figure)}; the plan has "
+                f"{best.figure.kld / preset.figure.kld:.3f} × that"
             )
     if check is not None:
         yield (
-            f"prices ({sensitivity.method}, {sensitivity.tokens:,} tokens): rank correlation with {check.pairs} single "
-            f"swaps that were held out {check.rank_correlation:.3f}, median measured/predicted {check.median_ratio:.2f}"
+            f"prices ({prices.method}, {prices.tokens:,} tokens): rank correlation with {check.pairs} single swaps "
+            f"that were held out {check.rank_correlation:.3f}, median measured/predicted {check.median_ratio:.2f}"
         )
-    if sensitivity.exponents:
-        parts = ", ".join(f"{kind} {p:.2f}" for kind, p in sensitivity.exponents.items())
+    if prices.exponents:
+        parts = ", ".join(f"{kind} {p:.2f}" for kind, p in prices.exponents.items())
         yield f"KLD grows with the rendered error to the power of: {parts}"
 
 
-def _predicted(result: PlanResult) -> float:
-    offset = result.found.correction.offset if result.found is not None else 0.0
-    return result.allocation.cost + offset
-
-
 def as_json(result: PlanResult, places: Places, target: Target) -> dict[str, Any]:
-    """All of it for machines; sizes in bytes, KLD in nats per token."""
-    best = result.found.best.measured if result.found else None
+    """All of it as JSON: sizes in bytes, KLD in nats per token."""
+    best = result.feedback.best.figure if result.feedback else None
     return {
         "target": target.text,
         "bytes": result.bytes,
-        "predicted_kld": _predicted(result),
+        "predicted_kld": result.predicted_kld,
         "kld": {"value": best.kld, "error": best.error} if best else None,
         "price": result.allocation.price,
         "gap": result.allocation.gap,
@@ -103,29 +103,48 @@ def as_json(result: PlanResult, places: Places, target: Target) -> dict[str, Any
         "seconds": result.seconds,
         "kinds": [vars(row) for row in shares(result, places, "kind")],
         "layers": [vars(row) for row in shares(result, places, "layer")],
-        "moves": [vars(row) | {"direction": row.direction, "rate": row.rate} for row in moves(result, places)],
+        "moves": [vars(row) | {"direction": row.direction, "rate": row.rate} for row in moved_tensors(result, places)],
         "tried": [
             {
                 "name": one.name,
                 "bytes": one.bytes,
                 "predicted_kld": one.predicted,
                 "kld": {"value": one.measured.kld, "error": one.measured.error},
+                "judged_kld": None if one.judged is None else {"value": one.judged.kld, "error": one.judged.error},
             }
-            for one in (result.found.tried if result.found else ())
+            for one in (result.feedback.tried if result.feedback else ())
         ],
-        "check": result.sensitivity.check.model_dump() if result.sensitivity.check else None,
+        "check": result.prices.check.model_dump() if result.prices.check else None,
         "types": result.types,
     }
 
 
+def next_step(recipe: pathlib.Path) -> str:
+    """The command that carries out a recipe."""
+    return f"wrote {recipe}; bitladder quantize -m MODEL --imatrix IMATRIX --recipe {recipe} -o OUT.gguf"
+
+
+def prune_json(ranked: list[BlockLoss]) -> list[dict[str, Any]]:
+    """Blocks as JSON: KLD in nats per token, sizes in bytes."""
+    return [{"block": one.block, "kld": one.kld.model_dump(), "bytes": one.bytes} for one in ranked]
+
+
+def prune_line(ranked: list[BlockLoss]) -> str:
+    """The command that leaves out the block of least loss."""
+    return (
+        f"least loss: bitladder quantize … --prune-layers {ranked[0].block} (two blocks cost more than the sum of "
+        "their losses: prune one, and measure again)"
+    )
+
+
 def prune_table(ranked: list[BlockLoss]) -> Table:
-    """Blocks by what leaving them out costs."""
-    made = Table("block", "KLD, nats", "size in MB")
-    for column in made.columns:
+    """Blocks by the KLD of the model without them."""
+    table = Table("block", "KLD, nats", "size in MB")
+    for column in table.columns:
         column.justify = "right"
     for one in ranked:
-        made.add_row(str(one.block), f"{one.kld.value:.5f} ± {one.kld.error:.5f}", f"{one.bytes / 1e6:.2f}")
-    return made
+        table.add_row(str(one.block), f"{one.kld.value:.5f} ± {one.kld.error:.5f}", f"{one.bytes / 1e6:.2f}")
+    return table
 
 
 def _table(*heads: str) -> Table:

@@ -1,23 +1,17 @@
 """Which type each tensor gets: least predicted loss for a size, or least size for a predicted loss, exactly."""
 
-from bitladder.plan.allocate.exact import frontier, smallest_bytes, smallest_cost
-from bitladder.plan.allocate.greedy import greedy
+from bitladder.plan.allocate.allocation import ALLOCATION, greedy, smallest_bytes, smallest_cost
 from bitladder.plan.allocate.neighbours import Exchange, neighbours
-from bitladder.plan.allocate.problem import Allocation, Cap, Option, Problem
-from bitladder.units import bpw_bytes, parse_size, size_text
+from bitladder.plan.allocate.problem import Allocation, Problem, TypeOption
 
 __all__ = [
+    "ALLOCATION",
     "Allocation",
-    "Cap",
     "Exchange",
-    "Option",
     "Problem",
-    "bpw_bytes",
-    "frontier",
+    "TypeOption",
     "greedy",
     "neighbours",
-    "parse_size",
-    "size_text",
     "smallest_bytes",
     "smallest_cost",
 ]

@@ -1,18 +1,17 @@
-"""What to say when a problem's constraints cannot all be kept: which of them, and by how much."""
+"""The error for constraints that cannot all be kept: which of them, and by how much."""
 
 import numpy as np
 
 from bitladder.errors import BitladderError
-from bitladder.plan.allocate.choices import Choices
-from bitladder.plan.allocate.limits import cap_limits, side_limits, total
+from bitladder.plan.allocate.choices import Choices, time_limits, total
 from bitladder.plan.allocate.problem import Problem
 from bitladder.plan.allocate.solve import solve
 from bitladder.units import size_text
 
 
 def no_size(problem: Problem, choices: Choices, max_bytes: int) -> BitladderError:
-    """Why no allocation fits into `max_bytes`: the smallest possible file, and what keeps it from being smaller."""
-    smallest = solve(choices, choices.nbytes, side_limits(problem, choices), problem.max_types)
+    """Why no allocation fits into `max_bytes`: the smallest possible file, and the constraints behind its size."""
+    smallest = solve(choices, choices.nbytes, time_limits(problem, choices), problem.max_types)
     if smallest is None:
         return no_allocation(problem, choices)
     nbytes = int(total(choices.nbytes, smallest.chosen)) + problem.fixed_bytes
@@ -23,8 +22,8 @@ def no_size(problem: Problem, choices: Choices, max_bytes: int) -> BitladderErro
 
 
 def no_cost(problem: Problem, choices: Choices, max_cost: float) -> BitladderError:
-    """Why no allocation reaches `max_cost`: the lowest cost there is."""
-    lowest = solve(choices, choices.cost, side_limits(problem, choices), problem.max_types)
+    """Why no allocation reaches `max_cost`: the lowest possible cost."""
+    lowest = solve(choices, choices.cost, time_limits(problem, choices), problem.max_types)
     if lowest is None:
         return no_allocation(problem, choices)
     return BitladderError(
@@ -34,27 +33,18 @@ def no_cost(problem: Problem, choices: Choices, max_cost: float) -> BitladderErr
 
 
 def no_allocation(problem: Problem, choices: Choices) -> BitladderError:
-    """Why there is no allocation of any size: the first constraint that cannot be kept, alone or with the others."""
+    """Why there is no allocation of any size: the limit on types or the limit on time cannot be kept."""
     if problem.max_types is not None and solve(choices, choices.cost, [], problem.max_types) is None:
         return BitladderError(
-            f"the tensors cannot do with {problem.max_types} different types{_with(problem)};"
+            f"no allocation uses only {problem.max_types} different types{_with(problem)};"
             f" {_fewest_types(choices)} are needed"
         )
-    for cap, row in zip(problem.caps, choices.caps, strict=True):
-        least = solve(choices, row, [], problem.max_types)
-        nbytes = 0 if least is None else int(total(row, least.chosen))
-        if nbytes > cap.max_bytes:
-            return BitladderError(
-                f"{cap.label} allows {size_text(cap.max_bytes)}, but its tensors take at least"
-                f" {size_text(nbytes)}{_with(problem)}"
-            )
-    fastest = solve(choices, choices.seconds, cap_limits(problem, choices), problem.max_types)
-    if fastest is not None and problem.max_seconds is not None:
-        return BitladderError(
-            f"no allocation is predicted to take at most {problem.max_seconds:.4g} s per token: the fastest takes"
-            f" {total(choices.seconds, fastest.chosen):.4g} s{_with(problem)}"
-        )
-    return BitladderError(f"no allocation keeps all limits together: {', '.join(cap.label for cap in problem.caps)}")
+    fastest = solve(choices, choices.seconds, [], problem.max_types)
+    assert fastest is not None and problem.max_seconds is not None  # without a limit on time there is an allocation
+    return BitladderError(
+        f"no allocation is predicted to take at most {problem.max_seconds:.4g} s per token: the fastest takes"
+        f" {total(choices.seconds, fastest.chosen):.4g} s{_with(problem)}"
+    )
 
 
 def _fewest_types(choices: Choices) -> int:
@@ -62,7 +52,7 @@ def _fewest_types(choices: Choices) -> int:
 
 
 def _with(problem: Problem) -> str:
-    """The constraints in force, to go behind a figure."""
+    """The constraints, as text behind a figure."""
     parts = [f"{len(problem.pins)} pinned"] if problem.pins else []
     parts += [f"{len(problem.floors)} with a floor"] if problem.floors else []
     parts += [f"{sum(map(len, problem.ties))} tied"] if problem.ties else []
@@ -71,7 +61,7 @@ def _with(problem: Problem) -> str:
 
 
 def _blame(problem: Problem, choices: Choices, nbytes: int) -> str:
-    """How much of the smallest file is due to each kind of constraint, and to which tensor most."""
+    """How many bytes of the smallest file each kind of constraint costs, and which tensor costs most."""
     alone = {name: min(option.nbytes for option in menu) for name, menu in problem.options.items()}
     starts = np.flatnonzero(np.diff(choices.group, prepend=-1))
     kept = np.minimum.reduceat(choices.nbytes, starts)
@@ -94,7 +84,7 @@ def _blame(problem: Problem, choices: Choices, nbytes: int) -> str:
 
 
 def _named(problem: Problem, names: tuple[str, ...]) -> str:
-    """The tensors of a group, with pin or floor."""
+    """The tensors of a group, with their pin or floor."""
     name = next((name for name in names if name in problem.pins or name in problem.floors), names[0])
     what = f" (pinned to {problem.pins[name]})" if name in problem.pins else ""
     if not what and name in problem.floors:

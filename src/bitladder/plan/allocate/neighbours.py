@@ -1,4 +1,4 @@
-"""Allocations close to a given one, best first, for those who measure and find the prediction a little wrong."""
+"""Allocations near an allocation, best first, for the case that a measurement proves the prediction a little wrong."""
 
 import dataclasses
 import math
@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.plan.allocate.choices import Choices, Floats, Index, Integers, choices_of
-from bitladder.plan.allocate.limits import Limit, size_limits
+from bitladder.plan.allocate.choices import Choices, Floats, Index, Integers, Limit, choices_of, size_limits
 from bitladder.plan.allocate.problem import Allocation, Problem
 
 
@@ -24,12 +23,20 @@ class Exchange:
 def neighbours(
     problem: Problem, allocation: Allocation, count: int, max_bytes: int | None = None
 ) -> Iterator[Exchange]:
-    """The `count` best exchanges (or as many as there are), ascending in predicted change of cost.
+    """The best exchanges, ascending in predicted change of cost.
 
-    An exchange is one tensor (or tied group) changed, or two of which one makes room for the other: in a pair at least
-    one change would not fit alone. The result keeps all limits of the problem and has at most `max_bytes` (None: the
-    allocation's own). Where `max_types` types are in use already, no exchange brings in another, not even for one that
-    it leaves without a tensor. Raises BitladderError if the problem does not allow the allocation's types.
+    An exchange changes one tensor (or tied group), or two. In a pair at least one change does not fit alone: the other
+    makes room for it. The result keeps all limits of the problem. Where `max_types` types are in use, no exchange
+    brings in another type.
+
+    Parameters:
+        problem: the problem of the allocation.
+        allocation: where exchanges start from.
+        count: the most exchanges to yield.
+        max_bytes: largest size of the file; None for that of the allocation.
+
+    Raises:
+        BitladderError: the problem does not allow the allocation's types.
     """
     choices = choices_of(problem)
     chosen = choices.items_of(allocation.types)
@@ -53,11 +60,20 @@ def neighbours(
 
 @dataclasses.dataclass(frozen=True)
 class _Moves:
-    """Changes of one group each, ascending in `merit`: change of cost + price · change of bytes.
+    """Changes of one group each, ascending in merit.
 
-    A pair that fits changes the cost by at least the sum of its merits − price · room, and near an optimum no merit
-    is much below 0. So pairs of small change are made of moves of small merit.
-    `change` [limits, moves] and `room` [limits] belong to the limits, that on bytes first.
+    A pair that fits changes the cost by at least the sum of its merits − price · room. Near an optimum no merit is much
+    below 0. So pairs of small change consist of moves of small merit.
+
+    Parameters:
+        items: the new item, shape [moves].
+        group: its group, shape [moves].
+        cost: change of cost, nats per token, shape [moves].
+        nbytes: change of bytes, shape [moves].
+        merit: change of cost + price · change of bytes, shape [moves].
+        change: change of each limit's sum, the limit on bytes first, shape [limits, moves].
+        room: what is left of each limit, shape [limits].
+        price: nats per byte.
     """
 
     items: Index
@@ -71,7 +87,7 @@ class _Moves:
 
 
 def _open_kinds(choices: Choices, chosen: Index, max_types: int | None) -> Index:
-    """The kinds that a move may lead to."""
+    """The types that a move may lead to."""
     used = np.unique(choices.kind[chosen])
     return used if max_types is not None and len(used) >= max_types else np.arange(len(choices.kinds))
 
@@ -88,7 +104,7 @@ def _moves(choices: Choices, chosen: Index, limits: list[Limit], price: float, k
 
 
 def _in_order(moves: _Moves, size: int) -> Iterator[tuple[int, ...]]:
-    """Single moves that fit and pairs of the first `size` moves, by cost, up to where a pair left out might come."""
+    """Single moves that fit and pairs of the first `size` moves, by cost, up to the least cost of a pair left out."""
     alone = _fits(moves, moves.change)
     known = math.inf
     if size < len(moves.items):
@@ -102,7 +118,7 @@ def _in_order(moves: _Moves, size: int) -> Iterator[tuple[int, ...]]:
         second = np.flatnonzero(fits & (moves.cost[rest] + moves.cost[first] < known)) + first + 1
         found.append(np.column_stack([np.full(len(second), first), second]))
     places = np.concatenate(found)
-    # Place −1 is no move: it changes nothing.
+    # Place −1 stands for no move.
     cost = moves.cost[places[:, 0]] + np.where(places[:, 1] < 0, 0.0, moves.cost[places[:, 1]])
     places, cost = places[cost < known], cost[cost < known]
     for first, second in places[np.lexsort((places[:, 1], places[:, 0], cost))].tolist():
@@ -110,7 +126,7 @@ def _in_order(moves: _Moves, size: int) -> Iterator[tuple[int, ...]]:
 
 
 def _fits(moves: _Moves, change: Floats) -> npt.NDArray[np.bool_]:
-    """Which columns of `change` [limits, columns] keep all limits."""
+    """Which columns of `change` (shape [limits, columns]) keep all limits."""
     return np.asarray((change <= moves.room[:, None]).all(axis=0))
 
 

@@ -1,4 +1,4 @@
-"""sensitivity.json: what each type of each tensor costs, and what that was found from."""
+"""sensitivity.json: the price of each type of each tensor, and what the prices were made from."""
 
 import pathlib
 from typing import Any, Literal
@@ -13,8 +13,11 @@ class _Part(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Made(_Part):
-    """What the prices depend on: contents by SHA-256, names without folders."""
+class PricedFrom(_Part):
+    """What the prices were made from, for a reader: contents by SHA-256, names without folders.
+
+    Whether prices are valid is said by `TypePrices.key` alone.
+    """
 
     model: str
     model_sha256: str
@@ -30,8 +33,14 @@ class Made(_Part):
 class TensorPrices(_Part):
     """One tensor.
 
-    `bytes` in the file (padding left out), `error` Σ w (ŵ − w)² of the rendered tensor and `kld` the predicted mean KLD
-    it adds, nats per token: all by type. `probe` is the KLD that was measured with this tensor (or its group) alone.
+    Attributes:
+        kind: such as attn_v.
+        layer: number of its block; None outside of blocks.
+        weights: number of weights.
+        bytes: type → bytes in the file, without padding.
+        error: type → Σ w (ŵ − w)² of the rendered tensor, w the mean squared input of the column.
+        kld: type → predicted mean KLD that it adds, nats per token.
+        probe: measured KLD of this tensor alone, or its share of a group's, nats per token.
     """
 
     kind: str
@@ -44,7 +53,7 @@ class TensorPrices(_Part):
 
 
 class GroupPrice(_Part):
-    """All tensors of a kind as one type: the KLD measured (±), and what the single tensors' probes predict."""
+    """All tensors of a kind as one type: the measured KLD with its standard error, and the probes' prediction."""
 
     kind: str
     type: str
@@ -53,44 +62,64 @@ class GroupPrice(_Part):
     predicted: float
 
 
-class Check(_Part):
-    """Predicted against measured KLD of single swaps that were not used: `pairs` of them, Spearman's ρ."""
+class PriceCheck(_Part):
+    """Measured against predicted KLD of single swaps that no price was fitted to.
+
+    Attributes:
+        pairs: number of swaps.
+        rank_correlation: Spearman's ρ.
+        median_ratio: median of measured / predicted.
+    """
 
     pairs: int
     rank_correlation: float
     median_ratio: float
 
 
-class Sensitivity(_Part):
-    """The whole file. `exponents`: KLD ∝ error^p, by kind. `tokens` were decoded to find all this."""
+class TypePrices(_Part):
+    """The whole file.
+
+    Attributes:
+        method: forward (measured swaps) or fisher (gradients).
+        key: hash of everything that decides the prices.
+        made: what they were made from.
+        probe_types: types that single tensors were measured at.
+        tokens: tokens that the measured recipes were decoded on.
+        exponents: kind → p of KLD ∝ error^p.
+        groups: whole kinds that were measured.
+        check: held-out swaps; None for fewer than three.
+        tensors: tensor → its prices.
+    """
 
     schema_version: Literal[1] = 1
-    method: Literal["forward", "fisher", "error"] = "forward"
-    made: Made
+    method: Literal["forward", "fisher"] = "forward"
+    key: str
+    made: PricedFrom
     probe_types: list[str] = []
     tokens: int = 0
-    seconds: float = 0.0
     exponents: dict[str, float] = {}
     groups: list[GroupPrice] = []
-    check: Check | None = None
+    check: PriceCheck | None = None
     tensors: dict[str, TensorPrices]
 
     def save(self, path: PathLike) -> None:
-        """Write it in one step."""
+        """Writes the file in one step."""
         write_json(path, self.model_dump(mode="json"))
 
-    def types(self) -> list[str]:
-        """Every type that has a price anywhere."""
-        return sorted({kind for tensor in self.tensors.values() for kind in tensor.kld})
+    def covers(self, names: dict[str, list[str]]) -> bool:
+        """Whether every one of these types (tensor → names of types) has a price."""
+        return all(
+            name in self.tensors and set(kinds) <= self.tensors[name].kld.keys() for name, kinds in names.items()
+        )
 
 
-def load_sensitivity(path: PathLike) -> Sensitivity:
-    """Read a sensitivity.json. Raises BitladderError that names the file and what is wrong with it."""
+def load_prices(path: PathLike) -> TypePrices:
+    """Reads a sensitivity.json. Raises BitladderError that names the file and what is wrong with it."""
     try:
-        return Sensitivity.model_validate_json(pathlib.Path(path).read_bytes())
+        return TypePrices.model_validate_json(pathlib.Path(path).read_bytes())
     except OSError as error:
         raise BitladderError(f"cannot read {path}: {error.strerror}") from error
     except pydantic.ValidationError as error:
         first: Any = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
-        raise BitladderError(f"{path} is no sensitivity.json of this bitladder ({where}: {first['msg']})") from error
+        raise BitladderError(f"{path} is not a sensitivity.json of this bitladder ({where}: {first['msg']})") from error

@@ -1,70 +1,78 @@
 """Prices from gradients: the second-order term of every rendered error, from one backward pass (extra: torch).
 
-What is no multiplication by a block's weight, as a look-up in the embeddings, has no such term; those few tensors are
-swapped into the loaded model at every type instead, where a tied embedding counts for both its uses.
+A look-up in the embeddings is no multiplication by a block's weight and has no such term. The few tensors outside of
+blocks are swapped into the loaded model at every type instead, where a tied embedding counts for both its uses. The
+price of a (tensor, type) depends on no other tensor or type.
 """
 
 import functools
-import time
-from collections.abc import Mapping
 
 from bitladder.calibrate.gradients import fisher_costs
 from bitladder.engine.model import Tokens
 from bitladder.engine.types import TensorType
-from bitladder.plan.prices.document import Made, Sensitivity
+from bitladder.keys import Algorithm
+from bitladder.plan.prices.check_prices import check_swaps
+from bitladder.plan.prices.document import TypePrices
 from bitladder.plan.prices.law import FLOOR
-from bitladder.plan.prices.price import Effort, Menus, check_swaps, rendered_errors, table
+from bitladder.plan.prices.menu import Menus
+from bitladder.plan.prices.price import PriceSource
 from bitladder.progress import SILENT, Progress
-from bitladder.trial.journal import Journal, Measures
 from bitladder.trial.render import Floats, Renderer
 
-DRAWS = 4
+FISHER_PRICES = Algorithm(
+    "prices from gradients",
+    (
+        "the second-order term of every rendered error; embeddings and head by swaps",
+        "inputs of swapped embeddings and head are rounded as their types' kernels round them",
+    ),
+)
 
 
+@FISHER_PRICES.entry
 def price_by_gradients(
-    renderer: Renderer,
-    model: Measures,
-    menus: Menus,
-    places: Mapping[str, tuple[str, int | None]],
-    journal: Journal,
-    made: Made,
-    effort: Effort,
-    chunks: Tokens,
-    *,
-    threads: int | None = None,
-    progress: Progress = SILENT,
-) -> Sensitivity:
-    """Price every type on the tensors' menus; parameters as for `price.price`, and `chunks` int32 [chunks, n_ctx].
+    source: PriceSource, menus: Menus, chunks: Tokens, *, threads: int | None = None, progress: Progress = SILENT
+) -> TypePrices:
+    """Prices every type on the tensors' menus.
 
-    Raises BitladderError if torch is not installed, or does not know the architecture.
+    Parameters:
+        source: what prices are made from.
+        menus: tensor → types.
+        chunks: tokens for the backward pass, int32, shape [chunks, n_ctx].
+        threads: of the CPU; None for all.
+        progress: where work is shown.
+
+    Raises:
+        BitladderError: torch is not installed, or does not know the architecture.
     """
-    began = time.monotonic()
-    errors = rendered_errors(renderer, menus, progress)
-    inner = [name for name in menus if places[name][1] is not None]
+    options, draws = source.options, source.options.fisher_draws
+    errors = source.rendered_errors(menus, progress)
+    inner = [name for name in menus if source.places[name][1] is not None]
     candidates = {
-        name: {kind.name: functools.partial(_gap, renderer, name, kind) for kind in menus[name]} for name in inner
+        name: {kind.name: functools.partial(_gap, source.renderer, name, kind) for kind in menus[name]}
+        for name in inner
     }
-    costs = fisher_costs(renderer.file.path, chunks, candidates, draws=DRAWS, threads=threads, progress=progress)
+    path = source.renderer.file.path
+    costs = fisher_costs(path, chunks, candidates, draws=draws, threads=threads, progress=progress)
     kld = {name: {kind: max(cost.sequence, FLOOR) for kind, cost in costs[name].items()} for name in inner}
     outer = [(name, kind.name) for name in menus if name not in kld for kind in menus[name]]
     with progress.task("swap embeddings and head", len(outer)) as task:
         for name, kind in outer:
             task.note(f"{name} {kind}")
-            found = journal.measure(model, {name: kind}, effort.chunks, "outside of the blocks")
-            kld.setdefault(name, {})[kind] = max(found.kld, FLOOR)
+            measured = source.measurements.measure({name: kind}, options.probe_chunks, "outside of the blocks")
+            kld.setdefault(name, {})[kind] = max(measured.kld, FLOOR)
             task.advance()
-    check = check_swaps(kld, {}, model, journal, effort, progress)
-    return Sensitivity(
+    check = check_swaps(kld, {}, source.measurements, options, progress)
+    return TypePrices(
         method="fisher",
-        made=made,
-        tokens=journal.tokens + chunks.size * DRAWS,
-        seconds=time.monotonic() - began,
+        key=source.key,
+        made=source.made,
+        tokens=source.measurements.tokens + chunks.size * draws,
         check=check,
-        tensors=table(renderer, menus, places, errors, kld),
+        tensors=source.table(menus, errors, kld),
     )
 
 
 def _gap(renderer: Renderer, name: str, kind: TensorType) -> Floats:
-    """The error of a rendered tensor, float32 [n_out, n_in]."""
+    """The error of a rendered tensor, float32, shape [n_out, n_in]."""
     gap: Floats = renderer.values(name, kind) - renderer.weights(name)
     return gap

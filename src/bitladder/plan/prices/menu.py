@@ -1,7 +1,7 @@
 """The types that tensors may get."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,33 +11,46 @@ from bitladder.engine.types import TensorType, all_types, type_by_name
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf.reader import TensorInfo
 
-# Bits per weight below and above a target's average that a tensor of its recipe may have.
-BELOW, ABOVE = 1.5, 4.5
-SLACK = 0.9  # of the speed of a K-quant as large
+Menus = Mapping[str, Sequence[TensorType]]  # tensor → types, ascending in bits per weight
 
 
 def menu_types(menu: str, fast: Iterable[TensorType] | None = None) -> tuple[TensorType, ...]:
     """The types of `--menu`, ascending in bits per weight.
 
-    "k": K-quants; "iq": I-quants and K-quants; "all": every quantized type that the library writes; "fast": `fast`;
-    or type names with commas. Where blocks of 32 only divide a row, the older types with such blocks stand in for
-    K-quants ("k", "iq"). Raises UsageError for an unknown word.
+    Where only blocks of 32 divide a row, the older types with such blocks stand in for K-quants ("k", "iq").
+
+    Parameters:
+        menu: "k" (K-quants), "iq" (I-quants and K-quants), "all" (every quantized type that the library writes),
+            "fast", or names of types with commas.
+        fast: the types of "fast".
+
+    Raises:
+        UsageError: a word is not known.
+
+    Example:
+        >>> [kind.name for kind in menu_types("q6_K,q4_K")]
+        ['q4_K', 'q6_K']
     """
     every = [kind for kind in all_types().values() if kind.quantized and storable(kind)]
     words = menu.strip().lower()
     if words == "all":
-        found = every
+        types = every
     elif words == "fast" and fast is not None:
-        found = list(fast)
+        types = list(fast)
     elif words in ("k", "iq"):
-        older = [kind for kind in every if kind.block == 32 and kind.name[0] == "q"]
-        found = older + [kind for kind in every if kind.name.lower().endswith("_k")]
-        found += [kind for kind in every if kind.name.startswith("iq")] if words == "iq" else []
+        types = [kind for kind in every if kind.block == 32 and kind.name[0] == "q"]
+        types += [kind for kind in every if kind.name.lower().endswith("_k")]
+        types += [kind for kind in every if kind.name.startswith("iq")] if words == "iq" else []
     else:
-        found = [_named(word.strip()) for word in menu.split(",") if word.strip()]
-    if not found:
+        types = [_named(word.strip()) for word in menu.split(",") if word.strip()]
+    if not types:
         raise UsageError(f"--menu {menu!r}: write k, iq, all, fast, or types with commas")
-    return tuple(sorted(dict.fromkeys(found), key=lambda kind: (kind.bpw, kind.name)))
+    return tuple(sorted(dict.fromkeys(types), key=in_order))
+
+
+def in_order(kind: TensorType) -> tuple[float, str]:
+    """The key that menus are sorted by."""
+    return kind.bpw, kind.name
 
 
 def _named(word: str) -> TensorType:
@@ -52,15 +65,10 @@ def _named(word: str) -> TensorType:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Bits per weight that are worth a look; everything by default."""
+    """A range of bits per weight; everything by default."""
 
     low: float = 0.0
     high: float = 99.0
-
-    @classmethod
-    def around(cls, bpw: float) -> "Window":
-        """What tensors of a recipe of so many bits per weight may have."""
-        return cls(bpw - BELOW, bpw + ABOVE)
 
     def holds(self, kind: TensorType) -> bool:
         """Whether a type is inside."""
@@ -70,12 +78,17 @@ class Window:
 def tensor_menu(
     tensor: TensorInfo, types: Iterable[TensorType], window: Window, *, k_menu: bool, weighted: bool, needy: set[str]
 ) -> tuple[TensorType, ...]:
-    """The types that one tensor may get, ascending in bits per weight; its own type is not among them.
+    """The types that one tensor may get, in the order of `types`; its own type is not among them.
 
-    `k_menu` leaves out the older types where 256 divides the row; `weighted` says that there is importance for the
-    tensor, and `needy` names the types that the library refuses without.
+    Parameters:
+        tensor: the full-precision tensor.
+        types: the types of the menu.
+        window: bits per weight that the types may have.
+        k_menu: leave out the older types where 256 divides the row.
+        weighted: there is importance for the tensor.
+        needy: names of the types that the library refuses without importance.
     """
-    found = []
+    menu = []
     for kind in types:
         if tensor.width % kind.block or not window.holds(kind) or kind.bpw >= tensor.type.bpw:
             continue
@@ -83,50 +96,38 @@ def tensor_menu(
             continue
         if not weighted and (kind.name in needy or kernel_needs_importance(kind)):
             continue
-        found.append(kind)
-    return tuple(found)
-
-
-def pruned(menu: Iterable[TensorType], errors: Mapping[str, float], slack: float = 1.3) -> tuple[TensorType, ...]:
-    """The menu without types that lose to a smaller one, or one as large, whose error is `slack` times smaller.
-
-    The slack leaves what the weighted square cannot tell to the measurement.
-    """
-    kept = []
-    menu = list(menu)
-    for kind in menu:
-        beaten = any(
-            other.bpw <= kind.bpw and other != kind and errors[other.name] * slack < errors[kind.name] for other in menu
-        )
-        if not beaten:
-            kept.append(kind)
-    return tuple(kept)
+        menu.append(kind)
+    return tuple(menu)
 
 
 def measured_speeds(threads: int | None = None) -> dict[str, float]:
-    """Type → bytes/s that matrix–vector products on this machine's CPU go through; takes some seconds.
+    """Times matrix–vector products of every type on this CPU for some seconds: type → bytes per second.
 
     Raises BitladderError if the library has no CPU kernels to time.
     """
-    found = {}
+    speeds = {}
     for kind in all_types().values():
         if storable(kind) and (speed := bytes_per_second(kind, threads)) is not None:
-            found[kind.name] = speed
-    return found
+            speeds[kind.name] = speed
+    return speeds
 
 
-def within_speed(speeds: Mapping[str, float]) -> tuple[TensorType, ...]:
-    """The quantized types that are at least SLACK as fast as a K-quant of their bits per weight.
+def within_speed(speeds: Mapping[str, float], share: float) -> tuple[TensorType, ...]:
+    """The quantized types that are nearly as fast as a K-quant of their bits per weight.
 
-    Between two K-quants the time per weight is interpolated; K-quants and q8_0 are always among them.
+    Between two K-quants the time per weight is interpolated. K-quants and q8_0 are always among the types.
+
+    Parameters:
+        speeds: type → bytes per second.
+        share: least fraction of a K-quant's speed.
     """
     scale = [kind for kind in menu_types("k") if kind.name.endswith("_K") and kind.name in speeds]
     known = sorted([*scale, type_by_name("q8_0")], key=lambda kind: kind.bpw)
     bits, times = [kind.bpw for kind in known], [kind.bpw / speeds[kind.name] for kind in known]
-    found = []
+    fast = []
     for kind in menu_types("all"):
         if kind.name in speeds:
             usual = float(np.interp(kind.bpw, bits, times))
-            if kind in known or kind.bpw / speeds[kind.name] <= usual / SLACK:
-                found.append(kind)
-    return tuple(found)
+            if kind in known or kind.bpw / speeds[kind.name] <= usual / share:
+                fast.append(kind)
+    return tuple(fast)

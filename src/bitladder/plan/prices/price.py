@@ -1,211 +1,185 @@
-"""Pricing a model: rendered errors, probes, whole kinds, the law through them, and a check."""
+"""Prices from forward passes: rendered errors, probes, whole kinds, the law through them, and a check.
+
+What the price of a (tensor, type) depends on besides this tensor and type: the type that the tensor is probed at is
+the one of its menu nearest to `probe_bpw`; the exponent and the factors of its kind are fitted to the types at which
+the whole kind was measured, which are spread over what the kind's menus have in common; and the tokens are shared by
+all tensors. So other menus may give other prices of the same type. Rendered errors depend on nothing else.
+"""
 
 import collections
 import dataclasses
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
-
-from bitladder.engine.types import TensorType
-from bitladder.plan.prices.design import first_groups, held_out, probe_type, spaced, split
-from bitladder.plan.prices.document import Check, GroupPrice, Made, Sensitivity, TensorPrices
+from bitladder.keys import Algorithm
+from bitladder.plan.measurements import Measurements
+from bitladder.plan.options import PriceOptions
+from bitladder.plan.prices.check_prices import check_swaps
+from bitladder.plan.prices.design import first_groups, probe_type, pruned, spaced, split
+from bitladder.plan.prices.document import GroupPrice, PricedFrom, TensorPrices, TypePrices
 from bitladder.plan.prices.law import Probe, fit
-from bitladder.plan.prices.menu import pruned
+from bitladder.plan.prices.menu import Menus
 from bitladder.progress import SILENT, Progress, Task
-from bitladder.trial.journal import Journal, Measurement, Measures
+from bitladder.trial.journal import Measurement
 from bitladder.trial.render import Renderer
 from bitladder.trial.render_many import render_all
 
-Menus = Mapping[str, Sequence[TensorType]]
+PRICES = Algorithm(
+    "prices",
+    (
+        "a law through measured swaps",
+        "inputs of swapped weights are rounded as their types' kernels round them",
+        "types with minimums are a family of their own in the law",
+        "a type that was not measured takes the larger factor of its neighbours",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Effort:
-    """How much to measure: `tokens` to decode for all prices, `chunks` for each probe, `pairs` to check with."""
+class PriceSource:
+    """What prices are made from.
 
-    tokens: int = 120_000
-    chunks: int = 1
-    pairs: int = 20
-    group_share: float = 0.4  # of the tokens
-
-
-def rendered_errors(renderer: Renderer, menus: Menus, progress: Progress = SILENT) -> dict[str, dict[str, float]]:
-    """Σ w (ŵ − w)² of each tensor at each type of its menu: tensor → type → error. Renders what is not cached."""
-    pairs = [(name, kind.name) for name, menu in menus.items() for kind in menu]
-    found = render_all(renderer, pairs, label="render every tensor in every type", progress=progress)
-    return {name: {kind.name: found[name, kind.name] for kind in menu} for name, menu in menus.items()}
-
-
-def price(
-    renderer: Renderer,
-    model: Measures,
-    menus: Menus,
-    places: Mapping[str, tuple[str, int | None]],
-    journal: Journal,
-    made: Made,
-    effort: Effort,
-    progress: Progress = SILENT,
-) -> Sensitivity:
-    """Price every type on the tensors' menus by swapping rendered weights into a loaded model.
-
-    Parameters: `menus` tensor → types; `places` tensor → (kind, layer); `journal` keeps what is measured, so that work
-    that was cut short goes on. Raises BitladderError if a tensor cannot be rendered or the model cannot be decoded.
+    Parameters:
+        renderer: renders tensors in types.
+        places: tensor → (kind, layer).
+        measurements: what measures swaps.
+        options: how, and how much.
+        key: hash of everything that decides the prices.
+        made: the same for a reader.
     """
-    began, spent = time.monotonic(), journal.tokens
-    errors = rendered_errors(renderer, menus, progress)
-    work = _Work(menus, places, errors, model, journal, effort)
+
+    renderer: Renderer
+    places: Mapping[str, tuple[str, int | None]]
+    measurements: Measurements
+    options: PriceOptions
+    key: str
+    made: PricedFrom
+
+    def rendered_errors(self, menus: Menus, progress: Progress = SILENT) -> dict[str, dict[str, float]]:
+        """Renders each tensor in each type of its menu: tensor → type → Σ w (ŵ − w)²."""
+        pairs = [(name, kind.name) for name, menu in menus.items() for kind in menu]
+        errors = render_all(self.renderer, pairs, label="render every tensor in every type", progress=progress)
+        return {name: {kind.name: errors[name, kind.name] for kind in menu} for name, menu in menus.items()}
+
+    def table(
+        self,
+        menus: Menus,
+        errors: Mapping[str, dict[str, float]],
+        kld: Mapping[str, dict[str, float]],
+        probe: Mapping[str, float] | None = None,
+    ) -> dict[str, TensorPrices]:
+        """Prices as sensitivity.json has them."""
+        tensors, probe = self.renderer.file.tensors, probe or {}
+        return {
+            name: TensorPrices(
+                kind=self.places[name][0],
+                layer=self.places[name][1],
+                weights=tensors[name].elements,
+                bytes={kind.name: kind.row_bytes(tensors[name].width) * tensors[name].rows for kind in menu},
+                error=errors[name],
+                kld=kld[name],
+                probe=probe.get(name),
+            )
+            for name, menu in menus.items()
+        }
+
+
+@PRICES.entry
+def price(source: PriceSource, menus: Menus, progress: Progress = SILENT) -> TypePrices:
+    """Prices every type on the tensors' menus by swapping rendered weights into a loaded model.
+
+    Parameters:
+        source: what prices are made from.
+        menus: tensor → types.
+        progress: where work is shown.
+
+    Raises:
+        BitladderError: a tensor cannot be rendered, or the model cannot be decoded.
+    """
+    errors = source.rendered_errors(menus, progress)
+    work = _Swaps(source, menus, errors)
     probes, groups = work.probes(progress), work.groups(progress)
     law = fit(
         errors,
-        {name: places[name][0] for name in menus},
-        [Probe(types, found.kld) for types, found in probes],
-        {key: found.kld for key, found in groups.items()},
+        {name: source.places[name][0] for name in menus},
+        [Probe(types, measured.kld) for types, measured in probes],
+        {key: measured.kld for key, measured in groups.items()},
+        source.options.law,
     )
-    used = {name: probe_type(menu).name for name, menu in menus.items()}
-    check = check_swaps(law.kld, used, model, journal, effort, progress)
-    return Sensitivity(
-        made=made,
+    check = check_swaps(law.kld, work.probe_types, source.measurements, source.options, progress)
+    return TypePrices(
+        key=source.key,
+        made=source.made,
         probe_types=sorted({kind for types, _ in probes for kind in types.values()}),
-        tokens=max(journal.tokens, spent),
-        seconds=time.monotonic() - began,
+        tokens=source.measurements.tokens,
         exponents=law.exponent,
         groups=[
-            GroupPrice(kind=kind, type=one, kld=found.kld, error=found.error, predicted=law.predicted[kind, one])
-            for (kind, one), found in groups.items()
+            GroupPrice(
+                kind=kind, type=name, kld=measured.kld, error=measured.error, predicted=law.predicted[kind, name]
+            )
+            for (kind, name), measured in groups.items()
         ],
         check=check,
-        tensors=table(renderer, menus, places, errors, law.kld, law.probe),
+        tensors=source.table(menus, errors, law.kld, law.probe),
     )
 
 
-def table(
-    renderer: Renderer,
-    menus: Menus,
-    places: Mapping[str, tuple[str, int | None]],
-    errors: Mapping[str, dict[str, float]],
-    kld: Mapping[str, dict[str, float]],
-    probe: Mapping[str, float] | None = None,
-) -> dict[str, TensorPrices]:
-    """Prices as sensitivity.json has them."""
-    tensors, probe = renderer.file.tensors, probe or {}
-    return {
-        name: TensorPrices(
-            kind=places[name][0],
-            layer=places[name][1],
-            weights=tensors[name].elements,
-            bytes={kind.name: kind.row_bytes(tensors[name].width) * tensors[name].rows for kind in menu},
-            error=errors[name],
-            kld=kld[name],
-            probe=probe.get(name),
-        )
-        for name, menu in menus.items()
-    }
+class _Swaps:
+    """The swaps that are measured for the law."""
 
+    def __init__(self, source: PriceSource, menus: Menus, errors: Mapping[str, Mapping[str, float]]) -> None:
+        self._menus, self._errors = menus, errors
+        self._measurements, self._options = source.measurements, source.options
+        self._tokens_per_chunk = source.made.n_ctx
+        self.probe_types = {name: probe_type(menu, source.options.probe_bpw).name for name, menu in menus.items()}
+        self._by_kind: dict[str, list[str]] = collections.defaultdict(list)
+        for name in sorted(menus, key=lambda one: (source.places[one][1] or 0, one)):
+            self._by_kind[source.places[name][0]].append(name)
 
-def check_swaps(
-    kld: Mapping[str, Mapping[str, float]],
-    used: Mapping[str, str],
-    model: Measures,
-    journal: Journal,
-    effort: Effort,
-    progress: Progress = SILENT,
-) -> Check | None:
-    """Single swaps that nothing was fitted to, against their prices; None for fewer than three.
+    def _affordable(self, share: float) -> int:
+        """How many swaps a share of the tokens pays for."""
+        options = self._options
+        return max(1, int(options.probe_tokens * share / (options.probe_chunks * self._tokens_per_chunk)))
 
-    `used` tensor → the type that was measured for it alone.
-    """
-    pairs = held_out({name: list(menu) for name, menu in kld.items()}, used, effort.pairs)
-    if len(pairs) < 3:
-        return None
-    measured = []
-    with progress.task("check single swaps", len(pairs)) as task:
-        for name, kind in pairs.items():
-            task.note(f"{name} {kind}")
-            measured.append(journal.measure(model, {name: kind}, effort.chunks, "check").kld)
-            task.advance()
-    predicted = [kld[name][kind] for name, kind in pairs.items()]
-    ratios = np.array(measured) / np.maximum(predicted, 1e-12)
-    return Check(
-        pairs=len(pairs),
-        rank_correlation=rank_correlation(measured, predicted),
-        median_ratio=float(np.median(ratios)),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    menus: Menus
-    places: Mapping[str, tuple[str, int | None]]
-    errors: Mapping[str, Mapping[str, float]]
-    model: Measures
-    journal: Journal
-    effort: Effort
-
-    def by_kind(self) -> dict[str, list[str]]:
-        """Kind → its tensors, by layer."""
-        found: dict[str, list[str]] = collections.defaultdict(list)
-        for name in sorted(self.menus, key=lambda one: (self.places[one][1] or 0, one)):
-            found[self.places[name][0]].append(name)
-        return found
-
-    def affordable(self, share: float) -> int:
-        """How many probes a share of the tokens pays for."""
-        return max(1, int(self.effort.tokens * share / (self.effort.chunks * self.journal.tokens_per_chunk)))
+    def _measure(self, types: Mapping[str, str], label: str) -> Measurement:
+        return self._measurements.measure(types, self._options.probe_chunks, label)
 
     def probes(self, progress: Progress) -> list[tuple[dict[str, str], Measurement]]:
         """Every tensor at its probe type, alone or with its neighbours."""
-        budget = self.affordable(1 - self.effort.group_share)
-        types = {name: probe_type(menu).name for name, menu in self.menus.items()}
-        found: dict[tuple[str, ...], Measurement] = {}
+        budget = self._affordable(1 - self._options.group_share)
+        measured: dict[tuple[str, ...], Measurement] = {}
 
         def measure(group: tuple[str, ...], task: Task) -> None:
             task.note(group[0])
-            swapped = {name: types[name] for name in group}
-            found[group] = self.journal.measure(self.model, swapped, self.effort.chunks, "probe")
+            measured[group] = self._measure({name: self.probe_types[name] for name in group}, "probe")
             task.advance()
 
-        groups = first_groups(self.by_kind(), budget)
-        with progress.task("probe tensors", max(budget if len(groups) < len(self.menus) else 0, len(groups))) as task:
+        groups = first_groups(self._by_kind, budget)
+        total = max(budget if len(groups) < len(self._menus) else 0, len(groups))
+        with progress.task("probe tensors", total) as task:
             for group in groups:
                 measure(group, task)
             left = budget - len(groups)
-            while left >= 2 and (wide := split({group: one.kld for group, one in found.items()})):
-                del found[wide]
+            while left >= 2 and (wide := split({group: one.kld for group, one in measured.items()})):
+                del measured[wide]
                 middle = len(wide) // 2
                 measure(wide[:middle], task)
                 measure(wide[middle:], task)
                 left -= 2
-        return [({name: types[name] for name in group}, one) for group, one in found.items()]
+        return [({name: self.probe_types[name] for name in group}, one) for group, one in measured.items()]
 
     def groups(self, progress: Progress) -> dict[tuple[str, str], Measurement]:
-        """Every kind as a whole, at the types that its rendered errors leave in the race."""
-        kinds = self.by_kind()
-        each = max(2, self.affordable(self.effort.group_share) // len(kinds))
-        wanted: list[tuple[str, str]] = []
-        for kind, names in kinds.items():
-            common = [one for one in self.menus[names[0]] if all(one in self.menus[name] for name in names)]
-            sums = {one.name: sum(self.errors[name][one.name] for name in names) for one in common}
-            wanted += [(kind, one) for one in spaced([one.name for one in pruned(common, sums)], each)]
-        found = {}
-        with progress.task("whole kinds at each type", len(wanted)) as task:
-            for kind, one in wanted:
+        """Every kind as a whole, at types that its rendered errors do not rule out: (kind, type) → measurement."""
+        each = max(2, self._affordable(self._options.group_share) // len(self._by_kind))
+        pairs: list[tuple[str, str]] = []
+        for kind, names in self._by_kind.items():
+            common = [one for one in self._menus[names[0]] if all(one in self._menus[name] for name in names)]
+            sums = {one.name: sum(self._errors[name][one.name] for name in names) for one in common}
+            left = [one.name for one in pruned(common, sums, self._options.prune_slack)]
+            pairs += [(kind, one) for one in spaced(left, each)]
+        measured = {}
+        with progress.task("whole kinds at each type", len(pairs)) as task:
+            for kind, one in pairs:
                 task.note(f"{kind} {one}")
-                types = dict.fromkeys(kinds[kind], one)
-                found[kind, one] = self.journal.measure(self.model, types, self.effort.chunks, f"kind {kind}")
+                measured[kind, one] = self._measure(dict.fromkeys(self._by_kind[kind], one), f"kind {kind}")
                 task.advance()
-        return found
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's ρ: Pearson's correlation of the ranks (ties share theirs); 0 if either is constant."""
-    ranks = [_ranks(np.asarray(one, np.float64)) for one in (a, b)]
-    if any(one.std() == 0 for one in ranks):
-        return 0.0
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _ranks(values: np.typing.NDArray[np.float64]) -> np.typing.NDArray[np.float64]:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[place], np.float64)
+        return measured

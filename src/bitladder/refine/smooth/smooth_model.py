@@ -19,7 +19,7 @@ from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.values import string
 from bitladder.gguf.writer import GgufWriter, TensorPlan
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize.quant_metadata import DROPPED
+from bitladder.quantize import DROPPED
 from bitladder.refine.smooth.changes import Change, changed_imatrix, changed_rows, changes_of
 from bitladder.refine.smooth.links import FLOATS, Link, SmoothingError, links_of
 from bitladder.refine.smooth.order import Order, find_order
@@ -28,7 +28,7 @@ from bitladder.refine.smooth.scales import balance
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-KEY = "bitladder.refine.round.smooth.imatrix.sha256"
+KEY = "bitladder.smooth.imatrix.sha256"
 # Of the logits' range. Products are the same but for what F16 rounds, which leaves 0.002 in 30 blocks; a scale that
 # went astray in one of them left 0.1.
 TOLERANCE = 0.01

@@ -24,7 +24,7 @@ from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.values import string
 from bitladder.gguf.writer import GgufWriter, TensorPlan
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize.quant_metadata import DROPPED, TUNE_KEY
+from bitladder.quantize import DROPPED, TUNE_KEY
 from bitladder.text.chunks import Reading
 from bitladder.text.texts import Text
 

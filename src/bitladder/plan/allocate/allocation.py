@@ -1,0 +1,141 @@
+"""The best allocation for a file size and for a predicted KLD, and a greedy one to compare with."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from bitladder.errors import BitladderError
+from bitladder.keys import Algorithm
+from bitladder.plan.allocate.choices import Choices, Index, Limit, choices_of, size_limits, time_limits
+from bitladder.plan.allocate.infeasible import no_allocation, no_cost, no_size
+from bitladder.plan.allocate.problem import Allocation, Problem
+from bitladder.plan.allocate.solve import relaxed, solve
+
+ALLOCATION = Algorithm("allocation", ("an exact multiple-choice knapsack under the size of the file",))
+
+# Far below the error of a prediction. The optimum is mostly proved before the search stops here.
+GAP = 1e-6
+
+
+@ALLOCATION.entry
+def smallest_cost(problem: Problem, max_bytes: int | None, gap: float = GAP) -> Allocation:
+    """The allocation of least predicted KLD for a size of the file.
+
+    It is proved to be within the fraction `gap` of the optimum. If the solver comes to its limit of nodes, the
+    allocation states its larger gap.
+
+    Parameters:
+        problem: the tensors with their menus, and the constraints.
+        max_bytes: largest size of the file; None for any size.
+        gap: a fraction of the cost.
+
+    Raises:
+        BitladderError: the problem is wrong, or no allocation fits. The error then gives the smallest possible size
+            and the constraints that keep it from being smaller.
+
+    Example:
+        >>> from bitladder.plan.allocate import Problem, TypeOption
+        >>> menu = (TypeOption("q4_K", 45, 0.10), TypeOption("q6_K", 66, 0.01))
+        >>> smallest_cost(Problem({"attn_v": menu, "ffn_up": menu}), 111).bytes
+        111
+    """
+    choices = choices_of(problem)
+    solution = solve(choices, choices.cost, size_limits(problem, choices, max_bytes), problem.max_types, gap)
+    if solution is None:
+        raise no_allocation(problem, choices) if max_bytes is None else no_size(problem, choices, max_bytes)
+    price = 0.0 if max_bytes is None else float(solution.prices[0])
+    return _allocation(problem, choices, solution.chosen, ("cost", solution.bound), price)
+
+
+@ALLOCATION.entry
+def smallest_bytes(problem: Problem, max_cost: float, gap: float = GAP) -> Allocation:
+    """The allocation of the smallest file that is predicted to add at most `max_cost` nats per token.
+
+    Parameters:
+        problem: the tensors with their menus, and the constraints.
+        max_cost: largest predicted KLD, nats per token, to 1 part in 10⁹.
+        gap: as in `smallest_cost`, a fraction of the bytes.
+
+    Raises:
+        BitladderError: the problem is wrong, or no allocation is that good. The error then gives the lowest cost.
+    """
+    if not math.isfinite(max_cost):
+        raise BitladderError(f"a KLD of {max_cost} cannot be aimed at")
+    choices = choices_of(problem)
+    solution = solve(
+        choices,
+        choices.nbytes,
+        [Limit(choices.cost, max_cost), *time_limits(problem, choices)],
+        problem.max_types,
+        gap,
+    )
+    if solution is None:
+        raise no_cost(problem, choices, max_cost)
+    # Bytes are whole. The bound comes from sums of floats and may be a little too high.
+    bound = math.ceil(solution.bound - 1e-10 * abs(solution.bound)) + problem.fixed_bytes
+    price = float(solution.prices[0])
+    return _allocation(problem, choices, solution.chosen, ("bytes", bound), 1 / price if price > 0 else 0.0)
+
+
+@ALLOCATION.entry
+def greedy(problem: Problem, max_bytes: int) -> Allocation:
+    """The usual heuristic: starts from the smallest file and changes the tensor that saves most cost per added byte.
+
+    A step may skip types. It keeps all limits and never adds a type beyond `max_types`. The bound is that of the
+    linear relaxation. Raises what `smallest_cost` raises.
+    """
+    choices = choices_of(problem)
+    start = solve(choices, choices.nbytes, time_limits(problem, choices), problem.max_types)
+    if start is None:
+        raise no_allocation(problem, choices)
+    limits = size_limits(problem, choices, max_bytes)
+    if not all(limit.holds(start.chosen) for limit in limits):
+        raise no_size(problem, choices, max_bytes)
+    chosen = start.chosen.copy()
+    while (step := _best_step(choices, chosen, limits, problem.max_types)) is not None:
+        chosen[choices.group[step]] = step
+    # Without the limit on types the bound is lower, but still a bound.
+    relaxation = relaxed(choices, choices.cost, limits, None)
+    if relaxation is None:
+        raise no_size(problem, choices, max_bytes)
+    return _allocation(problem, choices, chosen, ("cost", relaxation.bound), float(relaxation.prices[0]))
+
+
+def _best_step(choices: Choices, chosen: Index, limits: Sequence[Limit], max_types: int | None) -> int | None:
+    """The item that saves most cost per byte in place of its group's chosen one; None if no item saves and fits."""
+    saved = choices.cost[chosen][choices.group] - choices.cost
+    better = saved > 0
+    for limit in limits:
+        better &= limit.values - limit.values[chosen][choices.group] <= limit.room(limit.values[chosen])
+    used = np.bincount(choices.kind[chosen], minlength=len(choices.kinds)) > 0
+    if max_types is not None and np.count_nonzero(used) >= max_types:
+        better &= used[choices.kind]
+    if not better.any():
+        return None
+    added = choices.nbytes - choices.nbytes[chosen][choices.group]
+    # A step that saves cost and adds no byte comes first.
+    rate = np.where(added > 0, saved / np.maximum(added, 1), np.inf)
+    return int(np.argmax(np.where(better, rate, -np.inf)))
+
+
+def _allocation(
+    problem: Problem, choices: Choices, chosen: Index, goal: tuple[Literal["cost", "bytes"], float], price: float
+) -> Allocation:
+    """The allocation that chooses these items, one per group, with its sums. `goal` is the objective and its bound."""
+    objective, bound = goal
+    types = choices.types(chosen)
+    used = [{option.type: option for option in menu}[types[name]] for name, menu in problem.options.items()]
+    nbytes = problem.fixed_bytes + sum(option.nbytes for option in used)
+    cost = math.fsum(option.cost for option in used)
+    # The solver adds tied tensors first, so that its sum may be a rounding above this one.
+    return Allocation(
+        {name: types[name] for name in problem.options},
+        nbytes,
+        cost,
+        math.fsum(option.seconds for option in used),
+        objective,
+        min(bound, cost if objective == "cost" else nbytes),
+        price,
+    )
