@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from bitladder.calibrate.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.native import versions
 from bitladder.engine.observe import Multiplication
@@ -192,11 +193,13 @@ def _decode(
     with (
         Context(
             model,
-            n_ctx=n_ctx,
+            Decoding(
+                n_ctx=n_ctx,
+                n_batch=side_by_side * step,
+                n_ubatch=layout["n_ubatch"] or 512,
+                threads=layout["threads"],
+            ),
             n_seq=side_by_side,
-            n_batch=side_by_side * step,
-            n_ubatch=layout["n_ubatch"] or 512,
-            threads=layout["threads"],
             observer=collector,
             skip_head=not collector.process_output,
         ) as context,

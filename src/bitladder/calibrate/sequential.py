@@ -24,9 +24,10 @@ from bitladder.calibrate.moments.moments_file import Floats, unpack_triangle
 from bitladder.calibrate.moments.watch import Experts, MomentCollector, decode_chunks
 from bitladder.closing import Closing
 from bitladder.engine.context import Context
-from bitladder.engine.enough import Enough
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
-from bitladder.engine.observe import Multiplication, Weights
+from bitladder.engine.observe import Multiplication, WatchingUntilSatisfied
+from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
 from bitladder.progress import SILENT, Progress
 
@@ -208,14 +209,8 @@ class _Pair(Closing):
         }
         self._capture = _Capture(list(self._entries))
         step = min(n_ubatch, chunks.shape[1])
-        self._context = Context(
-            exact,
-            n_ctx=chunks.shape[1],
-            n_batch=step,
-            n_ubatch=step,
-            threads=threads,
-            callback=Enough(self._capture),
-        )
+        decoding = Decoding(n_ctx=chunks.shape[1], n_batch=step, n_ubatch=step, threads=threads)
+        self._context = Context(exact, decoding, callback=WatchingUntilSatisfied(self._capture))
         self._at: tuple[int, slice] = (0, slice(0))
         self._tokens = 0
 

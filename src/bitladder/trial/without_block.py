@@ -12,7 +12,7 @@ import numpy as np
 
 from bitladder.engine.context import Context
 from bitladder.engine.model import Model
-from bitladder.engine.observe import Weights
+from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.divergence import compare
@@ -50,13 +50,7 @@ def blocks_left_out(
     found = []
     with (
         Model(path, mmap=False, repack=False, gpu_layers=settings.gpu_layers) as model,
-        Context(
-            model,
-            n_ctx=settings.n_ctx,
-            n_batch=settings.n_batch,
-            n_ubatch=settings.n_ubatch,
-            threads=settings.threads,
-        ) as context,
+        Context(model, settings) as context,
         Workers(settings.threads) as workers,
         progress.task(f"{path.name} without each block", len(ends)) as task,
     ):

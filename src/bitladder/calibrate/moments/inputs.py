@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Multiplication
 from bitladder.errors import BitladderError
@@ -56,7 +57,7 @@ def model_inputs(model: Model, threads: int | None = None) -> list[Input]:
     One token is decoded to see the graph. A weight that is multiplied twice has the input that it meets first.
     """
     survey = _Survey()
-    with Context(model, n_ctx=32, n_batch=32, threads=threads, observer=survey) as context:
+    with Context(model, Decoding(n_ctx=32, threads=threads), observer=survey) as context:
         context.decode([max(model.bos, 0)], [0], [0], [True])
     inputs, seen = [], set[str]()
     for (_, matrices, experts), found in survey.found.items():

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.engine.activations import NoisyOutputs
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
-from bitladder.engine.perturb import NoisyOutputs
 from bitladder.progress import SILENT, Progress
 
 Floats = npt.NDArray[np.float32]
@@ -62,20 +63,14 @@ def position_weights(
     together = min(len(heads), max(1, _BATCH // heads.shape[1]))
     classes = [np.arange(a, b) for a, b in itertools.pairwise([*edges, heads.shape[1]]) if a < b]
     noise = NoisyOutputs()
+    size = together * heads.shape[1]
+    decoding = Decoding(n_ctx=heads.shape[1], n_batch=size, n_ubatch=size, threads=threads)
     rng = np.random.default_rng(seed)
     found: dict[tuple[str, ...], Sums] = {}
     amounts: dict[tuple[str, ...], float] = {}
     with (
         Model(path, gpu_layers=gpu_layers) as model,
-        Context(
-            model,
-            n_ctx=heads.shape[1],
-            n_seq=together,
-            n_batch=together * heads.shape[1],
-            n_ubatch=together * heads.shape[1],
-            threads=threads,
-            callback=noise,
-        ) as context,
+        Context(model, decoding, n_seq=together, callback=noise) as context,
         progress.task("position weights", len(heads)) as bar,
     ):
         for start in range(0, len(heads), together):

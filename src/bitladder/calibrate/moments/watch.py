@@ -13,9 +13,9 @@ from bitladder.calibrate.moments.inputs import Input
 from bitladder.calibrate.moments.moments_file import Floats
 from bitladder.calibrate.moments.sums import Sums, Weighted, add
 from bitladder.engine.context import Context
-from bitladder.engine.enough import Enough, SatisfiedObserver
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
-from bitladder.engine.observe import Multiplication
+from bitladder.engine.observe import Multiplication, SatisfiedObserver, WatchingUntilSatisfied
 from bitladder.errors import BitladderError
 
 Experts = npt.NDArray[np.int32]
@@ -198,9 +198,8 @@ def decode_chunks(
     """
     n_ctx = chunks.shape[1]
     step = min(n_ubatch, n_ctx)
-    with Context(
-        model, n_ctx=n_ctx, n_batch=step, n_ubatch=step, threads=threads, callback=Enough(observer)
-    ) as context:
+    decoding = Decoding(n_ctx=n_ctx, n_batch=step, n_ubatch=step, threads=threads)
+    with Context(model, decoding, callback=WatchingUntilSatisfied(observer)) as context:
         for index in range(done, len(chunks)):
             context.clear()
             for first in range(0, n_ctx, step):

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from bitladder.closing import Closing
 from bitladder.engine.model import Model
-from bitladder.engine.observe import Weights
 from bitladder.engine.types import type_by_name
+from bitladder.engine.weights import Weights
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.divergence import compare
 from bitladder.evaluate.figures import mean
