@@ -12,7 +12,6 @@ block to the group's last input: G groups cost (G + 1)/2 passes through the whol
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -29,9 +28,8 @@ from bitladder.engine.model import Model, Tokens
 from bitladder.engine.observe import Multiplication, WatchingUntilSatisfied
 from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
+from bitladder.gguf.names import block_of
 from bitladder.progress import SILENT, Progress
-
-_BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +118,8 @@ class SequentialModel(Closing):
         found: dict[int, list[str]] = {}
         for one in self._inputs:
             for name in one.names:
-                match = _BLOCK.match(name)
-                found.setdefault(int(match[1]) // blocks if match else -1, []).append(name)
+                block = block_of(name)
+                found.setdefault(-1 if block is None else block // blocks, []).append(name)
         head = found.pop(-1, [])
         return [*(found[number] for number in sorted(found)), *([head] if head else [])]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.names import ranges
 from bitladder.plan import PlanResult, Target
 from bitladder.plan.allocate import size_text
 from bitladder.plan.explain import Moved, Share, moves, shares

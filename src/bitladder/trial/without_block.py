@@ -6,7 +6,6 @@ is what pruning it does, and the model need be neither written nor loaded again.
 
 import collections
 import dataclasses
-import re
 
 import numpy as np
 
@@ -20,10 +19,10 @@ from bitladder.evaluate.figures import mean
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.scores import Figure
 from bitladder.evaluate.settings import Settings
+from bitladder.gguf.names import block_of, name_in_block
 from bitladder.gguf.reader import GgufFile
 from bitladder.progress import SILENT, Progress
 
-_TENSOR = re.compile(r"^blk\.(\d+)\.(\w+)\.(weight|bias)$")
 # The last matrices of the two halves of a block, in every transformer of llama.cpp's with plain attention.
 ATTENTION, FEED_FORWARD = ("attn_output",), ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
 
@@ -77,12 +76,13 @@ def _blocks(base: HiddenBase) -> tuple[dict[int, int], dict[int, list[str]]]:
     halves: dict[int, set[tuple[str, ...]]] = collections.defaultdict(set)
     with GgufFile(base.model.path) as file:
         for tensor in file.tensors.values():
-            if not (match := _TENSOR.match(tensor.name)):
+            block = block_of(tensor.name)
+            stem, _, suffix = name_in_block(tensor.name).rpartition(".")
+            if block is None or suffix not in ("weight", "bias"):
                 continue
-            block = int(match[1])
             sizes[block] += tensor.nbytes
             for half in (ATTENTION, FEED_FORWARD):
-                if match[2] in half:
+                if stem in half:
                     ends[block].append(tensor.name)
                     halves[block].add(half)
     odd = [block for block in sizes if len(halves[block]) < 2]

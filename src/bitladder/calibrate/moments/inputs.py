@@ -11,6 +11,7 @@ from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Multiplication
 from bitladder.errors import BitladderError
+from bitladder.gguf.names import in_main_block
 
 Floats = npt.NDArray[np.float32]
 HEADS = ("output.weight", "token_embd.weight")  # the second one where the head is tied to the embeddings
@@ -42,7 +43,7 @@ class _Survey:
         self.found: dict[tuple[int, int, bool], list[Multiplication]] = {}
 
     def wants(self, seen: Multiplication) -> bool:
-        if seen.weight.startswith("blk.") or seen.weight in HEADS:
+        if in_main_block(seen.weight) or seen.weight in HEADS:
             key = (seen.input_id, seen.shape[2] * seen.shape[3], seen.experts)
             self.found.setdefault(key, []).append(seen)
         return False

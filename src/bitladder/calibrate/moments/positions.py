@@ -10,7 +10,6 @@ and any architecture and back end that the library runs.
 import collections
 import itertools
 import os
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from bitladder.engine.activations import NoisyOutputs
 from bitladder.engine.context import Context
 from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
+from bitladder.gguf.names import block_of, kind_of
 from bitladder.progress import SILENT, Progress
 
 Floats = npt.NDArray[np.float32]
@@ -34,7 +34,6 @@ NOISE = 0.2
 _TOO_MUCH, _TOO_LITTLE, _TRIES = 0.1, 1e-5, 4
 _STEP = 4  # predictions at every fourth position are compared, after the first few
 _BATCH = 512  # tokens decoded at once, about
-_BLOCK = re.compile(r"^blk\.(\d+)\.(.+)\.weight$")
 
 
 def position_weights(
@@ -100,8 +99,9 @@ def _groups(names: Iterable[str], together: int) -> list[tuple[str, ...]]:
     """Weights of the same kind in neighbouring blocks."""
     groups: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
     for name in names:
-        if match := _BLOCK.match(name):
-            groups[match[2], int(match[1]) // together].append(name)
+        block = block_of(name)
+        if block is not None:
+            groups[kind_of(name), block // together].append(name)
     return [tuple(group) for group in groups.values()]
 
 

@@ -17,6 +17,7 @@ from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.observe import Multiplication, SatisfiedObserver, WatchingUntilSatisfied
 from bitladder.errors import BitladderError
+from bitladder.gguf.names import in_main_block
 
 Experts = npt.NDArray[np.int32]
 
@@ -146,7 +147,7 @@ class WithImatrix:
         self.imatrix = imatrix
         self._moments = moments
         names = (name for one in inputs for name in one.names)
-        self._names = {name for name in names if name.startswith("blk.") or imatrix.process_output}
+        self._names = {name for name in names if in_main_block(name) or imatrix.process_output}
         self._names.discard("token_embd.weight")
         self._left: set[str] = set()
 
