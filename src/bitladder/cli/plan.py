@@ -164,7 +164,7 @@ def _options(given: dict[str, Any]) -> "PlanOptions":
 
 def _target(planner: "Planner", kind: str, given: dict[str, Any]) -> "tuple[Target, Preset | None]":
     from bitladder.plan import Target
-    from bitladder.plan.allocate import bpw_bytes, parse_size
+    from bitladder.units import bpw_bytes, parse_size
 
     subject = planner.subject
     if kind == "like":

@@ -7,10 +7,10 @@ from rich.table import Table
 
 from bitladder.gguf.names import ranges
 from bitladder.plan import PlanResult, Target
-from bitladder.plan.allocate import size_text
 from bitladder.plan.explain import Moved, Share, moves, shares
 from bitladder.plan.feedback import Tried
 from bitladder.trial import BlockLoss
+from bitladder.units import size_text
 
 Places = Mapping[str, tuple[str, int | None]]
 

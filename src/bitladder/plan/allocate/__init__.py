@@ -4,7 +4,6 @@ from bitladder.plan.allocate.exact import frontier, smallest_bytes, smallest_cos
 from bitladder.plan.allocate.greedy import greedy
 from bitladder.plan.allocate.neighbours import Exchange, neighbours
 from bitladder.plan.allocate.problem import Allocation, Cap, Option, Problem
-from bitladder.units import bpw_bytes, parse_size, size_text
 
 __all__ = [
     "Allocation",
@@ -12,12 +11,9 @@ __all__ = [
     "Exchange",
     "Option",
     "Problem",
-    "bpw_bytes",
     "frontier",
     "greedy",
     "neighbours",
-    "parse_size",
-    "size_text",
     "smallest_bytes",
     "smallest_cost",
 ]
