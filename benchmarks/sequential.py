@@ -21,6 +21,7 @@ import numpy as np
 
 from bitladder.calibrate.sequential import SequentialModel, asymmetric_target
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.native import versions
 from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, type_by_name
@@ -134,7 +135,7 @@ def predictions(model: Model, chunks: np.ndarray, threads: int | None) -> list[n
     """Log-probabilities of the scored positions of each chunk."""
     n_ctx = chunks.shape[1]
     found = []
-    with Context(model, n_ctx=n_ctx, n_batch=n_ctx, n_ubatch=n_ctx, threads=threads) as context:
+    with Context(model, Decoding(n_ctx=n_ctx, n_batch=n_ctx, n_ubatch=n_ctx, threads=threads)) as context:
         for chunk in chunks:
             context.clear()
             context.decode(chunk, np.arange(n_ctx), np.zeros(n_ctx, int), np.ones(n_ctx, bool))

@@ -8,6 +8,7 @@ from bitladder.calibrate import collect_imatrix, read_imatrix, write_imatrix
 from bitladder.calibrate.collect_imatrix import Collector
 from bitladder.calibrate.imatrix import Entry, Imatrix
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Multiplication
 from bitladder.errors import BitladderError
@@ -81,7 +82,7 @@ def test_expert_sums_are_brute_force(moe, text):
             super().see(seen, inputs, experts)
 
     collector = Both()
-    with Model(moe) as model, Context(model, n_ctx=128, observer=collector) as context:
+    with Model(moe) as model, Context(model, Decoding(n_ctx=128), observer=collector) as context:
         tokens = model.tokenize(text.text)[:128]
         context.decode(tokens, np.arange(128), np.zeros(128, int), np.ones(128, bool))
     assert len(shown) == 6
@@ -178,7 +179,7 @@ def test_leaving_the_head_out_changes_nothing_else(tiny_gguf, text):
         collector = Collector()
         with Model(tiny_gguf) as model:
             tokens = model.tokenize(text.text)[:256]
-            with Context(model, n_ctx=256, observer=collector, skip_head=skip_head) as context:
+            with Context(model, Decoding(n_ctx=256), observer=collector, skip_head=skip_head) as context:
                 context.decode(tokens, np.arange(256), np.zeros(256, int), np.ones(256, bool))
                 logits.append(context.logits().copy())
         found.append(collector.entries)

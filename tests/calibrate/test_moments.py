@@ -18,6 +18,7 @@ from bitladder.calibrate.unfinished import Keep
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.errors import BitladderError
 from bitladder.text.chunks import spread_evenly, text_chunks
@@ -119,7 +120,7 @@ class Spy:
 def test_experts_are_brute_force_and_positions_go_on_in_the_next_computation(moe, text, tmp_path):
     spy, profile = Spy(), np.repeat([8.0, 1.0, 2.0], [1, 39, 24])
     rows = rows_of(moe, text, n_ctx=64, chunks=3, spread=True)
-    with Model(moe) as model, Context(model, n_ctx=64, n_batch=32, threads=1, observer=spy) as context:
+    with Model(moe) as model, Context(model, Decoding(n_ctx=64, n_batch=32, threads=1), observer=spy) as context:
         for row in rows:
             context.clear()
             for first in (0, 32):

@@ -7,9 +7,10 @@ import tiny_models
 from bitladder.calibrate.gradients import weighted_moments
 from bitladder.calibrate.moments.positions import position_weights
 from bitladder.convert import convert
+from bitladder.engine.activations import NoisyOutputs
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
-from bitladder.engine.perturb import NoisyOutputs
 
 TOKENS = np.random.default_rng(0).integers(2, 380, (24, 32)).astype(np.int32)
 KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -29,7 +30,7 @@ def test_noise_is_where_it_was_asked_for(model_file):
     tokens = TOKENS[:2]
     with (
         Model(model_file) as model,
-        Context(model, n_ctx=32, n_seq=2, n_batch=64, n_ubatch=64, threads=1, callback=noise) as context,
+        Context(model, Decoding(n_ctx=32, n_batch=64, n_ubatch=64, threads=1), n_seq=2, callback=noise) as context,
     ):
 
         def decode():

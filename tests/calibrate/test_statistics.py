@@ -10,8 +10,7 @@ from moe import write_moe
 from bitladder.calibrate import collect_imatrix, read_imatrix, write_imatrix
 from bitladder.calibrate.imatrix import Entry, Imatrix
 from bitladder.calibrate.statistics import by_kind, by_layer, tensor_statistics
-from bitladder.calibrate.statistics.names import block_and_kind, in_previous_block
-from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.names import imatrix_place
 from bitladder.text.texts import load_text
 
 # Columns as llama-imatrix prints them: digits after the point, and the factor to its unit.
@@ -62,7 +61,7 @@ def shown_by_llama(tools, path):
     for _ in range(300):
         text = tools.run("llama-imatrix", "-m", "none", "--in-file", path, "--show-statistics", "--no-log-prefix")
         rows, layers = ROW.findall(text), LAYER.findall(text)
-        expected = {layer for layer, _ in map(block_and_kind, names) if layer is not None}
+        expected = {layer for layer, _ in map(imatrix_place, names) if layer is not None}
         if len(rows) == len(names) and len(layers) == len(expected):
             return {(row[0], row[1]): row[2:] for row in rows}, {row[0]: row[1:] for row in layers}
     pytest.fail(f"llama-imatrix never printed all its lines:\n{text}")
@@ -237,15 +236,3 @@ def test_averages_weigh_by_n_and_leave_out_what_is_not_there():
     assert second.cossim == x.cossim  # y has none: llama-imatrix would count it as 0
     assert [group.kind for group in by_kind(found)] == ["output", "x", "y"]
     assert by_kind(found)[1].sum == pytest.approx((found[0].sum + x.sum) / 2)
-
-
-def test_names():
-    assert block_and_kind("blk.3.attn_q.weight") == (3, "attn_q")
-    assert block_and_kind("enc.blk.12.ffn_up.weight") == (12, "ffn_up")
-    assert block_and_kind("output.weight") == (None, "output")
-    assert block_and_kind("v.patch_embd") == (None, "v.patch_embd")
-    assert block_and_kind("blk.x.y.weight") == (None, "y")
-    assert block_and_kind("weight") == (None, "weight") and block_and_kind("blk") == (None, "blk")
-    assert in_previous_block("dec.blk.10.q.weight") == "dec.blk.9.q.weight"
-    assert in_previous_block("blk.0.q.weight") is in_previous_block("output.weight") is None
-    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7, 8" and ranges([]) == ""

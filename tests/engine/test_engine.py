@@ -6,9 +6,11 @@ import pytest
 
 from bitladder.engine import native
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
-from bitladder.engine.observe import HiddenStates, Weights
+from bitladder.engine.observe import HiddenStates
 from bitladder.engine.types import RowKernels, all_types, type_by_name
+from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile
 
@@ -109,7 +111,7 @@ class Recorder:
 
 def test_hidden_states_times_the_head_give_the_logits(tiny_gguf, kernels):
     states = HiddenStates("output.weight")
-    with Model(tiny_gguf) as model, Context(model, n_ctx=64, observer=states) as context:
+    with Model(tiny_gguf) as model, Context(model, Decoding(n_ctx=64), observer=states) as context:
         tokens = model.tokenize("The assert statement inserts debugging assertions into a program.")
         outputs = np.arange(len(tokens)) % 3 == 0
         logits = decode(context, tokens, outputs)
@@ -123,7 +125,7 @@ def test_hidden_states_times_the_head_give_the_logits(tiny_gguf, kernels):
 
 def test_every_weight_is_seen(tiny_gguf):
     recorder = Recorder()
-    with Model(tiny_gguf) as model, Context(model, n_ctx=64, observer=recorder) as context:
+    with Model(tiny_gguf) as model, Context(model, Decoding(n_ctx=64), observer=recorder) as context:
         decode(context, model.tokenize("one two three four"))
     with GgufFile(tiny_gguf) as file:
         matrices = {name for name, t in file.tensors.items() if len(t.shape) == 2 and name != "token_embd.weight"}
@@ -134,7 +136,7 @@ def test_swap_and_restore_give_equal_bits(tiny_gguf):
     with Model(tiny_gguf, mmap=False, repack=False) as model:
         weights = Weights(model)
         tokens = model.tokenize("while expression: the suite is executed")
-        with Context(model, n_ctx=64) as context:
+        with Context(model, Decoding(n_ctx=64)) as context:
             before = decode(context, tokens)
             for name in ("blk.3.ffn_up.weight", "token_embd.weight"):
                 old = weights.get(name)
@@ -153,10 +155,10 @@ def test_swap_and_restore_give_equal_bits(tiny_gguf):
 def test_sequences_side_by_side_equal_sequences_alone(tiny_gguf):
     with Model(tiny_gguf) as model:
         rows = [model.tokenize("a list of expressions")[:3], model.tokenize("raise an exception")[:3]]
-        with Context(model, n_ctx=32, n_seq=2) as context:
+        with Context(model, Decoding(n_ctx=32), n_seq=2) as context:
             context.decode(np.concatenate(rows), [0, 1, 2] * 2, [0] * 3 + [1] * 3, [True] * 6)
             together = context.logits().copy()
-        with Context(model, n_ctx=32) as context:
+        with Context(model, Decoding(n_ctx=32)) as context:
             alone = np.concatenate([decode(context, row) for row in rows])
     assert np.abs(together - alone).max() < 2e-3 * np.ptp(alone)
 
@@ -168,7 +170,7 @@ def test_an_observer_that_raises_stops_decoding(tiny_gguf):
 
     with (
         Model(tiny_gguf) as model,
-        Context(model, n_ctx=64, observer=Broken()) as context,
+        Context(model, Decoding(n_ctx=64), observer=Broken()) as context,
         pytest.raises(KeyError, match="blk.0"),
     ):
         decode(context, [5, 6, 7])

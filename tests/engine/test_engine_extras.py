@@ -7,6 +7,7 @@ import pytest
 
 from bitladder.engine import extras, native
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.quantize import quantize
 
@@ -38,7 +39,7 @@ def test_a_quantized_model_decodes_alike_with_and_without(tiny_gguf, tmp_path):
     quant = quantize(tiny_gguf, tmp_path / "q.gguf", "Q4_0").path
     found = []
     for repack in (True, False):
-        with Model(quant, repack=repack) as model, Context(model, n_ctx=64, threads=1) as context:
+        with Model(quant, repack=repack) as model, Context(model, Decoding(n_ctx=64, threads=1)) as context:
             context.decode(range(40), range(40), [0] * 40, [True] * 40)
             found.append(context.logits().copy())
     assert np.abs(found[0] - found[1]).max() < 0.02 * np.ptp(found[1])

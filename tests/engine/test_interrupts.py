@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 
 
@@ -47,7 +48,7 @@ def test_it_stops_the_computation_and_is_not_lost(tiny_gguf):
     before = signal.getsignal(signal.SIGINT)
     with (
         Model(tiny_gguf) as model,
-        Context(model, n_ctx=512, n_batch=512, threads=1, observer=watcher) as context,
+        Context(model, Decoding(n_ctx=512, n_batch=512, threads=1), observer=watcher) as context,
     ):
         thread = threading.Thread(target=interrupt)
         thread.start()

@@ -17,10 +17,8 @@ from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.shards import plain_path, shard_path, shards_of
 from bitladder.gguf.split_writer import (
     group_as,
-    group_by_count,
     group_by_size,
     output_paths,
-    parse_size,
     split_sizes,
     writing,
 )
@@ -29,6 +27,7 @@ from bitladder.gguf.writer import TensorPlan
 from bitladder.ladder.source import describe
 from bitladder.ladder.store import open_store
 from bitladder.quantize import QuantizeOptions, quantize
+from bitladder.units import parse_size
 
 LIMIT = 3_000_000
 
@@ -138,18 +137,14 @@ def copy_in(groups, source, out):
     return output_paths(out, groups)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("--split-max-size", "3M"), ("--split-max-size", "4M"), ("--split-max-size", "90M"), ("--split-max-tensors", 7)],
-)
-def test_llama_gguf_split_makes_the_same_shards_and_merges_ours(option, value, tiny_gguf, tmp_path, tools):
+@pytest.mark.parametrize("size", ["3M", "4M", "90M"])
+def test_llama_gguf_split_makes_the_same_shards_and_merges_ours(size, tiny_gguf, tmp_path, tools):
     if not (tools.folder / "llama-gguf-split").exists():
         pytest.skip("LLAMA_CPP_TOOLS has no llama-gguf-split")
     (tmp_path / "theirs").mkdir()
-    tools.run("llama-gguf-split", "--split", option, value, tiny_gguf, tmp_path / "theirs" / "m")
+    tools.run("llama-gguf-split", "--split", "--split-max-size", size, tiny_gguf, tmp_path / "theirs" / "m")
     with GgufFile(tiny_gguf) as whole:
-        tensors = plans_of(whole)
-        groups = group_by_count(tensors, 7) if option.endswith("tensors") else group_by_size(tensors, parse_size(value))
+        groups = group_by_size(plans_of(whole), parse_size(size))
         ours = copy_in(groups, tiny_gguf, tmp_path / "ours" / "m.gguf")
         assert [path.stat().st_size for path in ours] == split_sizes(whole.metadata, groups)
         theirs = sorted((tmp_path / "theirs").iterdir())
@@ -204,8 +199,7 @@ def test_groups():
     assert names(group_by_size(SMALL, 64 + 287)) == ["a", "bc"]
     assert names(group_by_size(SMALL, 288 + 31)) == ["a", "b", "c"]  # c has 12 bytes, padded 32
     assert names(group_by_size(SMALL, 1)) == ["a", "b", "c"]  # each larger than the limit, and the first too
-    assert names(group_by_size([], 1)) == names(group_by_count([], 1)) == [""]
-    assert names(group_by_count(SMALL, 2)) == ["ab", "c"]
+    assert names(group_by_size([], 1)) == [""]
 
 
 def test_names(tmp_path):
@@ -383,11 +377,3 @@ def test_a_split_model_is_one_model_to_measure_and_to_run_with(shards, tiny_gguf
     (tmp_path / "ladder.json").unlink()
     with pytest.raises(UsageError, match=r"already has stranger\.gguf"), open_store(tmp_path, keep=first):
         pass
-
-
-def test_sizes_are_as_llama_gguf_split_takes_them():
-    assert parse_size("2G") == 2_000_000_000
-    assert parse_size("300M") == 300_000_000
-    for wrong in ("", "0", "3X", "-1M", "G"):
-        with pytest.raises(BitladderError):
-            parse_size(wrong)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError
 from bitladder.plan.allocate import (
     Problem,
     TypeOption,
@@ -16,7 +16,7 @@ from bitladder.plan.allocate import (
     smallest_bytes,
     smallest_cost,
 )
-from bitladder.units import bpw_bytes, parse_size, size_text
+from bitladder.units import bpw_bytes
 
 BPW = {"iq2_s": 2.5625, "iq3_s": 3.4375, "iq4_xs": 4.25, "q4_K": 4.5, "q5_K": 5.5, "q6_K": 6.5625, "q8_0": 8.5}
 SHAPES = {"attn_q": 1 << 20, "attn_k": 1 << 18, "attn_v": 1 << 18, "ffn_up": 3 << 20, "ffn_down": 3 << 20}
@@ -216,18 +216,3 @@ def test_what_is_wrong_is_said():
             smallest_cost(dataclasses.replace(problem, **changes), budget)
     with pytest.raises(BitladderError, match="byte"):
         smallest_cost(problem, 10_000)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("3.7GiB", int(3.7 * 2**30)), ("3.7G", 3_700_000_000), ("900MB", 900_000_000), ("123456", 123456), ("1kib", 1024)],
-)
-def test_sizes_as_people_write_them(text, size):
-    assert parse_size(text) == size
-    assert size_text(size).replace(",", "").count(str(size)) == 1
-
-
-@pytest.mark.parametrize("text", ["", "big", "-3G", "0", "1e9", "3 GiBs"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(UsageError, match="--size"):
-        parse_size(text)

@@ -16,6 +16,7 @@ from bitladder.calibrate.moments.moments_file import MomentsFile
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.evaluate import Settings, load_or_compute_base
 from bitladder.evaluate.noise import noise_floor
@@ -60,7 +61,7 @@ def ordinary(tmp_path_factory, text):
 
 def logits(path, tokens):
     count = len(tokens)
-    with Model(path, repack=False) as model, Context(model, n_ctx=count, n_batch=count) as context:
+    with Model(path, repack=False) as model, Context(model, Decoding(n_ctx=count, n_batch=count)) as context:
         context.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
         return context.logits().copy()
 

@@ -15,6 +15,7 @@ from bitladder.calibrate.moments.moments_file import MomentsFile
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile
@@ -57,8 +58,8 @@ def made(folder, build, text, outtype="f32", **config):
 
 
 def logits(path, tokens):
-    with Model(path, repack=False) as model, Context(model, n_ctx=len(tokens), n_batch=len(tokens)) as context:
-        count = len(tokens)
+    count = len(tokens)
+    with Model(path, repack=False) as model, Context(model, Decoding(n_ctx=count, n_batch=count)) as context:
         context.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
         return context.logits().copy()
 

@@ -17,11 +17,13 @@ import numpy.typing as npt
 
 from bitladder.calibrate.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.native import versions
 from bitladder.engine.observe import Multiplication
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing, sha256_bytes
+from bitladder.gguf.names import in_main_block
 from bitladder.gguf.reader import GgufFile
 from bitladder.progress import SILENT, Progress
 from bitladder.text.chunks import text_chunks
@@ -65,7 +67,7 @@ class Collector:
         """Block weights, and the head if asked for; dense inputs of fewer than 16 tokens are left out."""
         if not (seen.experts or seen.tokens >= MIN_CTX):
             return False
-        return seen.weight.startswith("blk.") or (self.process_output and seen.weight == "output.weight")
+        return in_main_block(seen.weight) or (self.process_output and seen.weight == "output.weight")
 
     def see(self, seen: Multiplication, inputs: Floats, experts: npt.NDArray[np.int32] | None) -> None:
         """Add the squares of these inputs."""
@@ -192,11 +194,13 @@ def _decode(
     with (
         Context(
             model,
-            n_ctx=n_ctx,
+            Decoding(
+                n_ctx=n_ctx,
+                n_batch=side_by_side * step,
+                n_ubatch=layout["n_ubatch"] or 512,
+                threads=layout["threads"],
+            ),
             n_seq=side_by_side,
-            n_batch=side_by_side * step,
-            n_ubatch=layout["n_ubatch"] or 512,
-            threads=layout["threads"],
             observer=collector,
             skip_head=not collector.process_output,
         ) as context,

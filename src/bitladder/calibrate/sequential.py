@@ -12,7 +12,6 @@ block to the group's last input: G groups cost (G + 1)/2 passes through the whol
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -24,13 +23,13 @@ from bitladder.calibrate.moments.moments_file import Floats, unpack_triangle
 from bitladder.calibrate.moments.watch import Experts, MomentCollector, decode_chunks
 from bitladder.closing import Closing
 from bitladder.engine.context import Context
-from bitladder.engine.enough import Enough
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
-from bitladder.engine.observe import Multiplication, Weights
+from bitladder.engine.observe import Multiplication, WatchingUntilSatisfied
+from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
+from bitladder.gguf.names import block_of
 from bitladder.progress import SILENT, Progress
-
-_BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +118,8 @@ class SequentialModel(Closing):
         found: dict[int, list[str]] = {}
         for one in self._inputs:
             for name in one.names:
-                match = _BLOCK.match(name)
-                found.setdefault(int(match[1]) // blocks if match else -1, []).append(name)
+                block = block_of(name)
+                found.setdefault(-1 if block is None else block // blocks, []).append(name)
         head = found.pop(-1, [])
         return [*(found[number] for number in sorted(found)), *([head] if head else [])]
 
@@ -208,14 +207,8 @@ class _Pair(Closing):
         }
         self._capture = _Capture(list(self._entries))
         step = min(n_ubatch, chunks.shape[1])
-        self._context = Context(
-            exact,
-            n_ctx=chunks.shape[1],
-            n_batch=step,
-            n_ubatch=step,
-            threads=threads,
-            callback=Enough(self._capture),
-        )
+        decoding = Decoding(n_ctx=chunks.shape[1], n_batch=step, n_ubatch=step, threads=threads)
+        self._context = Context(exact, decoding, callback=WatchingUntilSatisfied(self._capture))
         self._at: tuple[int, slice] = (0, slice(0))
         self._tokens = 0
 

@@ -59,7 +59,7 @@ class _FilesInPlace(click.Command):
 @click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Metadata to set (int, float, bool, str).")
 @click.option("--prune-layers", metavar="L0,L1,…", help="Blocks to leave out.")
 @click.option("--keep-split", is_flag=True, help="Write the same shards as the input has.")
-@click.option("--split-max-size", metavar="N(M|G)", help="Write shards of at most this size.")
+@click.option("--split-max-size", metavar="SIZE", help="Write shards of at most this size, such as 2G or 1.9GiB.")
 @click.option("--no-fallback", is_flag=True, help="Stop where a width cannot hold the type, and use no other instead.")
 @click.option(
     "--rounding",
@@ -114,11 +114,11 @@ def command(
     unless --rounding asks for better ones of the same size.
     """
     # Imported here, so that --help does not wait for the native library.
-    from bitladder.gguf.split_writer import parse_size
     from bitladder.quantize import QuantizeOptions, check_room, preflight, prepare, refuse_target, write
     from bitladder.quantize.quantize_options import parse_layers, parse_tensor_type
     from bitladder.recipe import read_recipe
     from bitladder.show.preflight_tables import lines, tables
+    from bitladder.units import parse_size
 
     read = read_recipe(recipe) if recipe is not None else None
     wanted = QuantizeOptions(
@@ -126,7 +126,7 @@ def command(
         types=read.tensors if read is not None else None,
         tensor_types=tuple(parse_tensor_type(text) for text in tensor_types),
         prune_layers=parse_layers(prune_layers) if prune_layers is not None else (),
-        split_max_bytes=parse_size(split_max_size) if split_max_size is not None else None,
+        split_max_bytes=parse_size(split_max_size, "--split-max-size") if split_max_size is not None else None,
         **plain,
     )
     if out is not None:

@@ -13,7 +13,7 @@ from bitladder.compare.structure import check_structure
 from bitladder.compare.winner import TOLERANCE, Beaten, Level, beaten, levels
 from bitladder.evaluate import Figure, Measured, Settings, Wanted, measure_several, open_or_compute, paired_mean
 from bitladder.evaluate.results_cache import Results
-from bitladder.gguf.names import reading_order, short_kind
+from bitladder.gguf.names import kind_of, reading_order
 from bitladder.gguf.reader import GgufFile
 from bitladder.hub import Fetched
 from bitladder.progress import SILENT, Progress
@@ -95,7 +95,7 @@ def _look(one: Fetched, base: pathlib.Path, settings: Settings, progress: Progre
                 task.advance()
         kinds: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for name in sorted(file.tensors, key=reading_order):
-            kinds[short_kind(name)][file.tensors[name].type.name] += 1
+            kinds[kind_of(name)][file.tensors[name].type.name] += 1
         types = {kind: dict(counts.most_common()) for kind, counts in kinds.items()}
         return Compared(one.path.name, one.source, file.size, file.bpw, types, tuple(findings))
 

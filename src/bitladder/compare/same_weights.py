@@ -17,7 +17,7 @@ import numpy.typing as npt
 from bitladder.compare.findings import Finding
 from bitladder.engine.types import RowKernels, TensorType
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import short_kind
+from bitladder.gguf.names import kind_of
 from bitladder.gguf.reader import GgufFile, TensorInfo
 
 Floats = npt.NDArray[np.float32]
@@ -89,7 +89,7 @@ def distances(base: GgufFile, model: GgufFile, threads: int | None = None) -> We
                 continue
             rows = _rows(ours)
             here, there = (_read(file, tensor, rows, kernels) for file, tensor in ((base, ours), (model, theirs)))
-            kind = short_kind(name)
+            kind = kind_of(name)
             if len(ours.shape) == 1:
                 _add(found.vectors[kind], here, there, here)
                 continue

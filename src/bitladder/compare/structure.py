@@ -4,8 +4,7 @@ from collections.abc import Iterable
 
 from bitladder.compare.findings import Finding
 from bitladder.files import sha256_bytes
-from bitladder.gguf.names import layer_of
-from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.names import block_of, ranges
 from bitladder.gguf.reader import GgufFile
 
 TOKENS = "tokenizer.ggml.tokens"
@@ -106,7 +105,7 @@ def _tensors(base: GgufFile, model: GgufFile) -> Iterable[Finding]:
     missing = [name for name in base.tensors if name not in model.tensors and not name.endswith(OPTIONAL)]
     added = [name for name in model.tensors if name not in base.tensors and not name.endswith(OPTIONAL)]
     if missing:
-        blocks = {layer_of(name) for name in missing} - {layer_of(name) for name in model.tensors}
+        blocks = {block_of(name) for name in missing} - {block_of(name) for name in model.tensors}
         if blocks and None not in blocks:
             text = f"blocks {ranges(number for number in blocks if number is not None)} are left out"
             yield Finding("note", "tensors", f"pruned: {text}")

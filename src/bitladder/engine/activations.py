@@ -1,60 +1,53 @@
-"""What the CPU's kernels of quantized weights do to their inputs, done to a model whose weights are not quantized.
+"""Activations changed while a graph is computed: inputs rounded as the CPU's kernels round them, or noise in outputs.
 
-Such a kernel rounds the activations to a type of its own before it multiplies: blocks of 32 for q8_0, q5_1 or iq4_nl,
-blocks of 256 for K-quants and most I-quants. Where inputs have outliers the larger blocks cost a good part of what a
-5- or 6-bit type loses.
+The CPU's kernel of a quantized weight rounds its input to a type of its own before it multiplies: to blocks of 32 for
+q8_0, q5_1 or iq4_nl, to blocks of 256 for K-quants and most I-quants. Where inputs have outliers, the larger blocks
+cause a good part of what a 5- or 6-bit type loses.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.matvec import input_type
-from bitladder.engine.native import MUL_MAT, MUL_MAT_ID, Tensor, ggml, llama
-from bitladder.engine.observe import Trampoline, _values, weight_name
+from bitladder.engine.native import MUL_MAT, MUL_MAT_ID, Tensor, ggml
+from bitladder.engine.observe import OP_OFFSET, GraphCallback, tensor_values, weight_name
 from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, type_by_name
 from bitladder.errors import BitladderError
 
 Floats = npt.NDArray[np.float32]
-_OP = Tensor.op.offset
 
 
-class KernelInputs(Trampoline):
-    """Rounds the inputs of chosen weights' multiplications as the kernels of given types would.
+class KernelInputs(GraphCallback):
+    """Rounds the inputs of chosen weights as the CPU's kernels of given types round them.
 
-    `pretend` names the weights and types; for all others nothing changes. A context that has this callback computes
-    node by node while any weight is named. Raises BitladderError (when decoding) where inputs lie in memory that
-    cannot be written to here.
+    `pretend` chooses weights and types. No other multiplication changes. A context with this callback computes node by
+    node while any weight is chosen. A decode raises BitladderError where the CPU cannot write to the inputs' memory.
     """
 
     def __init__(self) -> None:
-        self._error = None
+        super().__init__()
         self._types: dict[str, TensorType] = {}
         self._restore: Callable[[], None] | None = None
         self._last: tuple[str, Floats, Floats] = ("", np.empty(0, np.float32), np.empty(0, np.float32))
-        self.callback = llama.ggml_backend_sched_eval_callback(self._call)
 
     def pretend(self, types: dict[str, TensorType]) -> None:
-        """Multiply by these weights (name → type) as if they were stored so."""
-        found = {name: input_type(kind) for name, kind in types.items()}
-        self._types = {name: kind for name, kind in found.items() if kind is not None}
+        """Chooses weights, and for each the type in which it is multiplied."""
+        rounded_to = {name: input_type(kind) for name, kind in types.items()}
+        self._types = {name: kind for name, kind in rounded_to.items() if kind is not None}
 
-    def _call(self, address: int, ask: bool, _data: Any) -> bool:
-        if self._error is not None:
-            return ask
+    def call(self, address: int, ask: bool) -> bool:
+        """See `GraphCallback.call`."""
         if not self._types:
             return not ask
-        try:
-            if not ask and self._restore:
-                self._restore()
-                self._restore = None
-            if ask and ctypes.c_int.from_address(address + _OP).value in (MUL_MAT, MUL_MAT_ID):
-                self._round(Tensor.from_address(address))
-        except BaseException as error:
-            self._error = error
+        if not ask and self._restore:
+            self._restore()
+            self._restore = None
+        if ask and ctypes.c_int.from_address(address + OP_OFFSET).value in (MUL_MAT, MUL_MAT_ID):
+            self._round(Tensor.from_address(address))
         return True
 
     def _round(self, node: Tensor) -> None:
@@ -64,7 +57,7 @@ class KernelInputs(Trampoline):
             return
         if not ggml.ggml_backend_buffer_is_host(inputs.buffer):
             raise BitladderError("activations on a GPU cannot be rounded; measure with -ngl 0")
-        values = _values(inputs)
+        values = tensor_values(inputs)
         exact = values.copy()
         # Q, K and V multiply the same input one after the other, and so do gate and up: it is rounded once.
         last_kind, last_exact, last = self._last
@@ -76,9 +69,17 @@ class KernelInputs(Trampoline):
 
 
 def rounded(rows: Floats, kind: TensorType) -> Floats:
-    """Rows float32 [rows, width] rounded to q8_0, q8_1 or q8_K; source of the last: quantize_row_q8_K_ref of ggml."""
+    """Rounds activations to a type and expands them again.
+
+    Parameters:
+        rows: float32, shape [rows, width].
+        kind: q8_0, q8_1 or q8_K. The source of the last is quantize_row_q8_K_ref of ggml.
+
+    Returns:
+        float32, shape [rows, width].
+    """
     if kind.name != "q8_K":
-        plain = type_by_name("q8_0")  # q8_1 differs in what it keeps beside the same numbers
+        plain = type_by_name("q8_0")  # q8_1 stores the same integers and scales, and a sum beside them
         out = np.empty_like(rows)
         dequantize_into(quantize_rows(rows, plain), plain, out)
         return out
@@ -87,3 +88,79 @@ def rounded(rows: Floats, kind: TensorType) -> Floats:
     scale = np.where(largest == 0, np.float32(1), np.float32(-127) / np.where(largest == 0, np.float32(1), largest))
     codes = np.minimum(np.rint(blocks * scale), np.float32(127))
     return (codes / scale).astype(np.float32).reshape(rows.shape)
+
+
+class NoisyOutputs(GraphCallback):
+    """Adds normal noise to the outputs of multiplications by some weights, at some rows (tokens of a batch).
+
+    `disturb` chooses weights and rows. `measure` adds nothing and notes the squared outputs instead. A decode must be
+    one computation (a batch no larger than -ub) in which every token is an output. Its sequences must have one length
+    and follow one another, so that rows are the tokens of the batch in order. Works on any back end. A decode raises
+    BitladderError for outputs that are not F32.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deviations: Mapping[str, float] = {}
+        self._rows = np.zeros(0, np.intp)
+        self._generator = np.random.default_rng(0)
+        self._measure = False
+        self.squares: dict[str, npt.NDArray[np.float64]] = {}
+
+    def quiet(self) -> None:
+        """Changes nothing in the next decodes."""
+        self._deviations, self._measure = {}, False
+
+    def measure(self) -> None:
+        """Notes in the next decodes the mean squared output of every weight in `squares`, float64, shape [rows]."""
+        self.quiet()
+        self._measure = True
+
+    def disturb(
+        self, deviations: Mapping[str, float], rows: npt.NDArray[np.intp], generator: np.random.Generator
+    ) -> None:
+        """Adds noise in the next decodes.
+
+        Parameters:
+            deviations: standard deviation of the noise, for each weight.
+            rows: rows of the outputs that get noise.
+            generator: source of the noise.
+        """
+        self.quiet()
+        self._deviations, self._rows, self._generator = deviations, rows, generator
+
+    def call(self, address: int, ask: bool) -> bool:
+        """See `GraphCallback.call`."""
+        op = ctypes.c_int.from_address(address + OP_OFFSET).value
+        if op not in (MUL_MAT, MUL_MAT_ID) or not (self._measure or self._deviations):
+            return not ask
+        node = Tensor.from_address(address)
+        weight = Tensor.from_address(node.src[0])
+        name = weight_name(weight.name)
+        # Weights are leaves of the graph; attention multiplies by computed tensors.
+        chosen = not weight.op and (self._measure or name in self._deviations)
+        if ask:
+            return chosen
+        if chosen:
+            self._change(node, name)
+        return True
+
+    def _change(self, node: Tensor, name: str) -> None:
+        if node.type != 0:
+            raise BitladderError(f"the output of {name} is not F32 in this graph; it cannot be disturbed")
+        ne = tuple(node.ne)
+        # [tokens, n_out], or [tokens, experts used, n_out]; a product is contiguous.
+        shape = ne[1::-1] if ne[2] == ne[3] == 1 else ne[2::-1]
+        size = int(np.prod(ne)) * 4
+        host = ggml.ggml_backend_buffer_is_host(node.buffer)
+        raw: Any = (ctypes.c_char * size).from_address(node.data) if host else ctypes.create_string_buffer(size)
+        if not host:
+            ggml.ggml_backend_tensor_get(ctypes.addressof(node), raw, 0, size)
+        values = np.frombuffer(raw, np.float32).reshape(shape)
+        if self._measure:
+            self.squares[name] = np.square(values, dtype=np.float64).reshape(len(values), -1).mean(1)
+            return
+        noise = self._generator.standard_normal((len(self._rows), *values.shape[1:]), np.float32)
+        values[self._rows] += noise * np.float32(self._deviations[name])
+        if not host:
+            ggml.ggml_backend_tensor_set(ctypes.addressof(node), raw, 0, size)

@@ -1,6 +1,8 @@
-"""Decoding: batches of one or several sequences, logits, and whoever watches the multiplications."""
+"""Decoding: batches of one or several sequences, logits, and callbacks that watch or change the computation."""
 
+import contextlib
 import ctypes
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
+from bitladder.engine.decoding import MIN_CTX, Decoding
 from bitladder.engine.devices import ThreadPool
-from bitladder.engine.interrupts import keeping_interrupts
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.native import ggml, llama, log
-from bitladder.engine.observe import Observer, Trampoline
+from bitladder.engine.observe import GraphCallback, Observer, Watching
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError
 
@@ -21,64 +23,69 @@ FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 
 
 class Context(Closing):
-    """Room to decode with a model.
+    """A context of the library: memory to decode with a model.
 
-    Parameters: `n_ctx` tokens per sequence (-c); `n_seq` sequences decoded side by side; `n_batch` tokens per decode
-    call (-b) and `n_ubatch` per computation (-ub); `threads` (-t); `observer` is shown the inputs of weight
-    multiplications, and with `skip_head` no logits are computed then (`callback` is for watchers of whole graphs, see
-    observe.Weights); `flash_attn` (-fa) is "auto", "on" or "off"; `swa_full` keeps all of a sliding window's cache.
-    Raises BitladderError if the library refuses (memory, mostly).
+    Parameters:
+        model: the loaded model.
+        decoding: tokens per sequence, batch sizes and threads. A batch is at most as large as all sequences together.
+        n_seq: sequences that are decoded side by side.
+        kv_unified: whether all sequences share one cache.
+        flash_attn: "auto", "on" or "off" (-fa).
+        swa_full: whether the cache of a sliding window keeps all positions.
+        observer: is shown the inputs of weight multiplications.
+        skip_head: whether the computation ends before the logits; only with an observer.
+        callback: sees all nodes of the graph, instead of an observer.
+
+    Raises:
+        BitladderError: the library refuses, mostly for want of memory.
     """
 
     def __init__(
         self,
         model: Model,
+        decoding: Decoding,
         *,
-        n_ctx: int = 512,
         n_seq: int = 1,
-        n_batch: int = 2048,
-        n_ubatch: int = 512,
-        threads: int | None = None,
         kv_unified: bool = False,
         flash_attn: str = "auto",
         swa_full: bool = True,
         observer: Observer | None = None,
         skip_head: bool = False,
-        callback: Trampoline | None = None,
+        callback: GraphCallback | None = None,
     ) -> None:
         self.model = model
-        self.n_ctx = n_ctx
+        self.n_ctx = decoding.n_ctx
         self.n_seq = n_seq
         params = llama.llama_context_default_params()
-        params.n_ctx = n_ctx * n_seq
+        params.n_ctx = self.n_ctx * n_seq
         params.n_seq_max = n_seq
-        self.n_batch = params.n_batch = min(n_batch, n_ctx * n_seq)
-        params.n_ubatch = min(n_ubatch, params.n_batch)
+        self.n_batch = params.n_batch = min(decoding.n_batch, self.n_ctx * n_seq)
+        params.n_ubatch = min(decoding.n_ubatch, params.n_batch)
         params.n_outputs_max = params.n_outputs_max_per_seq = params.n_batch
-        params.n_threads = params.n_threads_batch = threads or threads_available()
+        params.n_threads = params.n_threads_batch = decoding.threads or threads_available()
         params.kv_unified = kv_unified
         params.flash_attn_type = FLASH_ATTN[flash_attn]
         params.swa_full = swa_full
-        self._trampoline = Trampoline(observer, skip_head) if observer else callback
-        if self._trampoline:
-            params.cb_eval = self._trampoline.callback
+        self._callback = Watching(observer, skip_head=skip_head) if observer else callback
+        if self._callback:
+            params.cb_eval = self._callback.callback
         log.lines.clear()
         self._context = llama.llama_init_from_model(model.handle, params)
         if not self._context:
-            raise BitladderError(f"no context of {n_seq} × {n_ctx} tokens for {model.path}: {log.last_error()}")
+            raise BitladderError(f"no context of {n_seq} × {self.n_ctx} tokens for {model.path}: {log.last_error()}")
         self._memory = llama.llama_get_memory(self._context)
         self._batch = llama.llama_batch_init(self.n_batch, 0, n_seq)
         self._outputs = 0
 
     def close(self) -> None:
-        """Free the memory."""
+        """Frees the memory."""
         if self._context:
             llama.llama_batch_free(self._batch)
             llama.llama_free(self._context)
             self._context = None
 
     def clear(self, *, data: bool = True) -> None:
-        """Forget every sequence; without `data` the old numbers stay where they are, unused."""
+        """Forgets every sequence. Without `data` the cache keeps its numbers, unused."""
         if self._memory:
             llama.llama_memory_clear(self._memory, data)
 
@@ -89,11 +96,17 @@ class Context(Closing):
         sequences: Sequence[int] | Sequence[tuple[int, ...]] | Tokens,
         outputs: Sequence[bool] | npt.NDArray[np.bool_],
     ) -> None:
-        """Decode one batch of at most `n_batch` tokens.
+        """Decodes one batch.
 
-        Each of the four has one entry per token: id, position in its sequence, sequence number (or the numbers of
-        all sequences that share the token), and whether its logits are wanted. Raises BitladderError if the batch is
-        too large or the library fails; an exception raised by the observer is raised again here.
+        Parameters:
+            tokens: token ids, at most `n_batch`.
+            positions: position of each token in its sequence.
+            sequences: number of each token's sequence, or the numbers of all sequences that share the token.
+            outputs: whether the logits of each token are computed.
+
+        Raises:
+            BitladderError: the batch is too large, or the library fails.
+            BaseException: what the observer or the callback raises.
         """
         count = len(tokens)
         if count > self.n_batch:
@@ -111,48 +124,79 @@ class Context(Closing):
         _view(batch.logits, ctypes.c_int8, count)[:] = outputs
         self._outputs = int(np.count_nonzero(outputs))
         log.lines.clear()
-        if self._trampoline:
-            with keeping_interrupts(self._trampoline.keep_error):
-                status = llama.llama_decode(self._context, batch)
-            self._trampoline.raise_pending()
-        else:
+        with self._callback.raising() if self._callback else contextlib.nullcontext():
             status = llama.llama_decode(self._context, batch)
         self._check(status)
 
     def advance(self, tokens: Tokens) -> None:
-        """Go on with sequence 0 by at most `n_batch` tokens, int32, with logits for the last one only.
+        """Continues sequence 0 by at most `n_batch` tokens, int32; only the last one has logits.
 
-        The least that a decode costs; it need not be done when this returns (see `synchronize`). Raises BitladderError
-        if the library fails.
+        This is the cheapest decode. The computation may still run when this returns (see `synchronize`).
+        Raises BitladderError if the library fails.
         """
         batch = llama.llama_batch_get_one(tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(tokens))
         self._outputs = 1
         log.lines.clear()
-        status = llama.llama_decode(self._context, batch)
-        self._check(status)
+        self._check(llama.llama_decode(self._context, batch))
 
     def _check(self, status: int) -> None:
         if status != 0:
             raise BitladderError(f"decoding with {self.model.path} failed ({status}): {log.last_error()}")
 
     def synchronize(self) -> None:
-        """Wait until everything is computed."""
+        """Waits until everything is computed."""
         llama.llama_synchronize(self._context)
 
     def attach(self, pool: ThreadPool) -> None:
-        """Let the CPU compute with a pool's threads, which must outlive the context."""
+        """Lets the CPU compute with the threads of a pool, which must outlive the context."""
         ggml.llama_attach_threadpool(self._context, pool.handle, None)
 
     def logits(self) -> Floats:
-        """Logits of the last batch's outputs, float32 [outputs, n_vocab], in the order of the batch.
+        """The logits of the last batch's outputs, float32, shape [outputs, n_vocab], in the order of the batch.
 
-        A view of native memory: valid until the next decode.
+        This is a view of native memory: it is valid until the next decode.
         """
         llama.llama_synchronize(self._context)
         pointer = llama.llama_get_logits(self._context)
         if not pointer or not self._outputs:
             return np.empty((0, self.model.n_vocab), np.float32)
         return np.ctypeslib.as_array(pointer, (self._outputs, self.model.n_vocab))
+
+
+def sequence_logits(path: str | os.PathLike[str], tokens: Tokens, *, threads: int | None = None) -> Floats:
+    """The logits at every position of a sequence.
+
+    Parameters:
+        path: the GGUF file of the model.
+        tokens: int32, shape [positions].
+        threads: threads of the CPU; None uses all.
+
+    Returns:
+        float32, shape [positions, n_vocab].
+
+    Raises:
+        BitladderError: the file does not load, or decoding fails.
+    """
+    count = len(tokens)
+    size = max(count, MIN_CTX)
+    decoding = Decoding(n_ctx=size, n_batch=size, threads=threads)
+    with Model(path, repack=False) as model, Context(model, decoding) as context:
+        context.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
+        return context.logits().copy()
+
+
+def logit_differences(logits: Floats, expected: Floats) -> Floats:
+    """Absolute differences of logits as fractions of the range (largest − smallest) of the expected logits.
+
+    Parameters:
+        logits: float32, shape [positions, n_vocab].
+        expected: float32, shape [positions, n_vocab].
+
+    Returns:
+        float32, shape [positions, n_vocab].
+    """
+    spread = np.maximum(np.ptp(expected, axis=1), np.finfo(np.float32).tiny)
+    return np.asarray(np.abs(logits - expected) / spread[:, None], np.float32)
 
 
 def _view(pointer: Any, kind: Any, count: int) -> npt.NDArray[Any]:

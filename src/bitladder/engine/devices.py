@@ -1,6 +1,7 @@
-"""What the library computes on: back ends, processors, and a pool of CPU threads."""
+"""What the library computes on: back ends, processors, pools of CPU threads, and main memory."""
 
 import ctypes
+import os
 from typing import Any
 
 from bitladder.closing import Closing
@@ -75,3 +76,11 @@ class ThreadPool(Closing):
         if self.handle and self._free:
             self._free(self.handle)
             self.handle = None
+
+
+def main_memory() -> int:
+    """Bytes of main memory; 0 if the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0

@@ -284,9 +284,14 @@ def backend() -> None:
     llama.llama_backend_init()
 
 
+def library() -> str:
+    """The library's commit as it stands in keys, such as "llama.cpp 1234abc"."""
+    return f"llama.cpp {versions()['llama_cpp_commit']}"
+
+
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions that a figure depends on: bitladder, llama-cpp-python and the commit of ggml inside it."""
+    """The versions on which a figure depends: bitladder, llama-cpp-python, and the library's commit and version."""
     return {
         "bitladder": importlib.metadata.version("bitladder"),
         "llama_cpp_python": importlib.metadata.version("llama_cpp_python"),

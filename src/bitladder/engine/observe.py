@@ -1,29 +1,36 @@
-"""Watching a graph while it is computed: the inputs of every multiplication by a weight, and the weights themselves.
+"""Watching a graph while the library computes it: the inputs of every multiplication by a weight.
 
-The scheduler calls back before each node ("do you want it?") and after those it was told yes for. For MUL_MAT and
-MUL_MAT_ID nodes src[0] is the weight, src[1] its input and, for experts, src[2] the experts that each token goes to.
+The scheduler calls back before each node and asks whether the node is wanted. It calls back again after each node that
+is. The nodes of interest are MUL_MAT and MUL_MAT_ID: src[0] is the weight, src[1] its input and, for experts, src[2]
+the experts that each token goes to.
 """
 
+import contextlib
 import ctypes
 import dataclasses
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.native import MUL_MAT, MUL_MAT_ID, Tensor, ggml, llama
-from bitladder.engine.types import RowKernels, all_types
-from bitladder.errors import BitladderError
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
 class Multiplication:
-    """One multiplication by a weight, seen before its inputs are computed.
+    """One multiplication by a weight.
 
-    `shape` is the weight's, GGUF order: (n_in, n_out, n_experts or matrices, 1); `tokens` the rows of the input;
-    `input_id` is the same for consecutive multiplications of one input.
+    Parameters:
+        weight: name of the weight.
+        shape: shape of the weight in GGUF order, (n_in, n_out, n_experts or matrices, 1).
+        tokens: rows of the input.
+        experts: whether each token has its own matrices.
+        input_id: the same number for consecutive multiplications of one input.
     """
 
     weight: str
@@ -34,81 +41,153 @@ class Multiplication:
 
 
 class Observer(Protocol):
-    """Who watches."""
+    """Watches the inputs of multiplications."""
 
     def wants(self, multiplication: Multiplication) -> bool:
-        """Whether the input of this multiplication is to be shown."""
+        """Whether `see` is to be called with the input of this multiplication. The input is not computed yet."""
 
     def see(self, multiplication: Multiplication, inputs: Floats, experts: npt.NDArray[np.int32] | None) -> None:
-        """The input itself, valid during the call only.
+        """Receives an input.
 
-        Dense: float32 [matrices, tokens, n_in]. Experts: [tokens, n_used or 1, n_in] with int32 ids [tokens, n_used].
+        Parameters:
+            multiplication: what is computed.
+            inputs: float32, shape [matrices, tokens, n_in]; for experts [tokens, n_used or 1, n_in]. Valid during the
+                call only.
+            experts: expert ids, int32, shape [tokens, n_used]; None for dense weights.
         """
 
 
+class SatisfiedObserver(Observer, Protocol):
+    """An observer that needs only the first part of each computation."""
+
+    def satisfied(self) -> bool:
+        """Whether the rest of this computation can be left out."""
+
+
 def weight_name(name: bytes) -> str:
-    """A weight's name in the file; back ends that copy a weight add a prefix and suffix between '#'."""
+    """The name of a weight in its file. Back ends that copy a weight put a prefix and a suffix around it, with '#'."""
     parts = name.decode("utf-8", "replace").split("#")
     return parts[1] if len(parts) > 1 else parts[0]
 
 
-# Offsets into ggml_tensor, for the questions that are asked a thousand times per batch.
-_OP = Tensor.op.offset
-_NAME = Tensor.name.offset
-FINAL_NORM = b"result_norm\0"  # what llama.cpp names the head's input in every architecture
+# Offsets in ggml_tensor: these two fields are read a thousand times per batch.
+OP_OFFSET = Tensor.op.offset
+_NAME_OFFSET = Tensor.name.offset
+FINAL_NORM = b"result_norm\0"  # llama.cpp's name for the input of the head, in every architecture
 
 
-class Trampoline:
-    """Turns an Observer into the C callback; keeps the exception an observer raises until decode returns.
+class GraphCallback:
+    """A C callback that sees each node of a graph. An exception in it is kept until the decode is done.
 
-    With `skip_head` the computation stops at the final norm: who only watches blocks need not pay for logits.
+    Subclasses implement `call`. Its answer before a node says whether the callback wants the node, and its answer after
+    a node whether the computation goes on.
     """
 
-    def __init__(self, observer: Observer, skip_head: bool = False) -> None:
-        self._observer = observer
-        self._skip_head = skip_head
+    def __init__(self) -> None:
         self._error: BaseException | None = None
-        self.callback = llama.ggml_backend_sched_eval_callback(self._call)
+        self.callback = llama.ggml_backend_sched_eval_callback(self._guarded)
 
-    def keep_error(self, error: BaseException) -> None:
-        """Stop the computation and raise this when decode is done."""
-        self._error = error
+    def call(self, address: int, ask: bool) -> bool:
+        """Looks at the ggml_tensor at `address`: before it is computed where `ask` is true, otherwise after."""
+        raise NotImplementedError
 
-    def raise_pending(self) -> None:
-        """Raise what the observer raised, once."""
+    def _guarded(self, address: int, ask: bool, _data: Any) -> bool:
+        if self._error is not None:
+            return ask
+        try:
+            return self.call(address, ask)
+        except BaseException as error:
+            # No exception may leave a C callback.
+            self._error = error
+            return ask
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raises what went wrong in the callback, Ctrl-C included, when the context ends."""
+        with self._interrupts_kept():
+            yield
         error, self._error = self._error, None
         if error is not None:
             raise error
 
-    def _call(self, address: int, ask: bool, _data: Any) -> bool:
-        op = ctypes.c_int.from_address(address + _OP).value
-        if self._error is not None:
-            return ask  # "yes" before the next node and "no" after it: that stops the computation
-        if op not in (MUL_MAT, MUL_MAT_ID):
-            if self._skip_head and ctypes.string_at(address + _NAME, len(FINAL_NORM)) == FINAL_NORM:
-                return ask  # as above: what follows in this graph is the head
-            return not ask
+    @contextlib.contextmanager
+    def _interrupts_kept(self) -> Iterator[None]:
+        """Inside the context, Ctrl-C stops the computation instead of raising an exception at once.
+
+        Python handles a signal at the first Python instruction after it. While the library computes, that instruction
+        is the entry of a callback, where no `try` is open yet: ctypes would print the exception and drop it. Nothing
+        happens outside the main thread, which handles no signals, or where Python does not handle SIGINT.
+        """
+        handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(handler):
+            yield
+            return
+
+        def keep(number: int, frame: object) -> None:
+            try:
+                handler(number, frame)  # type: ignore[arg-type]
+            except BaseException as error:
+                self._error = error
+
+        signal.signal(signal.SIGINT, keep)
         try:
-            node = Tensor.from_address(address)
-            weight = Tensor.from_address(node.src[0])
-            inputs = Tensor.from_address(node.src[1])
-            experts = op == MUL_MAT_ID
-            tokens = inputs.ne[2] if experts else inputs.ne[1]
-            seen = Multiplication(weight_name(weight.name), tuple(weight.ne), tokens, experts, node.src[1])
-            if ask:
-                return inputs.type == 0 and self._observer.wants(seen)
-            ids = _ids(Tensor.from_address(node.src[2])) if experts else None
-            values = _values(inputs)
-            self._observer.see(seen, values[0] if experts else values.reshape(-1, *values.shape[2:]), ids)
-            return True
-        except BaseException as error:
-            # Nothing may leave a C callback; decode raises it again.
-            self._error = error
-            return False
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
 
-def _values(tensor: Tensor) -> Floats:
-    """An F32 tensor as an array [ne3, ne2, ne1, ne0]; a view where the memory can be read directly."""
+class Watching(GraphCallback):
+    """Shows the inputs of multiplications to an observer.
+
+    Parameters:
+        observer: the observer.
+        skip_head: whether each computation ends at the final norm, so that no logits are computed.
+    """
+
+    def __init__(self, observer: Observer, *, skip_head: bool = False) -> None:
+        super().__init__()
+        self._observer = observer
+        self._skip_head = skip_head
+
+    def call(self, address: int, ask: bool) -> bool:
+        """See `GraphCallback.call`."""
+        op = ctypes.c_int.from_address(address + OP_OFFSET).value
+        if op not in (MUL_MAT, MUL_MAT_ID):
+            if self._skip_head and ctypes.string_at(address + _NAME_OFFSET, len(FINAL_NORM)) == FINAL_NORM:
+                return ask  # this ends the computation: only the head follows
+            return not ask
+        node = Tensor.from_address(address)
+        weight = Tensor.from_address(node.src[0])
+        inputs = Tensor.from_address(node.src[1])
+        experts = op == MUL_MAT_ID
+        tokens = inputs.ne[2] if experts else inputs.ne[1]
+        seen = Multiplication(weight_name(weight.name), tuple(weight.ne), tokens, experts, node.src[1])
+        if ask:
+            return inputs.type == 0 and self._observer.wants(seen)
+        ids = _expert_ids(Tensor.from_address(node.src[2])) if experts else None
+        values = tensor_values(inputs)
+        self._observer.see(seen, values[0] if experts else values.reshape(-1, *values.shape[2:]), ids)
+        return True
+
+
+class WatchingUntilSatisfied(Watching):
+    """Ends each computation (of -ub tokens) as soon as its observer is satisfied.
+
+    The logits are then undefined. What is computed before the end is right, the cache included: the next tokens of the
+    same sequence can be watched as far again.
+    """
+
+    def __init__(self, observer: SatisfiedObserver) -> None:
+        super().__init__(observer)
+        self._satisfied = observer.satisfied
+
+    def call(self, address: int, ask: bool) -> bool:
+        """See `GraphCallback.call`."""
+        return ask if self._satisfied() else super().call(address, ask)
+
+
+def tensor_values(tensor: Tensor) -> Floats:
+    """An F32 tensor as an array [ne3, ne2, ne1, ne0]: a view where the CPU can read its memory, otherwise a copy."""
     ne = tuple(tensor.ne)[::-1]
     nb = tuple(tensor.nb)[::-1]
     span = sum((n - 1) * b for n, b in zip(ne, nb, strict=True)) + 4
@@ -120,8 +199,8 @@ def _values(tensor: Tensor) -> Floats:
     return np.ndarray(ne, np.float32, raw, 0, nb)
 
 
-def _ids(tensor: Tensor) -> npt.NDArray[np.int32]:
-    """Expert ids [tokens, n_used]. The tensor is a view with gaps, and small: it is always copied."""
+def _expert_ids(tensor: Tensor) -> npt.NDArray[np.int32]:
+    """Expert ids [tokens, n_used], a copy. The tensor is a small view with gaps."""
     n_used, tokens = tensor.ne[0], tensor.ne[1]
     span = (tokens - 1) * tensor.nb[1] + n_used * 4
     raw = ctypes.create_string_buffer(span)
@@ -130,98 +209,27 @@ def _ids(tensor: Tensor) -> npt.NDArray[np.int32]:
 
 
 class HiddenStates:
-    """Observer that keeps the final hidden states: the input of the multiplication by the head.
+    """An observer that keeps the final hidden states: the input of the multiplication by the head.
 
-    `head` is the head's weight, "output.weight" or, where it is tied, "token_embd.weight". There is a row for each
-    output asked for; with one sequence per batch they come in its order.
+    There is a row for each output of a batch, in the order of the batch where it holds one sequence.
+
+    Parameters:
+        head: name of the head's weight, "output.weight", or "token_embd.weight" where the head is tied.
     """
 
     def __init__(self, head: str) -> None:
         self._head = head
         self._parts: list[Floats] = []
 
-    def wants(self, seen: Multiplication) -> bool:
+    def wants(self, multiplication: Multiplication) -> bool:
         """The head only."""
-        return seen.weight == self._head and seen.tokens > 0
+        return multiplication.weight == self._head and multiplication.tokens > 0
 
-    def see(self, seen: Multiplication, inputs: Floats, experts: npt.NDArray[np.int32] | None) -> None:
-        """Keep a copy."""
+    def see(self, multiplication: Multiplication, inputs: Floats, experts: npt.NDArray[np.int32] | None) -> None:
+        """Keeps a copy."""
         self._parts.append(inputs.reshape(-1, inputs.shape[-1]).copy())
 
     def take(self) -> Floats:
-        """States since the last call, float32 [outputs, n_embd]."""
+        """The states since the last call, float32, shape [outputs, n_embd]."""
         parts, self._parts = self._parts, []
         return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
-
-
-class _Noting(Trampoline):
-    """Notes the address of every weight that the graph reads."""
-
-    def __init__(self, handles: dict[str, int]) -> None:
-        self._handles = handles
-        self._error = None
-        self.callback = llama.ggml_backend_sched_eval_callback(self._call)
-
-    def _call(self, address: int, ask: bool, _data: Any) -> bool:
-        for pointer in tuple(Tensor.from_address(address).src)[:3]:
-            if pointer:
-                source = Tensor.from_address(pointer)
-                if source.op == 0 and source.name.endswith((b".weight", b".bias")):
-                    self._handles.setdefault(weight_name(source.name), pointer)
-        return not ask
-
-
-class Weights:
-    """Handles to the weights of a loaded model, by which one can be replaced in place.
-
-    Made by decoding one token and noting which weights the graph reads. The model must be loaded with mmap=False and
-    repack=False: writing into a mapped file is a crash, and repacked blocks have another layout.
-    """
-
-    def __init__(self, model: Any) -> None:
-        from bitladder.engine.context import Context
-
-        if not model.replaceable:
-            raise BitladderError("weights can only be replaced in a model loaded with mmap=False, repack=False")
-        self._model = model  # the handles die with it
-        self._handles: dict[str, int] = {}
-        self._kernels = RowKernels()
-
-        with Context(model, n_ctx=32, n_batch=32, callback=_Noting(self._handles)) as context:
-            context.decode([max(model.bos, 0)], [0], [0], [True])
-
-    def names(self) -> list[str]:
-        """Weights that the graph uses, sorted."""
-        return sorted(self._handles)
-
-    def _tensor(self, name: str) -> Tensor:
-        if name not in self._handles:
-            raise BitladderError(f"the model has no weight {name!r} that decoding uses")
-        return Tensor.from_address(self._handles[name])
-
-    def get(self, name: str) -> npt.NDArray[np.uint8]:
-        """The weight's bytes as stored (a copy), to be put back later with `set_bytes`."""
-        tensor = self._tensor(name)
-        out = np.empty(_nbytes(tensor), np.uint8)
-        ggml.ggml_backend_tensor_get(ctypes.addressof(tensor), out.ctypes.data, 0, out.size)
-        return out
-
-    def set_bytes(self, name: str, data: npt.NDArray[np.uint8]) -> None:
-        """Replace a weight by bytes of its own type. Raises BitladderError if the size differs."""
-        tensor = self._tensor(name)
-        data = np.ascontiguousarray(data)
-        if data.nbytes != _nbytes(tensor):
-            raise BitladderError(f"{name} has {_nbytes(tensor)} bytes in the loaded model, not {data.nbytes}")
-        ggml.ggml_backend_tensor_set(ctypes.addressof(tensor), data.ctypes.data, 0, data.nbytes)
-
-    def set(self, name: str, values: Floats) -> None:
-        """Replace a weight by float32 values [rows, n_in], stored in the type the loaded model has for it."""
-        tensor = self._tensor(name)
-        kind = all_types()[tensor.type]
-        rows = np.ascontiguousarray(values, np.float32).reshape(-1, tensor.ne[0])
-        self.set_bytes(name, self._kernels.quantize(rows, kind).reshape(-1))
-
-
-def _nbytes(tensor: Tensor) -> int:
-    kind = all_types()[tensor.type]
-    return kind.row_bytes(tensor.ne[0]) * int(tensor.ne[1] * tensor.ne[2] * tensor.ne[3])

@@ -1,13 +1,19 @@
-"""What the library's own quantizer would do: presets ("Q4_K_M"), and the type it would give each tensor of a file.
+"""What the library's own quantizer does: presets ("Q4_K_M"), and the type that it gives each tensor of a file.
 
-Its rules are not written down here: `llama_model_quantize` is asked, as a dry run, and its log is read.
+Its rules are not repeated here: `llama_model_quantize` makes a dry run, and its log is read. The library trusts the
+shape in a model's metadata and ends the process where a number is absurd (block_count −1). Metadata that override the
+file's are therefore tried first in a process of their own, which runs this module.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +27,7 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "F32": "ALL_F32
 _TENSOR = re.compile(r"\[\s*\d+/\s*\d+\] (\S+)\s+- \[[^]]*\], type =\s*(\S+), size =[^\n(]*(?:\((\S+)\))?\n")
 _MISFIT = re.compile(r"warning: (\S+)\s+- ncols +\d+ not divisible by +\d+ \(required for type +(\S+)\)")
 _FAILURE = re.compile(r"failed to quantize: ([^\n]+)")
+_SECONDS = 120  # for the dry run with overrides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,3 +194,34 @@ def _kv(values: Mapping[str, int | float | bool | str]) -> Any:
         else:
             slot.tag, slot.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
     return array
+
+
+def check_overrides(path: str | os.PathLike[str], kv: Mapping[str, int | float | bool | str]) -> None:
+    """Raises BitladderError that names the values if the library breaks down with them; `kv` as in `Request`."""
+    if kv:
+        _check_overrides(os.fspath(path), json.dumps(dict(kv)))
+
+
+@functools.cache
+def _check_overrides(path: str, kv: str) -> None:
+    shown = ", ".join(f"{key}={value}" for key, value in json.loads(kv).items())
+    try:
+        process = subprocess.run(
+            [sys.executable, "-P", "-m", "bitladder.engine.presets", path],
+            input=kv.encode(),
+            capture_output=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise BitladderError(f"the library comes to no end with {shown}; give values that the model can have") from None
+    if process.returncode != 0:
+        lines = [line.strip() for line in process.stderr.decode("utf-8", "replace").splitlines() if "ASSERT" in line]
+        reason = f" ({lines[0].rpartition('/')[2]})" if lines else ""
+        raise BitladderError(f"the library breaks down with {shown}{reason}; give values that the model can have")
+
+
+if __name__ == "__main__":
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # otherwise the library starts a debugger to print where it was
+    with contextlib.suppress(BitladderError):  # the caller asks again and gets the library's words
+        preset_types(sys.argv[1], Request("Q8_0", only_copy=True, kv=json.load(sys.stdin)))

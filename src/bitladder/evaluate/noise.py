@@ -7,7 +7,7 @@ import dataclasses
 
 from bitladder.engine.activations import KernelInputs
 from bitladder.engine.context import Context
-from bitladder.engine.observe import Trampoline
+from bitladder.engine.observe import GraphCallback
 from bitladder.engine.types import TensorType, type_by_name
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.divergence import compare
@@ -56,18 +56,11 @@ def _rounded(
 
 
 def _divergence(
-    base: HiddenBase, count: int, settings: Settings, callback: Trampoline | None, progress: Progress
+    base: HiddenBase, count: int, settings: Settings, callback: GraphCallback | None, progress: Progress
 ) -> NoiseFigure:
     with (
         settings.load(base.model.path) as model,
-        Context(
-            model,
-            n_ctx=settings.n_ctx,
-            n_batch=settings.n_batch,
-            n_ubatch=settings.n_ubatch,
-            threads=settings.threads,
-            callback=callback,
-        ) as context,
+        Context(model, settings, callback=callback) as context,
         Workers(settings.threads) as workers,
     ):
         kld = compare(context, base, count, workers, progress).kld

@@ -5,7 +5,7 @@ import pathlib
 
 from bitladder.engine.context import Context
 from bitladder.engine.decoding import Decoding
-from bitladder.engine.memory import main_memory
+from bitladder.engine.devices import main_memory
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Observer
 from bitladder.evaluate.identity import parts
@@ -44,11 +44,4 @@ class Settings(Decoding):
     def context(self, model: Model, observer: Observer | None = None) -> Context:
         """A context for one chunk at a time."""
         # One sequence: logits of several chunks at once would need several times the memory and no less time.
-        return Context(
-            model,
-            n_ctx=self.n_ctx,
-            n_batch=self.n_batch,
-            n_ubatch=self.n_ubatch,
-            threads=self.threads,
-            observer=observer,
-        )
+        return Context(model, self, observer=observer)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitladder.engine.model import Model
-from bitladder.engine.native import versions
+from bitladder.engine.native import library
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.identity import Identity, identify
 from bitladder.evaluate.measure import (
@@ -173,7 +173,7 @@ def _key(kind: str, model: str, settings: Settings) -> dict[str, Any]:
     return {
         "kind": kind,
         "code": CODE[kind],
-        "library": versions()["llama_cpp_commit"],
+        "library": library(),
         "model": model,
         "n_ctx": settings.n_ctx,
         "n_batch": settings.n_batch,

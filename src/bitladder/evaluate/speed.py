@@ -17,8 +17,8 @@ import numpy as np
 
 from bitladder.closing import Closing
 from bitladder.engine.context import Context
-from bitladder.engine.devices import ACCEL, CPU, GPU, IGPU, ThreadPool, backend_names, processors
-from bitladder.engine.memory import main_memory
+from bitladder.engine.decoding import MIN_CTX, Decoding
+from bitladder.engine.devices import ACCEL, CPU, GPU, IGPU, ThreadPool, backend_names, main_memory, processors
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError, UsageError
@@ -149,15 +149,13 @@ class _Run(Closing):
 
     def __init__(self, model: Model, test: SpeedTest, settings: SpeedSettings, threads: int, pool: ThreadPool) -> None:
         self._model, self._test = model, test
-        self._context = Context(
-            model,
-            n_ctx=test.tokens + test.n_depth,
+        decoding = Decoding(
+            n_ctx=max(test.tokens + test.n_depth, MIN_CTX),
             n_batch=settings.n_batch,
             n_ubatch=settings.n_ubatch,
             threads=threads,
-            flash_attn=settings.flash_attn,
-            swa_full=False,
         )
+        self._context = Context(model, decoding, flash_attn=settings.flash_attn, swa_full=False)
         self._context.attach(pool)
 
     def close(self) -> None:

@@ -7,14 +7,13 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError
 from bitladder.files import replacing
 from bitladder.gguf.header import TensorInfo
 from bitladder.gguf.shards import COUNT, MAX_SHARDS, NUMBER, SPLIT_KEYS, TENSORS, plain_path, shard_path
@@ -22,16 +21,6 @@ from bitladder.gguf.values import Value, i32, u16
 from bitladder.gguf.writer import GgufWriter, TensorPlan, file_size, padded
 
 Groups = Sequence[Sequence[TensorPlan]]  # the tensors of each shard; only the first may have none
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
-
-
-def parse_size(text: str, option: str = "--split-max-size") -> int:
-    """Bytes of "300M" or "2G" (powers of 1000, as llama-gguf-split counts). Raises UsageError that names the option."""
-    found = re.fullmatch(r"(\d{1,15})([KMG]?)", text.strip().upper(), re.ASCII)
-    size = int(found[1]) * _UNITS[found[2]] if found else 0
-    if not size:
-        raise UsageError(f"{option} is {text!r}; give a whole number and a unit, such as 300M or 2G")
-    return size
 
 
 def group_by_size(tensors: Sequence[TensorPlan], max_bytes: int) -> list[list[TensorPlan]]:
@@ -48,11 +37,6 @@ def group_by_size(tensors: Sequence[TensorPlan], max_bytes: int) -> list[list[Te
             size = padded(tensor.nbytes)
         groups[-1].append(tensor)
     return groups
-
-
-def group_by_count(tensors: Sequence[TensorPlan], max_tensors: int) -> list[list[TensorPlan]]:
-    """Tensors in their order, `max_tensors` in each group."""
-    return [list(tensors[start : start + max_tensors]) for start in range(0, len(tensors), max_tensors)] or [[]]
 
 
 def group_as(tensors: Sequence[TensorPlan], source: Mapping[str, TensorInfo]) -> list[list[TensorPlan]]:

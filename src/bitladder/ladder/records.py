@@ -81,4 +81,4 @@ def library_of(step: Step) -> str:
     """The library whose code decides the step's result."""
     if step.kind == "convert":
         return f"gguf {importlib.metadata.version('gguf')}"
-    return f"llama.cpp {native.versions()['llama_cpp_commit']}"
+    return native.library()

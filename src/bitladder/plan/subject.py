@@ -13,7 +13,7 @@ from bitladder.engine.presets import Request, preset_types, storable
 from bitladder.engine.types import TensorType, all_types, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_file
-from bitladder.gguf.names import layer_of, short_kind
+from bitladder.gguf.names import block_of, kind_of
 from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.writer import TensorPlan, file_size, padded
 from bitladder.progress import SILENT
@@ -66,7 +66,7 @@ class Subject(Closing):
         except BaseException:
             self.file.close()
             raise
-        self.places = {name: (short_kind(name), layer_of(name)) for name in self.tensors}
+        self.places = {name: (kind_of(name), block_of(name)) for name in self.tensors}
 
     def close(self) -> None:
         """Closes the file."""

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import MIN_CTX, Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.native import log
 from bitladder.errors import BitladderError, UsageError
@@ -101,7 +102,7 @@ def memory_beside_weights(model: Model, context: int, threads: int | None = None
     Raises:
         BitladderError: the context cannot be made, or the library does not report its buffers.
     """
-    with log.tapped() as pieces, Context(model, n_ctx=context, n_batch=2048, n_ubatch=512, threads=threads):
+    with log.tapped() as pieces, Context(model, Decoding(n_ctx=max(context, MIN_CTX), threads=threads)):
         pass
     sizes = _BUFFER.findall("".join(pieces))
     if not sizes:

@@ -5,16 +5,14 @@ import dataclasses
 import math
 import os
 import pathlib
-import re
 import shutil
 
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError
+from bitladder.gguf.names import name_in_block
 from bitladder.gguf.split_writer import split_sizes
 from bitladder.quantize.prepare import Prepared
 from bitladder.quantize.stream import AHEAD, PIECE
-
-_BLOCK = re.compile(r"(^|\.)blk\.\d+\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +108,7 @@ def check_room(prepared: Prepared, out: str | os.PathLike[str]) -> None:
 def _kinds(prepared: Prepared) -> tuple[KindRow, ...]:
     sums: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0, 0])
     for plan in prepared.plans:
-        entry = sums[_BLOCK.sub("", plan.name), plan.type.name]
+        entry = sums[name_in_block(plan.name), plan.type.name]
         for index, amount in enumerate((1, plan.nbytes, math.prod(plan.shape))):
             entry[index] += amount
     return tuple(

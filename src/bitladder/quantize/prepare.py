@@ -3,11 +3,11 @@
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping
 
 from bitladder.calibrate.imatrix import read_imatrix
 from bitladder.closing import Closing
+from bitladder.gguf.names import block_of
 from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.split_writer import group_as, group_by_size, split_sizes
 from bitladder.gguf.values import Value
@@ -19,8 +19,6 @@ from bitladder.quantize.importance import Floats, importance_of, selected
 from bitladder.quantize.quant_metadata import RECIPE_KEY, quant_metadata
 from bitladder.quantize.quantize_options import QuantizeOptions, check_options
 from bitladder.recipe.schema import recipe_sha256
-
-_IN_BLOCK = re.compile(r"(^|\.)blk\.\d+\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Prepared(Closing):
     @property
     def bpw_blocks(self) -> float:
         """Bits per weight over the tensors of the repeating blocks."""
-        return _bpw(tuple(plan for plan in self.plans if _IN_BLOCK.search(plan.name)))
+        return _bpw(tuple(plan for plan in self.plans if block_of(plan.name) is not None))
 
 
 def prepare(

@@ -6,17 +6,15 @@ pruning would turn a block into another kind, it is refused.
 """
 
 import dataclasses
-import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from bitladder.errors import BitladderError, UsageError
+from bitladder.gguf.names import block_of, block_prefix, in_main_block, name_in_block
 from bitladder.gguf.values import ARRAY, SCALARS, Value, scalar
 
 T = TypeVar("T")
-_BLOCK = re.compile(r"^blk\.(\d+)\.")
-_OTHER_BLOCK = re.compile(r"\.blk\.\d+\.|^per_layer_")
 # {arch}.KEY, from llama.cpp's llama-arch.cpp and the loaders in src/models.
 _LEADING = ("leading_dense_block_count", "hash_layer_count")  # this many of the first blocks are special
 _TRAILING = ("nextn_predict_layers",)  # this many of the last
@@ -50,11 +48,10 @@ class Pruning:
 
     def new_name(self, name: str) -> str | None:
         """A tensor's name in the pruned model; None if it goes with its block."""
-        block = _BLOCK.match(name)
+        block = block_of(name)
         if block is None:
             return name
-        number = int(block[1])
-        return f"blk.{self.kept.index(number)}.{name[block.end() :]}" if number in self.kept else None
+        return block_prefix(self.kept.index(block)) + name_in_block(name) if block in self.kept else None
 
 
 def plan_pruning(
@@ -70,12 +67,17 @@ def plan_pruning(
     kept = tuple(block for block in range(count) if block not in layers)
     if not kept:
         raise UsageError("--prune-layers: nothing would be left; keep at least one block")
-    odd = next((name for name in tensors if _OTHER_BLOCK.search(name)), None)
+    odd = next((name for name in tensors if _for_each_block(name)), None)
     if odd is not None:
         raise UsageError(f"--prune-layers: {odd} has a part for each block, which pruning cannot take apart")
     pruning = Pruning(kept, count)
     _refuse_unclear(metadata, pruning, architecture)
     return pruning
+
+
+def _for_each_block(name: str) -> bool:
+    """Whether a tensor belongs to all blocks, or to a block of another tower than the main one."""
+    return name.startswith("per_layer_") or (block_of(name) is not None and not in_main_block(name))
 
 
 def pruned_metadata(metadata: Mapping[str, Value], pruning: Pruning, architecture: str) -> dict[str, Value]:

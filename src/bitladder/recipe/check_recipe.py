@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from bitladder.engine.presets import PresetTypes, Request, kernel_needs_importance, preset_types, storable
 from bitladder.engine.types import TensorType, all_types, type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import layer_of
+from bitladder.gguf.names import block_of
 from bitladder.gguf.reader import GgufFile
 from bitladder.recipe.extract import shapes_of
 from bitladder.recipe.findings import Checked, Findings
@@ -117,13 +117,13 @@ def _in_need(types: Mapping[str, TensorType], base: str, file: GgufFile) -> dict
     groups: dict[tuple[TensorType, str], list[str]] = collections.defaultdict(list)
     for name, kind in types.items():
         # The rule differs for embedding and head; within the blocks it is the type's.
-        groups[kind, name if layer_of(name) is None else "blocks"].append(name)
+        groups[kind, name if block_of(name) is None else "blocks"].append(name)
     harmless = (".*", type_by_name("q8_0"))
     reasons: dict[str, str] = {}
     for (kind, _), names in groups.items():
         # All others get a type that needs none, so the answer is about these.
         request = Request(base, overrides=(*exact_patterns(dict.fromkeys(names, kind)), harmless))
-        if kernel_needs_importance(kind) and layer_of(names[0]) is None:
+        if kernel_needs_importance(kind) and block_of(names[0]) is None:
             reasons |= dict.fromkeys(names, f"{kind.name} needs an importance matrix with an entry for it")
         elif kind.quantized and preset_types(file.path, request).needs_imatrix:
             reasons |= dict.fromkeys(names, f"{kind.name} needs an importance matrix")

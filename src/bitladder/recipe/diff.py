@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from bitladder.engine.types import type_by_name
-from bitladder.gguf.names import layer_of, reading_order, short_kind
+from bitladder.gguf.names import block_of, kind_of, reading_order
 from bitladder.recipe.schema import Recipe
 from bitladder.recipe.sizes import Shapes, Size, size_of, tensor_bytes
 
@@ -60,14 +60,14 @@ class RecipeDiff:
         """Moves by kind and types, in reading order."""
         found: dict[tuple[str, str, str], list[Move]] = collections.defaultdict(list)
         for move in self.moves:
-            found[short_kind(move.name), move.before, move.after].append(move)
+            found[kind_of(move.name), move.before, move.after].append(move)
         return [_group(kind, moves) for (kind, _, _), moves in found.items()]
 
     def bytes_by_kind(self) -> dict[str, int | None]:
         """Bytes that B has more, for each kind with moves; None where a shape is not known."""
         found: dict[str, list[Move]] = collections.defaultdict(list)
         for move in self.moves:
-            found[short_kind(move.name)].append(move)
+            found[kind_of(move.name)].append(move)
         return {kind: _total(moves) for kind, moves in found.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _move(name: str, before: str, after: str, shapes: Shapes) -> Move:
 
 def _group(kind: str, moves: list[Move]) -> MoveGroup:
     first = moves[0]
-    layers = tuple(layer for layer in (layer_of(move.name) for move in moves) if layer is not None)
+    layers = tuple(layer for layer in (block_of(move.name) for move in moves) if layer is not None)
     return MoveGroup(kind, first.before, first.after, first.direction, len(moves), layers, _total(moves))
 
 

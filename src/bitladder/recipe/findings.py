@@ -4,8 +4,7 @@ import collections
 import dataclasses
 from typing import Any
 
-from bitladder.gguf.names import layer_of, one_line, reading_order, short_kind
-from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.names import block_of, kind_of, one_line, ranges, reading_order
 from bitladder.recipe.sizes import Size
 
 
@@ -23,9 +22,9 @@ class Finding:
 
     def text_line(self) -> str:
         """The finding in one line; many layers are given as ranges."""
-        first, layers = self.tensors[0], [layer_of(name) for name in self.tensors]
+        first, layers = self.tensors[0], [block_of(name) for name in self.tensors]
         if len(self.tensors) > 1 and None not in layers:
-            where = f"{short_kind(first)} of layers {ranges(layer for layer in layers if layer is not None)}"
+            where = f"{kind_of(first)} of layers {ranges(layer for layer in layers if layer is not None)}"
         else:
             where = ", ".join(self.tensors)
         return one_line(f"{where}: {self.text}")
@@ -79,5 +78,5 @@ class Findings:
         """Problems first; tensors of a kind for which the same is to be said are taken together, in reading order."""
         groups: dict[tuple[bool, str, bool, str], list[str]] = collections.defaultdict(list)
         for problem, name, text in sorted(self._made, key=lambda one: (not one[0], reading_order(one[1]))):
-            groups[problem, short_kind(name), layer_of(name) is None, text].append(name)
+            groups[problem, kind_of(name), block_of(name) is None, text].append(name)
         return tuple(Finding(problem, tuple(names), text) for (problem, _, _, text), names in groups.items())

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from bitladder.engine.presets import ALIASES, plain_type, preset_number, presets
 from bitladder.engine.types import TensorType, type_by_name
-from bitladder.gguf.names import around_layer, reading_order
+from bitladder.gguf.names import around_block, reading_order
 
 _NOT_MADE = {"NVFP4"}  # a name for converted files: llama_model_quantize refuses it
 _PLAIN = set(string.ascii_lowercase + string.digits + "_-/")
@@ -26,7 +26,7 @@ def exact_patterns(types: Mapping[str, TensorType]) -> tuple[tuple[str, TensorTy
     """
     groups: dict[tuple[str, str, TensorType], list[str]] = collections.defaultdict(list)
     for name in sorted(types, key=reading_order):
-        before, layer, after = around_layer(name) or (name, "", "")
+        before, layer, after = around_block(name) or (name, "", "")
         groups[before, after, types[name]].append(layer)
     return tuple((f"^{_pattern(before, layers, after)}$", kind) for (before, after, kind), layers in groups.items())
 

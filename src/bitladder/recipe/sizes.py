@@ -7,7 +7,7 @@ import numpy as np
 
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import layer_of
+from bitladder.gguf.names import block_of
 from bitladder.gguf.writer import TensorPlan
 
 # Tensor name → shape in GGUF order: shape[0] is the row width.
@@ -51,5 +51,5 @@ def size_of(tensors: Mapping[str, str], shapes: Shapes, names: Iterable[str] | N
 
 def block_size(tensors: Mapping[str, str], shapes: Shapes) -> Size | None:
     """The size of the repeating blocks, without embedding, head and what else lies outside; None if there are none."""
-    inside = [name for name in tensors if layer_of(name) is not None]
+    inside = [name for name in tensors if block_of(name) is not None]
     return size_of(tensors, shapes, inside) if inside else None

@@ -12,7 +12,7 @@ import tomli_w
 
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike, write_text
-from bitladder.gguf.names import one_line, reading_order, short_kind
+from bitladder.gguf.names import kind_of, one_line, reading_order
 from bitladder.recipe.schema import Recipe
 
 
@@ -27,7 +27,7 @@ def recipe_toml(recipe: Recipe) -> str:
         head["imatrix"].pop("texts")
     kinds: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for name in sorted(recipe.tensors, key=reading_order):
-        kinds[short_kind(name)][name] = recipe.tensors[name]
+        kinds[kind_of(name)][name] = recipe.tensors[name]
     title = f"The type of each tensor of {recipe.file or 'a quant'}."
     parts = [_comment(title), tomli_w.dumps(head), "\n[tensors]\n"]
     for kind, members in kinds.items():

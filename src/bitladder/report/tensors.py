@@ -8,7 +8,7 @@ from typing import Any
 from bitladder.calibrate.statistics import TensorStatistics
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import layer_of, reading_order, short_kind
+from bitladder.gguf.names import block_of, kind_of, reading_order
 from bitladder.report.rundir import Measured, Run, read_importance, read_shapes
 
 # Field of the statistics, its heading, and whether it is shown in percent.
@@ -91,7 +91,7 @@ def _tensor(
     name: str, shapes: Mapping[str, tuple[int, ...]], statistics: TensorStatistics | None, prices: Mapping[str, float]
 ) -> dict[str, Any]:
     shape = shapes.get(name)
-    made: dict[str, Any] = {"name": name, "layer": layer_of(name), "kind": short_kind(name)}
+    made: dict[str, Any] = {"name": name, "layer": block_of(name), "kind": kind_of(name)}
     if shape:
         elements = 1
         for length in shape:

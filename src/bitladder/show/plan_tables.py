@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.names import ranges
 from bitladder.plan import MovedTensors, PlanResult, Share, Target, TriedRecipe, moved_tensors, shares
 from bitladder.trial import BlockLoss
 from bitladder.trial.journal import Measurement

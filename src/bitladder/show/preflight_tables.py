@@ -55,15 +55,14 @@ def _kinds(found: "Preflight") -> Any:
 
 def _forced(found: "Preflight") -> list[tuple[str, ...]]:
     """Tensors that get another type, those of a kind together: every one is told by kind and block."""
-    from bitladder.gguf.names import layer_of, tensor_kind
-    from bitladder.gguf.number_ranges import ranges
+    from bitladder.gguf.names import block_of, name_in_block, ranges
 
     groups: dict[tuple[str, int, str, str], list[Fallback]] = {}
     for one in found.fallbacks:
-        groups.setdefault((tensor_kind(one.tensor), one.width, one.wanted, one.used), []).append(one)
+        groups.setdefault((name_in_block(one.tensor), one.width, one.wanted, one.used), []).append(one)
     rows: list[tuple[str, ...]] = []
     for (kind, width, wanted, used), members in groups.items():
-        blocks = ranges([block for one in members if (block := layer_of(one.tensor)) is not None])
+        blocks = ranges([block for one in members if (block := block_of(one.tensor)) is not None])
         rows.append((kind, blocks, str(width), wanted, used, f"{sum(one.extra_bytes for one in members):+,}"))
     return rows
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from bitladder.gguf.names import one_line, short_kind
-from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.names import kind_of, one_line, ranges
 from bitladder.recipe.diff import RecipeDiff
 from bitladder.show.recipe_tables import cell, size_text, table_of
 
@@ -49,7 +48,7 @@ def _kinds(found: RecipeDiff) -> Table:
     gains = found.bytes_by_kind()
     moved: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in gains}
     for move in found.moves:
-        moved[short_kind(move.name)][move.direction] += 1
+        moved[kind_of(move.name)][move.direction] += 1
     table = table_of("kind", "up", "down", "bytes")
     for kind, gain in gains.items():
         table.add_row(cell(kind), str(moved[kind]["up"]), str(moved[kind]["down"]), _gain(gain))

@@ -10,8 +10,7 @@ from rich.text import Text
 
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import layer_of, one_line, reading_order, short_kind
-from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.names import block_of, kind_of, one_line, ranges, reading_order
 from bitladder.recipe.extract import RECIPE_KEY
 from bitladder.recipe.schema import Recipe, recipe_sha256
 from bitladder.recipe.sizes import Shapes, Size, block_size, size_of
@@ -61,7 +60,7 @@ def layers_table(recipe: Recipe) -> Table | None:
     with fewer is yellow.
     """
     kinds = {
-        kind: {layer: recipe.tensors[name] for name in names if (layer := layer_of(name)) is not None}
+        kind: {layer: recipe.tensors[name] for name in names if (layer := block_of(name)) is not None}
         for kind, names in _by_kind(recipe.tensors).items()
     }
     kinds = {kind: types for kind, types in kinds.items() if {one.lower() for one in types.values()} - {"f32"}}
@@ -105,7 +104,7 @@ def table_of(first: str, *others: str) -> Table:
 def _by_kind(tensors: dict[str, str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = collections.defaultdict(list)
     for name in sorted(tensors, key=reading_order):
-        found[short_kind(name)].append(name)
+        found[kind_of(name)].append(name)
     return found
 
 

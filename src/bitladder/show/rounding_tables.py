@@ -3,7 +3,7 @@
 import collections
 
 from bitladder.evaluate.scores import Figure
-from bitladder.gguf.names import short_kind
+from bitladder.gguf.names import in_main_block, kind_of
 from bitladder.refine.round.guard import Trial
 from bitladder.refine.round.quantize_rounded import Refined
 
@@ -13,8 +13,8 @@ def refine_lines(made: Refined) -> list[str]:
     lines = []
     by_kind: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for name, (before, after) in made.losses.items():
-        by_kind[short_kind(name)][0] += before
-        by_kind[short_kind(name)][1] += after
+        by_kind[kind_of(name)][0] += before
+        by_kind[kind_of(name)][1] += after
     ratios = [f"{kind} {after / before:.3f}" for kind, (before, after) in by_kind.items() if before > 0]
     if ratios:
         lines.append(
@@ -31,7 +31,7 @@ def refine_lines(made: Refined) -> list[str]:
     kept = f"{guard.tried - len(guard.stock)} of {guard.tried} tensors have these blocks"
     raised = [trial for trial in (*guard.trials, *guard.removals) if not trial.kept]
     lines.append(kept + "".join(f"; {_trial(trial)} with those of {_names(trial)}" for trial in raised))
-    layers = [trial for trial in guard.removals if trial.kind.startswith("blk.")]
+    layers = [trial for trial in guard.removals if in_main_block(trial.kind)]
     if layers:
         least = max(layers, key=lambda trial: trial.change.value)
         lines.append(f"the layer that gains least by them: {least.kind}, {_trial(least)}")

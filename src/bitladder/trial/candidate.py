@@ -15,8 +15,8 @@ from bitladder.closing import Closing
 from bitladder.engine.activations import KernelInputs
 from bitladder.engine.context import Context
 from bitladder.engine.model import Model
-from bitladder.engine.observe import Weights
 from bitladder.engine.types import type_by_name
+from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.divergence import compare
@@ -43,16 +43,7 @@ class Candidate(Closing):
             )
             self._weights = Weights(self._model)
             self._inputs = KernelInputs() if settings.gpu_layers == 0 else None
-            self._context = opened.enter_context(
-                Context(
-                    self._model,
-                    n_ctx=settings.n_ctx,
-                    n_batch=settings.n_batch,
-                    n_ubatch=settings.n_ubatch,
-                    threads=settings.threads,
-                    callback=self._inputs,
-                )
-            )
+            self._context = opened.enter_context(Context(self._model, settings, callback=self._inputs))
             self._workers = opened.enter_context(Workers(settings.threads))
             self._opened = opened.pop_all()
 

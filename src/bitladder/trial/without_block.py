@@ -6,13 +6,12 @@ is what pruning it does, and the model need be neither written nor loaded again.
 
 import collections
 import dataclasses
-import re
 
 import numpy as np
 
 from bitladder.engine.context import Context
 from bitladder.engine.model import Model
-from bitladder.engine.observe import Weights
+from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.divergence import compare
@@ -20,10 +19,10 @@ from bitladder.evaluate.figures import mean
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.scores import Figure
 from bitladder.evaluate.settings import Settings
+from bitladder.gguf.names import block_of, name_in_block
 from bitladder.gguf.reader import GgufFile
 from bitladder.progress import SILENT, Progress
 
-_TENSOR = re.compile(r"^blk\.(\d+)\.(\w+)\.(weight|bias)$")
 # The last matrices of the two halves of a block, in every transformer of llama.cpp's with plain attention.
 ATTENTION, FEED_FORWARD = ("attn_output",), ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
 
@@ -50,13 +49,7 @@ def blocks_left_out(
     found = []
     with (
         Model(path, mmap=False, repack=False, gpu_layers=settings.gpu_layers) as model,
-        Context(
-            model,
-            n_ctx=settings.n_ctx,
-            n_batch=settings.n_batch,
-            n_ubatch=settings.n_ubatch,
-            threads=settings.threads,
-        ) as context,
+        Context(model, settings) as context,
         Workers(settings.threads) as workers,
         progress.task(f"{path.name} without each block", len(ends)) as task,
     ):
@@ -83,12 +76,13 @@ def _blocks(base: HiddenBase) -> tuple[dict[int, int], dict[int, list[str]]]:
     halves: dict[int, set[tuple[str, ...]]] = collections.defaultdict(set)
     with GgufFile(base.model.path) as file:
         for tensor in file.tensors.values():
-            if not (match := _TENSOR.match(tensor.name)):
+            block = block_of(tensor.name)
+            stem, _, suffix = name_in_block(tensor.name).rpartition(".")
+            if block is None or suffix not in ("weight", "bias"):
                 continue
-            block = int(match[1])
             sizes[block] += tensor.nbytes
             for half in (ATTENTION, FEED_FORWARD):
-                if match[2] in half:
+                if stem in half:
                     ends[block].append(tensor.name)
                     halves[block].add(half)
     odd = [block for block in sizes if len(halves[block]) < 2]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitladder.calibrate.gradients.needs import require_torch, torch_threads
+from bitladder.engine.context import logit_differences, sequence_logits
 from bitladder.engine.model import Tokens
-from bitladder.engine.sequence import logit_differences, sequence_logits
 from bitladder.errors import BitladderError
 
 if TYPE_CHECKING:

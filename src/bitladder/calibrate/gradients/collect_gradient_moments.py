@@ -28,7 +28,7 @@ from bitladder.calibrate.moments.inputs import model_inputs
 from bitladder.calibrate.moments.moments_file import Floats, MomentsFile, Provenance, Shape, pack_triangle
 from bitladder.calibrate.moments.passes import IMATRIX, ImatrixBeside, run_passes
 from bitladder.calibrate.unfinished import Keep, job_key
-from bitladder.engine.memory import main_memory
+from bitladder.engine.devices import main_memory
 from bitladder.engine.model import Model
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf.reader import GgufFile

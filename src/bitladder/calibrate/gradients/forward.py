@@ -5,7 +5,6 @@ Only what the architectures that bitladder converts need, and their nearest kin.
 """
 
 import os
-import re
 from collections.abc import Collection
 
 import numpy as np
@@ -20,10 +19,10 @@ from bitladder.closing import Closing
 from bitladder.engine.context import Floats
 from bitladder.engine.model import Tokens
 from bitladder.errors import BitladderError
+from bitladder.gguf.names import block_of
 from bitladder.gguf.reader import GgufFile
 
 EMBEDDING, HEAD, DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
-_BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
 class TorchModel(Closing):
@@ -87,7 +86,7 @@ class TorchModel(Closing):
         """
         ids = torch.from_numpy(tokens.astype(np.int64))
         blocks = self.sizes.blocks
-        lowest = min((int(match[1]) for name in wanted if (match := _BLOCK.match(name))), default=blocks)
+        lowest = min((block for name in wanted if (block := block_of(name)) is not None), default=blocks)
         self._layers.wanted, self._layers.tap = frozenset(wanted), tap
         with torch.no_grad():
             stream = self._blocks(self._embed(ids), 0, lowest)

@@ -23,7 +23,7 @@ from bitladder.calibrate.moments.moments_file import Floats, MomentsFile, Proven
 from bitladder.calibrate.moments.passes import IMATRIX, Collected, ImatrixBeside, run_passes
 from bitladder.calibrate.moments.positions import position_weights
 from bitladder.calibrate.unfinished import Keep, job_key
-from bitladder.engine.memory import main_memory
+from bitladder.engine.devices import main_memory
 from bitladder.engine.model import Model, Tokens
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_bytes, sha256_file

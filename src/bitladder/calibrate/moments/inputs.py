@@ -7,9 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Multiplication
 from bitladder.errors import BitladderError
+from bitladder.gguf.names import in_main_block
 
 Floats = npt.NDArray[np.float32]
 HEADS = ("output.weight", "token_embd.weight")  # the second one where the head is tied to the embeddings
@@ -41,7 +43,7 @@ class _Survey:
         self.found: dict[tuple[int, int, bool], list[Multiplication]] = {}
 
     def wants(self, seen: Multiplication) -> bool:
-        if seen.weight.startswith("blk.") or seen.weight in HEADS:
+        if in_main_block(seen.weight) or seen.weight in HEADS:
             key = (seen.input_id, seen.shape[2] * seen.shape[3], seen.experts)
             self.found.setdefault(key, []).append(seen)
         return False
@@ -56,7 +58,7 @@ def model_inputs(model: Model, threads: int | None = None) -> list[Input]:
     One token is decoded to see the graph. A weight that is multiplied twice has the input that it meets first.
     """
     survey = _Survey()
-    with Context(model, n_ctx=32, n_batch=32, threads=threads, observer=survey) as context:
+    with Context(model, Decoding(n_ctx=32, threads=threads), observer=survey) as context:
         context.decode([max(model.bos, 0)], [0], [0], [True])
     inputs, seen = [], set[str]()
     for (_, matrices, experts), found in survey.found.items():

@@ -15,6 +15,7 @@ from bitladder.calibrate.moments.watch import Adding, MomentCollector, WithImatr
 from bitladder.calibrate.unfinished import Keep
 from bitladder.engine.model import Model, Tokens
 from bitladder.files import sha256_bytes
+from bitladder.gguf.names import in_main_block
 from bitladder.progress import Progress
 
 IMATRIX = "imatrix.gguf"
@@ -30,7 +31,7 @@ class ImatrixBeside:
         # Made here, and not when an input comes, so that a state can be read into them.
         for one in inputs:
             for name in one.names:
-                if name.startswith("blk.") or (process_output and name == "output.weight"):
+                if in_main_block(name) or (process_output and name == "output.weight"):
                     shape = (one.matrices, one.width) if one.experts else (1, one.matrices * one.width)
                     self.collector.entries[name] = ImatrixEntry(np.zeros(shape), np.zeros(shape[0], np.int64))
 

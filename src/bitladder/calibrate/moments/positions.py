@@ -10,15 +10,16 @@ and any architecture and back end that the library runs.
 import collections
 import itertools
 import os
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.engine.activations import NoisyOutputs
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
-from bitladder.engine.perturb import NoisyOutputs
+from bitladder.gguf.names import block_of, kind_of
 from bitladder.progress import SILENT, Progress
 
 Floats = npt.NDArray[np.float32]
@@ -33,7 +34,6 @@ NOISE = 0.2
 _TOO_MUCH, _TOO_LITTLE, _TRIES = 0.1, 1e-5, 4
 _STEP = 4  # predictions at every fourth position are compared, after the first few
 _BATCH = 512  # tokens decoded at once, about
-_BLOCK = re.compile(r"^blk\.(\d+)\.(.+)\.weight$")
 
 
 def position_weights(
@@ -62,20 +62,14 @@ def position_weights(
     together = min(len(heads), max(1, _BATCH // heads.shape[1]))
     classes = [np.arange(a, b) for a, b in itertools.pairwise([*edges, heads.shape[1]]) if a < b]
     noise = NoisyOutputs()
+    size = together * heads.shape[1]
+    decoding = Decoding(n_ctx=heads.shape[1], n_batch=size, n_ubatch=size, threads=threads)
     rng = np.random.default_rng(seed)
     found: dict[tuple[str, ...], Sums] = {}
     amounts: dict[tuple[str, ...], float] = {}
     with (
         Model(path, gpu_layers=gpu_layers) as model,
-        Context(
-            model,
-            n_ctx=heads.shape[1],
-            n_seq=together,
-            n_batch=together * heads.shape[1],
-            n_ubatch=together * heads.shape[1],
-            threads=threads,
-            callback=noise,
-        ) as context,
+        Context(model, decoding, n_seq=together, callback=noise) as context,
         progress.task("position weights", len(heads)) as bar,
     ):
         for start in range(0, len(heads), together):
@@ -105,8 +99,9 @@ def _groups(names: Iterable[str], together: int) -> list[tuple[str, ...]]:
     """Weights of the same kind in neighbouring blocks."""
     groups: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
     for name in names:
-        if match := _BLOCK.match(name):
-            groups[match[2], int(match[1]) // together].append(name)
+        block = block_of(name)
+        if block is not None:
+            groups[kind_of(name), block // together].append(name)
     return [tuple(group) for group in groups.values()]
 
 

@@ -13,10 +13,11 @@ from bitladder.calibrate.moments.inputs import Input
 from bitladder.calibrate.moments.moments_file import Floats
 from bitladder.calibrate.moments.sums import Sums, Weighted, add
 from bitladder.engine.context import Context
-from bitladder.engine.enough import Enough, SatisfiedObserver
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
-from bitladder.engine.observe import Multiplication
+from bitladder.engine.observe import Multiplication, SatisfiedObserver, WatchingUntilSatisfied
 from bitladder.errors import BitladderError
+from bitladder.gguf.names import in_main_block
 
 Experts = npt.NDArray[np.int32]
 
@@ -146,7 +147,7 @@ class WithImatrix:
         self.imatrix = imatrix
         self._moments = moments
         names = (name for one in inputs for name in one.names)
-        self._names = {name for name in names if name.startswith("blk.") or imatrix.process_output}
+        self._names = {name for name in names if in_main_block(name) or imatrix.process_output}
         self._names.discard("token_embd.weight")
         self._left: set[str] = set()
 
@@ -198,9 +199,8 @@ def decode_chunks(
     """
     n_ctx = chunks.shape[1]
     step = min(n_ubatch, n_ctx)
-    with Context(
-        model, n_ctx=n_ctx, n_batch=step, n_ubatch=step, threads=threads, callback=Enough(observer)
-    ) as context:
+    decoding = Decoding(n_ctx=n_ctx, n_batch=step, n_ubatch=step, threads=threads)
+    with Context(model, decoding, callback=WatchingUntilSatisfied(observer)) as context:
         for index in range(done, len(chunks)):
             context.clear()
             for first in range(0, n_ctx, step):

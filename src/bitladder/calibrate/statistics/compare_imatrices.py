@@ -9,9 +9,9 @@ import numpy as np
 
 from bitladder.calibrate.imatrix import Entry, Imatrix
 from bitladder.calibrate.statistics.groups import weighted_mean
-from bitladder.calibrate.statistics.names import block_and_kind, order
 from bitladder.calibrate.statistics.tensor_figures import Doubles, cosine
 from bitladder.errors import BitladderError
+from bitladder.gguf.names import imatrix_order, imatrix_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Comparison:
         """Only weights of these kinds; all of them if there are no kinds."""
 
         def kept(names: Iterable[str]) -> list[str]:
-            return [name for name in names if not kinds or block_and_kind(name)[1] in kinds]
+            return [name for name in names if not kinds or imatrix_place(name)[1] in kinds]
 
         return Comparison(
             [difference for difference in self.differences if not kinds or difference.kind in kinds],
@@ -78,7 +78,7 @@ def compare(a: Imatrix, b: Imatrix) -> Comparison:
     if not set(a.entries) & set(b.entries):
         raise BitladderError("the two imatrices have no weight in common: these are of two models")
     differences, only_a, only_b = [], {}, {}
-    for name in sorted(set(a.entries) & set(b.entries), key=order):
+    for name in sorted(set(a.entries) & set(b.entries), key=imatrix_order):
         one, two = _aligned(name, a.entries[name], b.entries[name])
         reached_a, reached_b = one.counts > 0, two.counts > 0
         only_a[name] = np.flatnonzero(reached_a & ~reached_b).tolist()
@@ -88,8 +88,8 @@ def compare(a: Imatrix, b: Imatrix) -> Comparison:
             differences.append(_difference(name, _means(one, both), _means(two, both)))
     return Comparison(
         differences=sorted(differences, key=lambda d: magnitude(d.change), reverse=True),
-        only_a=sorted(with_data[0] - with_data[1], key=order),
-        only_b=sorted(with_data[1] - with_data[0], key=order),
+        only_a=sorted(with_data[0] - with_data[1], key=imatrix_order),
+        only_b=sorted(with_data[1] - with_data[0], key=imatrix_order),
         experts_only_a={n: who for n, who in only_a.items() if who and n in with_data[1]},
         experts_only_b={n: who for n, who in only_b.items() if who and n in with_data[0]},
     )
@@ -148,7 +148,7 @@ def _means(entry: Entry, which: np.ndarray) -> Doubles:
 
 
 def _difference(name: str, a: Doubles, b: Doubles) -> TensorDifference:
-    layer, kind = block_and_kind(name)
+    layer, kind = imatrix_place(name)
     sums = [float(x.sum()) if np.isfinite(x).all() else None for x in (a, b)]
     return TensorDifference(
         tensor=name,

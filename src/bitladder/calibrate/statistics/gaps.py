@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from bitladder.calibrate.imatrix import Imatrix
-from bitladder.calibrate.statistics.names import block_and_kind, order
 from bitladder.errors import BitladderError
-from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.names import imatrix_order, imatrix_place, ranges
 from bitladder.gguf.reader import GgufFile, TensorInfo
 
 _WHY = {
@@ -43,8 +42,8 @@ class Gaps:
 
         def keep(value: Any) -> Any:
             if isinstance(value, dict):
-                return {name: what for name, what in value.items() if block_and_kind(name)[1] in kinds}
-            return None if value is None else [name for name in value if block_and_kind(name)[1] in kinds]
+                return {name: what for name, what in value.items() if imatrix_place(name)[1] in kinds}
+            return None if value is None else [name for name in value if imatrix_place(name)[1] in kinds]
 
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Gaps(**{name: keep(value) for name, value in fields.items()}) if kinds else self
@@ -80,7 +79,7 @@ def find_gaps(imatrix: Imatrix, model: str | os.PathLike[str] | None = None) -> 
 
     Raises BitladderError if the file is no model, or one whose weights have other widths than the entries.
     """
-    names = sorted(imatrix.entries, key=order)
+    names = sorted(imatrix.entries, key=imatrix_order)
     entries = {name: imatrix.entries[name] for name in names}
     unreached = {name: np.flatnonzero(entry.counts <= 0).tolist() for name, entry in entries.items()}
     bad = {name: int((~np.isfinite(entry.sums)).sum()) for name, entry in entries.items()}
@@ -94,7 +93,7 @@ def find_gaps(imatrix: Imatrix, model: str | os.PathLike[str] | None = None) -> 
     if model is None:
         return gaps
     weights = _weights(pathlib.Path(model))
-    gaps.without_entry = sorted((n for n, t in weights.items() if t.rows > 1 and n not in entries), key=order)
+    gaps.without_entry = sorted((n for n, t in weights.items() if t.rows > 1 and n not in entries), key=imatrix_order)
     gaps.not_in_model = [name for name in names if name not in weights]
     for name in names:
         if name not in weights:
@@ -130,7 +129,7 @@ def _columns(tensor: TensorInfo) -> tuple[int, int]:
 def _expert_lines(found: dict[str, tuple[list[int], int]], what: str) -> list[str]:
     shared: dict[tuple[int | None, str, int, int], list[str]] = {}
     for name, (experts, of) in found.items():
-        layer, kind = block_and_kind(name)
+        layer, kind = imatrix_place(name)
         shared.setdefault((layer, ranges(experts), len(experts), of), []).append(kind)
     return [
         f"{'' if layer is None else f'block {layer}: '}{count} of {of} experts {what} in {', '.join(kinds)}: {experts}"
@@ -147,7 +146,7 @@ def listed(names: list[str]) -> str:
     blocks: dict[str, list[int]] = {}
     others = []
     for name in names:
-        layer, kind = block_and_kind(name)
+        layer, kind = imatrix_place(name)
         if layer is None:
             others.append(f"{name} ({_WHY[kind]})" if kind in _WHY else name)
         else:

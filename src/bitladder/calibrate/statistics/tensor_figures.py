@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.imatrix import Entry, Imatrix
-from bitladder.calibrate.statistics.names import block_and_kind, in_previous_block, order
+from bitladder.gguf.names import imatrix_order, imatrix_place, in_previous_block
 
 Doubles = npt.NDArray[np.float64]
 ACTIVE = 1e-5
@@ -48,7 +48,7 @@ def tensor_statistics(imatrix: Imatrix) -> list[TensorStatistics]:
     """The figures of every weight that any token reached, by block and kind."""
     return [
         _of_tensor(name, imatrix)
-        for name in sorted(imatrix.entries, key=order)
+        for name in sorted(imatrix.entries, key=imatrix_order)
         if (imatrix.entries[name].counts > 0).any()
     ]
 
@@ -102,7 +102,7 @@ def describe(activations: Doubles) -> dict[str, float | int | None]:
 
 def _of_tensor(name: str, imatrix: Imatrix) -> TensorStatistics:
     entry = imatrix.entries[name]
-    layer, kind = block_and_kind(name)
+    layer, kind = imatrix_place(name)
     return TensorStatistics(
         tensor=name,
         layer=layer,

@@ -1,6 +1,7 @@
 """A model's answers to a task."""
 
 from bitladder.engine.context import Context
+from bitladder.engine.decoding import MIN_CTX
 from bitladder.engine.model import Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.logit_rows import Workers
@@ -72,13 +73,7 @@ def _answer(
     right = 0
     with (
         Context(
-            model,
-            n_ctx=-(-most // n_seq),
-            n_seq=n_seq,
-            n_batch=settings.n_batch,
-            n_ubatch=settings.n_ubatch,
-            threads=settings.threads,
-            kv_unified=True,
+            model, settings.replace(n_ctx=max(-(-most // n_seq), MIN_CTX)), n_seq=n_seq, kv_unified=True
         ) as context,
         Workers(settings.threads) as workers,
         progress.task(f"{task.name} with {model.path.name}", len(questions)) as bar,

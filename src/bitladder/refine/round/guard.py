@@ -20,15 +20,15 @@ import numpy.typing as npt
 
 from bitladder.closing import Closing
 from bitladder.engine.model import Model
-from bitladder.engine.observe import Weights
 from bitladder.engine.types import type_by_name
+from bitladder.engine.weights import Weights
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.divergence import compare
 from bitladder.evaluate.figures import mean
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.scores import Figure
 from bitladder.evaluate.settings import Settings
-from bitladder.gguf.names import layer_of, short_kind
+from bitladder.gguf.names import block_of, kind_of
 from bitladder.progress import SILENT, Progress
 from bitladder.trial.render import Renderer
 
@@ -106,7 +106,7 @@ class Guard(Closing):
 
         Raises BitladderError if decoding fails or logits are not finite.
         """
-        kinds = _grouped(candidates, short_kind)
+        kinds = _grouped(candidates, kind_of)
         with progress.task("guard", 1 + len(kinds)) as bar:
             for name in self._types:
                 self._put(self._stock, (name,))
@@ -114,7 +114,7 @@ class Guard(Closing):
             bar.advance()
             trials: list[Trial] = []
             for kind, names in kinds.items():
-                ordered = sorted(names, key=lambda name: -1 if layer_of(name) is None else layer_of(name) or 0)
+                ordered = sorted(names, key=lambda name: -1 if block_of(name) is None else block_of(name) or 0)
                 now = self._try(kind, tuple(ordered), now, trials)
                 bar.note(f"KLD {now.mean():.5f}, {before.mean():.5f} with the library's blocks")
                 bar.advance()
@@ -196,9 +196,9 @@ class Guard(Closing):
 
 def _layers(names: Sequence[str]) -> list[_Part]:
     """Each layer and the tensors in it."""
-    layers = _grouped([name for name in names if layer_of(name) is not None], layer_of)
+    layers = _grouped([name for name in names if block_of(name) is not None], block_of)
     return [
-        _Part(f"blk.{layer}", tuple(within), tuple(_Part(short_kind(name), (name,)) for name in within))
+        _Part(f"blk.{layer}", tuple(within), tuple(_Part(kind_of(name), (name,)) for name in within))
         for layer, within in sorted(layers.items(), key=lambda pair: pair[0] or 0)
     ]
 

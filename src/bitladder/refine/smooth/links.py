@@ -12,10 +12,10 @@ Names alone do not prove that nothing else reads a channel, so whoever uses link
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 from bitladder.errors import BitladderError
+from bitladder.gguf.names import block_of, block_prefix
 from bitladder.gguf.reader import GgufFile
 
 
@@ -23,7 +23,6 @@ class SmoothingError(BitladderError):
     """A model in which no scale can move."""
 
 
-_BLOCK = re.compile(r"^blk\.(\d+)\.")
 FLOATS = ("f32", "f16", "bf16")  # types of weights that can change
 _EXPERTS = ("_exps", "_shexp")
 # The norm, and what may multiply its output. A norm that meets other matrices than these is left alone.
@@ -57,7 +56,7 @@ class Link:
 
 def links_of(file: GgufFile) -> list[Link]:
     """The links of a model, by block. Raises SmoothingError for a model without any that is known here."""
-    blocks = sorted({int(match[1]) for name in file.tensors if (match := _BLOCK.match(name))})
+    blocks = sorted({block for name in file.tensors if (block := block_of(name)) is not None})
     found = [link for block in blocks for link in _of_block(file, block)]
     if "output.weight" in file.tensors and "output_norm.weight" in file.tensors:
         found.append(_of_norm(file, "output_norm", ["output.weight"]))
@@ -70,7 +69,7 @@ def links_of(file: GgufFile) -> list[Link]:
 
 
 def _of_block(file: GgufFile, block: int) -> list[Link]:
-    start, found = f"blk.{block}.", []
+    start, found = block_prefix(block), []
     names = {name.removeprefix(start).removesuffix(".weight") for name in file.tensors if name.startswith(start)}
     for norm, known in _NORMS.items():
         readers = [f"{start}{one}.weight" for one in known if one in names]

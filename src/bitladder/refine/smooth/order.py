@@ -14,6 +14,7 @@ import numpy.typing as npt
 from bitladder.calibrate.moments.watch import decode_chunks
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Multiplication
+from bitladder.gguf.names import name_in_block
 from bitladder.gguf.reader import GgufFile
 from bitladder.refine.smooth.links import FLOATS
 from bitladder.refine.smooth.pieces import column_squares
@@ -66,7 +67,7 @@ def find_order(file: GgufFile, *, threads: int | None = None) -> Order | None:
     width = embeddings.width
     if width % BLOCK or width < 2 * BLOCK:
         return None
-    stems = {name: name.split(".", 2)[2] if name.startswith("blk.") else name for name in file.tensors}
+    stems = {name: name_in_block(name) for name in file.tensors}
     if not set(stems.values()) <= _ACROSS | _DOWN | _FREE:
         return None
     columns = frozenset(name for name, stem in stems.items() if stem in _ACROSS)

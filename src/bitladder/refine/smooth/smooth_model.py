@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.imatrix import Imatrix, read_imatrix, write_imatrix
-from bitladder.engine.sequence import logit_differences, sequence_logits
+from bitladder.engine.context import logit_differences, sequence_logits
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing, sha256_file
 from bitladder.gguf.reader import GgufFile

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bitladder.gguf.names import reading_order, short_kind
+from bitladder.gguf.names import kind_of, reading_order
 from bitladder.recipe import Recipe
 from bitladder.report.numbers import Figure, gigabytes, with_error
 from bitladder.report.rundir import Measured
@@ -101,7 +101,7 @@ def recipe_lines(recipe: Recipe, most: int = 12) -> list[str]:
     kinds: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for name in sorted(recipe.tensors, key=reading_order):
         if recipe.tensors[name].lower() != "f32":
-            kinds[short_kind(name)][recipe.tensors[name]] += 1
+            kinds[kind_of(name)][recipe.tensors[name]] += 1
     lines = []
     for kind, counts in kinds.items():
         alone = counts.total() == 1

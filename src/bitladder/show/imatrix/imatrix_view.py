@@ -10,10 +10,9 @@ from bitladder.calibrate.imatrix import Imatrix, read_imatrix
 from bitladder.calibrate.statistics.compare_imatrices import Comparison, TensorDifference, compare, grouped
 from bitladder.calibrate.statistics.gaps import Gaps, find_gaps, listed
 from bitladder.calibrate.statistics.groups import GroupStatistics, by_kind, by_layer
-from bitladder.calibrate.statistics.names import block_and_kind
 from bitladder.calibrate.statistics.tensor_figures import TensorStatistics, tensor_statistics
 from bitladder.errors import UsageError
-from bitladder.gguf.number_ranges import ranges
+from bitladder.gguf.names import imatrix_place, ranges
 from bitladder.show.imatrix import columns as shown
 from bitladder.show.imatrix.columns import Column, find_column
 from bitladder.show.imatrix.formats import Row, plain, sort_rows
@@ -124,7 +123,7 @@ def _heading(path: PathLike, imatrix: Imatrix) -> str:
 
 
 def _check_kinds(kinds: Collection[str], names: Iterable[str]) -> None:
-    known = sorted({block_and_kind(name)[1] for name in names})
+    known = sorted({imatrix_place(name)[1] for name in names})
     for kind in kinds:
         if kind not in known:
             raise UsageError(f"no tensor of kind {kind!r}; there are {', '.join(known)}")
