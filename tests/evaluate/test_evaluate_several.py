@@ -32,7 +32,7 @@ def wanted(folder):
     text = load_text(str(folder / "test.txt"))
     (spec,) = parse_specs(f"continuation:{folder / 'test.txt'}")
     with ev.open_or_compute(folder / "full.gguf", None, text, SETTINGS, folder / "Q4_0.gguf") as base:
-        yield ev.Wanted(
+        yield ev.EvalRequest(
             text, SETTINGS, base, (load_task(spec),), ev.Settings(n_ctx=768, threads=1), task_count=12, noise_chunks=2
         )
 
@@ -102,7 +102,7 @@ def test_the_noise_floor_lies_below_the_best_quant(folder, wanted):
 
 def test_no_text(folder, wanted):
     (scores,) = ev.evaluate_several(
-        [folder / "Q8_0.gguf"], ev.Wanted(None, SETTINGS, tasks=wanted.tasks, task_count=12)
+        [folder / "Q8_0.gguf"], ev.EvalRequest(None, SETTINGS, tasks=wanted.tasks, task_count=12)
     )
     assert scores.ppl is None
     assert scores.tasks["continuation"].count == 12

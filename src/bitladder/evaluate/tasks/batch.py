@@ -8,17 +8,17 @@ import numpy.typing as npt
 
 from bitladder.engine.context import Context
 from bitladder.evaluate.logit_rows import Workers, score_rows
-from bitladder.evaluate.tasks.prepare import Prepared
+from bitladder.evaluate.tasks.tokenized import TokenizedQuestion
 
 Doubles = npt.NDArray[np.float64]
 
 
-def batches(questions: Sequence[Prepared], capacity: int, sequences: int) -> Iterator[list[Prepared]]:
+def batches(questions: Sequence[TokenizedQuestion], capacity: int, sequences: int) -> Iterator[list[TokenizedQuestion]]:
     """Questions in order, as many together as `capacity` tokens and so many sequences hold.
 
     These are llama-perplexity's batches: who is computed together decides the last digits.
     """
-    batch: list[Prepared] = []
+    batch: list[TokenizedQuestion] = []
     tokens = used = 0
     for question in questions:
         count = len(question.sequences)
@@ -43,7 +43,7 @@ class _Layout:
     first_rows: list[int]
 
 
-def _lay_out(batch: list[Prepared]) -> _Layout:
+def _lay_out(batch: list[TokenizedQuestion]) -> _Layout:
     tokens: list[int] = []
     positions: list[int] = []
     sequences: list[tuple[int, ...]] = []
@@ -66,7 +66,7 @@ def _lay_out(batch: list[Prepared]) -> _Layout:
     return _Layout(tokens, positions, sequences, np.array(outputs), first_rows)
 
 
-def choice_means(context: Context, batch: list[Prepared], workers: Workers) -> list[list[float]]:
+def choice_means(context: Context, batch: list[TokenizedQuestion], workers: Workers) -> list[list[float]]:
     """The mean log-probability of each choice of each question, in nats.
 
     Raises BitladderError if decoding fails or the logits are not finite.

@@ -11,11 +11,11 @@ import struct
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks.source import File
+from bitladder.evaluate.tasks.question_files import QuestionFile
 from bitladder.evaluate.tasks.task import MAX_CHOICES, Question, question
 
 
-def read(file: File) -> Iterator[Question]:
+def read(file: QuestionFile) -> Iterator[Question]:
     """The questions of a file. Raises BitladderError that names the file and the record, counted from 1."""
     table = _Reader(file.data, file.name, 0)
     count = table.number()

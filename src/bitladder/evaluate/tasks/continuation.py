@@ -10,15 +10,19 @@ from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks.draw import below, mersenne_twister
-from bitladder.evaluate.tasks.task import Kind, Question, Task, question
+from bitladder.evaluate.tasks.task import Question, QuestionSet, TaskKind, question
 from bitladder.text.texts import load_text
 
 NAME = "continuation"
+MEANING = (
+    "Which of four passages follows a passage of the text. It needs no data set, and says little of a model beyond "
+    "its own quants."
+)
 PASSAGE, NEXT, CHOICES = 48, 24, 4
 SEED = 2  # not the seed of the draw: that would tie the draw to the places of the right choices
 
 
-def load(source: str) -> Task:
+def load(source: str) -> QuestionSet:
     """The questions of a text (a file, or a built-in text, see `texts.load_text`); the same for the same text.
 
     Raises BitladderError if the text cannot be read or is too short.
@@ -30,7 +34,7 @@ def load(source: str) -> Task:
             f"the text {text.name} is too short for {NAME}: it gives {len(stretches)} passages of "
             f"{PASSAGE + NEXT} words, and {CHOICES} is the least"
         )
-    return Task(NAME, text.name, text.sha256, Kind.MULTIPLE_CHOICE, tuple(_questions(text.name, stretches)))
+    return QuestionSet(NAME, text.name, text.sha256, TaskKind.MULTIPLE_CHOICE, tuple(_questions(text.name, stretches)))
 
 
 def _stretches(text: str) -> Iterator[tuple[str, str]]:

@@ -10,20 +10,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bitladder.evaluate.tasks.task import Kind
+from bitladder.evaluate.tasks.task import TaskKind
 
 SEED = 1
 _BITS = 32
 
 
-def draw(kind: Kind, available: int, count: int | None) -> list[int]:
+def draw(kind: TaskKind, available: int, count: int | None) -> list[int]:
     """Indices of the questions to score, in llama-perplexity's order, out of 0…available−1.
 
     `count` None or too large: all of them.
     """
     wanted = available if count is None else min(count, available)
     numbers = mersenne_twister(SEED)
-    if kind is Kind.HELLASWAG:
+    if kind is TaskKind.HELLASWAG:
         left = list(range(available))
         return [left.pop(below(len(left), numbers)) for _ in range(wanted)]
     if wanted == available:

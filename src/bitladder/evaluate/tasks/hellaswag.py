@@ -1,19 +1,18 @@
 """HellaSwag: which of four endings goes on with a description of everyday life."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks import binary
-from bitladder.evaluate.tasks.benchmark import Benchmark
 from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
-from bitladder.evaluate.tasks.source import File, Record, json_records
-from bitladder.evaluate.tasks.task import Kind, Question, question
+from bitladder.evaluate.tasks.question_files import QuestionFile, RecordReader, json_records
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question
 
 _LINES, _ENDINGS = 6, 4
 
 
-def read_text(file: File) -> Iterator[Question]:
+def read_text(file: QuestionFile) -> Iterator[Question]:
     """llama-perplexity's text: six lines a task, which are the context, the right ending's index, four endings."""
     text = file.text.removesuffix("\n")
     lines = text.removesuffix("\n").split("\n") if text else []
@@ -38,17 +37,17 @@ def write_text(questions: list[Question]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
 
 
-def read_json(file: File) -> Iterator[Question]:
+def read_json(file: QuestionFile) -> Iterator[Question]:
     """The project's jsonl: activity_label, ctx, endings[], label."""
     return _read_records(file, json_records)
 
 
-def read_parquet(file: File) -> Iterator[Question]:
+def read_parquet(file: QuestionFile) -> Iterator[Question]:
     """The hub's rows, which have the same fields."""
     return _read_records(file, parquet_records)
 
 
-def _read_records(file: File, records: Callable[[File], Iterator[Record]]) -> Iterator[Question]:
+def _read_records(file: QuestionFile, records: RecordReader) -> Iterator[Question]:
     for record in records(file):
         text = clean(f"{record.text('activity_label')}: {record.text('ctx')}")
         endings = [clean(ending) for ending in record.texts("endings")]
@@ -65,7 +64,11 @@ def clean(text: str) -> str:
 
 HELLASWAG = Benchmark(
     name="hellaswag",
-    kind=Kind.HELLASWAG,
+    meaning=(
+        "Which of four endings continues a description of everyday events (HellaSwag). Wrong endings were written by "
+        "models and sound right, so that it takes common sense to tell."
+    ),
+    kind=TaskKind.HELLASWAG,
     readers={".txt": read_text, ".bin": binary.read, ".jsonl": read_json, ".parquet": read_parquet},
     default=".txt",
     layouts=(("hellaswag_val*.txt*",), ("hellaswag_val*.jsonl*",), ("data/validation-*.parquet",)),

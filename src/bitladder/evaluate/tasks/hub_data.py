@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks.source import File, Record
+from bitladder.evaluate.tasks.question_files import QuestionFile, QuestionRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def download(data: HubData, task: str) -> list[pathlib.Path]:
         ) from error
 
 
-def parquet_records(file: File) -> Iterator[Record]:
+def parquet_records(file: QuestionFile) -> Iterator[QuestionRecord]:
     """The rows of a parquet file. Raises BitladderError without pyarrow, or if the file is none."""
     _need_pyarrow(file.name)
     import pyarrow
@@ -55,7 +55,7 @@ def parquet_records(file: File) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError) as error:
         raise BitladderError(f"{file.name}: not a parquet file: {str(error).splitlines()[0]}") from error
     for number, row in enumerate(rows, 1):
-        yield Record(f"{file.name}, row {number}", row)
+        yield QuestionRecord(f"{file.name}, row {number}", row)
 
 
 def _need_pyarrow(what: str) -> None:

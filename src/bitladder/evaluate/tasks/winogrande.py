@@ -1,17 +1,16 @@
 """WinoGrande: which of two words belongs into a sentence's blank."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks.benchmark import Benchmark
 from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
-from bitladder.evaluate.tasks.source import File, Record, json_records
-from bitladder.evaluate.tasks.task import Kind, Question, question
+from bitladder.evaluate.tasks.question_files import QuestionFile, QuestionRecord, RecordReader, json_records
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question
 
 _COMMAS = 4
 
 
-def read_csv(file: File) -> Iterator[Question]:
+def read_csv(file: QuestionFile) -> Iterator[Question]:
     """llama-perplexity's csv: index, sentence with "_", choice 1, choice 2, answer 1 or 2; no line of names.
 
     It is no common csv: quotes around a sentence are taken off, and any other quote is part of the text.
@@ -22,8 +21,10 @@ def read_csv(file: File) -> Iterator[Question]:
             yield _parse(line, where)
 
 
-def unseen(file: File) -> str | None:
-    """A note on what llama-perplexity does not read of a csv: its last line, unless an empty one follows."""
+def unseen(file: QuestionFile) -> str | None:
+    """A note on the last line of a csv, which llama-perplexity does not read unless an empty line follows."""
+    if file.suffix != ".csv":
+        return None
     lost = file.text.removesuffix("\n").split("\n")[-1]
     if not lost.strip():
         return None
@@ -33,7 +34,7 @@ def unseen(file: File) -> str | None:
     )
 
 
-def _seen(file: File) -> list[str]:
+def _seen(file: QuestionFile) -> list[str]:
     # The tool drops one newline at the end of the file, and then the line that no newline ends.
     return file.text.removesuffix("\n").split("\n")[:-1]
 
@@ -77,7 +78,7 @@ def _reads_as(line: str, one: Question) -> bool:
         return False
 
 
-def read_json(file: File) -> Iterator[Question]:
+def read_json(file: QuestionFile) -> Iterator[Question]:
     """AllenAI's jsonl: sentence, option1, option2, answer; without answers, those of NAME-labels.lst beside it."""
     labels = file.path.with_name(f"{file.path.stem}-labels.lst")
     try:
@@ -85,20 +86,20 @@ def read_json(file: File) -> Iterator[Question]:
     except (OSError, UnicodeDecodeError) as error:
         raise BitladderError(f"cannot read {labels}: it is no readable text file") from error
 
-    def with_answers(file: File) -> Iterator[Record]:
+    def with_answers(file: QuestionFile) -> Iterator[QuestionRecord]:
         for number, record in enumerate(json_records(file)):
             known = {"answer": answers[number]} if number < len(answers) else {}
-            yield Record(record.where, known | record.fields)
+            yield QuestionRecord(record.where, known | record.fields)
 
     return _read_records(file, with_answers)
 
 
-def read_parquet(file: File) -> Iterator[Question]:
+def read_parquet(file: QuestionFile) -> Iterator[Question]:
     """The hub's rows, which have the same fields."""
     return _read_records(file, parquet_records)
 
 
-def _read_records(file: File, records: Callable[[File], Iterator[Record]]) -> Iterator[Question]:
+def _read_records(file: QuestionFile, records: RecordReader) -> Iterator[Question]:
     for record in records(file):
         sentence, answer = record.text("sentence"), record.text("answer")
         yield _question(record.where, sentence, record.text("option1"), record.text("option2"), answer)
@@ -115,9 +116,11 @@ def _question(where: str, sentence: str, first: str, second: str, answer: str) -
 
 WINOGRANDE = Benchmark(
     name="winogrande",
-    kind=Kind.WINOGRANDE,
+    meaning=("Which of two names fills the blank of a sentence (WinoGrande). Grammar does not tell, the meaning does."),
+    kind=TaskKind.WINOGRANDE,
     readers={".csv": read_csv, ".jsonl": read_json, ".parquet": read_parquet},
     default=".csv",
+    note=unseen,
     layouts=(("dev.jsonl",), ("winogrande*.csv",), ("winogrande_xl/validation-*.parquet",)),
     hub=HubData(
         "allenai/winogrande",

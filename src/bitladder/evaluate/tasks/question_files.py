@@ -18,7 +18,7 @@ _UNPACK: dict[str, Callable[[bytes], bytes]] = {".bz2": bz2.decompress, ".gz": g
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
+class QuestionFile:
     """A file's content (unpacked, if it was .bz2, .gz or .xz); `suffix` is that of the unpacked file."""
 
     path: pathlib.Path
@@ -41,7 +41,7 @@ class File:
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class QuestionRecord:
     """A record with named fields; `where` begins messages about it ("dev.jsonl, line 3")."""
 
     where: str
@@ -67,12 +67,12 @@ class Record:
             raise BitladderError(f"{self.where}: the field {name} is not a list of texts")
         return [one.strip() for one in value]
 
-    def inner(self, name: str) -> "Record":
+    def inner(self, name: str) -> "QuestionRecord":
         """A field that is a record of its own."""
         value = self.get(name)
         if not isinstance(value, dict):
             raise BitladderError(f"{self.where}: the field {name} is not an object")
-        return Record(self.where, value)
+        return QuestionRecord(self.where, value)
 
     def index(self, name: str, first: int = 0) -> int:
         """A whole number counted from `first`, as an index counted from 0."""
@@ -82,7 +82,7 @@ class Record:
         return int(value) - first
 
 
-def open_file(path: pathlib.Path) -> File:
+def open_file(path: pathlib.Path) -> QuestionFile:
     """Read a file. Raises BitladderError if it cannot be read or unpacked."""
     try:
         data = path.read_bytes()
@@ -90,7 +90,7 @@ def open_file(path: pathlib.Path) -> File:
         raise BitladderError(f"cannot read {path}: {error.strerror}") from error
     unpack = _UNPACK.get(path.suffix.lower())
     try:
-        return File(path, unpack(data) if unpack else data)
+        return QuestionFile(path, unpack(data) if unpack else data)
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise BitladderError(f"{path} is damaged: {error}") from error
 
@@ -108,7 +108,10 @@ def find_files(folder: pathlib.Path, layouts: tuple[tuple[str, ...], ...]) -> li
     raise BitladderError(f"{folder} has none of the files looked for: {wanted}")
 
 
-def json_records(file: File) -> Iterator[Record]:
+RecordReader = Callable[[QuestionFile], Iterator[QuestionRecord]]
+
+
+def json_records(file: QuestionFile) -> Iterator[QuestionRecord]:
     """The records of a .jsonl file (one object a line) or a .json file (a list of objects)."""
     if file.suffix == ".json":
         values = _parse(file.text, file.name)
@@ -121,7 +124,7 @@ def json_records(file: File) -> Iterator[Record]:
     for where, value in numbered:
         if not isinstance(value, dict):
             raise BitladderError(f"{where}: not an object")
-        yield Record(where, value)
+        yield QuestionRecord(where, value)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -131,7 +134,7 @@ def _parse(text: str, where: str) -> Any:
         raise BitladderError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from error
 
 
-def csv_rows(file: File) -> Iterator[tuple[str, list[str]]]:
+def csv_rows(file: QuestionFile) -> Iterator[tuple[str, list[str]]]:
     """The rows of a csv file that are not blank: where each ends ("x.csv, line 3"), and its cells."""
     reader = csv.reader(io.StringIO(file.text, newline=""), strict=True)
     while True:
@@ -145,7 +148,7 @@ def csv_rows(file: File) -> Iterator[tuple[str, list[str]]]:
             yield f"{file.name}, line {reader.line_num}", row
 
 
-def csv_records(file: File) -> Iterator[Record]:
+def csv_records(file: QuestionFile) -> Iterator[QuestionRecord]:
     """The records of a csv file whose first row names the fields."""
     header: list[str] | None = None
     for where, row in csv_rows(file):
@@ -154,7 +157,7 @@ def csv_records(file: File) -> Iterator[Record]:
         elif len(row) != len(header):
             raise BitladderError(f"{where}: {len(row)} cells where the first line has {len(header)}")
         else:
-            yield Record(where, dict(zip(header, row, strict=True)))
+            yield QuestionRecord(where, dict(zip(header, row, strict=True)))
 
 
 def _inner(path: pathlib.Path) -> pathlib.Path:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.model import Model, Tokens
-from bitladder.evaluate.tasks.task import Kind, Question
+from bitladder.evaluate.tasks.task import Question, TaskKind
 
 Integers = npt.NDArray[np.int64]
 
@@ -14,7 +14,7 @@ _WHOLE_TAIL = 3  # WinoGrande: tails of no more tokens than this are scored with
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class ScoredChoice:
     """Of one choice: the rows of the question's logits that are read, and the token looked up in each."""
 
     rows: Integers
@@ -22,7 +22,7 @@ class Scored:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class TokenizedQuestion:
     """A tokenized question.
 
     `sequences` are its texts' tokens, one per choice, which begin with the same `prefix` tokens. The question's
@@ -32,15 +32,15 @@ class Prepared:
 
     record: int
     correct: int
-    kind: Kind
+    kind: TaskKind
     sequences: tuple[Tokens, ...]
     prefix: int
-    choices: tuple[Scored, ...]
+    choices: tuple[ScoredChoice, ...]
 
     @property
     def with_last(self) -> bool:
         """Whether each choice's last token has a row."""
-        return self.kind is Kind.WINOGRANDE
+        return self.kind is TaskKind.WINOGRANDE
 
     @property
     def needed(self) -> int:
@@ -49,12 +49,12 @@ class Prepared:
 
     def take(self, means: list[float]) -> int:
         """The choice with the highest mean log-probability; of equal ones the first, in WinoGrande the second."""
-        if self.kind is Kind.WINOGRANDE:
+        if self.kind is TaskKind.WINOGRANDE:
             return 0 if means[0] > means[1] else 1
         return int(np.argmax(means))
 
 
-def prepare(model: Model, kind: Kind, record: int, question: Question) -> Prepared | str:
+def tokenize_question(model: Model, kind: TaskKind, record: int, question: Question) -> TokenizedQuestion | str:
     """Tokenize a question; what makes it impossible to score, in words, if something does."""
     sequences = tuple(model.tokenize(text) for text in question.texts)
     prefix = common_prefix(sequences)
@@ -62,14 +62,14 @@ def prepare(model: Model, kind: Kind, record: int, question: Question) -> Prepar
         return "its choices have no common beginning"
     if min(map(len, sequences)) == prefix:
         return "one choice is the beginning of the others: it has nothing of its own to score"
-    if kind is Kind.WINOGRANDE:
+    if kind is TaskKind.WINOGRANDE:
         known = tuple(len(model.tokenize(beginning)) for beginning in question.beginnings)
         choices = _winogrande(sequences, prefix, known)
         if choices is None:
             return "the tokens of its choices do not end where the sentence goes on"
     else:
         choices = _tails(sequences, prefix)
-    return Prepared(record, question.correct, kind, sequences, prefix, choices)
+    return TokenizedQuestion(record, question.correct, kind, sequences, prefix, choices)
 
 
 def common_prefix(sequences: tuple[Tokens, ...]) -> int:
@@ -79,18 +79,18 @@ def common_prefix(sequences: tuple[Tokens, ...]) -> int:
     return shortest if same.all() else int(same.argmin())
 
 
-def _tails(sequences: tuple[Tokens, ...], prefix: int) -> tuple[Scored, ...]:
+def _tails(sequences: tuple[Tokens, ...], prefix: int) -> tuple[ScoredChoice, ...]:
     """HellaSwag and multiple choice: every token after the common prefix."""
     found, first = [], 1
     for sequence in sequences:
         own = len(sequence) - prefix
         rows = np.array([0, *range(first, first + own - 1)])
-        found.append(Scored(rows, sequence[prefix:]))
+        found.append(ScoredChoice(rows, sequence[prefix:]))
         first += own - 1
     return tuple(found)
 
 
-def _winogrande(sequences: tuple[Tokens, ...], prefix: int, known: tuple[int, ...]) -> tuple[Scored, ...] | None:
+def _winogrande(sequences: tuple[Tokens, ...], prefix: int, known: tuple[int, ...]) -> tuple[ScoredChoice, ...] | None:
     """The tokens after the choice, without the last one (a full stop) unless it is the only one.
 
     `known` is the number of tokens up to and with each choice. Where an own part is so short that the choice must be
@@ -104,6 +104,6 @@ def _winogrande(sequences: tuple[Tokens, ...], prefix: int, known: tuple[int, ..
         stop = len(sequence) - (1 if len(sequence) - start > 1 else 0)
         if not prefix <= start < stop:
             return None
-        found.append(Scored(np.arange(start, stop) - prefix + offset, sequence[start:stop]))
+        found.append(ScoredChoice(np.arange(start, stop) - prefix + offset, sequence[start:stop]))
         offset += len(sequence) - prefix
     return tuple(found)
