@@ -227,7 +227,7 @@ def test_is_logits_file(folder):
 
 def test_no_room_and_no_half_file(folder, text, tmp_path, monkeypatch):
     monkeypatch.setattr(logits_file.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=300_000))
-    with pytest.raises(BitladderError, match=r"x\.kld needs 1 MB and the disk has 0 MB free; take fewer --chunks"):
+    with pytest.raises(BitladderError, match=r"x\.kld needs 1 MB and the disk has 0 MB free; use fewer --chunks"):
         write_logits_file(folder / "full.gguf", text, tmp_path / "new" / "x.kld", SETTINGS)
     monkeypatch.undo()
 

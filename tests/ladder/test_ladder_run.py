@@ -131,7 +131,7 @@ class Fakes:
             "bitladder.evaluate.measure": self.measure, "bitladder.evaluate.open_base": self.open_base,
             "bitladder.evaluate.identify": lambda path: path,
             "bitladder.evaluate.base_scores": self.base_scores, "bitladder.calibrate.collect_imatrix": self.collect,
-            "bitladder.quantize.write_quant": self.quantize, "bitladder.evaluate.bench": self.bench,
+            "bitladder.quantize.quantize": self.quantize, "bitladder.evaluate.bench": self.bench,
         }  # fmt: skip
         return _Patches(stand_ins)
 

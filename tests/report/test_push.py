@@ -157,7 +157,7 @@ def test_only_a_finished_run_goes(folder):
         published_files(folder, ["*.md"])
     with (folder / MODELS[1]).open("ab") as stream:
         stream.write(b"0")
-    with pytest.raises(BitladderError, match=r"Q4_K_M\.gguf is not changed after the run"):
+    with pytest.raises(BitladderError, match=r"Q4_K_M\.gguf was changed after the run"):
         published_files(folder)
     (folder / MODELS[1]).unlink()
     with pytest.raises(BitladderError, match=r"Q4_K_M\.gguf is missing"):
