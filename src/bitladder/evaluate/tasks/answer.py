@@ -115,14 +115,14 @@ def score_task(
     if not fitting:
         raise BitladderError(f"{task.name}: no question of {task.source} can be scored; {skipped[0].reason}")
     answers = _answer(model, task, fitting, n_seq, capacity, settings, progress)
-    skipped.sort(key=lambda one: one.record)
+    skipped.sort(key=lambda skip: skip.record)
     return TaskResult(task.name, task.source, task.sha256, settings.n_ctx, tuple(answers), tuple(skipped))
 
 
 def _report(task: QuestionSet, skipped: list[Skipped], drawn: int, progress: Progress) -> None:
     if not skipped:
         return
-    named = "; ".join(f"record {one.record} {one.reason}" for one in skipped[:_NAMED])
+    named = "; ".join(f"record {skip.record} {skip.reason}" for skip in skipped[:_NAMED])
     more = f"; and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
     progress.warn(f"{task.name}: {len(skipped)} of {drawn} questions of {task.source} are left out: {named}{more}")
 

@@ -16,8 +16,8 @@ def read_json(file: QuestionFile) -> Iterator[Question]:
         choices = inner.get("choices")
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise BitladderError(f"{record.where}: the field choices is not a list of objects")
-        found = [QuestionRecord(record.where, choice) for choice in choices]
-        labels, texts = [one.text("label") for one in found], [one.text("text") for one in found]
+        records = [QuestionRecord(record.where, choice) for choice in choices]
+        labels, texts = [choice.text("label") for choice in records], [choice.text("text") for choice in records]
         yield _question(record, inner.text("stem"), labels, texts)
 
 

@@ -1,4 +1,4 @@
-"""MMLU: exam questions of 57 subjects. The answers' texts are scored, not their letters."""
+"""MMLU: exam questions of 57 subjects. The texts of the answers are scored, not their letters."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ _ANSWERS = ("0A", "1B", "2C", "3D")
 
 
 def read_csv(file: QuestionFile) -> Iterator[Question]:
-    """The subjects' csv: question, four choices, the answer as A–D or 0–3; with or without a first line of names."""
+    """A subject's csv: question, four choices, the answer as A–D or 0–3. A first line of names is possible."""
     for number, (where, row) in enumerate(csv_rows(file)):
         if len(row) != _CELLS:
             raise BitladderError(f"{where}: {len(row)} cells; there must be a question, four choices and the answer")

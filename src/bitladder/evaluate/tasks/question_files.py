@@ -1,4 +1,4 @@
-"""Files that questions come from: found, unpacked, and read record by record."""
+"""Files with questions: finds them, unpacks them, and reads them record by record."""
 
 import bz2
 import csv
@@ -19,42 +19,42 @@ _UNPACK: dict[str, Callable[[bytes], bytes]] = {".bz2": bz2.decompress, ".gz": g
 
 @dataclasses.dataclass(frozen=True)
 class QuestionFile:
-    """A file's content (unpacked, if it was .bz2, .gz or .xz); `suffix` is that of the unpacked file."""
+    """The content of a file, unpacked if it was .bz2, .gz or .xz."""
 
     path: pathlib.Path
     data: bytes
 
     @property
     def name(self) -> str:
-        """The name without folder."""
+        """The file's name, without folder."""
         return self.path.name
 
     @property
     def suffix(self) -> str:
-        """Such as ".jsonl", in lower case."""
+        """The suffix of the unpacked file in lower case, such as ".jsonl"."""
         return _inner(self.path).suffix.lower()
 
     @property
     def text(self) -> str:
-        """The content as text; bytes that are not UTF-8 are kept as surrogate escapes. A byte-order mark is dropped."""
+        """The content as text, without a byte-order mark. Bytes that are not UTF-8 become surrogate escapes."""
         return self.data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionRecord:
-    """A record with named fields; `where` begins messages about it ("dev.jsonl, line 3")."""
+    """A record with named fields. Errors about it begin with `where`, such as "dev.jsonl, line 3"."""
 
     where: str
     fields: dict[str, Any]
 
     def get(self, name: str) -> Any:
-        """A field's value. Raises BitladderError if the record has none of that name."""
+        """The value of a field. Raises BitladderError if the record has no such field."""
         if self.fields.get(name) is None:
             raise BitladderError(f"{self.where}: no field {name}")
         return self.fields[name]
 
     def text(self, name: str) -> str:
-        """A field that is text or a number, as text without blanks around it."""
+        """A field that is text or a number, as text without surrounding blanks."""
         value = self.get(name)
         if not isinstance(value, str | int):
             raise BitladderError(f"{self.where}: the field {name} is not text")
@@ -63,19 +63,19 @@ class QuestionRecord:
     def texts(self, name: str) -> list[str]:
         """A field that is a list of texts."""
         value = self.get(name)
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             raise BitladderError(f"{self.where}: the field {name} is not a list of texts")
-        return [one.strip() for one in value]
+        return [text.strip() for text in value]
 
     def inner(self, name: str) -> "QuestionRecord":
-        """A field that is a record of its own."""
+        """A field that is a record itself."""
         value = self.get(name)
         if not isinstance(value, dict):
             raise BitladderError(f"{self.where}: the field {name} is not an object")
         return QuestionRecord(self.where, value)
 
     def index(self, name: str, first: int = 0) -> int:
-        """A whole number counted from `first`, as an index counted from 0."""
+        """A field that is a whole number counted from `first`, as an index counted from 0."""
         value = self.text(name)
         if not value.lstrip("-").isdecimal():
             raise BitladderError(f"{self.where}: {name} is {value!r}, not a whole number")
@@ -83,7 +83,7 @@ class QuestionRecord:
 
 
 def open_file(path: pathlib.Path) -> QuestionFile:
-    """Read a file. Raises BitladderError if it cannot be read or unpacked."""
+    """Reads a file. Raises BitladderError if it cannot be read or unpacked."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -96,23 +96,24 @@ def open_file(path: pathlib.Path) -> QuestionFile:
 
 
 def find_files(folder: pathlib.Path, layouts: tuple[tuple[str, ...], ...]) -> list[pathlib.Path]:
-    """The files of a folder by the first layout of which every pattern finds something; sorted within a pattern.
+    """The files of a folder by the first layout in which every pattern matches a file; sorted for each pattern.
 
-    Raises BitladderError that lists the layouts if none does.
+    Raises:
+        BitladderError: no layout matches; the error lists the layouts.
     """
     for layout in layouts:
-        found = [sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in layout]
-        if all(found):
-            return [path for paths in found for path in paths]
-    wanted = "; or ".join(" and ".join(layout) for layout in layouts)
-    raise BitladderError(f"{folder} has none of the files looked for: {wanted}")
+        matches = [sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in layout]
+        if all(matches):
+            return [path for paths in matches for path in paths]
+    expected = "; or ".join(" and ".join(layout) for layout in layouts)
+    raise BitladderError(f"{folder} has none of the expected files: {expected}")
 
 
 RecordReader = Callable[[QuestionFile], Iterator[QuestionRecord]]
 
 
 def json_records(file: QuestionFile) -> Iterator[QuestionRecord]:
-    """The records of a .jsonl file (one object a line) or a .json file (a list of objects)."""
+    """The records of a .jsonl file (an object in each line) or a .json file (a list of objects)."""
     if file.suffix == ".json":
         values = _parse(file.text, file.name)
         if not isinstance(values, list):
@@ -135,7 +136,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def csv_rows(file: QuestionFile) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a csv file that are not blank: where each ends ("x.csv, line 3"), and its cells."""
+    """The rows of a csv file that are not blank: the place of each ("x.csv, line 3"), and its cells."""
     reader = csv.reader(io.StringIO(file.text, newline=""), strict=True)
     while True:
         try:

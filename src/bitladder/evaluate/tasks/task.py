@@ -176,8 +176,8 @@ class TaskResult:
             source=self.source,
             sha256=self.sha256,
             n_ctx=self.n_ctx,
-            skipped_records=tuple(SkippedRecord(record=one.record, reason=one.reason) for one in self.skipped),
-            answers=" ".join(f"{one.record}:{one.chosen}:{one.correct}" for one in self.answers),
+            skipped_records=tuple(SkippedRecord(record=skip.record, reason=skip.reason) for skip in self.skipped),
+            answers=" ".join(f"{answer.record}:{answer.chosen}:{answer.correct}" for answer in self.answers),
         )
 
 

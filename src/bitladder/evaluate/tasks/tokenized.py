@@ -1,4 +1,4 @@
-"""A question as tokens, and which predictions its choices are scored by; all as llama-perplexity has it."""
+"""Questions as tokens, and the predictions by which their choices are scored, as in llama-perplexity."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ from bitladder.evaluate.tasks.task import Question, TaskKind
 
 Integers = npt.NDArray[np.int64]
 
-_WHOLE_TAIL = 3  # WinoGrande: tails of no more tokens than this are scored with the choice itself
+_WHOLE_TAIL = 3  # WinoGrande: the choice is scored too if there are no more own tokens than this
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredChoice:
-    """Of one choice: the rows of the question's logits that are read, and the token looked up in each."""
+    """The rows of a question's logits that score a choice, and the token of each row; both [n]."""
 
     rows: Integers
     targets: Tokens
@@ -25,9 +25,16 @@ class ScoredChoice:
 class TokenizedQuestion:
     """A tokenized question.
 
-    `sequences` are its texts' tokens, one per choice, which begin with the same `prefix` tokens. The question's
-    logits are rows in this order: the last common token's, then for each choice those of its own tokens (without the
-    last one's, which predicts nothing, unless `with_last`).
+    The rows of its logits are, in this order: that of the last common token, then for each choice those of its own
+    tokens. The last token of a choice has a row only if `with_last`.
+
+    Parameters:
+        record: the record of the source, counted from 1.
+        correct: index of the right choice.
+        kind: how it is scored.
+        sequences: the tokens of each text, one text for each choice.
+        prefix: number of first tokens that all texts share.
+        choices: how each choice is scored.
     """
 
     record: int
@@ -39,7 +46,7 @@ class TokenizedQuestion:
 
     @property
     def with_last(self) -> bool:
-        """Whether each choice's last token has a row."""
+        """Whether the last token of each choice has a row."""
         return self.kind is TaskKind.WINOGRANDE
 
     @property
@@ -48,14 +55,17 @@ class TokenizedQuestion:
         return self.prefix + sum(len(sequence) - self.prefix for sequence in self.sequences)
 
     def take(self, means: list[float]) -> int:
-        """The choice with the highest mean log-probability; of equal ones the first, in WinoGrande the second."""
+        """The index of the choice with the highest mean log-probability.
+
+        Of equal ones it is the first, in WinoGrande the second.
+        """
         if self.kind is TaskKind.WINOGRANDE:
             return 0 if means[0] > means[1] else 1
         return int(np.argmax(means))
 
 
 def tokenize_question(model: Model, kind: TaskKind, record: int, question: Question) -> TokenizedQuestion | str:
-    """Tokenize a question; what makes it impossible to score, in words, if something does."""
+    """Tokenizes a question. Returns the reason, in words, if the question cannot be scored."""
     sequences = tuple(model.tokenize(text) for text in question.texts)
     prefix = common_prefix(sequences)
     if prefix == 0:
@@ -73,7 +83,7 @@ def tokenize_question(model: Model, kind: TaskKind, record: int, question: Quest
 
 
 def common_prefix(sequences: tuple[Tokens, ...]) -> int:
-    """How many first tokens all sequences share."""
+    """The number of first tokens that all sequences share."""
     shortest = min(map(len, sequences))
     same = np.all([sequence[:shortest] == sequences[0][:shortest] for sequence in sequences], axis=0)
     return shortest if same.all() else int(same.argmin())
@@ -81,29 +91,33 @@ def common_prefix(sequences: tuple[Tokens, ...]) -> int:
 
 def _tails(sequences: tuple[Tokens, ...], prefix: int) -> tuple[ScoredChoice, ...]:
     """HellaSwag and multiple choice: every token after the common prefix."""
-    found, first = [], 1
+    choices, first = [], 1
     for sequence in sequences:
         own = len(sequence) - prefix
         rows = np.array([0, *range(first, first + own - 1)])
-        found.append(ScoredChoice(rows, sequence[prefix:]))
+        choices.append(ScoredChoice(rows, sequence[prefix:]))
         first += own - 1
-    return tuple(found)
+    return tuple(choices)
 
 
 def _winogrande(sequences: tuple[Tokens, ...], prefix: int, known: tuple[int, ...]) -> tuple[ScoredChoice, ...] | None:
-    """The tokens after the choice, without the last one (a full stop) unless it is the only one.
+    """WinoGrande: the tokens after the choice, without the last one (a full stop) unless it is the only one.
 
-    `known` is the number of tokens up to and with each choice. Where an own part is so short that the choice must be
-    scored too, llama-perplexity looks up the second choice's first token in the row before its own, which is that
-    of the first choice's last token; so do we, or else the answers would differ.
+    If the own part is so short that the choice is scored too, llama-perplexity reads the first token of the second
+    choice from the row of the last token of the first choice. The same row is used here, so that the answers agree.
+
+    Parameters:
+        sequences: the tokens of each text.
+        prefix: number of first tokens that all texts share.
+        known: number of tokens up to the end of each choice.
     """
     after_choice = all(len(sequence) - prefix > _WHOLE_TAIL for sequence in sequences)
-    found, offset = [], 0
+    choices, offset = [], 0
     for sequence, beginning in zip(sequences, known, strict=True):
         start = beginning if after_choice else prefix
         stop = len(sequence) - (1 if len(sequence) - start > 1 else 0)
         if not prefix <= start < stop:
             return None
-        found.append(ScoredChoice(np.arange(start, stop) - prefix + offset, sequence[start:stop]))
+        choices.append(ScoredChoice(np.arange(start, stop) - prefix + offset, sequence[start:stop]))
         offset += len(sequence) - prefix
-    return tuple(found)
+    return tuple(choices)

@@ -1,4 +1,4 @@
-"""TruthfulQA: questions that people answer wrongly. MC1: one of the answers is true."""
+"""TruthfulQA: questions that many people answer wrongly. MC1: one of the answers is true."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ def read_parquet(file: QuestionFile) -> Iterator[Question]:
 
 
 def read_csv(file: QuestionFile) -> Iterator[Question]:
-    """The project's TruthfulQA.csv: the best answer against the incorrect ones, which semicolons separate."""
+    """The project's TruthfulQA.csv: the best answer, and the incorrect ones with semicolons between."""
     for record in csv_records(file):
         wrong = record.text("Incorrect Answers").split(";")
         yield _question(record, [record.text("Best Answer"), *wrong], [1] + [0] * len(wrong), field="Question")
@@ -36,7 +36,7 @@ def read_csv(file: QuestionFile) -> Iterator[Question]:
 def _question(record: QuestionRecord, texts: list[str], labels: list[int], field: str = "question") -> Question:
     if len(texts) != len(labels) or labels.count(1) != 1:
         raise BitladderError(f"{record.where}: {labels.count(1)} right answers of {len(texts)}; there must be one")
-    # A semicolon at the end of the data set's table has become an empty wrong answer in some records.
+    # In some records a semicolon at the end has become an empty wrong answer, which is left out.
     pairs = [(text.strip(), label) for text, label in zip(texts, labels, strict=True) if text.strip() or label == 1]
     correct = [label for _, label in pairs].index(1)
     return question(record.where, asked(record.text(field)), [text for text, _ in pairs], correct)
