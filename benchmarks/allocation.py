@@ -74,11 +74,9 @@ class Bench:
             scores = evaluate.evaluate(
                 out,
                 self.text,
+                self.settings,
                 base=self.options.model,
                 base_file=base,
-                n_ctx=512,
-                chunks=self.options.chunks,
-                threads=self.options.threads,
             )
             out.unlink()
             assert scores.kld is not None

@@ -26,8 +26,7 @@ import time
 import numpy as np
 
 from bitladder.engine.native import versions
-from bitladder.evaluate.measure import Reference, measure, open_or_compute
-from bitladder.evaluate.settings import Settings
+from bitladder.evaluate import Reference, Settings, measure, open_or_compute
 from bitladder.files import write_json
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import read_recipe

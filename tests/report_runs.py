@@ -7,7 +7,7 @@ import json
 import pathlib
 
 from bitladder import evaluate
-from bitladder.evaluate import SpeedSettings, SpeedTest
+from bitladder.evaluate import SpeedOptions, SpeedTest
 from bitladder.ladder import RunOptions, run
 from bitladder.ladder.manifest import load_manifest
 from bitladder.recipe import read_recipe
@@ -57,7 +57,7 @@ def time_all(model: pathlib.Path, folder: pathlib.Path) -> None:
     """Put speeds into every scores file, of tests short enough for a test."""
     paths = {json.loads(path.read_text())["model"]: path for path in (folder / "scores").iterdir()}
     models = [model if name == model.name else folder / name for name in paths]
-    rows = evaluate.bench(models, (SpeedTest(32, 0), SpeedTest(0, 8)), 2, SpeedSettings(threads=1, gpu_layers=0))
+    rows = evaluate.bench(models, (SpeedTest(32, 0), SpeedTest(0, 8)), SpeedOptions(2, threads=1, gpu_layers=0))
     for name, path in paths.items():
         measured = [row.bench_row().model_dump() for row in rows if row.model == name]
         write(path, json.loads(path.read_text()) | {"bench": measured})

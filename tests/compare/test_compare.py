@@ -9,11 +9,9 @@ import tiny_models
 import torch
 
 from bitladder.cli import invoke
-from bitladder.compare import check_structure, check_weights
-from bitladder.compare.comparison import perplexity_sign
-from bitladder.compare.winner import beaten, levels
+from bitladder.compare import check_structure, check_weights, defeats, perplexity_sign, size_groups
 from bitladder.convert import convert
-from bitladder.evaluate import Figure, Measured, Scores
+from bitladder.evaluate import Figure, Measurement, Scores
 from bitladder.gguf.reader import GgufFile
 from bitladder.quantize import quantize
 
@@ -64,7 +62,7 @@ def folder(tmp_path_factory):
 def findings(folder, name):
     with GgufFile(folder / "base.gguf") as base, GgufFile(folder / name) as model:
         structure = check_structure(base, model)
-        if any(one.level == "other" for one in structure):
+        if any(one.gravity == "other" for one in structure):
             return structure
         return structure + check_weights(base, model, threads=1)
 
@@ -82,7 +80,7 @@ def test_quants_of_the_base_are_not_doubted(folder, name):
 @pytest.mark.parametrize("name", ["far-Q4_0.gguf", "far-Q8_0.gguf"])
 def test_another_checkpoint_shows_in_its_weights(folder, name):
     found = findings(folder, name)
-    assert {(one.level, one.about) for one in found} == {("sign", "weights")}
+    assert {(one.gravity, one.about) for one in found} == {("sign", "weights")}
     assert "another checkpoint" in found[0].text
 
 
@@ -117,7 +115,7 @@ def test_distance_is_that_of_the_weights(folder):
     [("other.gguf", "vocabulary", "371 tokens"), ("wide.gguf", "tensors", "ffn_")],
 )
 def test_another_model_shows_in_its_headers(folder, name, about, words):
-    grave = [one for one in findings(folder, name) if one.level == "other"]
+    grave = [one for one in findings(folder, name) if one.gravity == "other"]
     assert grave[0].about == about
     assert words in grave[0].text
     if name == "wide.gguf":
@@ -127,7 +125,7 @@ def test_another_model_shows_in_its_headers(folder, name, about, words):
 def test_another_architecture(folder, tiny_gguf):
     with GgufFile(folder / "base.gguf") as base, GgufFile(tiny_gguf) as model:
         (found,) = check_structure(base, model)
-    assert (found.level, found.about) == ("other", "architecture")
+    assert (found.gravity, found.about) == ("other", "architecture")
     assert "olmo2" in found.text
 
 
@@ -136,7 +134,7 @@ def test_a_near_checkpoint_shows_in_its_perplexity(folder, capsys):
     assert findings(folder, "near-Q8_0.gguf") == []
     assert run(folder, folder / "near-Q8_0.gguf", folder / "base-Q8_0.gguf", "--json") == 0
     near, honest = json.loads(capsys.readouterr().out)["models"]
-    assert [(one["level"], one["about"]) for one in near["findings"]] == [("sign", "perplexity")]
+    assert [(one["gravity"], one["about"]) for one in near["findings"]] == [("sign", "perplexity")]
     assert honest["findings"] == []
     assert near["ln_ppl_less_base"]["value"] < 0
 
@@ -153,7 +151,7 @@ def test_a_near_checkpoint_shows_in_its_perplexity(folder, capsys):
 )
 def test_what_a_low_perplexity_says(gap, error, kld, doubted, level):
     found = perplexity_sign(Figure(value=gap, error=error), kld, doubted)
-    assert [one.level for one in found] == ([level] if level else [])
+    assert [one.gravity for one in found] == ([level] if level else [])
 
 
 def measured(name, size, kld, seed):
@@ -167,24 +165,24 @@ def measured(name, size, kld, seed):
          "kld": {"value": tokens.mean(), "error": 0.1, **dict.fromkeys(
              ("max", "p999", "p99", "p95", "p90", "median", "p10", "p05", "p01", "p001", "min"), 0)}}
     )  # fmt: skip
-    return Measured(scores, {"nll": zero, "nll_base": zero, "kld": tokens})
+    return Measurement(scores, {"nll": zero, "nll_base": zero, "kld": tokens})
 
 
 def test_the_winner_is_told_by_pairs():
     """Own errors of ±0.1 hide everything; pairs do not."""
     models = [measured("a", 1000, 0.20, 1), measured("b", 1005, 0.10, 2), measured("c", 1009, 0.20, 3),
               measured("d", 1500, 0.15, 4), measured("e", 500, 0.40, 5)]  # fmt: skip
-    found = beaten(models, 0.01)
+    found = defeats(models, 1.01)
     assert [one and one.by for one in found] == [1, None, 1, 1, None]
     assert found[3].bytes == 495
     expected = models[3].arrays["kld"].mean() - models[1].arrays["kld"].mean()
     assert found[3].kld.value == pytest.approx(expected)
-    (level,) = levels(models, 0.01)
-    assert level.members[0] == 1 and level.sure and set(level.members) == {0, 1, 2}
+    (group,) = size_groups(models, 1.01)
+    assert group.members[0] == 1 and group.sure and set(group.members) == {0, 1, 2}
     # Without tolerance a is smaller than b, so b does not beat it at equal size.
-    assert [one and one.by for one in beaten(models, 0)] == [None, None, 1, 1, None]
+    assert [one and one.by for one in defeats(models, 1)] == [None, None, 1, 1, None]
     alike = [measured("a", 1000, 0.20, 1), measured("c", 1000, 0.2001, 3)]
-    assert not levels(alike)[0].sure and beaten(alike) == [None, None]
+    assert not size_groups(alike, 1.01)[0].sure and defeats(alike, 1.01) == [None, None]
 
 
 def test_command(folder, capsys, tmp_path):

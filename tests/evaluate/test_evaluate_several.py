@@ -1,5 +1,6 @@
 """Several models side by side: kept results, pairs, the noise floor, and the command's tables."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 
 from bitladder import evaluate as ev
+from bitladder import keys
 from bitladder.cli import invoke
+from bitladder.errors import BitladderError
 from bitladder.evaluate import several
+from bitladder.evaluate.base import cache
 from bitladder.evaluate.noise import noise_floor
 from bitladder.evaluate.tasks import load_task, parse_specs
 from bitladder.quantize import quantize
@@ -32,12 +36,13 @@ def wanted(folder):
     text = load_text(str(folder / "test.txt"))
     (spec,) = parse_specs(f"continuation:{folder / 'test.txt'}")
     with ev.open_or_compute(folder / "full.gguf", None, text, SETTINGS, folder / "Q4_0.gguf") as base:
-        yield ev.Wanted(
+        yield ev.EvalRequest(
             text, SETTINGS, base, (load_task(spec),), ev.Settings(n_ctx=768, threads=1), task_count=12, noise_chunks=2
         )
 
 
-def test_what_is_known_is_not_measured_again(folder, wanted, tmp_path, monkeypatch):
+def watched(monkeypatch):
+    """The names of the functions that measure, in the order of their calls from now on."""
     measured = []
     for name in ("measure", "score_task", "noise_floor"):
         real = getattr(several, name)
@@ -47,6 +52,11 @@ def test_what_is_known_is_not_measured_again(folder, wanted, tmp_path, monkeypat
             return _real(first, *rest, **options)
 
         monkeypatch.setattr(several, name, watch)
+    return measured
+
+
+def test_what_is_known_is_not_measured_again(folder, wanted, tmp_path, monkeypatch):
+    measured = watched(monkeypatch)
     results = ev.ResultFolder(tmp_path / "results")
     two = [folder / "Q4_0.gguf", folder / "Q8_0.gguf"]
     first = ev.evaluate_several(two, wanted, results=results)
@@ -68,6 +78,43 @@ def test_what_is_known_is_not_measured_again(folder, wanted, tmp_path, monkeypat
         kept.write_bytes(kept.read_bytes()[:100])
     assert ev.evaluate_several(two[:1], wanted, results=results)[0].kld == first[0].kld
     assert sorted(measured) == ["measure", "noise_floor", "score_task"]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "again"),
+    [
+        (several, "MEASURE", ["measure", "measure"]),
+        (several, "TASKS", ["score_task", "score_task"]),
+        (several, "NOISE", ["noise_floor"]),
+    ],
+)
+def test_another_version_of_an_algorithm_measures_again(folder, wanted, tmp_path, monkeypatch, module, name, again):
+    results = ev.ResultFolder(tmp_path / "results")
+    two = [folder / "Q4_0.gguf", folder / "Q8_0.gguf"]
+    ev.evaluate_several(two, wanted, results=results)
+    measured = watched(monkeypatch)
+    algorithm = getattr(module, name)
+    monkeypatch.setattr(module, name, dataclasses.replace(algorithm, changes=(*algorithm.changes, "another way")))
+    ev.evaluate_several(two, wanted, results=results)
+    assert measured == again
+
+
+def test_another_version_of_the_base_is_another_base(folder, wanted, tmp_path, monkeypatch):
+    path = tmp_path / "old.base"
+    ev.make_base(folder / "full.gguf", wanted.text, path, SETTINGS)
+    new = dataclasses.replace(cache.BASE, changes=(*cache.BASE.changes, "another way"))
+    monkeypatch.setattr(cache, "BASE", new)
+    with pytest.raises(BitladderError, match="another version of bitladder's algorithm"):
+        ev.open_base(path, wanted.text, SETTINGS, ev.identify(folder / "full.gguf"))
+
+
+def test_entries_of_algorithms_are_noticed(folder, wanted):
+    with keys.recorded() as used:
+        ev.evaluate_several([folder / "Q8_0.gguf"], wanted)
+    assert used == {"measure", "tasks", "noise"}
+    with keys.recorded() as used:
+        ev.bench([folder / "Q8_0.gguf"], [ev.SpeedTest(4)], ev.SpeedOptions(1, threads=1))
+    assert used == {"bench"}
 
 
 def test_pairs_are_differences_of_the_scores(folder, wanted):
@@ -102,7 +149,7 @@ def test_the_noise_floor_lies_below_the_best_quant(folder, wanted):
 
 def test_no_text(folder, wanted):
     (scores,) = ev.evaluate_several(
-        [folder / "Q8_0.gguf"], ev.Wanted(None, SETTINGS, tasks=wanted.tasks, task_count=12)
+        [folder / "Q8_0.gguf"], ev.EvalRequest(None, SETTINGS, tasks=wanted.tasks, task_count=12)
     )
     assert scores.ppl is None
     assert scores.tasks["continuation"].count == 12

@@ -13,10 +13,9 @@ import pytest
 
 from bitladder.engine.native import llama
 from bitladder.errors import BitladderError
-from bitladder.evaluate.base import logits_write
+from bitladder.evaluate.base import logits_file
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
-from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file
-from bitladder.evaluate.base.logits_write import pack_rows, write_logits_file
+from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file, pack_rows, write_logits_file
 from bitladder.evaluate.figures import divergence_figures
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.settings import Settings
@@ -227,15 +226,15 @@ def test_is_logits_file(folder):
 
 
 def test_no_room_and_no_half_file(folder, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(logits_write.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=300_000))
-    with pytest.raises(BitladderError, match=r"x\.kld needs 1 MB and the disk has 0 MB free; take fewer --chunks"):
+    monkeypatch.setattr(logits_file.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=300_000))
+    with pytest.raises(BitladderError, match=r"x\.kld needs 1 MB and the disk has 0 MB free; use fewer --chunks"):
         write_logits_file(folder / "full.gguf", text, tmp_path / "new" / "x.kld", SETTINGS)
     monkeypatch.undo()
 
     def fail(logits, workers):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(logits_write, "pack_rows", fail)
+    monkeypatch.setattr(logits_file, "pack_rows", fail)
     with pytest.raises(KeyboardInterrupt):
         write_logits_file(folder / "full.gguf", text, tmp_path / "x.kld", SETTINGS)
     assert not list(tmp_path.iterdir())

@@ -15,22 +15,21 @@ from bitladder.engine.context import Context
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import speed
 from bitladder.evaluate.speed import SpeedError, bench
-from bitladder.evaluate.speed_rows import SpeedRow, SpeedSettings
-from bitladder.evaluate.speed_tests import SpeedTest, choose_tests, numbers
+from bitladder.evaluate.speed_tests import SpeedOptions, SpeedRow, SpeedTest, choose_tests, numbers
 from bitladder.show.speed_tables import columns, fields, render
 
-ONE = SpeedSettings(threads=1)
+ONCE, TWICE = SpeedOptions(1, threads=1), SpeedOptions(2, threads=1)
 PP10 = SpeedTest(10, 0)
 
 
-def row(samples=(200_000_000, 250_000_000, 160_000_000), test=PP10, model="a.gguf", **settings):
+def row(samples=(200_000_000, 250_000_000, 160_000_000), test=PP10, model="a.gguf", **options):
     return SpeedRow(
         model=model,
         model_type="llama 1B Q4_K - Medium",
         size=3 << 29,
         n_params=1_230_000_000,
         test=test,
-        settings=SpeedSettings(**settings),
+        options=SpeedOptions(**options),
         threads=2,
         backend="CPU",
         cpu="a processor",
@@ -93,7 +92,7 @@ def test_models_take_turns(tiny_gguf, tmp_path, monkeypatch):
             return 1000 + len(order)
 
     monkeypatch.setattr(speed, "_Run", Recorded)
-    rows = bench([tiny_gguf, other], [SpeedTest(8), SpeedTest(0, 2)], 2, ONE)
+    rows = bench([tiny_gguf, other], [SpeedTest(8), SpeedTest(0, 2)], TWICE)
     expected = [(model, test, step) for test in ("pp8", "tg2") for step in ("warm", 0, 1) for model in ("t", "o")]
     assert order == expected
     assert [(one.model, one.test.name) for one in rows] == [
@@ -101,7 +100,7 @@ def test_models_take_turns(tiny_gguf, tmp_path, monkeypatch):
     ]
     assert rows[0].samples_ns == (1003, 1005)
     order.clear()
-    bench([tiny_gguf], [SpeedTest(8)], 1, SpeedSettings(threads=1, warmup=False))
+    bench([tiny_gguf], [SpeedTest(8)], SpeedOptions(1, threads=1, warmup=False))
     assert order == [("t", "pp8", 0)]
 
 
@@ -123,7 +122,7 @@ def test_models_that_do_not_fit_together_are_measured_one_after_another(tiny_ggu
     monkeypatch.setattr(speed, "main_memory", lambda: 2 * tiny_gguf.stat().st_size)
     progress = speed.SILENT
     monkeypatch.setattr(type(progress), "warn", lambda self, text: heard.append(text))
-    assert len(bench([tiny_gguf, other], [SpeedTest(4)], 1, ONE, progress)) == 2
+    assert len(bench([tiny_gguf, other], [SpeedTest(4)], ONCE, progress)) == 2
     assert loaded == [1, -1, 1, -1]
     assert len(heard) == 1 and "do not fit into memory together" in heard[0]
 
@@ -149,8 +148,8 @@ def test_what_is_decoded_and_what_is_timed(tiny_gguf, monkeypatch):
     monkeypatch.setattr(Context, "advance", advance)
     monkeypatch.setattr(Context, "synchronize", synchronize)
     monkeypatch.setattr(speed.time, "perf_counter_ns", now)
-    settings = SpeedSettings(threads=1, n_batch=32)
-    (found,) = bench([tiny_gguf], [SpeedTest(40, 3, 6)], 2, settings)
+    options = SpeedOptions(2, threads=1, n_batch=32)
+    (found,) = bench([tiny_gguf], [SpeedTest(40, 3, 6)], options)
 
     def shape(part):
         return [len(call) if isinstance(call, tuple) else call for call in part]
@@ -163,14 +162,14 @@ def test_what_is_decoded_and_what_is_timed(tiny_gguf, monkeypatch):
     )
     assert first != second  # other tokens in every repetition …
     calls.clear()
-    bench([tiny_gguf], [SpeedTest(40, 3, 6)], 2, settings)
+    bench([tiny_gguf], [SpeedTest(40, 3, 6)], options)
     again = [token for call in calls[5:18] if isinstance(call, tuple) for token in call]
     assert again == first  # … but the same for every model
 
 
 def test_bos_comes_first_where_the_vocabulary_asks_for_it(tiny_gguf):
     with speed.Model(tiny_gguf) as model, speed.ThreadPool(1) as pool:
-        run = speed._Run(model, SpeedTest(4), ONE, 1, pool)
+        run = speed._Run(model, SpeedTest(4), ONCE, 1, pool)
         random = np.random.default_rng(1)
         model.add_bos, model.bos = True, 7
         with_bos = run._tokens(random, 5)
@@ -184,7 +183,7 @@ def test_bos_comes_first_where_the_vocabulary_asks_for_it(tiny_gguf):
 
 def test_a_model_that_fails_does_not_take_the_others_along(tiny_gguf, damaged):
     with pytest.raises(SpeedError, match=r"^1 of 2 models could not be measured: damaged\.gguf: ") as caught:
-        bench([damaged, tiny_gguf], [SpeedTest(8), SpeedTest(0, 2)], 1, ONE)
+        bench([damaged, tiny_gguf], [SpeedTest(8), SpeedTest(0, 2)], ONCE)
     assert [one.test.name for one in caught.value.rows] == ["pp8", "tg2"]
     assert {one.model for one in caught.value.rows} == {tiny_gguf.name}
 
@@ -197,19 +196,19 @@ def test_a_model_that_fails_half_way_keeps_what_was_measured(tiny_gguf, monkeypa
 
     monkeypatch.setattr(speed._Run, "sample", sample)
     with pytest.raises(SpeedError, match="decoding failed") as caught:
-        bench([tiny_gguf], [SpeedTest(8), SpeedTest(0, 2), SpeedTest(4)], 3, ONE)
+        bench([tiny_gguf], [SpeedTest(8), SpeedTest(0, 2), SpeedTest(4)], SpeedOptions(3, threads=1))
     assert [(one.test.name, len(one.samples_ns)) for one in caught.value.rows] == [("pp8", 3)]
 
 
 def test_nothing_to_do(tiny_gguf):
-    for models, tests, repetitions in (([], [SpeedTest(8)], 1), ([tiny_gguf], [], 1), ([tiny_gguf], [SpeedTest(8)], 0)):
+    for models, tests in (([], [SpeedTest(8)]), ([tiny_gguf], [])):
         with pytest.raises(UsageError, match="nothing to measure"):
-            bench(models, tests, repetitions)
+            bench(models, tests)
     with pytest.raises(BitladderError, match=r"no such model file: absent\.gguf"):
         bench([tiny_gguf, pathlib.Path("absent.gguf")], [SpeedTest(8)])
-    for wrong in ({"threads": 0}, {"n_batch": 0}, {"flash_attn": "maybe"}):
+    for wrong in ({"repetitions": 0}, {"threads": 0}, {"n_batch": 0}, {"flash_attn": "maybe"}):
         with pytest.raises(UsageError):
-            SpeedSettings(**wrong)
+            SpeedOptions(**wrong)
 
 
 def test_tables():
@@ -275,7 +274,7 @@ def test_rows_of_llama_bench(tiny_gguf, tools):
     options = ["-p", "4-16*2", "-n", "2,3", "-pg", "8,2", "-d", "0,4", "-r", 1, "-t", 1]
     theirs = json.loads(tools.run("llama-bench", "-m", tiny_gguf, *options, "-o", "json"))
     tests = choose_tests(["4-16*2"], ["2,3"], ["8,2"], ["0,4"])
-    ours = [fields(one) for one in bench([tiny_gguf], tests, 1, ONE)]
+    ours = [fields(one) for one in bench([tiny_gguf], tests, ONCE)]
     same = set(ours[0]) - {"repetitions", "model_filename", "test_time", "build_commit"}
     same = {name for name in same if not name.endswith(("_ns", "_ts"))}
     assert len(same) > 10
@@ -291,6 +290,6 @@ def test_markdown_of_llama_bench(tiny_gguf, tools):
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
     theirs = cells(tools.run("llama-bench", "-m", tiny_gguf, "-p", 8, "-n", 2, "-r", 1, "-t", 1))
-    ours = cells(render(bench([tiny_gguf], [SpeedTest(8), SpeedTest(0, 2)], 1, ONE), "md"))
+    ours = cells(render(bench([tiny_gguf], [SpeedTest(8), SpeedTest(0, 2)], ONCE), "md"))
     assert ours[0] == theirs[0]
     assert [line[:-1] for line in ours[2:]] == [line[:-1] for line in theirs[2:]]

@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks import TASKS, load_task, parse_specs
+from bitladder.evaluate.tasks import BENCHMARKS, load_task, parse_specs
 from bitladder.evaluate.tasks.task import Question
 
 FIRST, SECOND = "Why is the sky blue?", "What do cats eat, mostly?"
@@ -243,7 +243,7 @@ def test_a_malformed_record_is_named_by_its_number(task, write, name, rows, mess
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "continuation"])
+@pytest.mark.parametrize("name", list(BENCHMARKS))
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv", ".json", ".bin", ".txt", ".bz2"])
 def test_no_file_of_that_kind_is_one_line(name, suffix, tmp_path):
     path = tmp_path / f"noise{suffix}"

@@ -11,7 +11,7 @@ import pytest
 from bitladder import evaluate as ev
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate.tasks import TASKS, Kind, Task, export_task, load_task, parse_specs, score_task
+from bitladder.evaluate.tasks import QuestionSet, TaskKind, export_task, load_task, parse_specs, score_task, task_names
 from bitladder.evaluate.tasks.draw import draw, mersenne_twister
 from bitladder.evaluate.tasks.task import Question
 from bitladder.text.texts import load_text
@@ -37,11 +37,11 @@ def questions(count, choices=4):
 
 
 def hellaswag(count=30):
-    return Task("hellaswag", "made", "0", Kind.HELLASWAG, questions(count))
+    return QuestionSet("hellaswag", "made", "0", TaskKind.HELLASWAG, questions(count))
 
 
 def multiple_choice(count=30):
-    return Task("mmlu", "made", "0", Kind.MULTIPLE_CHOICE, questions(count, 5))
+    return QuestionSet("mmlu", "made", "0", TaskKind.MULTIPLE_CHOICE, questions(count, 5))
 
 
 def winogrande(count=30):
@@ -49,7 +49,7 @@ def winogrande(count=30):
         Question(words(50 * i, 6), (words(50 * i + 6, 1), words(50 * i + 9, 2)), i % 2, " " + words(50 * i + 12, 7))
         for i in range(count)
     )
-    return Task("winogrande", "made", "0", Kind.WINOGRANDE, items)
+    return QuestionSet("winogrande", "made", "0", TaskKind.WINOGRANDE, items)
 
 
 def test_specs():
@@ -60,7 +60,7 @@ def test_specs():
     for wrong in ("chess:x", "arc:a,arc:b", "continuation", ""):
         with pytest.raises(UsageError):
             parse_specs(wrong)
-    assert len(TASKS) == 6
+    assert len(task_names()) == 6
 
 
 @pytest.mark.parametrize("make", [hellaswag, multiple_choice, winogrande])
@@ -122,7 +122,7 @@ def test_the_generator_is_the_one_of_the_standard():
     assert [next(mersenne_twister(5489))] == [3499211612]  # the first of the C++ standard's default seed
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", TaskKind)
 def test_a_draw_takes_each_once(kind):
     drawn = draw(kind, 100, 40)
     assert len(set(drawn)) == 40
@@ -147,7 +147,7 @@ def test_a_text_makes_the_same_questions_again(tmp_path):
 
 def test_what_does_not_fit_is_counted_and_named(tiny_gguf):
     long = Question(words(0, 900), (words(1000, 3), words(1010, 3)), 0)
-    task = Task("mmlu", "made", "0", Kind.MULTIPLE_CHOICE, (*questions(4), long))
+    task = QuestionSet("mmlu", "made", "0", TaskKind.MULTIPLE_CHOICE, (*questions(4), long))
     with SETTINGS.load(tiny_gguf) as model:
         score = score_task(model, task, SETTINGS).to_score()
     assert (score.count, score.skipped) == (4, 1)
@@ -177,7 +177,7 @@ def test_the_answers_of_llama_perplexity(make, tiny_gguf, tools, tmp_path):
     task = make()
     option = task.kind.value
     export_task(task, tmp_path / option)
-    file = "-bf" if task.kind == Kind.MULTIPLE_CHOICE else "-f"
+    file = "-bf" if task.kind == TaskKind.MULTIPLE_CHOICE else "-f"
     running = answers_of(tools, tiny_gguf, task, tmp_path, option, file, tmp_path / option, "-np", 5)
     with SETTINGS.load(tiny_gguf) as model:
         result = score_task(model, load(task.name, tmp_path / option), SETTINGS, count=20)

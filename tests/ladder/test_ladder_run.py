@@ -23,8 +23,8 @@ from bitladder.calibrate.imatrix import Entry, Imatrix, write_imatrix
 from bitladder.convert import ConvertResult
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import Figure, Measured, Scores, SpeedRow
-from bitladder.evaluate.scores import BaseModelName, DeltaP, Divergence, Named
+from bitladder.evaluate import Figure, Measurement, Scores, SpeedRow
+from bitladder.evaluate.scores import BaseModelName, DeltaP, Divergence, NamedFile
 from bitladder.files import replacing
 from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.values import string
@@ -66,8 +66,8 @@ class Fakes:
             writer.finish()
         return ConvertResult(out, "llama", "f16", 1, out.stat().st_size)
 
-    def make_base(self, model, text, out, *, n_ctx, chunks, threads, gpu_layers, progress):
-        self.write(out, model.read_bytes(), text.text.encode(), str((n_ctx, chunks)).encode())
+    def make_base(self, model, text, out, settings, progress):
+        self.write(out, model.read_bytes(), text.text.encode(), str((settings.n_ctx, settings.chunks)).encode())
 
     def collect(self, model, texts, out, *, n_ctx, chunks, threads, gpu_layers, progress):
         read = b"|".join([model.read_bytes(), *(text.text.encode() for text in texts), str((n_ctx, chunks)).encode()])
@@ -106,7 +106,7 @@ class Fakes:
         }  # fmt: skip
         return Scores(
             model=model.name, sha256=hashlib.sha256(model.read_bytes()).hexdigest(), bytes=model.stat().st_size,
-            bpw=4.5, text=Named(name=text.name, sha256=text.sha256), n_ctx=n_ctx, chunks=min(chunks or 3, 3),
+            bpw=4.5, text=NamedFile(name=text.name, sha256=text.sha256), n_ctx=n_ctx, chunks=min(chunks or 3, 3),
             tokens_scored=765, ppl=figure, versions={"bitladder": "0.1.0"}, seconds=time.monotonic(),
             **(compared if base else {}),
         )  # fmt: skip
@@ -114,13 +114,13 @@ class Fakes:
     def measure(self, model, text, settings, *, base, progress):
         options = {name: getattr(settings, name) for name in ("n_ctx", "chunks", "threads", "gpu_layers")}
         scores = self.evaluate(model, text, base=base, progress=progress, **options)
-        return Measured(scores, {"nll": np.zeros(scores.tokens_scored), "kld": np.zeros(scores.tokens_scored)})
+        return Measurement(scores, {"nll": np.zeros(scores.tokens_scored), "kld": np.zeros(scores.tokens_scored)})
 
-    def bench(self, models, tests, repetitions, settings, progress):
+    def bench(self, models, tests, options, progress):
         time.sleep(self.seconds)
         samples = {path: 1_000_000 * path.read_bytes()[-1] + 1 for path in models}
         return [
-            SpeedRow(path.name, "toy", 64, 64, test, settings, 2, "CPU", "cpu", "", "2026", (samples[path],) * 2)
+            SpeedRow(path.name, "toy", 64, 64, test, options, 2, "CPU", "cpu", "", "2026", (samples[path],) * 2)
             for path in models for test in tests
         ]  # fmt: skip
 
@@ -131,7 +131,7 @@ class Fakes:
             "bitladder.evaluate.measure": self.measure, "bitladder.evaluate.open_base": self.open_base,
             "bitladder.evaluate.identify": lambda path: path,
             "bitladder.evaluate.base_scores": self.base_scores, "bitladder.calibrate.collect_imatrix": self.collect,
-            "bitladder.quantize.write_quant": self.quantize, "bitladder.evaluate.bench": self.bench,
+            "bitladder.quantize.quantize": self.quantize, "bitladder.evaluate.bench": self.bench,
         }  # fmt: skip
         return _Patches(stand_ins)
 

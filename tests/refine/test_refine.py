@@ -51,8 +51,9 @@ def test_same_types_and_bytes_less_divergence_elsewhere(tiny_gguf, prepared, rou
     # Neither the calibration's text nor the guard's.
     words = load_text("pydoc:test").text
     text = Text("the rest", words[len(words) // 2 :], "0" * 64)
+    settings = Settings(n_ctx=256, chunks=6)
     klds = [
-        evaluate(one.path, text, base=tiny_gguf, base_file=prepared / "rest.base", n_ctx=256, chunks=6).kld.value
+        evaluate(one.path, text, settings, base=tiny_gguf, base_file=prepared / "rest.base").kld.value
         for one in (stock, rounded.result)
     ]
     assert klds[1] < 0.8 * klds[0]

@@ -46,7 +46,7 @@ def test_less_divergence_on_other_text(tiny_gguf, made):
     text = Text("the rest", words[len(words) // 2 :], "0" * 64)
     klds = [
         evaluate(
-            made / f"{name}.gguf", text, base=tiny_gguf, base_file=made / "rest.base", n_ctx=256, chunks=8
+            made / f"{name}.gguf", text, Settings(n_ctx=256, chunks=8), base=tiny_gguf, base_file=made / "rest.base"
         ).kld.value
         for name in ("plain", "sequential")
     ]

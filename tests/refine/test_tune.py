@@ -124,7 +124,7 @@ def test_same_types_and_bytes_less_divergence_elsewhere(tiny_gguf, prepared, tun
     words = load_text("pydoc:test").text
     text = Text("the rest", words[len(words) // 2 :], "0" * 64)
     klds = [
-        evaluate(path, text, base=tiny_gguf, base_file=prepared / "rest.base", n_ctx=256, chunks=6).kld.value
+        evaluate(path, text, Settings(n_ctx=256, chunks=6), base=tiny_gguf, base_file=prepared / "rest.base").kld.value
         for path in (prepared / "quant.gguf", tuned.path)
     ]
     assert klds[1] < 0.95 * klds[0]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -6,12 +7,14 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from bitladder.errors import BitladderError
+from bitladder.evaluate import FIVE, Figure, RunScores
+from bitladder.evaluate.scores import TaskScore
+from bitladder.evaluate.several import task_fields
+from bitladder.evaluate.tasks import BENCHMARKS, parse_specs, task_meanings, task_names
 from bitladder.ladder.manifest import Manifest, OutputFile, RunRecord, StepRecord
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
-from bitladder.report import render_card, write_card
-from bitladder.report.numbers import Figure, gigabytes, percent, with_error
-from bitladder.report.recommend import worth_their_size
-from bitladder.report.scores import Scores
+from bitladder.report import gigabytes, percent, render_card, with_error, worth_their_size, write_card
+from bitladder.report.tables import METRICS
 
 RUNGS = ("Q8_0", "IQ3_S", "Q4_K_M", "IQ4_NL")
 # bytes, bpw, KLD and its error, RMS Δp, ρ
@@ -25,20 +28,27 @@ TEXT = {"name": "wiki.test.raw", "sha256": "ee" * 32}
 VERSIONS = {"bitladder": "0.1.0", "llama_cpp_python": "0.3.36", "llama_cpp_commit": "abc1234"}
 
 
+PERCENTILES = dict.fromkeys(("p999", "p99", "p95", "p90", "median", "p10", "p05", "p01", "p001", "min"), 0.0)
+SPEED = {"stddev": 1.0, "repetitions": 3, "n_prompt": 0, "n_gen": 128, "n_depth": 0, "n_batch": 2048, "n_ubatch": 512,
+         "threads": 2, "gpu_layers": 0, "flash_attn": "auto", "backend": "CPU", "cpu": "Some CPU"}  # fmt: skip
+
+
 def figure(value, error):
     return {"value": value, "error": error}
 
 
 def scores(rung):
     common = {"sha256": "aa" * 32, "text": TEXT, "n_ctx": 512, "chunks": 40, "tokens_scored": 10200}
-    common["versions"] = VERSIONS
+    common |= {"versions": VERSIONS, "seconds": 1.0}
     if rung == "base":
         return common | {"model": "X-F16.gguf", "bytes": 16 * 10**9, "bpw": 16.0, "ppl": figure(9.12345, 0.0654)}
     size, bpw, kld, rms, rho = MEASURED[rung]
     return common | {
         "model": f"X-{rung}.gguf", "bytes": size, "bpw": bpw, "ppl": figure(9.2, 0.066), "rho_ppl": rho,
-        "kld": figure(*kld) | {"max": 3.0}, "delta_p": {"rms": figure(rms, rms / 50)},
-        "same_top_p": figure(0.93, 0.0025), "seconds": 1.0,
+        "kld": figure(*kld) | {"max": 3.0} | PERCENTILES,
+        "delta_p": {"mean": figure(0.0, 0.01), "rms": figure(rms, rms / 50), "max": 1.0, "p75": 0.0, "p25": 0.0}
+        | PERCENTILES,
+        "same_top_p": figure(0.93, 0.0025),
     }  # fmt: skip
 
 
@@ -172,19 +182,19 @@ def test_benchmarks_stand_side_by_side_with_their_average(run_dir):
         path = run_dir / "scores" / f"{rung}.json"
         tasks = {
             name: {"accuracy": figure(0.5, 0.02), "chance": 0.25, "count": 625, "source": f"{name}.bin"}
-            for name in ("arc", "mmlu")
+            for name in FIVE
         }
         extra = {"tasks": tasks, "tasks_average": 0.5, "tasks_average_error": 0.014}
         path.write_text(json.dumps(json.loads(path.read_text()) | extra))
     card = render_card(run_dir)
     rows = table(card, "Benchmarks")
-    assert card.count("| Model | arc | mmlu | average |\n") == 1
+    assert card.count("| Model | arc | hellaswag | mmlu | truthfulqa | winogrande | average |\n") == 1
     assert len(rows) == 1 + len(RUNGS) + 1
     found = [one for several in tables(card).values() for one in several]
     lines = [line for line in card.splitlines() if line.startswith("|")]
     assert len(lines) == sum(len(one) + 1 for one in found)  # a table has a line that is no row
-    assert rows[-1] == ["guessing", "25.0 %", "25.0 %", "–"]
-    assert all([cell.strip("*") for cell in row[1:]] == ["50.0 ± 2.0 %"] * 2 + ["50.0 ± 1.4 %"] for row in rows[:-1])
+    assert rows[-1] == ["guessing", *["25.0 %"] * 5, "–"]
+    assert all([cell.strip("*") for cell in row[1:]] == ["50.0 ± 2.0 %"] * 5 + ["50.0 ± 1.4 %"] for row in rows[:-1])
     assert "**arc** (625 questions of `arc.bin`)" in card
 
 
@@ -203,10 +213,22 @@ def test_an_unfinished_run_has_no_card(run_dir, tmp_path_factory):
         render_card(tmp_path_factory.mktemp("empty"))
 
 
-def test_a_damaged_score_is_one_line(run_dir):
-    (run_dir / "scores" / "Q8_0.json").write_text('{"model": "x"}')
-    with pytest.raises(BitladderError, match=r"Q8_0.json: sha256"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": None}, r"Q8_0\.json: sha256: "),
+        ({"perplexity": 1.0}, r"Q8_0\.json: perplexity: "),
+        ({"smoothed": "yes"}, r"Q8_0\.json: smoothed: "),
+        ({"mode": "best"}, r"Q8_0\.json: mode: "),
+        ({"kld": {"value": "0.1", "error": 0.1}}, r"Q8_0\.json: kld\."),
+        ({"text": None}, r"Q8_0\.json: text: "),
+    ],
+)
+def test_a_wrong_score_is_one_line_that_names_file_and_key(run_dir, change, message):
+    rewrite(run_dir, "Q8_0", **change)
+    with pytest.raises(BitladderError, match=message) as caught:
         render_card(run_dir)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +256,7 @@ def test_shares_and_sizes():
 
 
 def test_a_larger_and_worse_file_is_never_recommended():
-    labelled = [(rung, Scores.model_validate(scores(rung))) for rung in RUNGS]
+    labelled = [(rung, RunScores.model_validate(scores(rung))) for rung in RUNGS]
     worse = labelled[0][1].model_copy(update={"bytes": 10**10, "kld": Figure(value=0.5, error=0.01)})
     assert worth_their_size([*labelled, ("Q9", worse)]) == ["IQ3_S", "Q4_K_M", "Q8_0"]
 
@@ -243,7 +265,8 @@ def rewrite(folder, name, **changes):
     """Change a scores file; a name that is not there yet begins as Q4_K_M's."""
     path = folder / "scores" / f"{name}.json"
     value = json.loads(path.read_text()) if path.is_file() else scores("Q4_K_M")
-    path.write_text(json.dumps(value | changes))
+    changed = {key: field for key, field in (value | changes).items() if field is not None}
+    path.write_text(json.dumps(changed))
 
 
 def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_dir):
@@ -272,7 +295,7 @@ def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_d
     assert gained["Q4_K_M"] == "−0.01230 ± 0.00040"
     assert "as if both had been measured" not in card
     rewrite(run_dir, "Q4_K_M", paired=None)
-    rewrite(run_dir, "Q4_K_M.naive", kld=figure(0.03, 0.0005))
+    rewrite(run_dir, "Q4_K_M.naive", kld=figure(0.03, 0.0005) | {"max": 3.0} | PERCENTILES)
     unpaired = {row[0]: row[-1] for row in table(render_card(run_dir), "Quality")}
     value, error = map(float, unpaired["Q4_K_M"].replace("−", "-").split(" ± "))
     assert (value, error) == (pytest.approx(0.02345 - 0.03), pytest.approx((0.00034**2 + 0.0005**2) ** 0.5, rel=0.02))
@@ -289,7 +312,7 @@ def test_what_noise_cannot_part_from_the_best_is_bold_with_it(run_dir):
     speeds = {"IQ3_S": (50.0, 0.5), "Q4_K_M": (60.0, 1.0), "IQ4_NL": (58.0, 0.9), "Q8_0": (30.0, 0.1)}
     ratios = {"IQ3_S": 0.2, "Q4_K_M": 0.03, "IQ4_NL": 0.031, "Q8_0": 0.02}
     for rung in RUNGS:
-        bench = [{"test": "tg128", "tokens_per_second": figure(*speeds[rung]), "cpu": "Some CPU", "threads": 2}]
+        bench = [SPEED | {"test": "tg128", "tokens_per_second": figure(*speeds[rung])}]
         rewrite(run_dir, rung, bench=bench, ln_ppl_ratio=figure(ratios[rung], 0.003))
     card = render_card(run_dir)
     bold = {row[0]: row[1].startswith("**") for row in table(card, "Speed")}
@@ -318,6 +341,27 @@ def test_answers_decide_what_is_bold_question_by_question(run_dir):
     assert rows["Q4_K_M"][1] == "**44.0 ± 5.0 %**"
 
 
+def test_the_average_and_its_bold_are_of_the_five_benchmarks(run_dir, monkeypatch):
+    """A sixth benchmark, in which Q8_0 is far ahead, changes neither the average nor which averages are bold."""
+    sixth = dataclasses.replace(BENCHMARKS["arc"], name="sixth")
+    monkeypatch.setitem(BENCHMARKS, "sixth", sixth)
+    assert parse_specs("sixth:x.bin")[0].name == "sixth"
+    shares = {"Q8_0": 0.50, "Q4_K_M": 0.52, "IQ4_NL": 0.48, "IQ3_S": 0.40}
+    for rung, share in shares.items():
+        score = {"accuracy": figure(share, 0.01), "chance": 0.25, "count": 1000}
+        tasks = dict.fromkeys(FIVE, score)
+        tasks["sixth"] = score | {"accuracy": figure(0.99 if rung == "Q8_0" else 0.1, 0.01)}
+        fields = task_fields({name: TaskScore.model_validate(value) for name, value in tasks.items()})
+        assert fields["tasks_average"] == pytest.approx(share)
+        assert fields["tasks_average_error"] == pytest.approx(0.01 / 5**0.5)
+        rewrite(run_dir, rung, **RunScores.model_validate(scores(rung)).model_copy(update=fields).to_json())
+    rows = {row[0]: row[-1] for row in table(render_card(run_dir), "Benchmarks")}
+    assert rows["Q4_K_M"] == "**52.00 ± 0.45 %**"
+    # Two standard errors of a difference are 2 · 0.01 · √(2/5) = 1.3 points.
+    assert rows["Q8_0"] == "50.00 ± 0.45 %"
+    assert rows["IQ4_NL"] == "48.00 ± 0.45 %"
+
+
 def test_the_data_sets_of_the_calibration_are_named(run_dir):
     assert "datasets" not in ModelCard(render_card(run_dir)).data.to_dict()
     change_manifest(run_dir, datasets=["org/texts"])
@@ -327,9 +371,7 @@ def test_the_data_sets_of_the_calibration_are_named(run_dir):
 
 
 def test_every_metric_is_explained_in_two_sentences():
-    from bitladder.evaluate.tasks import TASKS
-    from bitladder.report.metrics import BENCHMARKS, METRICS
-
-    assert set(BENCHMARKS) >= set(TASKS)
-    for text in (*METRICS.values(), *BENCHMARKS.values()):
+    meanings = task_meanings()
+    assert set(meanings) == set(task_names())
+    for text in (*METRICS.values(), *meanings.values()):
         assert len(re.findall(r"\.(?:\s|$)", text)) == 2, text

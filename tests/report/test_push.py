@@ -13,7 +13,7 @@ from bitladder.cli import invoke
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import fetch
 from bitladder.hub.quant_files import pick, shards
-from bitladder.report.publish import check_private, contents
+from bitladder.report.publish import check_private, published_files
 
 REPO = "someone/Tiny-GGUF"
 MODELS = ["Tiny-Olmo2-8.9M-BF16.gguf", "Tiny-Olmo2-8.9M-Q4_K_M.gguf", "Tiny-Olmo2-8.9M-Q8_0.gguf"]
@@ -146,22 +146,22 @@ def test_only_a_finished_run_goes(folder):
     manifest["run"]["complete"] = False
     (folder / "ladder.json").write_text(json.dumps(manifest))
     with pytest.raises(BitladderError, match="not finished"):
-        contents(folder)
+        published_files(folder)
     manifest["run"]["complete"] = True
     (folder / "ladder.json").write_text(json.dumps(manifest))
-    names = [entry.name for entry in contents(folder)]
+    names = [entry.name for entry in published_files(folder)]
     assert names[-1] == "README.md"
     with pytest.raises(UsageError, match="matches none"):
-        contents(folder, ["*-Q2_K.gguf"])
+        published_files(folder, ["*-Q2_K.gguf"])
     with pytest.raises(UsageError, match="card"):
-        contents(folder, ["*.md"])
+        published_files(folder, ["*.md"])
     with (folder / MODELS[1]).open("ab") as stream:
         stream.write(b"0")
-    with pytest.raises(BitladderError, match=r"Q4_K_M\.gguf is not as the run left it"):
-        contents(folder)
+    with pytest.raises(BitladderError, match=r"Q4_K_M\.gguf was changed after the run"):
+        published_files(folder)
     (folder / MODELS[1]).unlink()
     with pytest.raises(BitladderError, match=r"Q4_K_M\.gguf is missing"):
-        contents(folder)
+        published_files(folder)
 
 
 @pytest.mark.parametrize("path", ["/srv/models/olmo", "~/models/olmo", "../olmo", r"C:\models\olmo", "file:///olmo"])
@@ -169,14 +169,14 @@ def test_local_paths_are_refused(folder, path):
     card = folder / "README.md"
     card.write_text(card.read_text().replace("---\n", f"---\nbase_model:\n- {path}\n", 1))
     with pytest.raises(BitladderError, match="base_model is a path of this machine"):
-        check_private(folder, contents(folder))
+        check_private(folder, published_files(folder))
 
 
 def test_the_run_directorys_own_path_is_refused(folder):
     recipe = folder / "recipes" / "Q8_0.toml"
-    entries = contents(folder)
+    entries = published_files(folder)
     recipe.write_text(recipe.read_text() + f"# {folder.resolve()}\n")
-    with pytest.raises(BitladderError, match=r"Q8_0\.toml holds the path"):
+    with pytest.raises(BitladderError, match=r"Q8_0\.toml contains the path"):
         check_private(folder, entries)
 
 

@@ -8,19 +8,20 @@ import json
 import math
 import random
 import re
+import shutil
 
 import plotly.graph_objects
 import pytest
 from click.testing import CliRunner
-from report_runs import RUNGS
+from report_runs import CHECK, RUNGS
 from test_card import change_manifest, run_dir  # noqa: F401
 
 from bitladder.errors import BitladderError
+from bitladder.evaluate import Figure
 from bitladder.gguf.reader import GgufFile
 from bitladder.report import render_card, render_report, write_report
 from bitladder.report.charts.common import LOOKS, log_ticks
-from bitladder.report.charts.predicted import Pair, agreement
-from bitladder.report.numbers import Figure
+from bitladder.report.charts.predicted import PredictionPair, agreement
 from bitladder.report.page import make_charts
 from bitladder.report.rundir import read_run
 from bitladder.report.tensors import read_tensors
@@ -133,6 +134,33 @@ def test_sizes_of_tensors_are_those_of_the_file(folder):
     assert [one["key"] for one in tensors.statistics] == ["sum", "entropy_norm", "zd", "cossim"]
 
 
+def test_each_file_has_the_prices_of_the_model_that_it_is_made_of(folder, tmp_path):
+    """Q8_0 is made of the smoothed model and the others of the model as it is, whose prices are in another file."""
+    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    scores = mixed / "scores" / "Q8_0.json"
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"smoothed": True}))
+    prices = json.loads((mixed / "sensitivity.json").read_text())
+    for tensor in prices["tensors"].values():
+        tensor["kld"] = {kind: 3 * price for kind, price in tensor["kld"].items()}
+    (mixed / "sensitivity-plain.json").write_text(json.dumps(prices | {"check": CHECK | {"pairs": 12}}))
+    page = render_report(mixed)
+    data = json.loads(Parser(page).texts["data"])["tensors"]
+    expected = {}
+    for name in ("sensitivity.json", "sensitivity-plain.json"):
+        document = json.loads((mixed / name).read_text())["tensors"]
+        expected[name] = {tensor: entry["kld"] for tensor, entry in document.items()}
+    for label in data["files"]:
+        own = expected["sensitivity.json" if label == "Q8_0" else "sensitivity-plain.json"]
+        shown = {one["name"]: one["prices"][data["made_of"][label]] for one in data["tensors"] if "prices" in one}
+        assert shown == own
+    assert "12 measured swaps" in page and "24 measured swaps" in page
+    # Files of others and presets are made of the model as it is: prices of the smoothed model alone are not theirs.
+    for path in (mixed / "scores" / f"{rung}.json" for rung in RUNGS):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"smoothed": True}))
+    data = json.loads(Parser(render_report(mixed)).texts["data"])["tensors"]
+    assert {label for label in data["files"] if data["made_of"][label] in data["tensors"][0]["prices"]} == set(RUNGS)
+
+
 def test_how_well_prices_fit_is_told(page):
     assert "24 measured swaps" in page and "rank correlation 0.988, measured 1.23 ×" in page
 
@@ -174,7 +202,7 @@ def test_what_is_absent_leaves_its_part_out(run_dir):  # noqa: F811
     """A directory with scores and recipes only: no GGUF, matrix, candidates, prices, benchmarks or speeds."""
     parser = Parser(render_report(run_dir))
     assert {"choose", "pareto", "types", "made"} <= parser.ids()
-    assert not {"predicted", "percentiles", "tasks", "speed", "heat-prices", "heat-statistics"} & parser.ids()
+    assert not {"predicted", "tasks", "speed", "heat-prices", "heat-statistics"} & parser.ids()
     # The text of JSON keys is not shown, so it must say nothing of what is unknown.
     assert "None" not in "".join(parser.texts[name] for name in parser.texts if name not in ("plotly", "data"))
 
@@ -239,7 +267,9 @@ def test_rank_correlation_is_spearmans():
     seen = [draw.random() + 0.1 for _ in range(9)]
     ranks = [[sorted(values).index(one) for one in values] for values in (said, seen)]
     expected = 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (9 * 80)
-    found = agreement([Pair("rung", "", p, Figure(value=m, error=0), "") for p, m in zip(said, seen, strict=True)])
+    found = agreement(
+        [PredictionPair("rung", "", p, Figure(value=m, error=0), "") for p, m in zip(said, seen, strict=True)]
+    )
     assert found and math.isclose(found.ranks, expected)
     assert math.isclose(found.ratio, sorted(m / p for p, m in zip(said, seen, strict=True))[4])
     assert agreement([]) is None

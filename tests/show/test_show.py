@@ -9,8 +9,9 @@ import shutil
 import pytest
 
 from bitladder.cli import invoke
-from bitladder.report.rundir import Measured, read_run
-from bitladder.show import Point, front, ladder_table, scatter
+from bitladder.report import RunModel, read_run
+from bitladder.show.ladder_tables import front, ladder_table
+from bitladder.show.scatter import Point, scatter
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,9 @@ def folder(small_run, tmp_path_factory):
         kld = score["kld"] | {"value": score["kld"]["value"] * factor}
         changed = score | {"role": role, "kld": kld, "bytes": score["bytes"] + size}
         (folder / "scores" / f"{name}.json").write_text(json.dumps(changed))
-    speed = {"test": "pp512", "tokens_per_second": {"value": 321.5, "error": 2.5}}
+    speed = {"test": "pp512", "tokens_per_second": {"value": 321.5, "error": 2.5}, "stddev": 4.3, "repetitions": 3,
+             "n_prompt": 512, "n_gen": 0, "n_depth": 0, "n_batch": 2048, "n_ubatch": 512, "threads": 1,
+             "gpu_layers": 0, "flash_attn": "auto", "backend": "CPU", "cpu": "Some CPU"}  # fmt: skip
     timed = folder / "scores" / "Q8_0.json"
     timed.write_text(json.dumps(json.loads(timed.read_text()) | {"bench": [speed]}))
     manifest = json.loads((folder / "ladder.json").read_text())
@@ -52,8 +55,10 @@ def test_table_and_plot(folder, capsys):
 def test_narrow_terminals_have_fewer_columns(folder):
     run = read_run(folder)
     heads = [[column.header for column in ladder_table(run, width).columns] for width in (80, 130)]
-    assert heads == [["", "quant", "GB", "bpw", "PPL", "KLD", "RMS Δp"],
-                     ["", "quant", "GB", "bpw", "PPL", "ρPPL", "KLD", "RMS Δp", "same top"]]  # fmt: skip
+    assert heads == [
+        ["", "quant", "GB", "bpw", "PPL", "KLD", "RMS Δp", "KLD − preset's"],
+        ["", "quant", "GB", "bpw", "PPL", "ρPPL", "KLD", "RMS Δp", "same top", "KLD − preset's"],
+    ]
 
 
 def test_json_is_what_the_run_wrote(folder, capsys):
@@ -75,7 +80,7 @@ def test_front_against_every_pair(folder):
             scores = model.scores.model_copy(
                 update={"bytes": size, "kld": model.scores.kld.model_copy(update={"value": kld})}
             )
-            made.append(Measured(str(number), "rung", scores))
+            made.append(RunModel(str(number), "rung", scores))
         pairs = [(one.scores.bytes, one.scores.kld.value) for one in made]
         expected = {
             (size, kld)

@@ -12,9 +12,11 @@ from bitladder.show.output import Output, common_options
 @common_options
 def command(run_dir: pathlib.Path, *, output: Output) -> None:
     """Write README.md and report.html of RUN_DIR again, from the files in it."""
-    from bitladder.report import write_card, write_report
+    # Imported here, so that --help does not wait for the native library.
+    from bitladder.report import RunPaths, write_card, write_report
 
-    written = [(run_dir / "README.md", write_card(run_dir)), (run_dir / "report.html", write_report(run_dir))]
+    paths = RunPaths(run_dir)
+    written = [(paths.card, write_card(run_dir)), (paths.page, write_report(run_dir))]
     if output.json:
         output.print_json([{"path": str(path), "changed": changed} for path, changed in written])
         return

@@ -1,5 +1,6 @@
 """Options that several commands have, with llama.cpp's spelling."""
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -71,3 +72,33 @@ def n_batch(default: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         type=click.IntRange(1),
         help="Tokens decoded together.",
     )
+
+
+def kept_results(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--cache and --no-cache: gives the command `results`, where results of measurements are kept."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, cache: pathlib.Path | None, no_cache: bool, **kwargs: Any) -> Any:
+        import platformdirs
+
+        from bitladder.evaluate import NoResults, ResultFolder
+
+        folder = platformdirs.user_cache_path("bitladder") / "results" if cache is None else cache
+        return command(*args, results=NoResults() if no_cache else ResultFolder(folder), **kwargs)
+
+    folder = click.option(
+        "--cache",
+        type=click.Path(file_okay=False, path_type=pathlib.Path),
+        help="Folder of results, kept by content.  [default: the user's cache folder]",
+    )
+    none = click.option("--no-cache", is_flag=True, help="Measure everything again and keep nothing.")
+    return folder(none(wrapper))
+
+
+json_file = click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    help="Write the JSON to this file as well.",
+)

@@ -1,4 +1,4 @@
-"""`bitladder push`: a finished run to the Hugging Face hub."""
+"""`bitladder push`: uploads a finished run to the Hugging Face hub."""
 
 import pathlib
 
@@ -10,18 +10,19 @@ from bitladder.show.output import Output, common_options
 @click.command("push")
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
 @click.argument("repo", metavar="REPO_ID")
-@click.option("--private", is_flag=True, help="Make the repository private, if it has to be made.")
+@click.option("--private", is_flag=True, help="Make the repository private, if it does not exist yet.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files of this name. May be repeated.")
-@click.option("--dry-run", is_flag=True, help="List what would go; nothing is sent.")
+@click.option("--dry-run", is_flag=True, help="List the files; send nothing.")
 @common_options
 def command(
     *, output: Output, folder: pathlib.Path, repo: str, private: bool, exclude: tuple[str, ...], dry_run: bool
 ) -> None:
     """Upload the quants, card, report, scores, recipes and importance matrix of a run to REPO_ID (OWNER/NAME).
 
-    Only files that the run lists go. After an interruption the same command goes on. Log in first with `hf auth
-    login`, or set HF_TOKEN.
+    Only files that belong to the run are sent. After an interruption, give the same command again: it continues. Log in
+    first with `hf auth login`, or set HF_TOKEN.
     """
+    # Imported here, so that --help does not wait for the native library.
     from rich.table import Table
 
     from bitladder.errors import UsageError
@@ -30,8 +31,8 @@ def command(
 
     name = parse(repo)
     if name != HubName(repo, None, None, None):
-        raise UsageError(f"{repo} is no repository of the hub; name one as OWNER/NAME")
-    entries = publish.contents(folder, exclude)
+        raise UsageError(f"{repo} is not a repository of the hub; name one as OWNER/NAME")
+    entries = publish.published_files(folder, exclude)
     publish.check_private(folder, entries)
     warnings = publish.warnings(folder, entries)
     for line in warnings:
@@ -52,7 +53,7 @@ def command(
             hint += f"   (and -hf {repo})" if entry.name == default else ""
             table.add_row(entry.name, _size(entry.bytes), hint)
         output.print(table)
-        output.line(f"{len(entries)} files, {_size(total)}, would go to {repo}; nothing was sent")
+        output.line(f"{len(entries)} files, {_size(total)}, for {repo}; nothing was sent")
         return
     from bitladder.hub import upload
 

@@ -193,12 +193,12 @@ def command(
 def _print_table(output: Output, labels: list[str], scores: list[dict[str, object]]) -> None:
     from rich.table import Column, Table
 
-    from bitladder.show.score_rows import rows_of
+    from bitladder.show.ladder_tables import ladder_rows
 
     # 80 columns, the width of a pipe, are enough for the usual figures; what is wider wraps and is never cut off.
     heads = ("GB", "bpw", "PPL", "ρPPL", "KLD", "RMS Δp")
     columns = (Column(head, justify="right", overflow="fold") for head in heads)
     table = Table("quant", *columns, box=None, pad_edge=False, collapse_padding=True)
-    for row in rows_of(scores, labels):
+    for row in ladder_rows(scores, labels):
         table.add_row(row.label, row.size, row.bpw, row.ppl, row.rho, row.kld, row.rms)
     output.print(table)

@@ -16,11 +16,12 @@ from bitladder.show.output import Output, common_options
 def command(*, output: Output, folder: pathlib.Path, plot: bool, width: int | None, height: int) -> None:
     """Show the ladder of RUN_DIR: sizes, quality with ±, speed, and KLD against size.
 
-    Figures in bold are within noise of the best of their column; ▸ is on the Pareto front: no file of its size or
+    Figures in bold are within noise of the best of their column. ▸ marks the Pareto front: no file of its size or
     smaller has less KLD.
     """
-    from bitladder.report.rundir import read_run
-    from bitladder.show import ladder_json, ladder_table, pareto_plot
+    # Imported here, so that --help does not wait for the native library.
+    from bitladder.report import read_run
+    from bitladder.show.ladder_tables import ladder_json, ladder_table, pareto_plot
 
     run = read_run(folder)
     if output.json:

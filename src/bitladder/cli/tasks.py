@@ -21,11 +21,11 @@ from bitladder.show.output import Output, common_options
 @click.option(
     "--task-count",
     type=click.IntRange(min=1),
-    help="Only so many questions, drawn as `eval` draws them.  [default: all]",
+    help="Questions to draw, as `eval` draws them.  [default: all]",
 )
 @common_options
 def command(spec: str, out: pathlib.Path | None, task_count: int | None, *, output: Output) -> None:
-    """Read the benchmark NAME from SOURCE (a file or folder; without one the hub's data set), and say what it holds.
+    """Read the benchmark NAME from SOURCE (a file, a folder, or by default the hub's data set), and show what it holds.
 
     NAME is arc, hellaswag, mmlu, truthfulqa, winogrande, or continuation with a text as SOURCE.
     """

@@ -1,17 +1,27 @@
-"""Any GGUFs of one model beside each other: what they are made of, whether they are of that model, which is best."""
+"""Compares GGUFs of one model: what each is made of, whether it is of that model, and which is best."""
 
-from bitladder.compare.comparison import Compared, Comparison, compare, perplexity_sign
-from bitladder.compare.findings import Finding, worst
+from bitladder.compare.comparison import (
+    ComparedModel,
+    CompareOptions,
+    QuantComparison,
+    compare_quants,
+    defeats,
+    perplexity_sign,
+    size_groups,
+)
 from bitladder.compare.same_weights import check_weights
-from bitladder.compare.structure import check_structure
+from bitladder.compare.structure import OriginFinding, check_structure, gravest
 
 __all__ = [
-    "Compared",
-    "Comparison",
-    "Finding",
+    "CompareOptions",
+    "ComparedModel",
+    "OriginFinding",
+    "QuantComparison",
     "check_structure",
     "check_weights",
-    "compare",
+    "compare_quants",
+    "defeats",
+    "gravest",
     "perplexity_sign",
-    "worst",
+    "size_groups",
 ]

@@ -1,32 +1,111 @@
-"""Several files against one base: looked at, measured where that makes sense, and compared in pairs."""
+"""Compares several files with one base: what each file is, what it loses, and which is best at equal size.
+
+Files are compared by the paired difference of KLD. Two files differ if the difference is more than noise.
+"""
 
 import collections
-import contextlib
 import dataclasses
 import math
 import pathlib
 from collections.abc import Sequence
 
-from bitladder.compare.findings import Finding, worst
 from bitladder.compare.same_weights import check_weights
-from bitladder.compare.structure import check_structure
-from bitladder.compare.winner import TOLERANCE, Beaten, Level, beaten, levels
-from bitladder.evaluate import Figure, Measured, Settings, Wanted, measure_several, open_or_compute, paired_mean
-from bitladder.evaluate.results_cache import Results
+from bitladder.compare.structure import OriginFinding, check_structure, gravest
+from bitladder.evaluate import (
+    EvalRequest,
+    Figure,
+    Measurement,
+    Results,
+    Settings,
+    compare_pair,
+    measure_several,
+    open_or_compute,
+    paired_mean,
+)
 from bitladder.gguf.names import kind_of, reading_order
 from bitladder.gguf.reader import GgufFile
 from bitladder.hub import Fetched
+from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
 from bitladder.text.texts import Text
 
-# Perplexity below the base's by so many standard errors is no accident of the text.
+# A perplexity below the base's by more than this many standard errors is no accident of the text.
 SURE_PPL = 3.0
+# A difference of less than this many standard errors counts as noise.
+SURE = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
-    """One file: what it is, where it is from (a hub id, or None), the types of its tensors by kind with their numbers,
-    what tells it from the base, its scores (None: it cannot be compared), and ln PPL less the base's.
+class CompareOptions(Options):
+    """How files are compared, and where the base's predictions are kept."""
+
+    base_file: pathlib.Path | None = option(
+        None,
+        "--base-file",
+        decides=False,
+        metavar="FILE",
+        help="Where the base's predictions are kept.",
+        unset="beside the base",
+    )
+    tolerance: float = option(
+        1.0,
+        "--tolerance",
+        least=0,
+        most=50,
+        metavar="PERCENT",
+        help="Files whose sizes differ by no more count as equally large.",
+    )
+
+    @property
+    def largest(self) -> float:
+        """The largest ratio of two sizes that count as equal."""
+        return 1 + self.tolerance / 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Defeat:
+    """Another file of equal or smaller size has less KLD.
+
+    Parameters:
+        by: index of the other file.
+        kld: how much more KLD this file has, nats per token.
+        bytes: how many more bytes this file has.
+    """
+
+    by: int
+    kld: Figure
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeGroup:
+    """Files of equal size.
+
+    Parameters:
+        members: indices of the files, from the least KLD up.
+        sure: whether the first file differs from the second by more than noise.
+        gaps: KLD of each other file less that of the first, nats per token.
+    """
+
+    members: tuple[int, ...]
+    sure: bool
+    gaps: tuple[Figure, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedModel:
+    """One of the compared files.
+
+    Parameters:
+        name: the file's name, without folder.
+        source: the hub id; None for a local file.
+        bytes: the file's size.
+        bpw: bits per weight over all tensors.
+        types: number of tensors by kind and type.
+        findings: how it differs from the base.
+        measured: its scores; None if it cannot be compared.
+        ln_ppl: ln PPL less that of the base.
+        defeat: the file that beats it; None if there is none.
     """
 
     name: str
@@ -34,102 +113,153 @@ class Compared:
     bytes: int
     bpw: float
     types: dict[str, dict[str, int]]
-    findings: tuple[Finding, ...]
-    measured: Measured | None = None
+    findings: tuple[OriginFinding, ...]
+    measured: Measurement | None = None
     ln_ppl: Figure | None = None
-    beaten: Beaten | None = None
+    defeat: Defeat | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """All files in the order they were given; indices in `levels` and in each `beaten` are those of `models`."""
+class QuantComparison:
+    """All files in the order of the command line. Indices in `groups` and in each `defeat` are those of `models`."""
 
     base: str
-    models: tuple[Compared, ...]
-    levels: tuple[Level, ...]
+    models: tuple[ComparedModel, ...]
+    groups: tuple[SizeGroup, ...]
 
 
-def compare(
+def compare_quants(
     models: Sequence[Fetched],
     base: pathlib.Path,
     text: Text,
     settings: Settings,
+    options: CompareOptions | None = None,
     *,
-    base_file: pathlib.Path | None = None,
-    tolerance: float = TOLERANCE,
     results: Results | None = None,
     progress: Progress = SILENT,
-) -> Comparison:
-    """Compare files with the full-precision model and with each other.
+) -> QuantComparison:
+    """Compares files with the full-precision model and with each other.
 
-    A file with another vocabulary or architecture than the base's is described and not measured. `tolerance` is the
-    share by which sizes may differ and still count as equal; the other parameters are those of `evaluate.measure`.
-    Raises BitladderError if a file is no model, or as `evaluate.measure_several`.
+    A file with another vocabulary or architecture than the base is described and not measured.
+
+    Parameters:
+        models: the files to compare.
+        base: the full-precision GGUF.
+        text: the text to measure on.
+        settings: how to decode, and how many chunks.
+        options: which sizes count as equal; None takes the defaults.
+        results: where results are kept; None keeps nothing.
+        progress: receives the progress.
+
+    Raises:
+        BitladderError: a file is not a model, or as `evaluate.measure_several`.
     """
-    found = [_look(one, base, settings, progress) for one in models]
-    fit = [index for index, one in enumerate(found) if worst(list(one.findings)) != "other"]
-    if fit:
-        paths = [models[index].path for index in fit]
-        with open_or_compute(base, base_file, text, settings, paths[0], progress) as opened:
-            wanted = Wanted(text=text, settings=settings, base=opened)
-            measured = measure_several(paths, wanted, results=results, progress=progress)
-        defeats = beaten(measured, tolerance)
-        for place, index in enumerate(fit):
-            found[index] = _with_scores(found[index], measured[place], _renumbered(defeats[place], fit))
-        groups = [
-            dataclasses.replace(one, members=tuple(fit[i] for i in one.members)) for one in levels(measured, tolerance)
-        ]
-    else:
-        groups = []
-    return Comparison(base.name, tuple(found), tuple(groups))
+    options = options or CompareOptions()
+    compared = [_describe(file, base, settings, progress) for file in models]
+    fitting = [index for index, model in enumerate(compared) if gravest(model.findings) != "other"]
+    groups: list[SizeGroup] = []
+    if fitting:
+        paths = [models[index].path for index in fitting]
+        with open_or_compute(base, options.base_file, text, settings, paths[0], progress) as opened:
+            request = EvalRequest(text=text, settings=settings, base=opened)
+            measured = measure_several(paths, request, results=results, progress=progress)
+        for index, measurement, defeat in zip(fitting, measured, defeats(measured, options.largest), strict=True):
+            by = dataclasses.replace(defeat, by=fitting[defeat.by]) if defeat else None
+            compared[index] = _with_scores(compared[index], measurement, by)
+        for group in size_groups(measured, options.largest):
+            groups.append(dataclasses.replace(group, members=tuple(fitting[place] for place in group.members)))
+    return QuantComparison(base.name, tuple(compared), tuple(groups))
 
 
-def _look(one: Fetched, base: pathlib.Path, settings: Settings, progress: Progress) -> Compared:
-    """Everything that can be said without running the model."""
-    with contextlib.ExitStack() as stack:
-        reference, file = (stack.enter_context(GgufFile(path)) for path in (base, one.path))
+def _describe(fetched: Fetched, base: pathlib.Path, settings: Settings, progress: Progress) -> ComparedModel:
+    """All that is known of a file without running the model."""
+    path = fetched.path
+    with GgufFile(base) as reference, GgufFile(path) as file:
         findings = check_structure(reference, file)
-        if worst(findings) != "other":
-            with progress.task(f"Weights of {one.path.name}", 1) as task:
+        if gravest(findings) != "other":
+            with progress.task(f"Weights of {path.name}", 1) as task:
                 findings += check_weights(reference, file, settings.threads)
                 task.advance()
         kinds: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for name in sorted(file.tensors, key=reading_order):
             kinds[kind_of(name)][file.tensors[name].type.name] += 1
         types = {kind: dict(counts.most_common()) for kind, counts in kinds.items()}
-        return Compared(one.path.name, one.source, file.size, file.bpw, types, tuple(findings))
+        return ComparedModel(path.name, fetched.source, file.size, file.bpw, types, tuple(findings))
 
 
-def _with_scores(one: Compared, measured: Measured, defeat: Beaten | None) -> Compared:
-    chunks = measured.scores.chunks or 1
-    gap = paired_mean(measured.arrays["nll"], measured.arrays["nll_base"], chunks)
+def _with_scores(model: ComparedModel, measured: Measurement, defeat: Defeat | None) -> ComparedModel:
+    gap = paired_mean(measured.arrays["nll"], measured.arrays["nll_base"], measured.scores.chunks or 1)
     kld = float(measured.arrays["kld"].mean())
-    findings = [*one.findings, *perplexity_sign(gap, kld, any(found.about == "weights" for found in one.findings))]
-    return dataclasses.replace(one, measured=measured, ln_ppl=gap, findings=tuple(findings), beaten=defeat)
+    doubted = any(finding.about == "weights" for finding in model.findings)
+    findings = (*model.findings, *perplexity_sign(gap, kld, doubted))
+    return dataclasses.replace(model, measured=measured, ln_ppl=gap, findings=findings, defeat=defeat)
 
 
-def perplexity_sign(gap: Figure, kld: float, doubted: bool) -> list[Finding]:
+def perplexity_sign(gap: Figure, kld: float, doubted: bool) -> list[OriginFinding]:
     """What a perplexity below the base's says.
 
-    Parameters: `gap` is ln PPL less the base's; `kld` the mean KLD, nats per token; `doubted`: the weights differ too.
-    Rounding errors know nothing of the text, so they cost about their KLD in ln PPL, and less where the base is too
-    sure of itself; they do not gain more than that on any text. What was trained on does.
+    Rounding errors do not depend on the text. They raise ln PPL by about their KLD, and by less if the base is too sure
+    of itself. On no text do they lower ln PPL by more than their KLD. A checkpoint that was trained on the text does.
+
+    Parameters:
+        gap: ln PPL less that of the base.
+        kld: mean KLD, nats per token.
+        doubted: whether the weights differ too.
     """
     if gap.value >= -SURE_PPL * gap.error or not gap.error:
         return []
     ratio = math.exp(gap.value)
-    said = f"its perplexity is below the base's, by {100 * (1 - ratio):.2f} ± {100 * ratio * gap.error:.2f} %"
+    lower = f"its perplexity is below the base's, by {100 * (1 - ratio):.2f} ± {100 * ratio * gap.error:.2f} %"
     if doubted:
-        return [Finding("sign", "perplexity", f"{said}: rounding does not do that; another checkpoint does")]
+        return [OriginFinding("sign", "perplexity", f"{lower}: rounding does not do that; another checkpoint does")]
     if -gap.value > kld:
         text = (
-            f"{said}, which is more than its KLD of {kld:.4f}: rounding does not do that; another checkpoint does, and "
+            f"{lower}, which is more than its KLD of {kld:.4f}: rounding does not do that; another checkpoint does, "
             "one so near that rounding to these types hides the difference of the weights"
         )
-        return [Finding("sign", "perplexity", text)]
-    text = f"{said}: rounding may flatten a model that is too sure of itself on this text; judge it by its KLD"
-    return [Finding("note", "perplexity", text)]
+        return [OriginFinding("sign", "perplexity", text)]
+    text = f"{lower}: rounding can flatten a model that is too sure of itself on this text; judge it by its KLD"
+    return [OriginFinding("note", "perplexity", text)]
 
 
-def _renumbered(defeat: Beaten | None, fit: list[int]) -> Beaten | None:
-    return dataclasses.replace(defeat, by=fit[defeat.by]) if defeat else None
+def defeats(models: Sequence[Measurement], largest: float) -> list[Defeat | None]:
+    """For each model, the one that beats it by most of those of equal or smaller size; None if there is none.
+
+    Parameters:
+        models: the measured models.
+        largest: largest ratio of two sizes that count as equal.
+    """
+    result: list[Defeat | None] = []
+    for model in models:
+        rivals = [
+            Defeat(index, gap, model.scores.bytes - other.scores.bytes)
+            for index, other in enumerate(models)
+            if other is not model and other.scores.bytes <= model.scores.bytes * largest
+            if (gap := kld_gap(model, other)) is not None and gap.value > SURE * gap.error
+        ]
+        result.append(max(rivals, key=lambda rival: rival.kld.value, default=None))
+    return result
+
+
+def size_groups(models: Sequence[Measurement], largest: float) -> list[SizeGroup]:
+    """Groups of two and more files of equal size, from the smallest up; `largest` as for `defeats`."""
+    order = sorted((i for i, model in enumerate(models) if model.scores.kld), key=lambda i: models[i].scores.bytes)
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and models[index].scores.bytes <= models[groups[-1][0]].scores.bytes * largest:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return [_ranked(models, group) for group in groups if len(group) > 1]
+
+
+def kld_gap(this: Measurement, other: Measurement) -> Figure | None:
+    """KLD of this less that of the other, paired token by token, nats per token; None if one has no KLD."""
+    return compare_pair(this, other).kld
+
+
+def _ranked(models: Sequence[Measurement], group: list[int]) -> SizeGroup:
+    ranked = sorted(group, key=lambda i: models[i].scores.kld.value)  # type: ignore[union-attr]  # all have one
+    gaps = [kld_gap(models[i], models[ranked[0]]) for i in ranked[1:]]
+    known = tuple(gap for gap in gaps if gap is not None)
+    return SizeGroup(tuple(ranked), known[0].value > SURE * known[0].error, known)

@@ -1,10 +1,10 @@
-"""Whether a file's weights are the base's but for rounding: the surest sign of another checkpoint.
+"""Whether a file's weights are those of the base, rounded. This is the surest sign of another checkpoint.
 
-Some rows of every matrix are expanded and set beside the base's. Their distance is compared with that which the stock
-kernel makes when it rounds the same rows of the base to the same type. An importance matrix or error feedback moves
-weights farther than plain rounding, by tens of percent; another checkpoint moves them by a multiple, except where the
-type is so coarse, or the checkpoint so near, that rounding hides it: so each kind and type is looked at by itself, as
-nearly all quants have some tensors in 6 or 8 bits. Norms are not rounded by any quantizer, and show even a near one.
+Some rows of every matrix are expanded and compared with those of the base. The distance is compared with the distance
+that the stock kernel makes when it rounds the same rows of the base to the same type. An importance matrix or error
+feedback increases the distance by tens of percent. Another checkpoint increases it by a multiple, unless the type is so
+coarse, or the checkpoint so near, that rounding hides the difference. So each kind and type is judged by itself: nearly
+all quants have some tensors in 6 or 8 bits. No quantizer rounds norms, so they show even a near checkpoint.
 """
 
 import collections
@@ -14,7 +14,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.compare.findings import Finding
+from bitladder.compare.structure import OriginFinding
 from bitladder.engine.types import RowKernels, TensorType
 from bitladder.errors import BitladderError
 from bitladder.gguf.names import kind_of
@@ -22,19 +22,28 @@ from bitladder.gguf.reader import GgufFile, TensorInfo
 
 Floats = npt.NDArray[np.float32]
 
-ROWS = 32  # of each matrix, evenly spread
-# Distances beyond so many times what rounding makes are not rounding. Seen of any kind and type: up to 1.1 with an
-# imatrix, 1.5 where blocks were chosen for the output; ten steps of training away 3.7 in q6_K and 11.7 in q8_0.
+ROWS = 32  # rows of each matrix, evenly spread
+# A distance of more than this many times that of rounding is no rounding. Over all kinds and types the ratio was at
+# most 1.1 with an imatrix and 1.5 with blocks chosen for the output; after ten steps of training it was 3.7 in q6_K and
+# 11.7 in q8_0.
 LIMIT = 2.0
-# Relative error of storage as BF16 (8 bits of mantissa), root mean square and largest: one maker may have started from
-# a BF16 copy of what the other had in full.
+# Relative error of storage as BF16 (8 bits of mantissa), root mean square and largest. One of two makers may have
+# started from a BF16 copy.
 STORAGE, VECTOR_LIMIT = 2**-9 / math.sqrt(3), 2**-9
 
 
 @dataclasses.dataclass
 class Distance:
-    """Squared distances summed over rows: of the file from the base, of plain rounding from the base, and the base's
-    own squares. `ratio` is the first over the second, as lengths.
+    """Squares summed over rows.
+
+    Parameters:
+        actual: squared distance of the file from the base.
+        rounded: squared distance of the rounded base from the base.
+        size: squares of the base.
+
+    Example:
+        >>> Distance(actual=4.0, rounded=1.0, size=100.0).ratio
+        2.0
     """
 
     actual: float = 0.0
@@ -43,7 +52,7 @@ class Distance:
 
     @property
     def ratio(self) -> float:
-        """How many times farther than plain rounding."""
+        """The distance as a multiple of that of plain rounding."""
         return self.share / self.expected if self.expected else 1.0
 
     @property
@@ -53,34 +62,34 @@ class Distance:
 
     @property
     def expected(self) -> float:
-        """The share that plain rounding makes, or storage in 16 bits."""
+        """The share that plain rounding makes; at least that of storage in 16 bits."""
         return max(math.sqrt(self.rounded / self.size), STORAGE) if self.size else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightDistances:
-    """Of a file from the base: matrices by kind and type ("attn_k", "q4_K"), and vectors (norms, biases) by kind."""
+    """Distances of a file from the base: of matrices by kind and type, of vectors (norms, biases) by kind."""
 
     matrices: dict[tuple[str, str], Distance]
     vectors: dict[str, Distance]
 
     @property
     def whole(self) -> Distance:
-        """Over all matrices."""
-        every = self.matrices.values()
+        """The distance over all matrices."""
+        parts = self.matrices.values()
         return Distance(
-            sum(one.actual for one in every), sum(one.rounded for one in every), sum(one.size for one in every)
+            sum(part.actual for part in parts), sum(part.rounded for part in parts), sum(part.size for part in parts)
         )
 
 
-def check_weights(base: GgufFile, model: GgufFile, threads: int | None = None) -> list[Finding]:
-    """Signs that a file's weights are not the base's, rounded; empty if there are none."""
+def check_weights(base: GgufFile, model: GgufFile, threads: int | None = None) -> list[OriginFinding]:
+    """Signs that a file's weights are not those of the base, rounded; empty if there are none."""
     return judge(distances(base, model, threads))
 
 
 def distances(base: GgufFile, model: GgufFile, threads: int | None = None) -> WeightDistances:
-    """Measure ROWS rows of every tensor that both have in the same shape."""
-    found = WeightDistances(collections.defaultdict(Distance), collections.defaultdict(Distance))
+    """Measures ROWS rows of every tensor that both files have in the same shape."""
+    result = WeightDistances(collections.defaultdict(Distance), collections.defaultdict(Distance))
     kernels = RowKernels(threads)
     try:
         for name, ours in base.tensors.items():
@@ -91,36 +100,36 @@ def distances(base: GgufFile, model: GgufFile, threads: int | None = None) -> We
             here, there = (_read(file, tensor, rows, kernels) for file, tensor in ((base, ours), (model, theirs)))
             kind = kind_of(name)
             if len(ours.shape) == 1:
-                _add(found.vectors[kind], here, there, here)
+                _add(result.vectors[kind], here, there, here)
                 continue
             rounded = _round(here, theirs.type, kernels)
             if rounded is not None:
-                _add(found.matrices[kind, theirs.type.name], here, there, rounded)
+                _add(result.matrices[kind, theirs.type.name], here, there, rounded)
     finally:
         kernels.close()
-    return found
+    return result
 
 
-def judge(found: WeightDistances) -> list[Finding]:
-    """What distances say."""
+def judge(measured: WeightDistances) -> list[OriginFinding]:
+    """The signs of another checkpoint in some distances."""
     signs = []
-    far = {key: one for key, one in found.matrices.items() if one.ratio > LIMIT}
+    far = {key: distance for key, distance in measured.matrices.items() if distance.ratio > LIMIT}
     if far:
-        (kind, type_name), one = max(far.items(), key=lambda item: item[1].ratio)
+        (kind, type_name), farthest = max(far.items(), key=lambda item: item[1].ratio)
         signs.append(
-            Finding(
+            OriginFinding(
                 "sign",
                 "weights",
-                f"its weights are not the base's, rounded: {kind} in {type_name} is {one.share:.2%} away, and rounding "
-                f"to that type makes {one.expected:.2%} ({len(far)} of {len(found.matrices)} kinds are too far); it "
-                "was made from another checkpoint, or changed on purpose",
+                f"its weights are not the base's, rounded: {kind} in {type_name} is {farthest.share:.2%} away, and "
+                f"rounding to that type makes {farthest.expected:.2%} ({len(far)} of {len(measured.matrices)} kinds "
+                "are too far); it was made from another checkpoint, or changed on purpose",
             )
         )
-    moved = {kind: one.share for kind, one in found.vectors.items() if one.share > VECTOR_LIMIT}
+    moved = {kind: norms.share for kind, norms in measured.vectors.items() if norms.share > VECTOR_LIMIT}
     if moved:
         kind = max(moved, key=lambda name: moved[name])
         signs.append(
-            Finding(
+            OriginFinding(
                 "sign",
                 "weights",
                 f"norms or biases, which quantizers keep, differ from the base's (most of all {kind}, by "
@@ -131,7 +140,7 @@ def judge(found: WeightDistances) -> list[Finding]:
 
 
 def _rows(tensor: TensorInfo) -> list[tuple[int, int]]:
-    """Spans of rows, spread evenly: of a large tensor 4 times ROWS / 4 rows."""
+    """Evenly spread spans of rows: of a large tensor, four spans of ROWS / 4 rows."""
     if tensor.rows <= ROWS:
         return [(0, tensor.rows)]
     step = ROWS // 4
@@ -145,7 +154,8 @@ def _read(file: GgufFile, tensor: TensorInfo, spans: list[tuple[int, int]], kern
 
 def _round(rows: Floats, kind: TensorType, kernels: RowKernels) -> Floats | None:
     """Rows of the base as the stock kernel rounds them; None for a type that cannot be made."""
-    # Types of two bits and fewer ask for weights; the squares of the rows are the stock tool's own choice without any.
+    # Types of two bits and fewer need an importance. With ones the kernel weights by the squares of the rows, as the
+    # stock tool does without an imatrix.
     importance = np.ones(rows.shape[1], np.float32)
     try:
         return kernels.dequantize(kernels.quantize(rows, kind, importance), kind, rows.shape[1])

@@ -1,12 +1,21 @@
-"""Measuring a model file: perplexity, and divergence from the full-precision model."""
+"""Measuring a model file: perplexity, divergence from the full-precision model, tasks and speed."""
 
-from bitladder.evaluate.base.cache import cache_path, load_or_compute_base, open_base
-from bitladder.evaluate.base.hidden import HiddenBase
-from bitladder.evaluate.base.logits_file import LogitsFile
-from bitladder.evaluate.divergence import TokenScores
+from bitladder.evaluate.base import (
+    BASE,
+    HiddenBase,
+    LogitsFile,
+    cache_path,
+    load_or_compute_base,
+    open_base,
+)
+from bitladder.evaluate.divergence import TokenScores, compare_with_base
+from bitladder.evaluate.figures import mean
 from bitladder.evaluate.identity import Identity, identify
+from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.measure import (
-    Measured,
+    MEASURE,
+    Measurement,
+    Reference,
     base_scores,
     evaluate,
     make_base,
@@ -14,48 +23,94 @@ from bitladder.evaluate.measure import (
     measure_and_keep,
     open_or_compute,
 )
-from bitladder.evaluate.paired import paired_mean
-from bitladder.evaluate.results_cache import NoResults, ResultFolder
-from bitladder.evaluate.scores import Figure, Scores
+from bitladder.evaluate.noise import NOISE, noise_floor
+from bitladder.evaluate.paired import compare_pair, paired_mean, paired_task
+from bitladder.evaluate.results_cache import NoResults, ResultFolder, Results
+from bitladder.evaluate.scores import (
+    SCORES,
+    Divergence,
+    Figure,
+    NamedFile,
+    Noise,
+    Paired,
+    Role,
+    RunScores,
+    Scores,
+    read_document,
+    read_scores,
+)
 from bitladder.evaluate.settings import Settings
-from bitladder.evaluate.several import Wanted, add_tasks, compare_pair, evaluate_several, measure_several
-from bitladder.evaluate.speed import bench
-from bitladder.evaluate.speed_rows import SpeedRow, SpeedSettings
-from bitladder.evaluate.speed_tests import SpeedTest
-from bitladder.evaluate.tasks import Task, load_task, parse_specs
+from bitladder.evaluate.several import (
+    EvalOptions,
+    EvalRequest,
+    add_tasks,
+    evaluate_files,
+    evaluate_several,
+    measure_several,
+)
+from bitladder.evaluate.speed import BENCH, SpeedError, bench
+from bitladder.evaluate.speed_tests import SpeedChoice, SpeedOptions, SpeedRow, SpeedTest
+from bitladder.evaluate.tasks import FIVE, TASKS, QuestionSet, average_of_five, load_task, parse_specs
 
 __all__ = [
+    "BASE",
+    "BENCH",
+    "FIVE",
+    "MEASURE",
+    "NOISE",
+    "SCORES",
+    "TASKS",
+    "Divergence",
+    "EvalOptions",
+    "EvalRequest",
     "Figure",
     "HiddenBase",
     "Identity",
     "LogitsFile",
-    "Measured",
+    "Measurement",
+    "NamedFile",
     "NoResults",
+    "Noise",
+    "Paired",
+    "QuestionSet",
+    "Reference",
     "ResultFolder",
+    "Results",
+    "Role",
+    "RunScores",
     "Scores",
     "Settings",
+    "SpeedChoice",
+    "SpeedError",
+    "SpeedOptions",
     "SpeedRow",
-    "SpeedSettings",
     "SpeedTest",
-    "Task",
     "TokenScores",
-    "Wanted",
+    "Workers",
     "add_tasks",
+    "average_of_five",
     "base_scores",
     "bench",
     "cache_path",
     "compare_pair",
+    "compare_with_base",
     "evaluate",
+    "evaluate_files",
     "evaluate_several",
     "identify",
     "load_or_compute_base",
     "load_task",
     "make_base",
+    "mean",
     "measure",
     "measure_and_keep",
     "measure_several",
+    "noise_floor",
     "open_base",
     "open_or_compute",
     "paired_mean",
+    "paired_task",
     "parse_specs",
+    "read_document",
+    "read_scores",
 ]

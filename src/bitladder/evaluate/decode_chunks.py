@@ -1,8 +1,8 @@
-"""Text → tokens → chunks, and the decoding of a chunk, as llama-perplexity does both.
+"""Chunks of a text, cut and decoded as in llama-perplexity.
 
-The whole text is tokenized at once and cut into chunks of `n_ctx` tokens; what is left over is dropped. Where the
-vocabulary asks for BOS, it takes the place of a chunk's first token when the chunk is decoded. Only the second half
-of a chunk is scored, so that every scored token has at least n_ctx/2 tokens before it.
+The whole text is tokenized at once and cut into chunks of `n_ctx` tokens; the rest is dropped. If the vocabulary asks
+for BOS, BOS replaces the first token of a chunk when the chunk is decoded. Only the second half of a chunk is scored,
+so every scored token has at least n_ctx/2 tokens before it.
 """
 
 import dataclasses
@@ -25,8 +25,10 @@ Floats = npt.NDArray[np.float32]
 class Chunks:
     """Tokens to score.
 
-    `tokens` is int32 [chunks, n_ctx] as the text has them; `bos` the id that replaces the first token of each chunk
-    when it is decoded, or None; `available` the number of chunks in the whole text.
+    Parameters:
+        tokens: as they are in the text, int32 [chunks, n_ctx].
+        bos: id that replaces the first token of each chunk when it is decoded; None replaces nothing.
+        available: chunks in the whole text.
     """
 
     tokens: Tokens
@@ -38,28 +40,28 @@ class Chunks:
 
     @property
     def n_ctx(self) -> int:
-        """Tokens per chunk."""
+        """Tokens of a chunk."""
         return int(self.tokens.shape[1])
 
     @property
     def first(self) -> int:
-        """The first position whose prediction is scored."""
+        """The first position with a scored prediction."""
         return self.n_ctx // 2
 
     @property
     def scored(self) -> int:
-        """Scored tokens per chunk: the predictions made at positions first … n_ctx−2."""
+        """Scored tokens of a chunk: the predictions at positions first … n_ctx−2."""
         return self.n_ctx - 1 - self.first
 
     def inputs(self, chunk: int) -> Tokens:
-        """The tokens to decode, int32 [n_ctx], a copy."""
+        """A copy of the tokens to decode, int32 [n_ctx]."""
         row: Tokens = self.tokens[chunk].copy()
         if self.bos is not None:
             row[0] = self.bos
         return row
 
     def targets(self, chunk: int) -> Tokens:
-        """The tokens that are to be predicted, int32 [scored]."""
+        """The tokens to predict, int32 [scored]."""
         row: Tokens = self.tokens[chunk, self.first + 1 :]
         return row
 
@@ -69,13 +71,13 @@ class Chunks:
 
 
 def cut(model: Model, text: Text, settings: Settings) -> Chunks:
-    """Tokenize a text and cut it into chunks. Raises BitladderError if the text has fewer than two."""
+    """Tokenizes a text and cuts it into chunks. Raises BitladderError if the text has fewer than two chunks."""
     n_ctx = settings.n_ctx
     tokens = model.tokenize(text.text)
     if len(tokens) < 2 * n_ctx:
         raise BitladderError(
             f"the text {text.name} has {len(tokens)} tokens, but a context of {n_ctx} needs at least {2 * n_ctx}; "
-            "take a longer text or a smaller --ctx-size"
+            "use a longer text or a smaller --ctx-size"
         )
     available = len(tokens) // n_ctx
     count = settings.limit(available)
@@ -84,10 +86,11 @@ def cut(model: Model, text: Text, settings: Settings) -> Chunks:
 
 
 def decode(context: Context, chunks: Chunks, chunk: int) -> Iterator[tuple[int, Floats]]:
-    """Decode a chunk from an empty context, in batches of the context's n_batch.
+    """Decodes a chunk from an empty context, in batches of the context's n_batch.
 
-    Yields, for each batch that has scored positions, the number of scored rows before it and its logits, float32
-    [rows, n_vocab]: a view of native memory, valid until the next step.
+    Yields:
+        For each batch with scored positions, the number of scored rows before it and its logits, float32
+        [rows, n_vocab]. The logits are a view of native memory, valid until the next step.
     """
     context.clear()
     inputs = chunks.inputs(chunk)

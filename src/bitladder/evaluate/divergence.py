@@ -1,4 +1,4 @@
-"""How far a quant's predictions are from the full-precision model's, token by token, over the whole vocabulary."""
+"""Perplexity, and divergence from the full-precision model, token by token over the whole vocabulary."""
 
 import dataclasses
 from typing import Protocol
@@ -9,7 +9,7 @@ import numpy.typing as npt
 from bitladder.engine.blas import single_threaded
 from bitladder.engine.context import Context
 from bitladder.evaluate.decode_chunks import Chunks, decode
-from bitladder.evaluate.logit_rows import PIECE, Workers, check_finite
+from bitladder.evaluate.logit_rows import PIECE, Workers, check_finite, score_rows
 from bitladder.progress import SILENT, Progress
 
 Floats = npt.NDArray[np.float32]
@@ -19,11 +19,16 @@ Tokens = npt.NDArray[np.int32]
 
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """One entry per scored token, all [tokens], in the order of the text.
+    """A quant against the base: one entry for each scored token, in the order of the text.
 
-    `nll`, `nll_base`: negative log-likelihoods of the quant and of the base, nats; `kld`: Σ p_base ln(p_base/p_quant)
-    over the vocabulary, nats; `delta_p`: p_quant − p_base of the token that follows; `same_top`: whether both find
-    the same token likeliest. Two quants' arrays over the same text can be compared token by token.
+    Two quants over the same text can be compared token by token.
+
+    Parameters:
+        nll: negative log-likelihood under the quant, nats, float64 [tokens].
+        nll_base: negative log-likelihood under the base, nats, float64 [tokens].
+        kld: Σ p_base ln(p_base/p_quant) over the vocabulary, nats, float64 [tokens].
+        delta_p: p_quant − p_base of the token that follows, float64 [tokens].
+        same_top: whether the same token is likeliest under both, bool [tokens].
     """
 
     nll: Doubles
@@ -35,7 +40,13 @@ class TokenScores:
 
 @dataclasses.dataclass(frozen=True)
 class BaseRows:
-    """The base's knowledge of some scored rows: `nll`, `top` (likeliest id), `top_logit`, all [rows]."""
+    """What the base keeps of some scored rows.
+
+    Parameters:
+        nll: negative log-likelihood of the token that follows, nats, float64 [rows].
+        top: id of the likeliest token, int32 [rows].
+        top_logit: logit of that token, float32 [rows].
+    """
 
     nll: Doubles
     top: Tokens
@@ -43,14 +54,17 @@ class BaseRows:
 
 
 class LogitBlocks(Protocol):
-    """Logits of some rows by blocks of the vocabulary; see `head.HeadLogits`."""
+    """Logits of some rows by blocks of the vocabulary; see `hidden.HeadLogits`."""
 
     @property
     def count(self) -> int:
         """Blocks that make up the vocabulary."""
 
     def block(self, index: int, slot: int) -> tuple[int, Floats]:
-        """First token id and logits, float32 [rows, block], to be written over; one caller per slot at a time."""
+        """The first token id of a block and its logits, float32 [rows, block].
+
+        The caller may write over the logits. Only one caller may use a slot at a time.
+        """
 
 
 class Base(Protocol):
@@ -58,19 +72,44 @@ class Base(Protocol):
 
     @property
     def chunks(self) -> Chunks:
-        """The tokens it predicted."""
+        """The tokens that were predicted."""
 
     def rows(self, chunk: int) -> BaseRows:
-        """What is stored of a chunk's scored rows."""
+        """What is kept of a chunk's scored rows."""
 
     def logits(self, chunk: int, start: int, stop: int) -> LogitBlocks:
-        """Logits of a chunk's scored rows start…stop."""
+        """Logits of a chunk's scored rows start … stop−1."""
 
 
-def compare(context: Context, base: Base, count: int, workers: Workers, progress: Progress = SILENT) -> TokenScores:
-    """Run a model over the base's first `count` chunks and compare it with the base.
+def token_nll(context: Context, chunks: Chunks, workers: Workers, progress: Progress = SILENT) -> Doubles:
+    """Runs a model over some chunks without a base.
 
-    Raises BitladderError if decoding fails or the logits are not finite.
+    Returns:
+        The negative log-likelihood of every scored token, nats, float64 [chunks × scored].
+
+    Raises:
+        BitladderError: decoding fails, or the logits are not finite.
+    """
+    name = context.model.path.name
+    nll = np.empty((len(chunks), chunks.scored))
+    with progress.task(f"Perplexity of {name}", len(chunks)) as task:
+        for chunk in range(len(chunks)):
+            targets = chunks.targets(chunk)
+            for start, logits in decode(context, chunks, chunk):
+                stop = start + len(logits)
+                nll[chunk, start:stop] = score_rows(logits, targets[start:stop], workers, what=name).nll
+            task.note(f"PPL {np.exp(min(nll[: chunk + 1].mean(), 700)):.4f}")
+            task.advance()
+    return nll.reshape(-1)
+
+
+def compare_with_base(
+    context: Context, base: Base, count: int, workers: Workers, progress: Progress = SILENT
+) -> TokenScores:
+    """Runs a model over the first `count` chunks of a base and compares the predictions.
+
+    Raises:
+        BitladderError: decoding fails, or the logits are not finite.
     """
     chunks = base.chunks.head(count)
     name = context.model.path.name
@@ -98,9 +137,9 @@ def compare(context: Context, base: Base, count: int, workers: Workers, progress
 
 
 def _quant_shift(logits: Floats, top: npt.NDArray[np.intp], base_top: Tokens) -> Floats:
-    # Both models' logits are measured from the base's likeliest token: then their differences are as small as the
-    # quant is good, and little is lost where they cancel. Not farther than 60 from the quant's own maximum: e^60
-    # times any vocabulary is still a float32.
+    # The shift is the logit of the base's likeliest token. The shifted logits of both models are then close to each
+    # other, and little precision is lost where they cancel. The shift is at most 60 below the quant's own maximum: e^60
+    # times the size of any vocabulary still fits into a float32.
     every = np.arange(len(logits))
     shift: Floats = np.maximum(logits[every, base_top], logits[every, top] - np.float32(60))
     return shift
@@ -109,12 +148,30 @@ def _quant_shift(logits: Floats, top: npt.NDArray[np.intp], base_top: Tokens) ->
 def divergence(
     base: LogitBlocks, logits: Floats, base_shift: Floats, shift: Floats, workers: Workers
 ) -> tuple[Doubles, Doubles]:
-    """Kullback-Leibler divergence of each row, exact over the vocabulary.
+    """The Kullback-Leibler divergence of each row, exact over the vocabulary.
 
-    With z the logits less a shift of the row's own, e = exp z and S = Σ e, KL = Σ e_b (z_b − z_q) / S_b − ln S_b +
-    ln S_q for any two shifts. Parameters: logits float32 [rows, n_vocab]; both shifts float32 [rows]. Sums are
-    float32 within a block and float64 over blocks, in the same order whatever the number of threads.
-    Returns KL and the quant's ln Σ exp (logits), float64 [rows] each.
+    Let z be the logits minus a shift of the row, e = exp z and S = Σ e. Then KL = Σ e_b (z_b − z_q) / S_b − ln S_b +
+    ln S_q for any two shifts. Sums are float32 within a block and float64 over blocks. Their order does not depend on
+    the number of threads.
+
+    Parameters:
+        base: the base's logits, by blocks of the vocabulary.
+        logits: the quant's logits, float32 [rows, n_vocab].
+        base_shift: subtracted from the base's logits, float32 [rows].
+        shift: subtracted from the quant's logits, float32 [rows].
+
+    Returns:
+        KL, nats, and ln Σ exp of the quant's logits, float64 [rows] each.
+
+    Example:
+        >>> class Blocks:
+        ...     count = 1
+        ...     def block(self, index, slot):
+        ...         return 0, np.log(np.array([[0.5, 0.25, 0.25]], np.float32))
+        >>> logits, zero = np.log(np.array([[0.25, 0.5, 0.25]], np.float32)), np.zeros(1, np.float32)
+        >>> kl, _ = divergence(Blocks(), logits, zero, zero, Workers(1))
+        >>> round(float(kl[0]), 4)  # 0.5 ln (0.5/0.25) + 0.25 ln (0.25/0.5)
+        0.1733
     """
     rows = len(logits)
     sums = np.empty((base.count, 3, rows))
@@ -133,14 +190,14 @@ def divergence(
     workers.run(base.count, work)
     sum_base, sum_quant, sum_gap = sums.sum(axis=0)
     kld = sum_gap / sum_base - np.log(sum_base) + np.log(sum_quant)
-    # Rounding may leave something like −1e-7 where it should be 0.
+    # Rounding can leave a value such as −1e-7 where the divergence is 0.
     return np.maximum(kld, 0), np.log(sum_quant) + shift
 
 
 def _sums(
     base: Floats, quant: Floats, base_shift: Floats, shift: Floats, scratch: Floats
 ) -> tuple[Floats, Floats, Floats]:
-    """S_b, S_q and Σ e_b (z_b − z_q) of a few rows; `base` is written over, `scratch` is two arrays like it."""
+    """S_b, S_q and Σ e_b (z_b − z_q) of a few rows. Writes over `base`; `scratch` holds two arrays of its shape."""
     shifted, gap = scratch
     np.subtract(base, base_shift, out=base)
     np.subtract(quant, shift, out=shifted)

@@ -1,7 +1,7 @@
-"""From arrays of one entry per token to figures, with llama-perplexity's definitions.
+"""Figures from arrays with one entry for each token, as llama-perplexity defines them.
 
-A mean's standard error is sqrt(var/(n−1)) with the population variance; errors of derived figures follow to first
-order; percentiles are interpolated linearly. Tokens are taken as independent, as llama-perplexity takes them.
+The standard error of a mean is sqrt(var/(n−1)) with the population variance. Errors of derived figures follow to first
+order. Percentiles are interpolated linearly. Tokens count as independent, as in llama-perplexity.
 """
 
 import math
@@ -21,14 +21,19 @@ _DELTA_P_SHARES = {**_KLD_SHARES, "p75": 75, "p25": 25}
 
 
 def mean(values: Doubles) -> Figure:
-    """Mean and its standard error; the error is 0 for a single value."""
+    """The mean of values, float64 [n], and its standard error, which is 0 for a single value.
+
+    Example:
+        >>> mean(np.array([1.0, 3.0]))
+        Figure(value=2.0, error=1.0)
+    """
     count = len(values)
     error = math.sqrt(float(values.var()) / (count - 1)) if count > 1 else 0.0
     return Figure(value=float(values.mean()), error=error)
 
 
 def exp(figure: Figure) -> Figure:
-    """e to a figure. Raises BitladderError if that is beyond all numbers."""
+    """e to the power of a figure. Raises BitladderError if the result is no finite number."""
     if figure.value > 700:
         raise BitladderError(f"the mean negative log-likelihood is {figure.value:.4g}: the model is broken")
     value = math.exp(figure.value)
@@ -36,17 +41,17 @@ def exp(figure: Figure) -> Figure:
 
 
 def perplexity(nll: Doubles) -> Figure:
-    """exp of the mean negative log-likelihood (nats)."""
+    """exp of the mean negative log-likelihood, nats, float64 [tokens]."""
     return exp(mean(nll))
 
 
 def ln_ratio(nll: Doubles, nll_base: Doubles) -> Figure:
-    """ln (PPL/PPL base): the mean difference, whose variance takes in the covariance of the two."""
+    """ln (PPL/PPL base): the mean of the differences. Its variance includes the covariance of the two."""
     return mean(nll - nll_base)
 
 
 def correlation(a: Doubles, b: Doubles) -> float:
-    """Pearson's correlation; of constant values 1 if the two are equal and 0 otherwise."""
+    """Pearson's correlation. Of constant values it is 1 if the two are equal, otherwise 0."""
     spread = float(a.std() * b.std())
     if spread == 0:
         return float(np.array_equal(a, b))
@@ -61,24 +66,24 @@ def share(hits: npt.NDArray[np.bool_]) -> Figure:
 
 
 def root_mean_square(values: Doubles) -> Figure:
-    """Root of the mean square; its error is that of the mean square times 0.5/root."""
+    """The root of the mean square. Its error is the error of the mean square times 0.5/root."""
     square = mean(values**2)
     root = math.sqrt(square.value)
     return Figure(value=root, error=0.5 / root * square.error if root else 0.0)
 
 
 def percentiles(values: Doubles, shares: dict[str, float]) -> dict[str, float]:
-    """Percentiles by name, and min and max."""
-    found = np.percentile(values, list(shares.values()), method="linear")
+    """Percentiles by name, with "min" and "max". `shares` has the percentage of each name."""
+    at_shares = np.percentile(values, list(shares.values()), method="linear")
     return {
-        **dict(zip(shares, map(float, found), strict=True)),
+        **dict(zip(shares, map(float, at_shares), strict=True)),
         "min": float(values.min()),
         "max": float(values.max()),
     }
 
 
 def divergence_figures(tokens: TokenScores) -> dict[str, Any]:
-    """All fields of Scores that follow from a comparison with a base, by name."""
+    """All fields of `Scores` that follow from a comparison with a base, by name."""
     ratio = ln_ratio(tokens.nll, tokens.nll_base)
     return {
         "tokens_scored": len(tokens.nll),

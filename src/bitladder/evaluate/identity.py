@@ -11,11 +11,16 @@ from bitladder.gguf.shards import joined_sha256, shards_of
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """A GGUF model as a file, or as the first of its shards.
+    """A GGUF model.
 
-    `sha256` is of the file's content (of a split model: of the shards' hashes in order), `bytes` the size of all
-    files, `bpw` bits per weight over all tensors, `vocabulary` the SHA-256 of the token list, `head` the tensor that
-    makes logits of hidden states.
+    Parameters:
+        path: the file, or the first of its shards.
+        sha256: of the file's content; of a split model, of the shards' hashes in order.
+        bytes: size of all files.
+        bpw: bits per weight over all tensors.
+        architecture: as the metadata name it.
+        vocabulary: SHA-256 of the token list.
+        head: the tensor that makes logits of hidden states.
     """
 
     path: pathlib.Path
@@ -33,12 +38,16 @@ class Identity:
 
 
 def parts(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a model, by its name: itself, or all shards if it is the first of several."""
+    """The files of a model: the file itself, or all shards if it is the first of several."""
     return list(shards_of(path))
 
 
 def identify(path: pathlib.Path) -> Identity:
-    """Read a model's headers and hash its content. Raises BitladderError if it is no GGUF model or cannot be read."""
+    """Reads a model's headers and hashes its content.
+
+    Raises:
+        BitladderError: the file is missing, cannot be read, or is not a GGUF language model.
+    """
     if not path.exists():
         raise BitladderError(f"no such model file: {path}")
     with GgufFile(path) as file:
@@ -48,17 +57,19 @@ def identify(path: pathlib.Path) -> Identity:
 
 
 def check_vocabularies(model: pathlib.Path, base: pathlib.Path) -> None:
-    """Raise BitladderError if two models have different vocabularies; from the files' headers, without hashing them."""
-    if not model.exists():
-        raise BitladderError(f"no such model file: {model}")
-    with GgufFile(model) as one, GgufFile(base) as other:
-        (head, vocabulary), (base_head, base_vocabulary) = _head_and_vocabulary(one), _head_and_vocabulary(other)
+    """Raises BitladderError if two models have different vocabularies. Reads only the headers of the files."""
+    for path in (model, base):
+        if not path.exists():
+            raise BitladderError(f"no such model file: {path}")
+    with GgufFile(model) as file, GgufFile(base) as base_file:
+        head, vocabulary = _head_and_vocabulary(file)
+        base_head, base_vocabulary = _head_and_vocabulary(base_file)
     if vocabulary != base_vocabulary or head.rows != base_head.rows:
         raise unlike(model.name, head.rows, base.name, base_head.rows)
 
 
 def unlike(model: str, tokens: int, base: str, base_tokens: int) -> BitladderError:
-    """The error that says that two models' vocabularies are not the same."""
+    """The error for two models with different vocabularies."""
     return BitladderError(
         f"{model} and the base {base} have different vocabularies ({tokens} and {base_tokens} tokens): "
         "they cannot be compared"
@@ -66,9 +77,9 @@ def unlike(model: str, tokens: int, base: str, base_tokens: int) -> BitladderErr
 
 
 def _head_and_vocabulary(file: GgufFile) -> tuple[TensorInfo, str]:
-    # Without a matrix of its own for the output the token embeddings serve ("tied").
+    # A model without an output matrix uses the token embeddings ("tied").
     head = file.tensors.get("output.weight") or file.tensors.get("token_embd.weight")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if head is None or tokens is None:
-        raise BitladderError(f"{file.path} is no language model: it has no token embeddings or no vocabulary")
+        raise BitladderError(f"{file.path} is not a language model: it has no token embeddings or no vocabulary")
     return head, sha256_bytes(tokens.raw)

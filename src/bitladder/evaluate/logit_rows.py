@@ -1,4 +1,4 @@
-"""Rows of logits, shared among threads in pieces that stay in a core's cache."""
+"""Rows of logits, computed by several threads in pieces that fit into a core's cache."""
 
 import dataclasses
 import itertools
@@ -16,13 +16,13 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int32]
 
-PIECE = 1 << 15  # numbers handled at a time: 128 KB, so that a few such arrays fit into a core's second-level cache
+PIECE = 1 << 15  # numbers of a piece: 128 KB, so that a few such arrays fit into a core's second-level cache
 
 
 class Workers(Closing):
-    """Threads that take work piece by piece. NumPy leaves Python's lock, so that they really run at once.
+    """Threads that take work piece by piece. NumPy releases Python's lock, so the threads run in parallel.
 
-    Each thread has a number, its slot, and two scratch arrays of PIECE float32: `scratch[slot]`.
+    Each thread has a number, its slot, and two scratch arrays of PIECE numbers, float32: `scratch[slot]`.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -31,13 +31,16 @@ class Workers(Closing):
         self.scratch = [np.empty((2, PIECE), np.float32) for _ in range(self.threads)]
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stops the threads."""
         if self._pool:
             self._pool.shutdown()
 
     def run(self, count: int, work: Callable[[int, int], None]) -> None:
-        """Call work(i, slot) for i in 0…count−1, in any order; the calling thread helps. Raises what work raises."""
-        # Pieces are taken one by one, not dealt out beforehand: on a busy machine one thread may be far slower.
+        """Calls work(i, slot) for each i in 0 … count−1, in any order; the calling thread helps.
+
+        Raises what `work` raises.
+        """
+        # Threads take pieces one by one, because on a busy machine one thread can be far slower than the others.
         counter = itertools.count()
 
         def worker(slot: int) -> None:
@@ -55,9 +58,12 @@ class Workers(Closing):
 
 @dataclasses.dataclass(frozen=True)
 class RowScores:
-    """What is known of each row of logits: all [rows].
+    """The scores of rows of logits.
 
-    `nll` −ln of the target's probability; `top` the id with the highest logit and `top_logit` that logit.
+    Parameters:
+        nll: −ln of the target's probability, nats, float64 [rows].
+        top: id of the highest logit, int32 [rows].
+        top_logit: the highest logit, float32 [rows].
     """
 
     nll: Doubles
@@ -66,11 +72,23 @@ class RowScores:
 
 
 def score_rows(logits: Floats, targets: Tokens, workers: Workers, *, what: str) -> RowScores:
-    """Negative log-likelihood of each row's target.
+    """The negative log-likelihood of each row's target.
 
-    Parameters: logits float32 [rows, n_vocab]; targets int32 [rows]; `what` names the model in errors. The sum of
-    exponentials over the vocabulary is taken in float32 by pieces and in float64 over the pieces.
-    Raises BitladderError if a row has no finite maximum.
+    The sum of exponentials is float32 within a piece of the vocabulary and float64 over the pieces.
+
+    Parameters:
+        logits: float32 [rows, n_vocab].
+        targets: token ids, int32 [rows].
+        workers: threads that compute.
+        what: name of the model, for errors.
+
+    Raises:
+        BitladderError: the highest logit of a row is not finite.
+
+    Example:
+        >>> logits, targets = np.zeros((1, 4), np.float32), np.array([2], np.int32)
+        >>> round(float(score_rows(logits, targets, Workers(1), what="model").nll[0]), 4)  # ln 4
+        1.3863
     """
     rows, n_vocab = logits.shape
     top = logits.argmax(axis=1).astype(np.int32)
@@ -93,6 +111,6 @@ def score_rows(logits: Floats, targets: Tokens, workers: Workers, *, what: str) 
 
 
 def check_finite(top_logit: Floats, what: str) -> None:
-    """Raise BitladderError if the highest logits of some rows are not finite (NaN counts as highest)."""
+    """Raises BitladderError if the highest logit of a row is not finite. NaN counts as highest."""
     if not np.isfinite(top_logit).all():
         raise BitladderError(f"{what} gives logits that are not finite: the file is damaged, or its weights overflow")

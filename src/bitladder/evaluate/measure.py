@@ -1,4 +1,4 @@
-"""A model file and a text in, scores out."""
+"""Measures one model file over a text."""
 
 import contextlib
 import dataclasses
@@ -11,23 +11,31 @@ import numpy.typing as npt
 
 from bitladder.engine.native import versions
 from bitladder.errors import UsageError
-from bitladder.evaluate.base import hidden as bases
+from bitladder.evaluate.base import hidden
 from bitladder.evaluate.base.basefile import is_base_file
 from bitladder.evaluate.base.cache import check_fits, load_or_compute_base, open_base
-from bitladder.evaluate.base.hidden import HiddenBase
+from bitladder.evaluate.base.hidden import BASE, HiddenBase
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
-from bitladder.evaluate.base.logits_file import is_logits_file
-from bitladder.evaluate.base.logits_write import write_logits_file
+from bitladder.evaluate.base.logits_file import is_logits_file, write_logits_file
 from bitladder.evaluate.decode_chunks import cut
-from bitladder.evaluate.divergence import compare
+from bitladder.evaluate.divergence import compare_with_base, token_nll
 from bitladder.evaluate.figures import divergence_figures, perplexity
 from bitladder.evaluate.identity import Identity, check_vocabularies, identify, unlike
 from bitladder.evaluate.logit_rows import Workers
-from bitladder.evaluate.perplexity import token_nll
-from bitladder.evaluate.scores import BaseModelName, Named, Scores
+from bitladder.evaluate.scores import BaseModelName, NamedFile, Scores
 from bitladder.evaluate.settings import Settings
+from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.text.texts import Text
+
+MEASURE = Algorithm(
+    "measure",
+    (
+        "perplexity and divergence as llama-perplexity defines them",
+        "the scores of each token are kept, so that two models are compared token by token",
+    ),
+    uses=(BASE,),
+)
 
 VERSIONS = ("bitladder", "llama_cpp_python", "llama_cpp_commit")
 Arrays = dict[str, npt.NDArray[Any]]
@@ -35,10 +43,11 @@ Reference = HiddenBase | LogitsBase
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """A model's scores, and what they are means of: the fields of TokenScores by name, or `nll` alone without a base.
+class Measurement:
+    """A model's scores, and the scores of each token that they are means of.
 
-    All arrays are [chunks × scored], in the order of the text, so that two models' can be compared pair by pair.
+    `arrays` has the fields of `TokenScores` by name, or "nll" alone if there was no base. Each array is
+    [chunks × scored], in the order of the text, so that two models can be compared token by token.
     """
 
     scores: Scores
@@ -48,52 +57,45 @@ class Measured:
 def evaluate(
     model: pathlib.Path,
     text: Text,
+    settings: Settings | None = None,
     *,
     base: pathlib.Path | Reference | None = None,
     base_file: pathlib.Path | None = None,
-    n_ctx: int = 512,
-    chunks: int | None = None,
-    threads: int | None = None,
-    gpu_layers: int = 0,
-    n_batch: int = 512,
-    n_ubatch: int = 512,
     progress: Progress = SILENT,
 ) -> Scores:
-    """Perplexity of a model over a text and, with a base, its divergence from the full-precision model.
+    """Measures the perplexity of a model over a text and, with a base, its divergence from the full-precision model.
 
-    Parameters: `base` the full-precision model (GGUF), whose predictions are computed once and kept in `base_file`
-    (by default beside it), or a base file, or an open base; the others as for `Settings`.
-    Raises BitladderError: a file that is none, a text too short, a base or vocabulary that does not fit.
+    Parameters:
+        model: path of the GGUF to measure.
+        text: the text to measure on.
+        settings: how to decode, and how many chunks; None takes the defaults.
+        base: the full-precision GGUF, a base file, or an open base. The predictions of a GGUF are computed once and
+            kept in `base_file`.
+        base_file: where the base's predictions are kept; None is a file beside the base.
+        progress: receives the progress.
+
+    Raises:
+        BitladderError: a file is missing or not a model, the text is too short, or a base or vocabulary does not fit.
     """
-    settings = Settings(
-        n_ctx=n_ctx, chunks=chunks, threads=threads, gpu_layers=gpu_layers, n_batch=n_batch, n_ubatch=n_ubatch
-    )
-    return measure(model, text, settings, base=base, base_file=base_file, progress=progress).scores
+    return measure(model, text, settings or Settings(), base=base, base_file=base_file, progress=progress).scores
 
 
 def make_base(
     model: pathlib.Path,
     text: Text,
     out: pathlib.Path,
-    *,
-    n_ctx: int = 512,
-    chunks: int | None = None,
-    threads: int | None = None,
-    gpu_layers: int = 0,
-    n_batch: int = 512,
-    n_ubatch: int = 512,
+    settings: Settings | None = None,
     progress: Progress = SILENT,
 ) -> None:
-    """Run the full-precision model over a text and keep its predictions in the file `out`.
+    """Runs the full-precision model over a text and writes its predictions to the base file `out`.
 
-    The options are those of `Settings`. Raises BitladderError (see `base.make_base`).
+    Raises:
+        BitladderError: as `base.hidden.make_base`.
     """
-    settings = Settings(
-        n_ctx=n_ctx, chunks=chunks, threads=threads, gpu_layers=gpu_layers, n_batch=n_batch, n_ubatch=n_ubatch
-    )
-    bases.make_base(identify(model), text, out, settings, progress)
+    hidden.make_base(identify(model), text, out, settings or Settings(), progress)
 
 
+@MEASURE.entry
 def measure(
     model: pathlib.Path | Identity,
     text: Text | None,
@@ -102,10 +104,14 @@ def measure(
     base: pathlib.Path | Reference | None = None,
     base_file: pathlib.Path | None = None,
     progress: Progress = SILENT,
-) -> Measured:
-    """As `evaluate`; returns the scores of each token too, for paired comparisons.
+) -> Measurement:
+    """Measures as `evaluate`, and returns the scores of each token too.
 
-    Without a text those tokens are taken that a base of log-probabilities holds; no other base will do then.
+    Without a text the tokens are those of a base of log-probabilities. No other base has tokens of its own.
+
+    Raises:
+        UsageError: there is neither a text nor such a base.
+        BitladderError: as `evaluate`.
     """
     began = time.monotonic()
     identity = model if isinstance(model, Identity) else identify(model)
@@ -123,27 +129,28 @@ def measure(
             progress.warn(
                 f"{identity.name} was trained on {loaded.n_ctx_train} tokens of context, not {settings.n_ctx}"
             )
-        pieces = base.chunks.head(settings.limit(len(base.chunks))) if base else cut(loaded, _needed(text), settings)
+        chunks = base.chunks.head(settings.limit(len(base.chunks))) if base else cut(loaded, _needed(text), settings)
         context = stack.enter_context(settings.context(loaded))
         workers = stack.enter_context(Workers(settings.threads))
         if base is None:
-            nll = token_nll(context, pieces, workers, progress)
+            nll = token_nll(context, chunks, workers, progress)
             arrays: Arrays = {"nll": nll}
             figures: dict[str, Any] = {"ppl": perplexity(nll), "tokens_scored": len(nll)}
         else:
-            run = compare_logits if isinstance(base, LogitsBase) else compare
-            tokens = run(context, base, len(pieces), workers, progress)  # type: ignore[arg-type]
+            run = compare_logits if isinstance(base, LogitsBase) else compare_with_base
+            tokens = run(context, base, len(chunks), workers, progress)  # type: ignore[arg-type]
             arrays = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
             figures = {**divergence_figures(tokens), "base": reference_name(base)}
-    return Measured(_scores(identity, text, settings.n_ctx, len(pieces), began, figures), arrays)
+    return Measurement(_scores(identity, text, settings.n_ctx, len(chunks), began, figures), arrays)
 
 
 def measure_and_keep(
     model: pathlib.Path, text: Text, out: pathlib.Path, settings: Settings, progress: Progress = SILENT
 ) -> Scores:
-    """Perplexity of a model whose log-probabilities are written to `out` for llama-perplexity and others.
+    """Measures the perplexity of a model and writes its log-probabilities to `out`, for llama-perplexity and others.
 
-    Raises BitladderError as `write_logits_file`.
+    Raises:
+        BitladderError: as `write_logits_file`.
     """
     began = time.monotonic()
     nll = write_logits_file(model, text, out, settings, progress)
@@ -158,10 +165,12 @@ def _needed(text: Text | None) -> Text:
     return text
 
 
+@MEASURE.entry
 def base_scores(base: HiddenBase, text: Text, settings: Settings) -> Scores:
-    """The full-precision model's own perplexity, from what its base keeps; nothing is decoded.
+    """The perplexity of the full-precision model, from its base. Nothing is decoded.
 
-    Raises BitladderError if the base was made of another text or for other settings.
+    Raises:
+        BitladderError: the base was made of another text or with other settings.
     """
     began = time.monotonic()
     check_fits(base, text, settings)
@@ -176,7 +185,7 @@ def _scores(
 ) -> Scores:
     return Scores(
         **identity_fields(identity),
-        text=Named(name=text.name, sha256=text.sha256) if text else None,
+        text=NamedFile(name=text.name, sha256=text.sha256) if text else None,
         n_ctx=n_ctx,
         chunks=chunks,
         seconds=time.monotonic() - began,
@@ -185,7 +194,7 @@ def _scores(
 
 
 def identity_fields(identity: Identity) -> dict[str, Any]:
-    """The fields of Scores that are known of a model before anything is measured."""
+    """The fields of `Scores` that are known before anything is measured."""
     known = versions()
     return {
         "model": identity.name,
@@ -204,27 +213,37 @@ def open_or_compute(
     model: pathlib.Path,
     progress: Progress = SILENT,
 ) -> Reference:
-    """The base that `evaluate` uses for `base` and `base_file`, opened once for several models.
+    """Opens the base that `evaluate` uses, once for several models.
 
-    `base` may be a model, a base file or llama-perplexity's file of log-probabilities; `model` is one of those to be
-    compared with it: its vocabulary must be a base model's, and its tokenizer checks the last kind.
+    Parameters:
+        base: a full-precision model, a base file, or llama-perplexity's file of log-probabilities.
+        base_file: where the predictions of a model are kept; None is a file beside the model.
+        text: the text to measure on; None is possible with a file of log-probabilities.
+        settings: how to decode, and how many chunks.
+        model: one of the models to compare. Its vocabulary must be the base's. Its tokenizer checks the text against a
+            file of log-probabilities.
+        progress: receives the progress.
+
+    Raises:
+        UsageError: a text is needed and there is none.
+        BitladderError: the base cannot be read or does not fit.
     """
     if is_logits_file(base):
         return open_logits(base, text, settings, model)
     if is_base_file(base):
         return open_base(base, _needed(text), settings)
-    check_vocabularies(model, base)  # before the base is computed, which takes a while
+    check_vocabularies(model, base)  # before the base is computed, which can take long
     return load_or_compute_base(base, _needed(text), settings, path=base_file, progress=progress)
 
 
 def reference_name(base: Reference) -> BaseModelName:
-    """What a model was compared with; a file of log-probabilities does not name its model, so it stands for it."""
+    """What a model was compared with. A file of log-probabilities does not name its model, so its own name is used."""
     if isinstance(base, LogitsBase):
         return BaseModelName(model=base.name, sha256=base.digest)
     return BaseModelName(model=base.header.model, sha256=base.header.model_sha256)
 
 
 def check_vocabulary(model: Identity, base: HiddenBase) -> None:
-    """Raise BitladderError if a model's vocabulary is not the base's."""
+    """Raises BitladderError if a model's vocabulary is not the base's."""
     if model.vocabulary != base.header.vocabulary or model.head.rows != base.header.n_vocab:
         raise unlike(model.name, model.head.rows, base.header.model, base.header.n_vocab)

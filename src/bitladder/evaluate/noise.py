@@ -9,19 +9,27 @@ from bitladder.engine.activations import KernelInputs
 from bitladder.engine.context import Context
 from bitladder.engine.observe import GraphCallback
 from bitladder.engine.types import TensorType, type_by_name
-from bitladder.evaluate.base.hidden import HiddenBase
-from bitladder.evaluate.divergence import compare
+from bitladder.evaluate.base.hidden import BASE, HiddenBase
+from bitladder.evaluate.divergence import compare_with_base
 from bitladder.evaluate.figures import mean
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.scores import Noise, NoiseFigure
 from bitladder.evaluate.settings import Settings
 from bitladder.gguf.reader import GgufFile
+from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 
 # Types that stand for all whose kernels round their inputs alike: to Q8_0 (blocks of 32), and to Q8_K (of 256).
 SMALL_BLOCKS, LARGE_BLOCKS = "q8_0", "q6_K"
 
+NOISE = Algorithm(
+    "noise",
+    ("another -ub, and inputs rounded to Q8_0", "inputs rounded to Q8_K too"),
+    uses=(BASE,),
+)
 
+
+@NOISE.entry
 def noise_floor(base: HiddenBase, chunks: int, settings: Settings, progress: Progress = SILENT) -> Noise:
     """Divergence of the base's model from its own base, over the first `chunks` chunks.
 
@@ -63,6 +71,6 @@ def _divergence(
         Context(model, settings, callback=callback) as context,
         Workers(settings.threads) as workers,
     ):
-        kld = compare(context, base, count, workers, progress).kld
+        kld = compare_with_base(context, base, count, workers, progress).kld
     figure = mean(kld)
     return NoiseFigure(value=figure.value, error=figure.error, max=float(kld.max()))

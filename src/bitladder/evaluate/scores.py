@@ -1,8 +1,28 @@
-"""The Scores JSON: what is measured of a model, with standard errors. Probabilities are fractions of 1."""
+"""The Scores JSON: what was measured of a model, with standard errors. Probabilities are fractions of 1.
 
-from typing import Any
+`Scores` is what `eval --json` prints. `RunScores` is what a run keeps of each of its models in scores/NAME.json.
+Writers and readers use these classes and no others. docs/run.md describes the layout.
+"""
+
+import pathlib
+from typing import Any, Literal, Self, TypeVar
 
 import pydantic
+
+from bitladder.errors import BitladderError
+from bitladder.keys import Algorithm
+
+SCORES = Algorithm(
+    "scores",
+    (
+        "the figures of a model, with its tasks",
+        "the speeds are put in from a file of their own",
+        "a rung has its paired difference from the preset",
+        "a rung says how its weights were rounded, and whether it is smoothed and tuned",
+    ),
+)
+
+Role = Literal["base", "rung", "naive", "third-party"]
 
 
 class _Part(pydantic.BaseModel):
@@ -10,13 +30,13 @@ class _Part(pydantic.BaseModel):
 
 
 class Figure(_Part):
-    """A measured figure and its standard error."""
+    """A measured figure and its standard error, in the unit of the value."""
 
     value: float
     error: float
 
 
-class Named(_Part):
+class NamedFile(_Part):
     """A file by its name (without folder) and the SHA-256 of its content."""
 
     name: str
@@ -24,17 +44,15 @@ class Named(_Part):
 
 
 class BaseModelName(_Part):
-    """The full-precision model that a quant was compared with."""
+    """The full-precision model that a quant was compared with, or the file of log-probabilities."""
 
     model: str
     sha256: str
 
 
-class Divergence(_Part):
-    """Kullback-Leibler divergence from the base, nats per token: mean ± and percentiles."""
+class Divergence(Figure):
+    """Kullback-Leibler divergence from the base, nats per token: mean with its standard error, and percentiles."""
 
-    value: float
-    error: float
     max: float
     p999: float
     p99: float
@@ -49,7 +67,7 @@ class Divergence(_Part):
 
 
 class DeltaP(_Part):
-    """Change of the probability of the token that follows: mean and root mean square ±, and percentiles."""
+    """Change of the probability of the token that follows: mean and root mean square, and percentiles."""
 
     mean: Figure
     rms: Figure
@@ -69,18 +87,26 @@ class DeltaP(_Part):
 
 
 class SkippedRecord(_Part):
-    """A record of a benchmark's source, counted from 1, that was drawn but could not be scored, and why."""
+    """A question that was drawn but could not be scored: its record in the source, counted from 1, and the reason."""
 
     record: int
     reason: str
 
 
 class TaskScore(_Part):
-    """A benchmark: share of questions answered right, share that guessing would get, questions scored and left out.
+    """What a model scored in a task.
 
-    `source` is the file or data set and `sha256` of its content; `n_ctx` the context (-c); `answers` has, for each
-    question in the order of scoring, "record:chosen:correct" (record counted from 1, choices from 0), parted by
-    blanks, so that two models' answers can be compared question by question.
+    Parameters:
+        accuracy: share of questions that were answered right.
+        chance: share that guessing gets.
+        count: questions that were scored.
+        skipped: questions that were drawn and not scored.
+        source: the file or data set.
+        sha256: of the source's content.
+        n_ctx: tokens of context (-c).
+        skipped_records: which questions were skipped, and why.
+        answers: "record:chosen:correct" for each question in the order of scoring, with blanks between; records count
+            from 1, choices from 0. Two models are compared question by question from them.
     """
 
     accuracy: Figure
@@ -91,7 +117,7 @@ class TaskScore(_Part):
     sha256: str | None = None
     n_ctx: int | None = None
     skipped_records: tuple[SkippedRecord, ...] = ()
-    answers: str = ""
+    answers: str = pydantic.Field("", pattern=r"^(\s*\d+:\d+:\d+)*\s*$")
 
     def right(self) -> dict[int, bool]:
         """Whether each scored record was answered right."""
@@ -102,8 +128,8 @@ class TaskScore(_Part):
 class BenchRow(_Part):
     """A speed test ("pp512", "tg128", "pp512+tg128 @ d1024"), its tokens per second, and how it was measured.
 
-    The error is that of the mean over `repetitions`; `stddev` is their spread, the ± of llama-bench. Options are
-    llama-bench's: -p, -n, -d, -b, -ub, -t, -ngl, -fa.
+    The error is that of the mean over `repetitions`; `stddev` is their standard deviation, the ± of llama-bench. The
+    options are llama-bench's: -p, -n, -d, -b, -ub, -t, -ngl, -fa.
     """
 
     test: str
@@ -122,11 +148,9 @@ class BenchRow(_Part):
     cpu: str
 
 
-class NoiseFigure(_Part):
+class NoiseFigure(Figure):
     """Divergence of the full-precision model from itself, nats per token."""
 
-    value: float
-    error: float
     max: float
 
 
@@ -145,9 +169,10 @@ class Noise(_Part):
 
 
 class PairedTask(_Part):
-    """Two models on the same questions: the difference of their accuracies, and what it rests on.
+    """Two models on the same questions: the difference of their accuracies.
 
-    `only_this` and `only_other` count questions that only one of them got right; `p_value` is McNemar's exact test's.
+    `only_this` and `only_other` count the questions that only one of them answered right; `p_value` is that of
+    McNemar's exact test.
     """
 
     difference: Figure
@@ -157,9 +182,9 @@ class PairedTask(_Part):
 
 
 class Paired(_Part):
-    """This model less another on the same tokens and questions; negative is better but for `tasks`.
+    """This model less another one on the same tokens and questions. Negative is better, except in tasks.
 
-    `per` is what the ± takes as independent: "chunk", or "token" where there are too few chunks.
+    `per` is the unit that the errors take as independent: "chunk", or "token" where there are too few chunks.
     """
 
     model: str
@@ -173,18 +198,29 @@ class Paired(_Part):
 
 
 class Scores(_Part):
-    """Everything measured of one model file; what was not measured is None and absent from the JSON.
+    """Everything that was measured of one model file.
 
-    `bpw` is bits per weight over all tensors, `chunks` and `tokens_scored` count what the figures are means over,
-    `seconds` is wall time. `tasks_average` is the plain mean of the tasks' accuracies.
+    What was not measured is None or empty, and absent from the JSON.
+
+    Parameters:
+        model: the file's name, without folder.
+        sha256: of the file's content.
+        bytes: the file's size.
+        bpw: bits per weight over all tensors.
+        chunks: chunks that the figures are means over, of `n_ctx` tokens each.
+        tokens_scored: tokens that the figures are means over.
+        tasks: scores by the name of the task.
+        tasks_average: mean accuracy of the five benchmarks, where all five were scored; `tasks_average_error` is its
+            standard error.
+        seconds: wall time of the measurement.
     """
 
     model: str
     sha256: str
-    bytes: int
+    bytes: int = pydantic.Field(gt=0)
     bpw: float
     base: BaseModelName | None = None
-    text: Named | None = None
+    text: NamedFile | None = None
     n_ctx: int | None = None
     chunks: int | None = None
     tokens_scored: int | None = None
@@ -196,15 +232,90 @@ class Scores(_Part):
     kld: Divergence | None = None
     delta_p: DeltaP | None = None
     same_top_p: Figure | None = None
-    tasks: dict[str, TaskScore] | None = None
+    tasks: dict[str, TaskScore] = {}
     tasks_average: float | None = None
     tasks_average_error: float | None = None
-    bench: list[BenchRow] | None = None
+    bench: list[BenchRow] = []
     noise: Noise | None = None
     paired: Paired | None = None
     versions: dict[str, str]
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """As a value for `json.dump`, without what was not measured."""
-        return self.model_dump(exclude_none=True)
+        """The scores as a value for `json.dump`, without what was not measured and what does not hold."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {name: value for name, value in values.items() if value is not False and value not in ({}, [])}
+
+    def average(self) -> Figure | None:
+        """The mean accuracy of the five benchmarks; None if not all five were scored."""
+        if self.tasks_average is None:
+            return None
+        return Figure(value=self.tasks_average, error=self.tasks_average_error or 0.0)
+
+    def speed(self, test: str) -> Figure | None:
+        """Tokens per second of a speed test; None if it was not measured."""
+        return next((row.tokens_per_second for row in self.bench if row.test == test), None)
+
+
+class RunScores(Scores):
+    """The scores of a model of a run, with its place in the run. All models of a run have a text and a perplexity.
+
+    Parameters:
+        role: what the model is in the run; None: the base in base.json, otherwise a rung.
+        rung: of a preset by itself ("naive"), the rung that it stands beside.
+        mode: how the types of a rung were chosen.
+        predicted_kld: what the plan predicted, nats per token.
+        rounding: how weights were rounded; None: by llama.cpp's own kernels.
+        smoothed: the rung was made of the smoothed model.
+        tuned: the scales of the rung were tuned.
+        source: the hub repository of somebody else's file.
+        doubts: signs that somebody else's file is of another checkpoint, a sentence each.
+    """
+
+    text: NamedFile
+    n_ctx: int
+    chunks: int
+    tokens_scored: int
+    ppl: Figure
+    role: Role | None = None
+    rung: str | None = None
+    mode: Literal["quality", "size", "naive"] | None = None
+    predicted_kld: float | None = None
+    source: str | None = None
+    doubts: tuple[str, ...] = ()
+    rounding: str | None = None
+    tuned: bool = False
+    smoothed: bool = False
+
+    @classmethod
+    def of(cls, scores: Scores, **place: Any) -> Self:
+        """The scores with the model's place in the run: fields of this class by name."""
+        return cls(**(dict(scores) | place))
+
+
+S = TypeVar("S", bound=pydantic.BaseModel)
+
+
+def read_scores(path: pathlib.Path) -> RunScores:
+    """Reads a file of scores that a run wrote.
+
+    Raises:
+        BitladderError: the file is missing, or a key is missing, unknown or of a wrong type.
+    """
+    return read_document(path, RunScores)
+
+
+def read_document(path: pathlib.Path, kind: type[S]) -> S:
+    """Reads a JSON file that must have the form of a class.
+
+    Raises:
+        BitladderError: the file is missing, or a key is missing or wrong; the error names the file and the key.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise BitladderError(f"{path}: {place}: {first['msg']}") from error

@@ -1,4 +1,4 @@
-"""How to measure."""
+"""How a model is measured."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,8 @@ from bitladder.options import option
 class Settings(Decoding):
     """How a model is measured: how it is decoded, and on how much of a text.
 
-    Raises UsageError for numbers that make no sense.
+    Raises:
+        UsageError: a number is outside its limits.
     """
 
     n_batch: int = option(
@@ -31,17 +32,17 @@ class Settings(Decoding):
         return {**super().deciding(), "chunks": self.chunks}
 
     def limit(self, available: int) -> int:
-        """Chunks to take of those there are."""
+        """The number of chunks to measure of those that are available."""
         return available if self.chunks is None else min(self.chunks, available)
 
     def load(self, path: pathlib.Path) -> Model:
-        """Load a model in the way that takes least memory."""
-        # Blocks that the CPU back end repacks would be there twice if the file were mapped too. Only what hardly fits
-        # into memory had better be mapped, so that the system can drop pages of it.
+        """Loads a model in the way that needs least memory."""
+        # The CPU back end repacks blocks. If the file is mapped, such blocks are in memory twice. A model that hardly
+        # fits into memory is mapped nevertheless, so that the system can drop its pages.
         size = sum(part.stat().st_size for part in parts(path) if part.is_file())
         return Model(path, mmap=2 * size > main_memory(), gpu_layers=self.gpu_layers)
 
     def context(self, model: Model, observer: Observer | None = None) -> Context:
         """A context for one chunk at a time."""
-        # One sequence: logits of several chunks at once would need several times the memory and no less time.
+        # Logits of several chunks at once need several times the memory and save no time: one sequence is enough.
         return Context(model, self, observer=observer)

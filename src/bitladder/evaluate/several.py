@@ -1,4 +1,4 @@
-"""Several models, one text, any number of tasks: each measured unless its result is known, then compared in pairs."""
+"""Measures several models over one text and any tasks. What was measured before is read from the kept results."""
 
 import contextlib
 import dataclasses
@@ -9,205 +9,331 @@ from typing import Any
 
 from bitladder.engine.model import Model
 from bitladder.engine.native import library
+from bitladder.errors import UsageError
 from bitladder.evaluate.base.hidden import HiddenBase
+from bitladder.evaluate.base.logits_file import LogitsFile
 from bitladder.evaluate.identity import Identity, identify
 from bitladder.evaluate.measure import (
-    Measured,
+    MEASURE,
+    Measurement,
     Reference,
     check_vocabulary,
     identity_fields,
     measure,
+    measure_and_keep,
+    open_or_compute,
     reference_name,
 )
-from bitladder.evaluate.noise import noise_floor
-from bitladder.evaluate.paired import average, paired_mean, paired_perplexity, paired_task, unit
+from bitladder.evaluate.noise import NOISE, noise_floor
+from bitladder.evaluate.paired import compare_pair
 from bitladder.evaluate.results_cache import NoResults, Results
-from bitladder.evaluate.scores import Noise, Paired, Scores, TaskScore
+from bitladder.evaluate.scores import Noise, Scores, TaskScore
 from bitladder.evaluate.settings import Settings
-from bitladder.evaluate.tasks import FIVE, Task, score_task
+from bitladder.evaluate.tasks import TASKS, QuestionSet, average_of_five, load_task, parse_specs, score_task
+from bitladder.keys import Algorithm
+from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
-from bitladder.text.texts import Text
+from bitladder.text.texts import Text, load_text
 
-# Raise one when its code would give other figures from the same inputs.
-CODE = {"text": 1, "tasks": 1, "noise": 2}
+TEXT = "pydoc:test"
+TEXT_CTX, TASK_CTX = 512, 768
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class EvalOptions(Options):
+    """What `bitladder eval` measures of each model, and against which base."""
+
+    base: pathlib.Path | None = option(
+        None,
+        "--base",
+        metavar="FILE",
+        help="The full-precision GGUF to compare with, whose predictions are kept, or a file of its predictions.",
+    )
+    base_file: pathlib.Path | None = option(
+        None,
+        "--base-file",
+        decides=False,
+        metavar="FILE",
+        help="Where the base's predictions are kept.",
+        unset="beside the base",
+    )
+    logits: pathlib.Path | None = option(
+        None,
+        "--kl-divergence-base",
+        metavar="FILE",
+        help="llama-perplexity's file of log-probabilities: written from the model, or read with --kl-divergence.",
+    )
+    read_logits: bool = option(False, "--kl-divergence", help="Compare with --kl-divergence-base.")
+    text: str | None = option(
+        None,
+        "-f",
+        "--file",
+        metavar="TEXT",
+        names="text",
+        help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration).",
+        unset=f"{TEXT}; no text if there is nothing but --tasks",
+    )
+    tasks: str | None = option(
+        None,
+        "--tasks",
+        metavar="NAME[:FILE],…",
+        names="tasks",
+        help="Benchmarks: arc, hellaswag, mmlu, truthfulqa, winogrande (without FILE: from the hub) and "
+        "continuation:TEXT.",
+    )
+    task_count: int | None = option(
+        None, "--task-count", least=1, metavar="N", help="Questions of each task, drawn at random.", unset="all"
+    )
+    n_ctx: int | None = option(
+        None,
+        "-c",
+        "--ctx-size",
+        least=4,
+        metavar="TOKENS",
+        help="Tokens of context.",
+        unset=f"{TEXT_CTX} for a chunk of text, {TASK_CTX} for tasks",
+    )
+    noise_chunks: int = option(
+        2, "--noise-chunks", least=0, metavar="N", help="Chunks for the noise floor of KLD (0: none)."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.read_logits and (self.base or not self.logits):
+            raise UsageError("--kl-divergence compares with --kl-divergence-base FILE; leave --base out")
+        if self.writes_logits and (self.base or self.tasks):
+            raise UsageError(
+                "--kl-divergence-base without --kl-divergence writes the file from one full-precision model: leave "
+                "--base and --tasks out"
+            )
+
+    @property
+    def writes_logits(self) -> bool:
+        """Whether a file of log-probabilities is written."""
+        return self.logits is not None and not self.read_logits
+
+
+def evaluate_files(
+    models: Sequence[pathlib.Path],
+    options: EvalOptions,
+    settings: Settings,
+    *,
+    results: Results | None = None,
+    progress: Progress = SILENT,
+) -> list[Scores]:
+    """Measures model files as `bitladder eval` does.
+
+    Parameters:
+        models: the files to measure.
+        options: what to measure, and against which base.
+        settings: how to decode, and how many chunks; the context is that of `options`.
+        results: where results are kept; None keeps nothing.
+        progress: receives the progress.
+
+    Returns:
+        The scores of each model. All but the first have the paired difference from the first.
+
+    Raises:
+        UsageError: options do not fit together.
+        BitladderError: as `evaluate`, or a task cannot be read.
+    """
+    if options.writes_logits and len(models) > 1:
+        raise UsageError("--kl-divergence-base without --kl-divergence writes the file from one full-precision model")
+    tasks = tuple(load_task(spec) for spec in parse_specs(options.tasks)) if options.tasks else ()
+    spec = options.text
+    if spec is None and not options.read_logits and (options.base or not tasks):
+        spec = TEXT
+    text = load_text(spec) if spec else None
+    n_ctx = options.n_ctx
+    if n_ctx is None and options.logits and options.read_logits:
+        with LogitsFile(options.logits) as file:
+            n_ctx = file.layout.n_ctx
+    settings = settings.replace(n_ctx=TEXT_CTX if n_ctx is None else n_ctx)
+    if options.logits and options.writes_logits and text:
+        return [measure_and_keep(models[0], text, options.logits, settings, progress)]
+    with contextlib.ExitStack() as stack:
+        base = None
+        if reference := options.logits or options.base:
+            base = open_or_compute(reference, options.base_file, text, settings, models[0], progress)
+            stack.enter_context(base)
+        request = EvalRequest(
+            text=text,
+            settings=settings,
+            base=base,
+            tasks=tasks,
+            task_settings=settings.replace(n_ctx=TASK_CTX if options.n_ctx is None else options.n_ctx, chunks=None),
+            task_count=options.task_count,
+            noise_chunks=options.noise_chunks,
+        )
+        return evaluate_several(models, request, results=results, progress=progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRequest:
     """What to measure of each model.
 
-    `text` with `settings` (None: no perplexity, unless `base` holds tokens of its own); `base` the full-precision
-    model's predictions, if any; `tasks` with `task_settings`, at most `task_count` questions of each (None: all);
-    `noise_chunks` of the base for the noise floor (0: none).
+    Parameters:
+        text: the text to measure on; None measures no perplexity, except on the tokens of a file of log-probabilities.
+        settings: how to decode the text, and how many chunks.
+        base: the full-precision model's predictions; None measures no divergence.
+        tasks: the tasks to score.
+        task_settings: how to decode tasks.
+        task_count: questions of each task; None asks all.
+        noise_chunks: chunks of the base for the noise floor; 0 measures none.
     """
 
     text: Text | None
     settings: Settings
     base: Reference | None = None
-    tasks: tuple[Task, ...] = ()
-    task_settings: Settings = dataclasses.field(default_factory=lambda: Settings(n_ctx=768))
+    tasks: tuple[QuestionSet, ...] = ()
+    task_settings: Settings = dataclasses.field(default_factory=lambda: Settings(n_ctx=TASK_CTX))
     task_count: int | None = None
     noise_chunks: int = 0
 
 
 def evaluate_several(
-    models: list[pathlib.Path], wanted: Wanted, *, results: Results | None = None, progress: Progress = SILENT
+    models: Sequence[pathlib.Path], request: EvalRequest, *, results: Results | None = None, progress: Progress = SILENT
 ) -> list[Scores]:
-    """Scores of each model, in order; all but the first carry the paired difference from the first.
+    """Measures several models. All but the first have the paired difference from the first.
 
-    What `results` has is not measured again. Raises BitladderError as `measure` and `tasks.score_task`.
+    Parameters:
+        models: the files to measure.
+        request: what to measure.
+        results: where results are kept; None keeps nothing.
+        progress: receives the progress.
+
+    Raises:
+        BitladderError: as `measure` and `tasks.score_task`.
     """
-    found: list[Scores] = []
-    measured = measure_several(models, wanted, results=results, progress=progress)
-    for index, one in enumerate(measured):
-        found.append(one.scores.model_copy(update={"paired": compare_pair(one, measured[0]) if index else None}))
-    return found
+    measured = measure_several(models, request, results=results, progress=progress)
+    pairs = [None, *(compare_pair(one, measured[0]) for one in measured[1:])]
+    return [one.scores.model_copy(update={"paired": pair}) for one, pair in zip(measured, pairs, strict=True)]
 
 
 def measure_several(
-    models: list[pathlib.Path], wanted: Wanted, *, results: Results | None = None, progress: Progress = SILENT
-) -> list[Measured]:
-    """As `evaluate_several`, with what the figures are means of, so that any two can be compared (`compare_pair`)."""
+    models: Sequence[pathlib.Path], request: EvalRequest, *, results: Results | None = None, progress: Progress = SILENT
+) -> list[Measurement]:
+    """Measures as `evaluate_several`, and returns the scores of each token too, so that any two can be compared."""
     results = results or NoResults()
     identities = [identify(model) for model in models]
-    if isinstance(wanted.base, HiddenBase):
+    if isinstance(request.base, HiddenBase):
         for identity in identities:  # all of them before the first is measured
-            check_vocabulary(identity, wanted.base)
+            check_vocabulary(identity, request.base)
     noise = None
-    if isinstance(wanted.base, HiddenBase) and wanted.noise_chunks:
-        noise = _noise(wanted.base, wanted, results, progress)
-    measured = [_measure(identity, wanted, results, progress) for identity in identities]
+    if isinstance(request.base, HiddenBase) and request.noise_chunks:
+        noise = _noise(request.base, request, results, progress)
+    measured = [_measure(identity, request, results, progress) for identity in identities]
     return [dataclasses.replace(one, scores=one.scores.model_copy(update={"noise": noise})) for one in measured]
 
 
-def _measure(identity: Identity, wanted: Wanted, results: Results, progress: Progress) -> Measured:
+def _measure(identity: Identity, request: EvalRequest, results: Results, progress: Progress) -> Measurement:
     began = time.monotonic()
-    if wanted.text is not None or wanted.base is not None:
-        measured = _measure_text(identity, wanted, results, progress)
+    if request.text is not None or request.base is not None:
+        measured = _measure_text(identity, request, results, progress)
     else:
-        measured = Measured(Scores(**identity_fields(identity), seconds=0), {})
-    tasks = _measure_tasks(identity, wanted, results, progress)
-    update: dict[str, Any] = {"seconds": time.monotonic() - began}
-    if tasks:
-        update |= {"tasks": tasks, **tasks_average(tasks)}
-    return Measured(measured.scores.model_copy(update=update), measured.arrays)
+        measured = Measurement(Scores(**identity_fields(identity), seconds=0), {})
+    tasks = _measure_tasks(identity, request, results, progress)
+    scores = measured.scores.model_copy(update={**task_fields(tasks), "seconds": time.monotonic() - began})
+    return Measurement(scores, measured.arrays)
 
 
-def _measure_text(identity: Identity, wanted: Wanted, results: Results, progress: Progress) -> Measured:
-    base, text = wanted.base, wanted.text
-    key = {
-        **_key("text", identity.sha256, wanted.settings),
-        "text": text.sha256 if text else None,
-        "chunks": wanted.settings.chunks,
-        "base": [type(base).__name__, reference_name(base).sha256] if base else None,
-    }
-    if (kept := results.get(key)) is not None:
-        # The same content may have another name by now.
-        names: dict[str, Any] = {"model": identity.name}
-        if text:
-            names["text"] = {"name": text.name, "sha256": text.sha256}
-        if base:
-            names["base"] = reference_name(base)
-        return Measured(Scores.model_validate(kept[0] | names), kept[1])
-    measured = measure(identity, text, wanted.settings, base=base, progress=progress)
-    results.put(key, measured.scores.to_json(), measured.arrays)
+def _measure_text(identity: Identity, request: EvalRequest, results: Results, progress: Progress) -> Measurement:
+    base, text = request.base, request.text
+    names: dict[str, Any] = {"model": identity.name}  # the same content can have another name by now
+    inputs = _inputs(MEASURE, identity.sha256, request.settings)
+    if text:
+        inputs["text"] = text.sha256
+        names["text"] = {"name": text.name, "sha256": text.sha256}
+    if base:
+        reference = reference_name(base)
+        inputs["base"] = reference.sha256
+        if isinstance(base, HiddenBase):
+            inputs["base"] = {**base.header.inputs, "gpu": base.header.gpu}
+        names["base"] = reference.model_dump()
+    if (kept := results.get(inputs)) is not None:
+        return Measurement(Scores.model_validate(kept[0] | names), kept[1])
+    measured = measure(identity, text, request.settings, base=base, progress=progress)
+    results.put(inputs, measured.scores.to_json(), measured.arrays)
     return measured
 
 
-def _measure_tasks(identity: Identity, wanted: Wanted, results: Results, progress: Progress) -> dict[str, TaskScore]:
-    settings, found = wanted.task_settings, {}
+def _measure_tasks(
+    identity: Identity, request: EvalRequest, results: Results, progress: Progress
+) -> dict[str, TaskScore]:
+    settings = request.task_settings
+    scores: dict[str, TaskScore] = {}
     with contextlib.ExitStack() as stack:
         model: Model | None = None
-        for task in wanted.tasks:
-            key = {
-                **_key("tasks", identity.sha256, settings),
-                "task": task.name,
-                "source": task.sha256,
-                "count": wanted.task_count,
-            }
-            if (kept := results.get(key)) is not None:
-                found[task.name] = TaskScore.model_validate(kept[0] | {"source": task.source})
+        for task in request.tasks:
+            inputs = _inputs(TASKS, identity.sha256, settings)
+            inputs |= {"task": task.name, "source": task.sha256, "count": request.task_count}
+            if (kept := results.get(inputs)) is not None:
+                scores[task.name] = TaskScore.model_validate(kept[0] | {"source": task.source})
                 continue
             model = model or stack.enter_context(settings.load(identity.path))
-            score = score_task(model, task, wanted.task_settings, count=wanted.task_count, progress=progress).to_score()
-            results.put(key, score.model_dump(mode="json"), {})
-            found[task.name] = score
-    return found
+            score = score_task(model, task, settings, count=request.task_count, progress=progress).to_score()
+            results.put(inputs, score.model_dump(mode="json"), {})
+            scores[task.name] = score
+    return scores
 
 
 def add_tasks(
     scores: Scores,
     model: pathlib.Path,
-    tasks: Sequence[Task],
+    tasks: Sequence[QuestionSet],
     settings: Settings,
     *,
     count: int | None = None,
     progress: Progress = SILENT,
 ) -> Scores:
-    """A model's scores with those of some tasks, at most `count` questions of each. Raises as `tasks.score_task`."""
+    """A model's scores with those of some tasks.
+
+    Parameters:
+        scores: what was measured of the model before.
+        model: path of the model.
+        tasks: the tasks to score.
+        settings: how to decode.
+        count: questions of each task; None asks all.
+        progress: receives the progress.
+
+    Raises:
+        BitladderError: as `tasks.score_task`.
+    """
     began = time.monotonic()
     with settings.load(model) as loaded:
-        found = {
+        by_name = {
             task.name: score_task(loaded, task, settings, count=count, progress=progress).to_score() for task in tasks
         }
     seconds = scores.seconds + time.monotonic() - began
-    return scores.model_copy(update={"tasks": found, "seconds": seconds, **tasks_average(found)})
+    return scores.model_copy(update={**task_fields(by_name), "seconds": seconds})
 
 
-def _noise(base: HiddenBase, wanted: Wanted, results: Results, progress: Progress) -> Noise:
-    header = base.header
-    key = {
-        **_key("noise", header.model_sha256, wanted.settings),
-        "text": header.text_sha256,
-        "chunks": wanted.noise_chunks,
-    }
-    if (kept := results.get(key)) is not None:
+def _noise(base: HiddenBase, request: EvalRequest, results: Results, progress: Progress) -> Noise:
+    inputs = _inputs(NOISE, base.header.model_sha256, request.settings.replace(chunks=request.noise_chunks))
+    inputs["text"] = base.header.text_sha256
+    if (kept := results.get(inputs)) is not None:
         return Noise.model_validate(kept[0])
-    noise = noise_floor(base, wanted.noise_chunks, wanted.settings, progress)
-    results.put(key, noise.model_dump(mode="json"), {})
+    noise = noise_floor(base, request.noise_chunks, request.settings, progress)
+    results.put(inputs, noise.model_dump(mode="json"), {})
     return noise
 
 
-def _key(kind: str, model: str, settings: Settings) -> dict[str, Any]:
-    """What decides every kind of result. Batch sizes and the device show in the last digits; threads do not."""
+def _inputs(algorithm: Algorithm, model_sha256: str, settings: Settings) -> dict[str, Any]:
+    """What decides a result of any kind. Batch sizes show in the last digits of a figure, threads do not."""
     return {
-        "kind": kind,
-        "code": CODE[kind],
+        "algorithms": algorithm.versions(),
+        "kind": algorithm.name,
         "library": library(),
-        "model": model,
-        "n_ctx": settings.n_ctx,
+        "model": model_sha256,
+        "settings": settings,
         "n_batch": settings.n_batch,
         "n_ubatch": settings.n_ubatch,
-        "gpu": settings.gpu_layers != 0,
     }
 
 
-def tasks_average(tasks: dict[str, TaskScore]) -> dict[str, float]:
-    """The two fields of Scores for the mean accuracy over the five benchmarks; empty unless all five are there."""
-    if not set(FIVE) <= tasks.keys():
-        return {}
-    figure = average([tasks[name].accuracy for name in FIVE])
-    return {"tasks_average": figure.value, "tasks_average_error": figure.error}
-
-
-def compare_pair(this: Measured, other: Measured) -> Paired:
-    """The paired difference of two models measured alike: this less other."""
-    found: dict[str, Any] = {"model": other.scores.model, "sha256": other.scores.sha256}
-    mine, theirs, chunks = this.arrays, other.arrays, this.scores.chunks
-    if "nll" in mine and "nll" in theirs and chunks is not None:
-        found["per"] = unit(chunks)
-        found["ln_ppl"] = paired_mean(mine["nll"], theirs["nll"], chunks)
-        found["ppl"] = paired_perplexity(mine["nll"], theirs["nll"], chunks)
-        if "kld" in mine and "kld" in theirs:
-            found["kld"] = paired_mean(mine["kld"], theirs["kld"], chunks)
-    answers = [{name: score.right() for name, score in (one.scores.tasks or {}).items()} for one in (this, other)]
-    tasks = {}
-    for name in answers[0].keys() & answers[1].keys():
-        pair = paired_task(answers[0][name], answers[1][name])
-        if pair is not None:
-            tasks[name] = pair
-    if tasks:
-        found["tasks"] = tasks
-    if set(FIVE) <= tasks.keys():
-        found["tasks_average"] = average([tasks[name].difference for name in FIVE])
-    return Paired(**found)
+def task_fields(tasks: dict[str, TaskScore]) -> dict[str, Any]:
+    """The fields of `Scores` for tasks. Their average is there if all five benchmarks are."""
+    average = average_of_five({name: score.accuracy for name, score in tasks.items()})
+    if average is None:
+        return {"tasks": tasks}
+    return {"tasks": tasks, "tasks_average": average.value, "tasks_average_error": average.error}

@@ -1,9 +1,9 @@
-"""How fast a model is on this machine, measured as llama-bench measures it.
+"""Measures how fast a model is on this machine, as llama-bench does.
 
-Prompt processing decodes random tokens in batches of `n_batch`; text generation decodes random tokens one by one and
-waits for each. A run without the clock warms up: the whole prompt, one generated token. Several models take turns,
-repetition by repetition, so that a machine that grows hot or busy slows them all alike; within a repetition all get
-the same token ids.
+Prompt processing decodes random tokens in batches of `n_batch`. Text generation decodes random tokens one by one and
+waits for each. A pass that is not timed warms up: the whole prompt and one generated token. Several models take turns,
+repetition by repetition, so that a hot or busy machine slows all of them alike. Within a repetition all models get the
+same token ids.
 """
 
 import contextlib
@@ -23,49 +23,61 @@ from bitladder.engine.model import Model, Tokens
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate.identity import parts
-from bitladder.evaluate.speed_rows import SpeedRow, SpeedSettings
-from bitladder.evaluate.speed_tests import SpeedTest
+from bitladder.evaluate.speed_tests import SpeedOptions, SpeedRow, SpeedTest
+from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress, Task
 
-# Share of the main memory that models measured in turns may take; more, and pages would go out and in between turns.
+BENCH = Algorithm("bench", ("llama-bench's tests; models take turns, repetition by repetition",))
+
+# Share of the main memory for models that take turns. With more, the system swaps their pages between turns.
 _SHARE = 0.8
 
 
 class SpeedError(BitladderError):
-    """Some models could not be measured; `rows` are those of the others, and of tests done before."""
+    """Some models could not be measured. `rows` are those of the other models, and of tests that were done before."""
 
     def __init__(self, message: str, rows: list[SpeedRow]) -> None:
         super().__init__(message)
         self.rows = rows
 
 
+@BENCH.entry
 def bench(
     models: Sequence[pathlib.Path],
     tests: Sequence[SpeedTest],
-    repetitions: int = 5,
-    settings: SpeedSettings | None = None,
+    options: SpeedOptions | None = None,
     progress: Progress = SILENT,
 ) -> list[SpeedRow]:
-    """Measure the speed of models, in turns: A B A B.
+    """Measures the speed of models, in turns: A B A B.
 
-    Returns a row for each model and test, in the order of `models`, then of `tests`. Raises UsageError if there is
-    nothing to do, BitladderError at once if a file is missing, and SpeedError at the end, with all rows there are, if
-    a model does not load or does not decode.
+    Parameters:
+        models: the files to measure.
+        tests: what to time.
+        options: how to measure; None takes the defaults.
+        progress: receives the progress.
+
+    Returns:
+        A row for each model and test, in the order of `models`, then of `tests`.
+
+    Raises:
+        UsageError: there are no models or no tests.
+        BitladderError: a file is missing.
+        SpeedError: a model does not load or does not decode; the error has the rows of the others.
     """
-    if repetitions < 1 or not tests or not models:
-        raise UsageError(f"{len(models)} models, {len(tests)} tests, -r {repetitions}: there is nothing to measure")
+    if not tests or not models:
+        raise UsageError(f"{len(models)} models, {len(tests)} tests: there is nothing to measure")
     models = list(dict.fromkeys(models))
     for path in models:
         if not path.is_file():
             raise BitladderError(f"no such model file: {path}")
-    settings = settings or SpeedSettings()
-    threads = settings.threads or threads_available()
-    turns = [models] if _fit(models) else [[path] for path in models]
+    options = options or SpeedOptions()
+    threads = options.threads or threads_available()
+    turns = [models] if _fit_together(models) else [[path] for path in models]
     if len(turns) > 1:
         progress.warn("the models do not fit into memory together: they are measured one after another, not in turns")
-    steps = len(models) * len(tests) * (repetitions + settings.warmup)
+    steps = len(models) * len(tests) * (options.repetitions + options.warmup)
     with ThreadPool(threads) as pool, progress.task(f"Speed of {_listed(models)}", steps) as task:
-        series = _Series(tests, repetitions, settings, threads, pool, task)
+        series = _Series(tests, options, threads, pool, task)
         for together in turns:
             series.measure(together)
     rows = [series.rows[path, test] for path in models for test in tests if (path, test) in series.rows]
@@ -77,11 +89,10 @@ def bench(
 
 @dataclasses.dataclass
 class _Series:
-    """The measuring of all models: what was found, and which of them failed."""
+    """Measures all models; keeps the rows, and the reasons of failures."""
 
     tests: Sequence[SpeedTest]
-    repetitions: int
-    settings: SpeedSettings
+    options: SpeedOptions
     threads: int
     pool: ThreadPool
     task: Task
@@ -89,12 +100,12 @@ class _Series:
     failed: dict[pathlib.Path, str] = dataclasses.field(default_factory=dict)
 
     def measure(self, paths: Sequence[pathlib.Path]) -> None:
-        """Load models and take turns with them, test by test."""
+        """Loads models and lets them take turns, test by test."""
         with contextlib.ExitStack() as stack:
             loaded: dict[pathlib.Path, Model] = {}
             for path in paths:
                 with self._noting(path):
-                    loaded[path] = stack.enter_context(Model(path, gpu_layers=self.settings.gpu_layers))
+                    loaded[path] = stack.enter_context(Model(path, gpu_layers=self.options.gpu_layers))
             for test in self.tests:
                 self._test(test, {path: model for path, model in loaded.items() if path not in self.failed})
 
@@ -105,11 +116,11 @@ class _Series:
         with contextlib.ExitStack() as stack:
             for path, model in models.items():
                 with self._noting(path):
-                    runs[path] = stack.enter_context(_Run(model, test, self.settings, self.threads, self.pool))
-                    if self.settings.warmup:
+                    runs[path] = stack.enter_context(_Run(model, test, self.options, self.threads, self.pool))
+                    if self.options.warmup:
                         runs[path].warm_up()
                         self.task.advance()
-            for repetition in range(self.repetitions):
+            for repetition in range(self.options.repetitions):
                 for path, run in runs.items():
                     if path not in self.failed:
                         self.task.note(f"{test.name} {path.name}")
@@ -134,7 +145,7 @@ class _Series:
             size=model.size,
             n_params=model.n_params,
             test=test,
-            settings=self.settings,
+            options=self.options,
             threads=self.threads,
             backend=backend_names(),
             cpu=processors(CPU, ACCEL),
@@ -147,29 +158,29 @@ class _Series:
 class _Run(Closing):
     """A context for one test of one model."""
 
-    def __init__(self, model: Model, test: SpeedTest, settings: SpeedSettings, threads: int, pool: ThreadPool) -> None:
+    def __init__(self, model: Model, test: SpeedTest, options: SpeedOptions, threads: int, pool: ThreadPool) -> None:
         self._model, self._test = model, test
         decoding = Decoding(
             n_ctx=max(test.tokens + test.n_depth, MIN_CTX),
-            n_batch=settings.n_batch,
-            n_ubatch=settings.n_ubatch,
+            n_batch=options.n_batch,
+            n_ubatch=options.n_ubatch,
             threads=threads,
         )
-        self._context = Context(model, decoding, flash_attn=settings.flash_attn, swa_full=False)
+        self._context = Context(model, decoding, flash_attn=options.flash_attn, swa_full=False)
         self._context.attach(pool)
 
     def close(self) -> None:
-        """Free the memory."""
+        """Frees the memory."""
         self._context.close()
 
     def warm_up(self) -> None:
-        """The whole prompt and one token, so that weights are in memory and threads awake."""
+        """Decodes the whole prompt and one token, so that weights are in memory and threads run."""
         random = np.random.default_rng(0)
         self._process(self._tokens(random, self._test.n_prompt))
         self._generate(self._tokens(random, min(self._test.n_gen, 1)))
 
     def sample(self, repetition: int) -> int:
-        """Nanoseconds that the test takes. The tokens depend on the repetition's number only."""
+        """Times the test, in nanoseconds. The tokens depend only on the number of the repetition."""
         random = np.random.default_rng(repetition)
         prompt, generated = (self._tokens(random, count) for count in (self._test.n_prompt, self._test.n_gen))
         self._context.clear(data=False)
@@ -180,7 +191,7 @@ class _Run(Closing):
         return time.perf_counter_ns() - began
 
     def _tokens(self, random: np.random.Generator, count: int) -> Tokens:
-        """Random ids, the first of them BOS where the vocabulary asks for it."""
+        """Random ids. The first one is BOS if the vocabulary asks for it."""
         tokens = random.integers(self._model.n_vocab, size=count, dtype=np.int32)
         if self._model.add_bos and self._model.bos >= 0:
             tokens[:1] = self._model.bos
@@ -197,8 +208,8 @@ class _Run(Closing):
             self._context.synchronize()
 
 
-def _fit(models: Sequence[pathlib.Path]) -> bool:
-    """Whether all models fit into main memory together; yes if the system does not say."""
+def _fit_together(models: Sequence[pathlib.Path]) -> bool:
+    """Whether all models fit into main memory together. It is true if the size of the memory is not known."""
     needed = sum(part.stat().st_size for path in models for part in parts(path) if part.is_file())
     return len(models) == 1 or not main_memory() or needed < _SHARE * main_memory()
 

@@ -46,7 +46,7 @@ def check_headers(other: Other, full: pathlib.Path) -> None:
     """Raise BitladderError if a file is of another model than the full-precision one: no divergence can be measured."""
     with GgufFile(full) as base, GgufFile(other.path) as file:
         for one in check_structure(base, file):
-            if one.level == "other":
+            if one.gravity == "other":
                 raise BitladderError(f"--compare {other.path.name} is no quant of this model: {one.text}; leave it out")
 
 
@@ -57,7 +57,7 @@ def doubts(other: Other, full: pathlib.Path, scores: Scores, threads: int | None
     if scores.ln_ppl_ratio and scores.kld:
         far = any(one.about == "weights" for one in findings)
         findings += perplexity_sign(scores.ln_ppl_ratio, scores.kld.value, far)
-    found = [one.text for one in findings if one.level == "sign"]
+    found = [one.text for one in findings if one.gravity == "sign"]
     for text in found:
         progress.warn(f"--compare {other.path.name}: {text}")
     return found

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from bitladder import evaluate
 from bitladder.files import replacing
-from bitladder.ladder.records import read_json, score_path
+from bitladder.ladder.records import score_path
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -27,14 +27,12 @@ def keep_tokens(folder: pathlib.Path, name: str, arrays: Arrays) -> pathlib.Path
     return path
 
 
-def paired_with_naive(folder: pathlib.Path, rung: str) -> dict[str, Any]:
-    """The paired differences of a rung from the preset by itself, as in Scores JSON (negative is better)."""
-    this = read_json(folder / "measured" / f"{rung}.json")
-    other = read_json(score_path(folder, f"{rung}.naive"))
-    found = []
-    for name, document in ((rung, this), (f"{rung}.naive", other)):
-        fields = evaluate.Scores.model_fields.keys() & document.keys()
-        scores = evaluate.Scores.model_validate({field: document[field] for field in fields})
+def paired_with_naive(folder: pathlib.Path, rung: str) -> evaluate.Paired:
+    """The paired differences of a rung from the preset by itself (negative is better)."""
+    this = evaluate.read_document(folder / "measured" / f"{rung}.json", evaluate.Scores)
+    other = evaluate.read_scores(score_path(folder, f"{rung}.naive"))
+    measured = []
+    for name, scores in ((rung, this), (f"{rung}.naive", other)):
         with np.load(tokens_path(folder, name), allow_pickle=False) as file:
-            found.append(evaluate.Measured(scores, {key: file[key] for key in file.files}))
-    return evaluate.compare_pair(*found).model_dump(exclude_none=True)
+            measured.append(evaluate.Measurement(scores, {key: file[key] for key in file.files}))
+    return evaluate.compare_pair(*measured)

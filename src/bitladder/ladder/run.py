@@ -103,7 +103,7 @@ class _Execution:
         *,
         text: Text,
         calibration: list[Text],
-        tasks: list[evaluate.Task],
+        tasks: list[evaluate.QuestionSet],
         others: list[Other],
         progress: Tracker,
     ) -> None:
@@ -203,7 +203,7 @@ class _Execution:
 
     def _base(self) -> Product:
         out = self._base_path()
-        evaluate.make_base(self.full, self.text, out, chunks=self.options.chunks, **self._engine())
+        evaluate.make_base(self.full, self.text, out, self._settings(), self.progress)
         return Product([out])
 
     def _imatrix(self) -> Product:
@@ -284,8 +284,8 @@ class _Execution:
             result = self._make(rung, (self.full, self.folder / IMATRIX), path, None)
             name = f"{self.facts['convert']['stem']}-{rung}.gguf"
             measured = self._measured(path)
-            said = {"model": name, "role": "naive", "rung": rung, "mode": "naive"}
-            write_json(out, measured.scores.to_json() | said)
+            scores = evaluate.RunScores.of(measured.scores, model=name, role="naive", rung=rung, mode="naive")
+            write_json(out, scores.to_json())
             write_recipe(recipe, self._recipe(result, name))
             tokens = keep_tokens(self.folder, f"{rung}.naive", measured.arrays)
         finally:
@@ -327,7 +327,7 @@ class _Execution:
             facts["doubts"] = doubts(self.others[rung], self.full, scores, self.options.threads, self.progress)
         return Product(files, facts)
 
-    def _measured(self, path: pathlib.Path) -> evaluate.Measured:
+    def _measured(self, path: pathlib.Path) -> evaluate.Measurement:
         """A quant's divergence, token by token, and its tasks."""
         base = self._opened_base()
         found = evaluate.measure(path, self.text, self._settings(), base=base, progress=self.progress)
@@ -350,24 +350,24 @@ class _Execution:
     def _score(self, step: Step) -> Product:
         """Put together what was measured of a model, which stays valid when only the speeds are measured again."""
         rung = step.rung or step.other
-        scores = read_json(self._measured_path(rung))
+        scores = evaluate.read_document(self._measured_path(rung), evaluate.Scores)
+        place: dict[str, Any] = {}
         if "bench" in step.needs:
-            scores["bench"] = read_json(self.folder / BENCH)[rung or "base"]
-        out = score_path(self.folder, rung or "base")
-        document = evaluate.Scores.model_validate(scores).to_json()
+            place["bench"] = read_json(self.folder / BENCH)[rung or "base"]
         if rung in self.others:
-            document |= about(self.others[rung], self.facts[f"measure {rung}"]["doubts"])
+            place |= about(self.others[rung], self.facts[f"measure {rung}"]["doubts"])
         elif rung is not None and self.options.mode != "naive":
             plan = read_json(self.folder / PLANNED / f"{rung}.json")
-            document |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
+            place |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
         if rung in self.options.rungs and self.options.rounding != "stock":
             tuned = bool(self.facts[f"quantize {rung}"].get("tuned"))
-            document |= {"rounding": self.options.rounding} | ({"tuned": True} if tuned else {})
-        if rung in self.options.rungs and self._smoothed(rung or ""):
-            document |= {"smoothed": True}
+            place |= {"rounding": self.options.rounding, "tuned": tuned}
+        if rung in self.options.rungs:
+            place["smoothed"] = self._smoothed(rung or "")
         if f"naive {rung}" in step.needs:
-            document |= {"paired": paired_with_naive(self.folder, rung or "")}
-        write_json(out, document)
+            place["paired"] = paired_with_naive(self.folder, rung or "")
+        out = score_path(self.folder, rung or "base")
+        write_json(out, evaluate.RunScores.of(scores, **place).to_json())
         return Product([out])
 
     def _model_path(self, rung: str | None) -> pathlib.Path:

@@ -1,59 +1,75 @@
-"""Which figures of a column are the best, as far as noise lets them be told apart."""
+"""Which figures of a column are the best, as far as noise allows, and which files to choose."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from bitladder.evaluate.paired import paired_task
-from bitladder.report.numbers import Figure
-from bitladder.report.rundir import Measured
-from bitladder.report.scores import Scores
+from bitladder.evaluate import FIVE, Figure, RunScores, average_of_five, paired_task
+from bitladder.report.rundir import RunModel
 
-# Differences under so many standard errors are not called differences.
+# A difference of less than this many standard errors counts as noise.
 NOISE = 2.0
 
-# One model's figure less another's, in the order (this, other); None if one of them was not measured.
-Difference = Callable[[Scores, Scores], Figure | None]
+# The figure of one model less that of another, in the order (this, other); None if one of them was not measured.
+Difference = Callable[[RunScores, RunScores], Figure | None]
+
+# Largest mean KLD of each sentence, nats per token. On the model of benchmarks/results the likeliest token is another
+# one at 4, 12 and 20 % of places at the ends of the first three.
+LEVELS = (
+    (0.003, "you want what can hardly be told from full precision"),
+    (0.03, "quality comes first and memory allows it"),
+    (0.1, "you want a balance of size and quality"),
+    (0.3, "memory is short and some loss is acceptable"),
+)
+WORST = "nothing larger fits"
 
 
-def best(models: Sequence[Measured], difference: Difference, *, higher: bool = False) -> list[bool]:
-    """For each model whether its figure is the best, or less than NOISE standard errors behind it.
+def best(models: Sequence[RunModel], difference: Difference, *, higher: bool = False) -> list[bool]:
+    """For each model, whether its figure is the best, or within NOISE standard errors of the best.
 
-    The best has the lowest figure (with `higher` the highest). With fewer than two figures nothing is the best.
+    Parameters:
+        models: the models of a column.
+        difference: how two figures of the column differ.
+        higher: whether the highest figure is the best; otherwise the lowest is.
+
+    Returns:
+        A flag for each model. With fewer than two figures no model is the best.
     """
     sign = -1.0 if higher else 1.0
-    leader: Measured | None = None
-    for one in models:
+    leader: RunModel | None = None
+    for model in models:
         # A model without the figure has no difference, not even from itself.
-        if difference(one.scores, one.scores) is None:
+        if difference(model.scores, model.scores) is None:
             continue
-        gap = difference(one.scores, leader.scores) if leader else None
+        gap = difference(model.scores, leader.scores) if leader else None
         if leader is None or (gap is not None and sign * gap.value < 0):
-            leader = one
-    gaps = [difference(one.scores, leader.scores) if leader else None for one in models]
+            leader = model
+    gaps = [difference(model.scores, leader.scores) if leader else None for model in models]
     if sum(gap is not None for gap in gaps) < 2:
         return [False] * len(models)
     return [gap is not None and sign * gap.value <= NOISE * gap.error for gap in gaps]
 
 
-def independent(figure: Callable[[Scores], Figure | None]) -> Difference:
-    """The difference of figures as if their errors were independent: on the same text that is on the careful side."""
+def independent(figure: Callable[[RunScores], Figure | None]) -> Difference:
+    """The difference of figures as if their errors were independent. On the same text the true error is smaller."""
 
-    def difference(this: Scores, other: Scores) -> Figure | None:
-        one, two = figure(this), figure(other)
-        if one is None or two is None:
+    def difference(this: RunScores, other: RunScores) -> Figure | None:
+        mine, theirs = figure(this), figure(other)
+        if mine is None or theirs is None:
             return None
-        return Figure(value=one.value - two.value, error=0 if this is other else math.hypot(one.error, two.error))
+        error = 0.0 if this is other else math.hypot(mine.error, theirs.error)
+        return Figure(value=mine.value - theirs.value, error=error)
 
     return difference
 
 
-def kld(this: Scores, other: Scores) -> Figure | None:
-    """Difference of KLDs, nats per token; of a pair that was compared token by token, with that ±."""
+def kld(this: RunScores, other: RunScores) -> Figure | None:
+    """The difference of KLDs, nats per token. A pair that was compared token by token has the error of that."""
     return paired_kld(this, other) or independent(lambda scores: scores.kld)(this, other)
 
 
-def paired_kld(this: Scores, other: Scores) -> Figure | None:
-    """Difference of KLDs over the same tokens; None if the two were not compared so."""
+def paired_kld(this: RunScores, other: RunScores) -> Figure | None:
+    """The difference of KLDs over the same tokens; None if the two were not compared token by token."""
     if this.paired and this.paired.sha256 == other.sha256 and this.paired.kld:
         return this.paired.kld
     if other.paired and other.paired.sha256 == this.sha256 and other.paired.kld:
@@ -61,31 +77,72 @@ def paired_kld(this: Scores, other: Scores) -> Figure | None:
     return None
 
 
-def perplexity(this: Scores, other: Scores) -> Figure | None:
-    """Difference of ln PPL. Both were paired with the base, whose ± drops out: far surer than the ± of PPL itself."""
+def perplexity(this: RunScores, other: RunScores) -> Figure | None:
+    """The difference of ln PPL. If both were paired with the base, the error of the base drops out."""
     if this.ln_ppl_ratio is not None and other.ln_ppl_ratio is not None:
         return independent(lambda scores: scores.ln_ppl_ratio)(this, other)
     return independent(lambda scores: scores.ppl)(this, other)
 
 
 def task(name: str) -> Difference:
-    """Difference of accuracies in a benchmark; question by question where the answers were kept."""
+    """The difference of accuracies in a task, question by question if the answers were kept."""
 
-    def difference(this: Scores, other: Scores) -> Figure | None:
+    def difference(this: RunScores, other: RunScores) -> Figure | None:
         if name not in this.tasks or name not in other.tasks:
             return None
-        paired = paired_task(this.tasks[name].right(), other.tasks[name].right())
-        if paired is None:
-            return independent(lambda scores: scores.tasks[name].accuracy)(this, other)
-        return Figure(value=paired.difference.value, error=paired.difference.error)
+        pair = paired_task(this.tasks[name].right(), other.tasks[name].right())
+        return pair.difference if pair else independent(lambda scores: scores.tasks[name].accuracy)(this, other)
 
     return difference
 
 
-def tasks_average(this: Scores, other: Scores) -> Figure | None:
-    """Difference of the mean accuracies over benchmarks, which are independent of each other."""
-    if this.average() is None or other.average() is None or this.tasks.keys() != other.tasks.keys():
-        return None
-    gaps = [gap for name in this.tasks if (gap := task(name)(this, other))]
-    error = math.sqrt(sum(gap.error**2 for gap in gaps)) / len(gaps)
-    return Figure(value=sum(gap.value for gap in gaps) / len(gaps), error=error)
+def tasks_average(this: RunScores, other: RunScores) -> Figure | None:
+    """The difference of the mean accuracies over the five benchmarks, which are independent of each other."""
+    gaps = {name: gap for name in FIVE if (gap := task(name)(this, other))}
+    return average_of_five(gaps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """A rung that is worth its size, and when to use it."""
+
+    model: RunModel
+    when: str
+
+
+def recommendations(rungs: Sequence[RunModel]) -> list[Recommendation]:
+    """The rungs that are worth their size, smallest first, each with a sentence."""
+    labels = worth_their_size([(rung.label, rung.scores) for rung in rungs])
+    chosen = [rung for rung in sorted(rungs, key=lambda rung: rung.size_order) if rung.label in labels]
+    return [Recommendation(rung, _when(rung.scores)) for rung in chosen]
+
+
+def worth_their_size(rungs: Sequence[tuple[str, RunScores]]) -> list[str]:
+    """The rungs with less KLD than every smaller one, by more than noise, smallest first.
+
+    The noise is that of independent measurements. All share their text, so the true noise is smaller.
+    """
+    chosen: list[tuple[str, Figure]] = []
+    for label, scores in by_size(rungs):
+        if scores.kld is None:
+            continue
+        if not chosen or chosen[-1][1].value - scores.kld.value > NOISE * math.hypot(
+            chosen[-1][1].error, scores.kld.error
+        ):
+            chosen.append((label, scores.kld))
+    return [label for label, _ in chosen]
+
+
+def by_size(rungs: Sequence[tuple[str, RunScores]]) -> list[tuple[str, RunScores]]:
+    """Labelled scores from the smallest file to the largest."""
+    return sorted(rungs, key=lambda rung: (rung[1].bytes, rung[0]))
+
+
+def _when(scores: RunScores) -> str:
+    """When to use a file, and how often greedy decoding takes another token."""
+    assert scores.kld is not None
+    kld = scores.kld.value
+    sentence = next((text for limit, text in LEVELS if kld <= limit), WORST)
+    if scores.same_top_p is None:
+        return sentence
+    return f"{sentence} (the likeliest token is another one at {100 * (1 - scores.same_top_p.value):.2g} % of places)"

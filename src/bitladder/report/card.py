@@ -1,32 +1,45 @@
-"""The model card (README.md) of a run directory, made from what lies in that directory and nothing else."""
+"""The model card (README.md) of a run, made from the files of the run directory and nothing else."""
 
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+from huggingface_hub import ModelCardData
 
 from bitladder.errors import BitladderError
+from bitladder.evaluate import RunScores
+from bitladder.evaluate.tasks import task_meanings
 from bitladder.files import write_text
 from bitladder.recipe import Recipe, recipe_sha256
 from bitladder.report import tables
-from bitladder.report.front import front_matter
-from bitladder.report.metrics import BENCHMARKS, METRICS, SPEED
+from bitladder.report.best import recommendations
 from bitladder.report.numbers import gigabytes, with_error
-from bitladder.report.recommend import choices
-from bitladder.report.rundir import Measured, Run, read_run
+from bitladder.report.rundir import Run, RunModel, RunPaths, read_run
 
-NAME = "README.md"
-# Speeds shown in the table of choices: what a user of a chat waits for.
+# The speed in the table of choices: in a chat the user waits for generated tokens.
 GENERATION = "tg128"
+# Keys of the hub's front matter → keys of GGUF's general.* metadata.
+PASSED_ON = {
+    "license": "license",
+    "license_name": "license.name",
+    "license_link": "license.link",
+    "language": "languages",
+}
+WIKITEXT = "Salesforce/wikitext"
 
 
 def write_card(folder: pathlib.Path) -> bool:
-    """Write the card of a finished run; return whether it differs from what was there.
+    """Writes the card of a finished run, and returns whether it changed.
 
-    Raises BitladderError if the directory holds no finished run, or a file of it cannot be read.
+    Raises:
+        BitladderError: the directory has no finished run, or a file of it cannot be read.
     """
-    text, path = render_card(folder), folder / NAME
+    return write_if_changed(RunPaths(folder).card, render_card(folder))
+
+
+def write_if_changed(path: pathlib.Path, text: str) -> bool:
+    """Writes a text file unless it has the same content, and returns whether it changed."""
     if path.is_file() and path.read_bytes() == text.encode():
         return False
     write_text(path, text)
@@ -34,7 +47,7 @@ def write_card(folder: pathlib.Path) -> bool:
 
 
 def render_card(folder: pathlib.Path) -> str:
-    """The card's Markdown. The same run directory gives the same text. Raises BitladderError as `write_card`."""
+    """The Markdown of the card. The same run directory gives the same text. Raises BitladderError as `write_card`."""
     run = read_run(folder)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bitladder.report"),
@@ -48,12 +61,12 @@ def render_card(folder: pathlib.Path) -> str:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What card and HTML report say of a run, by the names their templates use."""
-    chosen = choices(run.rungs)
-    taken = {choice.model.label for choice in chosen}
+    """What the card and the HTML report say of a run, by the names that their templates use."""
+    recommended = recommendations(run.rungs)
+    labels = {choice.model.label for choice in recommended}
     base = run.base.scores
-    tasks = tables.tasks(run)
-    scored = [one.scores for one in [run.base, *run.quants]]
+    scored = [model.scores for model in run.models]
+    recipes = [rung.recipe for rung in run.rungs if rung.recipe]
     return {
         "run": run,
         "record": run.record,
@@ -70,38 +83,38 @@ def facts(run: Run) -> dict[str, Any]:
                 "speed": _speed(choice.model),
                 "when": choice.when,
             }
-            for choice in chosen
+            for choice in recommended
         ],
-        "not_chosen": [one.label for one in run.rungs if one.label not in taken],
-        "generation": GENERATION if any(one.scores.speed(GENERATION) for one in run.rungs) else None,
+        "not_chosen": [rung.label for rung in run.rungs if rung.label not in labels],
+        "generation": GENERATION if any(rung.scores.speed(GENERATION) for rung in run.rungs) else None,
         "sizes": tables.sizes(run),
         "quality": tables.quality(run),
         "all_paired": tables.all_paired(run),
-        "doubts": {tables.label(one): one.scores.doubts for one in run.others if one.scores.doubts},
-        "tasks": tasks,
-        "task_scores": {name: score for one in reversed(scored) for name, score in one.tasks.items()},
+        "doubts": {tables.label(other): other.scores.doubts for other in run.others if other.scores.doubts},
+        "tasks": tables.tasks(run),
+        "task_scores": {name: score for scores in reversed(scored) for name, score in scores.tasks.items()},
         "speeds": tables.speeds(run),
         "machine": _machine(scored),
-        "metrics": METRICS,
-        "benchmarks": BENCHMARKS,
-        "speed_meaning": SPEED,
-        "made": [_made(one) for one in run.rungs],
-        "smoothed": any(one.scores.smoothed for one in run.rungs),
-        "tuned": any(one.scores.tuned for one in run.rungs),
-        "imatrix": _imatrix([one.recipe for one in run.rungs if one.recipe]),
-        "versions": _versions([one.recipe.versions for one in run.rungs if one.recipe] + [s.versions for s in scored]),
-        "calibrated_on_text": any(base.text.sha256 in _calibration(one.recipe) for one in run.rungs if one.recipe),
+        "metrics": tables.METRICS,
+        "benchmarks": task_meanings(),
+        "speed_meaning": tables.SPEED,
+        "made": [_made(rung) for rung in run.rungs],
+        "smoothed": any(rung.scores.smoothed for rung in run.rungs),
+        "tuned": any(rung.scores.tuned for rung in run.rungs),
+        "imatrix": _imatrix(recipes),
+        "versions": _versions([recipe.versions for recipe in recipes] + [scores.versions for scores in scored]),
+        "calibrated_on_text": any(base.text.sha256 in _calibration(recipe) for recipe in recipes),
         "credits": _credits(run),
     }
 
 
-def _speed(model: Measured) -> str:
+def _speed(model: RunModel) -> str:
     figure = model.scores.speed(GENERATION)
     return with_error(figure) if figure else tables.DASH
 
 
-def _made(model: Measured) -> dict[str, str]:
-    """How one file was made."""
+def _made(model: RunModel) -> dict[str, str]:
+    """How the file of a rung was made."""
     assert model.recipe is not None
     return {
         "label": model.label,
@@ -113,47 +126,47 @@ def _made(model: Measured) -> dict[str, str]:
     }
 
 
-def _chosen_by(model: Measured) -> str:
+def _chosen_by(model: RunModel) -> str:
     """How the types were chosen, and how weights were rounded to them."""
     assert model.recipe is not None
     mode, rounding = model.scores.mode, model.scores.rounding
-    said = "the preset"
+    words = ["the preset"]
     if mode not in (None, "naive"):
-        # "bitladder run --mode quality: exact, corrected twice": what comes last names the plan.
+        # "bitladder run --mode quality: exact, corrected twice": the last part names the plan.
         plan = (model.recipe.made or "").rpartition(": ")[2]
-        said = f"a plan for {mode}" + (f" ({plan})" if plan else "")
+        words = [f"a plan for {mode}" + (f" ({plan})" if plan else "")]
     if rounding not in (None, "stock"):
-        said += f"; rounding: {rounding}"
-    marks = [mark for mark, there in (("tuned", model.scores.tuned), ("smoothed", model.scores.smoothed)) if there]
-    return "; ".join([said, *marks])
+        words.append(f"rounding: {rounding}")
+    words += [mark for mark, holds in (("tuned", model.scores.tuned), ("smoothed", model.scores.smoothed)) if holds]
+    return "; ".join(words)
 
 
-def _machine(scored: Sequence[Any]) -> str:
-    """What the speeds were measured on, such as "Some CPU, 2 threads"."""
+def _machine(scored: Sequence[RunScores]) -> str:
+    """The machine on which speeds were measured, such as "Some CPU, 2 threads"."""
     rows = [row for scores in scored for row in scores.bench]
     parts = [(row.cpu, _threads(row.threads), row.backend if row.backend != "CPU" else None) for row in rows]
     return " and ".join(dict.fromkeys(", ".join(part for part in row if part) for row in parts if any(row)))
 
 
-def _threads(count: int | None) -> str | None:
+def _threads(count: int) -> str | None:
     return f"{count} thread{'s' if count > 1 else ''}" if count else None
 
 
 def _imatrix(recipes: list[Recipe]) -> dict[str, Any]:
-    """What all rungs have in common. Raises BitladderError if they have not."""
-    found = {recipe.imatrix.model_dump_json(): recipe.imatrix for recipe in recipes if recipe.imatrix}
-    if len(found) != 1:
+    """The importance matrix of all rungs. Raises BitladderError if they have different ones."""
+    matrices = {recipe.imatrix.model_dump_json(): recipe.imatrix for recipe in recipes if recipe.imatrix}
+    if len(matrices) != 1:
         raise BitladderError("the recipes name different importance matrices; give the `bitladder run` command again")
-    return next(iter(found.values())).model_dump()
+    return next(iter(matrices.values())).model_dump()
 
 
 def _calibration(recipe: Recipe) -> set[str]:
-    """Hashes of the texts that the importance matrix is from."""
+    """Hashes of the texts of the importance matrix."""
     return {text.sha256 for text in recipe.imatrix.texts} if recipe.imatrix else set()
 
 
 def _versions(used: Sequence[dict[str, str]]) -> str:
-    """Every version that took part, such as "bitladder 0.1.0, llama.cpp 0c1e570"."""
+    """Every version that was used, such as "bitladder 0.1.0, llama.cpp commit 0c1e570"."""
     names = {
         "bitladder": "bitladder",
         "llama_cpp_python": "llama-cpp-python",
@@ -162,23 +175,51 @@ def _versions(used: Sequence[dict[str, str]]) -> str:
     }
     parts = []
     for key, label in names.items():
-        found = sorted({versions[key] for versions in used if key in versions})
-        if found:
-            parts.append(f"{label} {' and '.join(found)}")
+        known = sorted({versions[key] for versions in used if key in versions})
+        if known:
+            parts.append(f"{label} {' and '.join(known)}")
     return ", ".join(parts)
 
 
 def _credits(run: Run) -> dict[str, Any]:
-    """Whose texts and files were used."""
-    texts = run.manifest.steps["imatrix"].facts.get("texts", [])
-    names = [run.base.scores.text.name, *(text["name"] for text in texts)]
+    """The texts and files of others that were used."""
+    names = [run.base.scores.text.name, *_calibration_names(run)]
     return {
         "wikitext": any("wiki" in name.lower() for name in names),
         "python": any(name.startswith("pydoc:") for name in names),
-        "sources": sorted({one.scores.source for one in run.others if one.scores.source}),
+        "sources": sorted({other.scores.source for other in run.others if other.scores.source}),
     }
 
 
 def _cell(text: str) -> str:
-    """Text that cannot break out of a table's cell or its line."""
+    """Text that cannot end the cell of a table, or its line."""
     return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def front_matter(run: Run) -> str:
+    """The YAML at the top of the card, as the hub reads it, without fences. What is not known is left out."""
+    values: dict[str, Any] = {}
+    if run.origin:
+        values |= {"base_model": run.origin, "base_model_relation": "quantized"}
+    if run.record.quantized_by:
+        values["quantized_by"] = run.record.quantized_by
+    values |= {"pipeline_tag": "text-generation", "library_name": "gguf"}
+    general = run.full["general"]
+    values |= {key: general[name] for key, name in PASSED_ON.items() if general.get(name)}
+    if names := datasets(run):
+        values["datasets"] = names
+    values["tags"] = ["gguf", "quantized", "imatrix", "llama.cpp", "bitladder"]
+    # Unlike a plain dump, this refuses what the hub's own reader refuses.
+    return str(ModelCardData(**values).to_yaml(original_order=list(values))).rstrip("\n")
+
+
+def datasets(run: Run) -> list[str]:
+    """Hub ids of the data sets of the calibration text: those that were named, and WikiText by the names of files."""
+    names = list(run.record.datasets)
+    if any(name.startswith("wiki.") for name in _calibration_names(run)) and WIKITEXT not in names:
+        names.append(WIKITEXT)
+    return names
+
+
+def _calibration_names(run: Run) -> list[str]:
+    return [text["name"] for text in run.manifest.steps["imatrix"].facts.get("texts", [])]

@@ -1,29 +1,27 @@
-"""Figures as a person reads them: an error to two significant digits, a value to the same place."""
+"""Figures as a person reads them: an error with two significant digits, the value to the same decimal place."""
 
 import decimal
 import math
 
-import pydantic
+from bitladder.evaluate import Figure
 
-# Below this a plain decimal is mostly zeros, and hard to read.
+# A smaller value is written with a power of ten, because a plain decimal has too many zeros.
 SMALLEST_PLAIN = 1e-3
 
 
-class Figure(pydantic.BaseModel):
-    """A measured figure with its standard error, in the unit of the value."""
-
-    value: float
-    error: float
-
-
 def with_error(figure: Figure, scale: float = 1.0) -> str:
-    """Such as "12.346 ± 0.072": both times `scale` (100 for percent), the error to two significant digits."""
+    """A figure with its error as text. Both are multiplied by `scale` (100 for percent).
+
+    Example:
+        >>> with_error(Figure(value=12.3456, error=0.0723))
+        '12.346 ± 0.072'
+    """
     value, error = figure.value * scale, figure.error * scale
     if not math.isfinite(value):
         return str(value)
     if not math.isfinite(error) or error <= 0:
         return f"{value:.4g}"
-    # Rounding may carry into another digit (0.0996 → 0.10), so the place is taken from the rounded error.
+    # Rounding can add a digit (0.0996 → 0.10), so the decimal place is that of the rounded error.
     rounded = decimal.Decimal(f"{error:.1e}")
     exponent = rounded.adjusted() - 1
     if 0 < abs(value) < SMALLEST_PLAIN:
@@ -34,18 +32,23 @@ def with_error(figure: Figure, scale: float = 1.0) -> str:
 
 
 def percent(share: float, *, least: int = 2, most: int = 5) -> str:
-    """A share of 1 in percent, with enough digits that its distance from 100 % has two."""
+    """A share of 1 in percent, with `least` to `most` decimals, so that its distance from 100 % has two digits.
+
+    Example:
+        >>> percent(0.99876)
+        '99.88 %'
+    """
     distance = abs(1 - share) * 100
     places = least if distance == 0 else min(most, max(least, 1 - _magnitude(distance)))
     return f"{share * 100:.{places}f} %"
 
 
 def gigabytes(size: int) -> str:
-    """A file's size in GB of 10⁹ bytes, three significant digits and at least two decimals."""
+    """A file's size in GB of 10⁹ bytes, with three significant digits and at least two decimals."""
     value = size / 1e9
     return f"{value:.{max(2, 2 - _magnitude(value))}f}"
 
 
 def _magnitude(value: float) -> int:
-    """The power of ten of the first digit; 0 for zero."""
+    """The power of ten of the first digit; 0 for a value of 0."""
     return math.floor(math.log10(abs(value))) if value else 0

@@ -1,23 +1,70 @@
-"""A run directory as the report reads it: what is needed, and what happens to be there."""
+"""A run directory as the report reads it. This is the only place of the report that knows paths of a run directory."""
 
 import dataclasses
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import pydantic
 
 from bitladder.calibrate.imatrix import read_imatrix
 from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
+from bitladder.evaluate import Figure, NamedFile, Role, RunScores, read_document, read_scores
 from bitladder.gguf.reader import GgufFile
 from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
 from bitladder.recipe import Recipe, read_recipe
-from bitladder.report.numbers import Figure
-from bitladder.report.scores import Role, Scores, TextMeasured, read_model, read_scores
 
-CANDIDATES, SENSITIVITY, IMATRIX = "candidates.json", "sensitivity.json", "imatrix.gguf"
+D = TypeVar("D", bound=pydantic.BaseModel)
 
 
-class Candidate(pydantic.BaseModel):
+@dataclasses.dataclass(frozen=True)
+class RunPaths:
+    """The paths of a run directory that the report reads and writes."""
+
+    folder: pathlib.Path
+
+    @property
+    def card(self) -> pathlib.Path:
+        """The model card."""
+        return self.folder / "README.md"
+
+    @property
+    def page(self) -> pathlib.Path:
+        """The HTML report."""
+        return self.folder / "report.html"
+
+    @property
+    def imatrix(self) -> pathlib.Path:
+        """The importance matrix."""
+        return self.folder / "imatrix.gguf"
+
+    @property
+    def candidates(self) -> pathlib.Path:
+        """Every recipe that was tried."""
+        return self.folder / "candidates.json"
+
+    def prices(self, *, smoothed: bool, both: bool) -> pathlib.Path:
+        """The prices of the smoothed model, or of the model as it is; `both`: the rungs are made of both."""
+        return self.folder / ("sensitivity-plain.json" if both and not smoothed else "sensitivity.json")
+
+    def model(self, file: str) -> pathlib.Path:
+        """A model file, by its name."""
+        return self.folder / file
+
+    def scores(self, name: str) -> pathlib.Path:
+        """The scores of a rung, of "RUNG.naive", of "base" or of somebody else's file."""
+        return self.folder / "scores" / f"{name}.json"
+
+    def recipe(self, name: str) -> pathlib.Path:
+        """The recipe of a rung, of "RUNG.naive" or of somebody else's file."""
+        return self.folder / "recipes" / f"{name}.toml"
+
+    def name(self, path: pathlib.Path) -> str:
+        """A path relative to the run directory, with forward slashes."""
+        return path.relative_to(self.folder).as_posix()
+
+
+class TriedRecipe(pydantic.BaseModel):
     """A recipe that was tried for a rung: predicted, measured or both; KLD in nats per token."""
 
     rung: str
@@ -31,125 +78,157 @@ class Candidate(pydantic.BaseModel):
     chosen: bool = False
 
 
-class Candidates(pydantic.BaseModel):
-    """candidates.json: everything that was tried, and the text it was measured on."""
+class TriedRecipes(pydantic.BaseModel):
+    """candidates.json: every recipe that was tried, and the text on which they were measured."""
 
-    text: TextMeasured | None = None
+    text: NamedFile | None = None
     n_ctx: int | None = None
     chunks: int | None = None
-    candidates: list[Candidate] = []
+    candidates: list[TriedRecipe] = []
 
 
-class TensorCost(pydantic.BaseModel):
-    """What each type of a tensor adds to the mean KLD, nats per token, by the type's name in any case."""
+class TensorPrices(pydantic.BaseModel):
+    """What each type of a tensor adds to the mean KLD, nats per token, by the name of the type."""
 
     kld: dict[str, float]
 
-    def of(self, kind: str) -> float | None:
-        """The cost of one type; None if it was not priced."""
-        return next((cost for name, cost in self.kld.items() if name.lower() == kind.lower()), None)
 
-
-class Check(pydantic.BaseModel):
-    """How prices fit swaps that they were not made from: Spearman's correlation and measured / predicted."""
+class PriceCheck(pydantic.BaseModel):
+    """How prices fit swaps that they were not made from: Spearman's correlation, and measured / predicted."""
 
     pairs: int
     rank_correlation: float
     median_ratio: float
 
 
-class Sensitivity(pydantic.BaseModel):
+class Prices(pydantic.BaseModel):
     """sensitivity.json: the price of each type of each tensor."""
 
-    tensors: dict[str, TensorCost] = {}
-    check: Check | None = None
+    tensors: dict[str, TensorPrices] = {}
+    check: PriceCheck | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """A model file and its figures; `label` is what tables call it, `recipe` None where its types are not known."""
+class RunModel:
+    """A model file of a run, with its figures.
+
+    Parameters:
+        label: the name in tables.
+        role: what the model is in the run.
+        scores: its figures.
+        recipe: the types of its tensors; None if they are not known.
+    """
 
     label: str
     role: Role
-    scores: Scores
+    scores: RunScores
     recipe: Recipe | None = None
 
     @property
-    def size(self) -> tuple[int, bool, str]:
-        """A key that sorts from the smallest file to the largest; of equals the rung comes first."""
+    def size_order(self) -> tuple[int, bool, str]:
+        """A key that sorts from the smallest file to the largest. Of files of equal size the rung comes first."""
         return self.scores.bytes, self.role != "rung", self.label
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run. `full` holds the facts of the full-precision model (`ladder.source.describe`).
+    """A finished run.
 
-    `rungs` go from the smallest file to the largest; `naive` has, by rung, the preset by itself.
+    Parameters:
+        paths: the run directory.
+        manifest: ladder.json.
+        record: what the run was asked for.
+        full: facts of the full-precision model (`ladder.source.describe`).
+        base: the full-precision model.
+        rungs: from the smallest file to the largest.
+        naive: by rung, the preset by itself.
+        others: files of somebody else.
+        tried: every recipe that was tried; None if there is no such file.
+        prices: prices of the smoothed model (True) and of the model as it is (False), as far as there are any.
     """
 
-    folder: pathlib.Path
+    paths: RunPaths
     manifest: Manifest
     record: RunRecord
     full: dict[str, Any]
-    base: Measured
-    rungs: tuple[Measured, ...]
-    naive: dict[str, Measured]
-    others: tuple[Measured, ...]
-    candidates: Candidates | None
-    sensitivity: Sensitivity | None
+    base: RunModel
+    rungs: tuple[RunModel, ...]
+    naive: dict[str, RunModel]
+    others: tuple[RunModel, ...]
+    tried: TriedRecipes | None
+    prices: dict[bool, Prices]
 
     @property
     def name(self) -> str:
-        """What the model is called."""
+        """The name of the model."""
         return str(self.full["general"].get("name") or self.full["stem"])
 
     @property
     def origin(self) -> str | None:
-        """The hub id of the model that was quantized, if it is known."""
+        """The hub id of the model that was quantized; None if it is not known."""
         return self.record.model_id or self.full.get("origin")
 
     @property
-    def quants(self) -> list[Measured]:
+    def quants(self) -> list[RunModel]:
         """Rungs, presets by themselves and files of others, from the smallest to the largest."""
-        return sorted([*self.rungs, *self.naive.values(), *self.others], key=lambda one: one.size)
+        models = [*self.rungs, *self.naive.values(), *self.others]
+        return sorted(models, key=lambda model: model.size_order)
+
+    @property
+    def models(self) -> list[RunModel]:
+        """The full-precision model and all quants, from the smallest to the largest."""
+        return [self.base, *self.quants]
 
 
 def read_run(folder: pathlib.Path) -> Run:
-    """Read a run directory, except for tensors' shapes and the importance matrix.
+    """Reads a run directory, except for the shapes of tensors and the importance matrix.
 
-    Raises BitladderError if it holds no finished run, or if a file of it is missing or cannot be understood.
+    Raises:
+        BitladderError: the directory has no finished run, or a file of it is missing or has a wrong form.
     """
+    paths = RunPaths(folder)
     manifest, record = complete_manifest(folder)
     full = manifest.steps["convert"].facts
     rungs = [
-        Measured(rung, "rung", _scores(folder, rung), read_recipe(folder / "recipes" / f"{rung}.toml"))
+        RunModel(rung, "rung", read_scores(paths.scores(rung)), read_recipe(paths.recipe(rung)))
         for rung in record.rungs
     ]
     naive = {
-        rung: Measured(f"{rung} preset", "naive", _scores(folder, name), _recipe(folder, name))
+        rung: _model(paths, f"{rung} preset", "naive", f"{rung}.naive")
         for rung in record.rungs
-        if (folder / "scores" / f"{(name := f'{rung}.naive')}.json").is_file()
+        if paths.scores(f"{rung}.naive").is_file()
     }
-    others = [Measured(name, "third-party", _scores(folder, name), _recipe(folder, name)) for name in record.compared]
     return Run(
-        folder=folder,
+        paths=paths,
         manifest=manifest,
         record=record,
         full=full,
-        base=Measured(full["encoding"], "base", _scores(folder, "base")),
-        rungs=tuple(sorted(rungs, key=lambda one: one.size)),
+        base=RunModel(full["encoding"], "base", read_scores(paths.scores("base"))),
+        rungs=tuple(sorted(rungs, key=lambda model: model.size_order)),
         naive=naive,
-        others=tuple(others),
-        candidates=_optional(folder / CANDIDATES, Candidates),
-        sensitivity=_optional(folder / SENSITIVITY, Sensitivity),
+        others=tuple(_model(paths, name, "third-party", name) for name in record.compared),
+        tried=_optional(paths.candidates, TriedRecipes),
+        prices={
+            smoothed: prices
+            for smoothed, path in price_paths(paths, [model.scores for model in rungs]).items()
+            if (prices := _optional(path, Prices))
+        },
     )
 
 
+def price_paths(paths: RunPaths, rungs: Sequence[RunScores]) -> dict[bool, pathlib.Path]:
+    """Where the prices of the smoothed model (True) and of the model as it is (False) are.
+
+    A run prices the models that its rungs are made of. If all are made of one model there is one file of prices.
+    """
+    made_of = {scores.smoothed for scores in rungs}
+    return {smoothed: paths.prices(smoothed=smoothed, both=len(made_of) > 1) for smoothed in sorted(made_of)}
+
+
 def read_shapes(run: Run) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in GGUF order, from the header of a model file of the directory; empty without one."""
-    names = [run.full["file"], *(one.scores.model for one in run.rungs)]
-    for name in names:
-        path = run.folder / name
+    """The shape of every tensor in GGUF order, from the header of a model file; empty if there is no such file."""
+    for name in [run.full["file"], *(model.scores.model for model in run.rungs)]:
+        path = run.paths.model(name)
         if path.is_file():
             with GgufFile(path) as file:
                 return {tensor.name: tuple(tensor.shape) for tensor in file.tensors.values()}
@@ -157,19 +236,15 @@ def read_shapes(run: Run) -> dict[str, tuple[int, ...]]:
 
 
 def read_importance(run: Run) -> list[TensorStatistics]:
-    """What the importance matrix says of each tensor; empty without one. Raises BitladderError if it is damaged."""
-    path = run.folder / IMATRIX
+    """The statistics of the importance matrix; empty without one. Raises BitladderError if it is damaged."""
+    path = run.paths.imatrix
     return tensor_statistics(read_imatrix(path)) if path.is_file() else []
 
 
-def _scores(folder: pathlib.Path, name: str) -> Scores:
-    return read_scores(folder / "scores" / f"{name}.json")
+def _model(paths: RunPaths, label: str, role: Role, name: str) -> RunModel:
+    recipe = paths.recipe(name)
+    return RunModel(label, role, read_scores(paths.scores(name)), read_recipe(recipe) if recipe.is_file() else None)
 
 
-def _recipe(folder: pathlib.Path, name: str) -> Recipe | None:
-    path = folder / "recipes" / f"{name}.toml"
-    return read_recipe(path) if path.is_file() else None
-
-
-def _optional(path: pathlib.Path, kind: Any) -> Any:
-    return read_model(path, kind) if path.is_file() else None
+def _optional(path: pathlib.Path, kind: type[D]) -> D | None:
+    return read_document(path, kind) if path.is_file() else None

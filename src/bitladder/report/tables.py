@@ -1,22 +1,58 @@
-"""The tables of the card and of the HTML report, as cells: a text, the figure behind it, and whether it is the best."""
+"""The tables of the card and of the HTML report, as cells, and what the figures of each column mean."""
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+from bitladder.evaluate import Figure, Role, RunScores
 from bitladder.report import best
-from bitladder.report.numbers import Figure, gigabytes, percent, with_error
-from bitladder.report.rundir import Measured, Run
-from bitladder.report.scores import Role, Scores
+from bitladder.report.numbers import gigabytes, percent, with_error
+from bitladder.report.rundir import Run, RunModel
 
 DASH = "–"
-# Behind the name of what is not a rung of this run; the tables' legend explains them.
+GAIN = "KLD − preset's"  # heading of the column
+# What follows the name of a model that is no rung of this run. The legend of the tables explains the marks.
 MARKS: dict[Role, str] = {"base": " (full precision)", "rung": "", "naive": " ◇", "third-party": " †"}
+
+# What each figure means, in two sentences.
+METRICS = {
+    "PPL": (
+        "Perplexity: the exponential of the mean negative log-likelihood of a token of the text. Lower is better, but "
+        "only models with the same tokens can be compared, and only on the same text."
+    ),
+    "ρPPL": (
+        "The correlation, over tokens, of the log-likelihoods under the quant and under the full precision. 100 % "
+        "means that both find the same tokens hard and easy."
+    ),
+    "KLD": (
+        "Kullback-Leibler divergence: how far the quant's distribution of the next token is from the full precision's, "
+        "in nats, averaged over tokens. It is 0 for an exact copy, and every change of a prediction adds to it, so it "
+        "tells quants apart best."
+    ),
+    "RMS Δp": (
+        "The root of the mean squared change of the probability given to the token that really follows. It tells by "
+        "how many percentage points such a probability typically moves."
+    ),
+    "Same top token": (
+        "The share of places at which quant and full precision find the same token likeliest. Greedy decoding would "
+        "take another token at the rest."
+    ),
+}
+SPEED = (
+    "Tokens per second, higher is faster: pp reads a prompt of so many tokens, tg generates so many, pp+tg does one "
+    "after the other. They hold for the machine they were measured on."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """`value` sorts the column; None is what was not measured. `best`: within noise of the best of its column."""
+    """A cell of a table.
+
+    Parameters:
+        text: what is shown.
+        value: the figure that sorts the column; None if it was not measured.
+        best: whether the figure is within noise of the best of its column.
+    """
 
     text: str
     value: float | None = None
@@ -25,7 +61,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A model's row; `label` has its mark, `file` is the name of its GGUF."""
+    """The row of a model: its name with its mark, its role, the name of its file, and the cells."""
 
     label: str
     role: Role
@@ -35,24 +71,24 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Headings of all columns but the first, which names the model, and the rows."""
+    """The headings of all columns except the first, which names the model, and the rows."""
 
     heads: tuple[str, ...]
     lines: tuple[Line, ...]
 
     @property
     def roles(self) -> set[Role]:
-        """What kinds of model it has, so that a legend need not explain others."""
+        """The roles of its models, which a legend has to explain."""
         return {line.role for line in self.lines}
 
 
-def label(model: Measured) -> str:
+def label(model: RunModel) -> str:
     """A model's name with its mark."""
     return model.label + MARKS[model.role]
 
 
 def quality(run: Run) -> Table:
-    """PPL, ρPPL, KLD, RMS Δp and same top token, the full precision first; with presets the gain over them."""
+    """PPL, ρPPL, KLD, RMS Δp and same top token, the full precision first; with presets, the difference from them."""
     columns = [
         _figures(run, "PPL", lambda s: s.ppl, best.perplexity),
         _plain(run, "ρPPL", lambda s: s.rho_ppl, percent),
@@ -66,23 +102,23 @@ def quality(run: Run) -> Table:
 
 
 def tasks(run: Run) -> Table | None:
-    """Accuracy in each benchmark and their average, the full precision first; None without benchmarks."""
-    names = list(dict.fromkeys(name for one in [run.base, *run.quants] for name in one.scores.tasks))
+    """The accuracy in each task and the average of the five benchmarks, full precision first; None without tasks."""
+    names = list(dict.fromkeys(name for model in run.models for name in model.scores.tasks))
     if not names:
         return None
     columns = [_figures(run, name, _accuracy(name), best.task(name), higher=True, scale=100) for name in names]
-    if len(names) > 1:
-        columns.append(_figures(run, "average", Scores.average, best.tasks_average, higher=True, scale=100))
+    if any(model.scores.average() for model in run.models):
+        columns.append(_figures(run, "average", RunScores.average, best.tasks_average, higher=True, scale=100))
     return _table(run, columns)
 
 
 def speed_tests(run: Run) -> list[str]:
     """The names of the speed tests, in the order in which they were measured."""
-    return list(dict.fromkeys(row.test for one in [*run.quants, run.base] for row in one.scores.bench))
+    return list(dict.fromkeys(row.test for model in [*run.quants, run.base] for row in model.scores.bench))
 
 
 def speeds(run: Run) -> Table | None:
-    """Tokens per second of each test; None where no speed was measured."""
+    """Tokens per second of each test; None if no speed was measured."""
     tests = speed_tests(run)
     if not tests:
         return None
@@ -90,21 +126,21 @@ def speeds(run: Run) -> Table | None:
 
 
 def sizes(run: Run) -> Table:
-    """Size in GB and bits per weight; where there are presets by themselves, theirs and what is saved."""
+    """Size in GB and bits per weight; if there are presets by themselves, theirs and the share that is saved."""
     lines = []
     heads: tuple[str, ...] = ("Size (GB)", "Bits per weight")
     if run.naive:
         heads += ("Preset's size (GB)", "Preset's bits per weight", "Saved")
-    for one in sorted([*run.rungs, *run.others], key=lambda one: one.size):
-        cells = [*_size(one.scores)]
+    for model in sorted([*run.rungs, *run.others], key=lambda model: model.size_order):
+        cells = [*_size(model.scores)]
         if run.naive:
-            naive = run.naive.get(one.label) if one.role == "rung" else None
-            cells += [*_size(naive.scores), _saved(one.scores, naive.scores)] if naive else [Cell(DASH)] * 3
-        lines.append(Line(label(one), one.role, one.scores.model, tuple(cells)))
+            naive = _preset(run, model)
+            cells += [*_size(naive.scores), _saved(model.scores, naive.scores)] if naive else [Cell(DASH)] * 3
+        lines.append(Line(label(model), model.role, model.scores.model, tuple(cells)))
     return Table(heads, tuple(lines))
 
 
-def type_counts(model: Measured) -> str:
+def type_counts(model: RunModel) -> str:
     """The types of a model's matrices in words, the most frequent first: "120 q4_K, 31 q6_K"."""
     if model.recipe is None:
         return DASH
@@ -112,7 +148,7 @@ def type_counts(model: Measured) -> str:
 
 
 def count_text(counts: "collections.Counter[str] | dict[str, int]") -> str:
-    """Counts by type in words."""
+    """Numbers of tensors by type, in words."""
     return ", ".join(f"{count} {kind}" for kind, count in collections.Counter(counts).most_common())
 
 
@@ -120,12 +156,11 @@ _Column = tuple[str, list[Cell]]
 
 
 def _table(run: Run, columns: Sequence[_Column]) -> Table:
-    """The columns side by side, without the rows of models of which none of this was measured."""
-    models = [run.base, *run.quants]
+    """The columns side by side. A model of which nothing was measured has no row."""
     cells = zip(*(column for _, column in columns), strict=True)
     lines = [
-        Line(label(one), one.role, one.scores.model, tuple(row))
-        for one, row in zip(models, cells, strict=True)
+        Line(label(model), model.role, model.scores.model, tuple(row))
+        for model, row in zip(run.models, cells, strict=True)
         if any(cell.value is not None for cell in row)
     ]
     return Table(tuple(head for head, _ in columns), tuple(lines))
@@ -134,41 +169,46 @@ def _table(run: Run, columns: Sequence[_Column]) -> Table:
 def _figures(
     run: Run,
     head: str,
-    figure: Callable[[Scores], Figure | None],
+    figure: Callable[[RunScores], Figure | None],
     difference: best.Difference,
     *,
     higher: bool = False,
     scale: float = 1.0,
 ) -> _Column:
-    """A column of figures with ±, in percent where `scale` is 100; the full precision takes no part in being best."""
+    """A column of figures with ±, in percent if `scale` is 100. The full precision is never marked as the best."""
     unit = " %" if scale == 100 else ""
-    found = [figure(one.scores) for one in [run.base, *run.quants]]
-    bests = [False, *best.best(run.quants, difference, higher=higher)]
+    figures = [figure(model.scores) for model in run.models]
+    marks = [False, *best.best(run.quants, difference, higher=higher)]
     return head, [
-        Cell(with_error(one, scale) + unit, one.value * scale, is_best) if one else Cell(DASH)
-        for one, is_best in zip(found, bests, strict=True)
+        Cell(with_error(value, scale) + unit, value.value * scale, is_best) if value else Cell(DASH)
+        for value, is_best in zip(figures, marks, strict=True)
     ]
 
 
-def _plain(run: Run, head: str, value: Callable[[Scores], float | None], text: Callable[[float], str]) -> _Column:
-    """A column of figures without ±: nothing says which of them are really the best."""
-    found: Iterable[float | None] = (value(one.scores) for one in [run.base, *run.quants])
-    return head, [Cell(DASH) if one is None else Cell(text(one), one) for one in found]
+def _plain(run: Run, head: str, value: Callable[[RunScores], float | None], text: Callable[[float], str]) -> _Column:
+    """A column of figures without ±. Without an error none can be called the best."""
+    values = [value(model.scores) for model in run.models]
+    return head, [Cell(DASH) if figure is None else Cell(text(figure), figure) for figure in values]
 
 
 def _gained(run: Run) -> _Column:
-    """What a rung's KLD is above or below its preset's."""
+    """The KLD of each rung less that of its preset."""
     cells = []
-    for one in [run.base, *run.quants]:
-        naive = run.naive.get(one.label) if one.role == "rung" else None
-        figure = best.kld(one.scores, naive.scores) if naive else None
+    for model in run.models:
+        naive = _preset(run, model)
+        figure = best.kld(model.scores, naive.scores) if naive else None
         cells.append(Cell(signed(figure), figure.value) if figure else Cell(DASH))
-    return "KLD − preset's", cells
+    return GAIN, cells
+
+
+def _preset(run: Run, model: RunModel) -> RunModel | None:
+    """The preset by itself that a rung stands beside."""
+    return run.naive.get(model.label) if model.role == "rung" else None
 
 
 def all_paired(run: Run) -> bool:
     """Whether every rung was compared with its preset token by token."""
-    return all(best.paired_kld(one.scores, run.naive[one.label].scores) for one in run.rungs if one.label in run.naive)
+    return all(best.paired_kld(rung.scores, naive.scores) for rung in run.rungs if (naive := _preset(run, rung)))
 
 
 def signed(figure: Figure) -> str:
@@ -177,26 +217,26 @@ def signed(figure: Figure) -> str:
     return text.replace("-", "−", 1) if figure.value < 0 else f"+{text}"
 
 
-def _size(scores: Scores) -> tuple[Cell, Cell]:
+def _size(scores: RunScores) -> tuple[Cell, Cell]:
     return Cell(gigabytes(scores.bytes), scores.bytes / 1e9), Cell(f"{scores.bpw:.2f}", scores.bpw)
 
 
-def _saved(this: Scores, naive: Scores) -> Cell:
+def _saved(this: RunScores, naive: RunScores) -> Cell:
     share = 100 * (1 - this.bytes / naive.bytes)
     return Cell(f"{share:.1f} %".replace("-", "−"), share)
 
 
-def _rms(scores: Scores) -> Figure | None:
+def _rms(scores: RunScores) -> Figure | None:
     return scores.delta_p.rms if scores.delta_p else None
 
 
-def _same(scores: Scores) -> Figure | None:
+def _same(scores: RunScores) -> Figure | None:
     return scores.same_top_p
 
 
-def _accuracy(name: str) -> Callable[[Scores], Figure | None]:
+def _accuracy(name: str) -> Callable[[RunScores], Figure | None]:
     return lambda scores: scores.tasks[name].accuracy if name in scores.tasks else None
 
 
-def _speed(test: str) -> Callable[[Scores], Figure | None]:
+def _speed(test: str) -> Callable[[RunScores], Figure | None]:
     return lambda scores: scores.speed(test)

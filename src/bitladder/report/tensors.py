@@ -1,16 +1,19 @@
-"""What is known of each tensor: its types in every file, its price, and what the importance matrix says of it."""
+"""What is known of each tensor: its type in every file, its prices, and its statistics in the importance matrix."""
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bitladder.calibrate.statistics import TensorStatistics
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.gguf.names import block_of, kind_of, reading_order
-from bitladder.report.rundir import Measured, Run, read_importance, read_shapes
+from bitladder.report.rundir import Run, read_importance, read_shapes
 
+# What the prices of a file are of, by whether it is made of the smoothed model.
+PRICED_MODELS = {True: "the smoothed model", False: "the model as it is"}
 # Field of the statistics, its heading, and whether it is shown in percent.
 STATISTICS = (
     ("sum", "Σ(Act²)", False),
@@ -22,83 +25,96 @@ STATISTICS = (
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """`tensors` in reading order; `files` label → types in that order ("" where a file lacks the tensor).
+    """All tensors of a run, for the page's script.
 
-    `bpw` has the bits per weight of every type that occurs; `priced` the types that any tensor has a price for.
+    Parameters:
+        tensors: name, place, size, statistics and prices of each tensor, in reading order. A price is found by the
+            model that was priced ("the smoothed model", "the model as it is") and the type.
+        files: by label, the type of each tensor in that order; "" if the file does not have the tensor.
+        made_of: by label, the model that the prices of the file are of.
+        presets: by rung, the label of the preset by itself.
+        bpw: bits per weight of every type that occurs.
+        priced: the types for which any tensor has a price.
+        statistics: key, title and unit of the statistics that are known.
     """
 
     tensors: list[dict[str, Any]]
     files: dict[str, list[str]]
+    made_of: dict[str, str]
     presets: dict[str, str]
     bpw: dict[str, float]
     priced: list[str]
     statistics: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """For the page's script."""
+        """The value as JSON."""
         return dataclasses.asdict(self)
 
 
 def read_tensors(run: Run) -> Tensors:
-    """Gather what the directory has. Raises BitladderError if the importance matrix or a GGUF is damaged."""
-    models = [one for one in run.quants if one.recipe]
-    names = sorted({name for one in models if one.recipe for name in one.recipe.tensors}, key=reading_order)
-    shapes, statistics = read_shapes(run), {one.tensor: one for one in read_importance(run)}
-    prices = run.sensitivity.tensors if run.sensitivity else {}
-    kinds = {kind for one in models if one.recipe for kind in one.recipe.tensors.values()}
-    priced = {kind for name in names if name in prices for kind in prices[name].kld}
-    known = bits(kinds | priced)
+    """Reads what the directory has. Raises BitladderError if the importance matrix or a GGUF is damaged."""
+    files = {model.label: _types(model.recipe.tensors) for model in run.quants if model.recipe}
+    names = sorted({name for types in files.values() for name in types}, key=reading_order)
+    shapes, statistics = read_shapes(run), {entry.tensor: entry for entry in read_importance(run)}
+    prices = {name: _prices(run, name) for name in names}
+    priced = {kind for by_model in prices.values() for by_type in by_model.values() for kind in by_type}
+    known = bits(priced.union(*(types.values() for types in files.values())))
     return Tensors(
-        tensors=[
-            _tensor(name, shapes, statistics.get(name), dict(prices[name].kld) if name in prices else {})
-            for name in names
-        ],
-        files={one.label: _types(one, names) for one in models},
+        tensors=[_tensor(name, shapes.get(name), statistics.get(name), prices[name]) for name in names],
+        files={label: [types.get(name, "") for name in names] for label, types in files.items()},
+        made_of={model.label: PRICED_MODELS[model.scores.smoothed] for model in run.quants if model.recipe},
         presets={rung: naive.label for rung, naive in run.naive.items() if naive.recipe},
         bpw=known,
-        priced=sorted(set(map(canonical, priced)), key=lambda kind: (known.get(kind, 0.0), kind)),
+        priced=sorted(priced, key=lambda kind: (known.get(kind, 0.0), kind)),
         statistics=[
             {"key": key, "title": title, "percent": percent}
             for key, title, percent in STATISTICS
-            if any(getattr(one, key) is not None for one in statistics.values())
+            if any(getattr(entry, key) is not None for entry in statistics.values())
         ],
     )
 
 
-def bits(kinds: set[str]) -> dict[str, float]:
-    """Bits per weight of types; those that this library does not know are left out."""
-    found = {}
-    for kind in sorted(map(canonical, kinds)):
+def bits(kinds: Iterable[str]) -> dict[str, float]:
+    """Bits per weight of types. Types that this library does not know are left out."""
+    known = {}
+    for kind in sorted(kinds):
         with contextlib.suppress(BitladderError):
-            found[kind] = type_by_name(kind).bpw
-    return found
+            known[kind] = type_by_name(kind).bpw
+    return known
 
 
 def canonical(kind: str) -> str:
-    """A type's name as ggml spells it, such as "q4_K"; one that this library does not know in lower case."""
+    """The name of a type as ggml spells it, such as "q4_K"; in lower case if this library does not know the type."""
     try:
         return type_by_name(kind).name
     except BitladderError:
         return kind.lower()
 
 
-def _types(model: Measured, names: Sequence[str]) -> list[str]:
-    tensors: Mapping[str, str] = model.recipe.tensors if model.recipe else {}
-    return [canonical(tensors[name]) if name in tensors else "" for name in names]
+def _types(tensors: Mapping[str, str]) -> dict[str, str]:
+    return {name: canonical(kind) for name, kind in tensors.items()}
+
+
+def _prices(run: Run, name: str) -> dict[str, dict[str, float]]:
+    """The prices of a tensor, by the model that was priced and the type."""
+    return {
+        PRICED_MODELS[smoothed]: {canonical(kind): price for kind, price in prices.tensors[name].kld.items()}
+        for smoothed, prices in run.prices.items()
+        if name in prices.tensors
+    }
 
 
 def _tensor(
-    name: str, shapes: Mapping[str, tuple[int, ...]], statistics: TensorStatistics | None, prices: Mapping[str, float]
+    name: str,
+    shape: tuple[int, ...] | None,
+    statistics: TensorStatistics | None,
+    prices: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    shape = shapes.get(name)
-    made: dict[str, Any] = {"name": name, "layer": block_of(name), "kind": kind_of(name)}
+    fields: dict[str, Any] = {"name": name, "layer": block_of(name), "kind": kind_of(name)}
     if shape:
-        elements = 1
-        for length in shape:
-            elements *= length
-        made |= {"shape": " × ".join(map(str, shape)), "elements": elements}
+        fields |= {"shape": " × ".join(map(str, shape)), "elements": math.prod(shape)}
     if statistics:
-        made["statistics"] = {key: getattr(statistics, key) for key, _, _ in STATISTICS}
+        fields["statistics"] = {key: getattr(statistics, key) for key, _, _ in STATISTICS}
     if prices:
-        made["prices"] = {canonical(kind): price for kind, price in prices.items()}
-    return made
+        fields["prices"] = prices
+    return fields

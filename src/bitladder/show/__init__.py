@@ -1,6 +1,4 @@
-"""A run for the terminal: its ladder as a table, and size against KLD in characters. Reads only the run directory."""
+"""Every table and plot of the terminal.
 
-from bitladder.show.ladder_table import front, ladder_json, ladder_table, pareto_plot
-from bitladder.show.scatter import Point, scatter
-
-__all__ = ["Point", "front", "ladder_json", "ladder_table", "pareto_plot", "scatter"]
+Only commands use these modules, each the one it needs, so this door is empty: `bitladder --help` loads none of them.
+"""

@@ -7,40 +7,41 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitladder.evaluate import Figure, Scores
 
-Cell = tuple[str, float | None]  # what is shown, and what rows are judged by: the lowest is the best
+Cell = tuple[str, float | None]  # the text, and the value by which a row is judged: the lowest is the best
 
 
-def tables(found: "list[Scores]") -> list[tuple[str, Any]]:
-    """What was measured of each model and, of several, how each differs from the first: titles and tables.
+def eval_tables(models: "list[Scores]") -> list[tuple[str, Any]]:
+    """Titles and tables: the scores of each model and, of several models, how each differs from the first.
 
-    Parameters: `found` in the order of the command line.
+    Parameters:
+        models: scores in the order of the command line.
     """
-    ordered = sorted(found, key=lambda scores: scores.bytes)
-    made = [(_title(found[0]), _table(ordered, _rows(found)))]
+    ordered = sorted(models, key=lambda scores: scores.bytes)
+    shown = [(_title(models[0]), _table(ordered, _rows(models)))]
     paired = [scores for scores in ordered if scores.paired]
     if paired:
-        made.append((_pair_title(found), _table(paired, _pair_rows(found))))
-    return made
+        shown.append((_pair_title(models), _table(paired, _pair_rows(models))))
+    return shown
 
 
-def _table(found: "list[Scores]", rows: list[tuple[str, Callable[[Any], Cell]]]) -> Any:
+def _table(models: "list[Scores]", rows: list[tuple[str, Callable[[Any], Cell]]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table()
-    made.add_column("")
-    for scores in found:
-        made.add_column(scores.model, justify="right", overflow="fold")
+    table = Table()
+    table.add_column("")
+    for scores in models:
+        table.add_column(scores.model, justify="right", overflow="fold")
     for label, cell in rows:
-        cells = [cell(scores) for scores in found]
+        cells = [cell(scores) for scores in models]
         if not any(text for text, _ in cells):
             continue
         ranked = [rank for _, rank in cells if rank is not None]
         best = min(ranked) if len(cells) > 1 and ranked else None
         bold = [rank is not None and rank == best for _, rank in cells]
         shown = [Text(text, "bold" if strong else "") for (text, _), strong in zip(cells, bold, strict=True)]
-        made.add_row(label, *shown)
-    return made
+        table.add_row(label, *shown)
+    return table
 
 
 def _title(first: "Scores") -> str:
@@ -60,9 +61,9 @@ def _title(first: "Scores") -> str:
     return title
 
 
-def _pair_title(found: "list[Scores]") -> str:
-    per = next((scores.paired.per for scores in found if scores.paired), None)
-    return f"Difference from {found[0].model}, paired" + (f" by {per}" if per else "") + " and question"
+def _pair_title(models: "list[Scores]") -> str:
+    per = next((scores.paired.per for scores in models if scores.paired), None)
+    return f"Difference from {models[0].model}, paired" + (f" by {per}" if per else "") + " and question"
 
 
 def _pm(figure: "Figure | None", digits: int, scale: float = 1, unit: str = "", sign: str = "") -> str:
@@ -77,7 +78,7 @@ def _high(figure: "Figure | None", digits: int) -> Cell:
     return _pm(figure, digits, 100, " %"), -figure.value if figure else None
 
 
-def _rows(found: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]]:
+def _rows(models: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]]:
     rows: list[tuple[str, Callable[[Any], Cell]]] = [
         ("size", lambda s: (f"{s.bytes / 1e6:,.1f} MB", None)),
         ("bits per weight", lambda s: (f"{s.bpw:.3f}", None)),
@@ -93,10 +94,10 @@ def _rows(found: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]]:
         ("Δp RMS", lambda s: _low(s.delta_p.rms if s.delta_p else None, 3, 100, " %")),
         ("same top p", lambda s: _high(s.same_top_p, 3)),
     ]
-    for name, task in (found[0].tasks or {}).items():
+    for name, task in models[0].tasks.items():
         label = f"{name}, {task.count} questions, chance {100 * task.chance:.1f} %"
         if task.skipped:
-            label += f", {task.skipped} too long"
+            label += f", {task.skipped} left out"
         rows.append((label, functools.partial(_task, name)))
     rows.append(("average of the five", _average))
     return rows
@@ -110,22 +111,20 @@ def _percentile(field: str, scores: "Scores") -> Cell:
 
 
 def _task(name: str, scores: "Scores") -> Cell:
-    return _high((scores.tasks or {})[name].accuracy, 2)
+    return _high(scores.tasks[name].accuracy, 2)
 
 
 def _average(scores: "Scores") -> Cell:
-    if scores.tasks_average is None:
-        return "", None
-    return f"{100 * scores.tasks_average:.2f} ± {100 * (scores.tasks_average_error or 0):.2f} %", -scores.tasks_average
+    return _high(scores.average(), 2)
 
 
-def _pair_rows(found: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]]:
+def _pair_rows(models: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]]:
     rows: list[tuple[str, Callable[[Any], Cell]]] = [
         ("PPL", lambda s: (_pm(s.paired.ppl, 4, sign="+"), None)),
         ("ln PPL", lambda s: (_pm(s.paired.ln_ppl, 5, sign="+"), None)),
         ("KLD mean", lambda s: (_pm(s.paired.kld, 6, sign="+"), None)),
     ]
-    for name in found[0].tasks or {}:
+    for name in models[0].tasks:
         rows.append((f"{name} (only it : only the other right)", functools.partial(_pair_task, name)))
     rows.append(("average of the five", lambda s: (_pm(s.paired.tasks_average, 2, 100, " %", "+"), None)))
     return rows

@@ -1,4 +1,4 @@
-"""The one place that prints: data on stdout, everything else on stderr."""
+"""The only place that prints: data on stdout, everything else on stderr."""
 
 import contextlib
 import functools
@@ -13,21 +13,23 @@ import click
 
 from bitladder.progress import Progress, Task
 
-_SAY = 60  # seconds between lines of a log
+_LOG_SECONDS = 60  # between lines of a log
 
 
 class Output:
-    """How a command talks.
+    """How a command prints.
 
-    `json` prints data as JSON only; `quiet` keeps bars and remarks back (warnings stay); `verbose` shows what the
-    native library logs.
+    Parameters:
+        json: print data as JSON only.
+        quiet: print no bars and no remarks; warnings stay.
+        verbose: print what the native library logs.
     """
 
     def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         from rich.console import Console
 
         self.json, self.quiet, self.verbose = json, quiet, verbose
-        # A file or a pipe has no width (unless COLUMNS says so): tables in it are as wide as they need to be.
+        # A file or a pipe has no width unless COLUMNS gives one, so its tables are as wide as necessary.
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
         self._stdout = Console(file=sys.stdout, highlight=False, width=width)
         self._stderr = Console(file=sys.stderr, highlight=False, stderr=True)
@@ -40,12 +42,12 @@ class Output:
 
     @property
     def live(self) -> bool:
-        """Whether progress is drawn and drawn over, rather than written line by line."""
+        """Whether progress is drawn in place, and not written line by line."""
         return self._stderr.is_terminal and not self.quiet
 
     @contextlib.contextmanager
     def header(self, render: Callable[[], Any]) -> Iterator[None]:
-        """Keep what `render` gives above the bars, drawn anew a few times a second, if progress is `live`."""
+        """Shows the result of `render` above the bars, several times a second, if progress is `live`."""
         if self.live:
             with self._bars.held(render):
                 yield
@@ -54,34 +56,34 @@ class Output:
 
     @property
     def width(self) -> int:
-        """Characters that fit into a line of stdout; a file or a pipe has wide ones."""
+        """Characters of a line of stdout. A file or a pipe has long lines."""
         return self._stdout.width
 
     def tame_hub(self) -> None:
-        """Keep huggingface_hub's bars back where ours are too: quiet, or no terminal. To be said before its import."""
+        """Hides huggingface_hub's bars if ours are hidden. Must be called before huggingface_hub is imported."""
         if self.quiet or not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     def print_json(self, value: Any) -> None:
-        """Print a value as indented JSON on stdout."""
+        """Prints a value as indented JSON on stdout."""
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def line(self, text: str) -> None:
-        """Print a line of data on stdout."""
+        """Prints a line of data on stdout."""
         sys.stdout.write(text + "\n")
 
     def print(self, renderable: Any) -> None:
-        """Print a rich table or the like on stdout."""
+        """Prints a rich table or another renderable on stdout."""
         self._stdout.print(renderable)
 
     def remark(self, renderable: Any) -> None:
-        """Print a rich table or a line on stderr, unless quiet: what a person reads while work goes on."""
+        """Prints a rich table or a line on stderr unless quiet, for a person who watches the work."""
         if not self.quiet:
             self._stderr.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
 
 
 class _Bars:
-    """Progress as bars with a time to go; in a file or a pipe, a line when a piece of work begins, and each minute."""
+    """Progress as bars with the time left. In a file or a pipe, a line when a task begins and each minute."""
 
     def __init__(self, console: Any, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
@@ -106,7 +108,7 @@ class _Bars:
 
     @contextlib.contextmanager
     def held(self, render: Callable[[], Any]) -> Iterator[None]:
-        """Keep the bars' place on the screen, with something above them."""
+        """Keeps the bars on the screen, with the result of `render` above them."""
         self._header = render
         try:
             with self._drawing():
@@ -116,7 +118,7 @@ class _Bars:
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[Any]:
-        """The bars on the screen; whoever began last is inside, whoever began first takes them away."""
+        """The bars on the screen. The first caller removes them; further callers share them."""
         if self._live is not None:
             yield self._live
             return
@@ -137,7 +139,7 @@ class _Bars:
 
 
 def _with_header(console: Any, header: Callable[[], Any]) -> Any:
-    """Bars with a time to go, below what `header` gives (None: nothing)."""
+    """Bars with the time left, below the result of `header`; None shows nothing above."""
     from rich import progress as bars
 
     class Headed(bars.Progress):
@@ -171,19 +173,19 @@ class _Bar:
 
 
 class _Lines:
-    """How far a piece of work is, for a log."""
+    """The progress of a task as lines of a log."""
 
     def __init__(self, console: Any, label: str, total: float) -> None:
         self._console, self._label, self._total = console, label, total
         self._done, self._note = 0.0, ""
-        self._begun = self._said = time.monotonic()
+        self._begun = self._logged = time.monotonic()
 
     def advance(self, amount: float = 1) -> None:
         self._done += amount
         now = time.monotonic()
-        if now - self._said < _SAY or self._total <= 0:
+        if now - self._logged < _LOG_SECONDS or self._total <= 0:
             return
-        self._said = now
+        self._logged = now
         text = f"{self._label}: {self._done / self._total:.0%} after {(now - self._begun) / 60:.0f} min"
         self._console.print(f"{text}, {self._note}" if self._note else text, markup=False, soft_wrap=True)
 
@@ -200,7 +202,7 @@ class _NoBar:
 
 
 def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --json, --quiet and -v, and hand the command an `output`."""
+    """Adds --json, --quiet and -v to a command, and gives it an `output`."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
     @click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks; warnings and errors stay.")

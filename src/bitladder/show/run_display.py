@@ -62,9 +62,10 @@ class RunDisplay:
 
 def line(best: "Best") -> str:
     """The best of a rung in words."""
-    from bitladder.report import numbers
+    from bitladder.evaluate import Figure
+    from bitladder.report import with_error
 
-    kld = numbers.with_error(numbers.Figure(value=best.kld, error=best.error))
+    kld = with_error(Figure(value=best.kld, error=best.error))
     size = f"{best.bytes / 1e9:.3f} GB" if best.bytes >= 1e8 else f"{best.bytes / 1e6:.2f} MB"
     return f"{size}, KLD {kld}" + (f" ({best.name})" if best.name else "")
 

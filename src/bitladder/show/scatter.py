@@ -1,17 +1,17 @@
-"""Points on two logarithmic axes, drawn with characters."""
+"""Draws points on two logarithmic axes with characters."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-# Ticks in each power of ten; the finest that gives no more than MOST of them is taken.
+# Mantissas of ticks, from fine to coarse. The first set with at most MOST ticks on the axis is used.
 STEPS: tuple[tuple[float, ...], ...] = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5), (1,))
 MOST = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """`x` and `y` are above 0; `mark` is one character, `label` stands beside it if there is room."""
+    """A point: its coordinates, which are above 0, its mark (one character), and a label beside the mark."""
 
     x: float
     y: float
@@ -21,7 +21,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class _Axis:
-    """Values between `low` and `high` on `cells` places, equal ratios equally far apart."""
+    """A logarithmic axis from `low` to `high` with a number of cells."""
 
     low: float
     high: float
@@ -32,16 +32,16 @@ class _Axis:
         return round(share * (self.cells - 1))
 
     def ticks(self) -> list[float]:
-        """Round values inside the axis, some seven at most unless it spans more powers of ten."""
+        """Round values on the axis: at most MOST, unless it spans more powers of ten."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        found: list[float] = []
+        values: list[float] = []
         for steps in STEPS:
-            # From the digits, as 1.2 · 10⁻⁴ is not the number nearest to 0.00012.
-            every = [float(f"{step}e{power}") for power in powers for step in steps]
-            found = [value for value in every if self.low <= value <= self.high]
-            if len(found) <= MOST:
+            # Parsed from digits, because 1.2 · 10⁻⁴ is not the number nearest to 0.00012.
+            round_values = [float(f"{step}e{power}") for power in powers for step in steps]
+            values = [value for value in round_values if self.low <= value <= self.high]
+            if len(values) <= MOST:
                 break
-        return found
+        return values
 
 
 def scatter(
@@ -52,10 +52,20 @@ def scatter(
     x_text: Callable[[float], str] = lambda value: f"{value:.3g}",
     y_text: Callable[[float], str] = lambda value: f"{value:.3g}",
 ) -> list[str]:
-    """Lines of at most `width` characters: the plot, `height` lines of it, and the x axis below.
+    """Draws points as lines of text: the plot, and the x axis below it.
 
-    Of points that fall on the same place the later one is drawn. Points that are not above 0 have no place on a
-    logarithmic axis and are left out; without any there are no lines.
+    If two points have the same place the later one is drawn. A logarithmic axis has no place for points that are not
+    above 0: they are left out.
+
+    Parameters:
+        points: the points.
+        width: the largest number of characters of a line.
+        height: lines of the plot.
+        x_text: how a tick of the x axis is written.
+        y_text: how a tick of the y axis is written.
+
+    Returns:
+        The lines; none if no point can be drawn.
     """
     points = [point for point in points if point.x > 0 and point.y > 0]
     if not points:
@@ -79,14 +89,14 @@ def scatter(
 
 
 def _axis(values: Sequence[float], cells: int) -> _Axis:
-    """An axis with a little room on both sides."""
+    """An axis with some room on both sides."""
     low, high = min(values), max(values)
     room = max((high / low) ** 0.06, 1.05)
     return _Axis(low / room, high * room, cells)
 
 
 def _write_label(row: list[str], column: int, label: str) -> None:
-    """Beside the mark, to the right or else to the left, with a blank on both sides; not at all if there is no room."""
+    """Writes a label to the right of the mark, or to the left, with a blank on both sides, if there is room."""
     size = len(label)
     for start in (column + 2, column - 1 - size):
         stop = start + size

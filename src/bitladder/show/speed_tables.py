@@ -1,4 +1,4 @@
-"""Speed rows as llama-bench prints them: its columns, its Markdown, its CSV and JSON fields."""
+"""Speed rows as llama-bench prints them: with its columns, its Markdown, and its fields in CSV and JSON."""
 
 import csv
 import io
@@ -9,11 +9,14 @@ from typing import Any
 
 from bitladder.engine.context import FLASH_ATTN
 from bitladder.engine.native import versions
-from bitladder.evaluate.speed_rows import SpeedRow, SpeedSettings
+from bitladder.evaluate import SpeedOptions, SpeedRow
+
+LEFT = {"model", "file", "backend"}  # columns that are aligned to the left
+FORMATS = ("md", "json", "jsonl", "csv")
 
 
 def render(rows: Sequence[SpeedRow], form: str) -> str:
-    """The rows as "md", "csv", "jsonl" or "json", ending in a newline."""
+    """The rows in one of FORMATS. The text ends with a newline."""
     if form == "md":
         return _markdown(rows)
     if form == "csv":
@@ -24,8 +27,8 @@ def render(rows: Sequence[SpeedRow], form: str) -> str:
 
 
 def fields(row: SpeedRow) -> dict[str, Any]:
-    """A row with llama-bench's field names; file names are without folders, and `repetitions` is ours."""
-    settings, test = row.settings, row.test
+    """A row with llama-bench's field names. `repetitions` is added; file names have no folders."""
+    options, test = row.options, row.test
     return {
         "build_commit": versions()["llama_cpp_commit"],
         "cpu_info": row.cpu,
@@ -35,13 +38,13 @@ def fields(row: SpeedRow) -> dict[str, Any]:
         "model_type": row.model_type,
         "model_size": row.size,
         "model_n_params": row.n_params,
-        "n_batch": settings.n_batch,
-        "n_ubatch": settings.n_ubatch,
+        "n_batch": options.n_batch,
+        "n_ubatch": options.n_ubatch,
         "n_threads": row.threads,
         "type_k": "f16",
         "type_v": "f16",
-        "n_gpu_layers": settings.gpu_layers,
-        "flash_attn": FLASH_ATTN[settings.flash_attn],
+        "n_gpu_layers": options.gpu_layers,
+        "flash_attn": FLASH_ATTN[options.flash_attn],
         "n_prompt": test.n_prompt,
         "n_gen": test.n_gen,
         "n_depth": test.n_depth,
@@ -57,11 +60,12 @@ def fields(row: SpeedRow) -> dict[str, Any]:
 
 
 def columns(rows: Sequence[SpeedRow]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the table for people, with llama-bench's headings.
+    """Headings and cells of the table, with llama-bench's headings.
 
-    As there, an option has a column if it is not the default. Files have one if descriptions do not tell them apart.
+    As in llama-bench, an option has a column if it differs from the default. Files have a column if two of them have
+    the same description.
     """
-    plain = SpeedSettings()
+    plain = SpeedOptions()
     files: dict[str, set[str]] = {}
     for row in rows:
         files.setdefault(row.model_type, set()).add(row.model)
@@ -71,23 +75,34 @@ def columns(rows: Sequence[SpeedRow]) -> tuple[list[str], list[list[str]]]:
         "size": lambda row: _size(row.size),
         "params": lambda row: _count(row.n_params),
         "backend": lambda row: row.backend,
-        "ngl": lambda row: str(row.settings.gpu_layers),
+        "ngl": lambda row: str(row.options.gpu_layers),
         "threads": lambda row: str(row.threads),
-        "n_batch": lambda row: str(row.settings.n_batch),
-        "n_ubatch": lambda row: str(row.settings.n_ubatch),
-        "fa": lambda row: row.settings.flash_attn,
+        "n_batch": lambda row: str(row.options.n_batch),
+        "n_ubatch": lambda row: str(row.options.n_ubatch),
+        "fa": lambda row: row.options.flash_attn,
         "test": lambda row: row.test.name,
         "t/s": lambda row: f"{row.mean:.2f} ± {row.stddev:.2f}",
     }
     hidden = {
         "file": all(len(names) == 1 for names in files.values()),
         "ngl": all("CPU" in row.backend or "BLAS" in row.backend for row in rows),
-        "n_batch": all(row.settings.n_batch == plain.n_batch for row in rows),
-        "n_ubatch": all(row.settings.n_ubatch == plain.n_ubatch for row in rows),
-        "fa": all(row.settings.flash_attn == plain.flash_attn for row in rows),
+        "n_batch": all(row.options.n_batch == plain.n_batch for row in rows),
+        "n_ubatch": all(row.options.n_ubatch == plain.n_ubatch for row in rows),
+        "fa": all(row.options.flash_attn == plain.flash_attn for row in rows),
     }
     shown = [head for head in heads if not hidden.get(head)]
     return shown, [[heads[head](row) for head in shown] for row in rows]
+
+
+def speed_table(rows: Sequence[SpeedRow]) -> Any:
+    """The table for the terminal."""
+    from rich.table import Column, Table
+
+    heads, cells = columns(rows)
+    table = Table(*(Column(head, justify="left" if head in LEFT else "right", overflow="fold") for head in heads))
+    for line in cells:
+        table.add_row(*line)
+    return table
 
 
 def _size(count: int) -> str:
@@ -100,7 +115,7 @@ def _count(count: int) -> str:
 
 def _markdown(rows: Sequence[SpeedRow]) -> str:
     heads, cells = columns(rows)
-    left = [head in {"model", "file", "backend"} for head in heads]
+    left = [head in LEFT for head in heads]
     widths = [max(len(line[index]) for line in [heads, *cells]) for index in range(len(heads))]
     lines = [
         " | ".join(

@@ -19,7 +19,7 @@ from bitladder.engine.types import type_by_name
 from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.hidden import HiddenBase
-from bitladder.evaluate.divergence import compare
+from bitladder.evaluate.divergence import compare_with_base
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.settings import Settings
 from bitladder.trial.render import Renderer
@@ -81,4 +81,4 @@ class Candidate(Closing):
         if count < 1:
             raise BitladderError("a recipe is measured on at least one chunk")
         self.put_on(types)
-        return compare(self._context, self.base, count, self._workers).kld.reshape(count, -1)
+        return compare_with_base(self._context, self.base, count, self._workers).kld.reshape(count, -1)

@@ -14,7 +14,7 @@ from bitladder.engine.model import Model
 from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.hidden import HiddenBase
-from bitladder.evaluate.divergence import compare
+from bitladder.evaluate.divergence import compare_with_base
 from bitladder.evaluate.figures import mean
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.scores import Figure
@@ -59,7 +59,7 @@ def blocks_left_out(
             try:
                 for name, data in kept.items():
                     weights.set_bytes(name, np.zeros_like(data))
-                kld = mean(compare(context, base, count, workers).kld)
+                kld = mean(compare_with_base(context, base, count, workers).kld)
             finally:
                 for name, data in kept.items():
                     weights.set_bytes(name, data)

@@ -1,16 +1,17 @@
-"""The base file: what the full-precision model predicted, kept as its final hidden states.
+"""The base file: what the full-precision model predicts, kept as its final hidden states.
 
-Layout: the magic, the header's length (u64, little-endian), the header (JSON, padded to 64 bytes), the tokens (int32
-[chunks, n_ctx]), then for each chunk one record: hidden states [scored, n_embd] as `dtype`, and for each scored
-position the base's NLL (float32), its likeliest token (int32) and that token's logit (float32). Hidden states are a
-few dozen times smaller than log-probabilities of the whole vocabulary, and nothing is lost when the type is the one
-the library itself rounds the head's input to.
+Layout: the magic, the length of the header (u64, little-endian), the header (JSON, padded to 64 bytes), the tokens
+(int32 [chunks, n_ctx]), then one record for each chunk. A record has the hidden states [scored, n_embd] as `dtype`,
+and for each scored position the NLL (float32), the likeliest token (int32) and its logit (float32).
+
+Hidden states are dozens of times smaller than log-probabilities of the whole vocabulary. The library rounds the input
+of the head to the type of the head; states kept in that type lose nothing.
 """
 
 import os
 import pathlib
 import struct
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +28,22 @@ MAGIC = b"BLBASE01"
 _STORED: dict[str, type[np.generic]] = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 
 
-class Header(pydantic.BaseModel):
-    """What a base was made of. Names are without folders; hashes are SHA-256 in hex."""
+class BaseHeader(pydantic.BaseModel):
+    """What a base was made of. Names are without folders, hashes are SHA-256 in hexadecimal digits.
+
+    Parameters:
+        chunks: chunks in the file; `chunks_in_text` are those of the whole text.
+        bos: the token that replaced the first one of each chunk; None if none did.
+        head: name of the tensor that makes logits of hidden states.
+        exact: the states are the very numbers that the library multiplied by the head.
+        max_difference: of head × state from the model's own logits in the first chunk, as a share of their range.
+        gpu: whether a GPU computed them.
+        algorithms: versions of the algorithms that made the base.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     model: str
     model_sha256: str
     architecture: str
@@ -48,14 +59,27 @@ class Header(pydantic.BaseModel):
     head: str
     head_type: str
     dtype: Dtype
-    exact: bool  # the stored states are the very numbers that the library multiplied by the head
-    max_difference: float  # of head × state from the model's own logits in the first chunk, as a share of their range
+    exact: bool
+    max_difference: float
+    gpu: bool
+    algorithms: dict[str, int]
     llama_cpp_commit: str
 
     @property
     def scored(self) -> int:
-        """Scored tokens per chunk."""
+        """Scored tokens of a chunk."""
         return self.n_ctx - 1 - self.n_ctx // 2
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All that must be as requested for the base to serve, as `keys.key_of` takes it."""
+        return {
+            "model": self.model_sha256,
+            "text": self.text_sha256,
+            "n_ctx": self.n_ctx,
+            "algorithms": self.algorithms,
+            "library": self.llama_cpp_commit,
+        }
 
     @property
     def record(self) -> int:
@@ -64,7 +88,12 @@ class Header(pydantic.BaseModel):
 
 
 def pack(hidden: Floats, dtype: Dtype) -> npt.NDArray[np.generic]:
-    """Hidden states as they are stored. Raises OverflowError if a value is too large for the type."""
+    """Hidden states as they are stored, of the same shape. Raises OverflowError if a value is too large for the type.
+
+    Example:
+        >>> unpack(pack(np.array([[1.0, 0.5]], np.float32), "bf16"), "bf16").tolist()
+        [[1.0, 0.5]]
+    """
     if dtype == "f32":
         return hidden
     if dtype == "f16":
@@ -74,19 +103,19 @@ def pack(hidden: Floats, dtype: Dtype) -> npt.NDArray[np.generic]:
             raise OverflowError
         return half
     bits = np.ascontiguousarray(hidden).view(np.uint32)
-    # Round to the nearest, ties to even: add half a unit of the last place kept, and the last kept bit's parity.
+    # Round to the nearest, ties to even: add just less than half a unit of the last bit that is kept, and that bit.
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def unpack(stored: npt.NDArray[np.generic], dtype: Dtype) -> Floats:
-    """Stored hidden states as float32, a fresh array."""
+    """Stored hidden states as a new float32 array."""
     if dtype == "bf16":
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return stored.astype(np.float32)
 
 
-def write_header(stream: BinaryIO, header: Header, tokens: Tokens) -> None:
-    """Begin a base file: the magic, the header and the tokens, int32 [chunks, n_ctx]."""
+def write_header(stream: BinaryIO, header: BaseHeader, tokens: Tokens) -> None:
+    """Writes the start of a base file: the magic, the header and the tokens, int32 [chunks, n_ctx]."""
     text = header.model_dump_json().encode()
     text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
     stream.write(MAGIC + struct.pack("<Q", len(text)) + text)
@@ -94,14 +123,14 @@ def write_header(stream: BinaryIO, header: Header, tokens: Tokens) -> None:
 
 
 def write_record(stream: BinaryIO, hidden: npt.NDArray[np.generic], rows: BaseRows) -> None:
-    """Append a chunk: packed hidden states and what is known of its rows."""
+    """Appends a chunk: its packed hidden states, and what is kept of its rows."""
     stream.write(np.ascontiguousarray(hidden).tobytes())
     for values, kind in ((rows.nll, "<f4"), (rows.top, "<i4"), (rows.top_logit, "<f4")):
         stream.write(values.astype(kind).tobytes())
 
 
 def is_base_file(path: pathlib.Path) -> bool:
-    """Whether a file begins as a base file does."""
+    """Whether a file begins with the magic of a base file."""
     try:
         with path.open("rb") as stream:
             return stream.read(len(MAGIC)) == MAGIC
@@ -110,7 +139,11 @@ def is_base_file(path: pathlib.Path) -> bool:
 
 
 class BaseFile:
-    """An open base file. Raises BitladderError with one line if it is not one, or is shorter than it should be."""
+    """An open base file.
+
+    Raises:
+        BitladderError: the file cannot be read, is not a base file, or has a wrong length.
+    """
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
@@ -124,7 +157,7 @@ class BaseFile:
             self._stream.close()
             raise
 
-    def _read_header(self) -> tuple[Header, Tokens]:
+    def _read_header(self) -> tuple[BaseHeader, Tokens]:
         start = self._stream.read(len(MAGIC) + 8)
         if start[: len(MAGIC)] != MAGIC:
             raise BitladderError(f"{self.path} is not a base file of this version of bitladder; make it again")
@@ -133,10 +166,10 @@ class BaseFile:
         if len(start) + length > size:
             raise BitladderError(f"the base {self.path} is truncated inside its header: delete it and make it again")
         try:
-            header = Header.model_validate_json(self._stream.read(length))
+            header = BaseHeader.model_validate_json(self._stream.read(length))
         except pydantic.ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"])) or "JSON"
-            raise BitladderError(f"the base {self.path} has a damaged header ({where}); make it again") from error
+            place = ".".join(map(str, error.errors()[0]["loc"])) or "JSON"
+            raise BitladderError(f"the base {self.path} has a damaged header ({place}); make it again") from error
         self._records = len(start) + length + header.chunks * header.n_ctx * 4
         expected = self._records + header.chunks * header.record
         if size != expected:
@@ -148,7 +181,7 @@ class BaseFile:
         return header, tokens.astype(np.int32).reshape(header.chunks, header.n_ctx)
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._stream.close()
 
     def hidden(self, chunk: int) -> Floats:
@@ -159,7 +192,7 @@ class BaseFile:
         return unpack(np.frombuffer(data, stored).reshape(header.scored, header.n_embd), header.dtype)
 
     def rows(self, chunk: int) -> BaseRows:
-        """What is known of a chunk's scored rows."""
+        """What is kept of a chunk's scored rows."""
         count = self.header.scored
         data = self._read(chunk, self.header.record - 12 * count, 12 * count)
         nll, top, top_logit = (

@@ -1,14 +1,16 @@
-"""Finding a base that was made before, and saying what differs when it does not fit."""
+"""Finds a base that was made before, and says what differs if it does not fit."""
 
 import pathlib
 import re
+from typing import Any
 
 from bitladder.engine.native import versions
 from bitladder.errors import BitladderError
-from bitladder.evaluate.base.basefile import BaseFile, Header
-from bitladder.evaluate.base.hidden import HiddenBase, make_base
+from bitladder.evaluate.base.basefile import BaseFile, BaseHeader
+from bitladder.evaluate.base.hidden import BASE, HiddenBase, make_base
 from bitladder.evaluate.identity import Identity, identify
 from bitladder.evaluate.settings import Settings
+from bitladder.keys import key_of
 from bitladder.progress import SILENT, Progress
 from bitladder.text.texts import Text
 
@@ -19,32 +21,44 @@ def cache_path(model: pathlib.Path, text: Text, n_ctx: int) -> pathlib.Path:
     return model.with_name(f"{model.stem}.{words}.{n_ctx}.base")
 
 
-def differences(header: Header, model: Identity, text: Text, settings: Settings) -> list[str]:
+def differences(header: BaseHeader, model: Identity, text: Text, settings: Settings) -> list[str]:
     """What keeps a base from serving a request, in words; empty if it serves."""
-    commit = versions()["llama_cpp_commit"]
-    found = []
-    if header.model_sha256 != model.sha256:
-        same = " (same name, other content)" if header.model == model.name else ""
-        found.append(f"model {header.model}, not {model.name}{same}")
-    if header.text_sha256 != text.sha256:
-        same = " (same name, other content)" if header.text == text.name else ""
-        found.append(f"text {header.text}, not {text.name}{same}")
-    if header.n_ctx != settings.n_ctx:
-        found.append(f"context of {header.n_ctx} tokens, not {settings.n_ctx}")
-    if header.llama_cpp_commit != commit:
-        found.append(f"llama.cpp commit {header.llama_cpp_commit}, not {commit}")
-    wanted = settings.limit(header.chunks_in_text)
-    if not found and header.chunks < wanted:
-        found.append(f"{header.chunks} chunks, not {wanted}")
-    return found
+    requested: dict[str, Any] = {
+        "model": model.sha256,
+        "text": text.sha256,
+        "n_ctx": settings.n_ctx,
+        "algorithms": BASE.versions(),
+        "library": versions()["llama_cpp_commit"],
+    }
+    if key_of(header.inputs) == key_of(requested):
+        chunks = settings.limit(header.chunks_in_text)
+        return [f"{header.chunks} chunks, not {chunks}"] if header.chunks < chunks else []
+    in_words = {
+        "model": f"model {header.model}, not {model.name}{_same_name(header.model, model.name)}",
+        "text": f"text {header.text}, not {text.name}{_same_name(header.text, text.name)}",
+        "n_ctx": f"context of {header.n_ctx} tokens, not {settings.n_ctx}",
+        "algorithms": "another version of bitladder's algorithm",
+        "library": f"llama.cpp commit {header.llama_cpp_commit}, not {requested['library']}",
+    }
+    return [words for name, words in in_words.items() if header.inputs[name] != requested[name]]
+
+
+def _same_name(kept: str, requested: str) -> str:
+    return " (same name, other content)" if kept == requested else ""
 
 
 def open_base(path: pathlib.Path, text: Text, settings: Settings, model: Identity | None = None) -> HiddenBase:
-    """Open a base file that must fit.
+    """Opens a base file that must fit. A base of more chunks than requested fits.
 
-    Parameters: `model` the full-precision model (None: the file of the name that the base records, in the base's
-    folder). A base of more chunks than wanted fits. Raises BitladderError that names every difference, or what is
-    wrong with the file.
+    Parameters:
+        path: the base file.
+        text: the text to measure on.
+        settings: how to decode, and how many chunks.
+        model: the full-precision model; None is the file that the base names, in the folder of the base.
+
+    Raises:
+        BitladderError: the file is damaged, its model is missing, or it was made with another input. The error names
+            every difference.
     """
     file = BaseFile(path)
     try:
@@ -69,10 +83,10 @@ def open_base(path: pathlib.Path, text: Text, settings: Settings, model: Identit
 
 
 def check_fits(base: HiddenBase, text: Text, settings: Settings) -> None:
-    """Raise BitladderError that names every difference between what a base was made of and what is wanted."""
-    found = differences(base.header, base.model, text, settings)
-    if found:
-        raise BitladderError(f"the base {base.file.path} was made with another input: {'; '.join(found)}")
+    """Raises BitladderError that names every difference between what a base was made of and what is requested."""
+    differing = differences(base.header, base.model, text, settings)
+    if differing:
+        raise BitladderError(f"the base {base.file.path} was made with another input: {'; '.join(differing)}")
 
 
 def load_or_compute_base(
@@ -83,10 +97,18 @@ def load_or_compute_base(
     path: pathlib.Path | None = None,
     progress: Progress = SILENT,
 ) -> HiddenBase:
-    """The base of a full-precision model over a text: reused if its content's hashes fit, otherwise made.
+    """Opens the base of a full-precision model over a text, or computes it.
 
-    Parameters: `path` where it is kept. A file the caller names there must fit if it exists; the default is
-    `cache_path`, where a base that does not fit is replaced. Raises BitladderError as `make_base`.
+    Parameters:
+        model: the full-precision model.
+        text: the text to predict.
+        settings: how to decode, and how many chunks.
+        path: where the base is kept. A file that exists there must fit. None is `cache_path`, where a base that does
+            not fit is replaced.
+        progress: receives the progress.
+
+    Raises:
+        BitladderError: as `make_base`, or the file at `path` does not fit.
     """
     if not isinstance(model, Identity):
         model = identify(model)

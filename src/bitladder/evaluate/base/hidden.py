@@ -1,4 +1,8 @@
-"""The full-precision model's predictions: made once, kept as hidden states, and turned into logits when needed."""
+"""The full-precision model's predictions: computed once, kept as hidden states, and turned into logits by the head.
+
+The head is read from the model file for each use and expanded by blocks of the vocabulary. So neither the head nor the
+logits of a chunk are in memory as a whole. To read from the system's file cache costs little beside the multiplication.
+"""
 
 import dataclasses
 import pathlib
@@ -11,30 +15,95 @@ from bitladder.closing import Closing
 from bitladder.engine.context import Context
 from bitladder.engine.native import versions
 from bitladder.engine.observe import HiddenStates
+from bitladder.engine.types import dequantize_into
 from bitladder.errors import BitladderError
-from bitladder.evaluate.base.basefile import BaseFile, Dtype, Header, pack, unpack, write_header, write_record
-from bitladder.evaluate.base.head import Head, HeadLogits
+from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
 from bitladder.evaluate.decode_chunks import Chunks, cut, decode
 from bitladder.evaluate.divergence import BaseRows
 from bitladder.evaluate.identity import Identity
 from bitladder.evaluate.logit_rows import RowScores, Workers, score_rows
 from bitladder.evaluate.settings import Settings
 from bitladder.files import replacing
+from bitladder.gguf.reader import GgufFile
+from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.text.texts import Text
 
 Floats = npt.NDArray[np.float32]
 
-# How far head × state may be from the model's logits, as a share of their range: rounding in another order for float
-# heads (whose input the library rounds as we do), 8-bit rounding of the input as well for quantized ones.
+BASE = Algorithm("base", ("final hidden states in the type of the head, with the NLL and the top token of each row",))
+
+# Largest difference of head × state from the model's logits, as a share of their range. A head in floating point
+# differs by the order of its sums. For a quantized head the library also rounds the input to 8 bits.
 _TOLERANCE_EXACT = 2e-3
 _TOLERANCE = 3e-2
-# The library rounds the head's input to the type of the head; quantized heads have no such type of ours.
+# Weights of a block, about: a block and its logits fit into a core's cache. Fewer rows than the minimum are slow to
+# multiply; more than the maximum do not fit into the scratch of `divergence`.
+_WEIGHTS = 1 << 18
+_MIN_ROWS, _MAX_ROWS = 256, 4096
+# The library rounds the input of the head to the type of the head. States for a quantized head are kept as float32.
 _DTYPES: dict[str, Dtype] = {"f16": "f16", "bf16": "bf16"}
 
 
+class Head(Closing):
+    """The output matrix of a model file. Logits are hidden states × its transpose, float32."""
+
+    def __init__(self, model: Identity) -> None:
+        self.tensor = model.head
+        self.n_vocab = model.head.rows
+        self.n_embd = model.head.width
+        self.step = min(self.n_vocab, max(_MIN_ROWS, min(_WEIGHTS // self.n_embd, _MAX_ROWS)))
+        self._file = GgufFile(model.path)
+        self._buffers: dict[tuple[str, int], Floats] = {}
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def apply(self, hidden: Floats) -> "HeadLogits":
+        """The logits of hidden states, float32 [rows, n_embd]. Nothing is computed yet."""
+        return HeadLogits(self, np.ascontiguousarray(hidden))
+
+    def block(self, hidden: Floats, index: int, slot: int) -> tuple[int, Floats]:
+        """A block of the logits of hidden states; see `HeadLogits.block`."""
+        start = index * self.step
+        stop = min(start + self.step, self.n_vocab)
+        weights = self._buffer("weights", slot, stop - start, self.n_embd)
+        dequantize_into(self._file.read(self.tensor, start, stop), self.tensor.type, weights)
+        logits = self._buffer("logits", slot, len(hidden), stop - start)
+        np.matmul(hidden, weights.T, out=logits)
+        return start, logits
+
+    def _buffer(self, kind: str, slot: int, rows: int, columns: int) -> Floats:
+        buffer = self._buffers.get((kind, slot))
+        if buffer is None or buffer.size < rows * columns:
+            buffer = self._buffers[kind, slot] = np.empty(rows * columns, np.float32)
+        return buffer[: rows * columns].reshape(rows, columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadLogits:
+    """Logits of some hidden states, computed by blocks when they are needed (a `divergence.LogitBlocks`)."""
+
+    head: Head
+    hidden: Floats
+
+    @property
+    def count(self) -> int:
+        """Blocks that make up the vocabulary."""
+        return -(-self.head.n_vocab // self.head.step)
+
+    def block(self, index: int, slot: int) -> tuple[int, Floats]:
+        """The first token id of a block and its logits, float32 [rows, block].
+
+        Several threads can call this if each has a `slot` of its own. The caller may write over the array, which is
+        valid until the next call with that slot.
+        """
+        return self.head.block(self.hidden, index, slot)
+
+
 class HiddenBase(Closing):
-    """A base file together with the head of the model it was made of (a `divergence.Base`)."""
+    """A base file with the head of the model that it was made of (a `divergence.Base`)."""
 
     def __init__(self, file: BaseFile, model: Identity) -> None:
         self.file = file
@@ -44,58 +113,67 @@ class HiddenBase(Closing):
         self._head = Head(model)
 
     @property
-    def header(self) -> Header:
+    def header(self) -> BaseHeader:
         """What the base was made of."""
         return self.file.header
 
     def close(self) -> None:
-        """Close the files."""
+        """Closes the files."""
         self.file.close()
         self._head.close()
 
     def rows(self, chunk: int) -> BaseRows:
-        """What is stored of a chunk's scored rows."""
+        """What is kept of a chunk's scored rows."""
         return self.file.rows(chunk)
 
     def logits(self, chunk: int, start: int, stop: int) -> HeadLogits:
-        """Logits of a chunk's scored rows start…stop."""
+        """Logits of a chunk's scored rows start … stop−1."""
         return self._head.apply(self.file.hidden(chunk)[start:stop])
 
 
+@BASE.entry
 def make_base(model: Identity, text: Text, out: pathlib.Path, settings: Settings, progress: Progress = SILENT) -> None:
-    """Run the full-precision model over a text and write a base file.
+    """Runs the full-precision model over a text and writes a base file.
 
-    Parameters: `out` the file, replaced only when all is done. Raises BitladderError if the text is too short, if the
-    model does not load, or if its logits are not the product of head and hidden state (it scales or caps them).
+    Parameters:
+        model: the full-precision model.
+        text: the text to predict.
+        out: the file to write; it is replaced when all is done.
+        settings: how to decode, and how many chunks.
+        progress: receives the progress.
+
+    Raises:
+        BitladderError: the text is too short, the model does not load, or its logits are not the product of head and
+            hidden state (some models scale or cap them).
     """
-    threads = settings.threads
     with settings.load(model.path) as loaded:
-        pieces = cut(loaded, text, settings)
+        chunks = cut(loaded, text, settings)
         observer = HiddenStates(model.head.name)
         context = settings.context(loaded, observer)
-        with context, Workers(threads) as workers, Head(model) as head:
-            maker = _Maker(model, text, pieces, context, observer, head, workers)
-            wanted: Dtype = _DTYPES.get(model.head.type.name, "f32")
+        with context, Workers(settings.threads) as workers, Head(model) as head:
+            maker = _Maker(model, text, chunks, settings.gpu_layers != 0, context, observer, head, workers)
+            dtype: Dtype = _DTYPES.get(model.head.type.name, "f32")
             try:
-                maker.write(out, wanted, progress)
+                maker.write(out, dtype, progress)
             except OverflowError:
                 maker.write(out, "f32", progress)
 
 
 @dataclasses.dataclass
 class _Maker:
-    """One pass of the model over the text, written out chunk by chunk."""
+    """One pass of the model over the text, written chunk by chunk."""
 
     model: Identity
     text: Text
     chunks: Chunks
+    gpu: bool
     context: Context
     observer: HiddenStates
     head: Head
     workers: Workers
 
     def write(self, out: pathlib.Path, dtype: Dtype, progress: Progress) -> None:
-        """Write the whole base. Raises OverflowError if a hidden state is too large for the type."""
+        """Writes the whole base. Raises OverflowError if a hidden state is too large for the type."""
         count = len(self.chunks)
         label = f"Base of {self.model.name} over {self.text.name}"
         with progress.task(label, count) as task, replacing(out) as temporary, temporary.open("wb") as stream:
@@ -149,13 +227,13 @@ class _Maker:
                 f"{self.model.name}: the logits are not {self.model.head.name} × hidden state (they differ by up to "
                 f"{difference:.3g} in a range of {span:.3g}): models of the architecture {self.model.architecture} "
                 "change them afterwards (scale, soft cap or bias), and no base can be kept for such a model; "
-                "perplexity without --base still works"
+                "measure its perplexity without --base"
             )
         return difference / span
 
-    def _header(self, dtype: Dtype, difference: float) -> Header:
+    def _header(self, dtype: Dtype, difference: float) -> BaseHeader:
         model, chunks = self.model, self.chunks
-        return Header(
+        return BaseHeader(
             model=model.name,
             model_sha256=model.sha256,
             architecture=model.architecture,
@@ -173,5 +251,7 @@ class _Maker:
             dtype=dtype,
             exact=not model.head.type.quantized,
             max_difference=difference,
+            gpu=self.gpu,
+            algorithms=BASE.versions(),
             llama_cpp_commit=versions()["llama_cpp_commit"],
         )

@@ -1,4 +1,4 @@
-"""A file of log-probabilities as a base to compare with, giving llama-perplexity's figures."""
+"""A file of log-probabilities as a base to compare with. The figures are llama-perplexity's."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from bitladder.engine.model import Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.logits_file import Codes, Floats, Layout, LogitsFile
 from bitladder.evaluate.decode_chunks import Chunks
-from bitladder.evaluate.divergence import BaseRows, TokenScores, compare
+from bitladder.evaluate.divergence import BaseRows, TokenScores, compare_with_base
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.settings import Settings
 from bitladder.files import sha256_file
@@ -22,20 +22,23 @@ from bitladder.text.texts import Text
 
 Doubles = npt.NDArray[np.float64]
 
-# llama-perplexity leaves the likes out of its divergence; they have no share in the sum when e to them is 0.
+# llama-perplexity leaves log-probabilities of −16 and less out of its divergence. They add nothing to the sum if they
+# are replaced by a number whose exponential is 0.
 _LEAST = np.float32(-16)
 _NOTHING = np.float32(-1e4)
-# How far the probabilities of a row may be from 1 in sum: those that are left out, e^−16 each, come to a few percent.
+# Largest distance of the sum of a row's probabilities from 1. Those that are left out, e^−16 each, are a few percent.
 _TOLERANCE = 0.1
-_NUMBERS = 1 << 18  # in a block of rows × vocabulary, about, so that it stays in a core's cache
+_NUMBERS = 1 << 18  # of a block of rows × vocabulary, about, so that it fits into a core's cache
 _MIN_WIDTH, _MAX_WIDTH = 256, 4096
 
 
 class LogitsBase(Closing):
     """An open file of log-probabilities as a `divergence.Base`.
 
-    Parameters: `bos` the token that took the place of each chunk's first when the file was made, None if none did
-    (the file does not say). `name` is the file's, as it does not name its model either.
+    Parameters:
+        file: the open file.
+        bos: the token that replaced the first one of each chunk when the file was made; None if none did. The file
+            does not contain this.
     """
 
     def __init__(self, file: LogitsFile, bos: int | None) -> None:
@@ -46,7 +49,7 @@ class LogitsBase(Closing):
 
     @property
     def name(self) -> str:
-        """The file's name without its folder."""
+        """The file's name, without folder. The file does not name its model."""
         return self.file.path.name
 
     @functools.cached_property
@@ -56,15 +59,15 @@ class LogitsBase(Closing):
 
     @property
     def layout(self) -> Layout:
-        """Context, vocabulary and number of chunks."""
+        """Sizes of context, vocabulary and file."""
         return self.file.layout
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self.file.close()
 
     def rows(self, chunk: int) -> BaseRows:
-        """What is stored of a chunk's scored rows; `top_logit` is a log-probability. Raises as `mass`."""
+        """What is kept of a chunk's scored rows; `top_logit` is a log-probability. Raises as `mass`."""
         self.mass(chunk)
         codes, scale, floor = self.file.read(chunk)
         every = np.arange(len(codes))
@@ -74,10 +77,12 @@ class LogitsBase(Closing):
         return BaseRows(nll.astype(np.float64), top.astype(np.int32), scale * codes[every, top] + floor)
 
     def mass(self, chunk: int) -> Doubles:
-        """Sum of the probabilities above e^−16 of each scored row, float64 [scored]; near 1, but not 1.
+        """The sum of the probabilities above e^−16 of each scored row, float64 [scored]: near 1, but not 1.
 
-        Kept once it is known, as the record is long and small is what is left of it. Raises BitladderError that names
-        chunk and row if a sum is far from 1.
+        It is computed once for each chunk.
+
+        Raises:
+            BitladderError: a sum is far from 1; the error names chunk and row.
         """
         if chunk in self._mass:
             return self._mass[chunk]
@@ -96,12 +101,12 @@ class LogitsBase(Closing):
         return sums
 
     def logits(self, chunk: int, start: int, stop: int) -> "LogProbabilities":
-        """Log-probabilities of a chunk's scored rows start…stop, which serve as logits."""
+        """Log-probabilities of a chunk's scored rows start … stop−1, which serve as logits."""
         codes, scale, floor = self.file.read(chunk)
         return LogProbabilities(self, codes[start:stop], scale[start:stop], floor[start:stop])
 
     def buffer(self, slot: int, rows: int, columns: int) -> Floats:
-        """Scratch room of a slot's own."""
+        """The scratch array of a slot."""
         buffer = self._buffers.get(slot)
         if buffer is None or buffer.size < rows * columns:
             buffer = self._buffers[slot] = np.empty(rows * columns, np.float32)
@@ -110,7 +115,7 @@ class LogitsBase(Closing):
 
 @dataclasses.dataclass(frozen=True)
 class LogProbabilities:
-    """Stored log-probabilities of some rows, expanded when asked for (a `divergence.LogitBlocks`)."""
+    """Stored log-probabilities of some rows, expanded when they are needed (a `divergence.LogitBlocks`)."""
 
     base: LogitsBase
     codes: Codes
@@ -119,7 +124,7 @@ class LogProbabilities:
 
     @property
     def step(self) -> int:
-        """Tokens in a block."""
+        """Tokens of a block."""
         return min(self.base.layout.n_vocab, max(_MIN_WIDTH, min(_NUMBERS // len(self.codes), _MAX_WIDTH)))
 
     @property
@@ -128,7 +133,7 @@ class LogProbabilities:
         return -(-self.base.layout.n_vocab // self.step)
 
     def block(self, index: int, slot: int) -> tuple[int, Floats]:
-        """The first token id of a block and its log-probabilities, float32 [rows, block]; see `head.HeadLogits`."""
+        """The first token id of a block and its log-probabilities, float32 [rows, block]; see `hidden.HeadLogits`."""
         first = index * self.step
         codes = self.codes[:, first : first + self.step]
         out = self.base.buffer(slot, *codes.shape)
@@ -141,21 +146,27 @@ class LogProbabilities:
 def compare_logits(
     context: Context, base: LogitsBase, count: int, workers: Workers, progress: Progress = SILENT
 ) -> TokenScores:
-    """As `divergence.compare`, with the divergence as llama-perplexity adds it up from such a file.
+    """Compares as `divergence.compare_with_base`, with the divergence as llama-perplexity computes it from such a file.
 
-    It takes the stored probabilities as they are, though in sum S they are not quite 1: Σ p (ln p − ln q), which is
-    S (KL + ln S) for KL of p/S. A token's figure may so be slightly below 0.
+    The sum S of the stored probabilities is not quite 1. llama-perplexity does not scale them: its figure is
+    Σ p (ln p − ln q) = S (KL + ln S) with KL of p/S. The figure of a token can be slightly below 0.
     """
-    scores = compare(context, base, count, workers, progress)
+    scores = compare_with_base(context, base, count, workers, progress)
     mass = np.concatenate([base.mass(chunk) for chunk in range(count)])
     return dataclasses.replace(scores, kld=mass * (scores.kld + np.log(mass)))
 
 
 def open_logits(path: pathlib.Path, text: Text | None, settings: Settings, model: pathlib.Path) -> LogitsBase:
-    """Open a file of log-probabilities that must fit.
+    """Opens a file of log-probabilities that must fit.
 
-    Parameters: `model` one of the models to compare, for its tokenizer. Without `settings.chunks` all chunks of the
-    file are meant, as for llama-perplexity. Raises BitladderError as `LogitsBase` and `check_logits`.
+    Parameters:
+        path: the file.
+        text: the text to measure on; None takes the tokens of the file.
+        settings: how to decode. If `chunks` is None all chunks of the file are used, as in llama-perplexity.
+        model: one of the models to compare, for its tokenizer.
+
+    Raises:
+        BitladderError: the file is damaged or does not fit.
     """
     with Model(model, vocab_only=True) as vocabulary:
         base = LogitsBase(LogitsFile(path), _bos(vocabulary))
@@ -168,10 +179,10 @@ def open_logits(path: pathlib.Path, text: Text | None, settings: Settings, model
 
 
 def check_logits(base: LogitsBase, model: Model, text: Text | None, settings: Settings) -> None:
-    """Raise BitladderError that says what differs if the file does not serve for a model, a text and settings.
+    """Raises BitladderError that says what differs if the file does not fit a model, a text and settings.
 
-    The file names neither its model nor its text: the text's tokens must be those that are in the file. Without a
-    text they are taken as they are.
+    The file names neither its model nor its text, so the tokens of the text must be those in the file. Without a text
+    they are not checked.
     """
     layout, name = base.layout, model.path.name
     if layout.n_vocab != model.n_vocab:
@@ -201,11 +212,11 @@ def _check_text(base: LogitsBase, model: Model, text: Text) -> None:
         return
     first = int(different[0]) if len(different) else short
     chunk, position = divmod(first, layout.n_ctx)
-    found = repr(model.detokenize([int(tokens[first])], special=True)) if first < len(tokens) else "the end"
-    kept_text = repr(model.detokenize([int(kept[first])], special=True))
+    in_text = repr(model.detokenize([int(tokens[first])], special=True)) if first < len(tokens) else "the end"
+    in_file = repr(model.detokenize([int(kept[first])], special=True))
     raise BitladderError(
         f"{base.file.path} was made of another text than {text.name}, or with another tokenizer than {name}'s: at "
-        f"token {position} of chunk {chunk + 1} it has {kept_text} and the text has {found}"
+        f"token {position} of chunk {chunk + 1} it has {in_file} and the text has {in_text}"
     )
 
 

@@ -1,14 +1,15 @@
-"""llama-perplexity's file of log-probabilities (--kl-divergence-base), as stored.
+"""llama-perplexity's file of log-probabilities (--kl-divergence-base): read, and written with the same bytes.
 
-Layout, little-endian: the magic "_logits_", n_ctx (u32), n_vocab and chunks (i32), the text's tokens (i32
-[chunks, n_ctx], BOS not put in), then a record for each chunk. A record is one row for each scored position n_ctx/2 …
-n_ctx−2: scale and floor (f32), one u16 per token of the vocabulary, and two bytes of padding if their number is odd.
-A log-probability is scale × u16 + floor, natural; logits 16 or more below the row's largest lie on the floor.
+Layout, little-endian: the magic "_logits_", n_ctx (u32), n_vocab and chunks (i32), the tokens of the text (i32
+[chunks, n_ctx], without BOS), then a record for each chunk. A record has one row for each scored position n_ctx/2 …
+n_ctx−2: scale and floor (f32), one u16 for each token of the vocabulary, and two bytes of padding if n_vocab is odd. A
+natural log-probability is scale × u16 + floor. Logits 16 or more below the row's largest are stored as the floor.
 """
 
 import dataclasses
 import os
 import pathlib
+import shutil
 import struct
 
 import numpy as np
@@ -17,19 +18,29 @@ import numpy.typing as npt
 from bitladder.closing import Closing
 from bitladder.engine.decoding import MIN_CTX
 from bitladder.errors import BitladderError
+from bitladder.evaluate.decode_chunks import cut, decode
+from bitladder.evaluate.logit_rows import Workers, score_rows
+from bitladder.evaluate.settings import Settings
+from bitladder.files import replacing
+from bitladder.progress import SILENT, Progress
+from bitladder.text.texts import Text
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int32]
 Codes = npt.NDArray[np.uint16]
 
 MAGIC = b"_logits_"
-HEAD = 4  # u16 in front of a row's codes: scale and floor
+HEAD = 4  # numbers of 16 bits before the codes of a row: scale and floor
 _START = struct.Struct("<8sIii")
+# Logits this far below the largest of a row, or farther, are stored alike.
+_DEPTH = np.float32(16)
+_LARGEST = np.float32(65535)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a file begins with: `n_ctx` tokens per chunk, `n_vocab` tokens in the vocabulary, `chunks`."""
+    """The sizes of a file: tokens of a chunk, tokens of the vocabulary, and chunks."""
 
     n_ctx: int
     n_vocab: int
@@ -42,7 +53,7 @@ class Layout:
 
     @property
     def row(self) -> int:
-        """Numbers of 16 bits in a row, scale, floor and padding included."""
+        """Numbers of 16 bits in a row, with scale, floor and padding."""
         return HEAD + self.n_vocab + self.n_vocab % 2
 
     @property
@@ -61,12 +72,12 @@ class Layout:
         return self.records + self.chunks * self.record
 
     def start(self) -> bytes:
-        """The bytes in front of the tokens."""
+        """The bytes before the tokens."""
         return _START.pack(MAGIC, self.n_ctx, self.n_vocab, self.chunks)
 
 
 def is_logits_file(path: pathlib.Path) -> bool:
-    """Whether a file begins as llama-perplexity's files of log-probabilities do."""
+    """Whether a file begins with the magic of llama-perplexity's files of log-probabilities."""
     try:
         with path.open("rb") as stream:
             return stream.read(len(MAGIC)) == MAGIC
@@ -77,7 +88,8 @@ def is_logits_file(path: pathlib.Path) -> bool:
 class LogitsFile(Closing):
     """An open file of log-probabilities. One record is in memory at a time.
 
-    Raises BitladderError with one line if the file is not one, or is shorter or longer than it should be.
+    Raises:
+        BitladderError: the file cannot be read, is not such a file, or has a wrong length or a damaged header.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -93,7 +105,7 @@ class LogitsFile(Closing):
             self._stream.close()
             raise
         self._record = np.empty((self.layout.scored, self.layout.row), "<u2")
-        self._chunk: int | None = None  # whose record that is
+        self._chunk: int | None = None  # the chunk of that record
 
     def _read_start(self) -> Layout:
         start = self._stream.read(_START.size)
@@ -132,11 +144,11 @@ class LogitsFile(Closing):
         return tokens
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._stream.close()
 
     def read(self, chunk: int) -> tuple[Codes, Floats, Floats]:
-        """A chunk's codes uint16 [scored, n_vocab], scales and floors float32 [scored]; valid until the next chunk."""
+        """A chunk's codes, uint16 [scored, n_vocab], its scales and floors, float32 [scored]; valid until the next."""
         if chunk != self._chunk:
             self._chunk = None
             self._stream.seek(self.layout.records + chunk * self.layout.record)
@@ -145,3 +157,83 @@ class LogitsFile(Closing):
             self._chunk = chunk
         head = np.ascontiguousarray(self._record[:, :HEAD]).view("<f4").astype(np.float32)
         return self._record[:, HEAD : HEAD + self.layout.n_vocab], head[:, 0], head[:, 1]
+
+
+def write_logits_file(
+    model: pathlib.Path, text: Text, out: pathlib.Path, settings: Settings, progress: Progress = SILENT
+) -> Doubles:
+    """Runs the full-precision model over a text and writes its log-probabilities.
+
+    Parameters:
+        model: the full-precision GGUF.
+        text: the text to predict.
+        out: the file to write; it is replaced when all is done. It has 2 bytes for each token of the vocabulary and
+            each scored position.
+        settings: how to decode, and how many chunks.
+        progress: receives the progress.
+
+    Returns:
+        The negative log-likelihood of every scored token, nats, float64 [chunks × scored].
+
+    Raises:
+        BitladderError: the text is too short, the model does not load, its logits are not finite, or the disk has too
+            little room.
+    """
+    with settings.load(model) as loaded:
+        chunks = cut(loaded, text, settings)
+        layout = Layout(chunks.n_ctx, loaded.n_vocab, len(chunks))
+        _check_room(out, layout.size)
+        nll = np.empty((len(chunks), chunks.scored))
+        label = f"Log-probabilities of {model.name} over {text.name}"
+        with (
+            settings.context(loaded) as context,
+            Workers(settings.threads) as workers,
+            progress.task(label, len(chunks)) as task,
+            replacing(out) as temporary,
+            temporary.open("wb") as stream,
+        ):
+            stream.write(layout.start() + chunks.tokens.astype("<i4").tobytes())
+            for chunk in range(len(chunks)):
+                targets = chunks.targets(chunk)
+                for start, logits in decode(context, chunks, chunk):
+                    part = slice(start, start + len(logits))
+                    nll[chunk, part] = score_rows(logits, targets[part], workers, what=model.name).nll
+                    stream.write(pack_rows(logits, workers).data)
+                task.note(f"PPL {np.exp(min(nll[: chunk + 1].mean(), 700)):.4f}")
+                task.advance()
+    return nll.reshape(-1)
+
+
+def pack_rows(logits: Floats, workers: Workers) -> Codes:
+    """Rows of logits, float32 [rows, n_vocab], as a record holds them, uint16 [rows, row].
+
+    The arithmetic is llama-perplexity's, so the bytes are the same: single precision, and double precision for the sum
+    of exponentials.
+    """
+    rows, n_vocab = logits.shape
+    packed = np.zeros((rows, Layout(0, n_vocab, 0).row), "<u2")
+
+    def work(row: int, _slot: int) -> None:
+        values = logits[row]
+        largest = values.max()
+        least = max(values.min(), largest - _DEPTH)
+        # The C library rounds expf correctly and NumPy does not, so exp is computed in double precision and rounded.
+        total = np.exp(values - largest, dtype=np.float64).astype(np.float32).sum(dtype=np.float64)
+        scale = (largest - least) / _LARGEST
+        packed[row, :HEAD] = np.array([scale, least - largest - np.float32(np.log(total))], "<f4").view("<u2")
+        if scale > 0:
+            steps = np.maximum(values - least, np.float32(0)) * (np.float32(1) / scale)
+            packed[row, HEAD : HEAD + n_vocab] = np.rint(steps)
+
+    workers.run(rows, work)
+    return packed
+
+
+def _check_room(out: pathlib.Path, needed: int) -> None:
+    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise BitladderError(
+            f"{out} needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB free; use fewer --chunks or "
+            "another disk"
+        )

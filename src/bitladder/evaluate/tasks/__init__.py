@@ -1,26 +1,48 @@
-"""Benchmarks: questions with choices, drawn and scored as llama-perplexity does."""
+"""Benchmarks: questions with choices, drawn and scored as in llama-perplexity."""
 
-from bitladder.evaluate.tasks.answer import score_task
-from bitladder.evaluate.tasks.export import command_line, export_task
-from bitladder.evaluate.tasks.load import FIVE, TASKS, TaskSpec, load_task, parse_specs
-from bitladder.evaluate.tasks.summary import Summary, summarize
-from bitladder.evaluate.tasks.task import Answer, Kind, Question, Skipped, Task, TaskResult
+from bitladder.evaluate.tasks.answer import TASKS, QuestionSummary, score_task, summarize
+from bitladder.evaluate.tasks.load import (
+    BENCHMARKS,
+    TaskSpec,
+    command_line,
+    export_task,
+    load_task,
+    parse_specs,
+    task_meanings,
+    task_names,
+)
+from bitladder.evaluate.tasks.task import (
+    FIVE,
+    Answer,
+    Benchmark,
+    Question,
+    QuestionSet,
+    Skipped,
+    TaskKind,
+    TaskResult,
+    average_of_five,
+)
 
 __all__ = [
+    "BENCHMARKS",
     "FIVE",
     "TASKS",
     "Answer",
-    "Kind",
+    "Benchmark",
     "Question",
+    "QuestionSet",
+    "QuestionSummary",
     "Skipped",
-    "Summary",
-    "Task",
+    "TaskKind",
     "TaskResult",
     "TaskSpec",
+    "average_of_five",
     "command_line",
     "export_task",
     "load_task",
     "parse_specs",
     "score_task",
     "summarize",
+    "task_meanings",
+    "task_names",
 ]

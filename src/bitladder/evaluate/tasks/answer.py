@@ -1,4 +1,7 @@
-"""A model's answers to a task."""
+"""Draws questions of a task and has a model answer them."""
+
+import collections
+import dataclasses
 
 from bitladder.engine.context import Context
 from bitladder.engine.decoding import MIN_CTX
@@ -8,66 +11,134 @@ from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.settings import Settings
 from bitladder.evaluate.tasks.batch import batches, choice_means
 from bitladder.evaluate.tasks.draw import draw
-from bitladder.evaluate.tasks.prepare import Prepared, prepare
-from bitladder.evaluate.tasks.task import Answer, Skipped, Task, TaskResult
+from bitladder.evaluate.tasks.task import Answer, Question, QuestionSet, Skipped, TaskResult
+from bitladder.evaluate.tasks.tokenized import TokenizedQuestion, tokenize_question
+from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 
-MIN_SEQUENCES = 4  # llama-perplexity's -np at the least; it needs a higher one for questions with more choices
+TASKS = Algorithm("tasks", ("questions are drawn and scored as in llama-perplexity",))
+
+MIN_SEQUENCES = 4  # the least -np of llama-perplexity; questions with more choices need more
 _CELLS = 256  # the library rounds a context up to a multiple of this
 _NAMED = 10  # skipped records that a warning names
 
 
-def score_task(
-    model: Model, task: Task, settings: Settings, *, count: int | None = None, progress: Progress = SILENT
-) -> TaskResult:
-    """Have a model answer `count` questions of a task (None: all), drawn and scored as llama-perplexity does.
+@dataclasses.dataclass(frozen=True)
+class QuestionSummary:
+    """What a task's source holds.
 
-    A question has room in -c tokens times the sequences, which are as many as the choices of the question with most
-    of them, and at least four: what llama-perplexity has with -np of that number. Questions that have not, or that
-    cannot be scored, are skipped and named in a warning. Raises BitladderError if none is left, if decoding fails or
-    if the logits are not finite.
+    Parameters:
+        task: the name of the task.
+        source: name of the source, without folder.
+        sha256: of the source's content.
+        kind: the option of llama-perplexity that scores such questions.
+        count: questions that are drawn.
+        available: questions in the source.
+        choices: number of drawn questions by their number of choices.
+        chance: share that guessing gets.
+    """
+
+    task: str
+    source: str
+    sha256: str
+    kind: str
+    count: int
+    available: int
+    choices: dict[int, int]
+    chance: float
+
+    def __str__(self) -> str:
+        choices = ", ".join(f"{number} with {size} choices" for size, number in self.choices.items())
+        return (
+            f"{self.task}: {self.count} of {self.available} questions of {self.source}: {choices}; "
+            f"chance {100 * self.chance:.2f} %"
+        )
+
+
+def drawn_questions(task: QuestionSet, count: int | None) -> list[Question]:
+    """The questions that are drawn for `count`; None gives all in the order of the source."""
+    if count is None:
+        return list(task.items)
+    return [task.items[index] for index in draw(task.kind, len(task.items), count)]
+
+
+def summarize(task: QuestionSet, count: int | None = None) -> QuestionSummary:
+    """What is asked if `count` questions of a task are drawn; None asks all."""
+    questions = drawn_questions(task, count)
+    sizes = collections.Counter(len(question.choices) for question in questions)
+    return QuestionSummary(
+        task=task.name,
+        source=task.source,
+        sha256=task.sha256,
+        kind=task.kind.value,
+        count=len(questions),
+        available=len(task.items),
+        choices=dict(sorted(sizes.items())),
+        chance=sum(number / size for size, number in sizes.items()) / len(questions),
+    )
+
+
+@TASKS.entry
+def score_task(
+    model: Model, task: QuestionSet, settings: Settings, *, count: int | None = None, progress: Progress = SILENT
+) -> TaskResult:
+    """Has a model answer questions of a task, drawn and scored as in llama-perplexity.
+
+    The context has -c tokens for each sequence. There are as many sequences as the question with most choices has, and
+    at least four, as in llama-perplexity with that -np. Questions that do not fit into the context or that cannot be
+    scored are skipped, and a warning names them.
+
+    Parameters:
+        model: the loaded model.
+        task: the questions.
+        settings: how to decode.
+        count: questions to draw; None asks all.
+        progress: receives the progress.
+
+    Raises:
+        BitladderError: no question can be scored, decoding fails, or the logits are not finite.
     """
     for note in task.notes:
         progress.info(f"{task.name}: {note}")
     drawn = draw(task.kind, len(task.items), count)
-    made = {index + 1: prepare(model, task.kind, index + 1, task.items[index]) for index in drawn}
-    skipped = [Skipped(record, reason) for record, reason in made.items() if isinstance(reason, str)]
-    prepared = [question for question in made.values() if isinstance(question, Prepared)]
-    n_seq = max([MIN_SEQUENCES, *(len(question.sequences) for question in prepared)])
+    results = {index + 1: tokenize_question(model, task.kind, index + 1, task.items[index]) for index in drawn}
+    skipped = [Skipped(record, reason) for record, reason in results.items() if isinstance(reason, str)]
+    tokenized = [question for question in results.values() if isinstance(question, TokenizedQuestion)]
+    n_seq = max([MIN_SEQUENCES, *(len(question.sequences) for question in tokenized)])
     capacity = -(-n_seq * settings.n_ctx // _CELLS) * _CELLS
     skipped += [
         Skipped(question.record, f"needs {question.needed} tokens, the context has room for {capacity}")
-        for question in prepared
+        for question in tokenized
         if question.needed > capacity
     ]
-    fitting = [question for question in prepared if question.needed <= capacity]
+    fitting = [question for question in tokenized if question.needed <= capacity]
     _report(task, skipped, len(drawn), progress)
     if not fitting:
         raise BitladderError(f"{task.name}: no question of {task.source} can be scored; {skipped[0].reason}")
     answers = _answer(model, task, fitting, n_seq, capacity, settings, progress)
-    skipped.sort(key=lambda one: one.record)
+    skipped.sort(key=lambda skip: skip.record)
     return TaskResult(task.name, task.source, task.sha256, settings.n_ctx, tuple(answers), tuple(skipped))
 
 
-def _report(task: Task, skipped: list[Skipped], drawn: int, progress: Progress) -> None:
+def _report(task: QuestionSet, skipped: list[Skipped], drawn: int, progress: Progress) -> None:
     if not skipped:
         return
-    named = "; ".join(f"record {one.record} {one.reason}" for one in skipped[:_NAMED])
+    named = "; ".join(f"record {skip.record} {skip.reason}" for skip in skipped[:_NAMED])
     more = f"; and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
-    progress.warn(f"{task.name}: {len(skipped)} of {drawn} questions of {task.source} left out: {named}{more}")
+    progress.warn(f"{task.name}: {len(skipped)} of {drawn} questions of {task.source} are left out: {named}{more}")
 
 
 def _answer(
     model: Model,
-    task: Task,
-    questions: list[Prepared],
+    task: QuestionSet,
+    questions: list[TokenizedQuestion],
     n_seq: int,
     capacity: int,
     settings: Settings,
     progress: Progress,
 ) -> list[Answer]:
     planned = list(batches(questions, capacity, n_seq))
-    # Not the whole capacity: only the cells that the largest batch fills.
+    # The context has the cells that the largest batch fills, which can be fewer than the capacity.
     most = max(sum(question.needed for question in batch) for batch in planned)
     answers: list[Answer] = []
     right = 0

@@ -4,32 +4,31 @@ from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks import binary
-from bitladder.evaluate.tasks.benchmark import Benchmark, asked
 from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
-from bitladder.evaluate.tasks.source import File, Record, json_records
-from bitladder.evaluate.tasks.task import Kind, Question, question
+from bitladder.evaluate.tasks.question_files import QuestionFile, QuestionRecord, json_records
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, asked, question
 
 
-def read_json(file: File) -> Iterator[Question]:
+def read_json(file: QuestionFile) -> Iterator[Question]:
     """AllenAI's jsonl: question.stem, question.choices[] with text and label, answerKey."""
     for record in json_records(file):
         inner = record.inner("question")
         choices = inner.get("choices")
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise BitladderError(f"{record.where}: the field choices is not a list of objects")
-        found = [Record(record.where, choice) for choice in choices]
-        labels, texts = [one.text("label") for one in found], [one.text("text") for one in found]
+        records = [QuestionRecord(record.where, choice) for choice in choices]
+        labels, texts = [choice.text("label") for choice in records], [choice.text("text") for choice in records]
         yield _question(record, inner.text("stem"), labels, texts)
 
 
-def read_parquet(file: File) -> Iterator[Question]:
+def read_parquet(file: QuestionFile) -> Iterator[Question]:
     """The hub's rows: question, choices.text[], choices.label[], answerKey."""
     for record in parquet_records(file):
         choices = record.inner("choices")
         yield _question(record, record.text("question"), choices.texts("label"), choices.texts("text"))
 
 
-def _question(record: Record, text: str, labels: list[str], texts: list[str]) -> Question:
+def _question(record: QuestionRecord, text: str, labels: list[str], texts: list[str]) -> Question:
     key = record.text("answerKey")
     if key not in labels:
         raise BitladderError(f"{record.where}: the answer {key} is none of the labels {', '.join(labels)}")
@@ -38,7 +37,10 @@ def _question(record: Record, text: str, labels: list[str], texts: list[str]) ->
 
 ARC = Benchmark(
     name="arc",
-    kind=Kind.MULTIPLE_CHOICE,
+    meaning=(
+        "Science questions from school exams with mostly four answers (AI2 ARC). It asks for facts and some reasoning."
+    ),
+    kind=TaskKind.MULTIPLE_CHOICE,
     readers={".bin": binary.read, ".jsonl": read_json, ".parquet": read_parquet},
     default=".bin",
     layouts=(

@@ -1,4 +1,4 @@
-"""Questions side by side in one batch: each choice is a sequence, and a question's common prefix is decoded once."""
+"""Several questions in one batch: each choice is a sequence, and the common prefix of a question is decoded once."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -8,17 +8,22 @@ import numpy.typing as npt
 
 from bitladder.engine.context import Context
 from bitladder.evaluate.logit_rows import Workers, score_rows
-from bitladder.evaluate.tasks.prepare import Prepared
+from bitladder.evaluate.tasks.tokenized import TokenizedQuestion
 
 Doubles = npt.NDArray[np.float64]
 
 
-def batches(questions: Sequence[Prepared], capacity: int, sequences: int) -> Iterator[list[Prepared]]:
-    """Questions in order, as many together as `capacity` tokens and so many sequences hold.
+def batches(questions: Sequence[TokenizedQuestion], capacity: int, sequences: int) -> Iterator[list[TokenizedQuestion]]:
+    """Groups questions, in order, into batches.
 
-    These are llama-perplexity's batches: who is computed together decides the last digits.
+    These are llama-perplexity's batches. What is computed together decides the last digits.
+
+    Parameters:
+        questions: the questions.
+        capacity: most tokens of a batch.
+        sequences: most sequences of a batch.
     """
-    batch: list[Prepared] = []
+    batch: list[TokenizedQuestion] = []
     tokens = used = 0
     for question in questions:
         count = len(question.sequences)
@@ -34,7 +39,7 @@ def batches(questions: Sequence[Prepared], capacity: int, sequences: int) -> Ite
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """What goes into `Context.decode`, and the first row of each question among the batch's rows of logits."""
+    """The arguments of `Context.decode`, and the first row of each question in the batch's rows of logits."""
 
     tokens: list[int]
     positions: list[int]
@@ -43,7 +48,7 @@ class _Layout:
     first_rows: list[int]
 
 
-def _lay_out(batch: list[Prepared]) -> _Layout:
+def _lay_out(batch: list[TokenizedQuestion]) -> _Layout:
     tokens: list[int] = []
     positions: list[int] = []
     sequences: list[tuple[int, ...]] = []
@@ -61,15 +66,16 @@ def _lay_out(batch: list[Prepared]) -> _Layout:
             tokens += ids[start:stop].tolist()
             positions += range(start, stop)
             sequences += [shared_by] * (stop - start)
-            wanted = start > 0
-            outputs += [wanted] * (stop - start - 1) + [not wanted or question.with_last]
+            own_part = start > 0
+            outputs += [own_part] * (stop - start - 1) + [not own_part or question.with_last]
     return _Layout(tokens, positions, sequences, np.array(outputs), first_rows)
 
 
-def choice_means(context: Context, batch: list[Prepared], workers: Workers) -> list[list[float]]:
-    """The mean log-probability of each choice of each question, in nats.
+def choice_means(context: Context, batch: list[TokenizedQuestion], workers: Workers) -> list[list[float]]:
+    """The mean log-probability of each choice of each question, nats.
 
-    Raises BitladderError if decoding fails or the logits are not finite.
+    Raises:
+        BitladderError: decoding fails, or the logits are not finite.
     """
     layout = _lay_out(batch)
     scored = [
@@ -78,17 +84,25 @@ def choice_means(context: Context, batch: list[Prepared], workers: Workers) -> l
         for choice in question.choices
     ]
     rows = np.concatenate([rows for rows, _ in scored])
-    found = _log_probabilities(context, layout, rows, np.concatenate([targets for _, targets in scored]), workers)
+    logs = _log_probabilities(context, layout, rows, np.concatenate([targets for _, targets in scored]), workers)
     ends = np.cumsum([len(targets) for _, targets in scored])[:-1]
-    means = iter([float(part.mean()) for part in np.split(found, ends)])
+    means = iter([float(part.mean()) for part in np.split(logs, ends)])
     return [[next(means) for _ in question.choices] for question in batch]
 
 
 def _log_probabilities(
     context: Context, layout: _Layout, rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int32], workers: Workers
 ) -> Doubles:
-    """Log-probabilities of the targets, each in its row of the batch's logits; both [n], the result too."""
-    found = np.empty(len(rows))
+    """Log-probabilities of targets, each in its row of the batch's logits.
+
+    Parameters:
+        rows: row of each target, int64 [n].
+        targets: token ids, int32 [n].
+
+    Returns:
+        float64 [n], nats.
+    """
+    result = np.empty(len(rows))
     context.clear()
     first = 0
     for start in range(0, len(layout.tokens), context.n_batch):
@@ -98,9 +112,9 @@ def _log_probabilities(
         here = (rows >= first) & (rows < first + len(logits))
         used, places = np.unique(rows[here] - first, return_inverse=True)
         if len(used):
-            wanted = logits if len(used) == len(logits) else logits[used]
-            # ln Σ exp is the same whichever token is asked for, and a row may be asked for several.
-            nll = score_rows(wanted, np.zeros(len(used), np.int32), workers, what=context.model.path.name).nll
-            found[here] = wanted[places, targets[here]] - (nll + wanted[:, 0])[places]
+            scored = logits if len(used) == len(logits) else logits[used]
+            # ln Σ exp of a row is computed once, with token 0 as target, because a row can have several targets.
+            nll = score_rows(scored, np.zeros(len(used), np.int32), workers, what=context.model.path.name).nll
+            result[here] = scored[places, targets[here]] - (nll + scored[:, 0])[places]
         first += len(logits)
-    return found
+    return result

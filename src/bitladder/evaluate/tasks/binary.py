@@ -1,9 +1,9 @@
 """llama-perplexity's file of multiple-choice questions (--multiple-choice -bf).
 
-All numbers are 32 bits, little-endian: the number of questions; for each its offset in the file; then each question.
-A text is its length in bytes and its bytes. A question is its text and two lists of answers, one with a single right
-answer and one with several; a list is its length, its texts, and a label for each, 1 for right. The second list is
-not scored: it is checked, and written empty.
+All numbers have 32 bits, little-endian. The file has the number of questions, the offset of each question, and the
+questions. A text is its length in bytes and its bytes. A question is its text and two lists of answers, one with a
+single right answer and one with several. A list is its length, its texts, and a label for each text, 1 for right. The
+second list is not scored: it is checked, and written empty.
 """
 
 import dataclasses
@@ -11,18 +11,24 @@ import struct
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks.source import File
+from bitladder.evaluate.tasks.question_files import QuestionFile
 from bitladder.evaluate.tasks.task import MAX_CHOICES, Question, question
 
 
-def read(file: File) -> Iterator[Question]:
-    """The questions of a file. Raises BitladderError that names the file and the record, counted from 1."""
+def read(file: QuestionFile) -> Iterator[Question]:
+    """The questions of a file.
+
+    Raises:
+        BitladderError: the file is truncated or a record is malformed; the error names the record, counted from 1.
+    """
     table = _Reader(file.data, file.name, 0)
     count = table.number()
     if count == 0:
         raise BitladderError(f"{file.name}: no questions")
     if 4 * (count + 1) > len(file.data):
-        raise BitladderError(f"{file.name}: ends before its table of {count} records: truncated, or not such a file")
+        raise BitladderError(
+            f"{file.name}: ends before its table of {count} records: it is truncated, or not such a file"
+        )
     for record in range(1, count + 1):
         where = f"{file.name}, record {record}"
         reader = _Reader(file.data, where, table.number())
@@ -35,8 +41,8 @@ def read(file: File) -> Iterator[Question]:
 
 
 def write(questions: list[Question]) -> bytes:
-    """The file's content."""
-    bodies = [_body(one) for one in questions]
+    """The content of a file with these questions."""
+    bodies = [_body(question) for question in questions]
     offset = 4 * (len(bodies) + 1)
     numbers = [len(bodies)]
     for body in bodies:
@@ -45,9 +51,9 @@ def write(questions: list[Question]) -> bytes:
     return struct.pack(f"<{len(numbers)}I", *numbers) + b"".join(bodies)
 
 
-def _body(one: Question) -> bytes:
-    labels = [int(index == one.correct) for index in range(len(one.choices))]
-    parts = [_text(one.text), struct.pack("<I", len(labels)), *map(_text, one.choices)]
+def _body(item: Question) -> bytes:
+    labels = [int(index == item.correct) for index in range(len(item.choices))]
+    parts = [_text(item.text), struct.pack("<I", len(labels)), *map(_text, item.choices)]
     return b"".join([*parts, struct.pack(f"<{len(labels)}i", *labels), struct.pack("<I", 0)])
 
 
@@ -65,7 +71,7 @@ class _Reader:
     def take(self, size: int) -> bytes:
         start, self.offset = self.offset, self.offset + size
         if self.offset > len(self.data):
-            raise BitladderError(f"{self.where}: ends beyond the end of the file: truncated, or not such a file")
+            raise BitladderError(f"{self.where}: ends beyond the end of the file: it is truncated, or not such a file")
         return self.data[start : self.offset]
 
     def number(self) -> int:

@@ -1,8 +1,8 @@
-"""Questions made from any text: which of four passages is the one that follows?
+"""Questions made from any text: which of four passages follows?
 
-They need no data set and no tokenizer. The text is cut into stretches of PASSAGE words and the NEXT words after them;
-the three wrong choices are what follows other stretches of the same text. Choices begin where the text has a plain
-space, so that each of them joins on as smoothly as the right one.
+They need no data set and no tokenizer. The text is cut into passages of PASSAGE words with the NEXT words that follow.
+The three wrong choices follow other passages of the same text. Choices begin at a plain space of the text, so the form
+of a choice does not show whether it is right.
 """
 
 import re
@@ -10,31 +10,36 @@ from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks.draw import below, mersenne_twister
-from bitladder.evaluate.tasks.task import Kind, Question, Task, question
+from bitladder.evaluate.tasks.task import Question, QuestionSet, TaskKind, question
 from bitladder.text.texts import load_text
 
 NAME = "continuation"
+MEANING = (
+    "Which of four passages follows a passage of the text. It needs no data set, and says little of a model beyond "
+    "its own quants."
+)
 PASSAGE, NEXT, CHOICES = 48, 24, 4
-SEED = 2  # not the seed of the draw: that would tie the draw to the places of the right choices
+SEED = 2  # another seed than that of the draw, so that the draw does not depend on the places of right choices
 
 
-def load(source: str) -> Task:
-    """The questions of a text (a file, or a built-in text, see `texts.load_text`); the same for the same text.
+def load(source: str) -> QuestionSet:
+    """The questions of a text: a file or a built-in text. The same text gives the same questions.
 
-    Raises BitladderError if the text cannot be read or is too short.
+    Raises:
+        BitladderError: the text cannot be read, or is too short.
     """
     text = load_text(source)
     stretches = list(_stretches(text.text))
     if len(stretches) < CHOICES:
         raise BitladderError(
             f"the text {text.name} is too short for {NAME}: it gives {len(stretches)} passages of "
-            f"{PASSAGE + NEXT} words, and {CHOICES} is the least"
+            f"{PASSAGE + NEXT} words, and {CHOICES} are needed"
         )
-    return Task(NAME, text.name, text.sha256, Kind.MULTIPLE_CHOICE, tuple(_questions(text.name, stretches)))
+    return QuestionSet(NAME, text.name, text.sha256, TaskKind.MULTIPLE_CHOICE, tuple(_questions(text.name, stretches)))
 
 
 def _stretches(text: str) -> Iterator[tuple[str, str]]:
-    """Passages and what follows them; none overlaps another."""
+    """Passages and what follows them. They do not overlap."""
     words = [match.span() for match in re.finditer(r"\S+", text)]
     start = 0
     while True:

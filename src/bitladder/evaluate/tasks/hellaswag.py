@@ -1,24 +1,23 @@
-"""HellaSwag: which of four endings goes on with a description of everyday life."""
+"""HellaSwag: which of four endings continues a description of everyday life."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks import binary
-from bitladder.evaluate.tasks.benchmark import Benchmark
 from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
-from bitladder.evaluate.tasks.source import File, Record, json_records
-from bitladder.evaluate.tasks.task import Kind, Question, question
+from bitladder.evaluate.tasks.question_files import QuestionFile, RecordReader, json_records
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question
 
 _LINES, _ENDINGS = 6, 4
 
 
-def read_text(file: File) -> Iterator[Question]:
-    """llama-perplexity's text: six lines a task, which are the context, the right ending's index, four endings."""
+def read_text(file: QuestionFile) -> Iterator[Question]:
+    """llama-perplexity's text with six lines a question: the context, the index of the right ending, four endings."""
     text = file.text.removesuffix("\n")
     lines = text.removesuffix("\n").split("\n") if text else []
     if not lines or len(lines) % _LINES:
-        raise BitladderError(f"{file.name}: {len(lines)} lines; there must be {_LINES} for each task")
+        raise BitladderError(f"{file.name}: {len(lines)} lines; there must be {_LINES} for each question")
     for start in range(0, len(lines), _LINES):
         where = f"{file.name}, record {start // _LINES + 1} (line {start + 1})"
         label = lines[start + 1].strip()
@@ -28,27 +27,27 @@ def read_text(file: File) -> Iterator[Question]:
 
 
 def write_text(questions: list[Question]) -> bytes:
-    """The same format. Raises BitladderError if a question does not fit it."""
+    """Questions in the same format. Raises BitladderError if a question does not fit it."""
     lines = []
-    for number, one in enumerate(questions, 1):
-        record = [one.text, str(one.correct), *one.choices]
+    for number, item in enumerate(questions, 1):
+        record = [item.text, str(item.correct), *item.choices]
         if len(record) != _LINES or any("\n" in line for line in record):
-            raise BitladderError(f"question {number} has not {_ENDINGS} endings, or a line break: it does not fit")
+            raise BitladderError(f"question {number} does not have {_ENDINGS} endings, or it has a line break")
         lines += record
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
 
 
-def read_json(file: File) -> Iterator[Question]:
+def read_json(file: QuestionFile) -> Iterator[Question]:
     """The project's jsonl: activity_label, ctx, endings[], label."""
     return _read_records(file, json_records)
 
 
-def read_parquet(file: File) -> Iterator[Question]:
-    """The hub's rows, which have the same fields."""
+def read_parquet(file: QuestionFile) -> Iterator[Question]:
+    """The hub's rows, with the same fields."""
     return _read_records(file, parquet_records)
 
 
-def _read_records(file: File, records: Callable[[File], Iterator[Record]]) -> Iterator[Question]:
+def _read_records(file: QuestionFile, records: RecordReader) -> Iterator[Question]:
     for record in records(file):
         text = clean(f"{record.text('activity_label')}: {record.text('ctx')}")
         endings = [clean(ending) for ending in record.texts("endings")]
@@ -58,14 +57,18 @@ def _read_records(file: File, records: Callable[[File], Iterator[Record]]) -> It
 
 
 def clean(text: str) -> str:
-    """Without WikiHow's marks, as lm-evaluation-harness has it and llama-perplexity's file was made."""
+    """The text without WikiHow's marks, as in lm-evaluation-harness and llama-perplexity's file."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 HELLASWAG = Benchmark(
     name="hellaswag",
-    kind=Kind.HELLASWAG,
+    meaning=(
+        "Which of four endings continues a description of everyday events (HellaSwag). Wrong endings were written by "
+        "models and sound right, so that it takes common sense to tell."
+    ),
+    kind=TaskKind.HELLASWAG,
     readers={".txt": read_text, ".bin": binary.read, ".jsonl": read_json, ".parquet": read_parquet},
     default=".txt",
     layouts=(("hellaswag_val*.txt*",), ("hellaswag_val*.jsonl*",), ("data/validation-*.parquet",)),

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks.source import File, Record
+from bitladder.evaluate.tasks.question_files import QuestionFile, QuestionRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,32 +20,33 @@ class HubData:
 
     @property
     def label(self) -> str:
-        """The data set and its revision, shortened."""
+        """The data set and the start of its revision."""
         return f"{self.repository}@{self.revision[:8]}"
 
 
 def download(data: HubData, task: str) -> list[pathlib.Path]:
-    """The files of a data set in huggingface_hub's cache, fetched if they are not there.
+    """The files of a data set in huggingface_hub's cache. Missing files are fetched.
 
-    Raises BitladderError if they could not be read or cannot be fetched.
+    Raises:
+        BitladderError: pyarrow is missing, or the files cannot be fetched.
     """
     _need_pyarrow(data.label)
-    from huggingface_hub import hf_hub_download  # takes a while to import, and files at hand do not need it
+    from huggingface_hub import hf_hub_download  # slow to import, and local files do not need it
 
     try:
         return [
             pathlib.Path(hf_hub_download(data.repository, name, repo_type="dataset", revision=data.revision))
             for name in data.files
         ]
-    except Exception as error:  # whatever the network and the hub come up with; there is no common base class
+    except Exception as error:  # errors of the network and the hub have no common base class
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BitladderError(
             f"the hub does not give {data.repository}: {reason}; name a file instead: {task}:FILE"
         ) from error
 
 
-def parquet_records(file: File) -> Iterator[Record]:
-    """The rows of a parquet file. Raises BitladderError without pyarrow, or if the file is none."""
+def parquet_records(file: QuestionFile) -> Iterator[QuestionRecord]:
+    """The rows of a parquet file. Raises BitladderError if pyarrow is missing or the file is not parquet."""
     _need_pyarrow(file.name)
     import pyarrow
     from pyarrow import parquet
@@ -55,7 +56,7 @@ def parquet_records(file: File) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError) as error:
         raise BitladderError(f"{file.name}: not a parquet file: {str(error).splitlines()[0]}") from error
     for number, row in enumerate(rows, 1):
-        yield Record(f"{file.name}, row {number}", row)
+        yield QuestionRecord(f"{file.name}, row {number}", row)
 
 
 def _need_pyarrow(what: str) -> None:

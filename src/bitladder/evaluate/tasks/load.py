@@ -1,63 +1,88 @@
-"""From what a user asks for ("mmlu:mmlu-test.bin") to questions."""
+"""Reads the questions of a task specification ("mmlu:mmlu-test.bin"), and writes them for llama-perplexity."""
 
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Callable
 
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate.tasks import continuation, hub_data, winogrande
+from bitladder.evaluate.tasks import binary, continuation, hellaswag, hub_data, winogrande
+from bitladder.evaluate.tasks.answer import drawn_questions
 from bitladder.evaluate.tasks.arc import ARC
-from bitladder.evaluate.tasks.benchmark import Benchmark
 from bitladder.evaluate.tasks.hellaswag import HELLASWAG
 from bitladder.evaluate.tasks.mmlu import MMLU
-from bitladder.evaluate.tasks.source import File, find_files, open_file
-from bitladder.evaluate.tasks.task import Kind, Question, Task
+from bitladder.evaluate.tasks.question_files import QuestionFile, find_files, open_file
+from bitladder.evaluate.tasks.task import Benchmark, Question, QuestionSet, TaskKind
 from bitladder.evaluate.tasks.truthfulqa import TRUTHFULQA
 from bitladder.evaluate.tasks.winogrande import WINOGRANDE
-from bitladder.files import sha256_bytes
+from bitladder.files import PathLike, replacing, sha256_bytes
 
-_BENCHMARKS = {one.name: one for one in (ARC, HELLASWAG, MMLU, TRUTHFULQA, WINOGRANDE)}
-FIVE: tuple[str, ...] = tuple(_BENCHMARKS)
-TASKS: tuple[str, ...] = (*FIVE, continuation.NAME)
-_NAMED = 2  # files of a folder that are named
+# Every benchmark by name. A benchmark is added here; those of the average are named in `task.FIVE`.
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (ARC, HELLASWAG, MMLU, TRUTHFULQA, WINOGRANDE)}
+_NAMED = 2  # files of a folder that are named one by one
+
+_WRITERS: dict[TaskKind, Callable[[list[Question]], bytes]] = {
+    TaskKind.HELLASWAG: hellaswag.write_text,
+    TaskKind.WINOGRANDE: winogrande.write_csv,
+    TaskKind.MULTIPLE_CHOICE: binary.write,
+}
+_COMMANDS = {
+    TaskKind.HELLASWAG: "--hellaswag --hellaswag-tasks {count} -f {path} --no-escape",
+    TaskKind.WINOGRANDE: "--winogrande -f {path} --no-escape",
+    TaskKind.MULTIPLE_CHOICE: "--multiple-choice -bf {path} --no-escape",
+}
+
+
+def task_names() -> tuple[str, ...]:
+    """The names of all tasks, as `--tasks` takes them."""
+    return (*BENCHMARKS, continuation.NAME)
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """A task by name, and where its questions are: a file, a folder, or None for the data set on the hub."""
+    """The name of a task and the place of its questions: a file, a folder, or None for the data set on the hub."""
 
     name: str
     source: str | None
 
 
-def parse_specs(text: str) -> list[TaskSpec]:
-    """Read "hellaswag:f.txt,mmlu:mmlu.bin".
+def task_meanings() -> dict[str, str]:
+    """What each task measures, in two sentences, by the name of the task."""
+    meanings = {name: benchmark.meaning for name, benchmark in BENCHMARKS.items()}
+    return meanings | {continuation.NAME: continuation.MEANING}
 
-    Raises UsageError for a name that is unknown or comes twice, and for a source that is missing.
+
+def parse_specs(text: str) -> list[TaskSpec]:
+    """Reads a list of tasks such as "hellaswag:f.txt,mmlu:mmlu.bin".
+
+    Raises:
+        UsageError: a name is unknown or comes twice, or a source is missing.
     """
+    names = task_names()
     specs: list[TaskSpec] = []
     for part in text.split(","):
         name, colon, source = part.strip().partition(":")
-        if name not in TASKS:
-            raise UsageError(f"--tasks: there is no task {name!r}; there are {', '.join(TASKS)} (NAME:FILE,NAME:FILE)")
+        if name not in names:
+            raise UsageError(f"--tasks: there is no task {name!r}; there are {', '.join(names)} (NAME:FILE,NAME:FILE)")
         if any(spec.name == name for spec in specs):
             raise UsageError(f"--tasks names {name} twice")
         if name == continuation.NAME and not source:
             raise UsageError(f"--tasks: {name} needs a text: {name}:FILE, or {name}:pydoc:test")
         if colon and not source:
-            raise UsageError(f"--tasks: nothing after {name}: ; name a file or a folder, or leave the colon away")
+            raise UsageError(f"--tasks: nothing after {name}: ; name a file or a folder, or leave the colon out")
         specs.append(TaskSpec(name, source or None))
     return specs
 
 
-def load_task(spec: TaskSpec) -> Task:
-    """Read and check all questions of a task.
+def load_task(spec: TaskSpec) -> QuestionSet:
+    """Reads and checks all questions of a task.
 
-    Raises BitladderError that names the file and the record: no such file, a malformed record, a truncated file.
+    Raises:
+        BitladderError: a file is missing or truncated, or a record is malformed; the error names file and record.
     """
     if spec.name == continuation.NAME:
         return continuation.load(spec.source or "")
-    benchmark = _BENCHMARKS[spec.name]
+    benchmark = BENCHMARKS[spec.name]
     if spec.source is None:
         return _from_files(benchmark, benchmark.hub.label, hub_data.download(benchmark.hub, spec.name))
     path = pathlib.Path(spec.source)
@@ -67,34 +92,61 @@ def load_task(spec: TaskSpec) -> Task:
     return _from_files(benchmark, path.name, [path])
 
 
-def _from_files(benchmark: Benchmark, label: str, paths: list[pathlib.Path]) -> Task:
+def _from_files(benchmark: Benchmark, label: str, paths: list[pathlib.Path]) -> QuestionSet:
     files = [open_file(path) for path in paths]
-    items = tuple(one for file in files for one in _read(benchmark, file))
+    items = tuple(question for file in files for question in _read(benchmark, file))
     if not items:
         raise BitladderError(f"{label}: no questions")
     digests = [sha256_bytes(file.data) for file in files]
     joined = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    binary = all(file.suffix == ".bin" for file in files)
-    notes = [winogrande.unseen(file) for file in files if benchmark is WINOGRANDE and file.suffix == ".csv"]
-    return Task(
+    all_binary = all(file.suffix == ".bin" for file in files)
+    notes = [benchmark.note(file) for file in files] if benchmark.note else []
+    return QuestionSet(
         name=benchmark.name,
         source=label,
         sha256=joined,
-        kind=Kind.MULTIPLE_CHOICE if binary else benchmark.kind,
+        kind=TaskKind.MULTIPLE_CHOICE if all_binary else benchmark.kind,
         items=items,
         notes=tuple(note for note in notes if note),
     )
 
 
-def _read(benchmark: Benchmark, file: File) -> list[Question]:
+def _read(benchmark: Benchmark, file: QuestionFile) -> list[Question]:
     reader = benchmark.readers.get(file.suffix) or benchmark.readers[benchmark.default]
     return list(reader(file))
 
 
 def _folder_label(folder: pathlib.Path, paths: list[pathlib.Path]) -> str:
-    """Such as "mmlu (57 files of test)" or "arc (ARC-Easy-Test.jsonl, ARC-Challenge-Test.jsonl)"; nothing above it."""
+    """The folder and its files, such as "mmlu (57 files of test)", without the folders above."""
     names = [path.relative_to(folder).as_posix() for path in paths]
     if len(names) > _NAMED:
         inside = paths[0].parent.relative_to(folder).as_posix()
         names = [f"{len(names)} files" + (f" of {inside}" if inside != "." else "")]
     return f"{folder.resolve().name} ({', '.join(names)})"
+
+
+def export_task(task: QuestionSet, path: PathLike, count: int | None = None) -> None:
+    """Writes questions of a task in llama-perplexity's format.
+
+    Parameters:
+        task: the questions.
+        path: the file to write.
+        count: questions to draw; None writes all.
+
+    Raises:
+        BitladderError: a question does not fit the format.
+    """
+    try:
+        data = _WRITERS[task.kind](drawn_questions(task, count))
+    except BitladderError as error:
+        raise BitladderError(f"{task.source} cannot be written to {path}: {error}") from error
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def command_line(task: QuestionSet, path: PathLike, count: int) -> str:
+    """The command by which llama-perplexity scores all questions of a file that `export_task` wrote.
+
+    Without --no-escape llama-perplexity turns each "\\n" of the file into a line break, in binary files too.
+    """
+    return "llama-perplexity " + _COMMANDS[task.kind].format(path=pathlib.Path(path), count=count)

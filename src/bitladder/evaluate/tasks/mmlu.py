@@ -1,20 +1,19 @@
-"""MMLU: exam questions of 57 subjects. The answers' texts are scored, not their letters."""
+"""MMLU: exam questions of 57 subjects. The texts of the answers are scored, not their letters."""
 
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks import binary
-from bitladder.evaluate.tasks.benchmark import Benchmark, asked
 from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
-from bitladder.evaluate.tasks.source import File, csv_rows
-from bitladder.evaluate.tasks.task import Kind, Question, question
+from bitladder.evaluate.tasks.question_files import QuestionFile, csv_rows
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, asked, question
 
 _CELLS = 6  # the question, four choices, the answer
 _ANSWERS = ("0A", "1B", "2C", "3D")
 
 
-def read_csv(file: File) -> Iterator[Question]:
-    """The subjects' csv: question, four choices, the answer as A–D or 0–3; with or without a first line of names."""
+def read_csv(file: QuestionFile) -> Iterator[Question]:
+    """A subject's csv: question, four choices, the answer as A–D or 0–3. A first line of names is possible."""
     for number, (where, row) in enumerate(csv_rows(file)):
         if len(row) != _CELLS:
             raise BitladderError(f"{where}: {len(row)} cells; there must be a question, four choices and the answer")
@@ -27,7 +26,7 @@ def read_csv(file: File) -> Iterator[Question]:
         yield question(where, asked(cells[0]), cells[1:5], correct)
 
 
-def read_parquet(file: File) -> Iterator[Question]:
+def read_parquet(file: QuestionFile) -> Iterator[Question]:
     """The hub's rows: question, choices[], answer 0–3."""
     for record in parquet_records(file):
         text = asked(record.text("question"))
@@ -36,7 +35,11 @@ def read_parquet(file: File) -> Iterator[Question]:
 
 MMLU = Benchmark(
     name="mmlu",
-    kind=Kind.MULTIPLE_CHOICE,
+    meaning=(
+        "Exam questions with four answers from 57 subjects, from school to profession (MMLU). It asks for knowledge "
+        "more than for reasoning."
+    ),
+    kind=TaskKind.MULTIPLE_CHOICE,
     readers={".bin": binary.read, ".csv": read_csv, ".parquet": read_parquet},
     default=".bin",
     layouts=(("test/*.csv",), ("*.csv",), ("all/test-*.parquet",), ("test-*.parquet",)),

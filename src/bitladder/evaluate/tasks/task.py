@@ -1,19 +1,25 @@
-"""What a benchmark is made of, and what a model's answers to it are."""
+"""Questions with choices, the benchmarks that they are from, and a model's answers."""
 
 import dataclasses
 import enum
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.figures import share
 from bitladder.evaluate.scores import Figure, SkippedRecord, TaskScore
+from bitladder.evaluate.tasks.hub_data import HubData
+from bitladder.evaluate.tasks.question_files import QuestionFile
 
-MAX_CHOICES = 100  # as many as llama-perplexity takes
+MAX_CHOICES = 100  # the limit of llama-perplexity
+# The benchmarks of the average. Other tasks are no part of it.
+FIVE = ("arc", "hellaswag", "mmlu", "truthfulqa", "winogrande")
 
 
-class Kind(enum.Enum):
-    """How llama-perplexity draws and scores a task; the value is the option that asks it to."""
+class TaskKind(enum.Enum):
+    """How llama-perplexity draws and scores a task. The value is its option."""
 
     HELLASWAG = "hellaswag"
     WINOGRANDE = "winogrande"
@@ -22,10 +28,13 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A text and the choices to go on with, of which the one with index `correct` is right.
+    """A text and choices that continue it.
 
-    A choice follows the text after a space; where there is an `after`, as in WinoGrande, it stands directly between
-    `text` (which may be empty then) and `after`.
+    Parameters:
+        text: what comes before the choice; it can be empty if there is an `after`.
+        choices: the choices. A choice follows the text after a space; with an `after`, it follows the text directly.
+        correct: index of the right choice.
+        after: what comes after the choice, as in WinoGrande.
     """
 
     text: str
@@ -35,18 +44,18 @@ class Question:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What the model is shown: one whole text per choice."""
+        """What the model reads: one whole text for each choice."""
         return tuple(f"{beginning}{self.after}" for beginning in self.beginnings)
 
     @property
     def beginnings(self) -> tuple[str, ...]:
-        """The texts up to and with the choice."""
+        """The texts up to the end of the choice."""
         space = "" if self.after else " "
         return tuple(f"{self.text}{space}{choice}" for choice in self.choices)
 
 
 def question(where: str, text: str, choices: list[str], correct: int, after: str = "") -> Question:
-    """A checked question. Raises BitladderError, beginning with `where`, if nobody could answer it."""
+    """A checked question. Raises BitladderError that begins with `where` if the question cannot be answered."""
     if not text and not after:
         raise BitladderError(f"{where}: the question is empty")
     if not 2 <= len(choices) <= MAX_CHOICES:
@@ -59,25 +68,63 @@ def question(where: str, text: str, choices: list[str], correct: int, after: str
     return Question(text, tuple(choices), correct, after)
 
 
+def asked(text: str) -> str:
+    """A question in the form of ARC, MMLU and TruthfulQA. The answer follows after a space."""
+    return f"Question: {text}\nAnswer:"
+
+
+QuestionReader = Callable[[QuestionFile], Iterator[Question]]
+
+
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Benchmark:
+    """A benchmark: the names of its files, and how they are read.
+
+    Parameters:
+        name: as `--tasks` names it.
+        meaning: what it measures, in two sentences for the card.
+        kind: how its public formats are scored. A .bin file is always multiple choice.
+        readers: the reader of each suffix.
+        default: the suffix whose reader is used for a file with any other suffix.
+        layouts: patterns of its files in a folder (see `question_files.find_files`).
+        hub: where the data set is on the hub.
+        note: says what of a file is not among the questions; None if all is.
+    """
+
+    name: str
+    meaning: str
+    kind: TaskKind
+    readers: Mapping[str, QuestionReader]
+    default: str
+    layouts: tuple[tuple[str, ...], ...]
+    hub: HubData
+    note: Callable[[QuestionFile], str | None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionSet:
     """All questions of a source. Record n is `items[n − 1]`.
 
-    `source` names the source without folder, `sha256` is of its content (unpacked), `notes` say what of it is not
-    among the items.
+    Parameters:
+        name: the task, as `--tasks` names it.
+        source: name of the source, without folder.
+        sha256: of the source's content, unpacked.
+        kind: how the questions are drawn and scored.
+        items: the questions.
+        notes: what of the source is not among the questions, in words.
     """
 
     name: str
     source: str
     sha256: str
-    kind: Kind
+    kind: TaskKind
     items: tuple[Question, ...]
     notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A model's answer to record `record` (the first is 1): indices of the choice taken and of the right one."""
+    """A model's answer to a record, counted from 1: the index of the chosen choice, and that of the right one."""
 
     record: int
     chosen: int
@@ -86,13 +133,13 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Whether the right choice was taken."""
+        """Whether the answer is right."""
         return self.chosen == self.correct
 
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A record that was drawn but not scored, and why."""
+    """A record that was drawn but not scored, and the reason."""
 
     record: int
     reason: str
@@ -100,7 +147,7 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """A model's answers to the questions drawn from a task, in the order they were drawn; at least one."""
+    """A model's answers to questions of a task, in the order in which they were drawn. There is at least one."""
 
     name: str
     source: str
@@ -116,11 +163,11 @@ class TaskResult:
 
     @property
     def chance(self) -> float:
-        """What guessing would get: the mean of 1/choices over the questions scored."""
+        """The share that guessing gets: the mean of 1/choices over the scored questions."""
         return sum(1 / answer.choices for answer in self.answers) / len(self.answers)
 
     def to_score(self) -> TaskScore:
-        """As it is kept in the Scores JSON."""
+        """The result as the Scores JSON keeps it."""
         return TaskScore(
             accuracy=self.accuracy,
             chance=self.chance,
@@ -129,6 +176,29 @@ class TaskResult:
             source=self.source,
             sha256=self.sha256,
             n_ctx=self.n_ctx,
-            skipped_records=tuple(SkippedRecord(record=one.record, reason=one.reason) for one in self.skipped),
-            answers=" ".join(f"{one.record}:{one.chosen}:{one.correct}" for one in self.answers),
+            skipped_records=tuple(SkippedRecord(record=skip.record, reason=skip.reason) for skip in self.skipped),
+            answers=" ".join(f"{answer.record}:{answer.chosen}:{answer.correct}" for answer in self.answers),
         )
+
+
+def average(figures: Sequence[Figure]) -> Figure:
+    """The plain mean of independent figures, with its standard error.
+
+    Example:
+        >>> average([Figure(value=0.5, error=0.03), Figure(value=0.7, error=0.04)])
+        Figure(value=0.6, error=0.025)
+    """
+    value = sum(figure.value for figure in figures) / len(figures)
+    error = math.sqrt(sum(figure.error**2 for figure in figures)) / len(figures)
+    return Figure(value=value, error=error)
+
+
+def average_of_five(figures: Mapping[str, Figure]) -> Figure | None:
+    """The mean over the five benchmarks of accuracies, or of differences of accuracies, by the name of the task.
+
+    Returns:
+        The mean with its standard error; None if one of the five is missing.
+    """
+    if not set(FIVE) <= figures.keys():
+        return None
+    return average([figures[name] for name in FIVE])

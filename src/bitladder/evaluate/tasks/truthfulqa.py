@@ -1,23 +1,22 @@
-"""TruthfulQA: questions that people answer wrongly. MC1: one of the answers is true."""
+"""TruthfulQA: questions that many people answer wrongly. MC1: one of the answers is true."""
 
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks import binary
-from bitladder.evaluate.tasks.benchmark import Benchmark, asked
 from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
-from bitladder.evaluate.tasks.source import File, Record, csv_records, json_records
-from bitladder.evaluate.tasks.task import Kind, Question, question
+from bitladder.evaluate.tasks.question_files import QuestionFile, QuestionRecord, csv_records, json_records
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, asked, question
 
 
-def read_json(file: File) -> Iterator[Question]:
+def read_json(file: QuestionFile) -> Iterator[Question]:
     """The project's mc_task.json: question, and mc1_targets as an object of answer → 1 or 0."""
     for record in json_records(file):
         targets = record.inner("mc1_targets").fields
         yield _question(record, list(targets), list(targets.values()))
 
 
-def read_parquet(file: File) -> Iterator[Question]:
+def read_parquet(file: QuestionFile) -> Iterator[Question]:
     """The hub's rows: question, mc1_targets.choices[], mc1_targets.labels[]."""
     for record in parquet_records(file):
         targets = record.inner("mc1_targets")
@@ -27,17 +26,17 @@ def read_parquet(file: File) -> Iterator[Question]:
         yield _question(record, targets.texts("choices"), labels)
 
 
-def read_csv(file: File) -> Iterator[Question]:
-    """The project's TruthfulQA.csv: the best answer against the incorrect ones, which semicolons separate."""
+def read_csv(file: QuestionFile) -> Iterator[Question]:
+    """The project's TruthfulQA.csv: the best answer, and the incorrect ones with semicolons between."""
     for record in csv_records(file):
         wrong = record.text("Incorrect Answers").split(";")
         yield _question(record, [record.text("Best Answer"), *wrong], [1] + [0] * len(wrong), field="Question")
 
 
-def _question(record: Record, texts: list[str], labels: list[int], field: str = "question") -> Question:
+def _question(record: QuestionRecord, texts: list[str], labels: list[int], field: str = "question") -> Question:
     if len(texts) != len(labels) or labels.count(1) != 1:
         raise BitladderError(f"{record.where}: {labels.count(1)} right answers of {len(texts)}; there must be one")
-    # A semicolon at the end of the data set's table has become an empty wrong answer in some records.
+    # In some records a semicolon at the end has become an empty wrong answer, which is left out.
     pairs = [(text.strip(), label) for text, label in zip(texts, labels, strict=True) if text.strip() or label == 1]
     correct = [label for _, label in pairs].index(1)
     return question(record.where, asked(record.text(field)), [text for text, _ in pairs], correct)
@@ -45,7 +44,11 @@ def _question(record: Record, texts: list[str], labels: list[int], field: str = 
 
 TRUTHFULQA = Benchmark(
     name="truthfulqa",
-    kind=Kind.MULTIPLE_CHOICE,
+    meaning=(
+        "Questions that many people answer wrongly, with several answers to choose from (TruthfulQA, one right). A "
+        "model that repeats what it read often falls below guessing."
+    ),
+    kind=TaskKind.MULTIPLE_CHOICE,
     readers={".bin": binary.read, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet},
     default=".bin",
     layouts=(("mc_task.json",), ("TruthfulQA.csv",), ("multiple_choice/validation-*.parquet",)),

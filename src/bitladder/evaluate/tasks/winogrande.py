@@ -1,20 +1,19 @@
-"""WinoGrande: which of two words belongs into a sentence's blank."""
+"""WinoGrande: which of two words fills the blank of a sentence."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks.benchmark import Benchmark
 from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
-from bitladder.evaluate.tasks.source import File, Record, json_records
-from bitladder.evaluate.tasks.task import Kind, Question, question
+from bitladder.evaluate.tasks.question_files import QuestionFile, QuestionRecord, RecordReader, json_records
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question
 
 _COMMAS = 4
 
 
-def read_csv(file: File) -> Iterator[Question]:
-    """llama-perplexity's csv: index, sentence with "_", choice 1, choice 2, answer 1 or 2; no line of names.
+def read_csv(file: QuestionFile) -> Iterator[Question]:
+    """llama-perplexity's csv: index, sentence with "_", choice 1, choice 2, answer 1 or 2. It has no line of names.
 
-    It is no common csv: quotes around a sentence are taken off, and any other quote is part of the text.
+    It differs from a common csv: quotes around a sentence are removed, and every other quote is part of the text.
     """
     for number, line in enumerate(_seen(file), 1):
         where = f"{file.name}, line {number}"
@@ -22,19 +21,18 @@ def read_csv(file: File) -> Iterator[Question]:
             yield _parse(line, where)
 
 
-def unseen(file: File) -> str | None:
-    """A note on what llama-perplexity does not read of a csv: its last line, unless an empty one follows."""
+def unseen(file: QuestionFile) -> str | None:
+    """A note on the last line of a csv, which llama-perplexity does not read unless an empty line follows."""
+    if file.suffix != ".csv":
+        return None
     lost = file.text.removesuffix("\n").split("\n")[-1]
     if not lost.strip():
         return None
-    return (
-        f"the last line of {file.name} is left out, as llama-perplexity leaves it out; "
-        "an empty line after it would keep it"
-    )
+    return f"the last line of {file.name} is left out, as in llama-perplexity; an empty line after it keeps it"
 
 
-def _seen(file: File) -> list[str]:
-    # The tool drops one newline at the end of the file, and then the line that no newline ends.
+def _seen(file: QuestionFile) -> list[str]:
+    # llama-perplexity drops one newline at the end of the file, and then the line that does not end with a newline.
     return file.text.removesuffix("\n").split("\n")[:-1]
 
 
@@ -54,51 +52,52 @@ def _parse(line: str, where: str) -> Question:
 
 
 def write_csv(questions: list[Question]) -> bytes:
-    """The same format, with the empty line at the end that makes llama-perplexity read the last question.
+    """Questions in the same format, with an empty line at the end so that llama-perplexity reads the last question.
 
-    Raises BitladderError if a question cannot be written so that it is read as it was.
+    Raises:
+        BitladderError: no line can be written that is read as the same question.
     """
     lines = []
-    for index, one in enumerate(questions):
-        sentence = f"{one.text}_{one.after}"
-        rest = f",{','.join(one.choices)},{one.correct + 1}"
+    for index, item in enumerate(questions):
+        sentence = f"{item.text}_{item.after}"
+        rest = f",{','.join(item.choices)},{item.correct + 1}"
         ways = [f"{index},{sentence}{rest}", f'{index},"{sentence}"{rest}']
-        line = next((way for way in ways if "\n" not in way and _reads_as(way, one)), None)
+        line = next((way for way in ways if "\n" not in way and _reads_as(way, item)), None)
         if line is None:
-            raise BitladderError(f"question {index + 1} cannot be written as csv: its quotes and commas would mix")
+            raise BitladderError(f"question {index + 1} cannot be written as csv: its quotes and commas are ambiguous")
         lines.append(line)
     return "".join(f"{line}\n" for line in [*lines, ""]).encode("utf-8", "surrogateescape")
 
 
-def _reads_as(line: str, one: Question) -> bool:
+def _reads_as(line: str, item: Question) -> bool:
     try:
-        return _parse(line, "") == one
+        return _parse(line, "") == item
     except BitladderError:
         return False
 
 
-def read_json(file: File) -> Iterator[Question]:
-    """AllenAI's jsonl: sentence, option1, option2, answer; without answers, those of NAME-labels.lst beside it."""
+def read_json(file: QuestionFile) -> Iterator[Question]:
+    """AllenAI's jsonl: sentence, option1, option2, answer. Missing answers are read from NAME-labels.lst beside it."""
     labels = file.path.with_name(f"{file.path.stem}-labels.lst")
     try:
         answers = labels.read_text(encoding="utf-8").split() if labels.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
-        raise BitladderError(f"cannot read {labels}: it is no readable text file") from error
+        raise BitladderError(f"cannot read {labels}: it is not a readable text file") from error
 
-    def with_answers(file: File) -> Iterator[Record]:
+    def with_answers(file: QuestionFile) -> Iterator[QuestionRecord]:
         for number, record in enumerate(json_records(file)):
             known = {"answer": answers[number]} if number < len(answers) else {}
-            yield Record(record.where, known | record.fields)
+            yield QuestionRecord(record.where, known | record.fields)
 
     return _read_records(file, with_answers)
 
 
-def read_parquet(file: File) -> Iterator[Question]:
-    """The hub's rows, which have the same fields."""
+def read_parquet(file: QuestionFile) -> Iterator[Question]:
+    """The hub's rows, with the same fields."""
     return _read_records(file, parquet_records)
 
 
-def _read_records(file: File, records: Callable[[File], Iterator[Record]]) -> Iterator[Question]:
+def _read_records(file: QuestionFile, records: RecordReader) -> Iterator[Question]:
     for record in records(file):
         sentence, answer = record.text("sentence"), record.text("answer")
         yield _question(record.where, sentence, record.text("option1"), record.text("option2"), answer)
@@ -115,9 +114,11 @@ def _question(where: str, sentence: str, first: str, second: str, answer: str) -
 
 WINOGRANDE = Benchmark(
     name="winogrande",
-    kind=Kind.WINOGRANDE,
+    meaning=("Which of two names fills the blank of a sentence (WinoGrande). Grammar does not tell, the meaning does."),
+    kind=TaskKind.WINOGRANDE,
     readers={".csv": read_csv, ".jsonl": read_json, ".parquet": read_parquet},
     default=".csv",
+    note=unseen,
     layouts=(("dev.jsonl",), ("winogrande*.csv",), ("winogrande_xl/validation-*.parquet",)),
     hub=HubData(
         "allenai/winogrande",

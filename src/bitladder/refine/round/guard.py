@@ -23,7 +23,7 @@ from bitladder.engine.model import Model
 from bitladder.engine.types import type_by_name
 from bitladder.engine.weights import Weights
 from bitladder.evaluate.base.hidden import HiddenBase
-from bitladder.evaluate.divergence import compare
+from bitladder.evaluate.divergence import compare_with_base
 from bitladder.evaluate.figures import mean
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.scores import Figure
@@ -191,7 +191,7 @@ class Guard(Closing):
             self._weights.set(name, renderer.values(name, type_by_name(self._types[name])))
 
     def _kld(self) -> Doubles:
-        return compare(self._context, self._base, self._chunks, self._workers).kld
+        return compare_with_base(self._context, self._base, self._chunks, self._workers).kld
 
 
 def _layers(names: Sequence[str]) -> list[_Part]:

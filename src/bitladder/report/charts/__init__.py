@@ -1,4 +1,10 @@
-"""Charts as values: each is a figure of plotly.js (data and layout), made without drawing anything.
+"""Charts as values: each is a figure of plotly.js (data and layout). Nothing is drawn here.
 
-Colours are names such as "@rung"; the page puts in those of its light or dark theme.
+Colours are names such as "@rung". The page replaces them by the colours of its light or dark theme.
 """
+
+from bitladder.report.charts.bars import percentiles, speed, task_bars
+from bitladder.report.charts.pareto import pareto
+from bitladder.report.charts.predicted import agreement, predicted, prediction_pairs
+
+__all__ = ["agreement", "pareto", "percentiles", "predicted", "prediction_pairs", "speed", "task_bars"]

@@ -1,16 +1,15 @@
-"""Charts with a row for each model: benchmarks, and the percentiles of the divergence."""
+"""Charts of what models score: benchmarks, percentiles of the divergence, and speed against size."""
 
 import html
 
+from bitladder.evaluate import Figure, RunScores
 from bitladder.report.charts.common import LOOKS, Chart, axis, errors, figure
-from bitladder.report.numbers import Figure, with_error
-from bitladder.report.rundir import Measured, Run
-from bitladder.report.scores import Scores
+from bitladder.report.numbers import gigabytes, with_error
+from bitladder.report.rundir import Run, RunModel
 from bitladder.report.tables import label
 
-ROW = 26  # pixels
-FRAME = 120
-# Field of a divergence, its name, colour and symbol. Half of all tokens diverge less than the median, and so on.
+ROW, FRAME = 26, 120  # height of a row and of what surrounds the rows, pixels
+# Field of a divergence, its name, colour and symbol.
 PERCENTILES = (
     ("p10", "10 %", "@seq1", "triangle-right"),
     ("median", "median", "@seq2", "line-ns-open"),
@@ -23,16 +22,16 @@ PERCENTILES = (
 
 
 def task_bars(run: Run, name: str) -> Chart:
-    """Accuracy in a benchmark ("average": of all) in percent; a line shows what guessing would get."""
-    models = [one for one in [run.base, *run.quants] if _accuracy(one.scores, name)]
+    """The accuracy in a task in percent ("average": of the five benchmarks). A line shows what guessing gets."""
+    models = [model for model in run.models if _accuracy(model.scores, name)]
     data = []
     for role in ("base", "rung", "naive", "third-party"):
-        shown = [one for one in models if one.role == role]
+        shown = [model for model in models if model.role == role]
         if shown:
             data.append(_bars(shown, role, name))
-    chance = next((one.scores.tasks[name].chance for one in models if name in one.scores.tasks), None)
+    chance = next((model.scores.tasks[name].chance for model in models if name in model.scores.tasks), None)
     if chance is not None:
-        data.append(_guessing(100 * chance, [label(one) for one in models]))
+        data.append(_guessing(100 * chance, [label(model) for model in models]))
     return figure(
         data,
         x=axis("questions answered rightly, %", rangemode="tozero"),
@@ -43,33 +42,34 @@ def task_bars(run: Run, name: str) -> Chart:
     )
 
 
-def _bars(models: list[Measured], role: str, name: str) -> Chart:
+def _bars(models: list[RunModel], role: str, name: str) -> Chart:
     legend, colour, _ = LOOKS.get(role, ("full precision", "@muted", ""))
-    figures = [found for one in models if (found := _accuracy(one.scores, name))]
+    figures = [accuracy for model in models if (accuracy := _accuracy(model.scores, name))]
     return {
         "type": "bar",
         "orientation": "h",
         "name": legend,
-        "y": [label(one) for one in models],
-        "x": [100 * one.value for one in figures],
-        "error_x": {**errors(figures, "@text"), "array": [100 * one.error for one in figures]},
+        "y": [label(model) for model in models],
+        "x": [100 * accuracy.value for accuracy in figures],
+        "error_x": {**errors(figures, "@text"), "array": [100 * accuracy.error for accuracy in figures]},
         "marker": {"color": colour},
         "hovertext": [
-            f"{html.escape(one.label)}: {with_error(found, 100)} %" for one, found in zip(models, figures, strict=True)
+            f"{html.escape(model.label)}: {with_error(accuracy, 100)} %"
+            for model, accuracy in zip(models, figures, strict=True)
         ],
         "hoverinfo": "text",
     }
 
 
 def percentiles(run: Run) -> Chart | None:
-    """Percentiles of the KLD over tokens, a row per model; None where they were not kept."""
-    models = [one for one in run.quants if one.scores.kld and one.scores.kld.median is not None]
+    """Percentiles of the KLD over tokens, a row for each model; None if no model has a KLD."""
+    models = [model for model in run.quants if model.scores.kld]
     if not models:
         return None
     data: list[Chart] = []
     seen: list[float] = []
     for field, name, colour, symbol in PERCENTILES:
-        points = [(one, value) for one in models if (value := getattr(one.scores.kld, field)) is not None and value > 0]
+        points = [(model, value) for model in models if (value := getattr(model.scores.kld, field)) > 0]
         seen += [value for _, value in points]
         data.append(
             {
@@ -77,8 +77,8 @@ def percentiles(run: Run) -> Chart | None:
                 "mode": "markers",
                 "name": name,
                 "x": [value for _, value in points],
-                "y": [label(one) for one, _ in points],
-                "hovertext": [f"{html.escape(one.label)}: {name} {value:.4g}" for one, value in points],
+                "y": [label(model) for model, _ in points],
+                "hovertext": [f"{html.escape(model.label)}: {name} {value:.4g}" for model, value in points],
                 "hoverinfo": "text",
                 "marker": {"color": colour, "symbol": symbol, "size": 9, "line": {"color": colour, "width": 2}},
             }
@@ -88,20 +88,20 @@ def percentiles(run: Run) -> Chart | None:
     )
 
 
-def _models_axis(models: list[Measured]) -> Chart:
-    """Models by size, the smallest on top."""
-    names = [label(one) for one in models]
+def _models_axis(models: list[RunModel]) -> Chart:
+    """An axis of models by size, the smallest on top."""
+    names = [label(model) for model in models]
     return {"type": "category", "categoryorder": "array", "categoryarray": names[::-1], "dtick": 1}
 
 
-def _accuracy(scores: Scores, name: str) -> Figure | None:
+def _accuracy(scores: RunScores, name: str) -> Figure | None:
     if name == "average":
         return scores.average()
     return scores.tasks[name].accuracy if name in scores.tasks else None
 
 
 def _guessing(share: float, names: list[str]) -> Chart:
-    """A line at what guessing would get."""
+    """A line at what guessing gets."""
     return {
         "type": "scatter",
         "mode": "lines",
@@ -110,4 +110,39 @@ def _guessing(share: float, names: list[str]) -> Chart:
         "y": names,
         "line": {"color": "@text", "width": 2, "dash": "dash"},
         "hoverinfo": "skip",
+    }
+
+
+def speed(run: Run, test: str) -> Chart:
+    """Tokens per second of a test against the size of the file, with error bars."""
+    models = [model for model in [*run.quants, run.base] if model.scores.speed(test)]
+    data = [_speeds(models, role, test) for role in ("base", "rung", "naive", "third-party")]
+    sizes = [model.scores.bytes / 1e9 for model in models]
+    return figure(
+        [trace for trace in data if trace["x"]],
+        x=axis("size in GB", sizes),
+        y=axis(f"tokens/s ({test})", rangemode="tozero"),
+    )
+
+
+def _speeds(models: list[RunModel], role: str, test: str) -> Chart:
+    name, colour, symbol = LOOKS.get(role, ("full precision", "@muted", "star"))
+    shown = [(model, value) for model in models if model.role == role and (value := model.scores.speed(test))]
+    return {
+        "type": "scatter",
+        "mode": "markers+text" if role in ("rung", "base") else "markers",
+        "name": name,
+        "x": [model.scores.bytes / 1e9 for model, _ in shown],
+        "y": [value.value for _, value in shown],
+        "error_y": errors([value for _, value in shown], colour),
+        "text": [model.label for model, _ in shown],
+        "textposition": "top center",
+        "textfont": {"size": 11, "color": "@text"},
+        "hovertext": [
+            f"<b>{html.escape(model.label)}</b><br>{gigabytes(model.scores.bytes)} GB<br>{with_error(value)} tokens/s"
+            for model, value in shown
+        ],
+        "hoverinfo": "text",
+        "marker": {"color": colour, "symbol": symbol, "size": 10},
+        "cliponaxis": False,
     }

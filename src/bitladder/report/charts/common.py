@@ -1,4 +1,4 @@
-"""What the charts have in common: looks by role, log axes with readable ticks, and what hovering tells."""
+"""What the charts have in common: looks by role, logarithmic axes with round ticks, and texts for hovering."""
 
 import collections
 import html
@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bitladder.evaluate import Figure
 from bitladder.gguf.names import kind_of, reading_order
 from bitladder.recipe import Recipe
-from bitladder.report.numbers import Figure, gigabytes, with_error
-from bitladder.report.rundir import Measured
+from bitladder.report.numbers import gigabytes, with_error
+from bitladder.report.rundir import RunModel
 
 Chart = dict[str, Any]
-# Role → name in the legend, colour, and a symbol, so that no reader has to tell colours apart.
+# Role → name in the legend, colour and symbol. Groups differ by symbol too, for readers who cannot tell the colours.
 LOOKS = {
     "rung": ("rungs", "@rung", "circle"),
     "naive": ("presets by themselves", "@naive", "diamond"),
@@ -22,7 +23,7 @@ LOOKS = {
 
 
 def figure(data: Sequence[Chart], *, x: Chart, y: Chart, height: int = 420, **layout: Any) -> Chart:
-    """A figure in the looks that all share."""
+    """A figure of plotly.js with the common looks."""
     return {
         "data": list(data),
         "layout": {
@@ -43,26 +44,30 @@ def figure(data: Sequence[Chart], *, x: Chart, y: Chart, height: int = 420, **la
 
 
 def axis(title: str, values: Iterable[float] = (), **more: Any) -> Chart:
-    """An axis with its title; with `values` it is logarithmic, with ticks that suit their span."""
-    made: Chart = {"title": {"text": title}, **more}
-    found = [value for value in values if value > 0]
-    if found:
-        ticks = log_ticks(min(found), max(found))
-        made |= {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
-    return made
+    """An axis with its title. With `values` it is logarithmic and has round ticks for their span."""
+    properties: Chart = {"title": {"text": title}, **more}
+    positive = [value for value in values if value > 0]
+    if positive:
+        ticks = log_ticks(min(positive), max(positive))
+        properties |= {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return properties
 
 
-def _axis(given: Chart) -> Chart:
-    return {"gridcolor": "@grid", "zerolinecolor": "@grid", "linecolor": "@grid", "automargin": True, **given}
+def _axis(properties: Chart) -> Chart:
+    return {"gridcolor": "@grid", "zerolinecolor": "@grid", "linecolor": "@grid", "automargin": True, **properties}
 
 
 def log_ticks(least: float, most: float) -> list[float]:
-    """Round numbers for a logarithmic axis, from a decade below to one above, denser where the span is short.
+    """Round numbers for a logarithmic axis, more of them if the span is short.
 
-    Those outside are seen when the reader zooms out.
+    They begin a decade below the least value and end a decade above the largest, for readers who zoom out.
+
+    Example:
+        >>> log_ticks(1.0, 50.0)
+        [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0]
     """
     ratio = most / least
-    if ratio < 1.2:  # no round mantissas within: even steps, which look even on so short a stretch of the axis
+    if ratio < 1.2:  # no round mantissa is within: even steps, which look even on so short a part of the axis
         step = 10.0 ** math.floor(math.log10(max(most - least, most / 1000)))
         middle = round((least + most) / 2 / step)
         return [float(f"{number * step:.6g}") for number in range(max(1, middle - 12), middle + 13)]
@@ -80,11 +85,11 @@ def log_ticks(least: float, most: float) -> list[float]:
 
 def errors(figures: Sequence[Figure], colour: str) -> Chart:
     """Error bars of one standard error."""
-    return {"type": "data", "array": [one.error for one in figures], "color": colour, "thickness": 1.2, "width": 3}
+    return {"type": "data", "array": [value.error for value in figures], "color": colour, "thickness": 1.2, "width": 3}
 
 
-def describe(model: Measured) -> str:
-    """What hovering over a model tells: size, KLD, and its types kind by kind."""
+def describe(model: RunModel) -> str:
+    """The text for hovering over a model: size, KLD, and its types by kind."""
     scores = model.scores
     lines = [f"<b>{html.escape(model.label)}</b>", f"{gigabytes(scores.bytes)} GB, {scores.bpw:.2f} bits per weight"]
     if scores.kld:
@@ -97,7 +102,7 @@ def describe(model: Measured) -> str:
 
 
 def recipe_lines(recipe: Recipe, most: int = 12) -> list[str]:
-    """A recipe in a line per kind: "ffn_down: 20 q4_K, 10 q6_K"; norms and the like are left out."""
+    """A recipe with a line for each kind, such as "ffn_down: 20 q4_K, 10 q6_K". Tensors in F32 are left out."""
     kinds: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for name in sorted(recipe.tensors, key=reading_order):
         if recipe.tensors[name].lower() != "f32":

@@ -1,30 +1,45 @@
-"""Predicted against measured divergence: how far a plan can be trusted."""
+"""Predicted against measured divergence: how well plans predict."""
 
 import dataclasses
 
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.evaluate import Figure
 from bitladder.report.charts.common import LOOKS, Chart, axis, describe, errors, figure
-from bitladder.report.charts.pareto import told
-from bitladder.report.numbers import Figure
+from bitladder.report.charts.pareto import describe_tried
 from bitladder.report.rundir import Run
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """A prediction and the measurement, nats per token; `group` is "rung" or "candidate", `told` for hovering."""
+class PredictionPair:
+    """A prediction and its measurement.
+
+    Parameters:
+        group: "rung" or "candidate".
+        label: the name of the recipe.
+        predicted: predicted KLD, nats per token.
+        measured: measured KLD, nats per token.
+        description: the text for hovering.
+    """
 
     group: str
     label: str
     predicted: float
     measured: Figure
-    told: str
+    description: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """`ranks` is Spearman's correlation; `ratio` the median of measured / predicted, `spread` its 10th and 90th %."""
+    """How well predictions fit measurements.
+
+    Parameters:
+        count: number of pairs.
+        ranks: Spearman's rank correlation.
+        ratio: median of measured / predicted.
+        spread: 10th and 90th percentile of measured / predicted.
+    """
 
     count: int
     ranks: float
@@ -32,26 +47,26 @@ class Agreement:
     spread: tuple[float, float]
 
 
-def pairs(run: Run) -> list[Pair]:
-    """All that was predicted and measured, with positive figures (others have no place on a logarithmic axis)."""
-    found = [
-        Pair("candidate", f"{one.rung}: {one.name}", one.predicted_kld, one.kld, told(one))
-        for one in (run.candidates.candidates if run.candidates else [])
+def prediction_pairs(run: Run) -> list[PredictionPair]:
+    """All recipes that were predicted and measured. A logarithmic axis has room for positive figures only."""
+    pairs = [
+        PredictionPair("candidate", f"{one.rung}: {one.name}", one.predicted_kld, one.kld, describe_tried(one))
+        for one in (run.tried.candidates if run.tried else [])
         if one.kld and one.predicted_kld is not None
     ]
-    found += [
-        Pair("rung", one.label, one.scores.predicted_kld, one.scores.kld, describe(one))
-        for one in run.rungs
-        if one.scores.kld and one.scores.predicted_kld is not None
+    pairs += [
+        PredictionPair("rung", rung.label, rung.scores.predicted_kld, rung.scores.kld, describe(rung))
+        for rung in run.rungs
+        if rung.scores.kld and rung.scores.predicted_kld is not None
     ]
-    return [pair for pair in found if pair.predicted > 0 and pair.measured.value > 0]
+    return [pair for pair in pairs if pair.predicted > 0 and pair.measured.value > 0]
 
 
-def predicted(found: list[Pair]) -> Chart | None:
+def predicted(pairs: list[PredictionPair]) -> Chart | None:
     """The chart; None without pairs."""
-    if not found:
+    if not pairs:
         return None
-    values = [pair.predicted for pair in found] + [pair.measured.value for pair in found]
+    values = [pair.predicted for pair in pairs] + [pair.measured.value for pair in pairs]
     ends = [min(values), max(values)]
     line = {
         "type": "scatter",
@@ -62,13 +77,16 @@ def predicted(found: list[Pair]) -> Chart | None:
         "line": {"color": "@muted", "dash": "dot", "width": 1.5},
         "hoverinfo": "skip",
     }
-    data = [line, *(_trace(found, group) for group in ("candidate", "rung") if any(p.group == group for p in found))]
+    data = [
+        line,
+        *(_trace(pairs, group) for group in ("candidate", "rung") if any(pair.group == group for pair in pairs)),
+    ]
     return figure(data, x=axis("predicted KLD, nats per token", values), y=axis("measured KLD", values))
 
 
-def _trace(found: list[Pair], group: str) -> Chart:
+def _trace(pairs: list[PredictionPair], group: str) -> Chart:
     name, colour, symbol = LOOKS[group]
-    shown = [pair for pair in found if pair.group == group]
+    shown = [pair for pair in pairs if pair.group == group]
     return {
         "type": "scatter",
         "mode": "markers",
@@ -76,25 +94,26 @@ def _trace(found: list[Pair], group: str) -> Chart:
         "x": [pair.predicted for pair in shown],
         "y": [pair.measured.value for pair in shown],
         "error_y": errors([pair.measured for pair in shown], colour),
-        "hovertext": [pair.told for pair in shown],
+        "hovertext": [pair.description for pair in shown],
         "hoverinfo": "text",
         "marker": {"color": colour, "symbol": symbol, "size": 9},
     }
 
 
-def agreement(found: list[Pair]) -> Agreement | None:
-    """How well predictions fit; None for fewer than three pairs, of which nothing can be said."""
-    if len(found) < 3:
+def agreement(pairs: list[PredictionPair]) -> Agreement | None:
+    """How well predictions fit; None for fewer than three pairs."""
+    if len(pairs) < 3:
         return None
-    said = np.array([pair.predicted for pair in found])
-    seen = np.array([pair.measured.value for pair in found])
-    low, middle, high = np.percentile(seen / said, [10, 50, 90])
-    correlation = np.corrcoef(_ranks(said), _ranks(seen))[0, 1] if said.std() and seen.std() else float("nan")
-    return Agreement(len(found), float(correlation), float(middle), (float(low), float(high)))
+    forecast = np.array([pair.predicted for pair in pairs])
+    measured = np.array([pair.measured.value for pair in pairs])
+    low, middle, high = np.percentile(measured / forecast, [10, 50, 90])
+    varied = forecast.std() and measured.std()
+    correlation = np.corrcoef(_ranks(forecast), _ranks(measured))[0, 1] if varied else float("nan")
+    return Agreement(len(pairs), float(correlation), float(middle), (float(low), float(high)))
 
 
 def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ranks from 0; equal values share the mean of theirs."""
+    """Ranks from 0. Equal values have the mean of their ranks."""
     ordered = np.sort(values)
     first = np.searchsorted(ordered, values, "left")
     last = np.searchsorted(ordered, values, "right") - 1

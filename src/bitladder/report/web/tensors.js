@@ -1,13 +1,14 @@
-// What is shown of tensors for the chosen file: three heat maps, and a table that can be searched and sorted.
-const { tensors, files, presets, bpw, priced, statistics } = data.tensors;
+// The tensors of the chosen file: three heat maps, and a table that can be searched and sorted.
+const { tensors, files, made_of: madeOf, presets, bpw, priced, statistics } = data.tensors;
 const OWN = "each tensor's own type";
 const chosen = { file: null, price: OWN, statistic: null };
 
 const typeOf = (index) => files[chosen.file]?.[index] || "";
 const bytesOf = (tensor, type) => (tensor.elements && type in bpw ? (tensor.elements * bpw[type]) / 8 : null);
-const priceOf = (tensor, type) => tensor.prices?.[type] ?? null;
+// A file has the prices of the model that it is made of.
+const priceOf = (tensor, type) => tensor.prices?.[madeOf[chosen.file]]?.[type] ?? null;
 
-// Matrices only: kinds that are F32 in every file have no place in a heat map.
+// The heat maps have matrices only: kinds that are F32 in every file are left out.
 const shown = tensors
   .map((tensor, index) => ({ ...tensor, index }))
   .filter(({ index }) => Object.values(files).some((types) => types[index] && types[index] !== "f32"));
@@ -24,7 +25,7 @@ function pickers() {
     const select = document.getElementById(name);
     if (!select) continue;
     select.append(...values.map((value) => new Option(value)));
-    // In the middle of the ladder types differ most.
+    // Types differ most in the middle of the ladder.
     select.selectedIndex = name === "file" ? Math.floor((values.length - 1) / 2) : 0;
     chosen[name] = select.value;
     select.addEventListener("change", () => {
@@ -73,7 +74,7 @@ function heat(cells, { logarithmic = false, text = false, title }) {
   };
 }
 
-// Ticks of a logarithmic colour bar, as the numbers themselves.
+// Ticks of a logarithmic colour bar, with the plain numbers as labels.
 function powers(logs) {
   const least = Math.min(...logs);
   const most = Math.max(...logs);
@@ -187,7 +188,7 @@ function fillTable() {
   search();
 }
 
-// All words must occur in the row, wherever: "ffn_down q6_k".
+// All words must occur in the row: "ffn_down q6_k".
 function search() {
   const words = document.getElementById("search").value.toLowerCase().split(/[\s,]+/).filter(Boolean);
   const rows = [...document.getElementById("tensor-table").tBodies[0].rows];

@@ -1,4 +1,4 @@
-"""Files that questions come from: found, unpacked, and read record by record."""
+"""Files with questions: finds them, unpacks them, and reads them record by record."""
 
 import bz2
 import csv
@@ -18,43 +18,43 @@ _UNPACK: dict[str, Callable[[bytes], bytes]] = {".bz2": bz2.decompress, ".gz": g
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
-    """A file's content (unpacked, if it was .bz2, .gz or .xz); `suffix` is that of the unpacked file."""
+class QuestionFile:
+    """The content of a file, unpacked if it was .bz2, .gz or .xz."""
 
     path: pathlib.Path
     data: bytes
 
     @property
     def name(self) -> str:
-        """The name without folder."""
+        """The file's name, without folder."""
         return self.path.name
 
     @property
     def suffix(self) -> str:
-        """Such as ".jsonl", in lower case."""
+        """The suffix of the unpacked file in lower case, such as ".jsonl"."""
         return _inner(self.path).suffix.lower()
 
     @property
     def text(self) -> str:
-        """The content as text; bytes that are not UTF-8 are kept as surrogate escapes. A byte-order mark is dropped."""
+        """The content as text, without a byte-order mark. Bytes that are not UTF-8 become surrogate escapes."""
         return self.data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """A record with named fields; `where` begins messages about it ("dev.jsonl, line 3")."""
+class QuestionRecord:
+    """A record with named fields. Errors about it begin with `where`, such as "dev.jsonl, line 3"."""
 
     where: str
     fields: dict[str, Any]
 
     def get(self, name: str) -> Any:
-        """A field's value. Raises BitladderError if the record has none of that name."""
+        """The value of a field. Raises BitladderError if the record has no such field."""
         if self.fields.get(name) is None:
             raise BitladderError(f"{self.where}: no field {name}")
         return self.fields[name]
 
     def text(self, name: str) -> str:
-        """A field that is text or a number, as text without blanks around it."""
+        """A field that is text or a number, as text without surrounding blanks."""
         value = self.get(name)
         if not isinstance(value, str | int):
             raise BitladderError(f"{self.where}: the field {name} is not text")
@@ -63,53 +63,57 @@ class Record:
     def texts(self, name: str) -> list[str]:
         """A field that is a list of texts."""
         value = self.get(name)
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             raise BitladderError(f"{self.where}: the field {name} is not a list of texts")
-        return [one.strip() for one in value]
+        return [text.strip() for text in value]
 
-    def inner(self, name: str) -> "Record":
-        """A field that is a record of its own."""
+    def inner(self, name: str) -> "QuestionRecord":
+        """A field that is a record itself."""
         value = self.get(name)
         if not isinstance(value, dict):
             raise BitladderError(f"{self.where}: the field {name} is not an object")
-        return Record(self.where, value)
+        return QuestionRecord(self.where, value)
 
     def index(self, name: str, first: int = 0) -> int:
-        """A whole number counted from `first`, as an index counted from 0."""
+        """A field that is a whole number counted from `first`, as an index counted from 0."""
         value = self.text(name)
         if not value.lstrip("-").isdecimal():
             raise BitladderError(f"{self.where}: {name} is {value!r}, not a whole number")
         return int(value) - first
 
 
-def open_file(path: pathlib.Path) -> File:
-    """Read a file. Raises BitladderError if it cannot be read or unpacked."""
+def open_file(path: pathlib.Path) -> QuestionFile:
+    """Reads a file. Raises BitladderError if it cannot be read or unpacked."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise BitladderError(f"cannot read {path}: {error.strerror}") from error
     unpack = _UNPACK.get(path.suffix.lower())
     try:
-        return File(path, unpack(data) if unpack else data)
+        return QuestionFile(path, unpack(data) if unpack else data)
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise BitladderError(f"{path} is damaged: {error}") from error
 
 
 def find_files(folder: pathlib.Path, layouts: tuple[tuple[str, ...], ...]) -> list[pathlib.Path]:
-    """The files of a folder by the first layout of which every pattern finds something; sorted within a pattern.
+    """The files of a folder by the first layout in which every pattern matches a file; sorted for each pattern.
 
-    Raises BitladderError that lists the layouts if none does.
+    Raises:
+        BitladderError: no layout matches; the error lists the layouts.
     """
     for layout in layouts:
-        found = [sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in layout]
-        if all(found):
-            return [path for paths in found for path in paths]
-    wanted = "; or ".join(" and ".join(layout) for layout in layouts)
-    raise BitladderError(f"{folder} has none of the files looked for: {wanted}")
+        matches = [sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in layout]
+        if all(matches):
+            return [path for paths in matches for path in paths]
+    expected = "; or ".join(" and ".join(layout) for layout in layouts)
+    raise BitladderError(f"{folder} has none of the expected files: {expected}")
 
 
-def json_records(file: File) -> Iterator[Record]:
-    """The records of a .jsonl file (one object a line) or a .json file (a list of objects)."""
+RecordReader = Callable[[QuestionFile], Iterator[QuestionRecord]]
+
+
+def json_records(file: QuestionFile) -> Iterator[QuestionRecord]:
+    """The records of a .jsonl file (an object in each line) or a .json file (a list of objects)."""
     if file.suffix == ".json":
         values = _parse(file.text, file.name)
         if not isinstance(values, list):
@@ -121,7 +125,7 @@ def json_records(file: File) -> Iterator[Record]:
     for where, value in numbered:
         if not isinstance(value, dict):
             raise BitladderError(f"{where}: not an object")
-        yield Record(where, value)
+        yield QuestionRecord(where, value)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -131,8 +135,8 @@ def _parse(text: str, where: str) -> Any:
         raise BitladderError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from error
 
 
-def csv_rows(file: File) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a csv file that are not blank: where each ends ("x.csv, line 3"), and its cells."""
+def csv_rows(file: QuestionFile) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a csv file that are not blank: the place of each ("x.csv, line 3"), and its cells."""
     reader = csv.reader(io.StringIO(file.text, newline=""), strict=True)
     while True:
         try:
@@ -145,7 +149,7 @@ def csv_rows(file: File) -> Iterator[tuple[str, list[str]]]:
             yield f"{file.name}, line {reader.line_num}", row
 
 
-def csv_records(file: File) -> Iterator[Record]:
+def csv_records(file: QuestionFile) -> Iterator[QuestionRecord]:
     """The records of a csv file whose first row names the fields."""
     header: list[str] | None = None
     for where, row in csv_rows(file):
@@ -154,7 +158,7 @@ def csv_records(file: File) -> Iterator[Record]:
         elif len(row) != len(header):
             raise BitladderError(f"{where}: {len(row)} cells where the first line has {len(header)}")
         else:
-            yield Record(where, dict(zip(header, row, strict=True)))
+            yield QuestionRecord(where, dict(zip(header, row, strict=True)))
 
 
 def _inner(path: pathlib.Path) -> pathlib.Path:

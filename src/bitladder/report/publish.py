@@ -1,0 +1,189 @@
+"""Publishing a run directory: which of its files belong on the hub, and what is wrong with them.
+
+Faults are paths of this machine, quants that llama.cpp does not find, and a card without a licence.
+"""
+
+import dataclasses
+import fnmatch
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from bitladder.errors import BitladderError, UsageError
+from bitladder.evaluate import read_scores
+from bitladder.hub.quant_files import PRESET, pick, side_word
+from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
+from bitladder.report.rundir import RunPaths, price_paths
+
+# The start of a path of this machine: /home/…, ~/…, ./…, C:\…, \\server, file:…
+_LOCAL = re.compile(r"(/|~|\.{1,2}[/\\]|[A-Za-z]:[\\/]|\\\\|file:)")
+_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# huggingface.co delivers larger files not by plain HTTP, which llama.cpp uses.
+MOST_BYTES = 50_000_000_000
+TEXTS = (".md", ".html", ".json", ".toml")
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedFile:
+    """A file to upload.
+
+    Parameters:
+        name: its name in the run directory and in the repository.
+        bytes: its size.
+        rung: label of a quant, or encoding of the full-precision file; None if the file is not a model.
+    """
+
+    name: str
+    bytes: int
+    rung: str | None = None
+
+
+def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[PublishedFile]:
+    """The files of a finished run that belong on the hub: models first, then what describes them, the card last.
+
+    Parameters:
+        folder: the run directory.
+        exclude: patterns (`*`, `?`) of names to leave out.
+
+    Raises:
+        UsageError: a pattern matches no file, or the card.
+        BitladderError: the run is not finished, or a file is missing or was changed after the run.
+    """
+    manifest, run = complete_manifest(folder)
+    paths = RunPaths(folder)
+    recorded = {output.path: output.bytes for step in manifest.steps.values() for output in step.outputs}
+    files: dict[str, PublishedFile] = {}
+    for path, rung in _paths(paths, manifest, run):
+        name = paths.name(path)
+        if not path.is_file():
+            raise BitladderError(f"{path} is missing; give the `bitladder run` command again")
+        size = path.stat().st_size
+        if recorded.get(name, size) != size:
+            raise BitladderError(f"{path} was changed after the run; give the `bitladder run` command again")
+        files[name] = PublishedFile(name, size, rung)
+    for pattern in exclude:
+        excluded = fnmatch.filter(files, pattern)
+        if not excluded:
+            raise UsageError(f"--exclude {pattern} matches none of {', '.join(files)}")
+        if paths.name(paths.card) in excluded:
+            raise UsageError(f"--exclude {pattern} leaves the card out, without which the hub shows nothing")
+        for name in excluded:
+            del files[name]
+    return list(files.values())
+
+
+def groups(entries: Sequence[PublishedFile]) -> list[tuple[str, list[str]]]:
+    """The commits with their files, in order: first the models, then the card that describes them."""
+    models = [entry.name for entry in entries if entry.rung is not None]
+    rest = [entry.name for entry in entries if entry.rung is None]
+    return [(message, names) for message, names in (("Quants", models), ("Card, scores and recipes", rest)) if names]
+
+
+def _paths(paths: RunPaths, manifest: Manifest, run: RunRecord) -> Iterator[tuple[pathlib.Path, str | None]]:
+    """Paths of the files and, for models, their labels."""
+    convert = manifest.steps["convert"]
+    for output in convert.outputs:  # there are none if the run started from a GGUF, which belongs to the user
+        yield paths.model(output.path), str(convert.facts["encoding"])
+    rungs = {rung: read_scores(paths.scores(rung)) for rung in run.rungs}
+    for rung, scores in rungs.items():
+        yield paths.model(scores.model), rung
+    for path in (paths.page, paths.imatrix, paths.candidates, *price_paths(paths, list(rungs.values())).values()):
+        if path.is_file():
+            yield path, None
+    for label in ("base", *run.rungs, *run.compared):
+        yield paths.scores(label), None
+    for rung in run.rungs:
+        yield paths.recipe(rung), None
+        for path in (paths.scores(f"{rung}.naive"), paths.recipe(f"{rung}.naive")):
+            if path.is_file():
+                yield path, None
+    yield paths.card, None
+
+
+def front_matter(folder: pathlib.Path) -> dict[str, Any]:
+    """The YAML at the top of the card. Raises BitladderError if it is missing or is not a mapping."""
+    path = RunPaths(folder).card
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    try:
+        value = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError as error:
+        raise BitladderError(f"{path}: the front matter is not YAML; `bitladder card` writes it again") from error
+    if not isinstance(value, dict):
+        raise BitladderError(f"{path} has no front matter; `bitladder card` writes it again")
+    return value
+
+
+def check_private(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> None:
+    """Refuses files with paths of this machine: any local path in the front matter, the run directory's own anywhere.
+
+    Raises:
+        BitladderError: there is such a path; the error names file and key.
+    """
+    card = RunPaths(folder).card
+    for key, value in _strings(front_matter(folder)):
+        if _LOCAL.match(value):
+            raise BitladderError(
+                f"{card}: {key} is a path of this machine ({value}); name the model on the hub with "
+                "`bitladder run --base-model OWNER/NAME`, or correct the card"
+            )
+    here = str(folder.resolve())
+    for entry in entries:
+        if pathlib.PurePath(entry.name).suffix in TEXTS:
+            text = (folder / entry.name).read_text(encoding="utf-8", errors="replace")
+            if len(here) > 1 and here in text:
+                raise BitladderError(
+                    f"{folder / entry.name} contains the path {here}; take it out, or make the file again"
+                )
+
+
+def warnings(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> list[str]:
+    """What is wrong for a reader of the published page, a line each."""
+    lines = []
+    card = RunPaths(folder).card.name
+    front = front_matter(folder)
+    base = front.get("base_model")
+    if not base:
+        lines.append(f"{card} names no base_model: the hub will not show whose quants these are (--base-model of run)")
+    elif not all(_ID.fullmatch(str(name)) for name in (base if isinstance(base, list) else [base])):
+        lines.append(f"{card}: base_model {base} is not a hub id (OWNER/NAME)")
+    if not front.get("license"):
+        lines.append(f"{card} names no license; that of the source model applies to its quants; name it in the card")
+    names = [entry.name for entry in entries]
+    for entry in entries:
+        if entry.rung is None:
+            continue
+        if word := side_word(entry.name):
+            lines.append(f'{entry.name}: llama.cpp takes no file with "{word}" in its name for a model')
+        elif (taken := pick(names, entry.rung)) != entry.name:
+            lines.append(f"{entry.name}: -hf REPO:{entry.rung} takes {taken}")
+        if entry.bytes > MOST_BYTES:
+            lines.append(
+                f"{entry.name} has {entry.bytes / 1e9:.0f} GB: llama.cpp cannot download more than 50 in one file"
+            )
+    if PRESET in names:
+        lines.append(f"{PRESET}: llama.cpp would read it instead of the models")
+    return lines
+
+
+def default_file(entries: Sequence[PublishedFile]) -> str | None:
+    """The file that `-hf REPO` takes if no quant is named."""
+    return pick([entry.name for entry in entries])
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All strings of nested lists and mappings, with their keys."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _strings(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, key)
