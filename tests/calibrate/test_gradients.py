@@ -99,7 +99,7 @@ def test_a_forward_pass_that_is_not_the_librarys_is_refused(models, monkeypatch)
 def test_a_few_positions_may_be_ill_conditioned(models, monkeypatch, share):
     """Rounding alone moves the second token of some texts by 7 % of the range: no reason to trust no gradient."""
     module = importlib.import_module(
-        "bitladder.calibrate.gradients.check_pass"
+        "bitladder.calibrate.gradients.usable"
     )  # the package's attribute is the function
     logits, tokens = module.sequence_logits, TOKENS.reshape(-1)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from calibrated import calibrate
 
-from bitladder.calibrate.moments.collect_moments import model_sha256
+from bitladder.calibrate.collect_moments import model_sha256
 from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, Provenance, Shape, writing_moments
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError

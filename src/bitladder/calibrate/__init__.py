@@ -1,8 +1,8 @@
 """From texts to what guides quantization: the importance matrix, and second moments of inputs."""
 
 from bitladder.calibrate.collect_imatrix import ImatrixResult, collect_imatrix
+from bitladder.calibrate.collect_moments import MomentsResult, collect_moments
 from bitladder.calibrate.imatrix import Imatrix, read_imatrix, write_imatrix
-from bitladder.calibrate.moments.collect_moments import MomentsResult, collect_moments
 from bitladder.calibrate.moments.moments_file import MomentsFile
 
 __all__ = [

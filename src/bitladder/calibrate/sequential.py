@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.calibrate.inputs import Input, choose_inputs, model_inputs
+from bitladder.calibrate.moments.collector import Experts, MomentCollector, decode_chunks
 from bitladder.calibrate.moments.entries import Entry, Part, make_entries
-from bitladder.calibrate.moments.inputs import Input, choose_inputs, model_inputs
 from bitladder.calibrate.moments.moments_file import Floats, unpack_triangle
-from bitladder.calibrate.moments.watch import Experts, MomentCollector, decode_chunks
 from bitladder.closing import Closing
 from bitladder.engine.context import Context
 from bitladder.engine.decoding import Decoding

@@ -3,9 +3,9 @@
 torch is imported when the first function is called, and not by importing this package.
 """
 
-from bitladder.calibrate.gradients.check_pass import Agreement, check
-from bitladder.calibrate.gradients.collect_gradient_moments import collect_gradient_moments, why_not
 from bitladder.calibrate.gradients.fisher import FisherCost, fisher_costs
+from bitladder.calibrate.gradients.kept_moments import collect_gradient_moments, why_not
+from bitladder.calibrate.gradients.usable import Agreement, check
 from bitladder.calibrate.gradients.weighted_moments import GradientMoments, weighted_moments
 
 __all__ = [

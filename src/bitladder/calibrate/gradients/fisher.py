@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.gradients.check_pass import check
 from bitladder.calibrate.gradients.needs import require_torch, torch_threads
+from bitladder.calibrate.gradients.usable import check
 from bitladder.calibrate.gradients.weighted_moments import CHECKED_TOKENS, choose, chunk_generator
 from bitladder.engine.context import Floats
 from bitladder.engine.model import Tokens

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.moments.inputs import Input
+from bitladder.calibrate.inputs import Input
 from bitladder.calibrate.moments.moments_file import Floats
 from bitladder.calibrate.moments.sums import sums_bytes
 from bitladder.errors import BitladderError

@@ -8,10 +8,10 @@ import numpy.typing as npt
 from bitladder.calibrate.collect_imatrix import Collector
 from bitladder.calibrate.imatrix import Entry as ImatrixEntry
 from bitladder.calibrate.imatrix import Imatrix, write_imatrix
+from bitladder.calibrate.inputs import Input
+from bitladder.calibrate.moments.collector import Adding, MomentCollector, WithImatrix, decode_chunks
 from bitladder.calibrate.moments.entries import Entry, Part
-from bitladder.calibrate.moments.inputs import Input
 from bitladder.calibrate.moments.moments_file import Floats, Provenance, Shape, triangle
-from bitladder.calibrate.moments.watch import Adding, MomentCollector, WithImatrix, decode_chunks
 from bitladder.calibrate.unfinished import Keep
 from bitladder.engine.model import Model, Tokens
 from bitladder.files import sha256_bytes

@@ -1,9 +1,9 @@
 """What an importance matrix says of a model: figures per tensor, layer and kind, gaps, and how two of them differ."""
 
 from bitladder.calibrate.statistics.compare_imatrices import Comparison, TensorDifference, compare
+from bitladder.calibrate.statistics.figures import TensorStatistics, tensor_statistics
 from bitladder.calibrate.statistics.gaps import Gaps, find_gaps
 from bitladder.calibrate.statistics.groups import GroupStatistics, by_kind, by_layer
-from bitladder.calibrate.statistics.tensor_figures import TensorStatistics, tensor_statistics
 
 __all__ = [
     "Comparison",

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from bitladder.calibrate.imatrix import Entry, Imatrix
+from bitladder.calibrate.statistics.figures import Doubles, cosine
 from bitladder.calibrate.statistics.groups import weighted_mean
-from bitladder.calibrate.statistics.tensor_figures import Doubles, cosine
 from bitladder.errors import BitladderError
 from bitladder.gguf.names import imatrix_order, imatrix_place
 

@@ -7,7 +7,7 @@ CosSim counts as 0; here it does not take part in that average.
 import dataclasses
 from collections.abc import Iterable
 
-from bitladder.calibrate.statistics.tensor_figures import TensorStatistics
+from bitladder.calibrate.statistics.figures import TensorStatistics
 
 
 @dataclasses.dataclass(frozen=True)

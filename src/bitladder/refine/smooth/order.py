@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.moments.watch import decode_chunks
+from bitladder.calibrate.moments.collector import decode_chunks
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Multiplication
 from bitladder.gguf.names import name_in_block

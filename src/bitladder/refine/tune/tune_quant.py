@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.gradients.check_pass import check
 from bitladder.calibrate.gradients.needs import require_torch, torch_threads
+from bitladder.calibrate.gradients.usable import check
 from bitladder.calibrate.gradients.weighted_moments import CHECKED_TOKENS
 from bitladder.calibrate.unfinished import Keep, job_key
 from bitladder.engine.model import Model, Tokens

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from bitladder.show.imatrix.columns import Column, find_column
+from bitladder.show.imatrix.tables import Column, find_column
 
 
 class Row(Protocol):

@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterable
 
 from bitladder.calibrate.statistics.compare_imatrices import TensorDifference
+from bitladder.calibrate.statistics.figures import TensorStatistics
 from bitladder.calibrate.statistics.groups import weighted_mean
-from bitladder.calibrate.statistics.tensor_figures import TensorStatistics
 from bitladder.errors import BitladderError
-from bitladder.show.imatrix.columns import Column
+from bitladder.show.imatrix.tables import Column
 
 Colour = tuple[int, int, int]
 # Dark to light, told apart in grey and by the colour-blind (the anchors of matplotlib's viridis and RdBu).

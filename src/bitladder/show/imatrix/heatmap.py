@@ -3,8 +3,8 @@
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from bitladder.show.imatrix.columns import DASH
 from bitladder.show.imatrix.grid import Grid, on_top
+from bitladder.show.imatrix.tables import DASH
 
 
 class HeatMap:

@@ -8,15 +8,15 @@ from typing import Any
 
 from bitladder.calibrate.imatrix import Imatrix, read_imatrix
 from bitladder.calibrate.statistics.compare_imatrices import Comparison, TensorDifference, compare, grouped
+from bitladder.calibrate.statistics.figures import TensorStatistics, tensor_statistics
 from bitladder.calibrate.statistics.gaps import Gaps, find_gaps, listed
 from bitladder.calibrate.statistics.groups import GroupStatistics, by_kind, by_layer
-from bitladder.calibrate.statistics.tensor_figures import TensorStatistics, tensor_statistics
 from bitladder.errors import UsageError
 from bitladder.gguf.names import imatrix_place, ranges
-from bitladder.show.imatrix import columns as shown
-from bitladder.show.imatrix.columns import Column, find_column
+from bitladder.show.imatrix import tables as shown
 from bitladder.show.imatrix.formats import Row, plain, sort_rows
 from bitladder.show.imatrix.grid import Grid, make_grid
+from bitladder.show.imatrix.tables import Column, find_column
 
 PathLike = str | os.PathLike[str]
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing, write_text
-from bitladder.show.imatrix.columns import DASH, Column
 from bitladder.show.imatrix.formats import Row
 from bitladder.show.imatrix.grid import Grid, on_top
+from bitladder.show.imatrix.tables import DASH, Column
 
 _CELL_WIDTH, _CELL_HEIGHT, _MARGIN, _HEAD = 92, 20, 48, 40
 _STYLE = """

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.collect_imatrix import Collector
+from bitladder.calibrate.inputs import Input
 from bitladder.calibrate.moments.entries import Part
-from bitladder.calibrate.moments.inputs import Input
 from bitladder.calibrate.moments.moments_file import Floats
 from bitladder.calibrate.moments.sums import Sums, Weighted, add
 from bitladder.engine.context import Context

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from bitladder.calibrate.collect_imatrix import MIN_CTX, SAVE_SECONDS
 from bitladder.calibrate.imatrix import read_imatrix, write_imatrix
+from bitladder.calibrate.inputs import choose_inputs, model_inputs
 from bitladder.calibrate.moments.assemble import Source, write_sources
 from bitladder.calibrate.moments.entries import make_entries, plan_passes
-from bitladder.calibrate.moments.inputs import choose_inputs, model_inputs
 from bitladder.calibrate.moments.moments_file import Floats, MomentsFile, Provenance
 from bitladder.calibrate.moments.passes import IMATRIX, Collected, ImatrixBeside, run_passes
 from bitladder.calibrate.moments.positions import position_weights

@@ -12,19 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.collect_imatrix import MIN_CTX
-from bitladder.calibrate.gradients.hyperparameters import read_sizes
-from bitladder.calibrate.gradients.needs import require_torch, torch_threads
-from bitladder.calibrate.gradients.weighted_moments import GradientMoments, weighted_moments
-from bitladder.calibrate.imatrix import read_imatrix, write_imatrix
-from bitladder.calibrate.moments.assemble import Source
-from bitladder.calibrate.moments.collect_moments import (
+from bitladder.calibrate.collect_moments import (
     MEMORY_SHARE,
     MomentsResult,
     merge_moments,
     model_sha256,
     write_result,
 )
-from bitladder.calibrate.moments.inputs import model_inputs
+from bitladder.calibrate.gradients.hyperparameters import read_sizes
+from bitladder.calibrate.gradients.needs import require_torch, torch_threads
+from bitladder.calibrate.gradients.weighted_moments import GradientMoments, weighted_moments
+from bitladder.calibrate.imatrix import read_imatrix, write_imatrix
+from bitladder.calibrate.inputs import model_inputs
+from bitladder.calibrate.moments.assemble import Source
 from bitladder.calibrate.moments.moments_file import Floats, MomentsFile, Provenance, Shape, pack_triangle
 from bitladder.calibrate.moments.passes import IMATRIX, ImatrixBeside, run_passes
 from bitladder.calibrate.unfinished import Keep, job_key
