@@ -1,7 +1,6 @@
-"""Collecting second moments without gradients: decode texts, watch every multiplication, add up w xxᵀ of its inputs.
+"""Collects second moments of a model's inputs over texts, E[w xxᵀ], and writes the file that rounding reads.
 
-An input that several weights multiply is added up once. Where the sums of all inputs do not fit into the memory that
-is allowed, texts are decoded again for the rest, each time only as far as is needed.
+What a token counts (w) comes from gradients, from trying what an error at its position costs, or is 1.
 """
 
 import contextlib
@@ -9,38 +8,82 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from bitladder.calibrate.collect_imatrix import MIN_CTX, SAVE_SECONDS
+from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixCollector, ImatrixOptions
+from bitladder.calibrate.gradients.kept_moments import moments_by_gradients
+from bitladder.calibrate.gradients.usable import require_torch, why_no_gradients
+from bitladder.calibrate.gradients.weighted_moments import GRADIENT_MOMENTS, GradientOptions
 from bitladder.calibrate.imatrix import read_imatrix, write_imatrix
-from bitladder.calibrate.inputs import choose_inputs, model_inputs
-from bitladder.calibrate.moments.assemble import Source, write_sources
+from bitladder.calibrate.inputs import Floats, model_inputs, refuse_short
+from bitladder.calibrate.moments.assemble import MomentsSource, write_sources
 from bitladder.calibrate.moments.entries import make_entries, plan_passes
-from bitladder.calibrate.moments.moments_file import Floats, MomentsFile, Provenance
-from bitladder.calibrate.moments.passes import IMATRIX, Collected, ImatrixBeside, run_passes
-from bitladder.calibrate.moments.positions import position_weights
-from bitladder.calibrate.unfinished import Keep, job_key
+from bitladder.calibrate.moments.moments_file import MomentsFile, Provenance
+from bitladder.calibrate.moments.passes import IMATRIX_FILE, CollectedMoments, run_passes
+from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, position_weights
+from bitladder.calibrate.unfinished import UnfinishedWork, job_key
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.devices import main_memory
 from bitladder.engine.model import Model, Tokens
 from bitladder.errors import BitladderError, UsageError
-from bitladder.files import sha256_bytes, sha256_file
+from bitladder.files import sha256_file
 from bitladder.gguf.shards import joined_sha256, shards_of
+from bitladder.keys import Algorithm
+from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
-from bitladder.text.chunks import Reading, spread_evenly
+from bitladder.text.chunks import Reading
 from bitladder.text.texts import Text
 
-MEMORY_SHARE = 4  # of main memory one part in so many is used, if nothing else is said
-POSITION_CHUNKS = 8  # on so many chunks is tried what an error at a position costs
-WEIGHTINGS = ("tokens", "positions")
+Weighting = Literal["gradients", "positions", "tokens"]
+Path = str | os.PathLike[str]
+
+MOMENTS = Algorithm("moments", ("means of w xxᵀ; each input is added up once",), uses=(POSITIONS, GRADIENT_MOMENTS))
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentsOptions(Options):
+    """What a token counts, and what is collected."""
+
+    weighting: Weighting | None = option(
+        None,
+        "--weighting",
+        help="What a token counts: what an error there costs by gradients (needs torch) or by its position, found by "
+        "trying; or 1.",
+        unset="gradients if torch is installed and knows the architecture, else positions",
+    )
+    memory: float | None = option(
+        None,
+        "--memory",
+        least=1e-6,
+        decides=False,
+        metavar="GIB",
+        help="GiB for moments; what does not fit takes another pass over the text.",
+        unset="a quarter of main memory",
+    )
+    positions: PositionOptions = option(PositionOptions)
+    gradients: GradientOptions = option(GradientOptions)
+    imatrix: ImatrixOptions = option(ImatrixOptions)
+
+    def memory_bytes(self, share: int) -> int:
+        """Bytes for moments: `memory`, or one part in `share` of main memory."""
+        return max(main_memory() // share, 1 << 28) if self.memory is None else int(self.memory * 2**30)
 
 
 @dataclasses.dataclass(frozen=True)
 class MomentsResult:
-    """The file, the weights that it covers, how many entries they share, chunks in it, passes over them that were
-    made, how tokens were weighted, and experts that no token reached, by weight."""
+    """What was written.
+
+    Parameters:
+        path: the file.
+        weights: weights that it covers.
+        entries: entries that they share.
+        chunks: chunks that are in it.
+        passes: passes over these chunks.
+        weighting: what a token counted by.
+        gaps: experts that no token reached, by weight.
+    """
 
     path: pathlib.Path
     weights: int
@@ -51,96 +94,114 @@ class MomentsResult:
     gaps: dict[str, list[int]]
 
 
+def usual_weighting(model: Path) -> Weighting:
+    """What tokens count by if nobody chooses: "gradients" where they can be had (`why_no_gradients`), or "positions".
+
+    Only the model's header is read. Whoever keeps moments under a key has this in the key.
+    """
+    return "gradients" if why_no_gradients(model) is None else "positions"
+
+
+# Nine parameters: the inputs, the outputs, options of three kinds, and who hears of the work.
+@MOMENTS.entry
 def collect_moments(
-    model: str | os.PathLike[str],
+    model: Path,
     texts: Sequence[Text],
-    out: str | os.PathLike[str],
+    out: Path,
     *,
-    n_ctx: int = 512,
-    chunks: int | None = None,
-    from_chunk: int = 0,
-    spread: bool = True,
-    parse_special: bool = False,
-    weighting: str = "tokens",
-    weights: Mapping[str, npt.NDArray[np.floating]] | None = None,
-    names: Sequence[str] | None = None,
-    imatrix: str | os.PathLike[str] | None = None,
-    process_output: bool = False,
-    in_files: Sequence[str | os.PathLike[str]] = (),
-    memory: int | None = None,
-    n_ubatch: int = 512,
-    threads: int | None = None,
-    gpu_layers: int = 0,
-    save_seconds: float = SAVE_SECONDS,
+    reading: Reading | None = None,
+    decoding: Decoding | None = None,
+    options: MomentsOptions | None = None,
+    imatrix: Path | None = None,
+    in_files: Sequence[Path] = (),
     progress: Progress = SILENT,
 ) -> MomentsResult:
-    """Collect the second moments of a model's inputs over some texts and write them (format: `moments`).
+    """Collects the second moments of a model's inputs over some texts and writes them (format: `moments.moments_file`).
 
-    Parameters: every text is cut into chunks of `n_ctx` tokens; `from_chunk` are skipped at its start and at most
-    `chunks` used, which `spread` takes from all over the text: its beginning alone is rarely like the rest. `weighting`
-    "tokens" counts all alike, "positions" by what an error at the position costs (`position_weights`); or `weights`
-    say it, by weight's name, [n_ctx] or [all chunks, n_ctx], scaled to mean 1. `names` of weights (None: all, the head
-    included). `imatrix` is a file for the importance matrix of the same chunks, with output.weight in it if
-    `process_output`. `in_files` are moments to add (without texts they are only merged). `memory` bytes are used for
-    sums (None: a quarter of main memory), more only if a single matrix does not fit. `n_ubatch` tokens are computed at
-    once. What is finished stays in the folder `out`.parts, and the pass at hand is kept there every `save_seconds`; a
-    run that was cut short goes on from there.
+    What is finished stays in the folder `out`.parts, and the state of the pass at hand is kept there each minute. A
+    call that was interrupted continues from there.
 
-    Raises BitladderError: text too short, values not finite, files of another model; UsageError for options that make
-    no sense.
+    Parameters:
+        model: path of a full-precision GGUF.
+        texts: the calibration texts, at least one.
+        out: path of the file to write.
+        reading: which chunks of each text are read; None reads all.
+        decoding: chunks of `n_ctx` tokens, one at a time, `n_ubatch` tokens in a computation.
+        options: what a token counts, and what is collected.
+        imatrix: path of an importance matrix to write from the same chunks, if any.
+        in_files: moments to add.
+        progress: hears of the work.
+
+    Raises:
+        BitladderError: a text is too short, a value is not finite, a file is of another model, or gradients cannot be
+            had (see `gradients.weighted_moments`).
+        UsageError: there is no text, or chunks are shorter than MIN_CALIBRATION_CTX tokens.
     """
-    out = pathlib.Path(out)
-    if n_ctx < MIN_CTX:
-        raise UsageError(f"-c {n_ctx} is too short: at least {MIN_CTX} tokens are needed")
-    if weighting not in WEIGHTINGS:
-        raise UsageError(f"tokens are weighted by {' or '.join(WEIGHTINGS)} here, not by {weighting!r}")
-    if not texts and imatrix is not None:
-        raise UsageError("an imatrix beside the moments needs a text (-f)")
+    reading, decoding, options = reading or Reading(), decoding or Decoding(), options or MomentsOptions()
+    refuse_short({"-c": decoding.n_ctx} | ({} if imatrix is None else {"-ub": decoding.n_ubatch}))
     if not texts:
-        return merge_moments(out, in_files, progress)
-    with contextlib.ExitStack() as opened:
-        others: list[Source] = [opened.enter_context(MomentsFile(path)) for path in in_files]
-        reading = Reading(n_ctx, chunks, from_chunk, spread, parse_special)
-        layout: dict[str, Any] = {"n_ubatch": n_ubatch, "threads": threads, "progress": progress}
-        beside = [imatrix is not None, process_output]
-        options = [dataclasses.asdict(reading), weighting, _digest(weights), names and sorted(names), beside, n_ubatch]
-        keep = Keep(out, job_key(model, texts, options), save_seconds)
-        with Model(model, gpu_layers=gpu_layers) as loaded:
-            rows = reading.rows(loaded, texts)
-            inputs = model_inputs(loaded, threads)
-            wanted = choose_inputs(inputs, names, loaded.path.name)
-            if weights is None and weighting == "positions":
-                weights = _try_positions(model, rows, keep, threads, gpu_layers, progress)
-            entries = make_entries(wanted, weights, len(rows), n_ctx)
-            passes = plan_passes(entries, memory or max(main_memory() // MEMORY_SHARE, 1 << 28))
-            if len(passes) > 1:
-                progress.info(f"{len(passes)} passes over the chunks; more memory (--memory) would need fewer")
-            matrix = ImatrixBeside(inputs, [text.name for text in texts], process_output) if imatrix else None
-            last = run_passes(loaded, rows, passes, keep, matrix, **layout)
-        label = weighting if weights is None else "positions"
-        provenance = Provenance([text.name for text in texts], len(rows), n_ctx, label, model_sha256(model))
-        result = write_result(out, [Collected(passes, last, keep, provenance), *others], len(passes), progress)
+        raise UsageError("second moments need a text: pass -f")
+    out, datasets = pathlib.Path(out), [text.name for text in texts]
+    weighting = options.weighting or usual_weighting(model)
+    settings = [reading, decoding, decoding.n_ubatch, options, weighting, imatrix is not None]
+    if weighting == "gradients":
+        settings.append(str(require_torch().__version__))
+    passes = 1
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(MomentsFile(path)) for path in in_files]
+        work = UnfinishedWork(out, job_key(model, texts, MOMENTS, IMATRIX, settings=settings))
+        only_vocabulary = weighting == "gradients" and imatrix is None
+        with Model(model, vocab_only=only_vocabulary, gpu_layers=decoding.gpu_layers) as loaded:
+            chunks = reading.rows(loaded, texts, decoding.n_ctx)
+            provenance = Provenance(datasets, len(chunks), decoding.n_ctx, weighting, model_sha256(model))
+            inputs = [] if only_vocabulary else model_inputs(loaded, decoding.threads)
+            beside = None
+            if imatrix is not None:
+                beside = ImatrixCollector(inputs, options.imatrix.process_output), datasets
+            if weighting != "gradients":
+                weights = _position_weights(model, chunks, work, decoding, options, progress)
+                planned = plan_passes(make_entries(inputs, weights, decoding.n_ctx), options.memory_bytes(4))
+                passes = len(planned)
+                if passes > 1:
+                    progress.info(f"{passes} passes over the chunks; more memory (--memory) would need fewer")
+                last = run_passes(loaded, chunks, planned, work, beside, decoding, progress)
+                source: MomentsSource = CollectedMoments(planned, last, work, provenance)
+            elif beside is not None:
+                run_passes(loaded, chunks, [[]], work, beside, decoding, progress)
+        if weighting == "gradients":
+            # Half of the memory, because as much again is used for weights.
+            source = moments_by_gradients(
+                model, chunks, work, provenance, options.gradients, options.memory_bytes(8), decoding.threads, progress
+            )
+        result = _write(out, [source, *others], passes, progress)
         if imatrix is not None:
-            write_imatrix(read_imatrix(keep.path(IMATRIX)), imatrix)
-    keep.remove()
+            write_imatrix(read_imatrix(work.path(IMATRIX_FILE)), imatrix, options.imatrix.form)
+    work.remove()
     return result
 
 
-def merge_moments(
-    out: pathlib.Path, in_files: Sequence[str | os.PathLike[str]], progress: Progress = SILENT
-) -> MomentsResult:
-    """Write the mean of some files of moments, each token counting alike. Raises BitladderError if they do not fit."""
+def merge_moments(out: Path, in_files: Sequence[Path], *, progress: Progress = SILENT) -> MomentsResult:
+    """Writes the mean of some files of moments, in which each token counts alike.
+
+    Parameters:
+        out: path of the file to write.
+        in_files: files of moments, of one model.
+        progress: hears of gaps.
+
+    Raises:
+        BitladderError: there is no file to merge, or the files do not fit together.
+    """
     if not in_files:
         raise BitladderError("nothing to do: give a text (-f) or moments to merge (--in-file)")
-    with contextlib.ExitStack() as opened:
-        return write_result(out, [opened.enter_context(MomentsFile(path)) for path in in_files], 0, progress)
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(MomentsFile(path)) for path in in_files]
+        return _write(pathlib.Path(out), sources, 0, progress)
 
 
-def write_result(out: pathlib.Path, sources: Sequence[Source], passes: int, progress: Progress) -> MomentsResult:
-    """Write what some sources hold together, and warn of experts without data."""
+def _write(out: pathlib.Path, sources: Sequence[MomentsSource], passes: int, progress: Progress) -> MomentsResult:
+    """Writes what some sources hold together, and warns of experts without data."""
     provenance = write_sources(out, sources)
-    gaps = {}
-    names = sources[0].names()
+    names, gaps = sources[0].names(), {}
     for name in names:
         counts = np.sum([source.counts(name) for source in sources], axis=0)
         if not counts.all():
@@ -154,27 +215,96 @@ def write_result(out: pathlib.Path, sources: Sequence[Source], passes: int, prog
     return MomentsResult(out, len(names), entries, provenance.chunk_count, passes, provenance.weighting, gaps)
 
 
-def model_sha256(model: str | os.PathLike[str]) -> str:
+def model_sha256(model: Path) -> str:
     """The hash of a model's content, of all its shards."""
     return joined_sha256([sha256_file(part) for part in shards_of(pathlib.Path(model))])
 
 
-def _digest(weights: Mapping[str, npt.NDArray[np.floating]] | None) -> str:
-    if weights is None:
-        return ""
-    return sha256_bytes(
-        b"".join(name.encode() + weights[name].astype(np.float32).tobytes() for name in sorted(weights))
+def _position_weights(
+    model: Path, chunks: Tokens, work: UnfinishedWork, decoding: Decoding, options: MomentsOptions, progress: Progress
+) -> Mapping[str, Floats]:
+    """What tokens count by their positions, measured or as it was kept; nothing where all count alike."""
+    if options.weighting == "tokens":
+        return {}
+    if not work.has("positions"):
+        profiles = position_weights(model, chunks, options=options.positions, decoding=decoding, progress=progress)
+        work.put("positions.names", np.array(list(profiles)))
+        work.put("positions", np.stack(list(profiles.values())))
+    names = work.get("positions.names").tolist()
+    return dict(zip(names, work.get("positions"), strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingMomentsOptions(Options):
+    """Which second moments rounding gets. Gradients cost much, and correlations need many tokens: hence two files."""
+
+    moments_chunks: int = option(
+        64,
+        "--moments-chunks",
+        least=1,
+        metavar="N",
+        help="Chunks of each calibration text, from all over it, on which second moments are collected.",
     )
+    plain_share: int = option(
+        2, least=1, help="Moments in which all tokens count alike are of so many times the chunks."
+    )
+    positions: PositionOptions = option(PositionOptions)
+    gradients: GradientOptions = option(GradientOptions)
 
 
-def _try_positions(
-    model: str | os.PathLike[str], rows: Tokens, keep: Keep, threads: int | None, gpu_layers: int, progress: Progress
-) -> dict[str, Floats]:
-    """What positions cost, tried on some of the chunks, or as it is kept."""
-    if not keep.has("positions"):
-        few = rows[spread_evenly(len(rows), min(POSITION_CHUNKS, len(rows)))]
-        found = position_weights(model, few, threads=threads, gpu_layers=gpu_layers, progress=progress)
-        keep.put("positions.names", np.array(list(found)))
-        keep.put("positions", np.stack(list(found.values())))
-    names, profiles = keep.get("positions.names"), keep.get("positions")
-    return dict(zip(names.tolist(), profiles, strict=True))
+def collect_for_rounding(
+    model: Path,
+    texts: Sequence[Text],
+    out: Path,
+    plain: Path,
+    *,
+    decoding: Decoding | None = None,
+    options: RoundingMomentsOptions | None = None,
+    progress: Progress = SILENT,
+) -> MomentsResult:
+    """Collects what rounding for layers' outputs needs: weighted moments, and plain ones of more chunks.
+
+    Tokens are weighted as `usual_weighting` says.
+
+    Parameters:
+        model: path of a full-precision GGUF.
+        texts: the calibration texts.
+        out: path of the file of weighted moments.
+        plain: path of the file of moments in which all tokens count alike.
+        decoding: as for `collect_moments`.
+        options: how much is collected.
+        progress: hears of the work.
+
+    Returns:
+        What was written to `out`.
+
+    Raises:
+        BitladderError: as `collect_moments`.
+    """
+    options = options or RoundingMomentsOptions()
+    for path in (out, plain):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    collect_moments(
+        model,
+        texts,
+        plain,
+        reading=Reading(chunks=options.plain_share * options.moments_chunks),
+        decoding=decoding,
+        options=MomentsOptions(weighting="tokens"),
+        progress=progress,
+    )
+    reason = why_no_gradients(model)
+    if reason is not None:
+        progress.info(f"tokens are weighted by their positions, not by gradients: {reason}")
+    weighted = MomentsOptions(
+        weighting=usual_weighting(model), positions=options.positions, gradients=options.gradients
+    )
+    return collect_moments(
+        model,
+        texts,
+        out,
+        reading=Reading(chunks=options.moments_chunks),
+        decoding=decoding,
+        options=weighted,
+        progress=progress,
+    )

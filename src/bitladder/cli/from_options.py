@@ -68,7 +68,7 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
         more["required"] = True
     elif default is None:
         shown += f"  [default: {about.unset}]" if about.unset else ""
-    elif not (field.many and not default):
+    elif default or not (field.many or more.get("is_flag")):  # "default: False" says nothing
         more["show_default"] = True
     if default is not None and default is not dataclasses.MISSING:
         more["default"] = default

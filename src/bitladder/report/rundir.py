@@ -6,7 +6,7 @@ from typing import Any
 
 import pydantic
 
-from bitladder.calibrate.imatrix import read_imatrix
+from bitladder.calibrate import read_imatrix
 from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
 from bitladder.gguf.reader import GgufFile
 from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
