@@ -72,10 +72,11 @@ class ImatrixCollector:
         self.entries: dict[str, ImatrixEntry] = {}
         self._shared: tuple[int, str, Floats] | None = None
         # All sums are there from the start, so that the state of interrupted work can be read into them.
-        for one in inputs:
-            for name in one.names:
+        for shared in inputs:
+            for name in shared.names:
                 if in_main_block(name) or (process_output and name == "output.weight"):
-                    shape = (one.matrices, one.width) if one.experts else (1, one.matrices * one.width)
+                    columns = shared.matrices * shared.width
+                    shape = (shared.matrices, shared.width) if shared.experts else (1, columns)
                     self.entries[name] = ImatrixEntry(np.zeros(shape), np.zeros(shape[0], np.int64))
 
     def wants(self, seen: Multiplication) -> bool:

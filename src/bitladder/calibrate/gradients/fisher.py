@@ -112,7 +112,7 @@ def fisher_costs(
                     generator = chunk_generator(options.seed, index)
                     model.backward(chunk, group, tap, generator=generator, draws=options.draws)
                     bar.advance()
-                costs |= {name: one.finish(chunks.shape[1]) for name, one in sums.items()}
+                costs |= {name: weight_sums.finish(chunks.shape[1]) for name, weight_sums in sums.items()}
     return {name: costs[name] for name in candidates}
 
 

@@ -81,42 +81,42 @@ class TorchModel(Closing):
         return result
 
     def backward(
-        self, tokens: Tokens, wanted: Collection[str], tap: Tap, *, generator: torch.Generator, draws: int = 1
+        self, tokens: Tokens, names: Collection[str], tap: Tap, *, generator: torch.Generator, draws: int = 1
     ) -> None:
         """Computes one sequence forward, and backward for each draw of labels.
 
         A label is drawn for every position from the model's own distribution of the next token. The objective is the
-        sum of their log-probabilities. Blocks below the lowest wanted one are not differentiated.
+        sum of their log-probabilities. Blocks below the lowest block of these weights are not differentiated.
 
         Parameters:
             tokens: int32 [length].
-            wanted: weights that `tap` sees, of `matrices`.
+            names: weights that `tap` sees, of `matrices`.
             tap: is shown each weight, its input, and the objective's gradient with respect to its output.
             generator: draws the labels.
             draws: how many labels are drawn for each position.
         """
         ids = torch.from_numpy(tokens.astype(np.int64))
         blocks = self.hyperparameters.blocks
-        lowest = min((block for name in wanted if (block := block_of(name)) is not None), default=blocks)
-        self._layers.wanted, self._layers.tap = frozenset(wanted), tap
+        lowest = min((block for name in names if (block := block_of(name)) is not None), default=blocks)
+        self._layers.tapped, self._layers.tap = frozenset(names), tap
         with torch.no_grad():
             stream = self._blocks(self._embed(ids), 0, lowest)
         with torch.enable_grad():
             hidden = self._blocks(stream.requires_grad_(), lowest, blocks, final=True)
         for draw in range(draws):
-            down = self._head_gradient(hidden.detach()[0], tap if self.head in wanted else None, generator)
+            down = self._head_gradient(hidden.detach()[0], tap if self.head in names else None, generator)
             if lowest < blocks:
                 hidden.backward(down[None], retain_graph=draw + 1 < draws)  # type: ignore[no-untyped-call]
 
-    def states(self, tokens: Tokens, wanted: Collection[str] = (), tap: Tap = nothing) -> torch.Tensor:
+    def states(self, tokens: Tokens, names: Collection[str] = (), tap: Tap = nothing) -> torch.Tensor:
         """The inputs of the head, [length, width], for one sequence, int32 [length].
 
-        With `wanted` they can be differentiated: a backward pass from them shows `tap` those weights, as `backward`.
+        With `names` they can be differentiated: a backward pass from them shows `tap` those weights, as `backward`.
         """
-        self._layers.wanted, self._layers.tap = frozenset(wanted), tap
-        with torch.set_grad_enabled(bool(wanted)):
+        self._layers.tapped, self._layers.tap = frozenset(names), tap
+        with torch.set_grad_enabled(bool(names)):
             stream = self._embed(torch.from_numpy(tokens.astype(np.int64)))
-            if wanted:
+            if names:
                 stream.requires_grad_()
             return self._blocks(stream, 0, self.hyperparameters.blocks, final=True)[0]
 

@@ -39,14 +39,14 @@ def moments_by_gradients(
     shapes = _shapes(model, options, memory, threads)
     missing = [name for name in shapes if not work.has(name)]
     if missing:
-        moments = weighted_moments(
+        computed = weighted_moments(
             model, chunks, names=missing, options=options, memory=memory, threads=threads, progress=progress
         )
-        for one in moments:
-            if one.outputs is not None:
-                work.put(f"{one.name}.outputs", pack_triangle(one.outputs))
+        for moments in computed:
+            if moments.outputs is not None:
+                work.put(f"{moments.name}.outputs", pack_triangle(moments.outputs))
             # Inputs come last: they say that the entry is complete.
-            work.put(one.name, pack_triangle(one.inputs))
+            work.put(moments.name, pack_triangle(moments.inputs))
     return KeptMoments(shapes, work, chunks.size, provenance)
 
 

@@ -24,7 +24,7 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, layers: "Layers", name: str) -> torch.Tensor:
         ctx.layers, ctx.name = layers, name
-        ctx.tapped = name in layers.wanted
+        ctx.tapped = name in layers.tapped
         if ctx.tapped:
             ctx.save_for_backward(inputs)
         return inputs @ layers.weights.get(name).T
@@ -44,7 +44,7 @@ class Layers:
     def __init__(self, weights: TorchWeights, hyperparameters: Hyperparameters) -> None:
         self.weights = weights
         self.hyperparameters = hyperparameters
-        self.wanted: Collection[str] = ()
+        self.tapped: Collection[str] = ()
         self.tap: Tap = nothing
         self.multiplied: dict[str, None] = {}  # weights in the order of their first use
 

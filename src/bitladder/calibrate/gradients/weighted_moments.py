@@ -127,8 +127,8 @@ def weighted_moments(
 
                 for place, index in enumerate(order):
                     if pilots and place == len(pilots):
-                        for one in sums.values():
-                            one.use_leverages(options.damping)
+                        for weight_sums in sums.values():
+                            weight_sums.use_leverages(options.damping)
                     generator = chunk_generator(options.seed, index)
                     model.backward(chunks[index], group, tap, generator=generator, draws=options.draws)
                     bar.advance()

@@ -53,9 +53,9 @@ def write_sources(path: str | os.PathLike[str], sources: Sequence[MomentsSource]
     provenance = _joined_provenance(sources)
     names = sources[0].names()
     for other in sources[1:]:
-        odd = sorted(set(names) ^ set(other.names()))
-        if odd:
-            raise BitladderError(f"cannot merge: {odd[0]} is in only one of the files; these are of two models")
+        unshared = sorted(set(names) ^ set(other.names()))
+        if unshared:
+            raise BitladderError(f"cannot merge: {unshared[0]} is in only one of the files; these are of two models")
     # Weights share an entry where they share one in all sources. It keeps the name that it has in the first.
     names = sorted(names, key=lambda name: sources[0].entry(name) != name)
     owners: dict[tuple[str, ...], str] = {}

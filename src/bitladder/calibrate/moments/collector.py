@@ -59,8 +59,9 @@ class MomentCollector:
     def __init__(self, parts: Sequence[EntryPart]) -> None:
         self.parts = [PartSums(part) for part in parts]
         self._watched: dict[str, _WatchedInput] = {}
-        for one in {part.entry.input.leader: part.entry.input for part in parts}.values():
-            self._watched[one.leader] = _watched(one, [sums for sums in self.parts if sums.part.entry.input == one])
+        for leader, shared in {part.entry.input.leader: part.entry.input for part in parts}.items():
+            grown = [sums for sums in self.parts if sums.part.entry.input == shared]
+            self._watched[leader] = _watched(shared, grown)
         self._waiting: set[str] = set()
         self._first, self._count = 0, 0
 
@@ -113,7 +114,7 @@ class MomentCollector:
             add_tokens(rows if not rest.any() else rows[~rest], rows[rest], targets)
 
 
-def _watched(one: WeightInput, parts: list[PartSums]) -> _WatchedInput:
+def _watched(shared: WeightInput, parts: list[PartSums]) -> _WatchedInput:
     """What most tokens count for each part, and where tokens are that count something else for any of them."""
     common: list[float] = []
     rest: npt.NDArray[Any] = np.zeros((), np.bool_)
@@ -126,7 +127,7 @@ def _watched(one: WeightInput, parts: list[PartSums]) -> _WatchedInput:
         usual = values[counts.argmax()]
         common.append(float(usual))
         rest = rest | (profile != usual)
-    return _WatchedInput(one, parts, common, rest if rest.ndim else None)
+    return _WatchedInput(shared, parts, common, rest if rest.ndim else None)
 
 
 class MomentsAndImatrix:

@@ -60,13 +60,13 @@ def make_entries(
         BitladderError: weights of tokens are negative, not finite or all zero.
     """
     entries = []
-    for one in inputs:
+    for shared in inputs:
         groups: dict[bytes, tuple[list[str], Floats | None]] = {}
-        for name in one.names:
+        for name in shared.names:
             profile = _profile(name, weights[name], n_ctx) if name in weights else None
             key = b"" if profile is None else profile.tobytes()
             groups.setdefault(key, ([], profile))[0].append(name)
-        entries += [MomentEntry(tuple(names), one, profile) for names, profile in groups.values()]
+        entries += [MomentEntry(tuple(names), shared, profile) for names, profile in groups.values()]
     return entries
 
 

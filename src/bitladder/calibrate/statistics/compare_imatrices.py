@@ -94,13 +94,13 @@ def compare_imatrices(a: Imatrix, b: Imatrix) -> ImatrixComparison:
         raise BitladderError("the two imatrices have no weight in common: these are of two models")
     differences, only_a, only_b = [], {}, {}
     for name in sorted(set(a.entries) & set(b.entries), key=imatrix_order):
-        one, two = _aligned(name, a.entries[name], b.entries[name])
-        reached_a, reached_b = one.counts > 0, two.counts > 0
+        entry_a, entry_b = _aligned(name, a.entries[name], b.entries[name])
+        reached_a, reached_b = entry_a.counts > 0, entry_b.counts > 0
         only_a[name] = np.flatnonzero(reached_a & ~reached_b).tolist()
         only_b[name] = np.flatnonzero(reached_b & ~reached_a).tolist()
         both = reached_a & reached_b
         if both.any():
-            differences.append(_difference(name, _means(one, both), _means(two, both)))
+            differences.append(_difference(name, _means(entry_a, both), _means(entry_b, both)))
     return ImatrixComparison(
         differences=sorted(differences, key=lambda d: magnitude(d.change), reverse=True),
         only_a=sorted(with_data[0] - with_data[1], key=imatrix_order),

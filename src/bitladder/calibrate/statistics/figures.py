@@ -92,12 +92,12 @@ def mean_activations(entry: ImatrixEntry) -> Doubles:
     return entry.sums[reached].astype(np.float64) / entry.counts[reached, None]
 
 
-def cosine(one: Doubles, two: Doubles) -> float | None:
+def cosine(a: Doubles, b: Doubles) -> float | None:
     """The cosine of the angle between two float64 vectors; None if one is zero or not finite, or if sizes differ."""
-    if one.size != two.size:
+    if a.size != b.size:
         return None
-    magnitude = math.sqrt(float(one @ one)) * math.sqrt(float(two @ two))
-    return float(one @ two) / magnitude if magnitude > 0 and math.isfinite(magnitude) else None
+    magnitude = math.sqrt(float(a @ a)) * math.sqrt(float(b @ b))
+    return float(a @ b) / magnitude if magnitude > 0 and math.isfinite(magnitude) else None
 
 
 def activation_figures(activations: Doubles) -> dict[str, float | int | None]:
@@ -157,8 +157,7 @@ def _cossim(name: str, imatrix: Imatrix) -> float | None:
     if previous is None or not (previous.counts > 0).any():
         return None
     # The sums and not the means, as in llama-imatrix: an expert weighs by the tokens that it saw.
-    one, two = (entry.sums.astype(np.float64).reshape(-1) for entry in (imatrix.entries[name], previous))
-    return cosine(one, two)
+    return cosine(*(entry.sums.astype(np.float64).reshape(-1) for entry in (imatrix.entries[name], previous)))
 
 
 def by_layer(tensors: Iterable[TensorStatistics]) -> list[GroupStatistics]:

@@ -61,8 +61,8 @@ class FigureMap:
         anchors = _SIGNED if self.column.scale == "signed" else _RISING
         position = self.place(value) * (len(anchors) - 1)
         index = min(int(position), len(anchors) - 2)
-        one, two, share = anchors[index], anchors[index + 1], position - index
-        red, green, blue = (round(x + share * (y - x)) for x, y in zip(one, two, strict=True))
+        share = position - index
+        red, green, blue = (round(x + share * (y - x)) for x, y in zip(*anchors[index : index + 2], strict=True))
         return red, green, blue
 
     def short(self, value: float | None) -> str:
