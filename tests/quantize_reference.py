@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 import tiny_models
 
-from bitladder.calibrate.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
+from bitladder.calibrate import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
 from bitladder.convert import convert
 from bitladder.engine.native import llama
 from bitladder.engine.presets import preset_number
@@ -38,7 +38,7 @@ def make_imatrix(model, out):
     with GgufFile(model) as file:
         for name, tensor in file.tensors.items():
             if len(tensor.shape) > 1 and name != "token_embd.weight":
-                entries[name] = Entry(rng.chisquare(1, (1, tensor.width)) * 512, np.array([512]))
+                entries[name] = ImatrixEntry(rng.chisquare(1, (1, tensor.width)) * 512, np.array([512]))
     write_imatrix(Imatrix(entries, ["text.txt"], 1, 512), out)
     return out
 

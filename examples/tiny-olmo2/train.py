@@ -6,7 +6,7 @@ An OLMo-2 of 8 blocks and width 256 (6.8M parameters outside the embeddings) wit
 this file says). Everything is seeded; with the same versions and thread count the run repeats.
 
 wiki.test.raw is read only at the end, to measure perplexity. The test half of the Python documentation
-(`bitladder.calibrate.texts`) is never read.
+(`bitladder.text.texts`) is never read.
 """
 
 import argparse

@@ -7,8 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitladder.calibrate import Imatrix, collect_imatrix, collect_moments, read_imatrix
+    from bitladder.calibrate import (
+        Imatrix,
+        ImatrixOptions,
+        MomentsOptions,
+        collect_imatrix,
+        collect_moments,
+        read_imatrix,
+    )
     from bitladder.convert import convert as convert_checkpoint
+    from bitladder.engine.decoding import Decoding
     from bitladder.errors import BitladderError
     from bitladder.evaluate import Scores, make_base
     from bitladder.evaluate import evaluate as evaluate_model
@@ -19,12 +27,17 @@ if TYPE_CHECKING:
     from bitladder.recipe import Recipe, read_recipe
     from bitladder.recipe import extract as extract_recipe
     from bitladder.report import write_card
+    from bitladder.text.chunks import Reading
     from bitladder.text.texts import load_text
 
 _HOMES = {
     "BitladderError": ("errors", "BitladderError"),
+    "Decoding": ("engine.decoding", "Decoding"),
     "GgufFile": ("gguf.reader", "GgufFile"),
     "Imatrix": ("calibrate", "Imatrix"),
+    "ImatrixOptions": ("calibrate", "ImatrixOptions"),
+    "MomentsOptions": ("calibrate", "MomentsOptions"),
+    "Reading": ("text.chunks", "Reading"),
     "Recipe": ("recipe", "Recipe"),
     "RunOptions": ("ladder", "RunOptions"),
     "Scores": ("evaluate", "Scores"),
@@ -44,8 +57,12 @@ _HOMES = {
 
 __all__ = [
     "BitladderError",
+    "Decoding",
     "GgufFile",
     "Imatrix",
+    "ImatrixOptions",
+    "MomentsOptions",
+    "Reading",
     "Recipe",
     "RunOptions",
     "Scores",

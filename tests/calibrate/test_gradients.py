@@ -1,6 +1,5 @@
 """Gradients through the model: its forward pass against the library's, its moments against transformers' autograd."""
 
-import importlib
 import subprocess
 import sys
 
@@ -11,8 +10,8 @@ import tiny_models
 import torch
 from transformers import LlamaForCausalLM, Olmo2ForCausalLM
 
-from bitladder.calibrate.gradients import check, weighted_moments
-from bitladder.calibrate.gradients.families import Llama
+from bitladder.calibrate.gradients import GradientOptions, check_logits, usable, weighted_moments
+from bitladder.calibrate.gradients.families import TorchLlama
 from bitladder.calibrate.gradients.forward import TorchModel
 from bitladder.calibrate.gradients.weighted_moments import chunk_generator
 from bitladder.convert import convert
@@ -72,7 +71,7 @@ def rewritten(path, out, architecture, extra=(), without=()):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_logits_are_the_librarys(models, name):
-    found = check(models / f"{name}.gguf", TOKENS.reshape(-1))
+    found = check_logits(models / f"{name}.gguf", TOKENS.reshape(-1))
     assert found.positions == TOKENS.size and found.largest < 0.003 and found.same_top > 0.97
 
 
@@ -86,11 +85,11 @@ def test_logits_of_qwen(models, tmp_path):
         reader = models / f"{source}.gguf"
         without = [f"{part}.bias" for part in ("attn_output", "ffn_gate", "ffn_up", "ffn_down")]
         path = rewritten(reader, tmp_path / f"{name}.gguf", name, extra, without)
-        assert check(path, TOKENS.reshape(-1)).largest < 0.003
+        assert check_logits(path, TOKENS.reshape(-1)).largest < 0.003
 
 
 def test_a_forward_pass_that_is_not_the_librarys_is_refused(models, monkeypatch):
-    monkeypatch.setattr(Llama, "interleaved", False)
+    monkeypatch.setattr(TorchLlama, "interleaved", False)
     with pytest.raises(BitladderError, match=r"llama\.gguf: torch's logits differ .* cannot be trusted"):
         next(weighted_moments(models / "llama.gguf", TOKENS))
 
@@ -98,23 +97,20 @@ def test_a_forward_pass_that_is_not_the_librarys_is_refused(models, monkeypatch)
 @pytest.mark.parametrize("share", [0.05, 0.2])
 def test_a_few_positions_may_be_ill_conditioned(models, monkeypatch, share):
     """Rounding alone moves the second token of some texts by 7 % of the range: no reason to trust no gradient."""
-    module = importlib.import_module(
-        "bitladder.calibrate.gradients.check_pass"
-    )  # the package's attribute is the function
-    logits, tokens = module.sequence_logits, TOKENS.reshape(-1)
+    logits, tokens = usable.sequence_logits, TOKENS.reshape(-1)
 
     def moved(*arguments, **options):
         found = logits(*arguments, **options)
         found[: round(share * len(found)), 0] += 0.1 * np.ptp(found)
         return found
 
-    monkeypatch.setattr(module, "sequence_logits", moved)
+    monkeypatch.setattr(usable, "sequence_logits", moved)
     if share < 0.1:
-        found = check(models / "llama.gguf", tokens)
+        found = check_logits(models / "llama.gguf", tokens)
         assert found.typical < 0.003 and found.largest > 0.03
     else:
         with pytest.raises(BitladderError, match="cannot be trusted"):
-            check(models / "llama.gguf", tokens)
+            check_logits(models / "llama.gguf", tokens)
 
 
 def test_what_is_not_known_is_refused(models, tmp_path):
@@ -192,7 +188,7 @@ def test_moments_are_those_of_autograd_per_token(models, name, kind, count):
     chunks = np.random.default_rng(0).integers(2, 380, (count, 48)).astype(np.int32)
     path = models / f"{name}.gguf"
     expected = pairs_by_autograd(path, kind, models / name, chunks, 5)
-    found = {moments.name: moments for moments in weighted_moments(path, chunks, seed=5)}
+    found = {moments.name: moments for moments in weighted_moments(path, chunks, options=GradientOptions(seed=5))}
     assert found.keys() == expected.keys()
     for weight, pairs in expected.items():
         x, g = (np.concatenate(parts).astype(np.float64) for parts in zip(*pairs, strict=True))
@@ -233,10 +229,14 @@ def test_memory_and_choice_change_nothing_but_the_passes(models):
         np.testing.assert_array_equal(one.by_position, again[name].by_position)
         if one.outputs is not None:
             np.testing.assert_array_equal(one.outputs, again[name].outputs)
-    (only,) = weighted_moments(path, TOKENS, names=["blk.1.attn_v.weight"], outputs=False, threads=1)
+    (only,) = weighted_moments(
+        path, TOKENS, options=GradientOptions(outputs=False), names=["blk.1.attn_v.weight"], threads=1
+    )
     np.testing.assert_array_equal(only.inputs, whole["blk.1.attn_v.weight"].inputs)
     assert only.outputs is None
-    other = next(weighted_moments(path, TOKENS, names=["blk.1.attn_v.weight"], seed=1, threads=1))
+    other = next(
+        weighted_moments(path, TOKENS, options=GradientOptions(seed=1), names=["blk.1.attn_v.weight"], threads=1)
+    )
     assert not np.array_equal(other.inputs, only.inputs)
 
 
@@ -247,4 +247,4 @@ def test_torch_is_imported_late_and_missed_in_one_line(models, monkeypatch):
     with pytest.raises(BitladderError, match=r"^gradients need torch, .*pip install 'bitladder\[torch\]'$"):
         next(weighted_moments(models / "llama.gguf", TOKENS))
     with pytest.raises(BitladderError, match="pip install"):
-        check(models / "llama.gguf", TOKENS[0])
+        check_logits(models / "llama.gguf", TOKENS[0])

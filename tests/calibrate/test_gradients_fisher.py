@@ -6,7 +6,7 @@ import tiny_models
 import torch
 from transformers import LlamaForCausalLM
 
-from bitladder.calibrate.gradients import fisher_costs
+from bitladder.calibrate.gradients import FisherOptions, fisher_costs
 from bitladder.convert import convert
 from bitladder.errors import BitladderError
 
@@ -66,7 +66,9 @@ def measured(model, name, error):
 def test_costs_are_the_klds_that_are_measured(checkpoint):
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
     tried = candidates(model)
-    costs = fisher_costs(checkpoint / "model.gguf", TOKENS, tried, tokenwise=True, draws=100, threads=1)
+    costs = fisher_costs(
+        checkpoint / "model.gguf", TOKENS, tried, options=FisherOptions(tokenwise=True, draws=100), threads=1
+    )
     assert list(costs) == list(WEIGHTS)
     for name, errors in tried.items():
         for key, error in errors.items():
@@ -83,9 +85,9 @@ def test_candidates_made_when_needed_in_passes_cost_the_same(checkpoint):
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
     tried = candidates(model)
     path = checkpoint / "model.gguf"
-    whole = fisher_costs(path, TOKENS, tried, draws=2, threads=1)
+    whole = fisher_costs(path, TOKENS, tried, options=FisherOptions(draws=2), threads=1)
     late = {name: {key: lambda error=error: error for key, error in errors.items()} for name, errors in tried.items()}
-    assert fisher_costs(path, TOKENS, late, draws=2, threads=1, memory=1 << 12) == whole
+    assert fisher_costs(path, TOKENS, late, options=FisherOptions(draws=2), threads=1, memory=1 << 12) == whole
     assert whole["output.weight"]["scattered"].token is None
     with pytest.raises(BitladderError, match=r"error of output\.weight has the shape \(3, 4\)"):
         fisher_costs(path, TOKENS, {"output.weight": {"q4_0": np.zeros((3, 4), np.float32)}})

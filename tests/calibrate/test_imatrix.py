@@ -4,15 +4,31 @@ import numpy as np
 import pytest
 from moe import write_moe
 
-from bitladder.calibrate import collect_imatrix, read_imatrix, write_imatrix
-from bitladder.calibrate.collect_imatrix import Collector
-from bitladder.calibrate.imatrix import Entry, Imatrix
+from bitladder.calibrate import (
+    Imatrix,
+    ImatrixEntry,
+    ImatrixOptions,
+    UnfinishedWork,
+    collect_imatrix,
+    merge_imatrices,
+    read_imatrix,
+    write_imatrix,
+)
+from bitladder.calibrate.collect_imatrix import ImatrixCollector
+from bitladder.calibrate.inputs import model_inputs
 from bitladder.engine.context import Context
 from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Multiplication
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, UsageError
+from bitladder.text.chunks import Reading
 from bitladder.text.texts import load_text
+
+SHORT = Decoding(n_ctx=128)
+
+
+def first(chunks, from_chunk=0):
+    return Reading(chunks=chunks, from_chunk=from_chunk, spread=False)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +56,14 @@ def test_equals_llama_imatrix(which, request, tools, calibration_text, text, tmp
     model = request.getfixturevalue(which)
     arguments = ["-m", model, "-f", calibration_text, "-c", 256, "--chunks", 6, "--no-ppl", "--process-output"]
     tools.run("llama-imatrix", *arguments, "-o", tmp_path / "theirs.gguf")
-    result = collect_imatrix(model, [text], tmp_path / "ours.gguf", n_ctx=256, chunks=6, process_output=True)
+    result = collect_imatrix(
+        model,
+        [text],
+        tmp_path / "ours.gguf",
+        reading=first(6),
+        decoding=Decoding(n_ctx=256),
+        options=ImatrixOptions(process_output=True),
+    )
     ours, theirs = read_imatrix(tmp_path / "ours.gguf"), read_imatrix(tmp_path / "theirs.gguf")
     equal(ours, theirs)
     assert result.chunks == 6
@@ -49,8 +72,10 @@ def test_equals_llama_imatrix(which, request, tools, calibration_text, text, tmp
 
 
 def test_their_tool_reads_ours_and_we_read_theirs_in_both_formats(tools, tiny_gguf, text, tmp_path):
-    collect_imatrix(tiny_gguf, [text], tmp_path / "a.gguf", n_ctx=128, chunks=3)
-    collect_imatrix(tiny_gguf, [text], tmp_path / "a.dat", n_ctx=128, chunks=3, form="dat")
+    collect_imatrix(tiny_gguf, [text], tmp_path / "a.gguf", reading=first(3), decoding=SHORT)
+    collect_imatrix(
+        tiny_gguf, [text], tmp_path / "a.dat", reading=first(3), decoding=SHORT, options=ImatrixOptions(form="dat")
+    )
     for form in ("gguf", "dat"):
         out = tmp_path / f"theirs.{form}"
         tools.run(
@@ -75,16 +100,16 @@ def test_expert_sums_are_brute_force(moe, text):
     """Every expert's sums, recomputed token by token in float64 from what the engine shows."""
     shown = []
 
-    class Both(Collector):
+    class Both(ImatrixCollector):
         def see(self, seen: Multiplication, inputs, experts):
             if experts is not None:
                 shown.append((seen, inputs.astype(np.float64), experts))
             super().see(seen, inputs, experts)
 
-    collector = Both()
-    with Model(moe) as model, Context(model, Decoding(n_ctx=128), observer=collector) as context:
-        tokens = model.tokenize(text.text)[:128]
-        context.decode(tokens, np.arange(128), np.zeros(128, int), np.ones(128, bool))
+    with Model(moe) as model:
+        collector, tokens = Both(model_inputs(model)), model.tokenize(text.text)[:128]
+        with Context(model, SHORT, observer=collector) as context:
+            context.decode(tokens, np.arange(128), np.zeros(128, int), np.ones(128, bool))
     assert len(shown) == 6
     for seen, inputs, experts in shown:
         sums, counts = np.zeros((8, inputs.shape[2])), np.zeros(8, int)
@@ -100,60 +125,90 @@ def test_expert_sums_are_brute_force(moe, text):
 
 def test_batches_and_sides_do_not_matter(tiny_gguf, text, tmp_path):
     for index, layout in enumerate([{}, {"n_batch": 128}, {"n_batch": 64, "n_ubatch": 64}]):
-        collect_imatrix(tiny_gguf, [text], tmp_path / f"{index}.gguf", n_ctx=128, chunks=4, **layout)
+        collect_imatrix(
+            tiny_gguf, [text], tmp_path / f"{index}.gguf", reading=first(4), decoding=SHORT.replace(**layout)
+        )
         equal(read_imatrix(tmp_path / f"{index}.gguf"), read_imatrix(tmp_path / "0.gguf"), 1e-3)
 
 
 def test_two_texts_are_the_merge_of_each(tiny_gguf, text, tmp_path):
     other = load_text("pydoc:test")
-    collect_imatrix(tiny_gguf, [text], tmp_path / "a.gguf", n_ctx=128, chunks=2)
-    collect_imatrix(tiny_gguf, [other], tmp_path / "b.gguf", n_ctx=128, chunks=3, in_files=[tmp_path / "a.gguf"])
-    collect_imatrix(tiny_gguf, [text, other], tmp_path / "both.gguf", n_ctx=128, chunks=3)
-    collect_imatrix(tiny_gguf, [text], tmp_path / "c.gguf", n_ctx=128, chunks=1, from_chunk=2)
+    collect_imatrix(tiny_gguf, [text], tmp_path / "a.gguf", reading=first(2), decoding=SHORT)
+    collect_imatrix(
+        tiny_gguf, [other], tmp_path / "b.gguf", reading=first(3), decoding=SHORT, in_files=[tmp_path / "a.gguf"]
+    )
+    collect_imatrix(tiny_gguf, [text, other], tmp_path / "both.gguf", reading=first(3), decoding=SHORT)
+    collect_imatrix(tiny_gguf, [text], tmp_path / "c.gguf", reading=first(1, from_chunk=2), decoding=SHORT)
     inputs = [tmp_path / "b.gguf", tmp_path / "c.gguf"]
-    merged = collect_imatrix("", [], tmp_path / "merged.gguf", n_ctx=128, in_files=inputs)
+    merged = merge_imatrices(tmp_path / "merged.gguf", inputs, n_ctx=128)
     assert merged.chunks == 6
     # Other chunks side by side round the attention differently.
     equal(read_imatrix(tmp_path / "merged.gguf"), read_imatrix(tmp_path / "both.gguf"), 1e-3)
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tiny_gguf, text, tmp_path, monkeypatch):
-    options = {"n_ctx": 128, "chunks": 6, "n_batch": 128}
+    options = {"reading": first(6), "decoding": SHORT.replace(n_batch=128)}
     collect_imatrix(tiny_gguf, [text], tmp_path / "whole.gguf", **options)
-    calls = []
+    saved = []
+    original = UnfinishedWork.save_state
 
-    def interrupted(self, collector, done):
-        calls.append(done)
-        original(self, collector, done)
+    def interrupted(self, label, done, arrays):
+        saved.append(done)
+        original(self, label, done, arrays)
         if done == 3:
             raise KeyboardInterrupt
 
-    original = collect_imatrix._Partial.save
-    monkeypatch.setattr(collect_imatrix._Partial, "save", interrupted)
+    monkeypatch.setattr(UnfinishedWork, "due", lambda _: True)
+    monkeypatch.setattr(UnfinishedWork, "save_state", interrupted)
     out = tmp_path / "cut.gguf"
     with pytest.raises(KeyboardInterrupt):
-        collect_imatrix(tiny_gguf, [text], out, save_seconds=0, **options)
-    assert not out.exists() and (tmp_path / "cut.gguf.partial").exists()
-    calls.clear()
-    monkeypatch.setattr(collect_imatrix._Partial, "save", lambda *_: calls.append(_[2]))
-    collect_imatrix(tiny_gguf, [text], out, save_seconds=0, **options)
-    assert calls == [4, 5, 6]
+        collect_imatrix(tiny_gguf, [text], out, **options)
+    assert not out.exists() and (tmp_path / "cut.gguf.parts").is_dir()
+    saved.clear()
+    monkeypatch.setattr(UnfinishedWork, "save_state", lambda _, label, done, arrays: saved.append(done))
+    collect_imatrix(tiny_gguf, [text], out, **options)
+    assert saved == [4, 5, 6]
     assert out.read_bytes().replace(b"cut", b"whole") == (tmp_path / "whole.gguf").read_bytes()
-    assert not (tmp_path / "cut.gguf.partial").exists()
+    assert not (tmp_path / "cut.gguf.parts").exists()
 
 
-def test_a_damaged_partial_file_is_said_and_not_used(tiny_gguf, text, tmp_path):
-    out = tmp_path / "a.gguf"
-    (tmp_path / "a.gguf.partial").write_bytes(b"PK\x03\x04 and then nothing")
-    assert collect_imatrix(tiny_gguf, [text], out, n_ctx=128, chunks=2).chunks == 2
-    assert not (tmp_path / "a.gguf.partial").exists()
+@pytest.mark.parametrize("damage", ["no zip", "one array of another shape"])
+def test_a_damaged_state_is_not_used(damage, tiny_gguf, text, tmp_path, monkeypatch):
+    out, options = tmp_path / "a.gguf", {"reading": first(3), "decoding": SHORT.replace(n_batch=128)}
+    collect_imatrix(tiny_gguf, [text], tmp_path / "whole.gguf", **options)
+    monkeypatch.setattr(UnfinishedWork, "due", lambda _: True)
+    original = UnfinishedWork.save_state
+
+    def damaging(self, label, done, arrays):
+        names = list(arrays)
+        wrong = dict(arrays) | ({names[-1]: np.zeros(999)} if damage != "no zip" else {})
+        original(self, label, done, wrong)
+        if damage == "no zip":
+            (self.folder / "state").write_bytes(b"PK\x03\x04 and then nothing")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(UnfinishedWork, "save_state", damaging)
+    with pytest.raises(KeyboardInterrupt):
+        collect_imatrix(tiny_gguf, [text], out, **options)
+    monkeypatch.undo()
+    collect_imatrix(tiny_gguf, [text], out, **options)
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
 def test_errors(tiny_gguf, moe, text, tmp_path):
     with pytest.raises(BitladderError, match="are needed for chunks of 512"):
         collect_imatrix(tiny_gguf, [type(text)("short", "a few words", "0")], tmp_path / "x")
     with pytest.raises(BitladderError, match="--from-chunk 999"):
-        collect_imatrix(tiny_gguf, [text], tmp_path / "x", from_chunk=999)
+        collect_imatrix(tiny_gguf, [text], tmp_path / "x", reading=Reading(from_chunk=999, spread=False))
+    for decoding, message in (
+        (Decoding(n_ctx=8), "-c 8"),
+        (Decoding(n_ubatch=8), "-ub 8"),
+        (Decoding(n_batch=8), "-b 8"),
+    ):
+        with pytest.raises(UsageError, match=f"{message} is too small: calibration needs at least 16"):
+            collect_imatrix(tiny_gguf, [text], tmp_path / "x", decoding=decoding)
+    with pytest.raises(UsageError, match="needs a text"):
+        collect_imatrix(tiny_gguf, [], tmp_path / "x")
     with pytest.raises(BitladderError, match="no such imatrix"):
         read_imatrix(tmp_path / "absent")
     with pytest.raises(BitladderError, match=r"general\.type is None|not an imatrix"):
@@ -161,12 +216,12 @@ def test_errors(tiny_gguf, moe, text, tmp_path):
     (tmp_path / "junk").write_bytes(b"\x05\x00\x00\x00junk and more junk")
     with pytest.raises(BitladderError, match="neither|truncated"):
         read_imatrix(tmp_path / "junk")
-    damaged = Imatrix({"w": Entry(np.array([[1.0, np.nan]]), np.array([3]))}, [], 1, 512)
+    damaged = Imatrix({"w": ImatrixEntry(np.array([[1.0, np.nan]]), np.array([3]))}, [], 1, 512)
     write_imatrix(damaged, tmp_path / "nan.gguf")
     with pytest.raises(BitladderError, match="w has a value that is not finite at index 1"):
         read_imatrix(tmp_path / "nan.gguf")
-    collect_imatrix(tiny_gguf, [text], tmp_path / "a.gguf", n_ctx=128, chunks=2)
-    collect_imatrix(moe, [text], tmp_path / "b.gguf", n_ctx=128, chunks=2)
+    collect_imatrix(tiny_gguf, [text], tmp_path / "a.gguf", reading=first(2), decoding=SHORT)
+    collect_imatrix(moe, [text], tmp_path / "b.gguf", reading=first(2), decoding=SHORT)
     one, two = read_imatrix(tmp_path / "a.gguf"), read_imatrix(tmp_path / "b.gguf")
     two.entries["blk.0.attn_q.weight"].sums = np.ones((1, 64))
     with pytest.raises(BitladderError, match="two models"):
@@ -176,9 +231,8 @@ def test_errors(tiny_gguf, moe, text, tmp_path):
 def test_leaving_the_head_out_changes_nothing_else(tiny_gguf, text):
     found, logits = [], []
     for skip_head in (False, True):
-        collector = Collector()
         with Model(tiny_gguf) as model:
-            tokens = model.tokenize(text.text)[:256]
+            collector, tokens = ImatrixCollector(model_inputs(model)), model.tokenize(text.text)[:256]
             with Context(model, Decoding(n_ctx=256), observer=collector, skip_head=skip_head) as context:
                 context.decode(tokens, np.arange(256), np.zeros(256, int), np.ones(256, bool))
                 logits.append(context.logits().copy())

@@ -1,6 +1,7 @@
 """Second moments against transformers, the imatrix, brute force, and themselves cut short, cut up and merged."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,23 +9,33 @@ import tiny_models
 import torch
 from moe import write_moe
 
-from bitladder.calibrate import MomentsFile, collect_imatrix, collect_moments, read_imatrix
+from bitladder.calibrate import (
+    ImatrixOptions,
+    MomentsFile,
+    MomentsOptions,
+    UnfinishedWork,
+    collect_imatrix,
+    collect_moments,
+    merge_moments,
+    read_imatrix,
+)
 from bitladder.calibrate.gradients import weighted_moments
-from bitladder.calibrate.moments import passes
-from bitladder.calibrate.moments.moments_file import pack_triangle, packed_diagonal, unpack_triangle
-from bitladder.calibrate.moments.positions import position_weights
+from bitladder.calibrate.moments import passes, position_weights
+from bitladder.calibrate.moments.moments_file import pack_triangle, unpack_triangle
 from bitladder.calibrate.moments.sums import sums_bytes
-from bitladder.calibrate.unfinished import Keep
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine.context import Context
 from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
-from bitladder.errors import BitladderError
-from bitladder.text.chunks import spread_evenly, text_chunks
+from bitladder.errors import BitladderError, UsageError
+from bitladder.text.chunks import Reading, spread_evenly, text_chunks
 from bitladder.text.texts import Text, load_text
 
-SMALL = {"n_ctx": 64, "chunks": 3, "threads": 1}
+DECODING = Decoding(n_ctx=64, threads=1)
+PLAIN, POSITIONS = MomentsOptions(weighting="tokens"), MomentsOptions(weighting="positions")
+SMALL = {"reading": Reading(chunks=3), "decoding": DECODING}
+GIB = 2**30
 # Where transformers has the input of a llama's weights.
 PLACES = {"attn_q": "self_attn.q_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.up_proj"}
 PLACES |= {"attn_v": "self_attn.v_proj", "ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj"}
@@ -52,18 +63,26 @@ def tied(tmp_path_factory):
     return model, folder / "tied.gguf"
 
 
+@pytest.fixture
+def weigh(monkeypatch):
+    """Lets positions count what a test says: weights by weight's name, [n_ctx]."""
+    module = sys.modules["bitladder.calibrate.collect_moments"]
+    return lambda weights: monkeypatch.setattr(module, "position_weights", lambda *_, **__: weights)
+
+
 def rows_of(path, text, **what):
     with Model(path, vocab_only=True) as model:
         return text_chunks(model, text, **what)
 
 
-def test_is_what_transformers_inputs_give(tied, text, tmp_path):
+def test_is_what_transformers_inputs_give(tied, text, weigh, tmp_path):
     model, path = tied
     rows = rows_of(path, text, n_ctx=64, chunks=3, spread=True)
     rng = np.random.default_rng(0)
-    weights = {"blk.1.attn_v.weight": rng.random(64), "blk.0.ffn_up.weight": rng.random((3, 64))}
+    weights = {"blk.1.attn_v.weight": rng.random(64), "blk.0.ffn_up.weight": rng.random(64)}
     weights["blk.1.ffn_down.weight"] = np.repeat([20.0, 1.0, 0.0], [1, 40, 23])
-    collect_moments(path, [text], tmp_path / "m.gguf", weights=weights, **SMALL)
+    weigh(weights)
+    collect_moments(path, [text], tmp_path / "m.gguf", options=POSITIONS, **SMALL)
 
     inputs, handles = {}, []
     names = {f"blk.{b}.{ours}.weight": f"model.layers.{b}.{hf}" for b in range(2) for ours, hf in PLACES.items()}
@@ -89,16 +108,25 @@ def test_is_what_transformers_inputs_give(tied, text, tmp_path):
 @pytest.mark.parametrize("which", ["tiny_gguf", "moe"])
 def test_the_diagonal_is_the_imatrix_and_the_imatrix_beside_is_the_one_alone(which, request, text, tmp_path):
     path = request.getfixturevalue(which)
-    options = SMALL | {"process_output": True}
-    result = collect_moments(path, [text], tmp_path / "m.gguf", imatrix=tmp_path / "b.gguf", spread=False, **options)
-    collect_imatrix(path, [text], tmp_path / "i.gguf", n_batch=64, **options)
+    reading, beside = Reading(chunks=3, spread=False), ImatrixOptions(process_output=True)
+    result = collect_moments(
+        path,
+        [text],
+        tmp_path / "m.gguf",
+        reading=reading,
+        decoding=DECODING,
+        options=PLAIN.replace(imatrix=beside),
+        imatrix=tmp_path / "b.gguf",
+    )
+    one_chunk = DECODING.replace(n_batch=64)
+    collect_imatrix(path, [text], tmp_path / "i.gguf", reading=reading, decoding=one_chunk, options=beside)
     assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "i.gguf").read_bytes()
     imatrix = read_imatrix(tmp_path / "i.gguf")
     with MomentsFile(tmp_path / "m.gguf") as moments:
         assert set(moments.names()) == imatrix.entries.keys()
         for name, entry in imatrix.entries.items():
             counts = moments.counts(name)
-            diagonals = np.stack([packed_diagonal(moments.packed(name, i)) for i in range(len(counts))])
+            diagonals = moments.read(name).inputs.diagonal(axis1=1, axis2=2)
             assert np.array_equal(counts, entry.counts)
             assert np.abs(diagonals * counts[:, None] - entry.sums).max() < 1e-5 * entry.sums.max(), name
     assert result.gaps == imatrix.gaps() and bool(result.gaps) == (which == "moe")
@@ -117,7 +145,7 @@ class Spy:
         self.shown.append((seen.weight, inputs.astype(np.float64), experts))
 
 
-def test_experts_are_brute_force_and_positions_go_on_in_the_next_computation(moe, text, tmp_path):
+def test_experts_are_brute_force_and_positions_continue_in_the_next_computation(moe, text, weigh, tmp_path):
     spy, profile = Spy(), np.repeat([8.0, 1.0, 2.0], [1, 39, 24])
     rows = rows_of(moe, text, n_ctx=64, chunks=3, spread=True)
     with Model(moe) as model, Context(model, Decoding(n_ctx=64, n_batch=32, threads=1), observer=spy) as context:
@@ -128,7 +156,9 @@ def test_experts_are_brute_force_and_positions_go_on_in_the_next_computation(moe
                 context.decode(row[positions], positions, np.zeros(32, int), np.ones(32, bool))
     names = {name for name, *_ in spy.shown}
     assert len(names) == 6
-    collect_moments(moe, [text], tmp_path / "m", weights=dict.fromkeys(names, profile), n_ubatch=32, **SMALL)
+    weigh(dict.fromkeys(names, profile))
+    decoding = DECODING.replace(n_ubatch=32)
+    collect_moments(moe, [text], tmp_path / "m", reading=Reading(chunks=3), decoding=decoding, options=POSITIONS)
     sums = {name: [np.zeros((x.shape[2], x.shape[2])) for _ in range(6)] for name, x, _ in spy.shown}
     counts = {name: [0] * 6 for name in names}
     for index, (name, inputs, experts) in enumerate(spy.shown):
@@ -151,7 +181,7 @@ def test_experts_are_brute_force_and_positions_go_on_in_the_next_computation(moe
 def test_little_memory_takes_passes_and_gives_the_same_bytes(which, request, text, tmp_path, monkeypatch):
     path = request.getfixturevalue(which)
     path, memory = (path, 2 * sums_bytes(256)) if which == "moe" else (path[1], sums_bytes(96))
-    collect_moments(path, [text], tmp_path / "a.gguf", imatrix=tmp_path / "ai.gguf", **SMALL)
+    collect_moments(path, [text], tmp_path / "a.gguf", imatrix=tmp_path / "ai.gguf", options=PLAIN, **SMALL)
     held = []
     original = passes.MomentCollector.__init__
 
@@ -160,7 +190,8 @@ def test_little_memory_takes_passes_and_gives_the_same_bytes(which, request, tex
         original(self, parts)
 
     monkeypatch.setattr(passes.MomentCollector, "__init__", counting)
-    few = collect_moments(path, [text], tmp_path / "b.gguf", imatrix=tmp_path / "bi.gguf", memory=memory, **SMALL)
+    little = PLAIN.replace(memory=memory / GIB)
+    few = collect_moments(path, [text], tmp_path / "b.gguf", imatrix=tmp_path / "bi.gguf", options=little, **SMALL)
     assert few.passes == len(held) > 3 and max(held) <= memory
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert (tmp_path / "ai.gguf").read_bytes() == (tmp_path / "bi.gguf").read_bytes()
@@ -169,9 +200,10 @@ def test_little_memory_takes_passes_and_gives_the_same_bytes(which, request, tex
 def test_killed_in_two_passes_it_ends_with_the_same_bytes(tied, text, tmp_path, monkeypatch):
     path, decoded = tied[1], []
     memory = 7 * sums_bytes(64)
-    whole = collect_moments(path, [text], tmp_path / "a.gguf", imatrix=tmp_path / "ai.gguf", memory=memory, **SMALL)
+    options = SMALL | {"options": PLAIN.replace(memory=memory / GIB)}
+    whole = collect_moments(path, [text], tmp_path / "a.gguf", imatrix=tmp_path / "ai.gguf", **options)
     assert whole.passes == 2
-    original, kill_at = passes.decode_chunks, [2, 5]
+    original, kill_at = passes.watch_chunks, [2, 5]
 
     def dying(*arguments, **options):
         for done in original(*arguments, **options):
@@ -180,9 +212,9 @@ def test_killed_in_two_passes_it_ends_with_the_same_bytes(tied, text, tmp_path, 
             if len(decoded) in kill_at:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(passes, "decode_chunks", dying)
-    monkeypatch.setattr(Keep, "due", lambda _: True)
-    options = SMALL | {"memory": memory, "imatrix": tmp_path / "bi.gguf"}
+    monkeypatch.setattr(passes, "watch_chunks", dying)
+    monkeypatch.setattr(UnfinishedWork, "due", lambda _: True)
+    options["imatrix"] = tmp_path / "bi.gguf"
     for _ in kill_at:
         with pytest.raises(KeyboardInterrupt):
             collect_moments(path, [text], tmp_path / "b.gguf", **options)
@@ -196,23 +228,24 @@ def test_killed_in_two_passes_it_ends_with_the_same_bytes(tied, text, tmp_path, 
 
 def test_what_another_job_or_a_crash_left_is_not_used(tied, text, tmp_path, monkeypatch):
     out = tmp_path / "m.gguf"
-    monkeypatch.setattr(Keep, "due", lambda _: True)
-    monkeypatch.setattr(passes.ImatrixBeside, "write", lambda *_: exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr(UnfinishedWork, "due", lambda _: True)
+    monkeypatch.setattr(passes, "write_imatrix", lambda *_: exec("raise KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
-        collect_moments(tied[1], [text], out, imatrix=tmp_path / "i", **SMALL)
+        collect_moments(tied[1], [text], out, imatrix=tmp_path / "i", options=PLAIN, **SMALL)
     (tmp_path / "m.gguf.parts" / "state").write_bytes(b"PK\x03\x04 and then nothing")
     monkeypatch.undo()
-    collect_moments(tied[1], [text], out, imatrix=tmp_path / "i", **SMALL)
+    collect_moments(tied[1], [text], out, imatrix=tmp_path / "i", options=PLAIN, **SMALL)
     (tmp_path / "m.gguf.parts").mkdir()
     with pytest.raises(BitladderError, match=r"m\.gguf\.parts is in the way"):
-        collect_moments(tied[1], [text], out, **SMALL)
+        collect_moments(tied[1], [text], out, options=PLAIN, **SMALL)
 
 
 def test_halves_merge_to_the_whole(moe, text, tmp_path):
-    options = {"n_ctx": 64, "threads": 1, "spread": False}
-    collect_moments(moe, [text], tmp_path / "whole", chunks=4, **options)
-    collect_moments(moe, [text], tmp_path / "a", chunks=1, **options)
-    collect_moments(moe, [text], tmp_path / "b", chunks=3, from_chunk=1, in_files=[tmp_path / "a"], **options)
+    options = {"decoding": DECODING, "options": PLAIN}
+    first, second = Reading(chunks=1, spread=False), Reading(chunks=3, from_chunk=1, spread=False)
+    collect_moments(moe, [text], tmp_path / "whole", reading=Reading(chunks=4, spread=False), **options)
+    collect_moments(moe, [text], tmp_path / "a", reading=first, **options)
+    collect_moments(moe, [text], tmp_path / "b", reading=second, in_files=[tmp_path / "a"], **options)
     assert invoke(["calibrate", "-q", "--in-file", str(tmp_path / "b"), "-o", str(tmp_path / "c")]) == 0
     with MomentsFile(tmp_path / "b") as merged, MomentsFile(tmp_path / "c") as alone:
         assert alone.provenance == merged.provenance and alone.names() == merged.names()
@@ -227,10 +260,11 @@ def test_halves_merge_to_the_whole(moe, text, tmp_path):
 
 
 def test_few_tokens_leave_a_low_rank_and_nothing_negative(tied, text, tmp_path):
-    collect_moments(tied[1], [text], tmp_path / "m", n_ctx=16, chunks=2, threads=1, names=["blk.1.ffn_down.weight"])
+    collect_moments(
+        tied[1], [text], tmp_path / "m", reading=Reading(chunks=2), decoding=DECODING.replace(n_ctx=16), options=PLAIN
+    )
     with MomentsFile(tmp_path / "m") as moments:
         values = np.linalg.eigvalsh(moments.read("blk.1.ffn_down.weight").inputs[0].astype(np.float64))
-        assert moments.names() == ["blk.1.ffn_down.weight"]
     assert len(values) == 96 and values.min() > -1e-6 * values.max()
     assert np.count_nonzero(values > 1e-6 * values.max()) <= 32
 
@@ -264,22 +298,31 @@ def test_gradients_from_the_command_line(tied, text, tmp_path, capsys):
             assert (found.outputs is None) == (one.outputs is None) == (one.name == "token_embd.weight")
             assert found.outputs is None or np.allclose(found.outputs, one.outputs, atol=1e-5 * one.outputs.max())
             assert found.counts.tolist() == [128]
-    collect_moments(tied[1], [text], tmp_path / "p.gguf", imatrix=tmp_path / "pi.gguf", n_ctx=64, chunks=2, threads=1)
+    collect_moments(
+        tied[1],
+        [text],
+        tmp_path / "p.gguf",
+        reading=Reading(chunks=2),
+        decoding=DECODING,
+        options=PLAIN,
+        imatrix=tmp_path / "pi.gguf",
+    )
     ours, theirs = read_imatrix(tmp_path / "i.gguf"), read_imatrix(tmp_path / "pi.gguf")
     assert all(np.array_equal(ours.entries[name].sums, entry.sums) for name, entry in theirs.entries.items())
     assert invoke(["calibrate", *(f"--in-file={tmp_path / n}.gguf" for n in "mp"), "-o", str(tmp_path / "x")]) == 1
     assert "weight tokens by gradients and by tokens" in capsys.readouterr().err
 
 
-def test_positions_are_what_trying_them_says(moe, text, tmp_path, capsys):
+def test_positions_are_what_trying_them_says(moe, text, weigh, tmp_path, capsys):
     (tmp_path / "t.txt").write_text(text.text)
     arguments = ["calibrate", "-m", moe, "-f", tmp_path / "t.txt", "-c", 64, "--chunks", 2, "-t", 1]
     assert invoke([*map(str, arguments), "-o", str(tmp_path / "a")]) == 0
     assert "weighted by positions: " in capsys.readouterr().err  # the torch forward pass knows no experts
     rows = rows_of(moe, text, n_ctx=64, chunks=2, spread=True)
-    weights = position_weights(moe, rows, threads=1)
+    weights = position_weights(moe, rows, decoding=Decoding(threads=1))
     assert any(np.ptp(profile) > 0.1 for profile in weights.values())
-    collect_moments(moe, [text], tmp_path / "b", weights=weights, n_ctx=64, chunks=2, threads=1)
+    weigh(weights)
+    collect_moments(moe, [text], tmp_path / "b", reading=Reading(chunks=2), decoding=DECODING, options=POSITIONS)
     with MomentsFile(tmp_path / "a") as a, MomentsFile(tmp_path / "b") as b:
         assert a.names() == b.names()
         for name in a.names():
@@ -294,7 +337,6 @@ def test_triangles(width):
     packed = pack_triangle(matrix)
     assert np.array_equal(packed, matrix[np.triu_indices(width)])
     assert np.array_equal(unpack_triangle(packed), matrix)
-    assert np.array_equal(packed_diagonal(packed), matrix.diagonal())
 
 
 @pytest.mark.parametrize(
@@ -304,7 +346,7 @@ def test_triangles(width):
         ([], 1, "--in-file"),
         (["-m", "absent.gguf", "-f", "pydoc:test"], 1, "absent.gguf"),
         (["-m", "absent.gguf", "-f", "absent.txt"], 1, "absent.txt"),
-        (["-m", "MODEL", "-f", "pydoc:test", "-c", "8"], 2, "-c 8 is too short"),
+        (["-m", "MODEL", "-f", "pydoc:test", "-c", "8"], 2, "-c 8 is too small"),
         (["-m", "MODEL", "-f", "short.txt", "--weighting", "tokens"], 1, "short.txt has"),
         (["-m", "MODEL", "-f", "pydoc:test", "-o", "x", "--imatrix", "x"], 2, "the same file"),
         (["--in-file", "MODEL"], 1, "holds no second moments"),
@@ -321,13 +363,16 @@ def test_errors_are_one_line(arguments, code, message, tied, tmp_path, monkeypat
     assert not (tmp_path / "moments.gguf").exists() and not (tmp_path / "x").exists()
 
 
-def test_what_cannot_be(tied, moe, text, tmp_path):
-    with pytest.raises(BitladderError, match=r"multiply by a weight called 'blk\.9"):
-        collect_moments(tied[1], [text], tmp_path / "m", names=["blk.9.attn_q.weight"], **SMALL)
+def test_what_cannot_be(tied, moe, text, weigh, tmp_path):
     for odd in (np.ones(63), -np.ones(64), np.zeros(64), np.full(64, np.nan)):
+        weigh({"blk.0.attn_q.weight": odd})
         with pytest.raises(BitladderError, match=r"weights of tokens for blk\.0\.attn_q\.weight"):
-            collect_moments(tied[1], [text], tmp_path / "m", weights={"blk.0.attn_q.weight": odd}, **SMALL)
-    collect_moments(tied[1], [text], tmp_path / "a", names=["blk.0.attn_q.weight"], **SMALL)
-    collect_moments(moe, [text], tmp_path / "b", names=["blk.0.attn_q.weight"], **SMALL)
+            collect_moments(tied[1], [text], tmp_path / "m", options=POSITIONS, **SMALL)
+    with pytest.raises(UsageError, match="-ub 8 is too small"):
+        collect_moments(tied[1], [text], tmp_path / "m", imatrix=tmp_path / "i", decoding=Decoding(n_ubatch=8))
+    with pytest.raises(UsageError, match="need a text"):
+        collect_moments(tied[1], [], tmp_path / "m")
+    collect_moments(tied[1], [text], tmp_path / "a", options=PLAIN, **SMALL)
+    collect_moments(moe, [text], tmp_path / "b", options=PLAIN, **SMALL)
     with pytest.raises(BitladderError, match="different models"):
-        collect_moments("", [], tmp_path / "c", in_files=[tmp_path / "a", tmp_path / "b"])
+        merge_moments(tmp_path / "c", [tmp_path / "a", tmp_path / "b"])

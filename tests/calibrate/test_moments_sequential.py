@@ -8,12 +8,13 @@ import tiny_models
 import torch
 from moe import write_moe
 
-from bitladder.calibrate import MomentsFile, collect_moments
+from bitladder.calibrate import MomentsFile, MomentsOptions, collect_moments
 from bitladder.calibrate.sequential import SequentialModel, asymmetric_target, sequential_moments
 from bitladder.convert import convert
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.errors import BitladderError
-from bitladder.text.chunks import text_chunks
+from bitladder.text.chunks import Reading, text_chunks
 from bitladder.text.texts import Text, load_text
 
 PLACES = {
@@ -91,7 +92,14 @@ def test_each_group_sees_what_was_replaced_before_it(models, chunks, by_input):
 
 def test_nothing_replaced_is_the_plain_collection(models, chunks, tmp_path):
     text = load_text("pydoc:calibration")
-    collect_moments(models[1], [text], tmp_path / "m.gguf", n_ctx=48, chunks=3, threads=1)
+    collect_moments(
+        models[1],
+        [text],
+        tmp_path / "m.gguf",
+        reading=Reading(chunks=3),
+        decoding=Decoding(n_ctx=48, threads=1),
+        options=MomentsOptions(weighting="tokens"),
+    )
     with (
         SequentialModel(models[1], chunks, cross=True, threads=1) as model,
         MomentsFile(tmp_path / "m.gguf") as plain,

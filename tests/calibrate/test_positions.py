@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiny_models
 
-from bitladder.calibrate.gradients import weighted_moments
-from bitladder.calibrate.moments.positions import position_weights
+from bitladder.calibrate.gradients import GradientOptions, weighted_moments
+from bitladder.calibrate.moments import PositionOptions, position_weights
 from bitladder.convert import convert
 from bitladder.engine.activations import NoisyOutputs
 from bitladder.engine.context import Context
@@ -54,8 +54,16 @@ def test_noise_is_where_it_was_asked_for(model_file):
 
 
 def test_weights_of_positions_are_those_of_gradients(model_file):
-    found = position_weights(model_file, TOKENS, length=32, blocks_together=1, threads=1)
-    exact = {one.name: one for one in weighted_moments(model_file, TOKENS, outputs=False, draws=4, threads=1)}
+    found = position_weights(
+        model_file,
+        TOKENS,
+        decoding=Decoding(threads=1),
+        options=PositionOptions(tried_chunks=24, length=32, blocks_together=1),
+    )
+    exact = {
+        one.name: one
+        for one in weighted_moments(model_file, TOKENS, options=GradientOptions(outputs=False, draws=4), threads=1)
+    }
     assert set(found) == {f"blk.{b}.{kind}.weight" for b in range(2) for kind in KINDS}
     parts = (slice(0, 1), slice(1, 8), slice(8, 32))
     for name, profile in found.items():
@@ -66,8 +74,15 @@ def test_weights_of_positions_are_those_of_gradients(model_file):
 
 
 def test_a_shorter_look_groups_and_longer_chunks(model_file):
-    short = position_weights(model_file, TOKENS[:4], length=16, blocks_together=2, threads=1)
-    assert position_weights(model_file, TOKENS[:4], length=16, blocks_together=2, threads=1).keys() == short.keys()
+    short = position_weights(
+        model_file, TOKENS[:4], decoding=Decoding(threads=1), options=PositionOptions(length=16, blocks_together=2)
+    )
+    assert (
+        position_weights(
+            model_file, TOKENS[:4], decoding=Decoding(threads=1), options=PositionOptions(length=16, blocks_together=2)
+        ).keys()
+        == short.keys()
+    )
     for kind in KINDS:
         first, second = (short[f"blk.{block}.{kind}.weight"] for block in range(2))
         np.testing.assert_array_equal(first, second)

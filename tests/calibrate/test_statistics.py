@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from moe import write_moe
 
-from bitladder.calibrate import collect_imatrix, read_imatrix, write_imatrix
-from bitladder.calibrate.imatrix import Entry, Imatrix
+from bitladder.calibrate import Imatrix, ImatrixEntry, ImatrixOptions, collect_imatrix, read_imatrix, write_imatrix
 from bitladder.calibrate.statistics import by_kind, by_layer, tensor_statistics
+from bitladder.engine.decoding import Decoding
 from bitladder.gguf.names import imatrix_place
+from bitladder.text.chunks import Reading
 from bitladder.text.texts import load_text
 
 # Columns as llama-imatrix prints them: digits after the point, and the factor to its unit.
@@ -47,8 +48,14 @@ def matrices(tiny_gguf, moe, calibration_text, tmp_path_factory):
     for name, model in ("tiny", tiny_gguf), ("moe", moe):
         for form in ("gguf", "dat"):
             found[name, form] = folder / f"{name}.{form}"
-            options = {"n_ctx": 128, "chunks": 3, "process_output": True, "form": form}
-            collect_imatrix(model, [text], found[name, form], **options)
+            collect_imatrix(
+                model,
+                [text],
+                found[name, form],
+                reading=Reading(chunks=3, spread=False),
+                decoding=Decoding(n_ctx=128),
+                options=ImatrixOptions(process_output=True, form=form),
+            )
     return found
 
 
@@ -101,7 +108,7 @@ def test_where_llama_differs_it_is_by_float32(tools, tmp_path):
     rng = np.random.default_rng(0)
     counts = rng.integers(100, 5000, 64)
     sums = (rng.lognormal(0, 1, (64, 2048)) * counts[:, None]).astype(np.float32)
-    write_imatrix(Imatrix({"blk.0.ffn_up_exps.weight": Entry(sums, counts)}, ["t"], 1, 512), tmp_path / "a.gguf")
+    write_imatrix(Imatrix({"blk.0.ffn_up_exps.weight": ImatrixEntry(sums, counts)}, ["t"], 1, 512), tmp_path / "a.gguf")
     rows, _ = shown_by_llama(tools, tmp_path / "a.gguf")
     (ours,) = tensor_statistics(read_imatrix(tmp_path / "a.gguf"))
     means = (sums / counts[:, None].astype(np.float32)).reshape(-1)
@@ -112,7 +119,7 @@ def test_where_llama_differs_it_is_by_float32(tools, tmp_path):
     assert 0.01 < abs(printed - exact) < 1e-4 * exact
 
 
-def brute(entry: Entry) -> dict[str, float | None]:
+def brute(entry: ImatrixEntry) -> dict[str, float | None]:
     """The figures by their definitions in DESIGN, one entry at a time."""
     a = [float(x) / int(c) for row, c in zip(entry.sums, entry.counts, strict=True) if c for x in row]
     n, total = len(a), math.fsum(a)
@@ -133,8 +140,8 @@ def brute(entry: Entry) -> dict[str, float | None]:
     }
 
 
-def entry(sums, counts) -> Entry:
-    return Entry(np.atleast_2d(np.array(sums, np.float32)), np.array(counts, np.int64))
+def entry(sums, counts) -> ImatrixEntry:
+    return ImatrixEntry(np.atleast_2d(np.array(sums, np.float32)), np.array(counts, np.int64))
 
 
 def imatrix(**entries) -> Imatrix:

@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 from moe import write_moe
 
-from bitladder.calibrate import read_imatrix, write_imatrix
-from bitladder.calibrate.imatrix import Entry, Imatrix
-from bitladder.calibrate.statistics import compare, find_gaps
-from bitladder.calibrate.statistics.compare_imatrices import grouped
+from bitladder.calibrate import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
+from bitladder.calibrate.statistics import compare_imatrices, find_gaps, grouped_differences
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile
@@ -41,7 +39,7 @@ def random_matrix(model, seed, **changed) -> Imatrix:
                 counts = rng.integers(1, 500, experts)
                 if experts > 1 and name.startswith("blk.1."):
                     counts[[2, 5, 6, 7]] = 0
-                entries[name] = Entry(
+                entries[name] = ImatrixEntry(
                     (rng.random((experts, tensor.width)) * counts[:, None]).astype(np.float32), counts
                 )
     return Imatrix(entries | changed, ["text.txt"], 4, 128)
@@ -98,7 +96,7 @@ def test_gaps_of_the_old_format_are_guessed_with_a_model(moe, pair):
 
 def test_gaps_against_another_model(moe, pair):
     a, _ = pair
-    wider = Imatrix(a.entries | {"blk.0.attn_v.weight": Entry(np.ones((1, 512)), np.ones(1, int))}, [], 1, 128)
+    wider = Imatrix(a.entries | {"blk.0.attn_v.weight": ImatrixEntry(np.ones((1, 512)), np.ones(1, int))}, [], 1, 128)
     with pytest.raises(BitladderError, match=r"attn_v.weight has 512 columns in the imatrix but 256 in"):
         find_gaps(wider, moe)
     with pytest.raises(BitladderError, match=r"not a model: it has no general\.architecture"):
@@ -112,7 +110,7 @@ def test_gaps_against_another_model(moe, pair):
 
 def test_compare_is_brute_force(pair):
     a, b = pair
-    found = compare(a, b)
+    found = compare_imatrices(a, b)
     assert found.differences[0].tensor == "blk.0.attn_v.weight" and found.differences[0].change > 5
     changes = [abs(difference.change) for difference in found.differences]
     assert changes == sorted(changes, reverse=True)
@@ -132,7 +130,7 @@ def test_compare_is_brute_force(pair):
         assert difference.n == len(pairs)
         assert difference.change == pytest.approx(sum_b / sum_a - 1)
         assert difference.cosine == pytest.approx(product / norms)
-    layers = {difference.layer: difference for difference in grouped(found.differences, "layer")}
+    layers = {difference.layer: difference for difference in grouped_differences(found.differences, "layer")}
     members = [d for d in found.differences if d.layer == 1]
     weighted = [sum(d.n * getattr(d, side) for d in members) for side in ("sum_a", "sum_b")]
     assert layers[1].change == pytest.approx(weighted[1] / weighted[0] - 1)
@@ -141,10 +139,12 @@ def test_compare_is_brute_force(pair):
 
 def test_compare_edges():
     def matrix(sums, counts=(1,), **more):
-        return Imatrix({"w": Entry(np.atleast_2d(np.array(sums, np.float32)), np.array(counts))} | more, [], 1, 8)
+        return Imatrix(
+            {"w": ImatrixEntry(np.atleast_2d(np.array(sums, np.float32)), np.array(counts))} | more, [], 1, 8
+        )
 
     def only(a, b):
-        (difference,) = compare(a, b).differences
+        (difference,) = compare_imatrices(a, b).differences
         return difference.change, difference.cosine
 
     assert only(matrix([0, 0]), matrix([1, 2])) == (math.inf, None)
@@ -154,17 +154,17 @@ def test_compare_edges():
     assert only(matrix([2, 4], [2]), matrix([1, 2])) == (0, pytest.approx(1))
     # A .dat file has one count for all experts.
     assert only(matrix([[2, 4], [3, 3]], [2, 1]), matrix([1, 2, 3, 3])) == (0, pytest.approx(1))
-    assert compare(matrix([1, 2], [0]), matrix([1, 2])).only_b == ["w"]
-    assert compare(matrix([1, 2], [0]), matrix([1, 2])).differences == []
+    assert compare_imatrices(matrix([1, 2], [0]), matrix([1, 2])).only_b == ["w"]
+    assert compare_imatrices(matrix([1, 2], [0]), matrix([1, 2])).differences == []
     of_two_models = [
         (matrix([1, 2]), matrix([1, 2, 3])),
         (matrix([[1, 2], [3, 4]], [1, 1]), matrix([[1], [2], [3], [4]], [1] * 4)),
     ]
     for a, b in of_two_models:
         with pytest.raises(BitladderError, match=r"w is 2 × \d in one and .* in the other: these are of two models"):
-            compare(a, b)
+            compare_imatrices(a, b)
     with pytest.raises(BitladderError, match="no weight in common"):
-        compare(matrix([1]), Imatrix({"v": Entry(np.ones((1, 1)), np.ones(1, int))}, [], 1, 8))
+        compare_imatrices(matrix([1]), Imatrix({"v": ImatrixEntry(np.ones((1, 1)), np.ones(1, int))}, [], 1, 8))
 
 
 def test_json_and_csv_hold_the_same(capsys, pair, moe):

@@ -9,7 +9,7 @@ import struct
 import numpy as np
 import pytest
 
-from bitladder.calibrate.imatrix import read_imatrix
+from bitladder.calibrate import read_imatrix
 from bitladder.cli import invoke
 from bitladder.engine.native import llama
 from bitladder.errors import BitladderError

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bitladder.calibrate import ImatrixResult
-from bitladder.calibrate.imatrix import Entry, Imatrix, write_imatrix
+from bitladder.calibrate import Imatrix, ImatrixEntry, ImatrixResult, write_imatrix
 from bitladder.convert import ConvertResult
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError, UsageError
@@ -69,13 +68,15 @@ class Fakes:
     def make_base(self, model, text, out, settings, progress):
         self.write(out, model.read_bytes(), text.text.encode(), str((settings.n_ctx, settings.chunks)).encode())
 
-    def collect(self, model, texts, out, *, n_ctx, chunks, threads, gpu_layers, progress):
-        read = b"|".join([model.read_bytes(), *(text.text.encode() for text in texts), str((n_ctx, chunks)).encode()])
+    def collect(self, model, texts, out, *, reading, decoding, progress):
+        n_ctx = decoding.n_ctx
+        settings = str((n_ctx, reading.chunks)).encode()
+        read = b"|".join([model.read_bytes(), *(text.text.encode() for text in texts), settings])
         # A matrix that can be read: the report shows what it says.
         sums = np.frombuffer(hashlib.sha256(read).digest(), np.uint8).astype(np.float32)[None]
         time.sleep(self.seconds)
         write_imatrix(
-            Imatrix({"a.weight": Entry(sums, np.array([n_ctx]))}, [text.name for text in texts], 5, n_ctx), out
+            Imatrix({"a.weight": ImatrixEntry(sums, np.array([n_ctx]))}, [text.name for text in texts], 5, n_ctx), out
         )
         return ImatrixResult(out, 7, 5, {})
 

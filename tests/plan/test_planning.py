@@ -12,6 +12,7 @@ from bitladder.calibrate import collect_imatrix, read_imatrix
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine.activations import rounded
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.matvec import input_type
 from bitladder.engine.types import quantize_rows, type_by_name
 from bitladder.errors import UsageError
@@ -53,7 +54,9 @@ def small(tmp_path_factory):
     (folder / "text.txt").write_text(builtin_text("test")[:30_000])
     calibration = folder / "calibration.txt"
     calibration.write_text(builtin_text("calibration")[:8000])
-    collect_imatrix(model, [load_text(str(calibration))], folder / "imatrix.gguf", n_ctx=64, threads=1)
+    collect_imatrix(
+        model, [load_text(str(calibration))], folder / "imatrix.gguf", decoding=Decoding(n_ctx=64, threads=1)
+    )
     return folder
 
 

@@ -5,16 +5,24 @@ from moe import write_moe
 from quantize_reference import library_quantize, make_imatrix, make_model, same_metadata, same_tensors
 
 from bitladder.calibrate import collect_imatrix
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.presets import Request, preset_number, preset_types, presets
 from bitladder.gguf.reader import GgufFile
 from bitladder.quantize import RUNGS, quantize
+from bitladder.text.chunks import Reading
 from bitladder.text.texts import load_text
 
 
 @pytest.fixture(scope="module")
 def imatrix(tiny_gguf, calibration_text, tmp_path_factory):
     path = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
-    collect_imatrix(tiny_gguf, [load_text(str(calibration_text))], path, n_ctx=128, chunks=8)
+    collect_imatrix(
+        tiny_gguf,
+        [load_text(str(calibration_text))],
+        path,
+        reading=Reading(chunks=8, spread=False),
+        decoding=Decoding(n_ctx=128),
+    )
     return path
 
 
@@ -60,7 +68,13 @@ def test_equals_llama_quantize_with_its_metadata(preset, tools, tiny_gguf, imatr
 def test_experts_have_their_own_importance(tiny_gguf, calibration_text, tmp_path):
     write_moe(tiny_gguf, tmp_path / "moe.gguf")
     text = load_text(str(calibration_text))
-    collect_imatrix(tmp_path / "moe.gguf", [text], tmp_path / "imatrix.gguf", n_ctx=128, chunks=4)
+    collect_imatrix(
+        tmp_path / "moe.gguf",
+        [text],
+        tmp_path / "imatrix.gguf",
+        reading=Reading(chunks=4, spread=False),
+        decoding=Decoding(n_ctx=128),
+    )
     for preset in ("Q3_K_M", "IQ4_NL"):
         quantize(tmp_path / "moe.gguf", tmp_path / "ours.gguf", preset, imatrix=tmp_path / "imatrix.gguf")
         library(tmp_path / "moe.gguf", tmp_path / "theirs.gguf", preset, tmp_path / "imatrix.gguf")

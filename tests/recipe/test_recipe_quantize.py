@@ -10,6 +10,7 @@ import pytest
 
 from bitladder.calibrate import collect_imatrix, read_imatrix
 from bitladder.cli import invoke
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.presets import storable
 from bitladder.engine.types import all_types, quantize_rows, type_by_name
 from bitladder.errors import BitladderError
@@ -27,6 +28,7 @@ from bitladder.recipe import (
     recipe_toml,
     write_recipe,
 )
+from bitladder.text.chunks import Reading
 from bitladder.text.texts import load_text
 
 
@@ -43,7 +45,13 @@ def mixed_gguf(tiny_gguf, tmp_path_factory):
 @pytest.fixture(scope="module")
 def imatrix(mixed_gguf, tmp_path_factory):
     path = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
-    collect_imatrix(mixed_gguf, [load_text("pydoc:test")], path, n_ctx=64, chunks=2)
+    collect_imatrix(
+        mixed_gguf,
+        [load_text("pydoc:test")],
+        path,
+        reading=Reading(chunks=2, spread=False),
+        decoding=Decoding(n_ctx=64),
+    )
     return path
 
 

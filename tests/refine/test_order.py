@@ -9,10 +9,14 @@ import tiny_models
 import torch
 from moe import write_moe
 
-from bitladder.calibrate import collect_imatrix, collect_moments, read_imatrix
-from bitladder.calibrate.gradients import collect_gradient_moments
-from bitladder.calibrate.imatrix import write_imatrix
-from bitladder.calibrate.moments.moments_file import MomentsFile
+from bitladder.calibrate import (
+    MomentsFile,
+    MomentsOptions,
+    collect_imatrix,
+    collect_moments,
+    read_imatrix,
+    write_imatrix,
+)
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine.context import Context
@@ -24,6 +28,7 @@ from bitladder.gguf.reader import GgufFile
 from bitladder.quantize import quantize
 from bitladder.refine.smooth import SmoothingError, order_for_blocks, smooth_model, smoothed_moments
 from bitladder.refine.smooth.order import find_order
+from bitladder.text.chunks import Reading
 from bitladder.text.texts import load_text
 
 WIDE = {"hidden_size": 512, "tie_word_embeddings": True, "initializer_range": 0.05}
@@ -49,7 +54,7 @@ def wide(folder, text, **config):
                 bias.normal_(0, 0.1)
     model.save_pretrained(source)
     convert(source, folder / "f.gguf", outtype="f16")
-    collect_imatrix(folder / "f.gguf", [text], folder / "i.gguf", n_ctx=64)
+    collect_imatrix(folder / "f.gguf", [text], folder / "i.gguf", decoding=Decoding(n_ctx=64))
     return folder / "f.gguf", folder / "i.gguf", model
 
 
@@ -123,14 +128,21 @@ def test_imatrix_and_moments_are_those_of_the_ordered_model(tmp_path, text, ordi
     out = tmp_path / "s.gguf"
     result = smooth_model(path, imatrix, out, tmp_path / "si.gguf")
     assert result.links and result.head_noise
-    collect_imatrix(out, [text], tmp_path / "again.gguf", n_ctx=64)
+    collect_imatrix(out, [text], tmp_path / "again.gguf", decoding=Decoding(n_ctx=64))
     said, seen = read_imatrix(tmp_path / "si.gguf").entries, read_imatrix(tmp_path / "again.gguf").entries
     assert said.keys() == seen.keys()
     for name, entry in said.items():
         np.testing.assert_allclose(entry.sums, seen[name].sums, rtol=5e-3, atol=1e-4 * seen[name].sums.max())
-    for collect, more in ((collect_moments, {}), (collect_gradient_moments, {"chunks": 2})):
+    for weighting, chunks in (("tokens", None), ("gradients", 2)):
         for label, model in (("old", path), ("new", out)):
-            collect(model, [text], tmp_path / f"{label}.m", n_ctx=64, **more)
+            collect_moments(
+                model,
+                [text],
+                tmp_path / f"{label}.m",
+                reading=Reading(chunks=chunks),
+                decoding=Decoding(n_ctx=64),
+                options=MomentsOptions(weighting),
+            )
         smoothed_moments(tmp_path / "old.m", result.changes, tmp_path / "said.m", "of the smoothed")
         with MomentsFile(tmp_path / "said.m") as ours, MomentsFile(tmp_path / "new.m") as theirs:
             for name in ours.names():
@@ -145,7 +157,7 @@ def test_imatrix_and_moments_are_those_of_the_ordered_model(tmp_path, text, ordi
 def test_experts_and_what_is_left_alone(tmp_path, tiny_gguf, text):
     path, imatrix, out = tmp_path / "moe.gguf", tmp_path / "i.gguf", tmp_path / "o.gguf"
     write_moe(tiny_gguf, path, width=512, tied=True)
-    collect_imatrix(path, [text], imatrix, n_ctx=64)
+    collect_imatrix(path, [text], imatrix, decoding=Decoding(n_ctx=64))
     result = smooth_model(path, imatrix, out, tmp_path / "oi.gguf", scales=False)
     tokens = np.random.default_rng(2).integers(2, 300, 40).astype(np.int32)
     expected = logits(path, tokens)
@@ -157,7 +169,7 @@ def test_experts_and_what_is_left_alone(tmp_path, tiny_gguf, text):
         file.tensors["blk.0.something_new.weight"] = file.tensors["blk.0.attn_norm.weight"]
         assert find_order(file) is None
     write_moe(tiny_gguf, tmp_path / "untied.gguf", width=512)
-    collect_imatrix(tmp_path / "untied.gguf", [text], imatrix, n_ctx=64)
+    collect_imatrix(tmp_path / "untied.gguf", [text], imatrix, decoding=Decoding(n_ctx=64))
     with pytest.raises(SmoothingError, match="no other order of channels is known to be better"):
         smooth_model(tmp_path / "untied.gguf", imatrix, tmp_path / "no.gguf", tmp_path / "noi.gguf", scales=False)
     assert not (tmp_path / "no.gguf").exists()

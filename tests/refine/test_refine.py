@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from bitladder.calibrate.moments.collect_moments import model_sha256
 from calibrated import calibrate
 
-from bitladder.calibrate.moments.collect_moments import model_sha256
-from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, Provenance, Shape, writing_moments
+from bitladder.calibrate import Moment, MomentsFile, Provenance, Shape, writing_moments
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Settings, evaluate

@@ -8,10 +8,15 @@ import tiny_models
 import torch
 from moe import write_moe
 
-from bitladder.calibrate import collect_imatrix, collect_moments, read_imatrix
-from bitladder.calibrate.gradients import collect_gradient_moments
-from bitladder.calibrate.imatrix import write_imatrix
-from bitladder.calibrate.moments.moments_file import MomentsFile
+from bitladder.calibrate import (
+    ImatrixOptions,
+    MomentsFile,
+    MomentsOptions,
+    collect_imatrix,
+    collect_moments,
+    read_imatrix,
+    write_imatrix,
+)
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine.context import Context
@@ -23,6 +28,7 @@ from bitladder.progress import SILENT
 from bitladder.quantize import quantize
 from bitladder.refine.smooth import KEY, SmoothingError, balance, links_of, smooth_model, smoothed_moments
 from bitladder.refine.smooth import smooth_model as smoothing
+from bitladder.text.chunks import Reading
 from bitladder.text.texts import load_text
 
 LLAMA_KINDS = ["attn_norm", "ffn_norm", "attn_v", "ffn_up"]
@@ -53,7 +59,13 @@ def made(folder, build, text, outtype="f32", **config):
     model = outliers(build(source, **config))
     model.save_pretrained(source)
     convert(source, folder / "f.gguf", outtype=outtype)
-    collect_imatrix(folder / "f.gguf", [text], folder / "i.gguf", n_ctx=64, process_output=True)
+    collect_imatrix(
+        folder / "f.gguf",
+        [text],
+        folder / "i.gguf",
+        decoding=Decoding(n_ctx=64),
+        options=ImatrixOptions(process_output=True),
+    )
     return folder / "f.gguf", folder / "i.gguf", model
 
 
@@ -96,7 +108,13 @@ def test_a_smoothed_model_computes_what_transformers_does(tmp_path, text, build,
 def test_the_imatrix_is_that_of_the_smoothed_inputs(tmp_path, text):
     path, imatrix, _ = made(tmp_path, tiny_models.llama, text)
     smooth_model(path, imatrix, tmp_path / "s.gguf", tmp_path / "s.imatrix.gguf")
-    collect_imatrix(tmp_path / "s.gguf", [text], tmp_path / "again.gguf", n_ctx=64, process_output=True)
+    collect_imatrix(
+        tmp_path / "s.gguf",
+        [text],
+        tmp_path / "again.gguf",
+        decoding=Decoding(n_ctx=64),
+        options=ImatrixOptions(process_output=True),
+    )
     said, seen = read_imatrix(tmp_path / "s.imatrix.gguf").entries, read_imatrix(tmp_path / "again.gguf").entries
     assert said.keys() == seen.keys()
     for name, entry in said.items():
@@ -110,8 +128,17 @@ def test_moments_are_those_of_the_smoothed_model(tmp_path, text):
     plain, weighted = {}, {}
     for label, model in (("old", path), ("new", tmp_path / "s.gguf")):
         plain[label], weighted[label] = tmp_path / f"p-{label}.gguf", tmp_path / f"g-{label}.gguf"
-        collect_moments(model, [text], plain[label], n_ctx=64)
-        collect_gradient_moments(model, [text], weighted[label], n_ctx=64, chunks=2)
+        collect_moments(
+            model, [text], plain[label], decoding=Decoding(n_ctx=64), options=MomentsOptions(weighting="tokens")
+        )
+        collect_moments(
+            model,
+            [text],
+            weighted[label],
+            reading=Reading(chunks=2),
+            decoding=Decoding(n_ctx=64),
+            options=MomentsOptions(weighting="gradients"),
+        )
     for pair in (plain, weighted):
         smoothed_moments(pair["old"], result.changes, tmp_path / "m.gguf", "of the smoothed")
         with MomentsFile(tmp_path / "m.gguf") as said, MomentsFile(pair["new"]) as seen:
@@ -132,7 +159,7 @@ def test_moments_are_those_of_the_smoothed_model(tmp_path, text):
 def test_experts_have_scales_of_their_own(tmp_path, tiny_gguf, text):
     path, imatrix, out = tmp_path / "moe.gguf", tmp_path / "i.gguf", tmp_path / "s.gguf"
     write_moe(tiny_gguf, path)
-    collect_imatrix(path, [text], imatrix, n_ctx=64)
+    collect_imatrix(path, [text], imatrix, decoding=Decoding(n_ctx=64))
     result = smooth_model(path, imatrix, out, tmp_path / "si.gguf")
     assert result.links["ffn_up"] == result.links["ffn_norm"] > 0
     tokens = np.random.default_rng(2).integers(2, 300, 40).astype(np.int32)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from bitladder.calibrate import collect_imatrix
+from bitladder.calibrate import UnfinishedWork, collect_imatrix
 from bitladder.calibrate.gradients.forward import TorchModel
-from bitladder.calibrate.unfinished import Keep
 from bitladder.cli import invoke
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.types import dequantize_into, quantize_rows, type_by_name
 from bitladder.errors import BitladderError, UsageError
@@ -80,14 +80,20 @@ def test_slopes_are_derivatives(kind):
 def prepared(tiny_gguf, tmp_path_factory):
     """A quant of the embedded model with an imatrix, and its folder."""
     folder = tmp_path_factory.mktemp("tune")
-    collect_imatrix(tiny_gguf, [load_text("pydoc:calibration")], folder / "imatrix.gguf", chunks=12, n_ctx=256)
+    collect_imatrix(
+        tiny_gguf,
+        [load_text("pydoc:calibration")],
+        folder / "imatrix.gguf",
+        reading=Reading(chunks=12, spread=False),
+        decoding=Decoding(n_ctx=256),
+    )
     quantize(tiny_gguf, folder / "quant.gguf", "Q3_K_S", imatrix=folder / "imatrix.gguf")
     return folder
 
 
 def test_the_whole_model_s_derivatives_are_those_of_differences(tiny_gguf, prepared):
     with Model(tiny_gguf, vocab_only=True) as vocabulary:
-        tokens = Reading(64, 1).rows(vocabulary, [load_text("pydoc:calibration")])[0]
+        tokens = Reading(chunks=1).rows(vocabulary, [load_text("pydoc:calibration")], 64)[0]
     with TorchModel(tiny_gguf) as teacher, Student(prepared / "quant.gguf", norms=True) as student:
         divergence, slopes = student.backward(tokens, teacher)
         assert divergence > 0
@@ -167,7 +173,7 @@ def test_an_interrupted_descent_goes_on(tiny_gguf, prepared, tmp_path, monkeypat
         return backward(self, tokens, teacher)
 
     monkeypatch.setattr(Student, "backward", interrupted)
-    monkeypatch.setattr(Keep, "due", lambda self: True)
+    monkeypatch.setattr(UnfinishedWork, "due", lambda self: True)
     out = tmp_path / "out.gguf"
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_gguf, prepared / "quant.gguf", out, texts, options)

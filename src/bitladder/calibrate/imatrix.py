@@ -1,6 +1,6 @@
 """The importance matrix: what it holds, and its two file formats.
 
-For each weight, the squares of its inputs are summed over tokens, column by column; a quantizer uses the means to
+For each weight, the squares of its inputs are summed over tokens, column by column. A quantizer uses the means to
 decide which columns deserve precision. Files are interchangeable with llama-imatrix and llama-quantize: the GGUF form
 (general.type "imatrix", NAME.in_sum2 and NAME.counts) and the older .dat. Source of both: llama.cpp's imatrix tool.
 """
@@ -16,30 +16,35 @@ import numpy.typing as npt
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.reader import GgufFile, TensorInfo
 from bitladder.gguf.values import Value, string, strings, u32
 from bitladder.gguf.writer import GgufWriter, TensorPlan
 
 Floats = npt.NDArray[np.float32]
-SUMS, COUNTS = ".in_sum2", ".counts"
+_SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
 @dataclasses.dataclass
-class Entry:
-    """Inputs of one weight.
+class ImatrixEntry:
+    """The squared inputs of one weight. A matrix is an expert, or the whole weight.
 
-    `sums` float [matrices, n_in]: sums of squared inputs. `counts` int64 [matrices], or [1] where all matrices of a
-    dense weight saw the same tokens: tokens summed. A matrix is an expert, or the whole weight.
+    Parameters:
+        sums: sums of squared inputs, float [matrices, n_in].
+        counts: tokens that were summed, int64 [matrices], or [1] where all matrices of a dense weight saw the same.
+
+    Example:
+        >>> ImatrixEntry(np.array([[8.0, 2.0]]), np.array([4])).means()
+        array([[2. , 0.5]], dtype=float32)
     """
 
     sums: npt.NDArray[np.floating]
     counts: npt.NDArray[np.int64]
 
     def means(self) -> Floats:
-        """Mean squared input per column, float32 [matrices, n_in], as llama-quantize computes it.
+        """Mean squared input of each column, float32 [matrices, n_in], as llama-quantize computes it.
 
-        An expert that no token reached has no mean; it is given 1 everywhere, which weights its columns alike.
-        `unreached` tells which those are.
+        An expert that no token reached has no mean. It gets 1 everywhere, which weights its columns alike;
+        `unreached` lists these experts.
         """
         counts = self.counts.astype(np.float32)[:, None]
         sums = self.sums.astype(np.float32)
@@ -52,13 +57,17 @@ class Entry:
 
 @dataclasses.dataclass
 class Imatrix:
-    """Entries by weight name, and where they come from.
+    """An importance matrix.
 
-    `datasets` are names of texts, `chunk_count` and `chunk_size` how much of them was read (tokens per chunk).
-    `legacy` marks a .dat file: there sums and counts are scaled to chunks, not tokens.
+    Parameters:
+        entries: the squared inputs, by weight.
+        datasets: names of the texts.
+        chunk_count: chunks that were read.
+        chunk_size: tokens of a chunk.
+        legacy: whether it comes from a .dat file. There sums and counts are scaled to chunks, not tokens.
     """
 
-    entries: dict[str, Entry]
+    entries: dict[str, ImatrixEntry]
     datasets: list[str]
     chunk_count: int
     chunk_size: int
@@ -66,21 +75,35 @@ class Imatrix:
 
     def gaps(self) -> dict[str, list[int]]:
         """Experts that no token reached, by weight; weights without such experts are left out."""
-        found = {name: entry.unreached() for name, entry in self.entries.items()}
-        return {name: experts for name, experts in found.items() if experts}
+        return {name: experts for name, entry in self.entries.items() if (experts := entry.unreached())}
+
+    def columns(self, name: str, tensor: TensorInfo) -> Floats | None:
+        """The mean squared input of each column of a tensor.
+
+        Parameters:
+            name: the tensor's name in the matrix.
+            tensor: has the sizes.
+
+        Returns:
+            float32 [matrices, n_in]; None if the matrix has no entry of that name, or one of another size.
+        """
+        entry, matrices = self.entries.get(name), tensor.rows // tensor.rows_per_matrix
+        if entry is None or entry.sums.size != tensor.width * matrices:
+            return None
+        return entry.means().reshape(matrices, tensor.width)
 
     def add(self, other: "Imatrix") -> None:
-        """Add another matrix's sums and counts to this one.
+        """Adds another matrix's sums and counts to this one.
 
-        Raises BitladderError if a weight has another shape there. Chunks are counted as llama-imatrix does, from the
-        largest token count.
+        Chunks are counted as llama-imatrix does, from the largest token count. Raises BitladderError if a weight has
+        another shape there.
         """
         scale = self.chunk_size if other.legacy else 1
         for name, theirs in other.entries.items():
             sums, counts = theirs.sums.astype(np.float64) * scale, theirs.counts * scale
             ours = self.entries.get(name)
             if ours is None:
-                self.entries[name] = Entry(sums, counts)
+                self.entries[name] = ImatrixEntry(sums, counts)
                 continue
             if ours.sums.size != sums.size or (
                 len(ours.counts) != len(counts) and 1 not in (len(ours.counts), len(counts))
@@ -97,10 +120,14 @@ class Imatrix:
 
 
 def read_imatrix(path: str | os.PathLike[str], *, finite: bool = True) -> Imatrix:
-    """Read either format.
+    """Reads a file of either format.
 
-    Values that are not finite are refused unless `finite` is off: whoever looks for what went wrong wants to see them.
-    Raises BitladderError that says what is wrong with the file.
+    Parameters:
+        path: the file.
+        finite: whether values that are not finite are refused. Statistics want to show them.
+
+    Raises:
+        BitladderError: the file is damaged, or no importance matrix.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -121,26 +148,26 @@ def _read_gguf(path: pathlib.Path) -> Imatrix:
         if missing:
             raise BitladderError(f"{path} lacks imatrix.{missing[0]}: it is not a complete imatrix")
         datasets, chunks, size = (file.get(f"imatrix.{key}") for key in ("datasets", "chunk_count", "chunk_size"))
-        named = isinstance(datasets, list) and all(isinstance(one, str) for one in datasets)
+        named = isinstance(datasets, list) and all(isinstance(name, str) for name in datasets)
         if not named or type(chunks) is not int or type(size) is not int:
             raise BitladderError(
                 f"{path}: imatrix.datasets, chunk_count or chunk_size has a wrong type: the imatrix is damaged"
             )
         entries = {}
         for name, tensor in file.tensors.items():
-            if not name.endswith(SUMS):
+            if not name.endswith(_SUMS):
                 continue
-            weight = name.removesuffix(SUMS)
-            counted = file.tensors.get(weight + COUNTS)
+            weight = name.removesuffix(_SUMS)
+            counted = file.tensors.get(weight + _COUNTS)
             if counted is None or tensor.type.name != "f32" or counted.type.name != "f32":
                 raise BitladderError(f"{path}: {weight} has no F32 pair of sums and counts; the imatrix is damaged")
             sums = file.read(tensor).view(np.float32)
-            # A count that is no number counts nothing.
+            # A count that is not a number counts as 0.
             counts = np.nan_to_num(np.rint(file.read(counted).view(np.float32)), posinf=0, neginf=0)
             counts = counts.astype(np.int64).reshape(-1)
             if len(counts) != len(sums):
                 raise BitladderError(f"{path}: {weight} has {len(sums)} rows of sums but {len(counts)} counts")
-            entries[weight] = Entry(sums, counts)
+            entries[weight] = ImatrixEntry(sums, counts)
         if not entries:
             raise BitladderError(f"{path} holds no importance data")
         return Imatrix(entries, datasets, chunks, size)
@@ -148,7 +175,7 @@ def _read_gguf(path: pathlib.Path) -> Imatrix:
 
 def _read_dat(path: pathlib.Path) -> Imatrix:
     data = path.read_bytes()
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ImatrixEntry] = {}
     chunks, datasets, position = 0, [], 4
     try:
         (count,) = struct.unpack_from("<i", data)
@@ -163,12 +190,12 @@ def _read_dat(path: pathlib.Path) -> Imatrix:
             position += 12 + size
             sums = np.frombuffer(data, "<f4", values, position)
             position += 4 * values
-            entries[name] = Entry(sums[None].copy(), np.array([calls], np.int64))
+            entries[name] = ImatrixEntry(sums[None].copy(), np.array([calls], np.int64))
         if position < len(data):
             chunks, size = struct.unpack_from("<ii", data, position)
             datasets = [data[position + 8 : position + 8 + size].decode("utf-8", "replace")] if size > 0 else []
     except (struct.error, ValueError) as error:
-        raise BitladderError(f"{path} ends early: it is a truncated .dat imatrix, or none at all") from error
+        raise BitladderError(f"{path} ends early: it is a truncated .dat imatrix, or another kind of file") from error
     return Imatrix(entries, datasets, chunks, 0, legacy=True)
 
 
@@ -180,7 +207,7 @@ def _refuse_not_finite(imatrix: Imatrix, path: pathlib.Path) -> None:
 
 
 def write_imatrix(imatrix: Imatrix, path: str | os.PathLike[str], form: str = "gguf") -> None:
-    """Write an imatrix, in one step, as "gguf" or "dat". Entries are sorted by name, as llama-imatrix writes them."""
+    """Writes a file in one step, as "gguf" or "dat". Entries are sorted by name, as llama-imatrix writes them."""
     if form == "dat":
         _write_dat(imatrix, path)
         return
@@ -194,8 +221,8 @@ def write_imatrix(imatrix: Imatrix, path: str | os.PathLike[str], form: str = "g
     arrays: dict[str, Floats] = {}
     for name in sorted(imatrix.entries):
         entry = imatrix.entries[name]
-        arrays[name + SUMS] = entry.sums.astype(np.float32).reshape(len(entry.counts), -1)
-        arrays[name + COUNTS] = entry.counts.astype(np.float32)[:, None]
+        arrays[name + _SUMS] = entry.sums.astype(np.float32).reshape(len(entry.counts), -1)
+        arrays[name + _COUNTS] = entry.counts.astype(np.float32)[:, None]
     plans = [TensorPlan(name, array.shape[::-1], f32) for name, array in arrays.items()]
     with replacing(path) as temporary, temporary.open("wb") as stream:
         writer = GgufWriter(stream, metadata, plans)

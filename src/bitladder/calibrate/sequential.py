@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.moments.entries import Entry, Part, make_entries
-from bitladder.calibrate.moments.inputs import Input, choose_inputs, model_inputs
+from bitladder.calibrate.inputs import Experts, WeightInput, model_inputs, watch_chunks
+from bitladder.calibrate.moments.collector import MomentCollector
+from bitladder.calibrate.moments.entries import EntryPart, MomentEntry, make_entries
 from bitladder.calibrate.moments.moments_file import Floats, unpack_triangle
-from bitladder.calibrate.moments.watch import Experts, MomentCollector, decode_chunks
 from bitladder.closing import Closing
 from bitladder.engine.context import Context
 from bitladder.engine.decoding import Decoding
@@ -140,9 +140,9 @@ class SequentialModel(Closing):
 
         Raises BitladderError for a name that the model does not multiply by, or inputs that are not finite.
         """
-        wanted = choose_inputs(self._inputs, names, self.model.path.name)
-        entries = make_entries(wanted, self._weights, *self._chunks.shape)
-        parts = [Part(entry, 0, entry.input.matrices) for entry in entries]
+        wanted = _chosen(self._inputs, names, self.model.path.name)
+        entries = make_entries(wanted, self._weights or {}, self._chunks.shape[1])
+        parts = [EntryPart(entry, 0, entry.input.matrices) for entry in entries]
         plain = MomentCollector(parts)
         pair = None
         if self._exact:
@@ -150,20 +150,29 @@ class SequentialModel(Closing):
         what = names[0].removesuffix(".weight") + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         try:
             with self._progress.task(f"moments of {what}", len(self._chunks)) as bar:
-                for _ in decode_chunks(
-                    self.model, self._chunks, pair or plain, n_ubatch=self._n_ubatch, threads=self._threads
-                ):
+                decoding = Decoding(n_ubatch=self._n_ubatch, threads=self._threads)
+                for _ in watch_chunks(self.model, self._chunks, pair or plain, decoding):
                     bar.advance()
         finally:
             if pair:
                 pair.close()
         found: dict[str, ShiftedMoment] = {}
-        for adding in plain.adding:
+        for adding in plain.parts:
             entry = adding.part.entry
             inputs = np.stack([unpack_triangle(packed) for packed in adding.packed()])
             cross = pair.mean(entry) if pair else None
             found |= dict.fromkeys(entry.names, ShiftedMoment(inputs, adding.counts, cross))
         return found
+
+
+def _chosen(inputs: Sequence[WeightInput], names: Sequence[str], where: str) -> list[WeightInput]:
+    """The inputs of these weights only."""
+    known = {name for one in inputs for name in one.names}
+    for name in names:
+        if name not in known:
+            raise BitladderError(f"{where} does not multiply by a weight called {name!r}; see bitladder recipe show")
+    kept = ((one, tuple(name for name in one.names if name in names)) for one in inputs)
+    return [dataclasses.replace(one, names=some) for one, some in kept if some]
 
 
 class _Capture:
@@ -189,15 +198,15 @@ class _Pair(Closing):
     def __init__(
         self,
         plain: MomentCollector,
-        entries: Sequence[Entry],
+        entries: Sequence[MomentEntry],
         exact: Model,
         chunks: Tokens,
         n_ubatch: int,
         threads: int | None,
     ) -> None:
         self._plain, self._chunks = plain, chunks
-        self._entries: dict[str, list[Entry]] = {}
-        dense: list[Input] = []
+        self._entries: dict[str, list[MomentEntry]] = {}
+        dense: list[WeightInput] = []
         for entry in entries:
             if not entry.input.experts and entry.input.matrices == 1:
                 self._entries.setdefault(entry.input.leader, []).append(entry)
@@ -245,7 +254,7 @@ class _Pair(Closing):
                 exact = exact * profile[where, None]
             self._sums[entry.name] += exact.T @ inputs[0]
 
-    def mean(self, entry: Entry) -> Floats | None:
+    def mean(self, entry: MomentEntry) -> Floats | None:
         """E[w x x̃ᵀ] of an entry, or None if it is not collected."""
         sums = self._sums.get(entry.name)
         return None if sums is None else (sums / max(self._tokens, 1)).astype(np.float32)

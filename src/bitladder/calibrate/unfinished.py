@@ -1,7 +1,6 @@
-"""What work that is cut short leaves beside its output, and how it is known again."""
+"""What interrupted work leaves beside its output, and the key that says whether it is still valid."""
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
@@ -14,8 +13,9 @@ import numpy.typing as npt
 
 from bitladder.engine.native import versions
 from bitladder.errors import BitladderError
-from bitladder.files import replacing, sha256_bytes, write_text
+from bitladder.files import replacing, write_text
 from bitladder.gguf.reader import GgufFile
+from bitladder.keys import Algorithm, key_of, versions_of
 from bitladder.progress import Progress
 from bitladder.text.texts import Text
 
@@ -23,20 +23,43 @@ Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
-def job_key(model: str | os.PathLike[str], texts: Sequence[Text], options: Any) -> str:
-    """A hash of all that decides a result: the model (its header, sizes and times of its files), texts, options (as
-    JSON), and the library's versions."""
+def job_key(model: str | os.PathLike[str], texts: Sequence[Text], *algorithms: Algorithm, **settings: Any) -> str:
+    """The key of work on a model and texts (see `keys.key_of`). The library's commit is in it.
+
+    The model counts by the names of its tensors and the sizes and times of its files, so that it need not be read.
+
+    Parameters:
+        model: path of a GGUF.
+        texts: what is read.
+        algorithms: whose results the work is made of.
+        settings: whatever else decides the result.
+    """
     with GgufFile(model) as file:
         stats = [part.stat() for part in file.parts]
-        header = [list(file.tensors), *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
-    what = [header, [text.sha256 for text in texts], options, versions()]
-    return sha256_bytes(json.dumps(what).encode())
+        header = [list(file.tensors), [[stat.st_size, stat.st_mtime_ns] for stat in stats]]
+    return key_of(
+        {
+            "model": header,
+            "texts": [text.sha256 for text in texts],
+            "algorithms": versions_of(*algorithms),
+            "library": versions(),
+            **settings,
+        }
+    )
 
 
-class Keep:
-    """A folder OUT.parts beside an output: finished pieces, and the state of the one that is being made.
+class UnfinishedWork:
+    """A folder OUT.parts beside an output: finished pieces, and the state of the piece that is being made.
 
-    It is emptied if it is of another job (`key`). Saving takes no more than a twentieth of the time between two saves.
+    The folder is emptied if it has another key. Saving takes at most a twentieth of the time between two saves.
+
+    Parameters:
+        out: path of the output.
+        key: of all that decides the result.
+        seconds: time between two saves, at least.
+
+    Raises:
+        BitladderError: a folder of that name is there, and is not of this kind.
     """
 
     def __init__(self, out: pathlib.Path, key: str, seconds: float = 60.0) -> None:
@@ -44,17 +67,17 @@ class Keep:
         self._key = key
         self._seconds = seconds
         self._next = time.monotonic() + seconds
-        if not (self._is_ours() or not self.folder.exists()):
+        if self.folder.exists() and not self._has_key():
             self.remove()
 
-    def _is_ours(self) -> bool:
+    def _has_key(self) -> bool:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             return (self.folder / "key").read_text(encoding="utf-8") == self._key
         return False
 
     def path(self, name: str) -> pathlib.Path:
-        """Where a piece of this name is or will be; the folder is made."""
-        if not self._is_ours():
+        """Where a piece of this name is or will be. The folder is made."""
+        if not self._has_key():
             write_text(self.folder / "key", self._key)
         return self.folder / name
 
@@ -63,12 +86,12 @@ class Keep:
         return (self.folder / name).is_file()
 
     def put(self, name: str, array: npt.NDArray[Any]) -> None:
-        """Keep an array."""
+        """Keeps an array."""
         with replacing(self.path(name)) as temporary, temporary.open("wb") as stream:
             np.save(stream, array)
 
     def put_rows(self, name: str, shape: tuple[int, int], rows: Iterable[Floats]) -> None:
-        """Keep a float32 array of this shape whose rows are taken one after the other."""
+        """Keeps a float32 array of this shape, whose rows are made one after the other."""
         with replacing(self.path(name)) as temporary:
             array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
             for index, row in enumerate(rows):
@@ -76,7 +99,7 @@ class Keep:
             array.flush()
 
     def get(self, name: str) -> npt.NDArray[Any]:
-        """An array that was kept; it is read when it is used. Raises BitladderError if it is damaged."""
+        """An array that was kept, read from the file when it is used. Raises BitladderError if it is damaged."""
         path = self.folder / name
         try:
             return np.load(path, "r", allow_pickle=False)  # type: ignore[no-any-return]
@@ -84,11 +107,11 @@ class Keep:
             raise BitladderError(f"{path} is damaged; delete the folder {self.folder} and start again") from error
 
     def due(self) -> bool:
-        """Whether the state should be saved now."""
+        """Whether it is time to save the state."""
         return time.monotonic() >= self._next
 
     def save_state(self, label: str, done: int, arrays: Arrays) -> None:
-        """Keep the state of the piece `label`, of which `done` units of work are in the arrays."""
+        """Keeps the state of the piece `label`: `done` units of work are in the arrays."""
         begun = time.monotonic()
         with replacing(self.path("state")) as temporary, temporary.open("wb") as stream:
             np.savez(stream, label=label, done=done, **arrays)  # type: ignore[arg-type]
@@ -96,7 +119,7 @@ class Keep:
         self._next = ended + max(self._seconds, 20 * (ended - begun))
 
     def load_state(self, label: str, arrays: Arrays, progress: Progress) -> int:
-        """Fill the arrays with the state of the piece `label` if there is one; return the units of work in it."""
+        """Fills the arrays with the state of the piece `label`, if there is one. Returns the units of work in it."""
         path = self.folder / "state"
         if not path.is_file():
             return 0
@@ -104,18 +127,18 @@ class Keep:
             with np.load(path, allow_pickle=False) as data:
                 if str(data["label"]) != label:
                     return 0
-                found = {name: data[name] for name in arrays}
+                saved = {name: np.broadcast_to(data[name], array.shape) for name, array in arrays.items()}
                 done = int(data["done"])
             for name, array in arrays.items():
-                array[...] = found[name]
+                array[...] = saved[name]
         except Exception:  # whatever a damaged zip or array may raise
             progress.warn(f"{path} cannot be read; the pass starts from the first chunk")
             return 0
-        progress.info(f"going on after {done} chunks ({self.folder.name})")
+        progress.info(f"{done} chunks are done already ({self.folder.name})")
         return done
 
     def remove(self) -> None:
-        """Delete all of it: the output is complete, or this is not ours."""
+        """Deletes the folder: the output is complete, or the folder has another key."""
         if not self.folder.exists():
             return
         if not (self.folder / "key").is_file():

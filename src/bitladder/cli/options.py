@@ -26,24 +26,11 @@ n_ubatch = click.option(
 _calibrating = (
     click.option("-m", "--model", type=click.Path(path_type=pathlib.Path), help="Full-precision GGUF."),
     click.option("-f", "--file", "files", multiple=True, help="Calibration text; may be repeated."),
-    click.option("--chunks", type=click.IntRange(1), help="Chunks to use of each text; all by default."),
-    click.option(
-        "--chunk",
-        "--from-chunk",
-        "from_chunk",
-        default=0,
-        type=click.IntRange(0),
-        help="Chunks to skip at the start of each text.",
-    ),
-    click.option("--process-output", is_flag=True, help="output.weight in the importance matrix too."),
-    click.option(
-        "--parse-special", is_flag=True, help='Read "<|im_end|>" and the like in the text as the tokens they name.'
-    ),
 )
 
 
 def calibrating(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A model, calibration texts, and which of their chunks are read: -m, -f, --chunks and what belongs to it."""
+    """-m and -f: a model and calibration texts."""
     for option in reversed(_calibrating):
         command = option(command)
     return command

@@ -1,7 +1,6 @@
 """bitladder stats."""
 
 import pathlib
-from typing import Any
 
 import click
 
@@ -17,7 +16,7 @@ _FILE = click.Path(path_type=pathlib.Path)
 @click.option("-m", "--model", type=_FILE, help="The model's GGUF: lists its weights without an entry.")
 @click.option("--by", type=click.Choice(["tensor", "layer", "kind"]), default="tensor", show_default=True)
 @click.option(
-    "--sort", metavar="COLUMN", help="Sort by a column, largest first; -COLUMN turns it round.  [default: by layer]"
+    "--sort", metavar="COLUMN", help="Sort by a column, largest first; -COLUMN reverses the order.  [default: by layer]"
 )
 @click.option("--kind", "kinds", multiple=True, help="Only tensors of this kind, such as attn_v; may be repeated.")
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json", "md"]), default="table", show_default=True)
@@ -43,8 +42,7 @@ def command(
     Figures are those of llama-imatrix --show-statistics. With two files, tensors with the largest change come first.
     """
     # Imported here, so that --help does not wait for the native library.
-    from bitladder.show.imatrix import imatrix_view
-    from bitladder.show.imatrix.heatmap import HeatMap
+    from bitladder.show.imatrix.imatrix_view import print_view, view_differences, view_statistics
     from bitladder.show.imatrix.picture import check_target, write_plot
 
     form = "json" if output.json else form
@@ -54,36 +52,12 @@ def command(
         raise UsageError(f"--heatmap is for the terminal: leave --format {form} away, or use --plot FILE")
     if plot:
         check_target(plot)
-    seen = (
-        imatrix_view.differences(imatrix, other, model, kinds, by, sort)
-        if other
-        else imatrix_view.statistics(imatrix, model, kinds, by, sort)
-    )
+    if other:
+        view = view_differences(imatrix, other, model, kinds, by, sort)
+    else:
+        view = view_statistics(imatrix, model, kinds, by, sort)
     if plot:
-        grid = seen.grid(statistic or ("change" if other else "sum"))
-        write_plot(plot, grid, seen.heading, seen.rows, seen.columns, seen.notes)
+        figures = view.map(statistic or ("change" if other else "sum"))
+        write_plot(plot, figures, view.heading, view.rows, view.columns, view.notes)
         output.progress.info(f"wrote {plot}")
-    if heatmap:
-        output.print(HeatMap(seen.grid(heatmap)))
-    _print(output, seen, form, with_rows=form != "table" or not (heatmap or plot))
-
-
-def _print(output: Output, seen: Any, form: str, *, with_rows: bool) -> None:
-    from bitladder.show.imatrix import formats
-
-    if form == "json":
-        output.print_json(seen.to_json())
-        return
-    if form == "csv":
-        output.line(formats.comma_separated(seen.rows, seen.row_type).removesuffix("\n"))
-        for note in seen.notes:
-            output.progress.warn(note)
-        return
-    if with_rows:
-        lines = formats.markdown if form == "md" else formats.aligned
-        for line in [seen.heading, "", *lines(seen.rows, seen.columns)]:
-            output.line(line)
-    if seen.notes:
-        output.line("")
-    for note in seen.notes:
-        output.line(f"- {note}" if form == "md" else f"gap: {note}")
+    print_view(output, view, form, heatmap, with_rows=form != "table" or not (heatmap or plot))

@@ -65,7 +65,7 @@ class RunOptions(pydantic.BaseModel, frozen=True):
     """All that a run can be told.
 
     `model` is a checkpoint's directory, a hub id or a full-precision GGUF file. `rungs` are preset names, in order.
-    `calibration` and `text` are specs as `calibrate.texts.load_text` reads them. `chunks` (scored) and
+    `calibration` and `text` are specs as `text.texts.load_text` reads them. `chunks` (scored) and
     `imatrix_chunks` (of each calibration text) are of `n_ctx` tokens; None is all there are. `model_id` is the hub id
     of the model for the card, where it cannot be known from `model`; `datasets` are those of the calibration text, for
     the card too. `tasks` are specs as `evaluate.tasks.parse_specs` reads them, answered with a context of TASK_CTX

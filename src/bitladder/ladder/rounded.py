@@ -2,11 +2,10 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from bitladder import quantize
-from bitladder.calibrate import MomentsResult, collect_moments
-from bitladder.calibrate.gradients import collect_gradient_moments, why_not
+from bitladder.calibrate import MomentsResult, RoundingMomentsOptions, collect_for_rounding
+from bitladder.engine.decoding import Decoding
 from bitladder.evaluate import Settings
 from bitladder.ladder.plan import RunOptions
 from bitladder.ladder.planned import WORK, joined
@@ -18,28 +17,23 @@ from bitladder.text.texts import Text
 
 # Beside what planning keeps: large, and of use to nobody but this run and `bitladder verify`.
 MOMENTS = f"{WORK}/moments.gguf"
-# Moments in which all tokens count alike, of more of them: correlations need many tokens, and these cost little.
-PLAIN = f"{WORK}/moments-plain.gguf"
-PLAIN_SHARE = 2
+PLAIN = f"{WORK}/moments-plain.gguf"  # moments in which all tokens count alike, of more chunks
 GUARD_CHUNKS = 8
 
 
 def collect(
-    model: pathlib.Path, texts: Sequence[Text], folder: pathlib.Path, chunks: int, *, progress: Progress, **engine: Any
+    model: pathlib.Path,
+    texts: Sequence[Text],
+    folder: pathlib.Path,
+    chunks: int,
+    decoding: Decoding,
+    progress: Progress,
 ) -> MomentsResult:
-    """Second moments of all weights: weighted by gradients where torch is there and knows the model, else by positions.
-
-    Gradients are costly, so in a file beside there are plain moments of PLAIN_SHARE times the chunks. `engine` are
-    n_ctx, threads and gpu_layers. Raises BitladderError as what it calls.
-    """
-    out, plain = folder / MOMENTS, folder / PLAIN
-    out.parent.mkdir(parents=True, exist_ok=True)
-    collect_moments(model, texts, plain, chunks=PLAIN_SHARE * chunks, weighting="tokens", progress=progress, **engine)
-    reason = why_not(model)
-    if reason is None:
-        return collect_gradient_moments(model, texts, out, chunks=chunks, progress=progress, **engine)
-    progress.info(f"tokens are weighted by their positions, not by gradients: {reason}")
-    return collect_moments(model, texts, out, chunks=chunks, weighting="positions", progress=progress, **engine)
+    """Collects the second moments of all weights; see `collect_for_rounding`."""
+    options = RoundingMomentsOptions(moments_chunks=chunks)
+    return collect_for_rounding(
+        model, texts, folder / MOMENTS, folder / PLAIN, decoding=decoding, options=options, progress=progress
+    )
 
 
 def rounding_options(options: RunOptions) -> RoundingOptions:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from bitladder import calibrate, convert, evaluate, quantize
+from bitladder.engine.decoding import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import write_json
 from bitladder.ladder.material import Materials
@@ -29,6 +30,7 @@ from bitladder.plan import candidates
 from bitladder.progress import SILENT, Progress
 from bitladder.recipe import Recipe, write_recipe
 from bitladder.refine.round.guard import guard_json
+from bitladder.text.chunks import Reading
 from bitladder.text.texts import Text, load_text
 
 BENCH, CANDIDATES = "bench.json", "candidates.json"
@@ -208,7 +210,10 @@ class _Execution:
 
     def _imatrix(self) -> Product:
         out, wanted = self.folder / IMATRIX, self.options.imatrix_chunks
-        result = calibrate.collect_imatrix(self.full, self.calibration, out, chunks=wanted, **self._engine())
+        reading = Reading(chunks=wanted, spread=False)
+        result = calibrate.collect_imatrix(
+            self.full, self.calibration, out, reading=reading, decoding=self._decoding(), progress=self.progress
+        )
         if wanted is not None and result.chunks < wanted * len(self.calibration):
             self.progress.warn(
                 f"the calibration text is shorter than --imatrix-chunks {wanted}; all {result.chunks} chunks are used"
@@ -231,7 +236,7 @@ class _Execution:
 
     def _moments(self) -> Product:
         chunks = self.options.moments_chunks
-        made = collect(self.full, self.calibration, self.folder, chunks, **self._engine())
+        made = collect(self.full, self.calibration, self.folder, chunks, self._decoding(), self.progress)
         files = [self.folder / MOMENTS, self.folder / PLAIN]
         return Product(files, {"chunks": made.chunks, "weighting": made.weighting})
 
@@ -394,6 +399,10 @@ class _Execution:
         return evaluate.Settings(
             n_ctx=options.n_ctx, chunks=options.chunks, threads=options.threads, gpu_layers=options.gpu_layers
         )
+
+    def _decoding(self) -> Decoding:
+        options = self.options
+        return Decoding(n_ctx=options.n_ctx, threads=options.threads, gpu_layers=options.gpu_layers)
 
     def _engine(self) -> dict[str, Any]:
         options = self.options

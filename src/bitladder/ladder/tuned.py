@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
-from bitladder.calibrate.gradients import why_not
+from bitladder.calibrate.gradients import why_no_gradients
 from bitladder.evaluate import Settings
 from bitladder.files import sha256_bytes
 from bitladder.ladder.plan import RunOptions
@@ -25,7 +25,7 @@ def tune_rung(
     """
     if not options.tune_chunks:
         return False
-    reason = why_not(full)
+    reason = why_no_gradients(full)
     if reason is not None:
         progress.info(f"scales are not tuned: {reason}")
         return False

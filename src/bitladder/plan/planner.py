@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from bitladder.calibrate.moments.moments_file import MomentsFile
+from bitladder.calibrate import MomentsFile
 from bitladder.closing import Closing
 from bitladder.engine.native import versions
 from bitladder.engine.types import TensorType, type_by_name

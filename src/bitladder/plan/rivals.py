@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Callable, Mapping
 
-from bitladder.calibrate.imatrix import Imatrix
+from bitladder.calibrate import Imatrix
 from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
 from bitladder.engine.types import type_by_name
 from bitladder.plan.allocate import Problem, greedy

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.imatrix import Imatrix, read_imatrix
+from bitladder.calibrate import Imatrix, read_imatrix
 from bitladder.closing import Closing
 from bitladder.engine.presets import Request, preset_types, storable
 from bitladder.engine.types import TensorType, all_types, type_by_name
@@ -86,16 +86,13 @@ class Subject(Closing):
         return names
 
     def _importances(self) -> dict[str, Floats]:
-        entries = self.imatrix.entries if self.imatrix is not None else {}
-        if self.imatrix is not None and not entries.keys() & self.file.tensors.keys():
+        matrix = self.imatrix
+        if matrix is None:
+            return {}
+        if not matrix.entries.keys() & self.file.tensors.keys():
             raise BitladderError(f"the imatrix {self.imatrix_path} belongs to another model: no tensor is in both")
-        importance = {}
-        for name in self.tensors:
-            tensor = self.file.tensors[name]
-            matrices = tensor.rows // tensor.rows_per_matrix
-            if name in entries and entries[name].sums.size == tensor.width * matrices:
-                importance[name] = entries[name].means().reshape(matrices, tensor.width)
-        return importance
+        importance = {name: matrix.columns(name, self.file.tensors[name]) for name in self.tensors}
+        return {name: columns for name, columns in importance.items() if columns is not None}
 
     def needy(self, name: str) -> set[str]:
         """Names of the types that the library refuses for a tensor without importance; none if it has importance.

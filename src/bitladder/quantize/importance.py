@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.imatrix import Imatrix
+from bitladder.calibrate import Imatrix
 from bitladder.engine.presets import kernel_needs_importance, plain_type, preset_types
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError, UsageError
@@ -59,18 +59,14 @@ def importance_of(path: pathlib.Path, choice: Choice, imatrix: Imatrix | None, p
 
 
 def _columns(tensor: TensorChoice, imatrix: Imatrix) -> Floats | None:
-    entry, source = imatrix.entries.get(tensor.name), tensor.source
-    if entry is None:
-        return None
-    matrices = source.rows // source.rows_per_matrix
-    if entry.sums.size == source.width * matrices:
-        return entry.means().reshape(matrices, source.width)
-    if tensor.name in EMBEDDINGS:
-        return None
-    raise BitladderError(
-        f"the imatrix belongs to another model: {source.name} has {entry.sums.size} entries there, "
-        f"but {source.width} columns × {matrices} here"
-    )
+    source = tensor.source
+    columns = imatrix.columns(tensor.name, source)
+    if columns is None and tensor.name in imatrix.entries and tensor.name not in EMBEDDINGS:
+        raise BitladderError(
+            f"the imatrix belongs to another model: {source.name} has {imatrix.entries[tensor.name].sums.size} entries "
+            f"there, but {source.width} columns × {source.rows // source.rows_per_matrix} here"
+        )
+    return columns
 
 
 def _warn(found: dict[str, Floats], changing: list[TensorChoice], imatrix: Imatrix, progress: Progress) -> None:

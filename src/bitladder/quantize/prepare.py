@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 
-from bitladder.calibrate.imatrix import read_imatrix
+from bitladder.calibrate import read_imatrix
 from bitladder.closing import Closing
 from bitladder.gguf.names import block_of
 from bitladder.gguf.reader import GgufFile

@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from bitladder.calibrate.imatrix import Imatrix
+from bitladder.calibrate import Imatrix
 from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.values import BOOL, F32, Value, scalar, string, u32
 from bitladder.quantize.choose_types import Choice

@@ -88,7 +88,7 @@ def render_in_order(
     stock, rounded = renderers
     sequential, model = shifted.sequential, rounded.file.path
     with Model(model, vocab_only=True) as vocabulary:
-        chunks = Reading(sequential.n_ctx, sequential.chunks).rows(vocabulary, sequential.texts)
+        chunks = Reading(chunks=sequential.chunks).rows(vocabulary, sequential.texts, sequential.n_ctx)
     profile = np.ones(sequential.n_ctx)
     profile[0] = FIRST
     with SequentialModel(

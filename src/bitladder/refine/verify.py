@@ -14,8 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from bitladder.calibrate.imatrix import read_imatrix
-from bitladder.calibrate.moments.moments_file import MomentsFile
+from bitladder.calibrate import MomentsFile, read_imatrix
 from bitladder.engine.types import RowKernels, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.gguf.kinship import refuse_other_model
@@ -94,12 +93,11 @@ def _ways(
     """What may have made a tensor, the cheapest to try first."""
     importance = {}
     if imatrix is not None:
-        entries = read_imatrix(imatrix).entries
-        for name, entry in entries.items():
-            tensor = original.tensors.get(name)
-            matrices = 0 if tensor is None else tensor.rows // tensor.rows_per_matrix
-            if tensor is not None and entry.sums.size == tensor.width * matrices:
-                importance[name] = entry.means().reshape(matrices, tensor.width)
+        matrix = read_imatrix(imatrix)
+        for name, tensor in original.tensors.items():
+            columns = matrix.columns(name, tensor)
+            if columns is not None:
+                importance[name] = columns
     kernels = RowKernels(threads)
     ways: dict[Way, Renderer] = {}
     if importance:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from bitladder.calibrate.imatrix import read_imatrix
+from bitladder.calibrate import read_imatrix
 from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
 from bitladder.evaluate import Figure, NamedFile, Role, RunScores, read_document, read_scores
 from bitladder.gguf.reader import GgufFile

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from bitladder.engine.model import Model, Tokens
 from bitladder.errors import BitladderError
+from bitladder.options import Options, option
 from bitladder.text.texts import Text
 
 
@@ -46,16 +47,23 @@ def spread_evenly(available: int, count: int) -> npt.NDArray[np.int64]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """What is read of each text; see `text_chunks`."""
+class Reading(Options):
+    """Which chunks of each text are read, and how the text is tokenized."""
 
-    n_ctx: int = 512
-    chunks: int | None = None
-    from_chunk: int = 0
-    spread: bool = True
-    parse_special: bool = False
+    chunks: int | None = option(
+        None, "--chunks", least=1, metavar="N", help="Chunks of each text that are read.", unset="all"
+    )
+    from_chunk: int = option(
+        0, "--from-chunk", "--chunk", least=0, metavar="N", help="Chunks that are skipped at the start of each text."
+    )
+    spread: bool = option(
+        True, "--spread/--no-spread", help="Take the chunks from all over the text, not from its beginning."
+    )
+    parse_special: bool = option(
+        False, "--parse-special", help='Read "<|im_end|>" and the like in the text as the tokens they name.'
+    )
 
-    def rows(self, model: Model, texts: Sequence[Text]) -> Tokens:
-        """The chunks of all texts, int32 [chunks, n_ctx]."""
-        what = dataclasses.asdict(self)
-        return np.concatenate([text_chunks(model, text, **what) for text in texts])
+    def rows(self, model: Model, texts: Sequence[Text], n_ctx: int) -> Tokens:
+        """The chunks of all texts, int32 [chunks, n_ctx]. Raises BitladderError for a text that is too short."""
+        settings = dataclasses.asdict(self)
+        return np.concatenate([text_chunks(model, text, n_ctx, **settings) for text in texts])

@@ -3,18 +3,35 @@
 torch is imported when the first function is called, and not by importing this package.
 """
 
-from bitladder.calibrate.gradients.check_pass import Agreement, check
-from bitladder.calibrate.gradients.collect_gradient_moments import collect_gradient_moments, why_not
-from bitladder.calibrate.gradients.fisher import FisherCost, fisher_costs
-from bitladder.calibrate.gradients.weighted_moments import GradientMoments, weighted_moments
+from bitladder.calibrate.gradients.fisher import FISHER, FisherCost, FisherOptions, fisher_costs
+from bitladder.calibrate.gradients.usable import (
+    CHECKED_TOKENS,
+    LogitAgreement,
+    check_logits,
+    require_torch,
+    torch_threads,
+    why_no_gradients,
+)
+from bitladder.calibrate.gradients.weighted_moments import (
+    GRADIENT_MOMENTS,
+    GradientMoments,
+    GradientOptions,
+    weighted_moments,
+)
 
 __all__ = [
-    "Agreement",
+    "CHECKED_TOKENS",
+    "FISHER",
+    "GRADIENT_MOMENTS",
     "FisherCost",
+    "FisherOptions",
     "GradientMoments",
-    "check",
-    "collect_gradient_moments",
+    "GradientOptions",
+    "LogitAgreement",
+    "check_logits",
     "fisher_costs",
+    "require_torch",
+    "torch_threads",
     "weighted_moments",
-    "why_not",
+    "why_no_gradients",
 ]

@@ -2,7 +2,7 @@
 
 With g the gradient of the log-probability of labels drawn from the model, an error ΔW adds to a sequence's KLD
 ½ E[(Σ_t g_tᵀ ΔW x_t)²], since Σ_t g_t x_tᵀ is the gradient of the sequence's log-probability with respect to W. If
-errors at different tokens were independent this would be ½ Σ_t E[(g_tᵀ ΔW x_t)²]; where they add up (types with
+errors at different tokens were independent this would be ½ Σ_t E[(g_tᵀ ΔW x_t)²]. Where they add up (types with
 minimums leave errors that correlate with the mean input) the first is several times the second.
 """
 
@@ -15,27 +15,41 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.gradients.check_pass import check
-from bitladder.calibrate.gradients.needs import require_torch, torch_threads
-from bitladder.calibrate.gradients.weighted_moments import CHECKED_TOKENS, choose, chunk_generator
+from bitladder.calibrate.gradients.usable import CHECKED_TOKENS, check_logits, require_torch, torch_threads
+from bitladder.calibrate.gradients.weighted_moments import choose_matrices, chunk_generator
 from bitladder.engine.context import Floats
 from bitladder.engine.model import Tokens
 from bitladder.errors import BitladderError
+from bitladder.keys import Algorithm
+from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     import torch
 
-# An error ΔW, float32 [n_out, n_in], or what makes it when its turn comes.
+# An error ΔW, float32 [n_out, n_in], or a function that makes it when it is needed.
 Error = Floats | Callable[[], Floats]
+
+FISHER = Algorithm("Fisher costs", ("errors are summed over a sequence before they are squared",))
+
+
+@dataclasses.dataclass(frozen=True)
+class FisherOptions(Options):
+    """How costs are estimated."""
+
+    draws: int = option(4, least=1, help="Labels that are drawn for each position.")
+    seed: int = option(0, help="Seed of the labels.")
+    tokenwise: bool = option(False, help="Costs squared token by token too, for comparison.")
 
 
 @dataclasses.dataclass(frozen=True)
 class FisherCost:
     """What one candidate adds to the mean KLD, nats per token.
 
-    `sequence`: summed over each sequence before squaring, with its standard error; what to price with. `token`: squared
-    token by token (None if not asked for).
+    Parameters:
+        sequence: with errors summed over each sequence before they are squared: what to price with.
+        sequence_error: its standard error.
+        token: with errors squared token by token; None without `tokenwise`.
     """
 
     sequence: float
@@ -43,35 +57,42 @@ class FisherCost:
     token: float | None = None
 
 
+@FISHER.entry
 def fisher_costs(
     path: str | os.PathLike[str],
     chunks: Tokens,
     candidates: Mapping[str, Mapping[str, Error]],
     *,
-    tokenwise: bool = False,
-    draws: int = 4,
+    options: FisherOptions | None = None,
     memory: int = 4 << 30,
-    seed: int = 0,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, dict[str, FisherCost]]:
-    """Estimate the cost of every candidate.
+    """Estimates the cost of every candidate.
 
-    Parameters: `chunks` int32 [chunks, n_ctx]; `candidates` by weight and by a key of the caller's (the type), each an
-    error (rendered minus exact weights) or a function that returns it. Errors are held in `memory` bytes; what does not
-    fit at once takes another pass over the chunks. `draws` of labels per chunk: the relative standard error of
-    `sequence` is about sqrt(2 / (chunks × draws)). `tokenwise` costs as much as a multiplication by every candidate.
-    Errors that are raised: as `weighted_moments`, and a candidate of another shape than its weight.
+    Parameters:
+        path: the model.
+        chunks: sequences, int32 [chunks, n_ctx].
+        candidates: errors (rendered minus exact weights) by weight and by a key of the caller's, such as the type.
+        options: the relative standard error of `sequence` is about sqrt(2 / (chunks × draws)). `tokenwise` costs as
+            much as a multiplication by every candidate.
+        memory: bytes for errors. What does not fit at once takes another pass over the chunks.
+        threads: threads of the CPU.
+        progress: hears of the work.
+
+    Raises:
+        BitladderError: as `weighted_moments`; or a candidate has another shape than its weight.
     """
     require_torch()
     from bitladder.calibrate.gradients.forward import TorchModel
 
-    found: dict[str, dict[str, FisherCost]] = {}
+    options = options or FisherOptions()
+    costs: dict[str, dict[str, FisherCost]] = {}
     with torch_threads(threads), TorchModel(path, memory=memory, threads=threads) as model:
-        check(path, chunks[0, :CHECKED_TOKENS], threads=threads, ours=model)
+        check_logits(path, chunks[0, :CHECKED_TOKENS], threads=threads, ours=model)
         groups: list[list[str]] = []
         room = 0
-        for name in choose(model, candidates):
+        for name in choose_matrices(model, candidates):
             size = 4 * math.prod(model.shape(name)) * (len(candidates[name]) + 1)
             if not groups or size > room:
                 groups.append([])
@@ -80,22 +101,32 @@ def fisher_costs(
             room -= size
         with progress.task("Fisher costs", len(groups) * len(chunks)) as bar:
             for group in groups:
-                prices = {name: _Prices(name, candidates[name], model.shape(name), tokenwise) for name in group}
+                sums = {name: _CostSums(name, candidates[name], model.shape(name), options.tokenwise) for name in group}
 
                 def tap(
-                    name: str, inputs: "torch.Tensor", gradients: "torch.Tensor", prices: dict[str, _Prices] = prices
+                    name: str, inputs: "torch.Tensor", gradients: "torch.Tensor", sums: dict[str, _CostSums] = sums
                 ) -> None:
-                    prices[name].add(inputs, gradients)
+                    sums[name].add(inputs, gradients)
 
                 for index, chunk in enumerate(chunks):
-                    model.backward(chunk, group, tap, generator=chunk_generator(seed, index), draws=draws)
+                    generator = chunk_generator(options.seed, index)
+                    model.backward(chunk, group, tap, generator=generator, draws=options.draws)
                     bar.advance()
-                found |= {name: price.finish(chunks.shape[1]) for name, price in prices.items()}
-    return {name: found[name] for name in candidates}
+                costs |= {name: weight_sums.finish(chunks.shape[1]) for name, weight_sums in sums.items()}
+    return {name: costs[name] for name in candidates}
 
 
-class _Prices:
-    """The candidates of one weight, and what has been added up for them."""
+class _CostSums:
+    """The candidates of one weight, and the sums for each.
+
+    Example:
+        >>> import torch
+        >>> sums = _CostSums("blk.0.attn_v.weight", {"q4_0": np.ones((1, 1), np.float32)}, (1, 1), True)
+        >>> sums.add(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [1.0]]))
+        >>> cost = sums.finish(2)["q4_0"]  # ½ (1 + 2)² / 2 and ½ (1² + 2²) / 2
+        >>> cost.sequence, cost.token
+        (2.25, 1.25)
+    """
 
     def __init__(self, name: str, errors: Mapping[str, Error], shape: tuple[int, int], tokenwise: bool) -> None:
         import torch
@@ -112,7 +143,7 @@ class _Prices:
         self._sequences: list[npt.NDArray[np.float64]] = []
 
     def add(self, inputs: "torch.Tensor", gradients: "torch.Tensor") -> None:
-        """One draw over one sequence: inputs [length, n_in], gradients [length, n_out]."""
+        """Adds one draw over one sequence: inputs [length, n_in], gradients [length, n_out]."""
         total = gradients.T @ inputs
         self._sequences.append((self._errors.flatten(1) @ total.flatten()).double().square().numpy())
         if self._tokenwise:

@@ -1,7 +1,7 @@
 """A GGUF model's forward pass in torch, float32, from the file's own tensors, and a backward pass through it.
 
-Only what the architectures that bitladder converts need, and their nearest kin. It is not to be trusted before
-`check.check` has compared its logits with the library's.
+It knows the architectures that bitladder converts, and similar ones. Its logits are compared with the library's before
+it is used (`usable.check_logits`).
 """
 
 import os
@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from bitladder.calibrate.gradients.families import FAMILIES
-from bitladder.calibrate.gradients.hyperparameters import read_sizes
-from bitladder.calibrate.gradients.layers import Layers, Tap, nothing
-from bitladder.calibrate.gradients.rope import rope_tables
+from bitladder.calibrate.gradients.hyperparameters import read_hyperparameters
+from bitladder.calibrate.gradients.layers import Layers, Tap, nothing, rope_tables
 from bitladder.calibrate.gradients.torch_weights import TorchWeights
 from bitladder.closing import Closing
 from bitladder.engine.context import Floats
@@ -28,9 +27,16 @@ EMBEDDING, HEAD, DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.we
 class TorchModel(Closing):
     """A model file as a function that can be differentiated with respect to what its matrices put out.
 
-    `head` names the tensor that makes the logits (the embeddings where they are tied), `matrices` every weight that
-    is multiplied by, in the order of the computation, the head last. `memory` bytes of expanded weights are kept, the
-    rest is read at each use. Raises BitladderError for an architecture, a key or a tensor that is not known here.
+    `head` names the tensor that makes the logits (the embeddings where they are tied). `matrices` are the weights that
+    inputs are multiplied by, in the order of the computation, the head last.
+
+    Parameters:
+        path: the model.
+        memory: bytes of expanded weights that are kept; the rest is read at each use.
+        threads: threads that expand weights.
+
+    Raises:
+        BitladderError: the architecture, a key or a tensor is not known here.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, memory: int = 8 << 30, threads: int | None = None) -> None:
@@ -43,9 +49,9 @@ class TorchModel(Closing):
                 + ", ".join(sorted(FAMILIES))
             )
         self._family = family()
-        self.sizes = read_sizes(self._file, interleaved=family.interleaved)
+        self.hyperparameters = read_hyperparameters(self._file, interleaved=family.interleaved)
         self.weights = TorchWeights(self._file, memory, threads)
-        self._layers = Layers(self.weights, self.sizes)
+        self._layers = Layers(self.weights, self.hyperparameters)
         self.head = HEAD if self.weights.has(HEAD) else EMBEDDING
         self.n_vocab = self.weights.shape(self.head)[0]
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -62,11 +68,11 @@ class TorchModel(Closing):
         return self.weights.shape(name)
 
     def _probe(self) -> None:
-        """Run one token: every tensor must be there, and none left over that this forward pass has no use for."""
+        """Runs one token: every tensor must be there, and this forward pass must use all that are there."""
         self.logits(np.zeros(1, np.int32))
-        left = self.weights.unused()
-        if left:
-            raise BitladderError(f"{self.path.name}: the torch forward pass has no use for tensor {left[0]}")
+        unused = self.weights.unused()
+        if unused:
+            raise BitladderError(f"{self.path.name}: the torch forward pass has no use for tensor {unused[0]}")
 
     def logits(self, tokens: Tokens) -> Floats:
         """Logits of every position of one sequence: int32 [length] to float32 [length, n_vocab]."""
@@ -75,39 +81,44 @@ class TorchModel(Closing):
         return result
 
     def backward(
-        self, tokens: Tokens, wanted: Collection[str], tap: Tap, *, generator: torch.Generator, draws: int = 1
+        self, tokens: Tokens, names: Collection[str], tap: Tap, *, generator: torch.Generator, draws: int = 1
     ) -> None:
-        """One sequence forward, and backward for each draw of labels.
+        """Computes one sequence forward, and backward for each draw of labels.
 
-        A label is drawn for every position from the model's own distribution of the next token, with `generator`. The
-        objective is the sum of their log-probabilities, and `tap` is shown each weight of `wanted` (names from
-        `matrices`) with its input and the objective's gradient with respect to its output, once per draw. Blocks below
-        the lowest wanted one are not differentiated.
+        A label is drawn for every position from the model's own distribution of the next token. The objective is the
+        sum of their log-probabilities. Blocks below the lowest block of these weights are not differentiated.
+
+        Parameters:
+            tokens: int32 [length].
+            names: weights that `tap` sees, of `matrices`.
+            tap: is shown each weight, its input, and the objective's gradient with respect to its output.
+            generator: draws the labels.
+            draws: how many labels are drawn for each position.
         """
         ids = torch.from_numpy(tokens.astype(np.int64))
-        blocks = self.sizes.blocks
-        lowest = min((block for name in wanted if (block := block_of(name)) is not None), default=blocks)
-        self._layers.wanted, self._layers.tap = frozenset(wanted), tap
+        blocks = self.hyperparameters.blocks
+        lowest = min((block for name in names if (block := block_of(name)) is not None), default=blocks)
+        self._layers.tapped, self._layers.tap = frozenset(names), tap
         with torch.no_grad():
             stream = self._blocks(self._embed(ids), 0, lowest)
         with torch.enable_grad():
             hidden = self._blocks(stream.requires_grad_(), lowest, blocks, final=True)
         for draw in range(draws):
-            down = self._head_gradient(hidden.detach()[0], tap if self.head in wanted else None, generator)
+            down = self._head_gradient(hidden.detach()[0], tap if self.head in names else None, generator)
             if lowest < blocks:
                 hidden.backward(down[None], retain_graph=draw + 1 < draws)  # type: ignore[no-untyped-call]
 
-    def states(self, tokens: Tokens, wanted: Collection[str] = (), tap: Tap = nothing) -> torch.Tensor:
-        """What the head multiplies, [length, width], for one sequence, int32 [length].
+    def states(self, tokens: Tokens, names: Collection[str] = (), tap: Tap = nothing) -> torch.Tensor:
+        """The inputs of the head, [length, width], for one sequence, int32 [length].
 
-        With `wanted` it can be differentiated: a backward pass from it shows `tap` those weights, as `backward` does.
+        With `names` they can be differentiated: a backward pass from them shows `tap` those weights, as `backward`.
         """
-        self._layers.wanted, self._layers.tap = frozenset(wanted), tap
-        with torch.set_grad_enabled(bool(wanted)):
+        self._layers.tapped, self._layers.tap = frozenset(names), tap
+        with torch.set_grad_enabled(bool(names)):
             stream = self._embed(torch.from_numpy(tokens.astype(np.int64)))
-            if wanted:
+            if names:
                 stream.requires_grad_()
-            return self._blocks(stream, 0, self.sizes.blocks, final=True)[0]
+            return self._blocks(stream, 0, self.hyperparameters.blocks, final=True)[0]
 
     def head_logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [length, n_vocab] of final states [length, width]."""
@@ -132,20 +143,20 @@ class TorchModel(Closing):
     def _rope(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self._tables is None or len(self._tables[0]) < length:
             divisors = None
-            # The library knows no divisors outside llama's graph; a file that has them there is refused as odd.
+            # The library's other graphs ignore divisors. A file that has them all the same is refused (`_probe`).
             if self.weights.has(DIVISORS) and self._family.takes_divisors:
                 divisors = self.weights.get(DIVISORS)
-            self._tables = rope_tables(self.sizes.rope, length, divisors)
+            self._tables = rope_tables(self.hyperparameters.rope, length, divisors)
         return self._tables[0][:length], self._tables[1][:length]
 
     @torch.no_grad()
     def _head_gradient(self, hidden: torch.Tensor, tap: Tap | None, generator: torch.Generator) -> torch.Tensor:
-        """Draw labels, and return the gradient of their log-probabilities with respect to `hidden`."""
+        """Draws labels, and returns the gradient of their log-probabilities with respect to `hidden`."""
         gradient = torch.softmax(self.head_logits(hidden), -1)
         # By the inverse of the distribution function: one random number per position is enough.
         sums = gradient.cumsum(-1)
-        drawn = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
-        labels = torch.searchsorted(sums, drawn, right=True).clamp_(max=self.n_vocab - 1)
+        random = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
+        labels = torch.searchsorted(sums, random, right=True).clamp_(max=self.n_vocab - 1)
         # d log p(label) / d logits = onehot(label) − p
         gradient.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.float32))
         if tap is not None:

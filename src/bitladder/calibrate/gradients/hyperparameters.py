@@ -9,9 +9,9 @@ from bitladder.gguf.reader import GgufFile
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding over the first `dimensions` values of a head; the names are GGUF's.
+    """Rotary position embedding over the first `dimensions` values of a head. The names are GGUF's.
 
-    `interleaved` pairs neighbours (llama.cpp's NORM), otherwise the first half goes with the second (NEOX).
+    `interleaved` pairs neighbours (llama.cpp's NORM); otherwise the first half is paired with the second (NEOX).
     """
 
     dimensions: int
@@ -26,8 +26,8 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """One model's sizes. `head_dim` is of queries, keys and values alike."""
+class Hyperparameters:
+    """What a forward pass needs to know. `head_dim` is the size of queries, keys and values alike."""
 
     architecture: str
     blocks: int
@@ -40,13 +40,21 @@ class Sizes:
     rope: Rope
 
 
-def read_sizes(file: GgufFile, *, interleaved: bool) -> Sizes:
-    """The sizes of an open model. Raises BitladderError that names the key that is missing or not supported."""
+def read_hyperparameters(file: GgufFile, *, interleaved: bool) -> Hyperparameters:
+    """Reads an open model's header.
+
+    Parameters:
+        file: the model.
+        interleaved: which pairs the architecture rotates (see Rope).
+
+    Raises:
+        BitladderError: a key is missing or not supported.
+    """
     arch = file.architecture
 
     def integer(key: str, default: int | None = None) -> int:
         value = file.get(f"{arch}.{key}", default)
-        if isinstance(value, list) and value and all(one == value[0] for one in value):
+        if isinstance(value, list) and value and all(number == value[0] for number in value):
             value = value[0]  # some converters write one number per block
         if not isinstance(value, int) or value < 1:
             raise BitladderError(f"{file.path.name}: {arch}.{key} is {value!r}; gradients need one positive number")
@@ -55,7 +63,7 @@ def read_sizes(file: GgufFile, *, interleaved: bool) -> Sizes:
     def number(key: str, default: float) -> float:
         value = file.get(f"{arch}.{key}", default)
         if not isinstance(value, int | float):
-            raise BitladderError(f"{file.path.name}: {arch}.{key} is {value!r}, which is no number")
+            raise BitladderError(f"{file.path.name}: {arch}.{key} is {value!r}, which is not a number")
         return float(value)
 
     for key in ("attention.sliding_window", "expert_count", "rope.scaling.yarn_log_multiplier", "logit_scale"):
@@ -76,14 +84,14 @@ def read_sizes(file: GgufFile, *, interleaved: bool) -> Sizes:
         number("rope.freq_base", 10000.0),
         interleaved,
         scaling,
-        # The library reads the factor whatever the type says.
+        # The library reads the factor even where the type says that there is none.
         number("rope.scaling.factor", number("rope.scale_linear", 1.0)) or 1.0,
         number("rope.scaling.attn_factor", 1.0),
         integer("rope.scaling.original_context_length", integer("context_length", 1)),
         number("rope.scaling.yarn_beta_fast", 32.0),
         number("rope.scaling.yarn_beta_slow", 1.0),
     )
-    return Sizes(
+    return Hyperparameters(
         arch,
         integer("block_count"),
         width,

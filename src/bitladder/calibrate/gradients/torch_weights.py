@@ -1,4 +1,4 @@
-"""The tensors of a model file as torch tensors, float32, kept in memory as far as a budget allows."""
+"""The tensors of a model file as torch tensors, float32, as many of them in memory as a budget allows."""
 
 import torch
 
@@ -11,8 +11,8 @@ from bitladder.gguf.reader import GgufFile
 class TorchWeights(Closing):
     """Tensors by name.
 
-    Within `memory` bytes they stay expanded; what does not fit is read and expanded again at each use, so that a
-    model of any size needs the memory of its largest tensor. `used` are the names that were asked for.
+    Within `memory` bytes they stay expanded. What does not fit is read and expanded again at each use, so that a model
+    of any size needs the memory of its largest tensor. `used` are the names that were read.
     """
 
     def __init__(self, file: GgufFile, memory: int, threads: int | None = None) -> None:
@@ -23,7 +23,7 @@ class TorchWeights(Closing):
         self.used: set[str] = set()
 
     def close(self) -> None:
-        """Forget the tensors."""
+        """Frees the tensors."""
         self._kept.clear()
         self._kernels.close()
 
@@ -32,14 +32,14 @@ class TorchWeights(Closing):
         return name in self._file.tensors
 
     def shape(self, name: str) -> tuple[int, int]:
-        """(rows, width) of a tensor; a vector has one row. Raises BitladderError if there is none of this name."""
+        """(rows, width) of a tensor; a vector has one row. Raises BitladderError for a name that is not there."""
         tensor = self._file.tensors.get(name)
         if tensor is None:
             raise BitladderError(f"{self._file.path.name} has no tensor {name}")
         return tensor.rows, tensor.width
 
     def get(self, name: str) -> torch.Tensor:
-        """float32 [rows, width], or [width] for a vector. Raises BitladderError if there is none of this name."""
+        """float32 [rows, width], or [width] for a vector. Raises BitladderError for a name that is not there."""
         self.used.add(name)
         kept = self._kept.get(name)
         if kept is not None:
@@ -56,7 +56,7 @@ class TorchWeights(Closing):
         return values
 
     def replace(self, name: str, values: torch.Tensor) -> None:
-        """Let a tensor have other values from now on, of the same shape as `get` gives; they stay in memory."""
+        """Gives a tensor other values, of the shape that `get` returns. They stay in memory."""
         self._kept[name] = values
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
@@ -67,12 +67,12 @@ class TorchWeights(Closing):
             return kept[indices]
         _, width = self.shape(name)
         tensor = self._file.tensors[name]
-        wanted, places = torch.unique(indices, return_inverse=True)
+        distinct, places = torch.unique(indices, return_inverse=True)
         parts = [
-            self._kernels.dequantize(self._file.read(tensor, i, i + 1), tensor.type, width) for i in wanted.tolist()
+            self._kernels.dequantize(self._file.read(tensor, i, i + 1), tensor.type, width) for i in distinct.tolist()
         ]
         return torch.cat([torch.from_numpy(part) for part in parts])[places]
 
     def unused(self) -> list[str]:
-        """Tensors of the file that nobody asked for."""
+        """Tensors of the file that were never read."""
         return [name for name in self._file.tensors if name not in self.used]

@@ -1,4 +1,4 @@
-"""Writing moments that come from one or several sources: what was collected, and files to add to it."""
+"""Writing moments that come from one or several sources: what was collected, and files that are added to it."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -7,63 +7,69 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.moments.moments_file import Floats, Provenance, Shape, writing_moments
+from bitladder.calibrate.moments.moments_file import Floats, MomentShape, Provenance, writing_moments
 from bitladder.errors import BitladderError
 
 
-class Source(Protocol):
-    """Where moments come from. A MomentsFile is one."""
+class MomentsSource(Protocol):
+    """What has moments to write. A MomentsFile is a source."""
 
     @property
     def provenance(self) -> Provenance:
-        """Of what."""
+        """The texts and the model."""
 
     def names(self) -> list[str]:
-        """Weights that it has."""
+        """Weights that it has moments of."""
 
     def entry(self, name: str) -> str:
-        """The weight under whose name an entry is kept."""
+        """The weight under whose name a weight's entry is kept."""
 
-    def shape(self, name: str) -> Shape:
-        """How large it is."""
+    def shape(self, name: str) -> MomentShape:
+        """How large a weight's entry is."""
 
     def counts(self, name: str) -> npt.NDArray[np.int64]:
-        """Tokens seen by each matrix."""
+        """Tokens that each matrix of a weight saw, int64 [matrices]."""
 
     def packed(self, name: str, matrix: int = 0) -> Floats:
-        """The mean of one matrix, packed."""
+        """The moments of one matrix of a weight: the upper triangle by rows, float32."""
 
     def packed_outputs(self, name: str) -> Floats | None:
-        """E[ggᵀ], packed, or None."""
+        """E[ggᵀ] of a weight: the upper triangle by rows, float32; None if it is not known."""
 
 
-def write_sources(path: str | os.PathLike[str], sources: Sequence[Source]) -> Provenance:
-    """Write the mean of all sources, each token counting alike; of one source, exactly what it holds.
+def write_sources(path: str | os.PathLike[str], sources: Sequence[MomentsSource]) -> Provenance:
+    """Writes the mean of all sources. Each token counts alike; a single source is written as it is.
 
-    Returns where the result comes from. Raises BitladderError if sources are of different models, or if their tokens
-    were weighted in different ways.
+    Parameters:
+        path: the file to write.
+        sources: at least one.
+
+    Returns:
+        Where the moments of the file come from.
+
+    Raises:
+        BitladderError: the sources are of different models, or weight tokens in different ways.
     """
-    provenance = _together(sources)
+    provenance = _joined_provenance(sources)
     names = sources[0].names()
     for other in sources[1:]:
-        odd = sorted(set(names) ^ set(other.names()))
-        if odd:
-            raise BitladderError(f"cannot merge: {odd[0]} is in only one of the files; these are of two models")
-    # Weights share an entry where they do in all sources; it keeps the name that it has in the first.
+        unshared = sorted(set(names) ^ set(other.names()))
+        if unshared:
+            raise BitladderError(f"cannot merge: {unshared[0]} is in only one of the files; these are of two models")
+    # Weights share an entry where they share one in all sources. It keeps the name that it has in the first.
     names = sorted(names, key=lambda name: sources[0].entry(name) != name)
-    first: dict[tuple[str, ...], str] = {}
+    owners: dict[tuple[str, ...], str] = {}
     shared: dict[str, str] = {}
     for name in names:
-        kept = first.setdefault(tuple(source.entry(name) for source in sources), name)
-        if kept != name:
-            shared[name] = kept
+        owner = owners.setdefault(tuple(source.entry(name) for source in sources), name)
+        if owner != name:
+            shared[name] = owner
     shapes = {}
-    for name in first.values():
-        found = [source.shape(name) for source in sources]
-        if len({(shape.matrices, shape.n_in) for shape in found}) > 1:
+    for name in owners.values():
+        sizes = [source.shape(name) for source in sources]
+        if len({(shape.matrices, shape.n_in) for shape in sizes}) > 1:
             raise BitladderError(f"cannot merge {name}: its sizes differ; these are of two models")
-        outputs = min(shape.n_out for shape in found)
-        shapes[name] = Shape(found[0].matrices, found[0].n_in, outputs)
+        shapes[name] = MomentShape(sizes[0].matrices, sizes[0].n_in, min(shape.n_out for shape in sizes))
     with writing_moments(path, provenance, shapes, shared) as writer:
         for name, shape in shapes.items():
             counts = np.stack([source.counts(name) for source in sources])
@@ -72,27 +78,33 @@ def write_sources(path: str | os.PathLike[str], sources: Sequence[Source]) -> Pr
     return provenance
 
 
-def _matrices(sources: Sequence[Source], name: str, counts: npt.NDArray[np.int64]) -> Iterator[Floats]:
+def _matrices(sources: Sequence[MomentsSource], name: str, counts: npt.NDArray[np.int64]) -> Iterator[Floats]:
     for matrix in range(counts.shape[1]):
         yield _mean([source.packed(name, matrix) for source in sources], counts[:, matrix])
 
 
-def _outputs(sources: Sequence[Source], name: str, counts: npt.NDArray[np.int64]) -> Floats:
-    found = [values for source in sources if (values := source.packed_outputs(name)) is not None]
-    return _mean(found, counts.sum(axis=1))
+def _outputs(sources: Sequence[MomentsSource], name: str, counts: npt.NDArray[np.int64]) -> Floats:
+    outputs = [values for source in sources if (values := source.packed_outputs(name)) is not None]
+    return _mean(outputs, counts.sum(axis=1))
 
 
 def _mean(values: Sequence[Floats], counts: npt.NDArray[np.int64]) -> Floats:
+    """The mean of arrays, each weighted by its count of tokens.
+
+    Example:
+        >>> _mean([np.array([1.0], np.float32), np.array([5.0], np.float32)], np.array([3, 1])).tolist()
+        [2.0]
+    """
     if len(values) == 1:
         return values[0]
     total = max(int(counts.sum()), 1)
     mean = np.zeros(values[0].shape)
-    for one, count in zip(values, counts, strict=True):
-        mean += one * np.float64(count / total)
+    for array, count in zip(values, counts, strict=True):
+        mean += array * np.float64(count / total)
     return mean.astype(np.float32)
 
 
-def _together(sources: Sequence[Source]) -> Provenance:
+def _joined_provenance(sources: Sequence[MomentsSource]) -> Provenance:
     parts = [source.provenance for source in sources]
     weightings = sorted({part.weighting for part in parts})
     if len(weightings) > 1:

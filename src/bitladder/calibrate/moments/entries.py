@@ -1,4 +1,4 @@
-"""What is to be kept apart: inputs, where tokens weigh differently for some of their weights, and parts that fit."""
+"""What is kept apart: an entry for each input and weighting of its tokens, and the parts of entries that fit a pass."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,21 +6,23 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.moments.inputs import Input
-from bitladder.calibrate.moments.moments_file import Floats
+from bitladder.calibrate.inputs import Floats, WeightInput
 from bitladder.calibrate.moments.sums import sums_bytes
 from bitladder.errors import BitladderError
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class MomentEntry:
     """Weights with one input whose tokens count alike.
 
-    `profile` says how much, float32 [n_ctx] or [chunks, n_ctx], mean 1; None: 1 each.
+    Parameters:
+        names: the weights. The entry is kept under the first name.
+        input: their input.
+        profile: what the token at each position counts, float32 [n_ctx], mean 1; None counts 1 each.
     """
 
     names: tuple[str, ...]
-    input: Input
+    input: WeightInput
     profile: Floats | None
 
     @property
@@ -30,10 +32,10 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Matrices start … stop−1 of an entry, as many as are collected at once."""
+class EntryPart:
+    """The matrices start … stop−1 of an entry, as many as one pass collects."""
 
-    entry: Entry
+    entry: MomentEntry
     start: int
     stop: int
 
@@ -44,35 +46,49 @@ class Part:
 
 
 def make_entries(
-    inputs: Sequence[Input], weights: Mapping[str, npt.NDArray[np.floating]] | None, chunks: int, n_ctx: int
-) -> list[Entry]:
-    """The entries of some inputs. `weights` say how tokens count for a weight, [n_ctx] by position or [chunks, n_ctx];
-    those without count tokens alike. Raises BitladderError for weights that are negative, not finite or all zero."""
+    inputs: Sequence[WeightInput], weights: Mapping[str, npt.NDArray[np.floating]], n_ctx: int
+) -> list[MomentEntry]:
+    """The entries of some inputs.
+
+    Parameters:
+        inputs: inputs of weights.
+        weights: what the token at each position counts for a weight, float [n_ctx]. The tokens of a weight that is
+            not in it count alike.
+        n_ctx: tokens of a chunk.
+
+    Raises:
+        BitladderError: weights of tokens are negative, not finite or all zero.
+    """
     entries = []
-    for one in inputs:
+    for shared in inputs:
         groups: dict[bytes, tuple[list[str], Floats | None]] = {}
-        for name in one.names:
-            given = (weights or {}).get(name)
-            profile = None if given is None else _profile(name, given, chunks, n_ctx)
+        for name in shared.names:
+            profile = _profile(name, weights[name], n_ctx) if name in weights else None
             key = b"" if profile is None else profile.tobytes()
             groups.setdefault(key, ([], profile))[0].append(name)
-        entries += [Entry(tuple(names), one, profile) for names, profile in groups.values()]
+        entries += [MomentEntry(tuple(names), shared, profile) for names, profile in groups.values()]
     return entries
 
 
-def _profile(name: str, given: npt.NDArray[np.floating], chunks: int, n_ctx: int) -> Floats | None:
+def _profile(name: str, weights: npt.NDArray[np.floating], n_ctx: int) -> Floats | None:
     """Weights with mean 1, or None if all are the same."""
-    if given.shape not in ((n_ctx,), (chunks, n_ctx)):
-        raise BitladderError(f"weights of tokens for {name} are {given.shape}, not {(n_ctx,)} or {(chunks, n_ctx)}")
-    mean = float(given.mean(dtype=np.float64))
-    if not (np.isfinite(mean) and mean > 0 and given.min() >= 0):
+    if weights.shape != (n_ctx,):
+        raise BitladderError(f"weights of tokens for {name} have the shape {weights.shape}, not {(n_ctx,)}")
+    mean = float(weights.mean(dtype=np.float64))
+    if not (np.isfinite(mean) and mean > 0 and weights.min() >= 0):
         raise BitladderError(f"weights of tokens for {name} should be finite, none negative and not all zero")
-    return None if given.min() == given.max() else (given / mean).astype(np.float32)
+    return None if weights.min() == weights.max() else (weights / mean).astype(np.float32)
 
 
-def plan_passes(entries: Sequence[Entry], memory: int) -> list[list[Part]]:
-    """Parts for one pass after the other, so that the sums of one fit into `memory` bytes (one matrix at least)."""
-    passes: list[list[Part]] = []
+def plan_passes(entries: Sequence[MomentEntry], memory: int) -> list[list[EntryPart]]:
+    """The parts of each pass: the sums of one pass fit into `memory` bytes, or are of a single matrix.
+
+    Example:
+        >>> experts = MomentEntry(("blk.0.ffn_up_exps.weight",), WeightInput(("x",), 64, 8, True), None)
+        >>> [[(part.start, part.stop) for part in parts] for parts in plan_passes([experts], 3 * sums_bytes(64))]
+        [[(0, 3)], [(3, 6)], [(6, 8)]]
+    """
+    passes: list[list[EntryPart]] = []
     room = 0
     for entry in entries:
         size = sums_bytes(entry.input.width)
@@ -82,7 +98,7 @@ def plan_passes(entries: Sequence[Entry], memory: int) -> list[list[Part]]:
                 passes.append([])
                 room = memory
             count = min(max(room // size, 1), entry.input.matrices - start)
-            passes[-1].append(Part(entry, start, start + count))
+            passes[-1].append(EntryPart(entry, start, start + count))
             room -= count * size
             start += count
     return passes

@@ -1,9 +1,10 @@
 """Second moments of inputs: what they are, and the file that keeps them.
 
-For each weight H = E[w xxᵀ] over its inputs x. With w = 1 its diagonal is the imatrix; with w what an error at that
-token costs (see gradients), it tells what an error of the weight costs. A file is a GGUF with general.type "moments":
-NAME.moments holds the upper triangle of each matrix by rows, F32; NAME.counts the tokens seen by each. Weights that
-multiply the same input share one entry; `moments.shared` lists them in pairs (weight, the one whose entry it has).
+For each weight H = E[w xxᵀ] over its inputs x. With w = 1 its diagonal is the imatrix. With w what an error at that
+token costs (see gradients), it says what an error of the weight costs. A file is a GGUF with general.type "moments":
+NAME.moments holds the upper triangle of each matrix by rows, F32; NAME.counts the tokens that each saw; NAME.outputs
+the upper triangle of E[ggᵀ]. Weights that multiply the same input share one entry; `moments.shared` lists them in pairs
+(the weight, the weight under whose name its entry is kept).
 """
 
 import contextlib
@@ -26,16 +27,17 @@ from bitladder.gguf.values import Value, string, strings, u32
 from bitladder.gguf.writer import GgufWriter, TensorPlan
 
 Floats = npt.NDArray[np.float32]
-MOMENTS, COUNTS, OUTPUTS = ".moments", ".counts", ".outputs"
+_INPUTS, _COUNTS, _OUTPUTS = ".moments", ".counts", ".outputs"
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """Second moments of one weight.
+    """Second moments of one weight. A matrix is an expert, or the whole weight.
 
-    `inputs` float32 [matrices, n_in, n_in]: the mean over tokens; a matrix is an expert, or the whole weight.
-    `counts` int64 [matrices]: tokens seen. `outputs` float32 [n_out, n_out]: E[ggᵀ] of the gradients at the weight's
-    output, where they are known.
+    Parameters:
+        inputs: the mean of w xxᵀ over tokens, float32 [matrices, n_in, n_in].
+        counts: tokens that each matrix saw, int64 [matrices].
+        outputs: E[ggᵀ] of the gradients at the weight's output, float32 [n_out, n_out]; None if it is not known.
     """
 
     inputs: Floats
@@ -44,8 +46,14 @@ class Moment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """How large an entry will be: matrices, width of the input, and of the output if its moments are kept (or 0)."""
+class MomentShape:
+    """How large an entry is.
+
+    Parameters:
+        matrices: experts, or 1.
+        n_in: numbers of an input.
+        n_out: numbers of an output; 0 if moments of outputs are not kept.
+    """
 
     matrices: int
     n_in: int
@@ -54,10 +62,14 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where moments come from: names of texts, chunks read, tokens per chunk, and how tokens were weighted.
+    """Where moments come from.
 
-    `weighting` is "tokens" (all alike), "positions" or "gradients"; `model_sha256` is the file's whose inputs these
-    are.
+    Parameters:
+        datasets: names of the texts.
+        chunk_count: chunks that were read.
+        chunk_size: tokens of a chunk.
+        weighting: what a token counts by: "tokens" (all alike), "positions" or "gradients".
+        model_sha256: hash of the file whose inputs these are.
     """
 
     datasets: list[str]
@@ -68,9 +80,10 @@ class Provenance:
 
 
 class MomentsFile(Closing):
-    """An open file of moments; entries are read when asked for.
+    """An open file of moments. Entries are read when they are asked for.
 
-    Raises BitladderError for a file that is none, or not whole.
+    Raises:
+        BitladderError: the file holds no moments, or is not whole.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -89,7 +102,7 @@ class MomentsFile(Closing):
         if file.get("general.type") != "moments":
             raise BitladderError(
                 f"{self.path} holds no second moments (general.type is {file.get('general.type')!r}); make them with "
-                "bitladder calibrate --second-moments"
+                "bitladder calibrate"
             )
         pairs = file.get("moments.shared", [])
         head = Provenance(
@@ -111,16 +124,16 @@ class MomentsFile(Closing):
         return sha256_file(self.path)
 
     def names(self) -> list[str]:
-        """Weights with moments, sorted; those that share an entry included."""
-        own = [name.removesuffix(MOMENTS) for name in self._file.tensors if name.endswith(MOMENTS)]
+        """Weights with moments, sorted. Those that share an entry are included."""
+        own = [name.removesuffix(_INPUTS) for name in self._file.tensors if name.endswith(_INPUTS)]
         return sorted({*own, *self._shared})
 
     def entry(self, name: str) -> str:
-        """The weight under whose name the entry is kept. Weights with the same one have the same input."""
+        """The weight under whose name a weight's entry is kept. Weights that share an entry have the same input."""
         return self._shared.get(name, name)
 
     def __contains__(self, name: str) -> bool:
-        return self.entry(name) + MOMENTS in self._file.tensors
+        return self.entry(name) + _INPUTS in self._file.tensors
 
     def read(self, name: str) -> Moment:
         """The moments of a weight. Raises BitladderError if it has none, or they are damaged."""
@@ -129,27 +142,27 @@ class MomentsFile(Closing):
         outputs = self.packed_outputs(name)
         return Moment(inputs, counts, None if outputs is None else unpack_triangle(outputs))
 
-    def shape(self, name: str) -> Shape:
+    def shape(self, name: str) -> MomentShape:
         """How large a weight's entry is."""
-        counts, outputs = len(self.counts(name)), self._file.tensors.get(name + OUTPUTS)
-        packed = self._file.tensors[self.entry(name) + MOMENTS]
-        return Shape(counts, width_of(packed.width), 0 if outputs is None else width_of(outputs.width))
+        counts, outputs = len(self.counts(name)), self._file.tensors.get(name + _OUTPUTS)
+        packed = self._file.tensors[self.entry(name) + _INPUTS]
+        return MomentShape(counts, width_of(packed.width), 0 if outputs is None else width_of(outputs.width))
 
     def counts(self, name: str) -> npt.NDArray[np.int64]:
         """Tokens seen by each matrix of a weight, int64 [matrices]."""
-        return np.rint(self._values(name, COUNTS).reshape(-1)).astype(np.int64)
+        return np.rint(self._values(name, _COUNTS).reshape(-1)).astype(np.int64)
 
     def packed(self, name: str, matrix: int = 0) -> Floats:
-        """The moments of one matrix (expert) of a weight as they are kept, see `unpack_triangle`."""
-        packed: Floats = self._values(name, MOMENTS, matrix)[0]
+        """The moments of one matrix (expert) of a weight as they are kept: see `unpack_triangle`."""
+        packed: Floats = self._values(name, _INPUTS, matrix)[0]
         return packed
 
     def packed_outputs(self, name: str) -> Floats | None:
         """E[ggᵀ] as it is kept, or None."""
-        return self._values(name, OUTPUTS)[0] if name + OUTPUTS in self._file.tensors else None
+        return self._values(name, _OUTPUTS)[0] if name + _OUTPUTS in self._file.tensors else None
 
     def _values(self, name: str, part: str, row: int | None = None) -> Floats:
-        kept = name if part == OUTPUTS else self.entry(name)
+        kept = name if part == _OUTPUTS else self.entry(name)
         tensor = self._file.tensors.get(kept + part)
         if tensor is None:
             raise BitladderError(f"{self.path} has no second moments for {name}; collect them for this model")
@@ -169,22 +182,22 @@ class MomentsWriter:
         self._writer = writer
 
     def write(self, name: str, moment: Moment) -> None:
-        """Append an entry, which must be the next one."""
+        """Appends an entry, which must be the next one."""
         outputs = None if moment.outputs is None else pack_triangle(moment.outputs)
         self.write_packed(name, map(pack_triangle, moment.inputs), moment.counts, outputs)
 
     def write_packed(
         self, name: str, matrices: Iterable[Floats], counts: npt.NDArray[np.int64], outputs: Floats | None = None
     ) -> None:
-        """The same for matrices, and `outputs`, that are packed (`pack_triangle`); they are taken one after the other.
+        """Appends an entry of packed matrices (see `pack_triangle`), which are read one after the other.
 
         Raises BitladderError that names the weight if a value is not finite.
         """
         for packed in matrices:
-            self._put(name, MOMENTS, packed)
-        self._put(name, COUNTS, counts.astype(np.float32))
+            self._put(name, _INPUTS, packed)
+        self._put(name, _COUNTS, counts.astype(np.float32))
         if outputs is not None:
-            self._put(name, OUTPUTS, outputs)
+            self._put(name, _OUTPUTS, outputs)
 
     def _put(self, name: str, part: str, values: Floats) -> None:
         if not np.isfinite(values).all():
@@ -196,19 +209,23 @@ class MomentsWriter:
 
 @contextlib.contextmanager
 def writing_moments(
-    path: str | os.PathLike[str], provenance: Provenance, shapes: Mapping[str, Shape], shared: Mapping[str, str]
+    path: str | os.PathLike[str], provenance: Provenance, shapes: Mapping[str, MomentShape], shared: Mapping[str, str]
 ) -> Iterator[MomentsWriter]:
-    """Write a file of moments in one step; it appears when all of `shapes` were written, in that order.
+    """Writes a file of moments in one step. It appears when all entries were written.
 
-    `shared` maps weights without an entry of their own to the one that they share.
+    Parameters:
+        path: the file.
+        provenance: where the moments come from.
+        shapes: sizes of the entries, in the order in which they will be written.
+        shared: the weight whose entry it has, by the name of a weight without its own.
     """
     f32 = type_by_name("f32")
     plans = []
     for name, shape in shapes.items():
-        plans.append(TensorPlan(name + MOMENTS, (triangle(shape.n_in), shape.matrices), f32))
-        plans.append(TensorPlan(name + COUNTS, (1, shape.matrices), f32))
+        plans.append(TensorPlan(name + _INPUTS, (triangle(shape.n_in), shape.matrices), f32))
+        plans.append(TensorPlan(name + _COUNTS, (1, shape.matrices), f32))
         if shape.n_out:
-            plans.append(TensorPlan(name + OUTPUTS, (triangle(shape.n_out), 1), f32))
+            plans.append(TensorPlan(name + _OUTPUTS, (triangle(shape.n_out), 1), f32))
     metadata: dict[str, Value] = {
         "general.type": string("moments"),
         "moments.datasets": strings(provenance.datasets),
@@ -230,7 +247,12 @@ def triangle(n: int) -> int:
 
 
 def pack_triangle(matrix: npt.NDArray[np.floating]) -> Floats:
-    """The upper triangle by rows: [n, n] → float32 [n(n+1)/2]."""
+    """The upper triangle by rows: [n, n] → float32 [n(n+1)/2].
+
+    Example:
+        >>> pack_triangle(np.array([[1.0, 2.0], [2.0, 3.0]])).tolist()
+        [1.0, 2.0, 3.0]
+    """
     packed, start = np.empty(triangle(len(matrix)), np.float32), 0
     for index, row in enumerate(matrix):
         stop = start + len(row) - index
@@ -240,7 +262,7 @@ def pack_triangle(matrix: npt.NDArray[np.floating]) -> Floats:
 
 
 def unpack_triangle(packed: Floats) -> Floats:
-    """`pack_triangle` undone, float32 [n, n], symmetric."""
+    """The symmetric matrix, float32 [n, n], whose upper triangle is given. It undoes `pack_triangle`."""
     n = width_of(packed.size)
     full, start = np.empty((n, n), np.float32), 0
     for index in range(n):
@@ -248,13 +270,6 @@ def unpack_triangle(packed: Floats) -> Floats:
         full[index, index:] = full[index:, index] = packed[start:stop]
         start = stop
     return full
-
-
-def packed_diagonal(packed: Floats) -> Floats:
-    """The diagonal of a packed matrix, float32 [n]."""
-    n = width_of(packed.size)
-    rows = np.arange(n)
-    return packed[rows * n - rows * (rows - 1) // 2]
 
 
 def width_of(size: int) -> int:

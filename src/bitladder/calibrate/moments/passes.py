@@ -5,148 +5,138 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.collect_imatrix import Collector
-from bitladder.calibrate.imatrix import Entry as ImatrixEntry
-from bitladder.calibrate.imatrix import Imatrix, write_imatrix
-from bitladder.calibrate.moments.entries import Entry, Part
-from bitladder.calibrate.moments.inputs import Input
-from bitladder.calibrate.moments.moments_file import Floats, Provenance, Shape, triangle
-from bitladder.calibrate.moments.watch import Adding, MomentCollector, WithImatrix, decode_chunks
-from bitladder.calibrate.unfinished import Keep
+from bitladder.calibrate.collect_imatrix import ImatrixCollector
+from bitladder.calibrate.imatrix import write_imatrix
+from bitladder.calibrate.inputs import Floats, watch_chunks
+from bitladder.calibrate.moments.collector import MomentCollector, MomentsAndImatrix, PartSums
+from bitladder.calibrate.moments.entries import EntryPart, MomentEntry
+from bitladder.calibrate.moments.moments_file import MomentShape, Provenance, triangle
+from bitladder.calibrate.unfinished import UnfinishedWork
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
 from bitladder.files import sha256_bytes
-from bitladder.gguf.names import in_main_block
 from bitladder.progress import Progress
 
-IMATRIX = "imatrix.gguf"
-
-
-class ImatrixBeside:
-    """The importance matrix that is collected in the first pass, and kept in the folder then."""
-
-    def __init__(self, inputs: Sequence[Input], datasets: list[str], process_output: bool) -> None:
-        self.collector = Collector(process_output)
-        self.inputs = inputs
-        self._datasets = datasets
-        # Made here, and not when an input comes, so that a state can be read into them.
-        for one in inputs:
-            for name in one.names:
-                if in_main_block(name) or (process_output and name == "output.weight"):
-                    shape = (one.matrices, one.width) if one.experts else (1, one.matrices * one.width)
-                    self.collector.entries[name] = ImatrixEntry(np.zeros(shape), np.zeros(shape[0], np.int64))
-
-    def state(self) -> dict[str, npt.NDArray[np.generic]]:
-        """The arrays that grow, by name."""
-        entries = self.collector.entries.items()
-        return {
-            f"imatrix {name} {part}": getattr(entry, part) for name, entry in entries for part in ("sums", "counts")
-        }
-
-    def write(self, keep: Keep, n_ctx: int) -> None:
-        """Keep what was collected; a weight without any input (too few tokens at once) is left out."""
-        entries = {name: entry for name, entry in self.collector.entries.items() if entry.counts.any()}
-        chunks = max((int(entry.counts.max()) for entry in entries.values()), default=0) // n_ctx
-        write_imatrix(Imatrix(entries, self._datasets, chunks, n_ctx), keep.path(IMATRIX))
+IMATRIX_FILE = "imatrix.gguf"
 
 
 def run_passes(
     model: Model,
     chunks: Tokens,
-    passes: Sequence[Sequence[Part]],
-    keep: Keep,
-    imatrix: ImatrixBeside | None,
-    *,
-    n_ubatch: int,
-    threads: int | None,
+    passes: Sequence[Sequence[EntryPart]],
+    work: UnfinishedWork,
+    imatrix: tuple[ImatrixCollector, list[str]] | None,
+    decoding: Decoding,
     progress: Progress,
-) -> dict[str, Adding]:
-    """Do what is not kept yet. Returns the parts of the last pass by label: only those are not in the folder."""
-    adding: list[Adding] = []
+) -> dict[str, PartSums]:
+    """Collects all parts that are not in the folder of unfinished work yet.
+
+    Parameters:
+        model: the loaded model.
+        chunks: int32 [chunks, n_ctx].
+        passes: the parts of each pass.
+        work: keeps the parts of all passes but the last, and the state of a pass.
+        imatrix: collects an importance matrix in the first pass, of texts of these names. It is left in the folder as
+            IMATRIX_FILE.
+        decoding: how chunks are decoded.
+        progress: hears of the work.
+
+    Returns:
+        The parts of the last pass, by label.
+    """
+    parts: list[PartSums] = []
     with progress.task("second moments", len(passes) * len(chunks)) as bar:
-        for number, parts in enumerate(passes):
-            missing = [part for part in parts if not keep.has(part.label)]
-            beside = imatrix if imatrix and not keep.has(IMATRIX) else None
-            if not missing and not beside:
+        for number, planned in enumerate(passes):
+            missing = [part for part in planned if not work.has(part.label)]
+            beside = None if work.has(IMATRIX_FILE) else imatrix
+            if not missing and beside is None:
                 bar.advance(len(chunks))
                 continue
             bar.note(f"pass {number + 1} of {len(passes)}" if len(passes) > 1 else "")
             collector = MomentCollector(missing)
-            state = dict(pair for one in collector.adding for pair in one.state())
-            if beside:
-                state |= beside.state()
+            state = dict(array for sums in collector.parts for array in sums.state())
+            if beside is not None:
+                state |= beside[0].state()
             label = sha256_bytes("\n".join(state).encode())
-            done = keep.load_state(label, state, progress)
+            done = work.load_state(label, state, progress)
             bar.advance(done)
-            observer = WithImatrix(collector, beside.collector, beside.inputs) if beside else collector
-            for read in decode_chunks(model, chunks, observer, done=done, n_ubatch=n_ubatch, threads=threads):
+            observer = collector if beside is None else MomentsAndImatrix(collector, beside[0])
+            for read in watch_chunks(model, chunks, observer, decoding, done=done):
                 bar.advance()
-                if keep.due():
-                    keep.save_state(label, read, state)
-            if beside:
-                beside.write(keep, chunks.shape[1])
-            adding = collector.adding
+                if work.due():
+                    work.save_state(label, read, state)
+            if beside is not None:
+                write_imatrix(beside[0].imatrix(beside[1], chunks.shape[1]), work.path(IMATRIX_FILE))
+            parts = collector.parts
             if number < len(passes) - 1:
-                for one in adding:
-                    _keep_part(keep, one)
-                adding = []
-    return {one.part.label: one for one in adding}
+                for sums in parts:
+                    _keep(work, sums)
+                parts = []
+    return {sums.part.label: sums for sums in parts}
 
 
-def _keep_part(keep: Keep, adding: Adding) -> None:
-    part = adding.part
-    keep.put(f"{part.label}.counts", adding.counts)
-    keep.put_rows(part.label, (part.stop - part.start, triangle(part.entry.input.width)), adding.packed())
+def _keep(work: UnfinishedWork, sums: PartSums) -> None:
+    part = sums.part
+    work.put(f"{part.label}.counts", sums.counts)
+    work.put_rows(part.label, (part.stop - part.start, triangle(part.entry.input.width)), sums.packed())
 
 
-class Collected:
-    """What the passes gave, as a source of moments (see assemble): some of it in memory, the rest in the folder."""
+class CollectedMoments:
+    """What the passes left, as a MomentsSource: some of it in memory, the rest in the folder of unfinished work.
+
+    Parameters:
+        passes: the parts of each pass.
+        memory: the parts that are in memory, by label.
+        work: has the others.
+        provenance: where the moments come from.
+    """
 
     def __init__(
         self,
-        passes: Sequence[Sequence[Part]],
-        memory: Mapping[str, Adding],
-        keep: Keep,
+        passes: Sequence[Sequence[EntryPart]],
+        memory: Mapping[str, PartSums],
+        work: UnfinishedWork,
         provenance: Provenance,
     ) -> None:
         self.provenance = provenance
-        self._parts: dict[str, list[Part]] = {}
-        self._entries: dict[str, Entry] = {}
+        self._parts: dict[str, list[EntryPart]] = {}
+        self._entries: dict[str, MomentEntry] = {}
         for part in (part for parts in passes for part in parts):
             self._parts.setdefault(part.entry.name, []).append(part)
             self._entries |= dict.fromkeys(part.entry.names, part.entry)
         self._memory = memory
-        self._keep = keep
+        self._work = work
 
     def names(self) -> list[str]:
-        """Weights, in the order of the computation."""
+        """See MomentsSource. Weights are in the order of the computation."""
         return list(self._entries)
 
     def entry(self, name: str) -> str:
-        """The weight under whose name an entry is kept."""
+        """See MomentsSource."""
         return self._entries[name].name
 
-    def shape(self, name: str) -> Shape:
-        """How large it is."""
+    def shape(self, name: str) -> MomentShape:
+        """See MomentsSource."""
         entry = self._entries[name]
-        return Shape(entry.input.matrices, entry.input.width)
+        return MomentShape(entry.input.matrices, entry.input.width)
 
     def counts(self, name: str) -> npt.NDArray[np.int64]:
-        """Tokens seen by each matrix."""
-        found = []
+        """See MomentsSource."""
+        counts = []
         for part in self._parts[self.entry(name)]:
-            adding = self._memory.get(part.label)
-            found.append(adding.counts if adding else self._keep.get(f"{part.label}.counts"))
-        return np.concatenate(found)
+            sums = self._memory.get(part.label)
+            counts.append(sums.counts if sums else self._work.get(f"{part.label}.counts"))
+        return np.concatenate(counts)
 
     def packed(self, name: str, matrix: int = 0) -> Floats:
-        """The mean of one matrix, packed."""
+        """See MomentsSource."""
         part = next(part for part in self._parts[self.entry(name)] if part.start <= matrix < part.stop)
         index = matrix - part.start
-        adding = self._memory.get(part.label)
-        if adding:
-            return adding.sums[index].packed(int(adding.counts[index]))
-        return np.asarray(self._keep.get(part.label)[index])
+        sums = self._memory.get(part.label)
+        if sums:
+            return sums.sums[index].packed(int(sums.counts[index]))
+        return np.asarray(self._work.get(part.label)[index])
 
     def packed_outputs(self, name: str) -> Floats | None:
-        """Nothing is known of outputs."""
+        """See MomentsSource. Nothing is known of outputs."""
         return None

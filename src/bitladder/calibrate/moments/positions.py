@@ -1,13 +1,14 @@
-"""What an error costs at the first token, at the next few, and at the rest: found by trying, in the loaded model.
+"""What an error costs at the first token of a chunk, at the next few, and at the rest: measured in the loaded model.
 
 Noise is added to what a weight puts out, at some positions of a chunk, and the divergence of the model's predictions
-is measured. To second order it is ½σ² Σ_t E‖g_t‖² over those positions, g the gradient that the package `gradients`
-computes: so the mean ‖g_t‖² of a class of positions is known up to a factor that all classes share. Three numbers per
-weight are what most of the gain needs: where there is an attention sink it is nearly always the first token. No torch,
-and any architecture and back end that the library runs.
+is measured. To second order it is ½σ² Σ_t E‖g_t‖² over those positions, with g the gradient that the package
+`gradients` computes. So the mean ‖g_t‖² of a class of positions is known up to a factor that all classes share. Three
+numbers for each weight are most of what is needed: an attention sink is nearly always the first token. This needs no
+torch, and works for any architecture and back end that the library runs.
 """
 
 import collections
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Sequence
@@ -15,79 +16,110 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.calibrate.inputs import Floats, decode_columns
 from bitladder.engine.activations import NoisyOutputs
 from bitladder.engine.context import Context
 from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
 from bitladder.gguf.names import block_of, kind_of
+from bitladder.keys import Algorithm
+from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
+from bitladder.text.chunks import spread_evenly
 
-Floats = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.float64]
 
 # Where classes of positions begin: the first token, those after it that a model may take for a sink too, the rest.
 EDGES = (0, 1, 8)
-LENGTH = 128
-# Deviations of the noise, in units of an output's root mean square over the chunk. A second-order effect should be
-# above the rounding of the library's own arithmetic (a KLD of some 10⁻⁷) and below what bends the model.
-NOISE = 0.2
-_TOO_MUCH, _TOO_LITTLE, _TRIES = 0.1, 1e-5, 4
+# A divergence between these is trusted: above the rounding of the library's own arithmetic (some 10⁻⁷), below what
+# bends the model. The noise is changed at most so often until it is.
+_MOST, _LEAST, _TRIES = 0.1, 1e-5, 4
 _STEP = 4  # predictions at every fourth position are compared, after the first few
 _BATCH = 512  # tokens decoded at once, about
 
+POSITIONS = Algorithm("weights of positions", ("noise at the first token, at the next seven, and at the rest",))
 
+
+@dataclasses.dataclass(frozen=True)
+class PositionOptions(Options):
+    """How the weights of positions are measured."""
+
+    tried_chunks: int = option(8, least=1, help="Chunks that are tried, from all over those that are read.")
+    length: int = option(128, least=1, help="Tokens of each chunk that are decoded, from its beginning.")
+    blocks_together: int = option(3, least=1, help="Neighbouring blocks whose weights of a kind are tried together.")
+    noise: float = option(
+        0.2, help="Standard deviation of the noise that is tried first, as a share of an output's root mean square."
+    )
+    seed: int = option(0, help="Seed of the noise.")
+
+
+@POSITIONS.entry
 def position_weights(
     path: str | os.PathLike[str],
     chunks: Tokens,
     *,
-    edges: Sequence[int] = EDGES,
-    length: int = LENGTH,
-    blocks_together: int = 3,
-    seed: int = 0,
-    threads: int | None = None,
-    gpu_layers: int = 0,
+    options: PositionOptions | None = None,
+    decoding: Decoding | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Floats]:
-    """Weights w_t of the positions of a chunk, by weight's name: float32 [n_ctx] each, with mean 1.
+    """What the token at each position of a chunk counts, for each weight of a block.
 
-    Parameters: `chunks` int32 [chunks, n_ctx]. Their first `length` tokens are decoded, some chunks side by side, once
-    per kind of weight, group of `blocks_together` neighbouring blocks, and class; `edges` are where classes of
-    positions begin. The effect of one class on a later prediction hardly depends on how much later it is, so what is
-    seen over `length` tokens is taken for all n_ctx. Weights of one group share their result. The head is not tried
-    and not in the result: what an error of its output costs is known, 1 − Σp², and varies little. Raises BitladderError
-    if the model does not load or cannot be disturbed.
+    Some chunks are decoded side by side, once for each kind of weight, group of neighbouring blocks, and class of
+    positions. The effect of a class on a later prediction hardly depends on how much later the prediction is. So the
+    first tokens of a chunk tell of all. Weights of one group share their result. The head is not tried: the cost of an
+    error of its output is known, 1 − Σp², and varies little.
+
+    Parameters:
+        path: the model.
+        chunks: int32 [chunks, n_ctx].
+        options: how much is tried.
+        decoding: its `threads` and `gpu_layers` are used.
+        progress: hears of the work.
+
+    Returns:
+        float32 [n_ctx] with mean 1, by weight.
+
+    Raises:
+        BitladderError: the model does not load, or noise cannot be added to its outputs.
     """
+    options, decoding = options or PositionOptions(), decoding or Decoding()
     n_ctx = chunks.shape[1]
-    heads = chunks[:, : min(length, n_ctx)]
+    tried = chunks[spread_evenly(len(chunks), min(options.tried_chunks, len(chunks)))]
+    heads = tried[:, : min(options.length, n_ctx)]
     together = min(len(heads), max(1, _BATCH // heads.shape[1]))
-    classes = [np.arange(a, b) for a, b in itertools.pairwise([*edges, heads.shape[1]]) if a < b]
-    noise = NoisyOutputs()
+    classes = [np.arange(a, b) for a, b in itertools.pairwise([*EDGES, heads.shape[1]]) if a < b]
     size = together * heads.shape[1]
-    decoding = Decoding(n_ctx=heads.shape[1], n_batch=size, n_ubatch=size, threads=threads)
-    rng = np.random.default_rng(seed)
-    found: dict[tuple[str, ...], Sums] = {}
+    side_by_side = Decoding(n_ctx=heads.shape[1], n_batch=size, n_ubatch=size, threads=decoding.threads)
+    noise = NoisyOutputs()
+    rng = np.random.default_rng(options.seed)
+    totals: dict[tuple[str, ...], Sums] = {}
     amounts: dict[tuple[str, ...], float] = {}
     with (
-        Model(path, gpu_layers=gpu_layers) as model,
-        Context(model, decoding, n_seq=together, callback=noise) as context,
+        Model(path, gpu_layers=decoding.gpu_layers) as model,
+        Context(model, side_by_side, n_seq=together, callback=noise) as context,
         progress.task("position weights", len(heads)) as bar,
     ):
         for start in range(0, len(heads), together):
-            trial = _Trial(context, noise, heads[start : start + together])
-            groups = _groups(noise.squares, blocks_together)
+            trial = _NoiseTrial(context, noise, heads[start : start + together])
+            groups = _groups(noise.squares, options.blocks_together)
             for group in groups:
-                klds, amounts[group] = trial.divergences(group, classes, amounts.get(group, NOISE), rng)
-                found[group] = found.get(group, 0.0) + klds * trial.count
+                klds, amounts[group] = trial.divergences(group, classes, amounts.get(group, options.noise), rng)
+                totals[group] = totals.get(group, 0.0) + klds * trial.count
                 bar.advance(trial.count / len(groups))
     profiles: dict[str, Floats] = {}
-    for group, klds in found.items():
-        profile = _profile(klds, [*edges[: len(klds)], n_ctx])
+    for group, klds in totals.items():
+        profile = _profile(klds, [*EDGES[: len(klds)], n_ctx])
         profiles |= dict.fromkeys(group, profile)
     return profiles
 
 
 def _profile(klds: Sums, edges: Sequence[int]) -> Floats:
-    """The weight of each position, from the divergence that all positions of a class cause together."""
+    """The weight of each position, from the divergence that all positions of a class cause together.
+
+    Example:
+        >>> _profile(np.array([5.0, 3.0]), [0, 1, 4]).tolist()
+        [2.5, 0.5, 0.5, 0.5]
+    """
     profile = np.concatenate(
         [np.full(b - a, kld / (b - a)) for kld, (a, b) in zip(klds, itertools.pairwise(edges), strict=True)]
     )
@@ -105,25 +137,25 @@ def _groups(names: Iterable[str], together: int) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-class _Trial:
-    """Decodes some sequences, int32 [count, length], again and again: as they are first, then disturbed."""
+class _NoiseTrial:
+    """Decodes some sequences, int32 [count, length], many times: first as they are, then with noise."""
 
     def __init__(self, context: Context, noise: NoisyOutputs, tokens: Tokens) -> None:
         self._context = context
         self._noise = noise
         self._tokens = tokens
         self.count, self._length = tokens.shape
-        some = np.arange(min(EDGES[-1], self._length))
+        first = np.arange(min(EDGES[-1], self._length))
         rest = np.arange(EDGES[-1] + _STEP - 1, self._length, _STEP)
-        self._looked_at = np.concatenate([some, rest])
+        self._compared = np.concatenate([first, rest])
         # How many predictions each of those stands for.
         self._shares = np.concatenate(
-            [np.full(len(some), 1.0), np.full(len(rest), (self._length - len(some)) / max(1, len(rest)))]
+            [np.full(len(first), 1.0), np.full(len(rest), (self._length - len(first)) / max(1, len(rest)))]
         )
         noise.measure()
         self._before = self._decode()
         self._probabilities = np.exp(self._before)
-        # The first token's outputs can be hundreds of times the others': it does not count for the size of noise.
+        # The first token's outputs can be hundreds of times the others', so it does not count for the size of noise.
         self._sizes = {
             name: float(np.sqrt(squares.reshape(self.count, self._length)[:, 1:].mean()))
             for name, squares in noise.squares.items()
@@ -132,17 +164,16 @@ class _Trial:
     def divergences(
         self, group: Sequence[str], classes: Sequence[npt.NDArray[np.intp]], amount: float, rng: np.random.Generator
     ) -> tuple[Sums, float]:
-        """KLD of each class for noise of one variance, divided by the square of `amount`, and the amount to use next.
+        """KLD of each class for noise of one variance, divided by the square of `amount`; and the amount to use next.
 
-        The amount is changed, and all classes are done again, while the sum is not in the range where it is to be
-        trusted.
+        While the sum is outside the range that is trusted, the amount is changed and all classes are done again.
         """
         for attempt in range(_TRIES):
             klds = np.array([self._kld(group, part, amount, rng) for part in classes])
             total = klds.sum()
-            if _TOO_LITTLE < total < _TOO_MUCH or attempt + 1 == _TRIES:
+            if _LEAST < total < _MOST or attempt + 1 == _TRIES:
                 break
-            amount *= 3.0 if total <= _TOO_LITTLE else 0.3
+            amount *= 3.0 if total <= _LEAST else 0.3
         return klds / amount**2, amount
 
     def _kld(
@@ -155,16 +186,10 @@ class _Trial:
         return float((klds @ self._shares).mean() / self._length)
 
     def _decode(self) -> Floats:
-        """Log-probabilities at the positions that are looked at, float32 [count, n, n_vocab]."""
-        count, length = self._tokens.shape
+        """Log-probabilities at the positions that are compared, float32 [count, n, n_vocab]."""
         self._context.clear()
-        self._context.decode(
-            self._tokens.reshape(-1),
-            np.tile(np.arange(length, dtype=np.int32), count),
-            np.repeat(np.arange(count, dtype=np.int32), length),
-            np.ones(count * length, np.bool_),
-        )
-        logits = self._context.logits().reshape(count, length, -1)[:, self._looked_at]
+        decode_columns(self._context, self._tokens, 0, self._length)
+        logits = self._context.logits().reshape(self.count, self._length, -1)[:, self._compared]
         logits -= logits.max(axis=-1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         return logits

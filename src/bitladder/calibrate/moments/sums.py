@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from bitladder.calibrate.moments.moments_file import Floats, triangle
 
@@ -12,24 +11,24 @@ PANEL = 256  # rows of H that are multiplied at once: half the work of a full pr
 
 
 def panels(width: int) -> list[slice]:
-    """Rows of an H of this width, some at a time."""
+    """The rows of each panel of an H of this width."""
     return [slice(start, min(start + PANEL, width)) for start in range(0, width, PANEL)]
 
 
 def sums_bytes(width: int) -> int:
-    """Memory that `Sums` of one matrix takes."""
+    """Bytes of memory that `MomentSums` of one matrix take."""
     return 8 * sum(min(PANEL, width - start) * (width - start) for start in range(0, width, PANEL))
 
 
-class Sums:
-    """Σ w xxᵀ over tokens, of one matrix of a weight."""
+class MomentSums:
+    """Σ w xxᵀ over tokens, of one matrix of a weight with inputs of `width` numbers."""
 
     def __init__(self, width: int) -> None:
         self.width = width
         self.panels = [np.zeros((rows.stop - rows.start, width - rows.start)) for rows in panels(width)]
 
     def packed(self, count: int) -> Floats:
-        """The mean over `count` tokens, upper triangle by rows, float32 (zeros if there were none)."""
+        """The mean over `count` tokens: the upper triangle by rows, float32. It is 0 where there were no tokens."""
         out, start = np.empty(triangle(self.width), np.float32), 0
         for panel in self.panels:
             for index, row in enumerate(panel):
@@ -38,26 +37,38 @@ class Sums:
                 start = stop
         return out
 
-    def diagonal(self) -> npt.NDArray[np.float64]:
-        """Σ w x² by column."""
-        return np.concatenate([panel.diagonal() for panel in self.panels])
-
 
 @dataclasses.dataclass(frozen=True)
-class Weighted:
-    """Sums and the weights of the tokens to add: `common` for most of them, `others` float32 [n] for the rest."""
+class WeightedSums:
+    """Sums, and what the tokens to add count for them.
 
-    sums: Sums
+    Parameters:
+        sums: the sums.
+        common: what most tokens count.
+        others: what the rest count, float32 [n].
+    """
+
+    sums: MomentSums
     common: float
     others: Floats
 
 
-def add(rows: Floats, rest: Floats, targets: Sequence[Weighted]) -> None:
-    """Add inputs to several sums at once: `rows` float32 [tokens, width], which all weights of one target count alike,
-    and `rest` [n, width], which have weights of their own.
+def add_tokens(rows: Floats, rest: Floats, targets: Sequence[WeightedSums]) -> None:
+    """Adds inputs to several sums at once. The product of `rows` is made once for all.
 
-    The product of `rows` is made once for all targets. No weight is subtracted from another, so that a token that
-    counts nothing leaves nothing, however large it is.
+    No weight is subtracted from another, so that a token that counts 0 leaves nothing, however large it is.
+
+    Parameters:
+        rows: inputs that count `common` for each target, float32 [tokens, width].
+        rest: inputs that count `others`, float32 [n, width].
+        targets: the sums.
+
+    Example:
+        >>> sums = MomentSums(2)
+        >>> common, rest = np.array([[1.0, 2.0]], np.float32), np.array([[3.0, 0.0]], np.float32)
+        >>> add_tokens(common, rest, [WeightedSums(sums, 1.0, np.array([2.0], np.float32))])
+        >>> sums.packed(1).round(3).tolist()
+        [19.0, 2.0, 4.0]
     """
     scaled = [rest * np.sqrt(target.others)[:, None] for target in targets]
     for index, part in enumerate(panels(rows.shape[1])):

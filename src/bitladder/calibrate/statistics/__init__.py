@@ -1,19 +1,33 @@
-"""What an importance matrix says of a model: figures per tensor, layer and kind, gaps, and how two of them differ."""
+"""What an importance matrix says of a model: figures by tensor, layer and kind, gaps, and how two of them differ."""
 
-from bitladder.calibrate.statistics.compare_imatrices import Comparison, TensorDifference, compare
-from bitladder.calibrate.statistics.gaps import Gaps, find_gaps
-from bitladder.calibrate.statistics.groups import GroupStatistics, by_kind, by_layer
-from bitladder.calibrate.statistics.tensor_figures import TensorStatistics, tensor_statistics
+from bitladder.calibrate.statistics.compare_imatrices import (
+    ImatrixComparison,
+    TensorDifference,
+    compare_imatrices,
+    grouped_differences,
+)
+from bitladder.calibrate.statistics.figures import (
+    GroupStatistics,
+    TensorStatistics,
+    by_kind,
+    by_layer,
+    tensor_statistics,
+    weighted_mean,
+)
+from bitladder.calibrate.statistics.gaps import Gaps, find_gaps, listed
 
 __all__ = [
-    "Comparison",
     "Gaps",
     "GroupStatistics",
+    "ImatrixComparison",
     "TensorDifference",
     "TensorStatistics",
     "by_kind",
     "by_layer",
-    "compare",
+    "compare_imatrices",
     "find_gaps",
+    "grouped_differences",
+    "listed",
     "tensor_statistics",
+    "weighted_mean",
 ]

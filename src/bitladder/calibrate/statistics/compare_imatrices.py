@@ -7,20 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from bitladder.calibrate.imatrix import Entry, Imatrix
-from bitladder.calibrate.statistics.groups import weighted_mean
-from bitladder.calibrate.statistics.tensor_figures import Doubles, cosine
+from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry
+from bitladder.calibrate.statistics.figures import Doubles, cosine, weighted_mean
 from bitladder.errors import BitladderError
 from bitladder.gguf.names import imatrix_order, imatrix_place
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorDifference:
-    """One weight in both, or the average of a group of them (`tensors` > 1, weighted by N).
+    """How one weight differs, or the average over a group of weights, weighted by N. None is what is not defined.
 
-    Taken over the `n` mean activations a of experts reached in both: `sum_a` and `sum_b` are Σ(Act²), `change` is
-    (sum_b − sum_a)/sum_a, a fraction of 1, infinite from nothing to something; `cosine` that of the two vectors a.
-    None is what is not defined.
+    All is taken over mean activations of experts that a token reached in both imatrices.
+
+    Parameters:
+        tensor: the weight, None for a group.
+        layer: its block, or the group's.
+        kind: its kind, or the group's.
+        tensors: weights in the group, or 1.
+        n: columns.
+        sum_a: Σ(Act²) in the first imatrix.
+        sum_b: Σ(Act²) in the second.
+        change: (sum_b − sum_a)/sum_a, a fraction of 1; infinite if only sum_a is 0.
+        cosine: of the two vectors of activations.
     """
 
     tensor: str | None
@@ -35,8 +43,16 @@ class TensorDifference:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """`differences` by largest change first; weights, and experts by weight, that have data on one side only."""
+class ImatrixComparison:
+    """How two imatrices differ.
+
+    Parameters:
+        differences: of each weight, the largest change first.
+        only_a: weights with data in the first imatrix only.
+        only_b: weights with data in the second only.
+        experts_only_a: experts with data in the first only, by weight.
+        experts_only_b: experts with data in the second only, by weight.
+    """
 
     differences: list[TensorDifference]
     only_a: list[str]
@@ -44,13 +60,13 @@ class Comparison:
     experts_only_a: dict[str, list[int]]
     experts_only_b: dict[str, list[int]]
 
-    def of_kinds(self, kinds: Collection[str]) -> "Comparison":
-        """Only weights of these kinds; all of them if there are no kinds."""
+    def of_kinds(self, kinds: Collection[str]) -> "ImatrixComparison":
+        """Only what is about weights of these kinds; everything if no kind is named."""
 
         def kept(names: Iterable[str]) -> list[str]:
             return [name for name in names if not kinds or imatrix_place(name)[1] in kinds]
 
-        return Comparison(
+        return ImatrixComparison(
             [difference for difference in self.differences if not kinds or difference.kind in kinds],
             kept(self.only_a),
             kept(self.only_b),
@@ -59,7 +75,7 @@ class Comparison:
         )
 
     def sides(self) -> dict[str, Any]:
-        """What is on one side only, as JSON."""
+        """What only one of the two has, as JSON."""
         return {
             "only_a": self.only_a,
             "only_b": self.only_b,
@@ -68,25 +84,24 @@ class Comparison:
         }
 
 
-def compare(a: Imatrix, b: Imatrix) -> Comparison:
-    """Compare two imatrices of one model, weight by weight, in float64.
+def compare_imatrices(a: Imatrix, b: Imatrix) -> ImatrixComparison:
+    """Compares two imatrices of one model, weight by weight, in float64.
 
-    Raises BitladderError if a weight has another shape in the other, or if they have none in common: these are of two
-    models.
+    Raises BitladderError if a weight has another shape in the other, or if no weight is in both.
     """
     with_data = [{n for n, e in imatrix.entries.items() if (e.counts > 0).any()} for imatrix in (a, b)]
     if not set(a.entries) & set(b.entries):
         raise BitladderError("the two imatrices have no weight in common: these are of two models")
     differences, only_a, only_b = [], {}, {}
     for name in sorted(set(a.entries) & set(b.entries), key=imatrix_order):
-        one, two = _aligned(name, a.entries[name], b.entries[name])
-        reached_a, reached_b = one.counts > 0, two.counts > 0
+        entry_a, entry_b = _aligned(name, a.entries[name], b.entries[name])
+        reached_a, reached_b = entry_a.counts > 0, entry_b.counts > 0
         only_a[name] = np.flatnonzero(reached_a & ~reached_b).tolist()
         only_b[name] = np.flatnonzero(reached_b & ~reached_a).tolist()
         both = reached_a & reached_b
         if both.any():
-            differences.append(_difference(name, _means(one, both), _means(two, both)))
-    return Comparison(
+            differences.append(_difference(name, _means(entry_a, both), _means(entry_b, both)))
+    return ImatrixComparison(
         differences=sorted(differences, key=lambda d: magnitude(d.change), reverse=True),
         only_a=sorted(with_data[0] - with_data[1], key=imatrix_order),
         only_b=sorted(with_data[1] - with_data[0], key=imatrix_order),
@@ -95,17 +110,17 @@ def compare(a: Imatrix, b: Imatrix) -> Comparison:
     )
 
 
-def grouped(differences: Iterable[TensorDifference], by: str) -> list[TensorDifference]:
-    """Averages per "layer" or "kind", weighted by N; the change is that of the averages."""
+def grouped_differences(differences: Iterable[TensorDifference], by: str) -> list[TensorDifference]:
+    """Averages for each "layer" or "kind", weighted by N. The change is that of the averages."""
     groups: dict[int | str | None, list[TensorDifference]] = {}
     for difference in differences:
         groups.setdefault(difference.layer if by == "layer" else difference.kind, []).append(difference)
-    found = []
+    averages = []
     for key, members in groups.items():
-        # A weight that has a sum on one side only would be a change that is none.
+        # A weight without a sum in one of them would look like a change.
         whole = [d for d in members if d.sum_a is not None and d.sum_b is not None]
         sum_a, sum_b = weighted_mean((d.n, d.sum_a) for d in whole), weighted_mean((d.n, d.sum_b) for d in whole)
-        found.append(
+        averages.append(
             TensorDifference(
                 tensor=None,
                 layer=key if isinstance(key, int) else None,
@@ -118,31 +133,31 @@ def grouped(differences: Iterable[TensorDifference], by: str) -> list[TensorDiff
                 cosine=weighted_mean((d.n, d.cosine) for d in members),
             )
         )
-    return sorted(found, key=lambda d: magnitude(d.change), reverse=True)
+    return sorted(averages, key=lambda d: magnitude(d.change), reverse=True)
 
 
 def magnitude(change: float | None) -> float:
-    """|change|, and less than any where there is none."""
+    """|change|, and −1 where it is not defined, so that it sorts last."""
     return -1.0 if change is None else abs(change)
 
 
-def _aligned(name: str, a: Entry, b: Entry) -> tuple[Entry, Entry]:
-    """The two with a count for each expert: a .dat file has one for all of them."""
+def _aligned(name: str, a: ImatrixEntry, b: ImatrixEntry) -> tuple[ImatrixEntry, ImatrixEntry]:
+    """Both entries with a count for each expert: a .dat file has one for all of them."""
     experts = max(len(a.counts), len(b.counts))
     if a.sums.size != b.sums.size or not {len(a.counts), len(b.counts)} <= {1, experts}:
         raise BitladderError(f"{name} is {_shape(a)} in one and {_shape(b)} in the other: these are of two models")
     spread = [
-        Entry(entry.sums.reshape(experts, -1), np.repeat(entry.counts, experts // len(entry.counts)))
+        ImatrixEntry(entry.sums.reshape(experts, -1), np.repeat(entry.counts, experts // len(entry.counts)))
         for entry in (a, b)
     ]
     return spread[0], spread[1]
 
 
-def _shape(entry: Entry) -> str:
+def _shape(entry: ImatrixEntry) -> str:
     return " × ".join(map(str, entry.sums.shape[::-1]))
 
 
-def _means(entry: Entry, which: np.ndarray) -> Doubles:
+def _means(entry: ImatrixEntry, which: np.ndarray) -> Doubles:
     means: Doubles = entry.sums[which].astype(np.float64) / entry.counts[which, None]
     return means.reshape(-1)
 
@@ -164,6 +179,12 @@ def _difference(name: str, a: Doubles, b: Doubles) -> TensorDifference:
 
 
 def _change(a: float | None, b: float | None) -> float | None:
+    """The change from a to b.
+
+    Example:
+        >>> _change(2.0, 3.0), _change(0.0, 1.0), _change(None, 1.0)
+        (0.5, inf, None)
+    """
     if a is None or b is None:
         return None
     if a == 0:

@@ -1,4 +1,4 @@
-"""What an imatrix does not know: experts never reached, weights without an entry, values that are no numbers."""
+"""Gaps of an imatrix: experts that no token reached, weights without an entry, values that are not finite."""
 
 import dataclasses
 import os
@@ -21,13 +21,16 @@ _WHY = {
 
 @dataclasses.dataclass
 class Gaps:
-    """By weight name, in the order of blocks.
+    """What an imatrix lacks, by weight, in the order of blocks.
 
-    `unreached`: experts without a token, and of how many. `perhaps_unreached`: the same guessed from a .dat file,
-    which has no counts for experts and gives those without a token a mean of exactly 1 (only with a model, which tells
-    the number of experts). `no_data`: entries without a single token. `not_finite`: how many values are NaN or
-    infinite. `without_entry`: weights of the model with at least two dimensions that the imatrix says nothing of, None
-    if no model was given; `not_in_model`: entries that the model has no weight for.
+    Parameters:
+        unreached: experts without a token, and the number of all experts.
+        perhaps_unreached: the same, guessed from a .dat file, which has no counts of experts and gives those without a
+            token a mean of exactly 1. It is empty without a model, which has the number of experts.
+        no_data: entries without a single token.
+        not_finite: how many values are NaN or infinite.
+        without_entry: weights of the model with at least two dimensions but no entry; None without a model.
+        not_in_model: entries without a weight in the model; None without a model.
     """
 
     unreached: dict[str, tuple[list[int], int]]
@@ -38,7 +41,7 @@ class Gaps:
     not_in_model: list[str] | None = None
 
     def of_kinds(self, kinds: Collection[str]) -> "Gaps":
-        """Only the gaps of weights of these kinds; all of them if there are no kinds."""
+        """Only the gaps of weights of these kinds; all gaps if no kind is named."""
 
         def keep(value: Any) -> Any:
             if isinstance(value, dict):
@@ -50,16 +53,16 @@ class Gaps:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON: experts as {"count", "of", "experts"}, the rest as it is."""
-        found = dataclasses.asdict(self)
+        document = dataclasses.asdict(self)
         for field in ("unreached", "perhaps_unreached"):
-            found[field] = {
+            document[field] = {
                 name: {"count": len(experts), "of": of, "experts": experts}
                 for name, (experts, of) in getattr(self, field).items()
             }
-        return found
+        return document
 
     def lines(self) -> list[str]:
-        """Each gap in a line for a person; weights that share one share a line."""
+        """The gaps as lines for a person. Weights with the same gap share a line."""
         lines = _expert_lines(self.unreached, "never reached")
         lines += _expert_lines(self.perhaps_unreached, "perhaps never reached (all their means are exactly 1)")
         for name, count in self.not_finite.items():
@@ -75,9 +78,14 @@ class Gaps:
 
 
 def find_gaps(imatrix: Imatrix, model: str | os.PathLike[str] | None = None) -> Gaps:
-    """All gaps of an imatrix, also against a model's GGUF file if one is given (only its header is read).
+    """All gaps of an imatrix.
 
-    Raises BitladderError if the file is no model, or one whose weights have other widths than the entries.
+    Parameters:
+        imatrix: the matrix.
+        model: path of the model's GGUF, whose header says which weights there are; or None.
+
+    Raises:
+        BitladderError: the file is not a model, or its weights have other widths than the entries.
     """
     names = sorted(imatrix.entries, key=imatrix_order)
     entries = {name: imatrix.entries[name] for name in names}
@@ -126,9 +134,9 @@ def _columns(tensor: TensorInfo) -> tuple[int, int]:
     return tensor.width * experts, experts
 
 
-def _expert_lines(found: dict[str, tuple[list[int], int]], what: str) -> list[str]:
+def _expert_lines(gaps: dict[str, tuple[list[int], int]], what: str) -> list[str]:
     shared: dict[tuple[int | None, str, int, int], list[str]] = {}
-    for name, (experts, of) in found.items():
+    for name, (experts, of) in gaps.items():
         layer, kind = imatrix_place(name)
         shared.setdefault((layer, ranges(experts), len(experts), of), []).append(kind)
     return [
@@ -142,7 +150,7 @@ def _s(count: int) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """Names, those of one kind together: "attn_q of blocks 0-3, output.weight (why)"."""
+    """Names, with those of one kind together: "attn_q of blocks 0-3, output.weight (why)"."""
     blocks: dict[str, list[int]] = {}
     others = []
     for name in names:

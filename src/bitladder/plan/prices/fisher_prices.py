@@ -7,7 +7,7 @@ price of a (tensor, type) depends on no other tensor or type.
 
 import functools
 
-from bitladder.calibrate.gradients import fisher_costs
+from bitladder.calibrate.gradients import FISHER, FisherOptions, fisher_costs
 from bitladder.engine.model import Tokens
 from bitladder.engine.types import TensorType
 from bitladder.keys import Algorithm
@@ -25,6 +25,7 @@ FISHER_PRICES = Algorithm(
         "the second-order term of every rendered error; embeddings and head by swaps",
         "inputs of swapped embeddings and head are rounded as their types' kernels round them",
     ),
+    uses=(FISHER,),
 )
 
 
@@ -52,7 +53,8 @@ def price_by_gradients(
         for name in inner
     }
     path = source.renderer.file.path
-    costs = fisher_costs(path, chunks, candidates, draws=draws, threads=threads, progress=progress)
+    how = FisherOptions(draws=draws)
+    costs = fisher_costs(path, chunks, candidates, options=how, threads=threads, progress=progress)
     kld = {name: {kind: max(cost.sequence, FLOOR) for kind, cost in costs[name].items()} for name in inner}
     outer = [(name, kind.name) for name in menus if name not in kld for kind in menus[name]]
     with progress.task("swap embeddings and head", len(outer)) as task:

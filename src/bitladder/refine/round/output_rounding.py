@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.moments.collect_moments import model_sha256
-from bitladder.calibrate.moments.moments_file import Moment, MomentsFile
+from bitladder.calibrate import Moment, MomentsFile, model_sha256
 from bitladder.engine.types import TensorType, quantize_rows
 from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile

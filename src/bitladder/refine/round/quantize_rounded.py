@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 from collections.abc import Sequence
 
-from bitladder.calibrate.moments.moments_file import MomentsFile
+from bitladder.calibrate import MomentsFile
 from bitladder.engine.types import RowKernels, type_by_name
 from bitladder.errors import UsageError
 from bitladder.evaluate import Settings, load_or_compute_base

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.imatrix import Imatrix
-from bitladder.calibrate.moments.moments_file import Moment
+from bitladder.calibrate import Imatrix, Moment
 from bitladder.engine.types import quantize_rows
 from bitladder.errors import BitladderError
 from bitladder.gguf.header import TensorInfo

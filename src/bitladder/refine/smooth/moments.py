@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
-from bitladder.calibrate.moments.moments_file import MomentsFile, writing_moments
+from bitladder.calibrate import MomentsFile, writing_moments
 from bitladder.refine.smooth.changes import Change, changed_moment
 
 

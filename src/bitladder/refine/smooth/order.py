@@ -11,7 +11,8 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.moments.watch import decode_chunks
+from bitladder.calibrate import watch_chunks
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Multiplication
 from bitladder.gguf.names import name_in_block
@@ -147,6 +148,6 @@ def _head_inputs(file: GgufFile, threads: int | None) -> Floats:
     seen = _HeadInputs()
     with Model(file.path, repack=False) as model:
         tokens = np.random.default_rng(0).integers(0, model.n_vocab, (CHUNKS, LENGTH)).astype(np.int32)
-        for _ in decode_chunks(model, tokens, seen, threads=threads):
+        for _ in watch_chunks(model, tokens, seen, Decoding(threads=threads)):
             pass
     return np.concatenate(seen.found)

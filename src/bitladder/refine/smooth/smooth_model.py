@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.imatrix import Imatrix, read_imatrix, write_imatrix
+from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
 from bitladder.engine.context import logit_differences, sequence_logits
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing, sha256_file

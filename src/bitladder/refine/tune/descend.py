@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
+from bitladder.calibrate import UnfinishedWork
 from bitladder.calibrate.gradients.forward import TorchModel
-from bitladder.calibrate.unfinished import Keep
 from bitladder.engine.model import Tokens
 from bitladder.errors import BitladderError
 from bitladder.progress import SILENT, Progress
@@ -43,7 +43,7 @@ def descend(
     chunks: Tokens,
     schedule: Schedule,
     *,
-    keep: Keep | None = None,
+    keep: UnfinishedWork | None = None,
     progress: Progress = SILENT,
 ) -> list[float]:
     """Move the student's parameters towards a lower KLD from the teacher (Adam, arXiv 1412.6980).

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.gradients.check_pass import check
-from bitladder.calibrate.gradients.needs import require_torch, torch_threads
-from bitladder.calibrate.gradients.weighted_moments import CHECKED_TOKENS
-from bitladder.calibrate.unfinished import Keep, job_key
+from bitladder.calibrate import UnfinishedWork, job_key
+from bitladder.calibrate.gradients import CHECKED_TOKENS, check_logits, require_torch, torch_threads
 from bitladder.engine.model import Model, Tokens
 from bitladder.errors import UsageError
 from bitladder.evaluate import Figure, Settings, load_or_compute_base, measure, paired_mean
@@ -98,9 +96,9 @@ def tune(
         if not made.get(TUNE_KEY):  # whose norms may have moved
             refuse_other_vectors(made, source)
     with Model(full, vocab_only=True) as vocabulary:
-        chunks = Reading(options.n_ctx, options.chunks).rows(vocabulary, texts)
+        chunks = Reading(chunks=options.chunks).rows(vocabulary, texts, options.n_ctx)
     with replacing(out) as temporary:  # opened first: a folder that cannot be written to is told of at once
-        keep = Keep(out, job_key(full, texts, [sha256_file(quant), dataclasses.asdict(options)]))
+        keep = UnfinishedWork(out, job_key(full, texts, quant=sha256_file(quant), options=options))
         blocks, vectors, seen = _moved(full, quant, chunks, options, keep, threads, progress)
         _write(quant, temporary, blocks, vectors, f"{len(chunks)} × {options.n_ctx} tokens, rate {options.rate:g}")
         before = after = difference = None
@@ -132,7 +130,7 @@ def _moved(
     quant: pathlib.Path,
     chunks: Tokens,
     options: TuneOptions,
-    keep: Keep,
+    keep: UnfinishedWork,
     threads: int | None,
     progress: Progress,
 ) -> tuple[dict[str, Bytes], dict[str, npt.NDArray[np.float32]], list[float]]:
@@ -146,7 +144,7 @@ def _moved(
         TorchModel(full, memory=1 << 62, threads=threads) as teacher,
         Student(quant, norms=options.norms, threads=threads) as student,
     ):
-        check(full, chunks[0, :CHECKED_TOKENS], threads=threads, ours=teacher)
+        check_logits(full, chunks[0, :CHECKED_TOKENS], threads=threads, ours=teacher)
         seen = descend(student, teacher, chunks, Schedule(options.rate, options.seed), keep=keep, progress=progress)
         return {name: scales.blocks() for name, scales in student.scales.items()}, student.vectors(), seen
 

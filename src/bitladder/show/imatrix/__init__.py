@@ -1,1 +1,1 @@
-"""An importance matrix in the terminal: tables, a heat map, a picture."""
+"""Tables, maps and pictures of importance matrices."""

@@ -1,4 +1,4 @@
-"""What `bitladder stats` shows: rows, columns and notes of one imatrix, or of two."""
+"""What `bitladder stats` shows of one importance matrix, or of two: rows, columns, gaps, and how they are printed."""
 
 import dataclasses
 import os
@@ -6,60 +6,91 @@ import pathlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from bitladder.calibrate.imatrix import Imatrix, read_imatrix
-from bitladder.calibrate.statistics.compare_imatrices import Comparison, TensorDifference, compare, grouped
-from bitladder.calibrate.statistics.gaps import Gaps, find_gaps, listed
-from bitladder.calibrate.statistics.groups import GroupStatistics, by_kind, by_layer
-from bitladder.calibrate.statistics.tensor_figures import TensorStatistics, tensor_statistics
+from bitladder.calibrate import Imatrix, read_imatrix
+from bitladder.calibrate.statistics import (
+    Gaps,
+    GroupStatistics,
+    ImatrixComparison,
+    TensorDifference,
+    TensorStatistics,
+    by_kind,
+    by_layer,
+    compare_imatrices,
+    find_gaps,
+    grouped_differences,
+    listed,
+    tensor_statistics,
+)
 from bitladder.errors import UsageError
 from bitladder.gguf.names import imatrix_place, ranges
-from bitladder.show.imatrix import columns as shown
-from bitladder.show.imatrix.columns import Column, find_column
-from bitladder.show.imatrix.formats import Row, plain, sort_rows
-from bitladder.show.imatrix.grid import Grid, make_grid
+from bitladder.show.imatrix import tables
+from bitladder.show.imatrix.heatmap import FigureMap, TerminalMap, make_map
+from bitladder.show.imatrix.tables import FigureColumn, FigureRow, find_column, plain, sort_rows
+from bitladder.show.output import Output
 
 PathLike = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
-    """`rows` are dataclasses of `row_type`, shown by `columns`; `notes` are the gaps, a line each.
+class ImatrixView:
+    """What is shown.
 
-    `tensors` are the rows per tensor that `grid` draws, by `tensor_columns`; `about` is the rest of the JSON.
+    Parameters:
+        heading: what it is of.
+        by: "tensor", "layer" or "kind".
+        columns: columns of the table.
+        rows: dataclasses of `row_type`.
+        row_type: their class.
+        notes: the gaps, a line each.
+        about: the rest of the JSON.
+        tensors: rows by tensor, which a map is made of.
+        tensor_columns: their columns.
     """
 
     heading: str
     by: str
-    columns: Sequence[Column]
-    rows: Sequence[Row]
+    columns: Sequence[FigureColumn]
+    rows: Sequence[FigureRow]
     row_type: type
     notes: list[str]
     about: dict[str, Any]
     tensors: Sequence[TensorStatistics | TensorDifference]
-    tensor_columns: Sequence[Column]
+    tensor_columns: Sequence[FigureColumn]
 
-    def grid(self, column: str) -> Grid:
+    def map(self, column: str) -> FigureMap:
         """A column of figures as layers × kinds. Raises UsageError if there is no such column."""
-        return make_grid(self.tensors, find_column(self.tensor_columns, column, numeric=True))
+        return make_map(self.tensors, find_column(self.tensor_columns, column, numeric=True))
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON: fractions are of 1, and what is not defined is null."""
+        """As JSON: fractions are of 1; what is not defined is null."""
         return {**self.about, "by": self.by, "rows": [plain(row) for row in self.rows]}
 
 
-def statistics(
+def view_statistics(
     path: PathLike, model: PathLike | None, kinds: Collection[str] = (), by: str = "tensor", sort: str | None = None
-) -> View:
-    """The figures of one imatrix. Raises BitladderError or UsageError as reading, kinds and columns do."""
+) -> ImatrixView:
+    """The figures of one imatrix.
+
+    Parameters:
+        path: the imatrix.
+        model: the model's GGUF, for gaps; or None.
+        kinds: kinds of tensors to show; all if none is named.
+        by: "tensor", "layer" or "kind".
+        sort: a column to sort by, with "-" before it for the other order.
+
+    Raises:
+        BitladderError: a file cannot be read.
+        UsageError: there is no such kind or column.
+    """
     imatrix = read_imatrix(path, finite=False)
     _check_kinds(kinds, imatrix.entries)
     gaps = find_gaps(imatrix, model).of_kinds(kinds)
     tensors = [tensor for tensor in tensor_statistics(imatrix) if not kinds or tensor.kind in kinds]
-    rows: Sequence[Row] = tensors
+    rows: Sequence[FigureRow] = tensors
     if by != "tensor":
         rows = by_layer(tensors) if by == "layer" else by_kind(tensors)
-    columns = shown.STATISTICS[by]
-    return View(
+    columns = tables.STATISTICS[by]
+    return ImatrixView(
         heading=_heading(path, imatrix),
         by=by,
         columns=columns,
@@ -68,39 +99,41 @@ def statistics(
         notes=gaps.lines(),
         about={**_about(path, imatrix), "gaps": gaps.to_json()},
         tensors=tensors,
-        tensor_columns=shown.TENSOR,
+        tensor_columns=tables.TENSOR,
     )
 
 
-def differences(
+def view_differences(
     path_a: PathLike,
     path_b: PathLike,
     model: PathLike | None,
     kinds: Collection[str] = (),
     by: str = "tensor",
     sort: str | None = None,
-) -> View:
-    """How two imatrices of one model differ. Raises as `statistics` does, and if these are of two models."""
+) -> ImatrixView:
+    """How two imatrices of one model differ. Parameters and errors are as of `view_statistics`."""
     a, b = read_imatrix(path_a, finite=False), read_imatrix(path_b, finite=False)
     _check_kinds(kinds, {*a.entries, *b.entries})
-    found = compare(a, b).of_kinds(kinds)
+    comparison = compare_imatrices(a, b).of_kinds(kinds)
     gaps = [find_gaps(imatrix, model).of_kinds(kinds) for imatrix in (a, b)]
-    rows: Sequence[Row] = found.differences if by == "tensor" else grouped(found.differences, by)
-    columns = shown.DIFFERENCE[by]
-    return View(
+    rows: Sequence[FigureRow] = (
+        comparison.differences if by == "tensor" else grouped_differences(comparison.differences, by)
+    )
+    columns = tables.DIFFERENCE[by]
+    return ImatrixView(
         heading=f"A: {_heading(path_a, a)}\nB: {_heading(path_b, b)}",
         by=by,
         columns=columns,
         rows=sort_rows(rows, columns, sort) if sort else rows,
         row_type=TensorDifference,
-        notes=_side_notes(found) + _gap_notes(gaps),
+        notes=_side_notes(comparison) + _gap_notes(gaps),
         about={
             "a": {**_about(path_a, a), "gaps": gaps[0].to_json()},
             "b": {**_about(path_b, b), "gaps": gaps[1].to_json()},
-            **found.sides(),
+            **comparison.sides(),
         },
-        tensors=found.differences,
-        tensor_columns=shown.DIFFERENCE["tensor"],
+        tensors=comparison.differences,
+        tensor_columns=tables.DIFFERENCE["tensor"],
     )
 
 
@@ -129,11 +162,11 @@ def _check_kinds(kinds: Collection[str], names: Iterable[str]) -> None:
             raise UsageError(f"no tensor of kind {kind!r}; there are {', '.join(known)}")
 
 
-def _side_notes(found: Comparison) -> list[str]:
+def _side_notes(comparison: ImatrixComparison) -> list[str]:
     notes = []
     for side, names, experts in (
-        ("A", found.only_a, found.experts_only_a),
-        ("B", found.only_b, found.experts_only_b),
+        ("A", comparison.only_a, comparison.experts_only_a),
+        ("B", comparison.only_b, comparison.experts_only_b),
     ):
         if names:
             notes.append(f"only in {side}: {listed(names)}")
@@ -143,7 +176,37 @@ def _side_notes(found: Comparison) -> list[str]:
 
 
 def _gap_notes(gaps: Sequence[Gaps]) -> list[str]:
-    """The gaps of both; what they share is said once."""
-    a, b = (found.lines() for found in gaps)
+    """The gaps of both. A gap that both have is one line."""
+    a, b = (one.lines() for one in gaps)
     shared = [line for line in a if line in b]
     return shared + [f"{side}: {line}" for side, lines in (("A", a), ("B", b)) for line in lines if line not in shared]
+
+
+def print_view(output: Output, view: ImatrixView, form: str, heatmap: str | None, *, with_rows: bool) -> None:
+    """Prints a view.
+
+    Parameters:
+        output: where to.
+        view: what is shown.
+        form: "table", "csv", "json" or "md".
+        heatmap: a column to show as a map of layers × kinds, if any.
+        with_rows: whether the table is printed too.
+    """
+    if heatmap:
+        output.print(TerminalMap(view.map(heatmap)))
+    if form == "json":
+        output.print_json(view.to_json())
+        return
+    if form == "csv":
+        output.line(tables.comma_separated(view.rows, view.row_type).removesuffix("\n"))
+        for note in view.notes:
+            output.progress.warn(note)
+        return
+    if with_rows:
+        lines = tables.markdown if form == "md" else tables.aligned
+        for line in [view.heading, "", *lines(view.rows, view.columns)]:
+            output.line(line)
+    if view.notes:
+        output.line("")
+    for note in view.notes:
+        output.line(f"- {note}" if form == "md" else f"gap: {note}")

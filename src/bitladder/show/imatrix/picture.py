@@ -1,4 +1,4 @@
-"""The grid as a picture: PNG by matplotlib, or one HTML page of plain SVG that needs nothing else."""
+"""The map of a figure as a picture: PNG by matplotlib, or an HTML page with SVG that needs nothing else."""
 
 import html
 import importlib
@@ -11,9 +11,8 @@ import numpy as np
 
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing, write_text
-from bitladder.show.imatrix.columns import DASH, Column
-from bitladder.show.imatrix.formats import Row
-from bitladder.show.imatrix.grid import Grid, on_top
+from bitladder.show.imatrix.heatmap import FigureMap, text_colour
+from bitladder.show.imatrix.tables import DASH, FigureColumn, FigureRow
 
 _CELL_WIDTH, _CELL_HEIGHT, _MARGIN, _HEAD = 92, 20, 48, 40
 _STYLE = """
@@ -27,7 +26,7 @@ svg text { font: 11px system-ui, sans-serif }
 
 
 def check_target(path: pathlib.Path) -> None:
-    """Raise UsageError unless `path` ends in .png or .html, and BitladderError if a PNG lacks matplotlib."""
+    """Raises UsageError unless `path` ends in .png or .html, and BitladderError if matplotlib is missing for a PNG."""
     if path.suffix.lower() not in (".png", ".html"):
         raise UsageError(f"--plot {path}: name a file that ends in .png or .html")
     if path.suffix.lower() == ".png":
@@ -35,51 +34,68 @@ def check_target(path: pathlib.Path) -> None:
 
 
 def write_plot(
-    path: pathlib.Path, grid: Grid, heading: str, rows: Sequence[Row], columns: Sequence[Column], notes: Sequence[str]
+    path: pathlib.Path,
+    figures: FigureMap,
+    heading: str,
+    rows: Sequence[FigureRow],
+    columns: Sequence[FigureColumn],
+    notes: Sequence[str],
 ) -> None:
-    """Draw the grid to a .png, or to a .html page that has the gaps (`notes`) and the table of `rows` below it.
+    """Draws the map to a .png, or to a .html page with the gaps and the table below it.
 
-    Raises as `check_target` does, and BitladderError if the file cannot be written.
+    Parameters:
+        path: the file.
+        figures: the map.
+        heading: what it is of.
+        rows: rows of the table.
+        columns: columns of the table.
+        notes: the gaps, a line each.
+
+    Raises:
+        UsageError: the file's name has another ending.
+        BitladderError: a PNG needs matplotlib, or the file cannot be written.
     """
     check_target(path)
     if path.suffix.lower() == ".png":
-        _write_png(path, grid, heading)
+        _write_png(path, figures, heading)
     else:
-        write_text(path, page(grid, heading, rows, columns, notes))
+        write_text(path, page(figures, heading, rows, columns, notes))
 
 
-def page(grid: Grid, heading: str, rows: Sequence[Row], columns: Sequence[Column], notes: Sequence[str]) -> str:
-    """The HTML page: no script, no network."""
+def page(
+    figures: FigureMap, heading: str, rows: Sequence[FigureRow], columns: Sequence[FigureColumn], notes: Sequence[str]
+) -> str:
+    """The HTML page. It has no script and loads nothing."""
     heading = html.escape(heading)
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{heading}</title>'
         f"<style>{_STYLE}</style></head><body>\n<h1>{heading}</h1>\n"
-        f"<h2>{html.escape(grid.title())}</h2>\n<p>Colours {html.escape(grid.legend())}.</p>\n"
-        f'<div class="wide">{svg(grid)}</div>\n'
+        f"<h2>{html.escape(figures.title())}</h2>\n<p>Colours {html.escape(figures.legend())}.</p>\n"
+        f'<div class="wide">{svg(figures)}</div>\n'
         f"<h2>Gaps</h2>\n{f'<ul>{listed}</ul>' if notes else '<p>None found.</p>'}\n"
         f'<h2>Figures</h2>\n<div class="wide">{_table(rows, columns)}</div>\n</body></html>\n'
     )
 
 
-def svg(grid: Grid) -> str:
-    """The grid as an SVG element; a cell tells its place and value when pointed at."""
-    width = _MARGIN + _CELL_WIDTH * len(grid.kinds)
-    height = _HEAD + _CELL_HEIGHT * len(grid.layers)
+def svg(figures: FigureMap) -> str:
+    """The map as an SVG element. A cell says its place and value when it is pointed at."""
+    width = _MARGIN + _CELL_WIDTH * len(figures.kinds)
+    height = _HEAD + _CELL_HEIGHT * len(figures.layers)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img">']
-    for i, kind in enumerate(grid.kinds):
+    for i, kind in enumerate(figures.kinds):
         parts.append(_text(_MARGIN + (i + 0.5) * _CELL_WIDTH, _HEAD - 8, kind, "#222"))
-    for j, (layer, row) in enumerate(zip(grid.layers, grid.values, strict=True)):
+    for j, (layer, row) in enumerate(zip(figures.layers, figures.values, strict=True)):
         label, top = (DASH if layer is None else str(layer)), _HEAD + j * _CELL_HEIGHT
         parts.append(_text(_MARGIN / 2, top + 14, label, "#222"))
-        for i, (kind, value) in enumerate(zip(grid.kinds, row, strict=True)):
+        for i, (kind, value) in enumerate(zip(figures.kinds, row, strict=True)):
             if value is None:
                 continue
-            colour, left = grid.colour(value), _MARGIN + i * _CELL_WIDTH
+            colour, left = figures.colour(value), _MARGIN + i * _CELL_WIDTH
             parts.append(
-                f'<g><title>{html.escape(kind)}, layer {label}: {grid.column.cell(value)}</title><rect x="{left}" '
+                f'<g><title>{html.escape(kind)}, layer {label}: {figures.column.cell(value)}</title><rect x="{left}" '
                 f'y="{top}" width="{_CELL_WIDTH - 1}" height="{_CELL_HEIGHT - 1}" fill="rgb{colour}"/>'
-                f"{_text(left + _CELL_WIDTH / 2, top + 14, grid.short(value), f'rgb{on_top(colour)}')}</g>"
+                f"{_text(left + _CELL_WIDTH / 2, top + 14, figures.short(value), f'rgb{text_colour(colour)}')}</g>"
             )
     return "".join([*parts, "</svg>"])
 
@@ -88,7 +104,7 @@ def _text(x: float, y: float, text: str, fill: str) -> str:
     return f'<text x="{x:g}" y="{y:g}" text-anchor="middle" fill="{fill}">{html.escape(text)}</text>'
 
 
-def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+def _table(rows: Sequence[FigureRow], columns: Sequence[FigureColumn]) -> str:
     head = "".join(f"<th{_class(column)}>{html.escape(column.heading)}</th>" for column in columns)
     body = "\n".join(
         "<tr>" + "".join(f"<td{_class(c)}>{html.escape(c.cell(getattr(row, c.name)))}</td>" for c in columns) + "</tr>"
@@ -97,7 +113,7 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
-def _class(column: Column) -> str:
+def _class(column: FigureColumn) -> str:
     return ' class="name"' if column.name == "kind" else ""
 
 
@@ -111,27 +127,27 @@ def _matplotlib(module: str) -> Any:
         ) from error
 
 
-def _write_png(path: pathlib.Path, grid: Grid, heading: str) -> None:
+def _write_png(path: pathlib.Path, figures: FigureMap, heading: str) -> None:
     colours = _matplotlib("colors")
-    values = np.array([[np.nan if v is None or not math.isfinite(v) else v for v in row] for row in grid.values])
-    least, most = (v * (100 if grid.column.percent else 1) for v in grid.span())
-    if grid.column.percent:
+    values = np.array([[np.nan if v is None or not math.isfinite(v) else v for v in row] for row in figures.values])
+    least, most = (v * (100 if figures.column.percent else 1) for v in figures.span())
+    if figures.column.percent:
         values *= 100
-    logarithmic = grid.column.scale == "log" and most > least > 0
+    logarithmic = figures.column.scale == "log" and most > least > 0
     if logarithmic:
         values = np.maximum(values, least)
     scale = (colours.LogNorm if logarithmic else colours.Normalize)(least, most)
-    kinds, layers = len(grid.kinds), len(grid.layers)
-    # A figure of our own and not pyplot's: no display, nothing global.
+    kinds, layers = len(figures.kinds), len(figures.layers)
+    # A figure without pyplot: no display, and no global state.
     figure = _matplotlib("figure").Figure(figsize=(2.5 + 0.7 * kinds, 2 + 0.2 * layers), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
-        values, aspect="auto", norm=scale, cmap="RdBu_r" if grid.column.scale == "signed" else "viridis"
+        values, aspect="auto", norm=scale, cmap="RdBu_r" if figures.column.scale == "signed" else "viridis"
     )
-    axes.set_xticks(range(kinds), grid.kinds, rotation=45, ha="right")
-    axes.set_yticks(range(layers), [DASH if layer is None else str(layer) for layer in grid.layers])
+    axes.set_xticks(range(kinds), figures.kinds, rotation=45, ha="right")
+    axes.set_yticks(range(layers), [DASH if layer is None else str(layer) for layer in figures.layers])
     axes.set_ylabel("layer")
-    axes.set_title(f"{heading}\n{grid.title()}", fontsize="medium")
+    axes.set_title(f"{heading}\n{figures.title()}", fontsize="medium")
     figure.colorbar(image, ax=axes)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,310 @@
+"""Collects second moments of a model's inputs over texts, E[w xxᵀ], and writes the file that rounding reads.
+
+What a token counts (w) comes from gradients, from trying what an error at its position costs, or is 1.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixCollector, ImatrixOptions
+from bitladder.calibrate.gradients.kept_moments import moments_by_gradients
+from bitladder.calibrate.gradients.usable import require_torch, why_no_gradients
+from bitladder.calibrate.gradients.weighted_moments import GRADIENT_MOMENTS, GradientOptions
+from bitladder.calibrate.imatrix import read_imatrix, write_imatrix
+from bitladder.calibrate.inputs import Floats, model_inputs, refuse_short
+from bitladder.calibrate.moments.assemble import MomentsSource, write_sources
+from bitladder.calibrate.moments.entries import make_entries, plan_passes
+from bitladder.calibrate.moments.moments_file import MomentsFile, Provenance
+from bitladder.calibrate.moments.passes import IMATRIX_FILE, CollectedMoments, run_passes
+from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, position_weights
+from bitladder.calibrate.unfinished import UnfinishedWork, job_key
+from bitladder.engine.decoding import Decoding
+from bitladder.engine.devices import main_memory
+from bitladder.engine.model import Model, Tokens
+from bitladder.errors import BitladderError, UsageError
+from bitladder.files import sha256_file
+from bitladder.gguf.shards import joined_sha256, shards_of
+from bitladder.keys import Algorithm
+from bitladder.options import Options, option
+from bitladder.progress import SILENT, Progress
+from bitladder.text.chunks import Reading
+from bitladder.text.texts import Text
+
+Weighting = Literal["gradients", "positions", "tokens"]
+Path = str | os.PathLike[str]
+
+MOMENTS = Algorithm("moments", ("means of w xxᵀ; each input is added up once",), uses=(POSITIONS, GRADIENT_MOMENTS))
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentsOptions(Options):
+    """What a token counts, and what is collected."""
+
+    weighting: Weighting | None = option(
+        None,
+        "--weighting",
+        help="What a token counts: what an error there costs by gradients (needs torch) or by its position, found by "
+        "trying; or 1.",
+        unset="gradients if torch is installed and knows the architecture, else positions",
+    )
+    memory: float | None = option(
+        None,
+        "--memory",
+        least=1e-6,
+        decides=False,
+        metavar="GIB",
+        help="GiB for moments; what does not fit takes another pass over the text.",
+        unset="a quarter of main memory",
+    )
+    positions: PositionOptions = option(PositionOptions)
+    gradients: GradientOptions = option(GradientOptions)
+    imatrix: ImatrixOptions = option(ImatrixOptions)
+
+    def memory_bytes(self, share: int) -> int:
+        """Bytes for moments: `memory`, or one part in `share` of main memory."""
+        return max(main_memory() // share, 1 << 28) if self.memory is None else int(self.memory * 2**30)
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentsResult:
+    """What was written.
+
+    Parameters:
+        path: the file.
+        weights: weights that it covers.
+        entries: entries that they share.
+        chunks: chunks that are in it.
+        passes: passes over these chunks.
+        weighting: what a token counted by.
+        gaps: experts that no token reached, by weight.
+    """
+
+    path: pathlib.Path
+    weights: int
+    entries: int
+    chunks: int
+    passes: int
+    weighting: str
+    gaps: dict[str, list[int]]
+
+
+def usual_weighting(model: Path) -> Weighting:
+    """What tokens count by if nobody chooses: "gradients" where they can be had (`why_no_gradients`), or "positions".
+
+    Only the model's header is read. Whoever keeps moments under a key has this in the key.
+    """
+    return "gradients" if why_no_gradients(model) is None else "positions"
+
+
+# Nine parameters: the inputs, the outputs, options of three kinds, and who hears of the work.
+@MOMENTS.entry
+def collect_moments(
+    model: Path,
+    texts: Sequence[Text],
+    out: Path,
+    *,
+    reading: Reading | None = None,
+    decoding: Decoding | None = None,
+    options: MomentsOptions | None = None,
+    imatrix: Path | None = None,
+    in_files: Sequence[Path] = (),
+    progress: Progress = SILENT,
+) -> MomentsResult:
+    """Collects the second moments of a model's inputs over some texts and writes them (format: `moments.moments_file`).
+
+    What is finished stays in the folder `out`.parts, and the state of the pass at hand is kept there each minute. A
+    call that was interrupted continues from there.
+
+    Parameters:
+        model: path of a full-precision GGUF.
+        texts: the calibration texts, at least one.
+        out: path of the file to write.
+        reading: which chunks of each text are read; None reads all.
+        decoding: chunks of `n_ctx` tokens, one at a time, `n_ubatch` tokens in a computation.
+        options: what a token counts, and what is collected.
+        imatrix: path of an importance matrix to write from the same chunks, if any.
+        in_files: moments to add.
+        progress: hears of the work.
+
+    Raises:
+        BitladderError: a text is too short, a value is not finite, a file is of another model, or gradients cannot be
+            had (see `gradients.weighted_moments`).
+        UsageError: there is no text, or chunks are shorter than MIN_CALIBRATION_CTX tokens.
+    """
+    reading, decoding, options = reading or Reading(), decoding or Decoding(), options or MomentsOptions()
+    refuse_short({"-c": decoding.n_ctx} | ({} if imatrix is None else {"-ub": decoding.n_ubatch}))
+    if not texts:
+        raise UsageError("second moments need a text: pass -f")
+    out, datasets = pathlib.Path(out), [text.name for text in texts]
+    weighting = options.weighting or usual_weighting(model)
+    settings = [reading, decoding, decoding.n_ubatch, options, weighting, imatrix is not None]
+    if weighting == "gradients":
+        settings.append(str(require_torch().__version__))
+    passes = 1
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(MomentsFile(path)) for path in in_files]
+        work = UnfinishedWork(out, job_key(model, texts, MOMENTS, IMATRIX, settings=settings))
+        only_vocabulary = weighting == "gradients" and imatrix is None
+        with Model(model, vocab_only=only_vocabulary, gpu_layers=decoding.gpu_layers) as loaded:
+            chunks = reading.rows(loaded, texts, decoding.n_ctx)
+            provenance = Provenance(datasets, len(chunks), decoding.n_ctx, weighting, model_sha256(model))
+            inputs = [] if only_vocabulary else model_inputs(loaded, decoding.threads)
+            beside = None
+            if imatrix is not None:
+                beside = ImatrixCollector(inputs, options.imatrix.process_output), datasets
+            if weighting != "gradients":
+                weights = _position_weights(model, chunks, work, decoding, options, progress)
+                planned = plan_passes(make_entries(inputs, weights, decoding.n_ctx), options.memory_bytes(4))
+                passes = len(planned)
+                if passes > 1:
+                    progress.info(f"{passes} passes over the chunks; more memory (--memory) would need fewer")
+                last = run_passes(loaded, chunks, planned, work, beside, decoding, progress)
+                source: MomentsSource = CollectedMoments(planned, last, work, provenance)
+            elif beside is not None:
+                run_passes(loaded, chunks, [[]], work, beside, decoding, progress)
+        if weighting == "gradients":
+            # Half of the memory, because as much again is used for weights.
+            source = moments_by_gradients(
+                model, chunks, work, provenance, options.gradients, options.memory_bytes(8), decoding.threads, progress
+            )
+        result = _write(out, [source, *others], passes, progress)
+        if imatrix is not None:
+            write_imatrix(read_imatrix(work.path(IMATRIX_FILE)), imatrix, options.imatrix.form)
+    work.remove()
+    return result
+
+
+def merge_moments(out: Path, in_files: Sequence[Path], *, progress: Progress = SILENT) -> MomentsResult:
+    """Writes the mean of some files of moments, in which each token counts alike.
+
+    Parameters:
+        out: path of the file to write.
+        in_files: files of moments, of one model.
+        progress: hears of gaps.
+
+    Raises:
+        BitladderError: there is no file to merge, or the files do not fit together.
+    """
+    if not in_files:
+        raise BitladderError("nothing to do: give a text (-f) or moments to merge (--in-file)")
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(MomentsFile(path)) for path in in_files]
+        return _write(pathlib.Path(out), sources, 0, progress)
+
+
+def _write(out: pathlib.Path, sources: Sequence[MomentsSource], passes: int, progress: Progress) -> MomentsResult:
+    """Writes what some sources hold together, and warns of experts without data."""
+    provenance = write_sources(out, sources)
+    names, gaps = sources[0].names(), {}
+    for name in names:
+        counts = np.sum([source.counts(name) for source in sources], axis=0)
+        if not counts.all():
+            gaps[name] = np.flatnonzero(counts == 0).tolist()
+    if gaps:
+        progress.warn(
+            f"{sum(map(len, gaps.values()))} experts in {len(gaps)} weights were reached by no token: nothing is known "
+            "of their inputs. Use more, or more varied, calibration text"
+        )
+    entries = len({tuple(source.entry(name) for source in sources) for name in names})
+    return MomentsResult(out, len(names), entries, provenance.chunk_count, passes, provenance.weighting, gaps)
+
+
+def model_sha256(model: Path) -> str:
+    """The hash of a model's content, of all its shards."""
+    return joined_sha256([sha256_file(part) for part in shards_of(pathlib.Path(model))])
+
+
+def _position_weights(
+    model: Path, chunks: Tokens, work: UnfinishedWork, decoding: Decoding, options: MomentsOptions, progress: Progress
+) -> Mapping[str, Floats]:
+    """What tokens count by their positions, measured or as it was kept; nothing where all count alike."""
+    if options.weighting == "tokens":
+        return {}
+    if not work.has("positions"):
+        profiles = position_weights(model, chunks, options=options.positions, decoding=decoding, progress=progress)
+        work.put("positions.names", np.array(list(profiles)))
+        work.put("positions", np.stack(list(profiles.values())))
+    names = work.get("positions.names").tolist()
+    return dict(zip(names, work.get("positions"), strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingMomentsOptions(Options):
+    """Which second moments rounding gets. Gradients cost much, and correlations need many tokens: hence two files."""
+
+    moments_chunks: int = option(
+        64,
+        "--moments-chunks",
+        least=1,
+        metavar="N",
+        help="Chunks of each calibration text, from all over it, on which second moments are collected.",
+    )
+    plain_share: int = option(
+        2, least=1, help="Moments in which all tokens count alike are of so many times the chunks."
+    )
+    positions: PositionOptions = option(PositionOptions)
+    gradients: GradientOptions = option(GradientOptions)
+
+
+def collect_for_rounding(
+    model: Path,
+    texts: Sequence[Text],
+    out: Path,
+    plain: Path,
+    *,
+    decoding: Decoding | None = None,
+    options: RoundingMomentsOptions | None = None,
+    progress: Progress = SILENT,
+) -> MomentsResult:
+    """Collects what rounding for layers' outputs needs: weighted moments, and plain ones of more chunks.
+
+    Tokens are weighted as `usual_weighting` says.
+
+    Parameters:
+        model: path of a full-precision GGUF.
+        texts: the calibration texts.
+        out: path of the file of weighted moments.
+        plain: path of the file of moments in which all tokens count alike.
+        decoding: as for `collect_moments`.
+        options: how much is collected.
+        progress: hears of the work.
+
+    Returns:
+        What was written to `out`.
+
+    Raises:
+        BitladderError: as `collect_moments`.
+    """
+    options = options or RoundingMomentsOptions()
+    for path in (out, plain):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    collect_moments(
+        model,
+        texts,
+        plain,
+        reading=Reading(chunks=options.plain_share * options.moments_chunks),
+        decoding=decoding,
+        options=MomentsOptions(weighting="tokens"),
+        progress=progress,
+    )
+    reason = why_no_gradients(model)
+    if reason is not None:
+        progress.info(f"tokens are weighted by their positions, not by gradients: {reason}")
+    weighted = MomentsOptions(
+        weighting=usual_weighting(model), positions=options.positions, gradients=options.gradients
+    )
+    return collect_moments(
+        model,
+        texts,
+        out,
+        reading=Reading(chunks=options.moments_chunks),
+        decoding=decoding,
+        options=weighted,
+        progress=progress,
+    )

@@ -1,0 +1,142 @@
+"""The inputs of a model's weights: which there are, which weights share one, and the decoding that shows them."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
+from bitladder.engine.model import Model, Tokens
+from bitladder.engine.observe import Multiplication, SatisfiedObserver, WatchingUntilSatisfied
+from bitladder.errors import BitladderError, UsageError
+from bitladder.gguf.names import in_main_block
+
+Floats = npt.NDArray[np.float32]
+Experts = npt.NDArray[np.int32]
+HEADS = ("output.weight", "token_embd.weight")  # the second one where the head is tied to the embeddings
+# Tokens of the shortest computation whose dense inputs count, in llama-imatrix and here. A chunk is never shorter.
+MIN_CALIBRATION_CTX = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightInput:
+    """An input that one or more weights multiply. It is watched at the first of them.
+
+    Parameters:
+        names: the weights, in the order of the computation.
+        width: numbers in a row of the input, n_in.
+        matrices: 1; the number of experts; or the number of slices of a weight with three dimensions.
+        experts: whether each token goes to some of the matrices only. Slices see every token.
+    """
+
+    names: tuple[str, ...]
+    width: int
+    matrices: int
+    experts: bool
+
+    @property
+    def leader(self) -> str:
+        """The weight at which the input is watched."""
+        return self.names[0]
+
+
+class _Survey:
+    """An observer that notes every multiplication and looks at no input."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[int, int, bool], list[Multiplication]] = {}
+
+    def wants(self, seen: Multiplication) -> bool:
+        if in_main_block(seen.weight) or seen.weight in HEADS:
+            key = (seen.input_id, seen.shape[2] * seen.shape[3], seen.experts)
+            self.seen.setdefault(key, []).append(seen)
+        return False
+
+    def see(self, seen: Multiplication, inputs: Floats, experts: Experts | None) -> None:
+        raise AssertionError("a survey wants no input")
+
+
+def model_inputs(model: Model, threads: int | None = None) -> list[WeightInput]:
+    """The inputs of all weights of blocks and of the head, in the order of the computation.
+
+    One token is decoded to see the graph. A weight that is multiplied twice has the input that it meets first.
+
+    Raises:
+        BitladderError: the model multiplies by no weight of a block.
+    """
+    survey = _Survey()
+    with Context(model, Decoding(n_ctx=32, threads=threads), observer=survey) as context:
+        context.decode([max(model.bos, 0)], [0], [0], [True])
+    inputs, known = [], set[str]()
+    for (_, matrices, experts), multiplications in survey.seen.items():
+        names = tuple(dict.fromkeys(seen.weight for seen in multiplications if seen.weight not in known))
+        known.update(names)
+        if names:
+            inputs.append(WeightInput(names, multiplications[0].shape[0], matrices, experts))
+    if not inputs:
+        raise BitladderError(f"{model.path.name} multiplies by no weight of a block: nothing can be collected")
+    return inputs
+
+
+class ChunkObserver(SatisfiedObserver, Protocol):
+    """An observer that hears which tokens come next."""
+
+    def begin(self, chunk: int, first: int, count: int) -> None:
+        """The next computation has the tokens first … first+count−1 of a chunk, in order."""
+
+
+def watch_chunks(
+    model: Model, chunks: Tokens, observer: ChunkObserver, decoding: Decoding, *, done: int = 0
+) -> Iterator[int]:
+    """Decodes chunks one after the other for an observer, and yields the number of chunks that are done.
+
+    Each computation ends with the last input that the observer waits for.
+
+    Parameters:
+        model: the loaded model.
+        chunks: int32 [chunks, n_ctx].
+        observer: is shown the inputs.
+        decoding: its `n_ubatch` is the number of tokens of a computation; its `threads` are used.
+        done: chunks to skip.
+    """
+    n_ctx = chunks.shape[1]
+    step = min(decoding.n_ubatch, n_ctx)
+    decoding = Decoding(n_ctx=n_ctx, n_batch=step, n_ubatch=step, threads=decoding.threads)
+    with Context(model, decoding, callback=WatchingUntilSatisfied(observer)) as context:
+        for index in range(done, len(chunks)):
+            context.clear()
+            for first in range(0, n_ctx, step):
+                stop = min(first + step, n_ctx)
+                observer.begin(index, first, stop - first)
+                decode_columns(context, chunks[index : index + 1], first, stop)
+            yield index + 1
+
+
+def decode_columns(context: Context, rows: Tokens, first: int, stop: int) -> None:
+    """Decodes the tokens first … stop−1 of some sequences, int32 [sequences, n_ctx], side by side.
+
+    All tokens are outputs, even if nobody reads their logits: the last block drops the others early.
+    """
+    tokens = rows[:, first:stop]
+    positions = np.arange(first, first + tokens.shape[1], dtype=np.int32)
+    sequences = np.repeat(np.arange(len(rows), dtype=np.int32), tokens.shape[1])
+    context.decode(tokens.reshape(-1), np.tile(positions, len(rows)), sequences, np.ones(tokens.size, np.bool_))
+
+
+def refuse_not_finite(seen: Multiplication, inputs: Floats) -> None:
+    """Raises BitladderError that names the weight if its input has a value that is not finite."""
+    if not np.isfinite(inputs).all():
+        raise BitladderError(
+            f"the input of {seen.weight} has values that are not finite: the model is damaged or overflows F16; "
+            "convert it with --outtype bf16 or f32"
+        )
+
+
+def refuse_short(sizes: Mapping[str, int]) -> None:
+    """Raises UsageError for an option (such as "-c") with too few tokens to calibrate with."""
+    for flag, tokens in sizes.items():
+        if tokens < MIN_CALIBRATION_CTX:
+            raise UsageError(f"{flag} {tokens} is too small: calibration needs at least {MIN_CALIBRATION_CTX} tokens")
