@@ -28,7 +28,7 @@ from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_o
 from bitladder.rounding import METHODS, RoundingOptions, can_round
 from bitladder.rounding.integers import same_integers
 from bitladder.text.texts import Text
-from bitladder.trial.render import Renderer, Stock
+from bitladder.trial import Renderer, StockRounding
 
 Way = Literal["copied", "stock", "stock without importance", "rounded", "tuned", "differs"]
 
@@ -103,8 +103,8 @@ def _ways(
     kernels = RowKernels(threads)
     ways: dict[Way, Renderer] = {}
     if importance:
-        ways["stock"] = Renderer(original, importance, rounding=Stock(kernels), threads=threads)
-    ways["stock without importance"] = Renderer(original, {}, rounding=Stock(kernels), threads=threads)
+        ways["stock"] = Renderer(original, importance, rounding=StockRounding(kernels), threads=threads)
+    ways["stock without importance"] = Renderer(original, {}, rounding=StockRounding(kernels), threads=threads)
     if moments:
         rounding = _rounding(made, moments)
         order = _sequential(made, sequential)
@@ -120,7 +120,7 @@ def _ways(
         shifted = ShiftedRounding(rounding, order, types)
         stock, ways["rounded"] = (
             Renderer(original, importance, rounding=one, folder=folder, threads=threads)
-            for one in (Stock(kernels), shifted)
+            for one in (StockRounding(kernels), shifted)
         )
         render_in_order(shifted, (stock, ways["rounded"]), types, chosen, threads=threads, progress=progress)
         stock.close()
