@@ -10,7 +10,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -25,8 +25,7 @@ from bitladder.quantize import TUNE_KEY
 from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256
 from bitladder.refine.round.quantize_rounded import METHOD_KEY, MOMENTS_KEY, SEQUENTIAL_KEY
 from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order
-from bitladder.rounding import METHODS, RoundingOptions, can_round
-from bitladder.rounding.integers import same_integers
+from bitladder.rounding import Method, RoundingOptions, can_round, same_integers
 from bitladder.text.texts import Text
 from bitladder.trial import Renderer, StockRounding
 
@@ -148,7 +147,7 @@ def _sequential(made: GgufFile, texts: Sequence[Text]) -> Sequential | None:
 
 def _rounding(made: GgufFile, known: Sequence[MomentsFile]) -> OutputRounding:
     method, digest = made.get(METHOD_KEY), made.get(MOMENTS_KEY)
-    if method not in METHODS:
+    if method not in get_args(Method):
         raise BitladderError(
             f"{made.path} was not rounded by bitladder ({METHOD_KEY} is {method!r}); leave out --moments"
         )
