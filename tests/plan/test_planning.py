@@ -8,15 +8,14 @@ import pytest
 import tiny_models
 
 from bitladder import evaluate as ev
-from bitladder.calibrate import collect_imatrix, read_imatrix
+from bitladder.calibrate import collect_imatrix
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine.activations import rounded
 from bitladder.engine.decoding import Decoding
 from bitladder.engine.matvec import input_type
-from bitladder.engine.types import quantize_rows, type_by_name
+from bitladder.engine.types import type_by_name
 from bitladder.errors import UsageError
-from bitladder.gguf.reader import GgufFile
 from bitladder.ladder import RunOptions, planned, run
 from bitladder.plan import (
     Constraints,
@@ -32,12 +31,10 @@ from bitladder.plan import (
 )
 from bitladder.plan.options import LawOptions
 from bitladder.plan.prices import measured_speeds, menu_types, within_speed
-from bitladder.quantize import QuantizeOptions, quantize
+from bitladder.quantize import quantize
 from bitladder.recipe import read_recipe
 from bitladder.text.excerpts import excerpts
 from bitladder.text.texts import builtin_text, load_text
-from bitladder.trial.candidate import Candidate
-from bitladder.trial.render import Renderer
 
 SETTINGS = ev.Settings(n_ctx=64, chunks=3, threads=1)
 DECODING = PlanDecoding(n_ctx=64, threads=1)
@@ -69,58 +66,6 @@ def arguments(small, tmp_path):
 
 def inputs(small, work):
     return PlanInputs(small / "small-f16.gguf", small / "imatrix.gguf", load_text(str(small / "text.txt")), work=work)
-
-
-def importances(small):
-    return {name: entry.means() for name, entry in read_imatrix(small / "imatrix.gguf").entries.items()}
-
-
-def test_rendered_blocks_are_the_kernels_and_are_kept(small, tmp_path):
-    importance, name, kind = importances(small), "blk.1.ffn_down.weight", type_by_name("q4_1")
-    with GgufFile(small / "small-f16.gguf") as file:
-        first = Renderer(file, importance, folder=tmp_path, threads=1)
-        weights, values = first.weights(name), first.values(name, kind)
-        assert np.array_equal(first.blocks(name, kind), quantize_rows(weights, kind, importance[name][0]))
-        brute = sum(
-            float(importance[name][0][column]) * float((values[row, column] - weights[row, column]) ** 2)
-            for row in range(weights.shape[0])
-            for column in range(weights.shape[1])
-        )
-        assert first.error(name, kind) == pytest.approx(brute, rel=1e-5)
-
-        class Never:
-            key = "stock"
-
-            def __call__(self, *_):
-                raise AssertionError("rendered again")
-
-        again = Renderer(file, importance, rounding=Never(), folder=tmp_path, threads=1)
-        assert np.array_equal(again.blocks(name, kind), first.blocks(name, kind))
-        assert again.error(name, kind) == first.error(name, kind)
-        kept = next(tmp_path.glob("*.blocks"))
-        data = bytearray(kept.read_bytes())
-        data[5] ^= 1
-        kept.write_bytes(data)  # as a power cut may leave it
-        with pytest.raises(AssertionError, match="rendered again"):
-            again.blocks(name, kind)
-
-
-def test_a_swapped_recipe_is_the_quantized_file(small, tmp_path):
-    text, model = load_text(str(small / "text.txt")), small / "small-f16.gguf"
-    with ev.load_or_compute_base(model, text, SETTINGS, path=tmp_path / "base") as base, GgufFile(model) as file:
-        renderer = Renderer(file, importances(small), threads=1)
-        with Candidate(base, renderer, SETTINGS) as candidate:
-            names = [name for name, tensor in file.tensors.items() if tensor.type.name == "f16"]
-            before = candidate.kld({}, 3).mean()
-            for types in (dict.fromkeys(names, "q4_0"), {"token_embd.weight": "q4_0"}):
-                measured = candidate.kld(types, 3).mean()
-                whole = {name: types.get(name, tensor.type.name) for name, tensor in file.tensors.items()}
-                out = tmp_path / "q.gguf"
-                quantize(model, out, QuantizeOptions("Q8_0", types=whole), imatrix=small / "imatrix.gguf", threads=1)
-                real = ev.measure(out, text, SETTINGS, base=base).scores.kld.value
-                assert measured == pytest.approx(real, rel=0.02)
-                assert measured > 20 * before
-            assert candidate.kld({}, 3).mean() == before
 
 
 def test_inputs_are_rounded_as_the_kernels_round_them():

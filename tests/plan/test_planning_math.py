@@ -16,7 +16,7 @@ from bitladder.plan.options import CorrectionOptions, LawOptions
 from bitladder.plan.prices.check_prices import held_out, rank_correlation
 from bitladder.plan.prices.design import first_groups, runs, spaced, split
 from bitladder.plan.prices.law import Probe, fit
-from bitladder.trial.journal import Journal, Measurement, recipe_key
+from bitladder.trial import Journal, Measurement
 
 TYPES = {"iq3_s": 3.4375, "iq4_xs": 4.25, "q4_K": 4.5, "q5_K": 5.5, "q6_K": 6.5625, "q8_0": 8.5}
 KINDS = {"attn_q": 1 << 12, "attn_v": 1 << 10, "ffn_up": 3 << 12}
@@ -224,34 +224,6 @@ def test_steps_follow_the_hull():
     one = Problem({"t": menu})
     assert step(one, "t", "a", 1) == "c" and step(one, "t", "d", -1) == "c"
     assert step(one, "t", "d", 1) == "d" and step(one, "t", "a", -1) == "a"
-
-
-def test_a_journal_goes_on_where_it_was(tmp_path):
-    truth, path = Truth(), tmp_path / "measured.jsonl"
-    types = dict.fromkeys(list(PLACES)[:3], "q4_K")
-    first = Journal(path, "context", 64).measure(truth, types, 2, "probe")
-    with path.open("a") as stream:
-        stream.write('{"context": "context", "key"')  # a process was killed here
-    again = Journal(path, "context", 64)
-    assert again.measure(truth, types, 2) == first and truth.calls == 1
-    assert again.tokens == 128
-    again.measure(truth, types, 3)  # more than is known
-    assert again.measure(truth, types, 1).chunks == again.found[recipe_key(types)].chunks[:1]
-    assert truth.calls == 2 and len(Journal(path, "context", 64).measure(truth, types, 3).chunks) == 3
-    assert not Journal(path, "another", 64).found
-
-
-def test_errors_are_those_of_the_tokens():
-    tokens = np.random.default_rng(0).lognormal(0, 1, (5, 40))
-
-    class Model:
-        def kld(self, types, chunks):
-            return tokens[:chunks]
-
-    found = Journal(None, "", 1).measure(Model(), {"a": "q4_K"}, 5)
-    for one, part in ((found, tokens), (found.part(1, 4), tokens[1:4])):
-        assert one.kld == pytest.approx(part.mean())
-        assert one.error == pytest.approx(part.std() / math.sqrt(part.size - 1))
 
 
 def test_designs():

@@ -93,7 +93,7 @@ def lying(moments, out, liar, others=()):
 def test_a_tensor_that_harms_within_a_kind_that_gains(tiny_gguf, prepared, held_out, tmp_path):
     kind = [f"blk.{layer}.ffn_down.weight" for layer in range(8)]
     lie = lying(prepared / "moments.gguf", tmp_path / "lie.gguf", kind[1], [kind[0], *kind[2:]])
-    options = QuantizeOptions("Q3_K_S")
+    options = QuantizeOptions(PRESET)
     made = quantize_refined(
         tiny_gguf, tmp_path / "q.gguf", options, [lie], refine(guard=held_out), imatrix=prepared / "imatrix.gguf"
     )
@@ -105,7 +105,7 @@ def test_blocks_that_harm_are_kept_out(tiny_gguf, prepared, held_out, tmp_path):
     """Moments that say the opposite of the truth: fitted to them, a kind gets worse, and keeps the library's blocks."""
     name = "blk.1.ffn_down.weight"
     lie = lying(prepared / "moments.gguf", tmp_path / "lie.gguf", name)
-    options = QuantizeOptions("Q2_K", types=None)
+    options = QuantizeOptions(PRESET)
     made = quantize_refined(
         tiny_gguf, tmp_path / "q.gguf", options, [lie], refine(guard=held_out), imatrix=prepared / "imatrix.gguf"
     )

@@ -21,12 +21,11 @@ from bitladder.refine.tune import TuneOptions, tune
 from bitladder.refine.tune.free import FreeScales
 from bitladder.refine.tune.student import Student
 from bitladder.refine.verify import verify
-from bitladder.rounding.formats import FORMATS
-from bitladder.rounding.vectorformats import VECTOR_FORMATS
+from bitladder.rounding import TYPES as ROUNDED_TYPES
 from bitladder.text.chunks import Reading
 from bitladder.text.texts import Text, load_text
 
-TYPES = [*FORMATS, *VECTOR_FORMATS]
+TYPES = list(ROUNDED_TYPES)
 
 
 def blocks_of(kind, rows=3, width=512):

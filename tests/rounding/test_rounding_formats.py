@@ -4,27 +4,19 @@ import numpy as np
 import pytest
 
 from bitladder.engine.types import dequantize_into, quantize_rows, type_by_name
-from bitladder.rounding import can_round
-from bitladder.rounding.formats import BLOCK_BYTES, FORMATS, pack, unpack
-from bitladder.rounding.vectorformats import VECTOR_FORMATS, grid, pack_vector, unpack_vector
+from bitladder.rounding import TYPES, can_round
+from bitladder.rounding.scalar_types import NONE, SCALAR_TYPES
+from bitladder.rounding.vector_types import VECTOR_TYPES
 
 # Where in a block of bytes the F16 numbers lie (ggml-common.h).
-HALVES = dict.fromkeys([*FORMATS, *VECTOR_FORMATS], (0,)) | {
+HALVES = dict.fromkeys(TYPES, (0,)) | {
     **dict.fromkeys(("q4_1", "q5_1", "q4_K", "q5_K"), (0, 2)),
     "q2_K": (80, 82),
     "q3_K": (108,),
     "q6_K": (208,),
 }
-EVERY = [*FORMATS, *VECTOR_FORMATS]
+EVERY = list(TYPES)
 EXTREMES = np.array([65504, -65504, 6e-8, -6e-8, 6.1e-5, 0.0, -0.0, 1.0], np.float16)
-
-
-def read(name, data, width):
-    return unpack(name, data, width) if name in FORMATS else unpack_vector(name, data, width)
-
-
-def write(blocks):
-    return pack(blocks) if blocks.format.name in FORMATS else pack_vector(blocks)
 
 
 def library(name, data, width):
@@ -59,15 +51,15 @@ def test_any_bytes_come_back_and_mean_what_the_library_says(name, filling):
     kind = type_by_name(name)
     width = 2 * kind.block
     data = blocks_of(name, filling, np.random.default_rng(len(name))).reshape(-1, kind.row_bytes(width))
-    blocks = read(name, data, width)
-    assert np.array_equal(write(blocks), data)
-    assert write(blocks).dtype == np.uint8
+    blocks = TYPES[name].unpack(data, width)
+    assert np.array_equal(blocks.pack(), data)
+    assert blocks.pack().dtype == np.uint8
     ours, theirs = blocks.values(), library(name, data, width)
     assert ours.dtype == np.float32
     assert ours.shape == theirs.shape
     assert np.array_equal(ours, theirs)
     # Flat bytes are as good as rows of them.
-    assert np.array_equal(read(name, data.reshape(-1), width).values(), ours)
+    assert np.array_equal(TYPES[name].unpack(data.reshape(-1), width).values(), ours)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -79,46 +71,44 @@ def test_what_the_library_makes_of_weights_comes_back(name):
     weights[2] = 0
     weights[3] = 0.25
     data = quantize_rows(weights, kind, np.ones(512, np.float32))
-    blocks = read(name, data, 512)
-    assert np.array_equal(write(blocks), data)
+    blocks = TYPES[name].unpack(data, 512)
+    assert np.array_equal(blocks.pack(), data)
     assert np.array_equal(blocks.values(), library(name, data, 512))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", SCALAR_TYPES)
 def test_scalar_parts_lie_in_their_ranges_and_reach_both_ends(name):
-    form = FORMATS[name]
+    form = SCALAR_TYPES[name]
     kind = type_by_name(name)
-    assert kind.block_bytes == BLOCK_BYTES[name]
+    assert kind.block_bytes == form.block_bytes
     assert kind.block == form.block
     assert (np.diff(form.levels) > 0).all()
     data = blocks_of(name, "random", np.random.default_rng(1), 400)
-    blocks = unpack(name, data, kind.block)
+    blocks = form.unpack(data, kind.block)
     assert (blocks.indices.min(), blocks.indices.max()) == (0, len(form.levels) - 1)
     for values, limits in ((blocks.scale, form.scales), (blocks.minimum, form.minimums)):
-        assert (values is None) == (limits is None)
-        if values is not None:
-            assert (values.min(), values.max()) == limits
+        assert (values.min(), values.max()) == limits
     # Each part can be set by itself: all else stays.
     for part, limits in (("scale", form.scales), ("minimum", form.minimums)):
-        for value in limits or ():
-            blocks = unpack(name, data, kind.block)
+        for value in limits if limits != NONE else ():
+            blocks = form.unpack(data, kind.block)
             getattr(blocks, part)[:] = value
-            again = unpack(name, pack(blocks), kind.block)
+            again = form.unpack(blocks.pack(), kind.block)
             assert (getattr(again, part) == value).all()
             assert np.array_equal(again.indices, blocks.indices)
             assert np.array_equal(again.d, blocks.d)
 
 
-@pytest.mark.parametrize("name", VECTOR_FORMATS)
+@pytest.mark.parametrize("name", VECTOR_TYPES)
 def test_points_and_signs(name):
-    form = VECTOR_FORMATS[name]
+    form = VECTOR_TYPES[name]
     kind = type_by_name(name)
-    assert (kind.block_bytes, kind.block) == (form.bytes, 256)
-    points = grid(name)
+    assert (kind.block_bytes, kind.block) == (form.block_bytes, 256)
+    points = form.grid
     assert points.shape == (form.points, form.group)
     assert (points > 0).all()
     assert len(np.unique(points, axis=0)) == form.points
-    blocks = unpack_vector(name, blocks_of(name, "random", np.random.default_rng(1), 400), 256)
+    blocks = form.unpack(blocks_of(name, "random", np.random.default_rng(1), 400), 256)
     assert blocks.codes.max() == form.points - 1
     assert (blocks.scale.min(), blocks.scale.max()) == (0, 15)
     minuses = blocks.minus.reshape(-1, 8).sum(axis=1)
@@ -131,8 +121,8 @@ def test_points_and_signs(name):
     if form.even:
         eights = blocks.minus.reshape(-1, 8)
         eights[:, 7] = eights[:, :7].sum(axis=1) & 1
-    data = pack_vector(blocks)
-    again = unpack_vector(name, data, 256)
+    data = blocks.pack()
+    again = form.unpack(data, 256)
     for part in ("codes", "scale", "minus", "d"):
         assert np.array_equal(getattr(again, part), getattr(blocks, part)), part
     assert np.array_equal(blocks.values(), library(name, data, 256))

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from rounding_cases import moments, stock_blocks
 
+from bitladder.rounding import RoundingOptions
 from bitladder.rounding.factors import couplings, damped, factor, upper_factor
-from bitladder.rounding.formats import FORMATS, unpack
-from bitladder.rounding.refinekernels import refine_plain, refine_scaled, refit
-from bitladder.rounding.rowkernels import descend, feedback, half, nearest
-from bitladder.rounding.scalar import round_scalar
+from bitladder.rounding.kernels import half
+from bitladder.rounding.method import round_blocks
+from bitladder.rounding.scalar_kernels import Rows, Shape, descend, feedback, nearest, row_of
+from bitladder.rounding.scalar_refine_kernels import Hessian, refine_plain, refine_scaled, refit
+from bitladder.rounding.scalar_types import NONE, SCALAR_TYPES
 
 F32 = np.float32
 # With integer scales, and with an F16 step for each block: with and without offset, levels evenly spaced or not.
@@ -18,7 +20,7 @@ SCALED = ("q4_K", "q3_K", "iq4_xs")
 PLAIN = ("q4_1", "q4_0", "iq4_nl")
 
 
-@pytest.mark.parametrize("levels", [*{form.levels.tobytes(): form.levels for form in FORMATS.values()}.values()])
+@pytest.mark.parametrize("levels", [*{kind.levels.tobytes(): kind.levels for kind in SCALAR_TYPES.values()}.values()])
 @pytest.mark.parametrize("first", [0, 1])
 def test_nearest_level(levels, first):
     uniform = bool((np.diff(levels) == 1).all())
@@ -100,18 +102,15 @@ def test_feedback_is_gptq_with_the_steps_of_the_type(name, by_importance):
     rng = np.random.default_rng(5)
     weights = rng.normal(size=(6, 256)).astype(F32)
     h = moments(256, 2000)
-    stock = stock_blocks(name, weights, h)
-    data, _, _ = round_scalar(
-        weights, stock, name, h, None,
-        passes=0, scales=False, damping=0.05, output_damping=0.1, by_importance=by_importance,
-    )  # fmt: skip
-    start, blocks = unpack(name, stock, 256), unpack(name, data, 256)
+    start = SCALAR_TYPES[name].unpack(stock_blocks(name, weights, h), 256)
+    options = RoundingOptions(method="feedback", damping=0.05, shrinkage=0, by_importance=by_importance)
+    blocks = round_blocks(weights, start, h, options)
     assert np.array_equal(start.steps(), blocks.steps())
     full = damped(h, 0.05)
     order = np.argsort(-np.diag(full), kind="stable") if by_importance else np.arange(256)
-    sub = start.format.sub
+    sub = start.type.sub
     steps, offsets = (np.repeat(part.astype(np.float64), sub, axis=1) for part in (start.steps(), start.offsets()))
-    expected = gptq(weights, full, steps, offsets, start.format.levels.astype(np.float64), order)
+    expected = gptq(weights, full, steps, offsets, start.type.levels.astype(np.float64), order)
     # A tie that float32 decides otherwise would change the rest of its row.
     same = (expected == blocks.indices).all(axis=1)
     assert same.sum() >= 5
@@ -124,58 +123,40 @@ class Row:
         rng = np.random.default_rng(seed)
         self.weights = rng.standard_t(4, size=(1, 256)).astype(F32)
         h = moments(256, 400, seed)
-        self.blocks = unpack(name, stock_blocks(name, self.weights, h), 256)
-        self.form = self.blocks.format
-        self.factors = factor(h, self.form.sub, 0.05)
-        self.sign = F32({"none": 0, "plus": 1, "minus": -1}[self.form.offset])
-        shape = (1, 256 // self.form.sub)
-        self.d = self.blocks.d
-        self.m = np.zeros_like(self.d) if self.blocks.dmin is None else self.blocks.dmin
-        self.scale = np.ones(shape, np.int16) if self.blocks.scale is None else self.blocks.scale
-        self.minimum = np.ones(shape, np.int16) if self.blocks.minimum is None else self.blocks.minimum
-        self.per = self.form.block // self.form.sub
-        self.delta = (self.weights - self.blocks.values())[0]
-        self.slope = self.factors.h @ self.delta
+        kind = self.kind = SCALAR_TYPES[name]
+        self.blocks = blocks = kind.unpack(stock_blocks(name, self.weights, h), 256)
+        self.factors = factor(h, kind.sub, 0.05)
+        limits = np.array([*kind.scales, *kind.minimums], np.int64)
+        per = kind.block // kind.sub
+        self.shape = Shape(kind.sub, per, kind.levels, kind.uniform, kind.lowest, F32(kind.sign), limits)
+        self.delta = self.weights - blocks.values()
+        rows = Rows(blocks.d, blocks.dmin, blocks.scale, blocks.minimum, blocks.indices, self.delta)
+        self.row = row_of(rows, 0)
+        self.slope = self.factors.h @ self.delta[0]
 
     def parts(self):
-        step = np.repeat(self.d[0], self.per) * self.scale[0].astype(F32)
-        offset = self.sign * (np.repeat(self.m[0], self.per) * self.minimum[0].astype(F32))
-        return step, offset
+        return self.blocks.steps()[0], self.blocks.offsets()[0]
 
     def f(self):
-        step, offset = (np.repeat(part, self.form.sub).astype(np.float64) for part in self.parts())
-        values = self.form.levels[self.blocks.indices[0]].astype(np.float64) * step + offset
+        step, offset = (np.repeat(part, self.kind.sub).astype(np.float64) for part in self.parts())
+        values = self.kind.levels[self.blocks.indices[0]].astype(np.float64) * step + offset
         delta = self.weights[0].astype(np.float64) - values
         h = self.factors.h.astype(np.float64)
         # What the kernels carry along is what it should be.
-        assert np.allclose(self.delta, delta, atol=1e-4)
+        assert np.allclose(self.delta[0], delta, atol=1e-4)
         assert np.allclose(self.slope, h @ delta, atol=1e-3)
         return delta @ h @ delta
 
     def run(self, what):
-        form, factors = self.form, self.factors
-        levels, uniform, indices = form.levels, form.uniform, self.blocks.indices[0]
+        factors = self.factors
         if what == "descend":
-            step, offset = self.parts()
-            return descend(
-                factors.h, step, offset, form.sub, levels, uniform, 0, indices, self.delta, self.slope
-            )  # fmt: skip
+            return descend(factors.h, *self.parts(), self.shape, self.row, self.slope)
         if what == "refit":
-            return refit(
-                factors.h, self.d[0], self.m[0], self.sign, self.scale[0], self.minimum[0], form.sub, self.per, levels,
-                indices, self.delta, self.slope,
-            )  # fmt: skip
-        local = (factors.h, factors.local_ut, factors.local_d, factors.local_inverse, self.d[0], self.m[0], self.sign)
-        if form.scales is None:
-            tried = np.array([1, 0.95, 1.05, 0.9, 1.1], F32)
-            return refine_plain(
-                *local, tried, form.sub, levels, uniform, 0, indices, self.delta, self.slope
-            )  # fmt: skip
-        limits = np.array([*form.scales, *(form.minimums or (1, 1))], np.int64)
-        return refine_scaled(
-            *local, self.scale[0], self.minimum[0], limits, form.sub, self.per, levels, uniform, 0, indices,
-            self.delta, self.slope,
-        )  # fmt: skip
+            return refit(factors.h, self.shape, self.row, self.slope)
+        hessian = Hessian(factors.h, factors.local_ut, factors.local_d, factors.local_inverse)
+        if self.kind.scales == NONE:
+            return refine_plain(hessian, self.shape, self.row, np.array([1, 0.95, 1.05, 0.9, 1.1], F32), self.slope)
+        return refine_scaled(hessian, self.shape, self.row, self.slope)
 
 
 @pytest.mark.parametrize("name", SCALED + PLAIN)
@@ -191,10 +172,10 @@ def test_no_step_ever_raises_the_loss(name):
             assert count == 0 or now < f
             changed[what] += count
             f = now
-        limits = row.form.scales
-        assert limits is None or (row.scale.min() >= limits[0] and row.scale.max() <= limits[1])
-        assert np.array_equal(row.d, row.d.astype(np.float16).astype(F32))
-        assert np.array_equal(row.m, row.m.astype(np.float16).astype(F32))
+        limits, scale = row.kind.scales, row.blocks.scale
+        assert limits[0] <= scale.min() and scale.max() <= limits[1]
+        for numbers in (row.blocks.d, row.blocks.dmin):
+            assert np.array_equal(numbers, numbers.astype(np.float16).astype(F32))
     assert all(changed.values()), changed
 
 
@@ -207,8 +188,8 @@ def test_descent_ends_where_no_single_index_helps():
         index = row.blocks.indices[0, column]
         step = np.repeat(row.parts()[0], 32).astype(np.float64)[column]
         for other in range(16):
-            change = (row.form.levels[other] - row.form.levels[index]) * step
-            delta = row.delta.astype(np.float64).copy()
+            change = (row.kind.levels[other] - row.kind.levels[index]) * step
+            delta = row.delta[0].astype(np.float64)
             delta[column] -= change
             assert delta @ row.factors.h.astype(np.float64) @ delta >= f * (1 - 1e-5)
 
@@ -218,6 +199,7 @@ def test_against_the_true_optimum_of_small_problems():
     levels = np.arange(-4, 4, dtype=F32)
     choices = np.array(list(itertools.product(range(8), repeat=4)))
     step, offset = np.ones(1, F32), np.zeros(1, F32)
+    shape = Shape(4, 1, levels, True, 0, F32(0), np.ones(4, np.int64))
     ratios = {"nearest": [], "feedback": [], "descent": []}
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -232,11 +214,12 @@ def test_against_the_true_optimum_of_small_problems():
 
         best = cost(choices).min()
         indices, delta = np.zeros(4, np.uint8), np.empty(4, F32)
-        feedback(target, factors.ut, factors.order, step, offset, 4, levels, True, 0, indices, delta)
+        row = Rows(step, offset, np.ones(1, np.int16), np.ones(1, np.int16), indices, delta)
+        feedback(target, factors.ut, factors.order, step, offset, shape, row)
         ratios["nearest"].append(cost(np.abs(target[:, None] - levels).argmin(axis=1)) / best)
         ratios["feedback"].append(cost(indices) / best)
         slope = factors.h @ delta
-        while descend(factors.h, step, offset, 4, levels, True, 0, indices, delta, slope):
+        while descend(factors.h, step, offset, shape, row, slope):
             pass
         ratios["descent"].append(cost(indices) / best)
     means = {name: float(np.mean(values)) for name, values in ratios.items()}

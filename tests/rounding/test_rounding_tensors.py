@@ -7,9 +7,8 @@ from rounding_cases import moments, stock_blocks
 from bitladder.engine.native import ggml
 from bitladder.engine.types import dequantize_into, type_by_name
 from bitladder.errors import BitladderError
-from bitladder.rounding import RoundingOptions, passes, round_tensor
-from bitladder.rounding.formats import FORMATS, pack, unpack
-from bitladder.rounding.vectorformats import VECTOR_FORMATS
+from bitladder.rounding import TYPES, RoundingOptions, round_tensor
+from bitladder.rounding import method as rounding_method
 
 F32 = np.float32
 # One of each kind: scales and minimums, levels unevenly spaced, an F16 step per block, points of a grid.
@@ -56,7 +55,7 @@ def ordinary(rows=3, seed=0, width=WIDTH):
     return np.random.default_rng(seed).standard_t(5, size=(rows, width)).astype(F32) * F32(0.05)
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *VECTOR_FORMATS])
+@pytest.mark.parametrize("name", TYPES)
 def test_every_type_gains_and_loads(name):
     rounded, stock = checked(name, ordinary(2), moments(WIDTH, 2000), passes=1)
     assert rounded.after < 0.95 * rounded.before
@@ -160,7 +159,7 @@ def test_how_many_rows_are_taken_together_changes_nothing(name, monkeypatch):
     stock = stock_blocks(name, weights, h)
     found = []
     for group in (1, 32, 70):
-        monkeypatch.setattr(passes, "GROUP", group)
+        monkeypatch.setattr(rounding_method, "GROUP", group)
         found.append(round_tensor(weights, stock, name, h, RoundingOptions(passes=3), outputs))
     for one in found[1:]:
         assert one.after == pytest.approx(found[0].after, rel=0.001)
@@ -184,11 +183,11 @@ def test_the_largest_weight_may_be_at_either_end_of_the_levels(name):
     indices = np.random.default_rng(0).integers(3, 16, (4, WIDTH))
     indices[:, ::32] = 15
     steps = np.tile(np.repeat(np.array([1 / 2048, 1 / 1024], F32), 32), WIDTH // 64)
-    weights, h = (FORMATS[name].levels[indices] * steps).astype(F32), np.eye(WIDTH, dtype=F32)
-    blocks = unpack(name, stock_blocks(name, weights, h), WIDTH)
-    signed = blocks.d if blocks.scale is None else blocks.scale
+    weights, h = (TYPES[name].levels[indices] * steps).astype(F32), np.eye(WIDTH, dtype=F32)
+    blocks = TYPES[name].unpack(stock_blocks(name, weights, h), WIDTH)
+    signed = blocks.d if name == "iq4_nl" else blocks.scale
     signed[:, ::2] *= -1
-    rounded = round_tensor(weights, pack(blocks), name, h, RoundingOptions())
+    rounded = round_tensor(weights, blocks.pack(), name, h, RoundingOptions())
     assert loss(weights - expand(name, rounded.data), h) < 1e-6 * loss(weights, h)
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from bitladder.plan.options import CorrectionOptions
 from bitladder.plan.problem import Prices
-from bitladder.trial.journal import Measurement
+from bitladder.trial import Measurement
 
 Doubles = npt.NDArray[np.float64]
 Places = Mapping[str, tuple[str, int | None]]  # tensor → (kind, layer)

@@ -15,7 +15,7 @@ from bitladder.plan.options import FeedbackOptions
 from bitladder.plan.problem import Prices
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Progress, Task
-from bitladder.trial.journal import Measurement
+from bitladder.trial import Measurement
 
 PLANNING = Algorithm(
     "planning",

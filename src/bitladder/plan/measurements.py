@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from bitladder.trial.journal import Journal, Measurement, Measures, recipe_key
+from bitladder.trial import Journal, Measurement, Measures, recipe_key
 
 
 class Measurements:

@@ -46,9 +46,7 @@ from bitladder.refine.round.output_rounding import OutputRounding, refuse_other_
 from bitladder.rounding import RoundingOptions
 from bitladder.text.excerpts import excerpts
 from bitladder.text.texts import Text
-from bitladder.trial.candidate import Candidate
-from bitladder.trial.journal import Journal
-from bitladder.trial.render import Renderer
+from bitladder.trial import Journal, Renderer, SwappedModel, measurement_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,21 +129,14 @@ class Planner(Closing):
         return self._opened.enter_context(base)
 
     @functools.cached_property
-    def model(self) -> Candidate:
+    def model(self) -> SwappedModel:
         """The loaded model in which recipes are tried."""
-        return self._opened.enter_context(Candidate(self.base, self.renderer, self._settings))
+        return self._opened.enter_context(SwappedModel(self.base, self.renderer, self._settings))
 
     @functools.cached_property
     def _measured_from(self) -> dict[str, Any]:
         """Everything that decides the KLD of a recipe on the first chunks of the text."""
-        return {
-            "model": self.base.model.sha256,
-            "imatrix": self.subject.imatrix_sha256,
-            "text": self.text.sha256,
-            "decoding": self.options.decoding,  # on a GPU the inputs of swapped weights are not rounded
-            "rounding": self.renderer.rounding.key,
-            "library": versions()["llama_cpp_commit"],
-        }
+        return measurement_inputs(self.base, self.renderer, self.options.decoding)
 
     def price_key(self) -> str:
         """The hash of everything that decides prices. Prices with the same key are valid."""

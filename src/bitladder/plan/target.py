@@ -11,7 +11,7 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.plan.allocate import Allocation, Problem, smallest_bytes, smallest_cost
 from bitladder.plan.options import PlanDecoding, TargetOptions
 from bitladder.plan.subject import Preset, Subject
-from bitladder.trial.journal import Measurement
+from bitladder.trial import Measurement
 from bitladder.units import bpw_bytes, parse_size
 
 _BUFFER = re.compile(r"(KV|compute|RS|output)\s+buffer size\s*=\s*([\d.]+) MiB")

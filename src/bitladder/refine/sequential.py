@@ -19,8 +19,7 @@ from bitladder.progress import SILENT, Progress
 from bitladder.refine.round.output_rounding import Bytes, Floats, OutputRounding
 from bitladder.text.chunks import Reading
 from bitladder.text.texts import Text
-from bitladder.trial.render import Renderer
-from bitladder.trial.render_many import render_all
+from bitladder.trial import Renderer, render_all
 
 EMBEDDINGS = "token_embd.weight"
 # The first token of a text is what attention rests on: its errors reach all others (the attention sink), but in a mean

@@ -10,7 +10,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -24,10 +24,9 @@ from bitladder.quantize import TUNE_KEY
 from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256
 from bitladder.refine.round.quantize_rounded import METHOD_KEY, MOMENTS_KEY, SEQUENTIAL_KEY
 from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order
-from bitladder.rounding import METHODS, RoundingOptions, can_round
-from bitladder.rounding.integers import same_integers
+from bitladder.rounding import Method, RoundingOptions, can_round, same_integers
 from bitladder.text.texts import Text
-from bitladder.trial.render import Renderer, Stock
+from bitladder.trial import Renderer, StockRounding
 
 Way = Literal["copied", "stock", "stock without importance", "rounded", "tuned", "differs"]
 
@@ -101,8 +100,8 @@ def _ways(
     kernels = RowKernels(threads)
     ways: dict[Way, Renderer] = {}
     if importance:
-        ways["stock"] = Renderer(original, importance, rounding=Stock(kernels), threads=threads)
-    ways["stock without importance"] = Renderer(original, {}, rounding=Stock(kernels), threads=threads)
+        ways["stock"] = Renderer(original, importance, rounding=StockRounding(kernels), threads=threads)
+    ways["stock without importance"] = Renderer(original, {}, rounding=StockRounding(kernels), threads=threads)
     if moments:
         rounding = _rounding(made, moments)
         order = _sequential(made, sequential)
@@ -118,7 +117,7 @@ def _ways(
         shifted = ShiftedRounding(rounding, order, types)
         stock, ways["rounded"] = (
             Renderer(original, importance, rounding=one, folder=folder, threads=threads)
-            for one in (Stock(kernels), shifted)
+            for one in (StockRounding(kernels), shifted)
         )
         render_in_order(shifted, (stock, ways["rounded"]), types, chosen, threads=threads, progress=progress)
         stock.close()
@@ -146,7 +145,7 @@ def _sequential(made: GgufFile, texts: Sequence[Text]) -> Sequential | None:
 
 def _rounding(made: GgufFile, known: Sequence[MomentsFile]) -> OutputRounding:
     method, digest = made.get(METHOD_KEY), made.get(MOMENTS_KEY)
-    if method not in METHODS:
+    if method not in get_args(Method):
         raise BitladderError(
             f"{made.path} was not rounded by bitladder ({METHOD_KEY} is {method!r}); leave out --moments"
         )

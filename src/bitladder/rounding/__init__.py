@@ -1,5 +1,18 @@
-"""Which integers a tensor's blocks hold: chosen for the output of the layer, not for each weight by itself."""
+"""Which integers the blocks of a tensor hold: chosen for the output of the layer, not for each weight by itself."""
 
-from bitladder.rounding.method import METHODS, Method, Rounded, RoundingOptions, can_round, round_tensor
+from bitladder.rounding.block_types import Blocks, BlockType
+from bitladder.rounding.method import ROUNDING, TYPES, Rounded, can_round, round_tensor, same_integers
+from bitladder.rounding.options import Method, RoundingOptions
 
-__all__ = ["METHODS", "Method", "Rounded", "RoundingOptions", "can_round", "round_tensor"]
+__all__ = [
+    "ROUNDING",
+    "TYPES",
+    "BlockType",
+    "Blocks",
+    "Method",
+    "Rounded",
+    "RoundingOptions",
+    "can_round",
+    "round_tensor",
+    "same_integers",
+]

@@ -1,115 +1,90 @@
-"""Rounding to the types whose blocks hold indices of points: IQ3_S and its kin."""
-
-import dataclasses
+"""Rounding of a matrix to a type whose blocks hold indices of points: IQ3_S and its kin."""
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.rounding.blocks import Bytes, Floats
-from bitladder.rounding.factors import couplings, damped, upper_factor
-from bitladder.rounding.passes import round_in_groups
-from bitladder.rounding.vectorformats import BLOCK, VECTOR_FORMATS, VectorBlocks, grid, pack_vector, unpack_vector
-from bitladder.rounding.vectorrowkernels import open_points, pass_points
-
-__all__ = ["VECTOR_FORMATS", "round_vector"]
-
-# Signs are tried both ways where a column should be nearer to 0 than this many times the grid's least magnitude, by
-# whether minuses must be even. On real weights more changes nothing where signs are free, and little where not.
-HOLD = {False: 0.5, True: 1.0}
-# How far a scale may go in one pass.
-_MOVES = 2
+from bitladder.rounding.block_types import Floats
+from bitladder.rounding.factors import damped, upper_factor
+from bitladder.rounding.options import RoundingOptions
+from bitladder.rounding.point_kernels import Points
+from bitladder.rounding.vector_kernels import Local, Opening, PointRows, Scales, change_points, open_points
+from bitladder.rounding.vector_types import BLOCK, VectorBlocks
 
 
-@dataclasses.dataclass(frozen=True)
-class PointFactors:
-    """H = U D Uᵀ of the columns in the order of rounding, and TᵀT of its diagonal blocks.
+class VectorRounding:
+    """The rows of a matrix while they are rounded (a `method.RowRounding`).
 
-    `h` float32 [n, n], damped; `ut` = Uᵀ; `order` int64 [n/sub] of sub-blocks; `roots` [n] of D; `opening`
-    [n/sub, sub, sub] the diagonal blocks of √D Uᵀ; `unit`, `sub` [n/w, w, w]: T of H's diagonal blocks of width w, and
-    their inverses.
+    Parameters:
+        weights: float32 [rows, n].
+        start: the library's blocks for them.
+        inputs: second moments of the inputs, [n, n].
+        options: how to round.
     """
 
-    h: Floats
-    ut: Floats
-    order: npt.NDArray[np.int64]
-    roots: Floats
-    opening: Floats
-    unit: tuple[Floats, Floats]
-    sub: tuple[Floats, Floats]
+    def __init__(
+        self, weights: Floats, start: VectorBlocks, inputs: npt.NDArray[np.floating], options: RoundingOptions
+    ) -> None:
+        self._type = kind = start.type
+        self.weights, self.delta = weights, weights - start.values()
+        full = damped(inputs, options.damping)
+        self.h = np.ascontiguousarray(full, np.float32)
+        self._opening = open_factors(full, kind.sub, options.by_importance)
+        self._units, self._subs = local_factors(full, kind.unit), local_factors(full, kind.sub)
+        points, costs = np.ascontiguousarray(kind.grid.T), np.empty(kind.points, np.float32)
+        hold = np.float32((options.hold_even if kind.even else options.hold) * points.min())
+        self._grid = Points(points, kind.unit, kind.even, hold, costs, costs.view(np.int32))
+        self._refine = options.method == "best"
+        moves = options.scale_moves if self._refine else 0
+        self._scales = Scales(kind.multipliers, moves, kind.sub, BLOCK // kind.sub)
+        self._rows = PointRows(start.d.copy(), start.scale.copy(), start.codes.copy(), start.signed(), self.delta)
+
+    def open(self, first: int, targets: Floats, leading: Floats) -> None:
+        """See `RowRounding`."""
+        open_points(self.weights, first, targets, leading, self._opening, self._scales, self._grid, self._rows)
+
+    def change(self, first: int, slopes: Floats, coupling: Floats) -> Floats:
+        """See `RowRounding`."""
+        shifts = np.empty_like(slopes)
+        change_points(
+            first, slopes, coupling, shifts, self.h, self._units, self._subs, self._scales, self._grid, self._rows,
+            self._refine,
+        )  # fmt: skip
+        return shifts
+
+    def blocks(self) -> VectorBlocks:
+        """See `RowRounding`."""
+        rows = self._rows
+        return VectorBlocks(self._type, rows.codes, (rows.values < 0).astype(np.uint8), rows.d, rows.scale)
 
 
-def factor_points(
-    h: npt.NDArray[np.floating], sub: int, unit: int, damping: float, by_importance: bool
-) -> PointFactors:
-    """Prepare second moments [n, n] for sub-blocks and the units in them. Raises BitladderError if H is not finite."""
-    full = damped(h, damping)
-    n = len(full)
-    weight = np.diag(full).reshape(-1, sub).sum(axis=1)
+def open_factors(h: npt.NDArray[np.float64], sub: int, by_importance: bool) -> Opening:
+    """Factors of H, damped, in the order in which sub-blocks are rounded.
+
+    Parameters:
+        h: second moments [n, n].
+        sub: columns of a sub-block.
+        by_importance: sub-blocks with large inputs first, not from left to right.
+    """
+    n = len(h)
+    weight = np.diag(h).reshape(-1, sub).sum(axis=1)
     order = np.argsort(-weight, kind="stable") if by_importance else np.arange(n // sub)
     columns = (order[:, None] * sub + np.arange(sub)).reshape(-1)
-    upper, d = upper_factor(full[np.ix_(columns, columns)])
+    upper, d = upper_factor(h[np.ix_(columns, columns)])
     triangle = np.sqrt(d)[:, None] * upper.T
-    opening = np.stack([triangle[at : at + sub, at : at + sub] for at in range(0, n, sub)])
-    return PointFactors(
-        np.ascontiguousarray(full, np.float32),
+    triangles = np.stack([triangle[at : at + sub, at : at + sub] for at in range(0, n, sub)])
+    return Opening(
         np.ascontiguousarray(upper.T, np.float32),
         order.astype(np.int64),
         np.sqrt(d).astype(np.float32),
-        opening.astype(np.float32),
-        _local(full, unit),
-        _local(full, sub),
+        triangles.astype(np.float32),
     )
 
 
-def _local(full: npt.NDArray[np.float64], width: int) -> tuple[Floats, Floats]:
-    """T with TᵀT = H_b and the inverse of H_b, for H's diagonal blocks."""
-    blocks = np.stack([full[at : at + width, at : at + width] for at in range(0, len(full), width)])
+def local_factors(h: npt.NDArray[np.float64], width: int) -> Local:
+    """T with TᵀT = H_b and the inverse of H_b, for the diagonal blocks of H [n, n] of a width."""
+    blocks = np.stack([h[at : at + width, at : at + width] for at in range(0, len(h), width)])
     triangles = []
     for block in blocks:
         upper, d = upper_factor(block)
         triangles.append(np.sqrt(d)[:, None] * upper.T)
-    return np.stack(triangles).astype(np.float32), np.linalg.inv(blocks).astype(np.float32)
-
-
-def round_vector(
-    weights: Floats,
-    stock: Bytes,
-    kind: str,
-    inputs: npt.NDArray[np.floating],
-    outputs: npt.NDArray[np.floating] | None,
-    *,
-    passes: int,
-    scales: bool,
-    damping: float,
-    output_damping: float,
-    by_importance: bool,
-) -> tuple[Bytes, Floats, Floats]:
-    """Blocks, and the errors weights − blocks of the library's and of these, float32 [rows, width]; see `method`."""
-    width = weights.shape[1]
-    start = unpack_vector(kind, stock, width)
-    form = start.format
-    factors = factor_points(inputs, form.sub, form.unit, damping, by_importance)
-    leading, coupling = couplings(outputs, output_damping)
-    before = weights - start.values()
-    delta = before.copy()
-    codes, d, scale, values = start.codes.copy(), start.d.copy(), start.scale.copy(), start.signed()
-    points = np.ascontiguousarray(grid(kind).T)
-    costs = np.empty(form.points, np.float32)
-    kit = (points, form.unit, form.even, np.float32(HOLD[form.even] * points.min()), costs, costs.view(np.int32))
-    multipliers = (form.multipliers, _MOVES if scales else 0, form.sub, BLOCK // form.sub)
-    state = (d, scale, multipliers, kit, codes, values, delta)
-
-    def opening(first: int, targets: Floats, leading: Floats) -> None:
-        open_points(
-            weights, first, targets, leading, factors.ut, factors.order, factors.roots, factors.opening, *state
-        )  # fmt: skip
-
-    def one_pass(first: int, slopes: Floats, coupling: Floats) -> Floats:
-        shifts = np.empty_like(slopes)
-        pass_points(first, slopes, coupling, shifts, factors.h, *factors.unit, *factors.sub, *state, scales)
-        return shifts
-
-    round_in_groups(weights, delta, factors.h, leading, coupling, passes, opening, one_pass)
-    blocks = VectorBlocks(form, codes, (values < 0).astype(np.uint8), d, scale)
-    # What the row kernels carried along has rounding errors of its own.
-    return pack_vector(blocks), before, weights - blocks.values()
+    return Local(np.stack(triangles).astype(np.float32), np.linalg.inv(blocks).astype(np.float32))

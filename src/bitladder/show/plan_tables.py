@@ -8,8 +8,7 @@ from rich.table import Table
 
 from bitladder.gguf.names import ranges
 from bitladder.plan import MovedTensors, PlanResult, Share, Target, TriedRecipe, moved_tensors, shares
-from bitladder.trial import BlockLoss
-from bitladder.trial.journal import Measurement
+from bitladder.trial import BlockLoss, Measurement
 from bitladder.units import size_text
 
 Places = Mapping[str, tuple[str, int | None]]

@@ -4,7 +4,7 @@ import collections
 
 from bitladder.evaluate.scores import Figure
 from bitladder.gguf.names import in_main_block, kind_of
-from bitladder.refine.round.guard import Trial
+from bitladder.refine.round.guard import GuardTrial
 from bitladder.refine.round.quantize_rounded import Refined
 
 
@@ -38,11 +38,11 @@ def refine_lines(made: Refined) -> list[str]:
     return lines
 
 
-def _trial(trial: Trial) -> str:
+def _trial(trial: GuardTrial) -> str:
     return f"KLD {trial.change.value:+.5f} ± {trial.change.error:.5f}"
 
 
-def _names(trial: Trial) -> str:
+def _names(trial: GuardTrial) -> str:
     return trial.tensors[0] if len(trial.tensors) == 1 else f"{len(trial.tensors)} {trial.kind}"
 
 

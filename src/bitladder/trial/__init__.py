@@ -1,5 +1,24 @@
-"""What it costs to change a model: measured in the loaded model, against its own predictions."""
+"""What a change to a model costs: tensors rendered in other types, swapped into a loaded model, and measured there."""
 
-from bitladder.trial.without_block import BlockLoss, blocks_left_out
+from bitladder.trial.blocks_left_out import BlockLoss, blocks_left_out
+from bitladder.trial.journal import Journal, Measurement, Measures, recipe_key
+from bitladder.trial.render import RENDERING, Renderer, RoundingMethod, StockRounding, render_all
+from bitladder.trial.swapped_model import SWAPPED_KLD, Rendered, SwappedModel, measurement_inputs
 
-__all__ = ["BlockLoss", "blocks_left_out"]
+__all__ = [
+    "RENDERING",
+    "SWAPPED_KLD",
+    "BlockLoss",
+    "Journal",
+    "Measurement",
+    "Measures",
+    "Rendered",
+    "Renderer",
+    "RoundingMethod",
+    "StockRounding",
+    "SwappedModel",
+    "blocks_left_out",
+    "measurement_inputs",
+    "recipe_key",
+    "render_all",
+]

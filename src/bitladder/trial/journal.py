@@ -1,7 +1,6 @@
-"""Measurements kept as they are made, so that work that was cut short goes on, and nothing is measured twice."""
+"""Measurements, kept one by one: work that was cut short continues, and nothing is measured twice."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import pathlib
@@ -12,15 +11,21 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.errors import BitladderError
+from bitladder.keys import key_of
 
 Doubles = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A recipe's divergence. `chunks` and `squares` are the means of the KLD (nats) and of its square in each chunk.
+    """The divergence of a recipe.
 
-    `tokens` were scored in each. The standard error takes tokens as independent.
+    Parameters:
+        types: type of each tensor that differs from full precision, by name.
+        chunks: mean KLD of each chunk, nats per token.
+        squares: mean squared KLD of each chunk.
+        tokens: scored tokens of a chunk.
+        label: how the recipe came about.
     """
 
     types: Mapping[str, str]
@@ -36,33 +41,36 @@ class Measurement:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean."""
+        """Standard error of the mean; it takes tokens as independent."""
         variance = max(float(np.mean(self.squares)) - self.kld**2, 0.0)
         return math.sqrt(variance / max(len(self.chunks) * self.tokens - 1, 1))
 
     def part(self, first: int, last: int) -> "Measurement":
-        """What was measured on the chunks first … last−1."""
+        """The measurement of the chunks first … last−1."""
         return dataclasses.replace(self, chunks=self.chunks[first:last], squares=self.squares[first:last])
 
 
 class Measures(Protocol):
-    """What measures a recipe (candidate.Candidate, or a test's own)."""
+    """What measures a recipe: `SwappedModel`, or a formula in a test."""
 
     def kld(self, types: Mapping[str, str], chunks: int) -> Doubles:
-        """float64 [chunks, scored], nats per token."""
+        """KLD of each token, nats, float64 [chunks, scored]."""
 
 
 class Journal:
-    """Measurements in a file, one line each.
+    """Measurements in a file, a line for each.
 
-    Parameters: `path` (None: in memory only); `context` what all of them depend on (model, importance, text, rounding,
-    library), as a hash: lines of another context are left alone. `tokens_per_chunk` for the count of what was spent.
+    Parameters:
+        path: the file; None keeps measurements in memory only.
+        context: hash of all that measurements depend on beside the recipe (`measurement_inputs`). Lines of another
+            context are ignored, and stay in the file.
+        tokens_per_chunk: tokens decoded for a chunk, to count what was spent.
     """
 
     def __init__(self, path: pathlib.Path | None, context: str, tokens_per_chunk: int) -> None:
         self.path, self._context, self.tokens_per_chunk = path, context, tokens_per_chunk
-        self.found: dict[str, Measurement] = {}
-        self.made = 0  # measurements by this process
+        self.measurements: dict[str, Measurement] = {}
+        self.new = 0  # measurements by this process
         if path is not None and path.is_file():
             self._read(path)
 
@@ -71,7 +79,7 @@ class Journal:
             try:
                 entry: dict[str, Any] = json.loads(line)
                 if entry["context"] == self._context:
-                    self.found[entry["key"]] = Measurement(
+                    self.measurements[entry["key"]] = Measurement(
                         entry["types"],
                         tuple(entry["kld"]),
                         tuple(entry["squares"]),
@@ -84,33 +92,40 @@ class Journal:
     @property
     def tokens(self) -> int:
         """Tokens decoded for all measurements of this context."""
-        return sum(len(one.chunks) for one in self.found.values()) * self.tokens_per_chunk
+        return sum(len(one.chunks) for one in self.measurements.values()) * self.tokens_per_chunk
 
     def measure(self, model: Measures, types: Mapping[str, str], chunks: int, label: str = "") -> Measurement:
-        """The divergence of a recipe over the first `chunks` chunks; measured only if it is not known."""
+        """The divergence of a recipe over the first chunks; it is decoded only if it is not known yet.
+
+        Parameters:
+            model: what measures it.
+            types: type of each tensor that differs from full precision, by name.
+            chunks: how many chunks.
+            label: how the recipe came about.
+        """
         key = recipe_key(types)
-        known = self.found.get(key)
+        known = self.measurements.get(key)
         if known is not None and len(known.chunks) >= chunks:
             return known.part(0, chunks)
         tokens = model.kld(types, chunks)
-        means, squares = (tuple(map(float, one.mean(axis=1))) for one in (tokens, tokens**2))
-        made = Measurement(dict(types), means, squares, tokens.shape[1], label)
-        self.found[key] = made
-        self.made += 1
-        self._write(key, made)
-        return made
+        means, squares = (tuple(map(float, values.mean(axis=1))) for values in (tokens, tokens**2))
+        measurement = Measurement(dict(types), means, squares, tokens.shape[1], label)
+        self.measurements[key] = measurement
+        self.new += 1
+        self._write(key, measurement)
+        return measurement
 
-    def _write(self, key: str, made: Measurement) -> None:
+    def _write(self, key: str, measurement: Measurement) -> None:
         if self.path is None:
             return
         entry = {
             "context": self._context,
             "key": key,
-            "label": made.label,
-            "kld": made.chunks,
-            "squares": made.squares,
-            "tokens": made.tokens,
-            "types": made.types,
+            "label": measurement.label,
+            "kld": measurement.chunks,
+            "squares": measurement.squares,
+            "tokens": measurement.tokens,
+            "types": measurement.types,
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,5 +137,10 @@ class Journal:
 
 
 def recipe_key(types: Mapping[str, str]) -> str:
-    """The hash of the tensors that have another type than full precision."""
-    return hashlib.sha256(json.dumps(sorted(types.items())).encode()).hexdigest()
+    """The hash of a recipe: of the types of tensors that differ from full precision, by name.
+
+    Example:
+        >>> recipe_key({"a": "q4_K", "b": "q6_K"}) == recipe_key({"b": "q6_K", "a": "q4_K"})
+        True
+    """
+    return key_of({"types": types})

@@ -1,7 +1,7 @@
-"""What a tensor becomes: the blocks that would really be written, their error, and a cache of both.
+"""Blocks of a tensor in a type: exactly those that a file would hold, with their error, and a cache of both.
 
-A rounding method is any function from weights, type and importance to blocks. Whatever prices types asks for blocks
-here, so that another method changes the prices and nothing else.
+A rounding method is a function from weights, type and importance to blocks. All that prices, tries or writes types
+takes its blocks from here: another rounding method changes the blocks and nothing else.
 """
 
 import hashlib
@@ -9,48 +9,72 @@ import os
 import pathlib
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.types import RowKernels, TensorType
+from bitladder.closing import Closing
+from bitladder.engine.native import versions
+from bitladder.engine.types import RowKernels, TensorType, quantize_rows, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile, TensorInfo
+from bitladder.keys import Algorithm, key_of
+from bitladder.progress import SILENT, Progress
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-ROWS = 1 << 22  # weights whose error is summed at a time: bounds the memory of float32 copies
+WEIGHTS_AT_ONCE = 1 << 22  # whose error is summed: bounds the memory of float32 copies
+CACHE_BYTES = 16 << 30
+
+RENDERING = Algorithm("rendering", ("blocks of a rounding method, and their error weighted by importance",))
 
 
-class Rounding(Protocol):
-    """A rounding method. `key` names it with all its options: blocks are cached under it."""
+class RoundingMethod(Protocol):
+    """A function from weights to blocks.
+
+    `key` is the same for two methods only if they give the same blocks; rendered blocks are cached under it.
+    """
 
     key: str
 
     def __call__(self, name: str, weights: Floats, kind: TensorType, importance: Floats | None) -> Bytes:
         """The blocks of a tensor.
 
-        `weights` float32 [matrices, rows, width]; `importance` float32 [matrices, width] (mean squared inputs) or
-        None. Returns uint8 [matrices, rows, row bytes].
+        Parameters:
+            name: the tensor's name.
+            weights: float32 [matrices, rows, width].
+            kind: the type to round to.
+            importance: mean squared inputs, float32 [matrices, width], or None.
+
+        Returns:
+            uint8 [matrices, rows, row bytes].
+
+        Raises:
+            BitladderError: the type cannot hold the tensor; the message names it.
         """
 
 
-class Stock:
-    """The library's own kernel."""
+class StockRounding:
+    """The library's own kernels.
+
+    Parameters:
+        kernels: with threads of their own; None computes in the calling thread.
+    """
 
     key = "stock"
 
-    def __init__(self, kernels: RowKernels) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: RowKernels | None = None) -> None:
+        self._quantize = quantize_rows if kernels is None else kernels.quantize
 
     def __call__(self, name: str, weights: Floats, kind: TensorType, importance: Floats | None) -> Bytes:
-        """See `Rounding`. Raises BitladderError that names the tensor."""
+        """See `RoundingMethod`."""
         try:
             parts = [
-                self._kernels.quantize(matrix, kind, None if importance is None else importance[index])
+                self._quantize(matrix, kind, None if importance is None else importance[index])
                 for index, matrix in enumerate(weights)
             ]
         except BitladderError as error:
@@ -58,12 +82,16 @@ class Stock:
         return np.stack(parts)
 
 
-class Renderer:
-    """Renders tensors of a full-precision file, each (tensor, type) once.
+class Renderer(Closing):
+    """Renders tensors of a full-precision file, each pair of tensor and type once.
 
-    Parameters: `importance` float32 [matrices, width] by tensor name; `folder` where blocks are kept under a key of
-    their content (weights, type, importance, method), None to keep nothing; `max_bytes` of blocks are kept there at
-    most, the rest is rendered again when needed.
+    Parameters:
+        file: the model.
+        importance: mean squared inputs by tensor name, float32 [matrices, width].
+        rounding: the method; None takes the library's kernels.
+        folder: where blocks are kept, under the hash of all that decides them; None keeps nothing.
+        max_bytes: how many bytes of blocks are kept there at most; others are rendered again when needed.
+        threads: threads of the library's kernels; None takes all CPUs.
     """
 
     def __init__(
@@ -71,14 +99,14 @@ class Renderer:
         file: GgufFile,
         importance: Mapping[str, Floats],
         *,
-        rounding: Rounding | None = None,
+        rounding: RoundingMethod | None = None,
         folder: pathlib.Path | None = None,
-        max_bytes: int = 16 << 30,
+        max_bytes: int = CACHE_BYTES,
         threads: int | None = None,
     ) -> None:
         self.file = file
         self.kernels = RowKernels(threads)
-        self.rounding: Rounding = rounding or Stock(self.kernels)
+        self.rounding: RoundingMethod = rounding or StockRounding(self.kernels)
         self._importance, self._folder = importance, folder
         self._hashes: dict[str, str] = {}
         self._errors: dict[tuple[str, str], float] = {}
@@ -90,26 +118,51 @@ class Renderer:
         """Stop the threads."""
         self.kernels.close()
 
-    def importance(self, name: str) -> Floats | None:
-        """The importance of a tensor's columns, float32 [matrices, width], or None."""
-        return self._importance.get(name)
+    def importance_sha256(self) -> str:
+        """The hash of the importance of all tensors."""
+        return key_of({name: _sha256(values) for name, values in self._importance.items()})
 
     def key(self, name: str, kind: TensorType) -> str:
-        """The hash of all that decides a rendered tensor's blocks."""
+        """The hash of all that decides a tensor's blocks and their error."""
+        tensor = self.file.tensors[name]
         if name not in self._hashes:
-            digest = hashlib.sha256(self.file.read(self.file.tensors[name]).data)
-            importance = self._importance.get(name)
-            digest.update(b"none" if importance is None else np.ascontiguousarray(importance).data)
-            self._hashes[name] = digest.hexdigest()
-        text = f"{self._hashes[name]} {self.file.tensors[name].shape} {kind.name} {self.rounding.key}"
-        return hashlib.sha256(text.encode()).hexdigest()
+            self._hashes[name] = _sha256(self.file.read(tensor))
+        importance = self._importance.get(name)
+        return key_of(
+            {
+                "weights": self._hashes[name],
+                "weights' type": tensor.type.name,
+                "shape": tensor.shape,
+                "importance": None if importance is None else _sha256(importance),
+                "type": kind.name,
+                "rounding": self.rounding.key,
+                "library": versions()["llama_cpp_commit"],
+                "algorithms": RENDERING.versions(),
+            }
+        )
 
     def blocks(self, name: str, kind: TensorType) -> Bytes:
-        """The tensor's rows as they would be written, uint8 [rows, row bytes]. Raises BitladderError that names it."""
+        """The tensor's rows as a file holds them, uint8 [rows, row bytes]. Raises BitladderError that names it."""
         return self._rendered(name, kind)[0]
 
+    def values(self, name: str, kind: TensorType) -> Floats:
+        """The weights that the blocks stand for, float32 [rows, width]."""
+        return self.kernels.dequantize(self.blocks(name, kind), kind, self.file.tensors[name].width)
+
+    def weights(self, name: str) -> Floats:
+        """The full-precision tensor, float32 [rows, width]."""
+        tensor = self.file.tensors[name]
+        return self.kernels.dequantize(self.file.read(tensor), tensor.type, tensor.width)
+
+    def error(self, name: str, kind: TensorType) -> float:
+        """Σ w (ŵ − w)² over the rendered tensor, w the mean squared input of the column (1 without importance)."""
+        if (name, kind.name) not in self._errors:
+            self._errors[name, kind.name] = self._rendered(name, kind)[1]
+        return self._errors[name, kind.name]
+
+    @RENDERING.entry
     def _rendered(self, name: str, kind: TensorType) -> tuple[Bytes, float]:
-        """Blocks and their error, from the folder or made."""
+        """Blocks and their error, from the folder or computed."""
         tensor = self.file.tensors[name]
         row = kind.row_bytes(tensor.width)
         path = None if self._folder is None else self._folder / f"{self.key(name, kind)}.blocks"
@@ -125,27 +178,55 @@ class Renderer:
             self._room -= blocks.nbytes
         return blocks, error
 
-    def weights(self, name: str) -> Floats:
-        """The full-precision tensor, float32 [rows, width]."""
-        tensor = self.file.tensors[name]
-        return self.kernels.dequantize(self.file.read(tensor), tensor.type, tensor.width)
 
-    def values(self, name: str, kind: TensorType) -> Floats:
-        """What the rendered tensor stands for, float32 [rows, width]."""
-        return self.kernels.dequantize(self.blocks(name, kind), kind, self.file.tensors[name].width)
+def render_all(
+    renderer: Renderer,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    label: str = "rounding",
+    progress: Progress = SILENT,
+) -> dict[tuple[str, str], float]:
+    """Renders many tensors, several at once, into the renderer's folder.
 
-    def error(self, name: str, kind: TensorType) -> float:
-        """Σ w (ŵ − w)² over the rendered tensor, w the mean squared input of the column (1 without importance)."""
-        if (name, kind.name) not in self._errors:
-            self._errors[name, kind.name] = self._rendered(name, kind)[1]
-        return self._errors[name, kind.name]
+    Each tensor has a thread; only the library's kernels take all threads for one tensor. Large tensors go first, so
+    that no thread has a large one alone at the end.
+
+    Parameters:
+        renderer: what renders them.
+        pairs: name of a tensor and name of a type.
+        label: what the progress bar says.
+
+    Returns:
+        The errors (`Renderer.error`), by pair.
+
+    Raises:
+        BitladderError: a type cannot hold a tensor; the message names it.
+    """
+    tensors = renderer.file.tensors
+    ordered = sorted(pairs, key=lambda pair: -tensors[pair[0]].elements * tensors[pair[0]].width)
+    pool = ThreadPoolExecutor(1 if isinstance(renderer.rounding, StockRounding) else renderer.kernels.threads)
+    errors = {}
+    try:
+        with progress.task(label, sum(tensors[name].elements for name, _ in ordered)) as bar:
+            waiting = [(pair, pool.submit(renderer.error, pair[0], type_by_name(pair[1]))) for pair in ordered]
+            for (name, kind), future in waiting:
+                errors[name, kind] = future.result()
+                bar.note(f"{name} {kind}")
+                bar.advance(tensors[name].elements)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return errors
+
+
+def _sha256(values: npt.NDArray[np.generic]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
 def _write(path: pathlib.Path, blocks: Bytes, error: float) -> None:
     """Keep blocks, their error and a checksum of both.
 
-    There are thousands of these files and none is precious: they are not forced to the disk one by one, so the
-    checksum must tell what a power cut has left of one.
+    There are thousands of these files and each can be made again: they are not forced to the disk one by one. The
+    checksum shows whether a power cut has left a file incomplete.
     """
     body = blocks.tobytes() + struct.pack("<d", error)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +254,7 @@ def _read(path: pathlib.Path, size: int) -> tuple[Bytes, float] | None:
 
 
 def _error(weights: Floats, values: Floats, importance: Floats | None, tensor: TensorInfo) -> float:
-    step = max(1, ROWS // tensor.width)
+    step = max(1, WEIGHTS_AT_ONCE // tensor.width)
     total = 0.0
     for start in range(0, tensor.rows, step):
         gap = values[start : start + step] - weights[start : start + step]

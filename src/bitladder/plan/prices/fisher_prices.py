@@ -7,6 +7,9 @@ price of a (tensor, type) depends on no other tensor or type.
 
 import functools
 
+import numpy as np
+import numpy.typing as npt
+
 from bitladder.calibrate.gradients import FISHER, FisherOptions, fisher_costs
 from bitladder.engine.model import Tokens
 from bitladder.engine.types import TensorType
@@ -17,7 +20,9 @@ from bitladder.plan.prices.law import FLOOR
 from bitladder.plan.prices.menu import Menus
 from bitladder.plan.prices.price import PriceSource
 from bitladder.progress import SILENT, Progress
-from bitladder.trial.render import Floats, Renderer
+from bitladder.trial import Renderer
+
+Floats = npt.NDArray[np.float32]
 
 FISHER_PRICES = Algorithm(
     "prices from gradients",

@@ -19,9 +19,7 @@ from bitladder.plan.prices.document import GroupPrice, PricedFrom, TensorPrices,
 from bitladder.plan.prices.law import Probe, fit
 from bitladder.plan.prices.menu import Menus
 from bitladder.progress import SILENT, Progress, Task
-from bitladder.trial.journal import Measurement
-from bitladder.trial.render import Renderer
-from bitladder.trial.render_many import render_all
+from bitladder.trial import Measurement, Renderer, render_all
 
 PRICES = Algorithm(
     "prices",

@@ -1,13 +1,13 @@
-"""Rounding on trial: what raises the measured divergence on held-out text keeps the library's blocks.
+"""Rounded blocks are tried on held-out text: what raises the measured divergence keeps the library's blocks.
 
 A lower output error is no proof. At an attention sink, or on text unlike the calibration's, blocks with a lower
-tr(ΔW H ΔWᵀ) can make a worse model. So the blocks of one kind of tensor after the other are put into the loaded
-full-precision model, in which all others have the blocks that were kept so far, and stay if KLD falls. A kind that
-raises it is tried in halves of its layers, down to single tensors.
+tr(ΔW H ΔWᵀ) can make a worse model. The guard tries the rounded blocks of one kind of tensor after the other in the
+loaded full-precision model. All other tensors have the blocks that were kept so far. A kind stays if KLD falls. A kind
+that raises it is tried in halves of its layers, down to single tensors.
 
-What harms in one layer can hide behind a kind that gains in all. So then blocks are taken out again: those of groups of
-neighbouring layers, of each layer in the groups that gain least by them, and of each tensor in the layers that do. If a
-kind was refused, the moments are not to be trusted, and every layer is looked at.
+A layer that harms can hide behind a kind that gains in all others. So blocks are then taken out again: those of groups
+of neighbouring layers, of each layer in the groups that gain least, and of each tensor in the layers that gain least.
+If a kind was refused, the moments are doubtful, and every layer is examined.
 """
 
 import dataclasses
@@ -19,30 +19,54 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
-from bitladder.engine.model import Model
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.types import type_by_name
-from bitladder.engine.weights import Weights
 from bitladder.evaluate.base.hidden import HiddenBase
-from bitladder.evaluate.divergence import compare_with_base
 from bitladder.evaluate.figures import mean
-from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.scores import Figure
-from bitladder.evaluate.settings import Settings
 from bitladder.gguf.names import block_of, kind_of
+from bitladder.keys import Algorithm
+from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
-from bitladder.trial.render import Renderer
+from bitladder.trial import SWAPPED_KLD, Rendered, Renderer, SwappedModel
 
 Doubles = npt.NDArray[np.float64]
 Key = TypeVar("Key")
-# Parts at most that are looked into though they do no harm as a whole: with few tokens no gain is clear.
-UNCLEAR = 4
+
+GUARD = Algorithm(
+    "guard",
+    (
+        "kinds of tensors are tried, and halves of those that harm",
+        "blocks of the layers that gain least are taken out again, tensor by tensor",
+        "groups of layers are examined first, then layers, then tensors",
+        "inputs are rounded as the kernels round them, as where recipes are planned",
+    ),
+    uses=(SWAPPED_KLD,),
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """Some tensors with their rounded blocks and without: what these add to KLD (paired, nats), and whether they stay.
+class GuardOptions(Options):
+    """How rounded blocks are tried."""
 
-    `kind` is that of the tensors, or blk.7 for a layer's, blk.6-11 for those of several.
+    guard_chunks: int = option(
+        8, "--guard-chunks", least=1, metavar="N", help="Chunks of held-out text on which blocks are tried."
+    )
+    unclear: int = option(
+        4, least=0, help="Layers (or groups of layers) that are examined at most though they do no harm as a whole."
+    )
+    single_layers: int = option(3, least=0, help="With more layers than this, groups of layers are examined first.")
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardTrial:
+    """Some tensors with rounded blocks and with the library's.
+
+    Parameters:
+        kind: the kind of the tensors; blk.7 for those of a layer, blk.6-11 for those of several layers.
+        tensors: their names.
+        change: what the rounded blocks add to KLD, paired by token, nats.
+        kept: whether they stay.
     """
 
     kind: str
@@ -53,17 +77,24 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class GuardReport:
-    """KLD of the library's blocks and of what was kept, their paired difference, and every trial in order.
+    """What the guard measured.
 
-    `trials` are of blocks that were put in, `removals` of blocks that were in and were taken out, which for whole
-    layers is a measurement only. `stock` names the tensors that keep the library's blocks, of `tried`.
+    Parameters:
+        before: KLD with the library's blocks, nats per token.
+        after: KLD with the blocks that were kept.
+        difference: after − before, paired by token.
+        trials: rounded blocks that were put in, in order.
+        removals: rounded blocks that were taken out, in order; for whole layers a measurement only.
+        stock: tensors that keep the library's blocks, of those tried.
+        tried: how many tensors were tried.
+        tokens: how many tokens were scored.
     """
 
     before: Figure
     after: Figure
     difference: Figure
-    trials: tuple[Trial, ...]
-    removals: tuple[Trial, ...]
+    trials: tuple[GuardTrial, ...]
+    removals: tuple[GuardTrial, ...]
     stock: tuple[str, ...]
     tried: int
     tokens: int
@@ -81,94 +112,108 @@ class _Part:
 class Guard(Closing):
     """The loaded model in which blocks are tried.
 
-    Parameters: `base` the full-precision predictions of a text that was not calibrated on; `stock` and `rounded`
-    renderers of the same file; `types` of the tensors that both render.
+    Parameters:
+        base: full-precision predictions of a text that was not calibrated on.
+        stock: renders the library's blocks.
+        rounded: renders the rounded blocks of the same file.
+        types: type of each tensor that changes, by name.
+        options: how blocks are tried.
+        decoding: how to decode; the context length must be the base's.
     """
 
     def __init__(
-        self, base: HiddenBase, stock: Renderer, rounded: Renderer, types: Mapping[str, str], settings: Settings
+        self,
+        base: HiddenBase,
+        stock: Renderer,
+        rounded: Renderer,
+        types: Mapping[str, str],
+        options: GuardOptions,
+        decoding: Decoding,
     ) -> None:
-        self._base, self._stock, self._rounded, self._types = base, stock, rounded, types
-        self._chunks = settings.limit(len(base.chunks))
-        self._model = Model(base.model.path, mmap=False, repack=False, gpu_layers=settings.gpu_layers)
-        self._weights = Weights(self._model)
-        self._context = settings.context(self._model)
-        self._workers = Workers(settings.threads)
+        self._stock = {name: Rendered(stock, type_by_name(kind)) for name, kind in types.items()}
+        self._rounded = {name: Rendered(rounded, type_by_name(kind)) for name, kind in types.items()}
+        self._options = options
+        self._in: set[str] = set()  # tensors that have rounded blocks now
+        self._model = SwappedModel(base, stock, decoding)
 
     def close(self) -> None:
         """Free the model."""
-        self._workers.close()
-        self._context.close()
         self._model.close()
 
+    @GUARD.entry
     def run(self, candidates: Sequence[str], progress: Progress = SILENT) -> GuardReport:
-        """Try the rounded blocks of these tensors, kind by kind, then those of the layers that gain least one by one.
-
-        Raises BitladderError if decoding fails or logits are not finite.
-        """
+        """Tries the rounded blocks of these tensors. Raises BitladderError if logits are not finite."""
+        self._in = set()
         kinds = _grouped(candidates, kind_of)
         with progress.task("guard", 1 + len(kinds)) as bar:
-            for name in self._types:
-                self._put(self._stock, (name,))
             before = now = self._kld()
             bar.advance()
-            trials: list[Trial] = []
+            trials: list[GuardTrial] = []
             for kind, names in kinds.items():
                 ordered = sorted(names, key=lambda name: -1 if block_of(name) is None else block_of(name) or 0)
                 now = self._try(kind, tuple(ordered), now, trials)
                 bar.note(f"KLD {now.mean():.5f}, {before.mean():.5f} with the library's blocks")
                 bar.advance()
-        kept = {name for trial in trials if trial.kept for name in trial.tensors}
-        removals: list[Trial] = []
-        layers = _layers([name for name in candidates if name in kept])
-        if all(trial.kept for trial in trials) and len(layers) > 3:
-            layers = self._weakest(_neighbours(layers), now, removals, progress)
-        tensors = self._weakest(layers, now, removals, progress)
-        with progress.task("guard, tensors", len(tensors)) as bar:
-            for tensor in tensors:
-                change, without = self._without(tensor.names, now)
-                removals.append(Trial(tensor.label, tensor.names, change, kept=change.value <= 0))
-                if change.value > 0:
-                    now = without
-                else:
-                    self._put(self._rounded, tensor.names)
-                bar.advance()
-        kept -= {name for trial in removals if not trial.kept for name in trial.tensors}
+        removals, now = self._examine(candidates, all(trial.kept for trial in trials), now, progress)
         return GuardReport(
             mean(before),
             mean(now),
             mean(now - before),
             tuple(trials),
             tuple(removals),
-            tuple(name for name in candidates if name not in kept),
+            tuple(name for name in candidates if name not in self._in),
             len(candidates),
             before.size,
         )
 
-    def _try(self, kind: str, names: tuple[str, ...], now: Doubles, trials: list[Trial]) -> Doubles:
-        """The scores after trying some tensors, which stay or are taken out again."""
-        self._put(self._rounded, names)
+    def _try(self, kind: str, names: tuple[str, ...], now: Doubles, trials: list[GuardTrial]) -> Doubles:
+        """Put in the rounded blocks of some tensors; returns the KLD of each token after the decision."""
+        self._in.update(names)
         with_them = self._kld()
         change = mean(with_them - now)
-        trials.append(Trial(kind, names, change, kept=change.value < 0))
+        trials.append(GuardTrial(kind, names, change, kept=change.value < 0))
         if change.value < 0:
             return with_them
-        self._put(self._stock, names)
-        # Halves of what harms by less than its error would be tried on noise alone.
+        self._in.difference_update(names)
+        # Halves of tensors that harm by less than the error would be tried on noise alone.
         if len(names) > 1 and change.value > change.error:
             middle = len(names) // 2
             now = self._try(kind, names[:middle], now, trials)
             now = self._try(kind, names[middle:], now, trials)
         return now
 
-    def _weakest(self, parts: Sequence[_Part], now: Doubles, removals: list[Trial], progress: Progress) -> list[_Part]:
-        """What is inside the parts that gain least: of one at least, and of those that harm or gain nothing clear."""
+    def _examine(
+        self, candidates: Sequence[str], trusted: bool, now: Doubles, progress: Progress
+    ) -> tuple[list[GuardTrial], Doubles]:
+        """Take blocks out again where they gain least; returns all removals and the KLD of each token after them.
+
+        `trusted` is whether every kind was kept.
+        """
+        removals: list[GuardTrial] = []
+        layers = _layers([name for name in candidates if name in self._in])
+        if trusted and len(layers) > self._options.single_layers:
+            layers = self._weakest(_neighbours(layers), now, removals, progress)
+        tensors = self._weakest(layers, now, removals, progress)
+        with progress.task("guard, tensors", len(tensors)) as bar:
+            for tensor in tensors:
+                change, without = self._without(tensor.names, now)
+                removals.append(GuardTrial(tensor.label, tensor.names, change, kept=change.value <= 0))
+                if change.value > 0:
+                    self._in.difference_update(tensor.names)
+                    now = without
+                bar.advance()
+        return removals, now
+
+    def _weakest(
+        self, parts: Sequence[_Part], now: Doubles, removals: list[GuardTrial], progress: Progress
+    ) -> list[_Part]:
+        """The parts inside those that gain least: inside at least one, and inside those that harm or gain nothing
+        clear."""
         gains = []
         with progress.task("guard, layers", len(parts)) as bar:
             for part in parts:
                 change, _ = self._without(part.names, now)
-                self._put(self._rounded, part.names)
-                removals.append(Trial(part.label, part.names, change, kept=True))
+                removals.append(GuardTrial(part.label, part.names, change, kept=True))
                 gains.append((change, part))
                 bar.note(part.label)
                 bar.advance()
@@ -176,22 +221,20 @@ class Guard(Closing):
         return [
             inner
             for place, (change, part) in enumerate(gains)
-            if not place or change.value > (-change.error if place < UNCLEAR else 0)
+            if not place or change.value > (-change.error if place < self._options.unclear else 0)
             for inner in part.inside
         ]
 
     def _without(self, names: Sequence[str], now: Doubles) -> tuple[Figure, Doubles]:
-        """What the rounded blocks of these tensors add to KLD, and the scores without them; they are out then."""
-        self._put(self._stock, names)
-        without = self._kld()
+        """What the rounded blocks of these tensors add to KLD, and the KLD of each token without them."""
+        without = self._kld(self._in.difference(names))
         return mean(now - without), without
 
-    def _put(self, renderer: Renderer, names: Sequence[str]) -> None:
-        for name in names:
-            self._weights.set(name, renderer.values(name, type_by_name(self._types[name])))
-
-    def _kld(self) -> Doubles:
-        return compare_with_base(self._context, self._base, self._chunks, self._workers).kld
+    def _kld(self, rounded: set[str] | None = None) -> Doubles:
+        """KLD of each token, nats, with the rounded blocks of these tensors (None: of those that have them now)."""
+        names = self._in if rounded is None else rounded
+        swaps = {name: self._rounded[name] if name in names else stock for name, stock in self._stock.items()}
+        return self._model.kld_with(swaps, self._options.guard_chunks).ravel()
 
 
 def _layers(names: Sequence[str]) -> list[_Part]:
@@ -204,7 +247,7 @@ def _layers(names: Sequence[str]) -> list[_Part]:
 
 
 def _neighbours(layers: Sequence[_Part]) -> list[_Part]:
-    """Groups of neighbouring layers, about as many as layers in each."""
+    """Groups of neighbouring layers, about as many groups as layers in each."""
     size = math.isqrt(len(layers))
     groups = [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
     return [
@@ -218,7 +261,7 @@ def _neighbours(layers: Sequence[_Part]) -> list[_Part]:
 
 
 def _grouped(names: Sequence[str], key: Callable[[str], Key]) -> dict[Key, list[str]]:
-    """Names by what `key` says of them, in order of first appearance."""
+    """Names by their key, in order of first appearance."""
     groups: dict[Key, list[str]] = {}
     for name in names:
         groups.setdefault(key(name), []).append(name)
@@ -239,7 +282,7 @@ def guard_json(guard: GuardReport) -> dict[str, Any]:
     }
 
 
-def _trial_json(trial: Trial) -> dict[str, Any]:
+def _trial_json(trial: GuardTrial) -> dict[str, Any]:
     return {
         "kind": trial.kind,
         "tensors": list(trial.tensors),

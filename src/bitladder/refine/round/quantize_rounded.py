@@ -13,13 +13,12 @@ from bitladder.errors import UsageError
 from bitladder.evaluate import Settings, load_or_compute_base
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import Prepared, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
-from bitladder.refine.round.guard import Guard, GuardReport
+from bitladder.refine.round.guard import Guard, GuardOptions, GuardReport
 from bitladder.refine.round.output_rounding import Bytes, OutputRounding, joined_sha256, refuse_other_moments
 from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order
 from bitladder.rounding import RoundingOptions
 from bitladder.text.texts import Text
-from bitladder.trial.render import Renderer, Stock
-from bitladder.trial.render_many import render_all
+from bitladder.trial import Renderer, StockRounding, render_all
 
 # What the file says of its blocks, for `bitladder verify`.
 METHOD_KEY, MOMENTS_KEY = "bitladder.rounding", "bitladder.rounding.moments.sha256"
@@ -99,7 +98,7 @@ def _refine(
         shifted = None if refine.sequential is None else ShiftedRounding(rounding, refine.sequential, types)
         stock, rounded = (
             Renderer(prepared.file, prepared.importance, rounding=method, folder=folder, threads=threads)
-            for method in (Stock(kernels), shifted or rounding)
+            for method in (StockRounding(kernels), shifted or rounding)
         )
         try:
             if shifted is not None:
@@ -112,7 +111,8 @@ def _refine(
                 base = load_or_compute_base(
                     prepared.file.path, refine.guard, refine.settings, path=base_file, progress=progress
                 )
-                with base, Guard(base, stock, rounded, types, refine.settings) as guard:
+                tried = GuardOptions(guard_chunks=refine.settings.chunks or len(base.chunks))
+                with base, Guard(base, stock, rounded, types, tried, refine.settings) as guard:
                     report = guard.run(list(chosen), progress)
             kept = [name for name in chosen if report is None or name not in report.stock]
 

@@ -1,22 +1,39 @@
 """The innermost loops of rounding to points of a grid, compiled by numba.
 
-A few columns are settled together: of all points and signs the pair is taken that makes |r − T v|² least, v being the
-signed point, in units of the step. T is a lower triangle: a diagonal block of a factor of H, so that TᵀT is the part of
-H that these columns have to themselves, and r = T · what v should be.
+A few columns are chosen together: of all points and signs, the pair that makes |r − T v|² least. v is the signed point,
+in units of the step. T is a lower triangle, a diagonal block of a factor of H: TᵀT is the part of H that belongs to
+these columns alone, and r = T · the values that v should have.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
-from bitladder.rounding.rowkernels import jit
+from bitladder.rounding.kernels import jit
 
 _FAST: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": True}  # finite numbers only
 fast = numba.njit(**_FAST)
 
-# Signs of columns that should be next to nothing are tried both ways; of so many columns at most.
+# Both signs are tried of columns that should be nearly 0, of so many columns at most.
 AMBIGUOUS = 4
+
+
+class Points(NamedTuple):
+    """A grid, for kernels.
+
+    `points` float32 [group, K]; `unit` columns are chosen together; `even`: with an even number of minuses. Both signs
+    are tried of columns that should be nearer to 0 than `hold`. `costs` float32 [K] is scratch, `keys` int32 the same
+    memory.
+    """
+
+    points: npt.NDArray[np.float32]
+    unit: int
+    even: bool
+    hold: np.float32
+    costs: npt.NDArray[np.float32]
+    keys: npt.NDArray[np.int32]
 
 
 @fast
@@ -62,7 +79,7 @@ def _costs_of_8(r, t, s, points, costs):
 
 @jit
 def _least(keys):
-    """Where the least number is. Costs are not negative, so that their bits, seen as integers, have the same order."""
+    """The place of the least number. Costs are not negative: their bits, read as integers, have the same order."""
     best = keys[0]
     for k in range(keys.size):
         best = min(best, keys[k])
@@ -73,24 +90,23 @@ def _least(keys):
 
 
 @jit
-def search(r, t, points, parity, hold, costs, keys, values):
+def search(r, t, grid, parity, values):
     """The best point and signs of one group; returns its index and its cost and writes `values`.
 
-    r, values [group]; t [group, group]; points [group, K]; parity: of the number of minuses, or −1 for any; hold: signs
-    of columns that should be farther from 0 are taken as they come. costs float32 [K] is scratch, keys int32 the same
-    memory.
+    r, values [group]; t [group, group]; parity: of the number of minuses, or −1 for any.
     """
+    points, hold, costs, keys = grid.points, grid.hold, grid.costs, grid.keys
     group = r.size
-    signs, wanted = np.empty(group, np.float32), np.empty(group, np.float32)
+    signs, aims = np.empty(group, np.float32), np.empty(group, np.float32)
     tried = np.empty(group, np.int64)
     minuses = 0
     for j in range(group):
         x = r[j]
         for i in range(j):
-            x -= t[j, i] * wanted[i]
-        wanted[j] = x / t[j, j]
-        signs[j] = np.float32(-1) if wanted[j] < 0 else np.float32(1)
-        minuses += wanted[j] < 0
+            x -= t[j, i] * aims[i]
+        aims[j] = x / t[j, j]
+        signs[j] = np.float32(-1) if aims[j] < 0 else np.float32(1)
+        minuses += aims[j] < 0
     count = 0
     while count < min(group, AMBIGUOUS):
         least = -1
@@ -98,10 +114,10 @@ def search(r, t, points, parity, hold, costs, keys, values):
             new = True
             for i in range(count):
                 new &= tried[i] != j
-            if new and (least < 0 or abs(wanted[j]) < abs(wanted[least])):
+            if new and (least < 0 or abs(aims[j]) < abs(aims[least])):
                 least = j
         # A fixed parity needs a column or two that can give way.
-        if abs(wanted[least]) >= hold and not (parity >= 0 and count < 2):
+        if abs(aims[least]) >= hold and not (parity >= 0 and count < 2):
             break
         tried[count] = least
         count += 1
@@ -135,29 +151,28 @@ def search(r, t, points, parity, hold, costs, keys, values):
 
 
 @jit
-def settle(r, t, kit, codes, values):
-    """The best points and signs of the columns that go together; returns the cost, writes codes and values.
+def choose(r, t, grid, codes, values):
+    """The best points and signs of the columns of a unit; returns the cost, writes codes and values.
 
-    r, values [unit]; t [unit, unit]; codes [unit/group]; `kit` is points, unit, whether minuses are even, hold, costs
-    and keys. Two groups that share a parity are chosen one after the other, with either parity.
+    r, values [unit]; t [unit, unit]; codes [unit/group]. Two groups that share a parity are chosen one after the other,
+    with either parity.
     """
-    points, _, even, hold, costs, keys = kit
-    group = points.shape[0]
+    group = grid.points.shape[0]
     if r.size == group:
-        index, cost = search(r, t, points, 0 if even else -1, hold, costs, keys, values)
+        index, cost = search(r, t, grid, 0 if grid.even else -1, values)
         codes[0] = index
         return cost
     best = np.float32(np.inf)
     rest, trial = np.empty(group, np.float32), np.empty(2 * group, np.float32)
     for parity in range(2):
-        first, cost = search(r[:group], t[:group, :group], points, parity, hold, costs, keys, trial[:group])
+        first, cost = search(r[:group], t[:group, :group], grid, parity, trial[:group])
         if cost >= best:
             continue
         for j in range(group):
             rest[j] = r[group + j]
             for i in range(group):
                 rest[j] -= t[group + j, i] * trial[i]
-        second, more = search(rest, t[group:, group:], points, parity, hold, costs, keys, trial[group:])
+        second, more = search(rest, t[group:, group:], grid, parity, trial[group:])
         if cost + more < best:
             best = cost + more
             codes[0], codes[1] = first, second
@@ -166,12 +181,12 @@ def settle(r, t, kit, codes, values):
 
 
 @jit
-def fit_block(aims, t, size, kit, bound, codes, values):
-    """Settle a sub-block with a given step, unit after unit; returns the cost, or a number above `bound`.
+def choose_block(aims, t, size, grid, bound, codes, values):
+    """Chooses the points of a sub-block with a given step, unit by unit; returns the cost, or a number above `bound`.
 
     aims [sub] = T · what the weights should be; t [sub, sub]; codes [sub/group], values [sub] are written.
     """
-    group, unit = kit[0].shape[0], kit[1]
+    group, unit = grid.points.shape[0], grid.unit
     r = np.empty(unit, np.float32)
     total = np.float32(0)
     for at in range(0, aims.size, unit):
@@ -181,7 +196,7 @@ def fit_block(aims, t, size, kit, bound, codes, values):
                 x -= t[at + j, k] * values[k]
             r[j] = x
         stop = at + unit
-        cost = settle(r, t[at:stop, at:stop], kit, codes[at // group : stop // group], values[at:stop])
+        cost = choose(r, t[at:stop, at:stop], grid, codes[at // group : stop // group], values[at:stop])
         total += size * size * cost
         if total > bound:
             break

@@ -1,0 +1,83 @@
+"""What all inner loops of rounding share, compiled by numba.
+
+All of them lower f = (t − v)ᵀ H (t − v) for one row: t is the target, v the values that the type can say, H the second
+moments of the input. `delta` is t − v and `slope` is H · delta, half of −∂f/∂v. Later passes only move the two along
+with v. Their delta may be w − v, where t is the weight w plus what the row makes up for of other rows' errors.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+
+_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
+jit = numba.njit(**_OPTIONS)
+inlined = numba.njit(inline="always", **_OPTIONS)
+
+# A scale must be better by this share, or rounding errors might lead to an endless circle of changes.
+LESS = np.float32(1 - 1e-5)
+
+
+@jit
+def half(x):
+    """x rounded to F16, as float32; beyond its range the largest number that F16 has."""
+    size = abs(x)
+    if size < 6.103515625e-05:
+        return np.float32(np.rint(x * 16777216.0) / 16777216.0)
+    if size >= 65504.0:
+        return np.float32(np.copysign(65504.0, x))
+    exponent = np.floor(np.log2(size))
+    unit = 2.0 ** (exponent - 10)
+    if size / unit < 1024.0:  # log2 was a little too high
+        unit *= 0.5
+    return np.float32(np.rint(x / unit) * unit)
+
+
+@inlined
+def moved(h, column, change, slope):
+    """Updates the slope after v_column has grown by `change`."""
+    row = h[column]
+    for j in range(slope.size):
+        slope[j] -= change * row[j]
+
+
+@jit
+def replace_block(h, start, before, after, delta, slope):
+    """Updates delta and slope [n] after the values from column `start` on have changed from `before` to `after`."""
+    for j in range(before.size):
+        change = after[j] - before[j]
+        if change != 0:
+            delta[start + j] -= change
+            moved(h, start + j, change, slope)
+
+
+@jit
+def block_product(h, start, a, out):
+    """out = H_s a, H_s being the diagonal block of h [n, n] from column `start` on; a, out [width]."""
+    for j in range(a.size):
+        row = h[start + j]
+        total = np.float32(0)
+        for k in range(a.size):
+            total += row[start + k] * a[k]
+        out[j] = total
+
+
+@inlined
+def best_move(inverse, slope, start, out):
+    """out [sub] = H_b⁻¹ slope_b: how far the values of a block should move, all others as they are."""
+    for j in range(out.size):
+        amount = np.float32(0)
+        for k in range(out.size):
+            amount += inverse[j, k] * slope[start + k]
+        out[j] = amount
+
+
+@jit
+def add_owed(couplings, index, others, out):
+    """Adds Σ_{k<index} couplings[index, k] others[k] to out [n]."""
+    if couplings.shape[0] > 0:
+        for other in range(index):
+            amount = couplings[index, other]
+            if amount != 0:
+                for j in range(out.size):
+                    out[j] += amount * others[other, j]

@@ -1,0 +1,271 @@
+"""Rounding of rows to points of a grid: feedback, descent and scales; see `kernels`.
+
+`values` are points with their signs, float32 [n]; the weights are values times steps.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.rounding.kernels import LESS, add_owed, best_move, block_product, half, jit, replace_block
+from bitladder.rounding.point_kernels import choose, choose_block
+
+
+class Scales(NamedTuple):
+    """What d is multiplied by for each scale, float32 [16]; how far a scale may move in a pass; columns of a sub-block,
+    and sub-blocks of a block."""
+
+    multipliers: npt.NDArray[np.float32]
+    moves: int
+    sub: int
+    per: int
+
+
+class Opening(NamedTuple):
+    """H = U D Uᵀ in the order of rounding: ut [n, n], order [n/sub] of sub-blocks, roots [n] of D, and triangles
+    [n/sub, sub, sub], the diagonal blocks of √D Uᵀ."""
+
+    ut: npt.NDArray[np.float32]
+    order: npt.NDArray[np.int64]
+    roots: npt.NDArray[np.float32]
+    triangles: npt.NDArray[np.float32]
+
+
+class Local(NamedTuple):
+    """H's diagonal blocks of a width: T with TᵀT = H_b, and inverses, [n/width, width, width] each."""
+
+    triangles: npt.NDArray[np.float32]
+    inverses: npt.NDArray[np.float32]
+
+
+class PointRows(NamedTuple):
+    """Rows that are being rounded: the parts of `VectorBlocks`, values and delta [rows, n]; or one row of each."""
+
+    d: npt.NDArray[np.float32]
+    scale: npt.NDArray[np.int16]
+    codes: npt.NDArray[np.uint16]
+    values: npt.NDArray[np.float32]
+    delta: npt.NDArray[np.float32]
+
+
+@jit
+def row_of_points(rows, row):
+    """One row of `PointRows`."""
+    return PointRows(rows.d[row], rows.scale[row], rows.codes[row], rows.values[row], rows.delta[row])
+
+
+@jit
+def choose_scale(aims, t, d, scale, scales, grid, best, codes, values, trial, trial_values):
+    """Chooses the points of a sub-block with the scale given and with those next to it, as long as that helps.
+
+    `best` is the cost of codes and values, which are overwritten if a lower cost is reached. `trial` and `trial_values`
+    are scratch. Returns cost and scale.
+    """
+    multipliers, start = scales.multipliers, scale
+    for way in range(3):
+        # As given, then downwards, then (if that did not help) upwards.
+        if way == 2 and scale < start:
+            break
+        s = start + (0, -1, 1)[way]
+        for _ in range(scales.moves if way else 1):
+            if s < 0 or s >= multipliers.size:
+                break
+            cost = choose_block(aims, t, d * multipliers[s], grid, best * LESS, trial, trial_values)
+            if not cost < best * LESS:
+                break
+            best, scale = cost, s
+            codes[:] = trial
+            values[:] = trial_values
+            s += (0, -1, 1)[way]
+    return best, scale
+
+
+@jit
+def open_row(target, opening, scales, grid, row):
+    """Feedback: sub-blocks of a row in the given order, each aiming at what the errors before it ask for.
+
+    Writes codes, scale, values and delta.
+    """
+    multipliers, sub = scales.multipliers, scales.sub
+    codes, values, scale = row.codes, row.values, row.scale
+    group = grid.points.shape[0]
+    errors, aims = np.empty(target.size, np.float32), np.empty(sub, np.float32)
+    trial, trial_values = np.empty(sub // group, np.uint16), np.empty(sub, np.float32)
+    for turn in range(opening.order.size):
+        block, place = opening.order[turn], turn * sub
+        start = block * sub
+        for j in range(sub):
+            factors = opening.ut[place + j]
+            x = np.float32(0)
+            for k in range(place):
+                x += factors[k] * errors[k]
+            for i in range(j + 1):
+                x += factors[place + i] * target[start + i]
+            aims[j] = opening.roots[place + j] * x
+        size = row.d[block // scales.per]
+        if size != 0:
+            _, scale[block] = choose_scale(
+                aims, opening.triangles[turn], size, scale[block], scales, grid, np.float32(np.inf),
+                codes[start // group : (start + sub) // group], values[start : start + sub], trial, trial_values,
+            )  # fmt: skip
+        size *= multipliers[scale[block]]
+        for j in range(sub):
+            error = target[start + j] - values[start + j] * size
+            errors[place + j] = error
+            row.delta[start + j] = error
+
+
+@jit
+def descend_points(h, units, scales, grid, row, slope):
+    """One pass over a row that chooses each unit again, all others as they are; returns how many changed.
+
+    units: `Local` of H's diagonal blocks of units.
+    """
+    multipliers, sub, per = scales.multipliers, scales.sub, scales.per
+    group, unit = grid.points.shape[0], grid.unit
+    d, scale, codes, values = row.d, row.scale, row.codes, row.values
+    changed = 0
+    move, r = np.empty(unit, np.float32), np.empty(unit, np.float32)
+    before, after = np.empty(unit, np.float32), np.empty(unit, np.float32)
+    trial, trial_values = np.empty(unit // group, np.uint16), np.empty(unit, np.float32)
+    for part in range(units.triangles.shape[0]):
+        start = part * unit
+        size = d[start // (sub * per)] * multipliers[scale[start // sub]]
+        if size == 0:
+            continue
+        t = units.triangles[part][0:unit, 0:unit]  # laid out as in choose_block: one compilation less
+        now = np.float32(0)
+        best_move(units.inverses[part], slope, start, move)
+        for j in range(unit):
+            move[j] = move[j] / size
+        for j in range(unit):
+            x, y = np.float32(0), np.float32(0)
+            for k in range(j + 1):
+                x += t[j, k] * move[k]
+                y += t[j, k] * values[start + k]
+            now += x * x
+            r[j] = x + y
+        cost = choose(r, t, grid, trial, trial_values)
+        if not cost < now * LESS:
+            continue
+        for j in range(unit):
+            before[j] = values[start + j] * size
+            after[j] = trial_values[j] * size
+            values[start + j] = trial_values[j]
+        codes[start // group : (start + unit) // group] = trial
+        replace_block(h, start, before, after, row.delta, slope)
+        changed += 1
+    return changed
+
+
+@jit
+def refine_points(h, subs, scales, grid, row, slope):
+    """Tries other scales for each sub-block of a row, with new points; returns how many sub-blocks changed.
+
+    subs: `Local` of H's diagonal blocks of sub-blocks.
+    """
+    multipliers, sub, per = scales.multipliers, scales.sub, scales.per
+    group = grid.points.shape[0]
+    d, scale, codes, values = row.d, row.scale, row.codes, row.values
+    changed = 0
+    aims, move = np.empty(sub, np.float32), np.empty(sub, np.float32)
+    before, after = np.empty(sub, np.float32), np.empty(sub, np.float32)
+    best_codes, best_values = np.empty(sub // group, np.uint16), np.empty(sub, np.float32)
+    trial, trial_values = np.empty(sub // group, np.uint16), np.empty(sub, np.float32)
+    for block in range(scale.size):
+        start = block * sub
+        size = d[block // per] * multipliers[scale[block]]
+        if size == 0:
+            continue
+        t = subs.triangles[block]
+        now = np.float32(0)
+        best_move(subs.inverses[block], slope, start, move)
+        for j in range(sub):
+            before[j] = values[start + j] * size
+        for j in range(sub):
+            x, y = np.float32(0), np.float32(0)
+            for k in range(j + 1):
+                x += t[j, k] * move[k]
+                y += t[j, k] * before[k]
+            now += x * x
+            aims[j] = x + y
+        cost, best_scale = choose_scale(
+            aims, t, d[block // per], scale[block], scales, grid, now, best_codes, best_values, trial, trial_values
+        )  # fmt: skip
+        if not cost < now * LESS:
+            continue
+        scale[block] = best_scale
+        size = d[block // per] * multipliers[best_scale]
+        for j in range(sub):
+            after[j] = best_values[j] * size
+            values[start + j] = best_values[j]
+        codes[start // group : (start + sub) // group] = best_codes
+        replace_block(h, start, before, after, row.delta, slope)
+        changed += 1
+    return changed
+
+
+@jit
+def refit_points(h, scales, row, slope):
+    """Fits d of each block of a row to its points and scales; returns how many changed."""
+    multipliers, sub = scales.multipliers, scales.sub
+    d, scale, values = row.d, row.scale, row.values
+    changed = 0
+    width = sub * scales.per
+    a, ha = np.empty(width, np.float32), np.empty(width, np.float32)
+    before, after = np.empty(width, np.float32), np.empty(width, np.float32)
+    for block in range(d.size):
+        start = block * width
+        aa, ga = 0.0, 0.0
+        for j in range(width):
+            a[j] = values[start + j] * multipliers[scale[(start + j) // sub]]
+        block_product(h, start, a, ha)
+        for j in range(width):
+            aa += a[j] * ha[j]
+            ga += a[j] * slope[start + j]
+        if aa <= 0:
+            continue
+        new = half(d[block] + np.float32(ga / aa))
+        x = float(new) - float(d[block])
+        if new == 0 or x == 0 or x * (x * aa - 2 * ga) >= -1e-9 * abs(x * ga):
+            continue
+        for j in range(width):
+            before[j], after[j] = a[j] * d[block], a[j] * new
+        d[block] = new
+        replace_block(h, start, before, after, row.delta, slope)
+        changed += 1
+    return changed
+
+
+@jit
+def open_points(weights, first_row, targets, leading, opening, scales, grid, rows):
+    """Rounds rows from `first_row` on for the first time, in place in `rows`.
+
+    targets [group, n] and leading [group, group] are those of `method.round_in_groups`.
+    """
+    for index in range(targets.shape[0]):
+        row, target = row_of_points(rows, first_row + index), targets[index]
+        add_owed(leading, index, rows.delta[first_row:], target)
+        open_row(target, opening, scales, grid, row)
+        for j in range(target.size):
+            row.delta[j] -= target[j] - weights[first_row + index, j]
+
+
+@jit
+def change_points(first_row, slopes, coupling, shifts, h, units, subs, scales, grid, rows, refine):
+    """Changes rows from `first_row` on, in place in `rows`.
+
+    slopes [group, n] and coupling [group, group] are those of `method.round_in_groups`; `shifts` [group, n] becomes by
+    how much each row's own changes moved its slope. `refine`: whether scales change too.
+    """
+    for index in range(slopes.shape[0]):
+        row, slope = row_of_points(rows, first_row + index), slopes[index]
+        add_owed(coupling, index, shifts, slope)
+        shifts[index] = slope
+        if refine:
+            refine_points(h, subs, scales, grid, row, slope)
+            refit_points(h, scales, row, slope)
+        descend_points(h, units, scales, grid, row, slope)
+        for j in range(slope.size):
+            shifts[index, j] = slope[j] - shifts[index, j]

@@ -1,0 +1,185 @@
+"""A loaded model whose weights are swapped: the KLD of a recipe is measured without a file for it.
+
+The loaded model has full precision. A swapped weight gets the values that its blocks stand for, rounded to the type of
+the file (F16, mostly). On the CPU the inputs of swapped weights are rounded as the kernels of their types round them
+(`engine.activations`): with K-quants of 5 and 6 bits this may be half of the loss. On a GPU they are not rounded.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.closing import Closing
+from bitladder.engine.activations import KernelInputs
+from bitladder.engine.context import Context
+from bitladder.engine.decoding import Decoding
+from bitladder.engine.model import Model
+from bitladder.engine.native import versions
+from bitladder.engine.types import TensorType, type_by_name
+from bitladder.engine.weights import Weights
+from bitladder.errors import BitladderError
+from bitladder.evaluate.base.hidden import HiddenBase
+from bitladder.evaluate.divergence import compare_with_base
+from bitladder.evaluate.logit_rows import Workers
+from bitladder.keys import Algorithm, versions_of
+from bitladder.trial.render import RENDERING, Renderer
+
+Doubles = npt.NDArray[np.float64]
+
+SWAPPED_KLD = Algorithm(
+    "kld of swapped weights",
+    (
+        "weights are replaced in the loaded model",
+        "inputs of swapped weights are rounded as the kernels of their types round them",
+    ),
+)
+
+
+class Replacement(Protocol):
+    """What stands in the place of a weight. Two that are equal put the same values there."""
+
+    @property
+    def kernel(self) -> TensorType | None:
+        """The type whose kernel rounds the inputs; None leaves them as they are."""
+
+    def put_into(self, weights: Weights, name: str) -> None:
+        """Replace the weight in the loaded model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A tensor as `renderer` renders it in a type."""
+
+    renderer: Renderer
+    kernel: TensorType
+
+    def put_into(self, weights: Weights, name: str) -> None:
+        """See `Replacement`."""
+        weights.set(name, self.renderer.values(name, self.kernel))
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """Nothing but zeros: the weight is left out."""
+
+    kernel: None = None
+
+    def put_into(self, weights: Weights, name: str) -> None:
+        """See `Replacement`."""
+        weights.set_bytes(name, np.zeros_like(weights.get(name)))
+
+
+class SwappedModel(Closing):
+    """A full-precision model, loaded once, in which weights are replaced and put back.
+
+    Parameters:
+        base: the predictions that it is compared with.
+        renderer: of the file that is loaded, which is the base's model or one that computes the same.
+        decoding: how to decode; the context length must be the base's.
+
+    Raises:
+        BitladderError: the model cannot be loaded, or its weights cannot be replaced.
+    """
+
+    def __init__(self, base: HiddenBase, renderer: Renderer, decoding: Decoding) -> None:
+        self.base, self.renderer = base, renderer
+        self._replaced: dict[str, Replacement] = {}
+        with contextlib.ExitStack() as opened:
+            model = opened.enter_context(
+                Model(renderer.file.path, mmap=False, repack=False, gpu_layers=decoding.gpu_layers)
+            )
+            self._weights = Weights(model)
+            self._inputs = KernelInputs() if _rounds_inputs(decoding) else None
+            self._context = opened.enter_context(Context(model, decoding, callback=self._inputs))
+            self._workers = opened.enter_context(Workers(decoding.threads))
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Free the model."""
+        self._opened.close()
+
+    def kld(self, types: Mapping[str, str], chunks: int | None = None) -> Doubles:
+        """The divergence of a recipe from the base.
+
+        Parameters:
+            types: type of each tensor that differs from full precision, by name.
+            chunks: as for `kld_with`.
+
+        Returns:
+            KLD of each token, nats, float64 [chunks, scored].
+        """
+        tensors = self.renderer.file.tensors
+        return self.kld_with(
+            {
+                name: Rendered(self.renderer, type_by_name(kind))
+                for name, kind in types.items()
+                if kind != tensors[name].type.name
+            },
+            chunks,
+        )
+
+    @SWAPPED_KLD.entry
+    def kld_with(self, replacements: Mapping[str, Replacement], chunks: int | None = None) -> Doubles:
+        """The divergence of the model with these weights from the base; all other weights have full precision.
+
+        Parameters:
+            replacements: what stands in the place of each weight, by name.
+            chunks: how many of the base's chunks to decode, from the first on; None decodes all.
+
+        Returns:
+            KLD of each token, nats, float64 [chunks, scored].
+
+        Raises:
+            BitladderError: decoding fails, or logits are not finite.
+        """
+        count = len(self.base.chunks) if chunks is None else min(chunks, len(self.base.chunks))
+        if count < 1:
+            raise BitladderError("a recipe is measured on at least one chunk")
+        self._replace(replacements)
+        return compare_with_base(self._context, self.base, count, self._workers).kld.reshape(count, -1)
+
+    def _replace(self, replacements: Mapping[str, Replacement]) -> None:
+        file = self.renderer.file
+        for name in sorted(self._replaced.keys() | replacements.keys()):
+            replacement = replacements.get(name)
+            if replacement == self._replaced.get(name):
+                continue
+            if replacement is None:
+                self._weights.set_bytes(name, file.read(file.tensors[name]))
+                del self._replaced[name]
+            else:
+                replacement.put_into(self._weights, name)
+                self._replaced[name] = replacement
+        if self._inputs is not None:
+            kernels = {name: replacement.kernel for name, replacement in self._replaced.items()}
+            self._inputs.pretend({name: kernel for name, kernel in kernels.items() if kernel is not None})
+
+
+def measurement_inputs(base: HiddenBase, renderer: Renderer, decoding: Decoding) -> dict[str, Any]:
+    """All that decides the KLD of a recipe, beside the recipe. Its hash (`keys.key_of`) is a `Journal`'s context.
+
+    Parameters:
+        base: the predictions compared with; its model is the renderer's file.
+        renderer: what makes blocks.
+        decoding: how the model is decoded.
+    """
+    return {
+        "model": base.header.model_sha256,
+        "text": base.header.text_sha256,
+        "n_ctx": decoding.n_ctx,
+        "gpu": decoding.gpu_layers != 0,
+        "inputs rounded": _rounds_inputs(decoding),
+        "importance": renderer.importance_sha256(),
+        "rounding": renderer.rounding.key,
+        "library": versions()["llama_cpp_commit"],
+        "algorithms": versions_of(RENDERING, SWAPPED_KLD),
+    }
+
+
+def _rounds_inputs(decoding: Decoding) -> bool:
+    """Activations on a GPU cannot be rounded from here."""
+    return decoding.gpu_layers == 0

@@ -1,0 +1,82 @@
+"""A recipe swapped into a loaded model against the file that holds it, and one measure for all who measure recipes."""
+
+import pytest
+from calibrated import calibrate
+
+from bitladder import evaluate as ev
+from bitladder.calibrate import read_imatrix
+from bitladder.gguf.reader import GgufFile
+from bitladder.keys import key_of
+from bitladder.plan import FeedbackOptions, PlanDecoding, PlanInputs, Planner, PlanOptions
+from bitladder.quantize import QuantizeOptions, quantize
+from bitladder.refine.round import Guard, GuardOptions
+from bitladder.text.texts import builtin_text, load_text
+from bitladder.trial import Renderer, SwappedModel, measurement_inputs
+
+SETTINGS = ev.Settings(n_ctx=64, chunks=3, threads=1)
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_gguf, tmp_path_factory):
+    """An imatrix of the embedded model, and a text."""
+    folder = calibrate(tiny_gguf, tmp_path_factory.mktemp("swapped"))
+    (folder / "text.txt").write_text(builtin_text("test")[:30_000])
+    return folder
+
+
+def importance(folder, file):
+    entries = read_imatrix(folder / "imatrix.gguf").entries
+    return {name: entry.means() for name, entry in entries.items() if name in file.tensors}
+
+
+def test_a_swapped_recipe_is_the_quantized_file(tiny_gguf, prepared, tmp_path):
+    text = load_text(str(prepared / "text.txt"))
+    with (
+        ev.load_or_compute_base(tiny_gguf, text, SETTINGS, path=tmp_path / "base") as base,
+        GgufFile(tiny_gguf) as file,
+    ):
+        renderer = Renderer(file, importance(prepared, file), threads=1)
+        with SwappedModel(base, renderer, SETTINGS) as swapped:
+            names = [name for name, tensor in file.tensors.items() if tensor.type.name == "f16"]
+            before = swapped.kld({}).mean()
+            for types in (dict.fromkeys(names, "q4_0"), {"token_embd.weight": "q4_0"}):
+                measured = swapped.kld(types).mean()
+                whole = {name: types.get(name, tensor.type.name) for name, tensor in file.tensors.items()}
+                out = tmp_path / "q.gguf"
+                imatrix = prepared / "imatrix.gguf"
+                quantize(tiny_gguf, out, QuantizeOptions("Q8_0", types=whole), imatrix=imatrix, threads=1)
+                real = ev.measure(out, text, SETTINGS, base=base).scores.kld.value
+                assert measured == pytest.approx(real, rel=0.03)
+                assert measured > 20 * before
+            assert swapped.kld({}).mean() == before
+
+
+def test_the_guard_measures_what_the_planner_measures(tiny_gguf, prepared, tmp_path):
+    """The same recipe on the same text has the same KLD, whoever measures it."""
+    decoding, text = PlanDecoding(n_ctx=128, threads=1), load_text(str(prepared / "text.txt"))
+    options = PlanOptions(decoding=decoding, feedback=FeedbackOptions(chunks=4))
+    inputs = PlanInputs(tiny_gguf, prepared / "imatrix.gguf", text, work=tmp_path)
+    with Planner(inputs, options) as planner:
+        preset = planner.subject.preset("Q5_K_S")
+        planned = planner.measured_kld(preset)
+        types = {name: preset.types[name] for name in planner.subject.tensors}
+        renderer, tried = planner.renderer, GuardOptions(guard_chunks=4)
+        with Guard(planner.base, renderer, renderer, types, tried, decoding) as guard:
+            report = guard.run([])
+    assert report.before.value == pytest.approx(planned, rel=1e-12)
+    assert report.tokens == 4 * 63
+
+
+def test_the_context_of_measurements_changes_with_each_input(tiny_gguf, prepared, tmp_path):
+    text = load_text(str(prepared / "text.txt"))
+    with (
+        ev.load_or_compute_base(tiny_gguf, text, SETTINGS, path=tmp_path / "base") as base,
+        GgufFile(tiny_gguf) as file,
+    ):
+        weighted, plain = Renderer(file, importance(prepared, file), threads=1), Renderer(file, {}, threads=1)
+        keys = [key_of(measurement_inputs(base, renderer, SETTINGS)) for renderer in (weighted, plain)]
+        # Inputs of swapped weights are rounded on the CPU only.
+        keys.append(key_of(measurement_inputs(base, weighted, SETTINGS.replace(gpu_layers=99))))
+        keys.append(key_of(measurement_inputs(base, weighted, SETTINGS.replace(n_ctx=128))))
+        assert len(set(keys)) == 4
+        assert key_of(measurement_inputs(base, weighted, SETTINGS.replace(threads=2, chunks=1))) == keys[0]
