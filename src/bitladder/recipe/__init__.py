@@ -5,7 +5,13 @@ from bitladder.recipe.diff import RecipeDiff, diff
 from bitladder.recipe.export import Export, export, export_command, export_lines
 from bitladder.recipe.extract import extract
 from bitladder.recipe.findings import Checked, Finding
-from bitladder.recipe.patterns import exact_patterns
+from bitladder.recipe.patterns import (
+    exact_patterns,
+    match_patterns,
+    parse_tensor_type,
+    read_tensor_types,
+    target_type,
+)
 from bitladder.recipe.schema import FileUsed, ImatrixUsed, Recipe, TextUsed, recipe_sha256
 from bitladder.recipe.toml import read_recipe, recipe_toml, write_recipe
 
@@ -26,8 +32,12 @@ __all__ = [
     "export_command",
     "export_lines",
     "extract",
+    "match_patterns",
+    "parse_tensor_type",
     "read_recipe",
+    "read_tensor_types",
     "recipe_sha256",
     "recipe_toml",
+    "target_type",
     "write_recipe",
 ]
