@@ -14,8 +14,7 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf.reader import GgufFile, TensorInfo
 from bitladder.quantize.prune import Pruning, plan_pruning
 from bitladder.quantize.quantize_options import QuantizeOptions, check_options, parse_override
-from bitladder.recipe import exact_patterns, match_patterns, parse_tensor_type, target_type
-from bitladder.recipe.patterns import PatternMatch
+from bitladder.recipe import PatternMatch, exact_patterns, match_patterns, parse_tensor_type, target_type
 
 # The tensors of --token-embedding-type and --output-tensor-type. llama-quantize has no fallback for their widths.
 EMBEDDINGS, OUTPUT = ("token_embd.weight", "per_layer_token_embd.weight"), ("output.weight",)

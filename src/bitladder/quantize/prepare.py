@@ -15,9 +15,9 @@ from bitladder.gguf.writer import TensorPlan
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize.choose_types import ChosenTypes, choose
 from bitladder.quantize.importance import Floats, importance_of, selected
-from bitladder.quantize.quant_metadata import RECIPE_KEY, file_type, quant_metadata
+from bitladder.quantize.quant_metadata import file_type, quant_metadata
 from bitladder.quantize.quantize_options import QuantizeOptions, check_options
-from bitladder.recipe import recipe_sha256
+from bitladder.recipe import RECIPE_KEY, recipe_sha256
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from bitladder.quantize.quantize_options import QuantizeOptions
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 # The output is one file with the default alignment. The writer of shards adds its own split.*.
 DROPPED = ("split.no", "split.count", "split.tensors.count", "general.alignment")
-VERSION_KEY, RECIPE_KEY = "bitladder.version", "bitladder.recipe.sha256"
+VERSION_KEY = "bitladder.version"
 TUNE_KEY = "bitladder.tune"  # in files whose scales were tuned: how, and on how much text
 
 
