@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from bitladder.plan import FeedbackOptions, Target
+from bitladder.options import table
+from bitladder.plan import FeedbackOptions, PlanOptions, Target, TargetOptions
 from bitladder.plan.allocate import Problem, TypeOption, smallest_cost
 from bitladder.plan.corrections import correct
 from bitladder.plan.feedback import Feedback, PlanProblem, kind_moves, random_moves, step
@@ -249,3 +250,13 @@ def test_rank_correlation_against_its_definition():
         norm = math.sqrt(math.prod(sum((x - m) ** 2 for x in one) for one, m in zip(ranks, means, strict=True)))
         assert rank_correlation(a, b) == pytest.approx(cross / norm)
     assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0
+
+
+def test_names_of_options_are_unique():
+    # The command line fills nested options by name: a name that occurs twice would be set in both places.
+    def names(options):
+        for field in table(options):
+            yield from names(field.nested) if field.nested else [field.name]
+
+    every = [*names(PlanOptions), *names(TargetOptions)]
+    assert len(every) == len(set(every)) > 40

@@ -127,10 +127,19 @@ def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path):
         (QuantizeOptions(), "name a preset"),
         (QuantizeOptions("Q9_K"), "unknown preset 'Q9_K'"),
         (QuantizeOptions("NVFP4"), "cannot quantize"),  # a number of the library's without a preset behind it
-        (QuantizeOptions("Q8_0", tensor_types=(("attn_v", "q9_k"),)), "--tensor-type attn_v=q9_k: 'q9_k' is no type"),
-        (QuantizeOptions("Q8_0", output_tensor_type="huge"), "--output-tensor-type: 'huge' is no type"),
-        (QuantizeOptions("Q8_0", token_embedding_type="q8_K"), "--token-embedding-type: 'q8_K' is no type"),
-        (QuantizeOptions("Q8_0", tensor_types=(("attn_w", "q4_0"),)), "attn_w=q4_0: the pattern matches no tensor"),
+        (
+            QuantizeOptions("Q8_0", tensor_types=("attn_v=q9_k",)),
+            "attn_v=q9_k: weights cannot be stored as 'q9_k'",
+        ),
+        (
+            QuantizeOptions("Q8_0", output_tensor_type="huge"),
+            "--output-tensor-type: weights cannot be stored",
+        ),
+        (
+            QuantizeOptions("Q8_0", token_embedding_type="q8_K"),
+            "--token-embedding-type: weights cannot be stored",
+        ),
+        (QuantizeOptions("Q8_0", tensor_types=("attn_w=q4_0",)), "attn_w=q4_0: the pattern matches no tensor"),
         (QuantizeOptions("Q8_0", include_weights=("a",), exclude_weights=("b",)), "cannot be used together"),
         (QuantizeOptions("Q8_0", keep_split=True, split_max_bytes=1000), "cannot be used together"),
         (QuantizeOptions("COPY", types={"output.weight": "q8_0"}), "COPY changes no tensor"),
@@ -156,7 +165,7 @@ def test_a_type_that_needs_importance(model, imatrix, tmp_path):
         (QuantizeOptions("IQ2_XS"), None, r"blk\.\d\.\w+\.weight would become iq2_xs, .*pass --imatrix"),
         (QuantizeOptions("Q2_K_S"), None, r"would become q2_K, .*pass --imatrix"),
         (
-            QuantizeOptions("Q8_0", tensor_types=(("1.attn_q", "iq3_xxs"),)),
+            QuantizeOptions("Q8_0", tensor_types=("1.attn_q=iq3_xxs",)),
             None,
             r"blk\.1\.attn_q\.weight would become",
         ),

@@ -10,9 +10,7 @@ from bitladder.engine.types import type_by_name
 from bitladder.errors import UsageError
 from bitladder.gguf.reader import GgufFile
 from bitladder.quantize import QuantizeOptions, prepare
-from bitladder.quantize.quantize_options import parse_tensor_type, read_tensor_types
-from bitladder.quantize.type_patterns import match_patterns
-from bitladder.recipe.patterns import exact_patterns
+from bitladder.recipe import exact_patterns, match_patterns, parse_tensor_type, read_tensor_types
 
 PROBE = type_by_name("f64")  # no tensor has it, and any width holds it
 
@@ -75,7 +73,7 @@ def test_exact_names_find_these_and_no_others(model, names):
 
 
 def test_the_first_pattern_decides_and_the_table_says_so(model):
-    types = (("attn_v|attn_q", "q8_0"), ("attn", "q5_k"), ("attn_v", "q4_0"), ("_norm", "q4_0"))
+    types = ("attn_v|attn_q=q8_0", "attn=q5_k", "attn_v=q4_0", "_norm=q4_0")
     with prepare(model, QuantizeOptions("Q4_K_M", tensor_types=types)) as prepared:
         first, second, third, norms = prepared.choice.patterns
         assert len(first.decided) == len(first.matched) == 24
@@ -94,19 +92,19 @@ def test_the_first_pattern_decides_and_the_table_says_so(model):
     ("pattern", "message"),
     [
         ("attn_w", "matches no tensor"),
-        ("attn(", "no ECMAScript regular expression"),
-        ("[a", "no ECMAScript"),
-        ("*a", "no ECMAScript"),
-        ("(?<=a)ttn", "no ECMAScript"),
-        ("(?i)attn", "no ECMAScript"),
+        ("attn(", "not an ECMAScript regular expression"),
+        ("[a", "not an ECMAScript"),
+        ("*a", "not an ECMAScript"),
+        ("(?<=a)ttn", "not an ECMAScript"),
+        ("(?i)attn", "not an ECMAScript"),
         ("(a{255}){255}{2}", "repetition of a repetition"),
         ("x{99999999}", "more than 255 repetitions"),
-        ("((a{255}){255}){255}", "no ECMAScript"),
+        ("((a{255}){255}){255}", "not an ECMAScript"),
         ("a++", "repetition of a repetition"),
-        (r"\p{L}", "no meaning that is sure"),
+        (r"\p{L}", "no certain meaning"),
         ("[]a]", "empty class"),
         ("[[.a.]]", "collating"),
-        ("(" * 300 + "a" + ")" * 300, "more than 100 groups"),
+        ("(" * 300 + "a" + ")" * 300, "more than 100 nested groups"),
         ("a" * 30_000, "more than 20000"),
         (r"^((.|..)+)+[0-9]$", "backtracks too long"),
         (r"((\w|\.)*)*[0-9]$", "matches no tensor"),  # std::regex would search this one for hours
@@ -123,14 +121,14 @@ def test_bad_patterns_are_one_line_at_once(pattern, message, model, names):
 def test_the_wrong_one_of_many_is_named(model, names):
     types = [(name.replace(".", r"\."), "q8_0") for name in names]
     types.insert(70, ("attn(_v", "q8_0"))
-    with pytest.raises(UsageError, match=r"pattern 'attn\(_v' is no ECMAScript"):
+    with pytest.raises(UsageError, match=r"pattern 'attn\(_v' is not an ECMAScript"):
         match_patterns(model, types, names)
     matches = match_patterns(model, [one for one in types if "(" not in one[0]], names)
     assert [match.first for match in matches] == [(name,) for name in names]
 
 
 def test_upper_case_is_put_in_lower_case_and_said(model):
-    with prepare(model, QuantizeOptions("Q8_0", tensor_types=(("ATTN_V", "Q4_0"),))) as prepared:
+    with prepare(model, QuantizeOptions("Q8_0", tensor_types=("ATTN_V=Q4_0",))) as prepared:
         assert prepared.choice.types["blk.0.attn_v.weight"] == "q4_0"
         assert any("lower case" in line for line in prepared.choice.warnings)
 
@@ -141,9 +139,12 @@ def test_upper_case_is_put_in_lower_case_and_said(model):
         ("attn_v", "PATTERN=TYPE"),
         ("=q8_0", "PATTERN=TYPE"),
         ("attn_v=", "PATTERN=TYPE"),
-        ("attn_v=q9_k", "'q9_k' is no type"),
-        ("attn_v=q8_1", "'q8_1' is no type"),  # for work in progress: the library aborts when asked for it
-        ("attn_v=i32", "'i32' is no type"),
+        ("attn_v=q9_k", "weights cannot be stored as 'q9_k'"),
+        (
+            "attn_v=q8_1",
+            "weights cannot be stored as 'q8_1'",
+        ),  # for work in progress: the library aborts when asked for it
+        ("attn_v=i32", "weights cannot be stored as 'i32'"),
         ("attn(?=_v)=q8_0", 'cannot hold "="'),
     ],
 )

@@ -34,7 +34,7 @@ def narrow(tiny_gguf, tmp_path_factory):
     "options",
     [
         QuantizeOptions("Q4_K_M"),
-        QuantizeOptions("Q2_K", tensor_types=(("attn_v", "q6_k"),), override_kv=("olmo2.context_length=int:9",)),
+        QuantizeOptions("Q2_K", tensor_types=("attn_v=q6_k",), override_kv=("olmo2.context_length=int:9",)),
         QuantizeOptions("Q5_0", prune_layers=(1,)),
         QuantizeOptions("Q8_0", split_max_bytes=2_000_000),
     ],
@@ -57,7 +57,7 @@ def test_sizes_are_exact(options, tiny_gguf, tmp_path):
 
 
 def test_patterns_and_fallbacks(narrow):
-    options = QuantizeOptions("Q4_K_M", tensor_types=((r"\.[01]\.attn_v", "q6_k"), ("ffn_extra", "q5_k")))
+    options = QuantizeOptions("Q4_K_M", tensor_types=(r"\.[01]\.attn_v=q6_k", "ffn_extra=q5_k"))
     with prepare(narrow, options) as prepared:
         told = preflight(prepared)
         types = prepared.choice.types

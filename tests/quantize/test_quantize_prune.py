@@ -193,7 +193,7 @@ def test_refused_where_a_tensor_has_a_part_for_each_block():
 
 def test_patterns_and_recipes_see_the_new_numbers(tiny_small, tmp_path):
     whole = write_deci(tiny_small, tmp_path / "whole.gguf", list(range(5)))
-    options = QuantizeOptions("Q8_0", tensor_types=((r"blk\.3\.ffn_up", "q4_0"),), prune_layers=(0,))
+    options = QuantizeOptions("Q8_0", tensor_types=(r"blk\.3\.ffn_up=q4_0",), prune_layers=(0,))
     with prepare(whole, options) as prepared:
         (chosen,) = [tensor for tensor in prepared.choice.tensors if tensor.type.name == "q4_0"]
         assert (chosen.name, chosen.source.name) == ("blk.3.ffn_up.weight", "blk.4.ffn_up.weight")

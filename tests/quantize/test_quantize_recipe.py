@@ -81,7 +81,7 @@ def test_a_preset_decides_what_the_recipe_leaves_open(model):
 
 
 def test_options_go_before_the_recipe(model, mixed):
-    options = QuantizeOptions(types=mixed, tensor_types=(("attn_v", "q5_1"),), output_tensor_type="q2_k")
+    options = QuantizeOptions(types=mixed, tensor_types=("attn_v=q5_1",), output_tensor_type="q2_k")
     with prepare(model, options) as prepared:
         types = prepared.choice.types
         assert {types[f"blk.{block}.attn_v.weight"] for block in range(4)} == {"q5_1"}
@@ -92,7 +92,7 @@ def test_options_go_before_the_recipe(model, mixed):
     ("change", "message"),
     [
         ({"blk.9.attn_q.weight": "q8_0"}, r"names blk\.9\.attn_q\.weight, which"),
-        ({"blk.0.attn_q.weight": "q9_0"}, r"recipe's blk\.0\.attn_q\.weight: 'q9_0' is no type"),
+        ({"blk.0.attn_q.weight": "q9_0"}, r"recipe's blk\.0\.attn_q\.weight: weights cannot be stored as 'q9_0'"),
         ({"blk.0.attn_q.weight": None}, r"names no type for blk\.0\.attn_q\.weight \(1 tensors"),
         ({"output_norm.weight": "q8_0"}, r"gives output_norm\.weight q8_0, but it has to stay f32"),
         ({"output_norm.weight": "f16"}, r"has to stay f32"),

@@ -4,7 +4,13 @@ import pathlib
 
 import click
 
+from bitladder import recipe as recipes
+from bitladder.errors import BitladderError
+from bitladder.files import write_text
+from bitladder.gguf.reader import GgufFile
+from bitladder.show import recipe_tables
 from bitladder.show.output import Output, common_options
+from bitladder.show.recipe_diff_tables import difference
 
 _FILE = click.Path(path_type=pathlib.Path)
 _model = click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF, for shapes and checks.")
@@ -14,7 +20,7 @@ _model = click.option("-m", "--model", type=_FILE, help="The model's full-precis
 def command() -> None:
     """Show, check, extract, compare and export recipes: which type each tensor of a quant has.
 
-    A RECIPE is a recipe's .toml, or any .gguf, whose recipe is then read from the file.
+    A RECIPE is the .toml of a recipe, or any .gguf, whose recipe is read from the file.
     """
 
 
@@ -24,10 +30,7 @@ def command() -> None:
 @common_options
 def show(output: Output, recipe: pathlib.Path, model: pathlib.Path | None) -> None:
     """Show RECIPE: header, kinds × types, layers × kinds."""
-    from bitladder.recipe.extract import open_recipe
-    from bitladder.show import recipe_tables
-
-    opened = open_recipe(recipe, model)
+    opened = recipes.open_recipe(recipe, model)
     if output.json:
         output.print_json(recipe_tables.to_json(opened.recipe, opened.shapes))
         return
@@ -44,25 +47,20 @@ def show(output: Output, recipe: pathlib.Path, model: pathlib.Path | None) -> No
 @click.option("-m", "--model", required=True, type=_FILE, help="The model's full-precision GGUF.")
 @common_options
 def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
-    """Check that RECIPE can be carried out on a model, and tell the exact size of its tensors.
+    """Check that RECIPE can be carried out on a model, and show the exact size of its tensors.
 
     Exits with 1 if there are problems.
     """
-    from bitladder import recipe as package
-    from bitladder.errors import BitladderError
-    from bitladder.gguf.reader import GgufFile
-    from bitladder.recipe.extract import open_recipe
-
     with GgufFile(model) as file:
-        found = package.check(open_recipe(recipe).recipe, file)
+        checked = recipes.check(recipes.open_recipe(recipe).recipe, file)
     if output.json:
-        output.print_json(found.to_json())
+        output.print_json(checked.to_json())
     else:
-        for finding in found.findings:
+        for finding in checked.findings:
             output.line(finding.line())
-        output.line(f"{found.size.bytes} bytes of tensors, {found.size.bpw:.4f} bpw")
-    if found.problems:
-        count = f"{found.problems} problem{'s' if found.problems > 1 else ''}"
+        output.line(f"{checked.size.bytes} bytes of tensors, {checked.size.bpw:.4f} bpw")
+    if checked.problems:
+        count = f"{checked.problems} problem{'s' if checked.problems > 1 else ''}"
         raise BitladderError(f"{recipe}: {count} with {model.name}")
 
 
@@ -72,16 +70,14 @@ def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
 @common_options
 def extract(output: Output, gguf: pathlib.Path, out: pathlib.Path | None) -> None:
     """Extract the recipe of a GGUF of any maker."""
-    from bitladder import recipe as package
-
-    found = package.extract(gguf)
-    if out:
-        package.write_recipe(out, found)
+    recipe = recipes.extract(gguf)
+    if out is not None:
+        recipes.write_recipe(out, recipe)
         output.progress.info(f"wrote {out}")
     if output.json:
-        output.print_json(found.model_dump(mode="json"))
-    elif not out:
-        output.line(package.recipe_toml(found).removesuffix("\n"))
+        output.print_json(recipe.model_dump(mode="json"))
+    elif out is None:
+        output.line(recipes.recipe_toml(recipe).removesuffix("\n"))
 
 
 @command.command("diff", short_help="Compare two recipes.")
@@ -94,16 +90,12 @@ def diff(output: Output, a: pathlib.Path, b: pathlib.Path, model: pathlib.Path |
 
     Bytes need the shapes of the tensors: from a .gguf among the two, or from -m.
     """
-    from bitladder.recipe import diff as compare
-    from bitladder.recipe.extract import joined_shapes, open_recipe
-    from bitladder.show.recipe_diff_tables import difference
-
-    first, second = open_recipe(a, model), open_recipe(b, model)
-    found = compare(first.recipe, second.recipe, joined_shapes(first, second))
+    first, second = recipes.open_recipe(a, model), recipes.open_recipe(b, model)
+    changes = recipes.diff(first.recipe, second.recipe, recipes.joined_shapes(first, second))
     if output.json:
-        output.print_json(found.to_json())
+        output.print_json(changes.to_json())
         return
-    for part in difference(found):
+    for part in difference(changes):
         if isinstance(part, str):
             output.line(part)
         else:
@@ -121,20 +113,17 @@ def export(output: Output, recipe: pathlib.Path, out: pathlib.Path | None, model
     With the recipe's model and importance matrix, llama-quantize then makes the same tensors, byte by byte. The
     command goes to stderr if the lines go to stdout.
     """
-    from bitladder.files import write_text
-    from bitladder.recipe.export import export
-    from bitladder.recipe.extract import open_recipe
-
-    made = export(open_recipe(recipe).recipe, str(out or "types.txt"), model)
-    for note in made.notes:
+    types = "types.txt" if out is None else str(out)
+    exported = recipes.export(recipes.open_recipe(recipe).recipe, types, model)
+    for note in exported.notes:
         output.progress.warn(note)
-    if out:
-        write_text(out, "".join(f"{line}\n" for line in made.lines))
+    if out is not None:
+        write_text(out, "".join(f"{line}\n" for line in exported.lines))
     if output.json:
-        output.print_json({"preset": made.preset, "lines": list(made.lines), "command": made.command})
-    elif out:
-        output.line(made.command)
+        output.print_json({"preset": exported.preset, "lines": list(exported.lines), "command": exported.command})
+    elif out is not None:
+        output.line(exported.command)
     else:
-        for line in made.lines:
+        for line in exported.lines:
             output.line(line)
-        output.progress.info(made.command)
+        output.progress.info(exported.command)

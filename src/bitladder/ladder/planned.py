@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from bitladder.closing import Closing
 from bitladder.files import sha256_bytes, write_json
-from bitladder.plan import PlanInputs, Planner, PlanOptions, load_prices, plan_rung, price_rungs
-from bitladder.plan.rungs import RungMode
+from bitladder.plan import PlanInputs, Planner, PlanOptions, RungMode, load_prices, plan_rung, price_rungs
 from bitladder.progress import Progress
 from bitladder.rounding import RoundingOptions
 from bitladder.text.texts import Text

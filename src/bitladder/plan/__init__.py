@@ -14,7 +14,7 @@ from bitladder.plan.planner import PlanInputs, Planner
 from bitladder.plan.prices import FISHER_PRICES, PRICES, TypePrices, Window, load_prices
 from bitladder.plan.prune import PruneOptions, rank_blocks
 from bitladder.plan.result import MovedTensors, PlanResult, Share, moved_tensors, planned_recipe, shares
-from bitladder.plan.rungs import candidates, plan_rung, price_rungs
+from bitladder.plan.rungs import RungMode, candidates, plan_rung, price_rungs
 from bitladder.plan.subject import Preset, Subject
 from bitladder.plan.target import Target, check_target, target_of
 
@@ -35,6 +35,7 @@ __all__ = [
     "PriceOptions",
     "PruneOptions",
     "RivalOptions",
+    "RungMode",
     "Share",
     "Subject",
     "Target",

@@ -107,7 +107,7 @@ class FeedbackOptions(Options):
         "--judge-chunks",
         least=0,
         metavar="N",
-        help="Chunks behind those, to which nothing was fitted: the best recipes are judged on them. 0: not judged.",
+        help="Further chunks, to which no price is fitted, on which the best recipes are judged; 0 for no judging.",
         unset="as many as --chunks",
     )
     rounds: int = option(4, least=0, help="Rounds of correcting and solving.")

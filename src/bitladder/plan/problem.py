@@ -7,7 +7,7 @@ from bitladder.errors import UsageError
 from bitladder.plan.allocate import Problem, TypeOption
 from bitladder.plan.options import Constraints
 from bitladder.plan.subject import Subject
-from bitladder.quantize import match_patterns, parse_tensor_type, target_type
+from bitladder.recipe import match_patterns, parse_tensor_type, target_type
 
 Prices = Mapping[str, Mapping[str, float]]  # tensor → type → nats per token
 

@@ -1,12 +1,11 @@
-"""Making one quant: a GGUF and a type for each tensor in, a GGUF out."""
+"""One quant: a GGUF and a type for each tensor in, a GGUF out."""
 
 from bitladder.engine.presets import presets
-from bitladder.quantize.preflight import Preflight, check_room, preflight
-from bitladder.quantize.prepare import Prepared, prepare
+from bitladder.quantize.preflight import Fallback, Preflight, check_room, preflight
+from bitladder.quantize.prepare import PreparedQuant, prepare
 from bitladder.quantize.quant_metadata import DROPPED, TUNE_KEY, VERSION_KEY
-from bitladder.quantize.quantize_options import QuantizeOptions, parse_tensor_type, target_type
-from bitladder.quantize.type_patterns import match_patterns
-from bitladder.quantize.write_quant import QuantizeResult, quantize, refuse_target, write
+from bitladder.quantize.quantize_options import QuantizeOptions, parse_layers
+from bitladder.quantize.write_quant import QUANTIZE, QuantizeResult, quantize, refuse_target, write
 
 # The ladder, from the smallest to the largest.
 RUNGS = (
@@ -26,27 +25,27 @@ RUNGS = (
 
 
 def preset_names() -> list[str]:
-    """Every preset the library knows."""
+    """The names of all presets of the library."""
     return sorted(presets())
 
 
 __all__ = [
     "DROPPED",
+    "QUANTIZE",
     "RUNGS",
     "TUNE_KEY",
     "VERSION_KEY",
+    "Fallback",
     "Preflight",
-    "Prepared",
+    "PreparedQuant",
     "QuantizeOptions",
     "QuantizeResult",
     "check_room",
-    "match_patterns",
-    "parse_tensor_type",
+    "parse_layers",
     "preflight",
     "prepare",
     "preset_names",
     "quantize",
     "refuse_target",
-    "target_type",
     "write",
 ]

@@ -1,7 +1,7 @@
-"""Which type each tensor gets: options in, a settled choice out.
+"""Which type each tensor gets: options in, types out.
 
-The library decides (`engine.presets.preset_types`); here its answer is asked for in such a way that patterns and
-recipes are exact names, and is then checked for everything that would go wrong later.
+The library decides (`engine.presets.preset_types`). Here patterns and recipes become exact names for its request, and
+its answer is checked for everything that would fail later.
 """
 
 import collections
@@ -13,21 +13,25 @@ from bitladder.engine.types import TensorType, all_types
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf.reader import GgufFile, TensorInfo
 from bitladder.quantize.prune import Pruning, plan_pruning
-from bitladder.quantize.quantize_options import QuantizeOptions, check_options, parse_override, target_type
-from bitladder.quantize.type_patterns import PatternMatch, match_patterns
-from bitladder.recipe.patterns import exact_patterns
+from bitladder.quantize.quantize_options import QuantizeOptions, check_options, parse_override
+from bitladder.recipe import PatternMatch, exact_patterns, match_patterns, parse_tensor_type, target_type
 
-# What --token-embedding-type and --output-tensor-type are about; llama-quantize has no fallback for their widths.
+# The tensors of --token-embedding-type and --output-tensor-type. llama-quantize has no fallback for their widths.
 EMBEDDINGS, OUTPUT = ("token_embd.weight", "per_layer_token_embd.weight"), ("output.weight",)
-# The preset under which patterns apply when there is none, or one that does not quantize.
+# The preset under which patterns apply if there is none, or one that does not quantize.
 BASE = "Q8_0"
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorChoice:
-    """A tensor of the new file: its `name` there, the tensor it is made of, and its type.
+    """A tensor of the new file.
 
-    `wanted` differs from `type` where the width cannot hold it. `why` says in a few words what decided.
+    Parameters:
+        name: in the new file.
+        source: the tensor that it is made of.
+        type: its type.
+        wanted: the type that was asked for; another one where the width cannot hold it.
+        why: what decided, in a few words.
     """
 
     name: str
@@ -38,13 +42,13 @@ class TensorChoice:
 
     @property
     def changes(self) -> bool:
-        """Whether its data are computed anew, rather than copied."""
+        """Whether its data are computed, and not copied."""
         return self.type != self.source.type
 
 
 @dataclasses.dataclass(frozen=True)
 class PatternUse:
-    """A line of the match table: the tensors a pattern is found in, and those that it gave its type."""
+    """A line of the match table: the tensors that a pattern matches, and those that it gives its type."""
 
     pattern: str
     type: TensorType
@@ -53,10 +57,16 @@ class PatternUse:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """All tensors in the order they are written, the match table, and remarks for the user.
+class ChosenTypes:
+    """The types of all tensors.
 
-    `request` is what the library was asked, `needs_imatrix` its answer; `pruning` is None if no block goes.
+    Parameters:
+        tensors: in the order they are written.
+        patterns: the match table of --tensor-type.
+        warnings: remarks for the user.
+        request: the request to the library.
+        needs_imatrix: whether the library needs an importance matrix for it.
+        pruning: the blocks that are left out; None for none.
     """
 
     tensors: tuple[TensorChoice, ...]
@@ -72,11 +82,17 @@ class Choice:
         return {tensor.name: tensor.type.name for tensor in self.tensors}
 
 
-def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> Choice:
-    """Settle the type of every tensor.
+def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> ChosenTypes:
+    """Chooses the type of every tensor. Nothing is written.
 
-    `imatrix` tells whether there is an importance matrix. Raises UsageError for options that cannot be used with this
-    file, BitladderError if the library refuses it; nothing is written.
+    Parameters:
+        file: the source.
+        options: preset, recipe, patterns and so on.
+        imatrix: whether there is an importance matrix.
+
+    Raises:
+        UsageError: the options cannot be used with this file.
+        BitladderError: the library refuses the file.
     """
     check_options(options)
     pruning = None
@@ -84,7 +100,8 @@ def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> Choice
         pruning = plan_pruning(file.metadata, file.tensors, options.prune_layers, file.architecture)
     sources = _renamed(file, pruning)
     recipe = _recipe_types(file, options.types or {}, sources)
-    matches = match_patterns(file.path, options.tensor_types, list(sources))
+    pairs = [parse_tensor_type(text) for text in options.tensor_types]
+    matches = match_patterns(file.path, pairs, list(sources))
     overrides = recipe | {name: match.type for match in matches for name in match.first}
     request = _request(options, overrides, sources, imatrix)
     check_overrides(file.path, request.kv)
@@ -106,7 +123,8 @@ def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> Choice
         tensors.append(TensorChoice(name, source, kind, wanted, reason))
     uses = tuple(_use(match, tensors) for match in matches)
     _refuse(options, tensors)
-    return Choice(tuple(tensors), uses, (*remarks, *_warnings(tensors, uses)), request, answer.needs_imatrix, pruning)
+    warnings = (*remarks, *_warnings(tensors, uses))
+    return ChosenTypes(tuple(tensors), uses, warnings, request, answer.needs_imatrix, pruning)
 
 
 def _renamed(file: GgufFile, pruning: Pruning | None) -> dict[str, TensorInfo]:
@@ -121,7 +139,7 @@ def _recipe_types(file: GgufFile, types: Mapping[str, str], sources: Mapping[str
     for name in types:
         if name not in sources:
             raise UsageError(f"the recipe names {name}, which {file.path} does not have; is it for another model?")
-    # A type that nothing is converted to may be any: an i32 table stays what it is.
+    # A tensor that is not converted may have any type: an i32 table stays as it is.
     return {
         name: sources[name].type
         if kind.lower() == sources[name].type.name.lower()
@@ -142,7 +160,7 @@ def _request(
     exact = exact_patterns({**overrides, **embedding_misfit, **output_misfit})
     plain = plain_type(preset)
     if plain is not None and (options.types is not None or embedding_misfit or output_misfit):
-        # Under a preset that does not quantize the library looks at no override: the rest is named as well then.
+        # Under a preset that does not quantize the library ignores overrides. So the other tensors are named as well.
         preset, exact = BASE, (*exact, (".*", plain))
     return Request(
         preset,
@@ -162,9 +180,9 @@ def _request(
 def _special(
     name: str | None, option: str, tensors: tuple[str, ...], sources: Mapping[str, TensorInfo]
 ) -> tuple[TensorType | None, dict[str, TensorType]]:
-    """The type of --token-embedding-type or --output-tensor-type, and nothing else if all widths can hold it.
+    """The type of --token-embedding-type or --output-tensor-type, and overrides where a width cannot hold it.
 
-    The library aborts the process if they cannot. As an override of those tensors it gets the usual fallback.
+    The library aborts the process if a width cannot hold the type. An override gets the usual fallback.
     """
     if name is None:
         return None, {}
@@ -182,9 +200,9 @@ def _exactly(
     answer: PresetTypes,
     sources: Mapping[str, TensorInfo],
 ) -> tuple[PresetTypes, list[str]]:
-    """The answer held to a recipe's word, and the tensors that could be quantized but are not named.
+    """The answer with exactly the recipe's types, and the tensors that could be quantized but are not named.
 
-    A matrix that the library never quantizes may still become another unquantized type.
+    A matrix that the library never quantizes may still get another unquantized type.
     """
     ours = _quantizable(file, request)
     types = dict(answer.types)
@@ -208,7 +226,7 @@ def _unnamed(options: QuantizeOptions, names: list[str]) -> list[str]:
 
 
 def _quantizable(file: GgufFile, request: Request) -> set[str]:
-    """Tensors that the library would quantize: asked for a type that no tensor has, they alone change."""
+    """The tensors that the library would quantize: in a request for a type that no tensor has, they alone change."""
     present = {tensor.type for tensor in file.tensors.values()}
     probe = next(kind for kind in all_types().values() if kind.block == 1 and kind not in present)
     plain = dataclasses.replace(
@@ -220,7 +238,7 @@ def _quantizable(file: GgufFile, request: Request) -> set[str]:
 def _reasons(
     options: QuantizeOptions, recipe: Mapping[str, TensorType], matches: tuple[PatternMatch, ...]
 ) -> dict[str, tuple[str, TensorType]]:
-    """Tensor name → what the user said of it, and the type."""
+    """Tensor → the option that names it, and its type."""
     given = {name: ("recipe", kind) for name, kind in recipe.items()}
     for match in matches:
         given |= dict.fromkeys(match.first, (f"--tensor-type {match.pattern}", match.type))
@@ -229,7 +247,7 @@ def _reasons(
         ("--output-tensor-type", options.output_tensor_type, OUTPUT),
     ):
         if text is not None:
-            # A pattern may name the table of per-layer embeddings, and then goes before the option.
+            # A pattern that names the table of per-layer embeddings takes precedence over the option.
             fixed = [name for name in names if not (name == EMBEDDINGS[1] and name in given)]
             given |= dict.fromkeys(fixed, (option, target_type(text, option)))
     return given

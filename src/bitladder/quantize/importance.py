@@ -1,4 +1,4 @@
-"""From an imatrix to the weights of each tensor's columns, with every doubt settled before work starts."""
+"""From an imatrix to the importance of each tensor's columns. What is missing is reported before work starts."""
 
 import dataclasses
 import pathlib
@@ -11,10 +11,10 @@ from bitladder.engine.presets import kernel_needs_importance, plain_type, preset
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress
-from bitladder.quantize.choose_types import BASE, EMBEDDINGS, OUTPUT, Choice, TensorChoice
+from bitladder.quantize.choose_types import BASE, EMBEDDINGS, OUTPUT, ChosenTypes, TensorChoice
 from bitladder.quantize.prune import pruned_entries
 from bitladder.quantize.quantize_options import QuantizeOptions
-from bitladder.recipe.patterns import exact_patterns
+from bitladder.recipe import exact_patterns
 
 Floats = npt.NDArray[np.float32]
 
@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float32]
 def selected(imatrix: Imatrix | None, options: QuantizeOptions) -> Imatrix | None:
     """The imatrix with the entries that --include-weights or --exclude-weights leave; None if none is left.
 
-    A weight is meant by any part of its name, as with llama-quantize. Raises UsageError for a part that is in no name.
+    Any part of a name selects a weight, as in llama-quantize. Raises UsageError for a part that is in no name.
     """
     parts = options.include_weights or options.exclude_weights
     if imatrix is None or not parts:
@@ -36,12 +36,23 @@ def selected(imatrix: Imatrix | None, options: QuantizeOptions) -> Imatrix | Non
     return dataclasses.replace(imatrix, entries=entries) if entries else None
 
 
-def importance_of(path: pathlib.Path, choice: Choice, imatrix: Imatrix | None, progress: Progress) -> dict[str, Floats]:
-    """Importance of the columns of each tensor that will be quantized.
+def importance_of(
+    path: pathlib.Path, choice: ChosenTypes, imatrix: Imatrix | None, progress: Progress
+) -> dict[str, Floats]:
+    """The importance of the columns of each tensor that will be quantized.
 
-    `path` is the source. Returns float32 [matrices, width] by (new) tensor name; a tensor without data is left out and
-    quantized unweighted, with a warning. Raises BitladderError if the imatrix belongs to another model, or lacks what a
-    type cannot do without.
+    Parameters:
+        path: the source.
+        choice: the types.
+        imatrix: the importance matrix, or None.
+        progress: where warnings go.
+
+    Returns:
+        Name in the new file → mean squared inputs, float32, shape [matrices, width]. A tensor without data is missing:
+        it is quantized unweighted, with a warning.
+
+    Raises:
+        BitladderError: the imatrix belongs to another model, or has no entry where a type needs one.
     """
     changing = [tensor for tensor in choice.tensors if tensor.changes]
     found: dict[str, Floats] = {}
@@ -70,7 +81,7 @@ def _columns(tensor: TensorChoice, imatrix: Imatrix) -> Floats | None:
 
 
 def _warn(found: dict[str, Floats], changing: list[TensorChoice], imatrix: Imatrix, progress: Progress) -> None:
-    # Embeddings and head have no entry in most matrices, and nobody misses it. Other floats are not weighted anyhow.
+    # Embeddings and head have no entry in most matrices. Types that are not quantized are never weighted.
     usual = (*EMBEDDINGS, *OUTPUT)
     without = [t.name for t in changing if t.name not in found and t.name not in usual and t.type.quantized]
     if without:
@@ -81,17 +92,17 @@ def _warn(found: dict[str, Floats], changing: list[TensorChoice], imatrix: Imatr
 
 
 def _refuse_unweighted(
-    path: pathlib.Path, choice: Choice, unweighted: list[TensorChoice], imatrix: Imatrix | None
+    path: pathlib.Path, choice: ChosenTypes, unweighted: list[TensorChoice], imatrix: Imatrix | None
 ) -> None:
-    """Raise BitladderError for a tensor without importance that would get a type that cannot do without it.
+    """Raises BitladderError for a tensor without importance whose type needs it.
 
-    The library is asked: what it says of a file in which only these tensors have their types.
+    The library decides, by a request in which only these tensors have their types.
     """
     refused = next((tensor for tensor in unweighted if kernel_needs_importance(tensor.type)), None)
     if refused is None:
         if not _needed(path, choice, unweighted):
             return
-        while len(unweighted) > 1:  # halved until the one is found
+        while len(unweighted) > 1:  # halved until the refused tensor is left
             half = unweighted[: len(unweighted) // 2]
             unweighted = half if _needed(path, choice, half) else unweighted[len(half) :]
         refused = unweighted[0]
@@ -103,7 +114,7 @@ def _refuse_unweighted(
     raise BitladderError(f"the imatrix has no entry for {refused.name}, which would become {refused.type.name}")
 
 
-def _needed(path: pathlib.Path, choice: Choice, tensors: list[TensorChoice]) -> bool:
+def _needed(path: pathlib.Path, choice: ChosenTypes, tensors: list[TensorChoice]) -> bool:
     if not tensors:
         return False
     others = ((".*", type_by_name(BASE)),)

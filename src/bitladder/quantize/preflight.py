@@ -1,4 +1,4 @@
-"""What a prepared quant will be, told before any work: types, bytes, fallbacks, and the room it needs."""
+"""The figures of a prepared quant before any work: types, bytes, fallbacks, memory and disk."""
 
 import collections
 import dataclasses
@@ -11,13 +11,13 @@ from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError
 from bitladder.gguf.names import name_in_block
 from bitladder.gguf.split_writer import split_sizes
-from bitladder.quantize.prepare import Prepared
+from bitladder.quantize.prepare import PreparedQuant
 from bitladder.quantize.stream import AHEAD, PIECE
 
 
 @dataclasses.dataclass(frozen=True)
 class KindRow:
-    """The tensors of one kind ("attn_v.weight", over all blocks) that get one type: how many, and their bytes."""
+    """The tensors of one kind ("attn_v.weight", over all blocks) that get one type, with their bytes."""
 
     kind: str
     type: str
@@ -28,9 +28,14 @@ class KindRow:
 
 @dataclasses.dataclass(frozen=True)
 class Fallback:
-    """A tensor whose row `width` cannot hold the `wanted` type; `extra_bytes` is what the `used` one costs more.
+    """A tensor whose width cannot hold a type.
 
-    A type that cannot be is priced at its bits per weight.
+    Parameters:
+        tensor: name.
+        width: weights in a row.
+        wanted: the type that the width cannot hold.
+        used: the type that it gets.
+        extra_bytes: bytes more than the bits per weight of `wanted` take.
     """
 
     tensor: str
@@ -42,7 +47,7 @@ class Fallback:
 
 @dataclasses.dataclass(frozen=True)
 class PatternRow:
-    """A --tensor-type pattern: in how many names it is found, and how many tensors it gave its type."""
+    """A pattern of --tensor-type: the tensors that it matches, and those that it gives its type."""
 
     pattern: str
     type: str
@@ -52,10 +57,18 @@ class PatternRow:
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """All figures of the preflight; sizes in bytes.
+    """All figures of the preflight.
 
-    `files` are the sizes of the file or shards, to the byte; `memory` is what is held at a time beside the program
-    itself; `unweighted` are tensors that are quantized without importance although there is an imatrix.
+    Parameters:
+        kinds: types by kind.
+        patterns: the match table of --tensor-type.
+        fallbacks: tensors that get another type.
+        files: exact size of the file or of each shard, bytes.
+        bpw: bits per weight over all tensors.
+        bpw_blocks: bits per weight over the repeating blocks.
+        memory: largest memory beside the program itself, bytes.
+        weighted: number of tensors that are quantized with importance.
+        unweighted: tensors that are quantized without importance although there is an imatrix.
     """
 
     kinds: tuple[KindRow, ...]
@@ -74,8 +87,8 @@ class Preflight:
         return sum(self.files)
 
 
-def preflight(prepared: Prepared, *, threads: int | None = None) -> Preflight:
-    """Look at a prepared quant; nothing is read or written."""
+def preflight(prepared: PreparedQuant, *, threads: int | None = None) -> Preflight:
+    """The figures of a prepared quant. Nothing is read or written."""
     quantized = [tensor for tensor in prepared.choice.tensors if tensor.changes and tensor.type.quantized]
     weighted = [tensor.name for tensor in quantized if tensor.name in prepared.importance]
     uses_imatrix = bool(prepared.importance)
@@ -94,10 +107,10 @@ def preflight(prepared: Prepared, *, threads: int | None = None) -> Preflight:
     )
 
 
-def check_room(prepared: Prepared, out: str | os.PathLike[str]) -> None:
-    """Raise BitladderError if the disk of `out` has less room than the new file needs.
+def check_room(prepared: PreparedQuant, out: str | os.PathLike[str]) -> None:
+    """Raises BitladderError if the disk of `out` has less room than the new file needs.
 
-    A file that is replaced stays until the new one is complete, so it gives no room.
+    A file that is replaced stays until the new one is complete, so that it frees no room before.
     """
     folder = next(parent for parent in pathlib.Path(out).absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
@@ -105,7 +118,7 @@ def check_room(prepared: Prepared, out: str | os.PathLike[str]) -> None:
         raise BitladderError(f"{out} needs {prepared.bytes} bytes, and the disk has {free} bytes free: make room first")
 
 
-def _kinds(prepared: Prepared) -> tuple[KindRow, ...]:
+def _kinds(prepared: PreparedQuant) -> tuple[KindRow, ...]:
     sums: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0, 0])
     for plan in prepared.plans:
         entry = sums[name_in_block(plan.name), plan.type.name]
@@ -116,7 +129,7 @@ def _kinds(prepared: Prepared) -> tuple[KindRow, ...]:
     )
 
 
-def _fallbacks(prepared: Prepared) -> tuple[Fallback, ...]:
+def _fallbacks(prepared: PreparedQuant) -> tuple[Fallback, ...]:
     found = []
     for tensor in prepared.choice.tensors:
         if tensor.wanted == tensor.type:
@@ -128,8 +141,8 @@ def _fallbacks(prepared: Prepared) -> tuple[Fallback, ...]:
     return tuple(found)
 
 
-def _memory(prepared: Prepared, threads: int) -> int:
-    """Importance, and for each piece under way its rows as stored, as float32 and as written."""
+def _memory(prepared: PreparedQuant, threads: int) -> int:
+    """Bytes of importance, and of each piece in work: its rows as stored, as float32 and as written."""
     importance = sum(columns.nbytes for columns in prepared.importance.values())
     piece = 0
     for tensor in prepared.choice.tensors:

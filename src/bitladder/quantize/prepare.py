@@ -1,4 +1,4 @@
-"""Everything about a quant settled before a byte is written: types, importance, metadata, the exact size."""
+"""Everything about a quant before a byte is written: types, importance, metadata, exact size."""
 
 import dataclasses
 import math
@@ -13,32 +13,35 @@ from bitladder.gguf.split_writer import group_as, group_by_size, split_sizes
 from bitladder.gguf.values import Value
 from bitladder.gguf.writer import TensorPlan
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize.choose_types import Choice, choose
-from bitladder.quantize.filetype import file_type
+from bitladder.quantize.choose_types import ChosenTypes, choose
 from bitladder.quantize.importance import Floats, importance_of, selected
-from bitladder.quantize.quant_metadata import RECIPE_KEY, quant_metadata
+from bitladder.quantize.quant_metadata import file_type, quant_metadata
 from bitladder.quantize.quantize_options import QuantizeOptions, check_options
-from bitladder.recipe.schema import recipe_sha256
+from bitladder.recipe import RECIPE_KEY, recipe_sha256
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared(Closing):
-    """A quant ready to be made; closing it closes the source.
+class PreparedQuant(Closing):
+    """A quant that is ready to be made. Closing it closes the source.
 
-    `importance` is float32 [matrices, width] by tensor name, `metadata` what the file will have, `groups` the tensors
-    of each shard (one group: one file). `bpw` counts all weights and tensor bytes only; `bpw_blocks` does so for the
-    tensors of the repeating blocks (0 if there are none).
+    Parameters:
+        file: the source.
+        options: the options of the quant.
+        choice: the types.
+        importance: name → importance of its columns, float32, shape [matrices, width].
+        metadata: the metadata of the new file.
+        groups: the tensors of each shard; one group for one file.
     """
 
     file: GgufFile
     options: QuantizeOptions
-    choice: Choice
+    choice: ChosenTypes
     importance: dict[str, Floats]
     metadata: dict[str, Value]
     groups: tuple[tuple[TensorPlan, ...], ...]
 
     def close(self) -> None:
-        """Close the source."""
+        """Closes the source."""
         self.file.close()
 
     @property
@@ -53,12 +56,12 @@ class Prepared(Closing):
 
     @property
     def bpw(self) -> float:
-        """Bits per weight over all tensors."""
+        """Bits per weight over all tensors, tensor bytes only."""
         return _bpw(self.plans)
 
     @property
     def bpw_blocks(self) -> float:
-        """Bits per weight over the tensors of the repeating blocks."""
+        """Bits per weight over the tensors of the repeating blocks; 0 if there are none."""
         return _bpw(tuple(plan for plan in self.plans if block_of(plan.name) is not None))
 
 
@@ -69,11 +72,18 @@ def prepare(
     imatrix: str | os.PathLike[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     progress: Progress = SILENT,
-) -> Prepared:
-    """Settle how to quantize a GGUF; nothing is written.
+) -> PreparedQuant:
+    """Decides how a GGUF is quantized. Nothing is written.
 
-    Parameters: `imatrix` an importance matrix of the same model; `metadata` strings to add to the file's. Warnings go
-    to `progress`. Raises BitladderError if the options, the imatrix or the source cannot be used.
+    Parameters:
+        source: path of a GGUF.
+        options: preset, recipe, patterns and so on.
+        imatrix: path of an importance matrix of the same model, or None.
+        metadata: strings to add to the file's metadata.
+        progress: where warnings go.
+
+    Raises:
+        BitladderError: the options, the imatrix or the source cannot be used.
     """
     check_options(options)
     file = GgufFile(source)
@@ -89,13 +99,13 @@ def prepare(
         number = file_type(file, options, choice)
         origin = (imatrix, used) if imatrix is not None and used is not None else None
         values = quant_metadata(file, choice, number, origin, extra)
-        return Prepared(file, options, choice, importance, values, _groups(options, choice))
+        return PreparedQuant(file, options, choice, importance, values, _groups(options, choice))
     except BaseException:
         file.close()
         raise
 
 
-def _groups(options: QuantizeOptions, choice: Choice) -> tuple[tuple[TensorPlan, ...], ...]:
+def _groups(options: QuantizeOptions, choice: ChosenTypes) -> tuple[tuple[TensorPlan, ...], ...]:
     plans = [TensorPlan(one.name, one.source.shape, one.type) for one in choice.tensors]
     groups = [plans]
     if options.keep_split:

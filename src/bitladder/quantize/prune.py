@@ -1,8 +1,8 @@
-"""Dropping whole blocks (--prune-layers): tensors renumbered, and all metadata that counts or lists blocks.
+"""Whole blocks left out (--prune-layers): tensors get new numbers, and metadata that count or list blocks are changed.
 
-llama-quantize renumbers the tensors and sets block_count; metadata with one value per block keep their length there,
-and such a file does not load (llama.cpp #27976). Some architectures decide by a block's number what it is. Where
-pruning would turn a block into another kind, it is refused.
+llama-quantize renumbers the tensors and sets block_count. Metadata with one value per block keep their length there,
+and such a file does not load (llama.cpp #27976). In some architectures the number of a block decides its kind. Pruning
+that changes the kind of a block is refused.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _PERIODS = (
     "moe_every_n_layers",
     "rescale_every_n_layers",
 )
-# Lists of block numbers, or blocks that depend on others: what pruning should make of them is not known.
+# Lists of block numbers, or blocks that depend on others: their values in the pruned model are not known.
 _UNCLEAR = (
     "attention.shared_kv_layers",
     "decoder_block_count",
@@ -41,13 +41,22 @@ _NOT_PER_BLOCK = ("rope.", "classifier.", "adapters.", "ple.")
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """Which blocks stay: `kept` are their numbers in the source; their place in it is the new number."""
+    """The blocks that stay.
+
+    Parameters:
+        kept: their numbers in the source. The place in this tuple is the new number.
+        blocks: number of blocks of the source.
+
+    Example:
+        >>> Pruning(kept=(0, 2), blocks=3).new_name("blk.2.attn_v.weight")
+        'blk.1.attn_v.weight'
+    """
 
     kept: tuple[int, ...]
-    blocks: int  # of the source
+    blocks: int
 
     def new_name(self, name: str) -> str | None:
-        """A tensor's name in the pruned model; None if it goes with its block."""
+        """The name of a tensor in the pruned model; None if its block is left out."""
         block = block_of(name)
         if block is None:
             return name
@@ -57,7 +66,17 @@ class Pruning:
 def plan_pruning(
     metadata: Mapping[str, Value], tensors: Iterable[str], layers: Sequence[int], architecture: str
 ) -> Pruning:
-    """Settle what goes. Raises UsageError for a block the model lacks, and for models that cannot be pruned safely."""
+    """Decides what stays.
+
+    Parameters:
+        metadata: of the source.
+        tensors: names of its tensors.
+        layers: numbers of the blocks to leave out.
+        architecture: general.architecture.
+
+    Raises:
+        UsageError: the model does not have a block, or cannot be pruned safely.
+    """
     count = _integer(metadata.get(f"{architecture}.block_count"))
     if not count:
         raise UsageError(f"--prune-layers: the model has no {architecture}.block_count")
@@ -81,9 +100,9 @@ def _for_each_block(name: str) -> bool:
 
 
 def pruned_metadata(metadata: Mapping[str, Value], pruning: Pruning, architecture: str) -> dict[str, Value]:
-    """Metadata of the pruned model: per-block arrays cut, counts of blocks counted again, order kept.
+    """The metadata of the pruned model, in the same order: arrays per block are cut, and blocks counted again.
 
-    An array of {arch}.* has one value per block if it is as long as there are blocks, or blocks without those that
+    An array of {arch}.* has one value per block if its length is the number of blocks, with or without the blocks that
     predict further tokens (nextn_predict_layers).
     """
     trailing = _integer(metadata.get(f"{architecture}.nextn_predict_layers"))
@@ -105,7 +124,7 @@ def pruned_metadata(metadata: Mapping[str, Value], pruning: Pruning, architectur
 
 
 def pruned_entries(entries: Mapping[str, T], pruning: Pruning) -> dict[str, T]:
-    """The entries of an importance matrix (weight name → anything) under their new names, without dropped blocks'."""
+    """The entries of an importance matrix (name of weight → any value) under their new names."""
     renamed = {pruning.new_name(name): entry for name, entry in entries.items()}
     return {name: entry for name, entry in renamed.items() if name is not None}
 
@@ -125,7 +144,7 @@ def _cut(value: Value, pruning: Pruning, lengths: set[int]) -> Value:
 
 
 def _refuse_unclear(metadata: Mapping[str, Value], pruning: Pruning, architecture: str) -> None:
-    """Raise UsageError where a kept block would become another kind of block, or where that cannot be known."""
+    """Raises UsageError if a kept block changes its kind, or if that cannot be known."""
     if pruning.kept == tuple(range(len(pruning.kept))):
         moved = None  # only the last blocks go: all others keep their numbers
     else:
@@ -133,7 +152,9 @@ def _refuse_unclear(metadata: Mapping[str, Value], pruning: Pruning, architectur
     for rest in _UNCLEAR:
         value = metadata.get(f"{architecture}.{rest}")
         if value is not None and value.python():
-            raise UsageError(f"--prune-layers: what {architecture}.{rest} should become is not known; not supported")
+            raise UsageError(
+                f"--prune-layers: the value of {architecture}.{rest} in the pruned model is not known; not supported"
+            )
     for rest in _PERIODS:
         period = _integer(metadata.get(f"{architecture}.{rest}"))
         if period > 1 and any(new % period != block % period for new, block in enumerate(pruning.kept)):
@@ -150,7 +171,7 @@ def _refuse_unclear(metadata: Mapping[str, Value], pruning: Pruning, architectur
 
 
 def _integer(value: Value | None) -> int:
-    """A scalar as an integer; 0 for none and for an array."""
+    """A scalar as an integer; 0 for None and for an array."""
     if value is None or value.kind == ARRAY:
         return 0
     try:

@@ -1,15 +1,13 @@
-"""The options of llama-quantize as values, and how they are written."""
+"""The options of llama-quantize."""
 
 import dataclasses
-import os
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
-from bitladder.engine.presets import preset_number, storable
-from bitladder.engine.types import TensorType, all_types, type_by_name
-from bitladder.errors import BitladderError, UsageError
+from bitladder.engine.presets import preset_number
+from bitladder.errors import UsageError
+from bitladder.options import Options, option
 
 COPY = "COPY"
 # llama_model_kv_override has 128 bytes for a key and for a string, each with its final zero.
@@ -19,29 +17,41 @@ _NOT_TO_OVERRIDE = ("general.alignment", "split.no", "split.count", "split.tenso
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeOptions:
-    """What to make of a model; see docs/recipes.md for what each option does.
+class QuantizeOptions(Options):
+    """How to quantize a model, with llama-quantize's options; docs/recipes.md says what each does."""
 
-    `preset` and `types` (a recipe: exact tensor name → type): at least one is needed. `tensor_types` are (pattern,
-    type) in the order given, the first that is found in a name decides. `override_kv` are "KEY=TYPE:VALUE".
-    `split_max_bytes` is the largest size of a shard, None for one file.
-    """
-
-    preset: str | None = None
-    types: Mapping[str, str] | None = None
-    tensor_types: tuple[tuple[str, str], ...] = ()
-    output_tensor_type: str | None = None
-    token_embedding_type: str | None = None
-    pure: bool = False
-    leave_output_tensor: bool = False
-    allow_requantize: bool = False
-    include_weights: tuple[str, ...] = ()
-    exclude_weights: tuple[str, ...] = ()
-    override_kv: tuple[str, ...] = ()
-    prune_layers: tuple[int, ...] = ()
-    no_fallback: bool = False
-    keep_split: bool = False
-    split_max_bytes: int | None = None
+    preset: str | None = option(None, help="Name of a preset; None for the recipe alone.")
+    types: Mapping[str, str] | None = option(
+        None, help="A recipe: exact tensor name → type; None for the preset alone."
+    )
+    tensor_types: tuple[str, ...] = option(
+        (),
+        "--tensor-type",
+        metavar="PATTERN=TYPE",
+        help="Type of the tensors whose name contains the pattern; the first pattern that matches decides.",
+    )
+    output_tensor_type: str | None = option(None, "--output-tensor-type", metavar="TYPE", help="Type of output.weight.")
+    token_embedding_type: str | None = option(
+        None, "--token-embedding-type", metavar="TYPE", help="Type of the token embeddings."
+    )
+    pure: bool = option(False, "--pure", help="The preset's own type for all tensors, no mixture.")
+    leave_output_tensor: bool = option(False, "--leave-output-tensor", help="Keep output.weight as it is.")
+    allow_requantize: bool = option(False, "--allow-requantize", help="Accept a quantized model too; quality suffers.")
+    include_weights: tuple[str, ...] = option(
+        (), "--include-weights", metavar="NAME", help="Use the imatrix only for these weights."
+    )
+    exclude_weights: tuple[str, ...] = option(
+        (), "--exclude-weights", metavar="NAME", help="Do not use the imatrix for these weights."
+    )
+    override_kv: tuple[str, ...] = option(
+        (), "--override-kv", metavar="KEY=TYPE:VALUE", help="Metadata to set (int, float, bool, str)."
+    )
+    prune_layers: tuple[int, ...] = option((), help="Numbers of the blocks to leave out.")
+    no_fallback: bool = option(
+        False, "--no-fallback", help="Stop where a width cannot hold the type, and use no other instead."
+    )
+    keep_split: bool = option(False, "--keep-split", help="Write the same shards as the input has.")
+    split_max_bytes: int | None = option(None, help="Largest size of a shard; None for one file.")
 
     @property
     def copies(self) -> bool:
@@ -50,7 +60,7 @@ class QuantizeOptions:
 
 
 def check_options(options: QuantizeOptions) -> None:
-    """Refuse what cannot be meant, before a file is opened. Raises UsageError that names the option."""
+    """Raises UsageError that names the option, for options that contradict each other."""
     if options.preset is None and options.types is None:
         raise UsageError("name a preset (Q4_K_M, …) or a recipe (--recipe)")
     if options.preset is not None and not options.copies:
@@ -69,56 +79,11 @@ def check_options(options: QuantizeOptions) -> None:
         raise UsageError("--prune-layers: block numbers begin at 0")
 
 
-def target_type(name: str, where: str) -> TensorType:
-    """The type of that name, if weights can be stored as it. Raises UsageError that names `where` it was asked for."""
-    try:
-        kind = type_by_name(name)
-    except BitladderError:
-        kind = None
-    if kind is None or not storable(kind):
-        known = ", ".join(one.name for one in all_types().values() if storable(one))
-        raise UsageError(f"{where}: {name!r} is no type that weights can be stored as; the library has {known}")
-    return kind
-
-
-def parse_tensor_type(text: str) -> tuple[str, str]:
-    """PATTERN=TYPE as (pattern, type), cut at the first "=" as llama-quantize cuts it. Raises UsageError."""
-    pattern, equals, kind = text.partition("=")
-    if not pattern or not equals or not kind:
-        raise UsageError(f"--tensor-type {text}: write PATTERN=TYPE, such as attn_v=q6_k")
-    if "=" in kind:
-        raise UsageError(
-            f'--tensor-type {text}: a pattern cannot hold "=" (no look-ahead), as the type follows the first one'
-        )
-    target_type(kind, f"--tensor-type {text}")
-    return pattern, kind
-
-
-def read_tensor_types(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The entries PATTERN=TYPE of a --tensor-type-file: words separated by spaces or newlines.
-
-    Raises UsageError that names the file, and the entry that is none.
-    """
-    try:
-        words = pathlib.Path(path).read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise UsageError(f"--tensor-type-file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--tensor-type-file {path} is not a text file") from error
-    for word in words:
-        try:
-            parse_tensor_type(word)
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from error
-    return tuple(words)
-
-
 def parse_override(text: str) -> tuple[str, int | float | bool | str]:
     """KEY=TYPE:VALUE (int, float, bool, str) as (key, value).
 
-    As llama-quantize writes them: an int becomes an unsigned 32-bit number without its sign, a float has 32 bits, a
-    string at most 127 bytes. Raises UsageError that says what is wrong; llama-quantize takes a value that is no number
-    for 0.
+    llama-quantize writes an int as an unsigned 32-bit number without its sign, a float with 32 bits, and a string of at
+    most 127 bytes. It reads a value that is not a number as 0; here that is an error. Raises UsageError.
     """
     where = f"--override-kv {text}"
     key, equals, rest = text.partition("=")

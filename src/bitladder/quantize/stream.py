@@ -1,11 +1,12 @@
 """Rows through the kernels: read, expanded, checked, quantized and written, in pieces that overlap.
 
-Each thread takes one piece all the way; the calling thread writes finished pieces in order. Only a few pieces are
-under way at once, so memory does not grow with the model, and nobody waits at the end of a tensor.
+Each thread does all the work on one piece. The calling thread writes finished pieces in order. Only a few pieces are in
+work at once, so that memory does not grow with the model, and no thread waits at the end of a tensor.
 """
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -22,22 +23,30 @@ from bitladder.quantize.choose_types import TensorChoice
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-PIECE = 1 << 17  # weights: a call's overhead vanishes, and float32 of it fits a core's cache
-AHEAD = 4  # pieces per thread that may be under way or wait to be written
+Blocks = Mapping[str, Callable[[], Bytes]]
+NO_BLOCKS: Blocks = {}
+PIECE = 1 << 17  # weights: the overhead of a call is negligible, and float32 of them fits the cache of a core
+AHEAD = 4  # pieces per thread that may be in work or wait to be written
 
 
 class TensorWriter(Protocol):
-    """Takes the tensors' bytes in order, in pieces (model.writer.GgufWriter, or one for shards)."""
+    """Writes the tensors' bytes in order, in pieces (gguf.writer.GgufWriter, or a writer of shards)."""
 
     def write(self, name: str, data: Bytes) -> None:
-        """Append bytes to a tensor."""
+        """Appends bytes to a tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Rows start…stop of a tensor, all of one matrix, to become `kind`; `importance` float32 [width] or None.
+    """Rows of one matrix of a tensor that are made together.
 
-    `name` is the tensor's in the new file.
+    Parameters:
+        name: of the tensor in the new file.
+        tensor: of the source.
+        start: first row.
+        stop: row after the last.
+        kind: the new type.
+        importance: float32, shape [width], or None.
     """
 
     name: str
@@ -55,14 +64,21 @@ def stream_tensors(
     importance: Mapping[str, Floats],
     threads: int | None,
     bar: Task,
-    rendered: Collection[str] = (),
-    blocks: Callable[[str], Bytes] | None = None,
+    blocks: Blocks = NO_BLOCKS,
 ) -> None:
-    """Write every chosen tensor of `file`, in order.
+    """Writes every chosen tensor of `file`, in order.
 
-    Parameters: `importance` float32 [matrices, width] by (new) tensor name. The bytes of tensors in `rendered` are not
-    made here but come whole from `blocks`, uint8 [rows, row bytes]. Raises BitladderError for weights that are not
-    finite, copied ones included; nothing is left running then.
+    Parameters:
+        writer: of the new file.
+        file: the source.
+        tensors: the tensors of the new file.
+        importance: name in the new file → float32, shape [matrices, width].
+        threads: of the CPU; None for all.
+        bar: where the bytes read are counted.
+        blocks: name → what makes the tensor's blocks, uint8, shape [rows, row bytes], instead of the library's kernels.
+
+    Raises:
+        BitladderError: weights are not finite, those of copied tensors included. No thread is left running.
     """
     count = threads or threads_available()
     pool = ThreadPoolExecutor(count)
@@ -75,11 +91,11 @@ def stream_tensors(
         bar.advance((piece.stop - piece.start) * piece.tensor.type.row_bytes(piece.tensor.width))
 
     try:
-        for piece in _pieces(tensors, importance, rendered):
+        for piece in _pieces(tensors, importance, blocks):
             if len(waiting) >= AHEAD * count:
                 write_first()
-            known = blocks if piece.name in rendered else None
-            waiting.append((piece, pool.submit(known, piece.name) if known else pool.submit(_make, file, piece)))
+            make = blocks.get(piece.name) or functools.partial(_make, file, piece)
+            waiting.append((piece, pool.submit(make)))
         while waiting:
             write_first()
     finally:
@@ -114,7 +130,7 @@ def _make(file: GgufFile, piece: _Piece) -> Bytes:
 
 
 def _refuse_not_finite(weights: Floats, piece: _Piece) -> None:
-    # One NaN or Inf spoils the sum, and the sum is far cheaper than looking at each weight.
+    # One NaN or Inf spoils the sum. The sum costs far less than a test of each weight.
     if np.isfinite(weights.sum(dtype=np.float64)):
         return
     bad = np.flatnonzero(~np.isfinite(weights.reshape(-1)))

@@ -1,4 +1,4 @@
-"""Streaming a model through the library's kernels into a new file.
+"""Streams a model through the library's kernels into a new file.
 
 With the same options, imatrix and library every tensor's bytes equal llama-quantize's.
 """
@@ -6,22 +6,36 @@ With the same options, imatrix and library every tensor's bytes equal llama-quan
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Collection, Mapping
 
 from bitladder.errors import BitladderError
 from bitladder.gguf.split_writer import output_paths, writing
+from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize.prepare import Prepared, prepare
+from bitladder.quantize.prepare import PreparedQuant, prepare
 from bitladder.quantize.quantize_options import QuantizeOptions
-from bitladder.quantize.stream import Bytes, stream_tensors
+from bitladder.quantize.stream import NO_BLOCKS, Blocks, stream_tensors
+
+QUANTIZE = Algorithm(
+    "quantize",
+    (
+        "the library's kernels with the preset's types",
+        "all of llama-quantize's options, recipes by exact names, metadata in its order",
+        "a tensor's blocks may come from elsewhere, and its metadata says from where",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeResult:
-    """The file (of several shards the first), the size of all in bytes, bits per weight, and the type of each tensor.
+    """A quant that was written.
 
-    `bpw` counts all weights and tensor bytes only, `bpw_blocks` those of the repeating blocks; `preset` is "" for a
-    recipe without one.
+    Parameters:
+        path: the file; of several shards the first.
+        bytes: size of all shards.
+        bpw: bits per weight over all tensors, tensor bytes only.
+        types: type of each tensor.
+        preset: its name; "" for a recipe without one.
+        bpw_blocks: bits per weight over the repeating blocks, tensor bytes only.
     """
 
     path: pathlib.Path
@@ -39,36 +53,49 @@ def quantize(
     *,
     imatrix: str | os.PathLike[str] | None = None,
     threads: int | None = None,
-    metadata: Mapping[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> QuantizeResult:
-    """Quantize a GGUF.
+    """Quantizes a GGUF.
 
-    Parameters: `source` an F16, BF16 or F32 GGUF (or any, with allow_requantize); `out` the file to write, replaced if
-    it exists; `options` a preset such as "Q4_K_M", or more; `imatrix` an importance matrix of the same model;
-    `metadata` as for `prepare`. Raises BitladderError before anything is written if the options, the
-    imatrix or the source cannot be used; and, leaving no file, if weights are not finite or the disk is full.
+    Parameters:
+        source: path of an F16, BF16 or F32 GGUF (of any GGUF with allow_requantize).
+        out: path of the file to write. A file that exists is replaced.
+        options: a preset such as "Q4_K_M", or all options.
+        imatrix: path of an importance matrix of the same model, or None.
+        threads: of the CPU; None for all.
+        progress: where work and warnings are shown.
+
+    Raises:
+        BitladderError: before anything is written, if the options, the imatrix or the source cannot be used; and later,
+            without leaving a file, if weights are not finite or the disk is full.
     """
     if isinstance(options, str):
         options = QuantizeOptions(preset=options)
     refuse_target(source, out)
-    with prepare(source, options, imatrix=imatrix, metadata=metadata, progress=progress) as prepared:
+    with prepare(source, options, imatrix=imatrix, progress=progress) as prepared:
         return write(prepared, out, threads=threads, progress=progress)
 
 
+@QUANTIZE.entry
 def write(
-    prepared: Prepared,
+    prepared: PreparedQuant,
     out: str | os.PathLike[str],
     *,
     threads: int | None = None,
     progress: Progress = SILENT,
-    rendered: Collection[str] = (),
-    blocks: Callable[[str], Bytes] | None = None,
+    blocks: Blocks = NO_BLOCKS,
 ) -> QuantizeResult:
-    """Make what was prepared, in one step: `out`, or its shards, appear when they are complete.
+    """Makes a prepared quant. The file, or its shards, appear when they are complete.
 
-    The bytes of the tensors in `rendered` come from `blocks`, see `stream_tensors`. Raises BitladderError that names
-    `out` if it cannot be written or is the source, and the tensor if weights are not finite.
+    Parameters:
+        prepared: the quant.
+        out: path of the file to write.
+        threads: of the CPU; None for all.
+        progress: where work is shown.
+        blocks: name → what makes the tensor's blocks, uint8, shape [rows, row bytes], instead of the library's kernels.
+
+    Raises:
+        BitladderError: `out` cannot be written or is the source, or weights are not finite.
     """
     choice, paths = prepared.choice, output_paths(out, prepared.groups)
     for path in paths:
@@ -80,7 +107,7 @@ def write(
         writing(out, prepared.metadata, prepared.groups) as writer,
         progress.task(f"quantize {label}", total) as bar,
     ):
-        stream_tensors(writer, prepared.file, choice.tensors, prepared.importance, threads, bar, rendered, blocks)
+        stream_tensors(writer, prepared.file, choice.tensors, prepared.importance, threads, bar, blocks)
     return QuantizeResult(
         paths[0],
         prepared.bytes,
@@ -92,7 +119,7 @@ def write(
 
 
 def refuse_target(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Raise BitladderError if the output is a directory or the source itself."""
+    """Raises BitladderError if the output is a directory or the source itself."""
     source, out = pathlib.Path(source), pathlib.Path(out)
     if out.is_dir():
         raise BitladderError(f"{out} is a directory; name a file (-o)")

@@ -1,23 +1,35 @@
 """Recipes: the type of every tensor of a quant. Read, written, extracted, compared, checked and exported."""
 
-from bitladder.recipe.check_recipe import changeable, check
+from bitladder.recipe.check_recipe import RecipeCheck, RecipeFinding, changeable, check
 from bitladder.recipe.diff import RecipeDiff, diff
 from bitladder.recipe.export import Export, export, export_command, export_lines
-from bitladder.recipe.extract import extract
-from bitladder.recipe.findings import Checked, Finding
-from bitladder.recipe.patterns import exact_patterns
+from bitladder.recipe.extract import RECIPE_KEY, extract, joined_shapes, open_recipe
+from bitladder.recipe.patterns import (
+    PatternMatch,
+    exact_patterns,
+    match_patterns,
+    parse_tensor_type,
+    read_tensor_types,
+    target_type,
+)
 from bitladder.recipe.schema import FileUsed, ImatrixUsed, Recipe, TextUsed, recipe_sha256
+from bitladder.recipe.sizes import Shapes, Size, block_size, size_of
 from bitladder.recipe.toml import read_recipe, recipe_toml, write_recipe
 
 __all__ = [
-    "Checked",
+    "RECIPE_KEY",
     "Export",
     "FileUsed",
-    "Finding",
     "ImatrixUsed",
+    "PatternMatch",
     "Recipe",
+    "RecipeCheck",
     "RecipeDiff",
+    "RecipeFinding",
+    "Shapes",
+    "Size",
     "TextUsed",
+    "block_size",
     "changeable",
     "check",
     "diff",
@@ -26,8 +38,15 @@ __all__ = [
     "export_command",
     "export_lines",
     "extract",
+    "joined_shapes",
+    "match_patterns",
+    "open_recipe",
+    "parse_tensor_type",
     "read_recipe",
+    "read_tensor_types",
     "recipe_sha256",
     "recipe_toml",
+    "size_of",
+    "target_type",
     "write_recipe",
 ]

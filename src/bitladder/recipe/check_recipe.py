@@ -1,62 +1,154 @@
-"""Whether a recipe can be carried out on a model: the library is asked what it would make of it."""
+"""Whether a recipe can be carried out on a model. The library decides."""
 
 import collections
+import dataclasses
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 from bitladder.engine.presets import PresetTypes, Request, kernel_needs_importance, preset_types, storable
 from bitladder.engine.types import TensorType, all_types, type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import block_of
+from bitladder.gguf.names import block_of, kind_of, one_line, ranges, reading_order
 from bitladder.gguf.reader import GgufFile
 from bitladder.recipe.extract import shapes_of
-from bitladder.recipe.findings import Checked, Findings
 from bitladder.recipe.patterns import exact_patterns, preset_and_pairs
 from bitladder.recipe.schema import Recipe
-from bitladder.recipe.sizes import size_of
+from bitladder.recipe.sizes import Size, size_of
 
 
-def check(recipe: Recipe, file: GgufFile) -> Checked:
-    """Compare a recipe with the model that it is for.
+@dataclasses.dataclass(frozen=True)
+class RecipeFinding:
+    """A finding about tensors of one kind.
 
-    Problems are names that the model has not, types that the library cannot make or a width cannot hold, tensors that
-    are never changed or are quantized already, and tensors that neither the recipe nor a preset decides. Notes are
-    types that need an importance matrix, tensors that the preset decides, and those that llama-quantize would not
-    change as `bitladder quantize` does. Raises BitladderError if the library refuses the model, or the recipe's preset
-    is unknown.
+    Parameters:
+        problem: whether it keeps the recipe from being carried out; otherwise it is a note.
+        tensors: names.
+        text: the finding.
     """
-    found = Findings()
-    wanted = _without_substitute(_wanted(recipe, file, found), file, found)
+
+    problem: bool
+    tensors: tuple[str, ...]
+    text: str
+
+    def line(self) -> str:
+        """The finding in one line, as a problem or a note."""
+        return f"{'problem' if self.problem else 'note'}: {self.text_line()}"
+
+    def text_line(self) -> str:
+        """The finding in one line, with ranges of layers."""
+        first, layers = self.tensors[0], [block_of(name) for name in self.tensors]
+        if len(self.tensors) > 1 and None not in layers:
+            where = f"{kind_of(first)} of layers {ranges(layer for layer in layers if layer is not None)}"
+        else:
+            where = ", ".join(self.tensors)
+        return one_line(f"{where}: {self.text}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeCheck:
+    """A recipe against its model.
+
+    Parameters:
+        findings: problems and notes.
+        types: the type that each tensor of the model gets.
+        size: of all tensors.
+        needs_imatrix: whether a type needs an importance matrix.
+        ours: the tensors that `bitladder quantize` changes and llama-quantize does not.
+    """
+
+    findings: tuple[RecipeFinding, ...]
+    types: dict[str, str]
+    size: Size
+    needs_imatrix: bool
+    ours: tuple[str, ...]
+
+    @property
+    def problems(self) -> int:
+        """The number of findings that are problems."""
+        return sum(finding.problem for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "problems": self.problems,
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+            "needs_imatrix": self.needs_imatrix,
+            "bytes": self.size.bytes,
+            "bpw": self.size.bpw,
+            "types": self.types,
+        }
+
+
+class _Findings:
+    """Findings tensor by tensor: whether it is a problem, the tensor, the text."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[bool, str, str]] = []
+
+    def problem(self, name: str, text: str) -> None:
+        """Adds a problem: it keeps the recipe from being carried out."""
+        self._rows.append((True, name, text))
+
+    def note(self, name: str, text: str) -> None:
+        """Adds a note."""
+        self._rows.append((False, name, text))
+
+    def grouped(self) -> tuple[RecipeFinding, ...]:
+        """Problems first, in reading order. Tensors of a kind with the same text are together."""
+        groups: dict[tuple[bool, str, bool, str], list[str]] = collections.defaultdict(list)
+        for problem, name, text in sorted(self._rows, key=lambda one: (not one[0], reading_order(one[1]))):
+            groups[problem, kind_of(name), block_of(name) is None, text].append(name)
+        return tuple(RecipeFinding(problem, tuple(names), text) for (problem, _, _, text), names in groups.items())
+
+
+def check(recipe: Recipe, file: GgufFile) -> RecipeCheck:
+    """Compares a recipe with its model.
+
+    Problems are names that the model does not have, types that the library cannot make or a width cannot hold, tensors
+    that are never changed or are quantized already, and tensors that neither the recipe nor a preset decides. Notes are
+    types that need an importance matrix, tensors that the preset decides, and tensors that `bitladder quantize` changes
+    and llama-quantize does not.
+
+    Parameters:
+        recipe: the recipe.
+        file: the full-precision model.
+
+    Raises:
+        BitladderError: the library refuses the model, or the recipe's preset is unknown.
+    """
+    findings = _Findings()
+    wanted = _without_substitute(_wanted(recipe, file, findings), file, findings)
     base, pairs = preset_and_pairs({name: kind.name for name, kind in wanted.items()}, recipe.preset)
     answer = preset_types(file.path, Request(base, overrides=pairs, imatrix=recipe.imatrix is not None))
     if answer.types.keys() != file.tensors.keys():
         odd = sorted(answer.types.keys() ^ file.tensors.keys())
         raise BitladderError(f"the library and {file.path} disagree on tensors ({odd[0]}, …); is the file damaged?")
-    ours = [name for name, kind in wanted.items() if _compare(name, kind, file, answer, found)]
+    ours = [name for name, kind in wanted.items() if _compare(name, kind, file, answer, findings)]
     changed = {name: kind for name, kind in answer.types.items() if kind != file.tensors[name].type}
     for name in changed.keys() - recipe.tensors.keys():
         if recipe.preset:
-            found.note(name, f"not in the recipe; {recipe.preset} makes it {changed[name].name}")
+            findings.note(name, f"not in the recipe; {recipe.preset} makes it {changed[name].name}")
         else:
-            found.problem(name, "not in the recipe, and there is no preset that decides; name it, or add a preset")
+            findings.problem(name, "not in the recipe, and there is no preset that decides; name it, or add a preset")
     needy = _in_need(changed, base, file)
     for name, reason in needy.items():
-        found.note(name, reason)
+        findings.note(name, reason)
     types = {name: (wanted[name] if name in ours else kind).name for name, kind in answer.types.items()}
     size = size_of(types, shapes_of(file))
     assert size is not None  # every shape is known
-    return Checked(found.grouped(), types, size, bool(needy), tuple(ours))
+    return RecipeCheck(findings.grouped(), types, size, bool(needy), tuple(ours))
 
 
 def changeable(file: GgufFile) -> set[str]:
-    """The tensors to which llama-quantize gives another type at all: matrices, but no norms, routers and the like."""
-    # Under a preset that does not quantize, every tensor it touches gets the preset's type, and the rest keep theirs.
+    """The tensors that llama-quantize can give another type: matrices, but no norms, routers and the like."""
+    # Under a preset that does not quantize, these tensors get the preset's type, and all others keep their own.
     first, second = (preset_types(file.path, Request(preset)).types for preset in ("F16", "BF16"))
     return {name for name, kind in first.items() if kind != second[name]}
 
 
-def _wanted(recipe: Recipe, file: GgufFile, found: Findings) -> dict[str, TensorType]:
-    """The recipe's tensors that the model has and that get a type that exists."""
+def _wanted(recipe: Recipe, file: GgufFile, findings: _Findings) -> dict[str, TensorType]:
+    """The recipe's tensors that the model has, where the type exists."""
     known = {kind.name.lower(): kind for kind in all_types().values()}
     stored = [lower for lower, kind in known.items() if storable(kind)]
     wanted: dict[str, TensorType] = {}
@@ -64,18 +156,18 @@ def _wanted(recipe: Recipe, file: GgufFile, found: Findings) -> dict[str, Tensor
         kind = known.get(written.lower())
         if name not in file.tensors:
             close = difflib.get_close_matches(name, file.tensors, n=1, cutoff=0.8)
-            found.problem(name, "the model has no such tensor" + (f"; did you mean {close[0]}?" if close else ""))
+            findings.problem(name, "the model has no such tensor" + (f"; did you mean {close[0]}?" if close else ""))
         elif kind is None or not (storable(kind) or kind == file.tensors[name].type):
             close = difflib.get_close_matches(written.lower(), stored, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the library has {', '.join(stored)}"
-            found.problem(name, f"weights cannot be stored as {written!r}; {hint}")
+            findings.problem(name, f"weights cannot be stored as {written!r}; {hint}")
         else:
             wanted[name] = kind
     return wanted
 
 
-def _without_substitute(wanted: dict[str, TensorType], file: GgufFile, found: Findings) -> dict[str, TensorType]:
-    """Leave out types that a width cannot hold and for which the library has no substitute: it refuses them."""
+def _without_substitute(wanted: dict[str, TensorType], file: GgufFile, findings: _Findings) -> dict[str, TensorType]:
+    """Leaves out types that a width cannot hold and that the library has no substitute for: it refuses them."""
     misfits: dict[TensorType, list[str]] = collections.defaultdict(list)
     for name, kind in wanted.items():
         if file.tensors[name].width % kind.block:
@@ -85,26 +177,26 @@ def _without_substitute(wanted: dict[str, TensorType], file: GgufFile, found: Fi
             preset_types(file.path, Request("Q8_0", overrides=exact_patterns(dict.fromkeys(names, kind))))
         except BitladderError:
             for name in names:
-                found.problem(name, f"{_misfit(name, kind, file)}, and the library has no substitute")
+                findings.problem(name, f"{_misfit(name, kind, file)}, and the library has no substitute")
             wanted = {name: kind for name, kind in wanted.items() if name not in names}
     return wanted
 
 
-def _compare(name: str, kind: TensorType, file: GgufFile, answer: PresetTypes, found: Findings) -> bool:
-    """What the library would do with a tensor, against what the recipe wants.
+def _compare(name: str, kind: TensorType, file: GgufFile, answer: PresetTypes, findings: _Findings) -> bool:
+    """Compares the library's type of a tensor with the recipe's.
 
-    Returns whether `bitladder quantize` would do what the recipe wants, and llama-quantize would not.
+    Returns whether `bitladder quantize` makes the recipe's type and llama-quantize does not.
     """
     given, have = answer.types[name], file.tensors[name].type
     if name in answer.misfits:
-        found.problem(name, f"{_misfit(name, kind, file)}; {given.name} would be used instead")
+        findings.problem(name, f"{_misfit(name, kind, file)}; {given.name} would be used instead")
     elif given != kind and not kind.quantized and not have.quantized and len(file.tensors[name].shape) > 1:
-        found.note(name, f"llama-quantize leaves it {given.name}; only bitladder makes it {kind.name}")
+        findings.note(name, f"llama-quantize leaves it {given.name}; only bitladder makes it {kind.name}")
         return True
     elif given != kind:
-        found.problem(name, f"it cannot be {kind.name}: it is never quantized, and stays {given.name}")
+        findings.problem(name, f"it cannot be {kind.name}: it is never quantized, and stays {given.name}")
     elif kind != have and have.quantized:
-        found.problem(name, f"it is {have.name} in {file.path.name}; for {kind.name} take an F16, BF16 or F32 model")
+        findings.problem(name, f"it is {have.name} in {file.path.name}; for {kind.name} take an F16, BF16 or F32 model")
     return False
 
 
@@ -113,15 +205,15 @@ def _misfit(name: str, kind: TensorType, file: GgufFile) -> str:
 
 
 def _in_need(types: Mapping[str, TensorType], base: str, file: GgufFile) -> dict[str, str]:
-    """Tensors that cannot be made without an importance matrix, and why; `types` are those that change."""
+    """Tensor → why it needs an importance matrix, for those of the changed tensors (`types`) that do."""
     groups: dict[tuple[TensorType, str], list[str]] = collections.defaultdict(list)
     for name, kind in types.items():
-        # The rule differs for embedding and head; within the blocks it is the type's.
+        # Within the blocks the rule depends on the type alone. For embeddings and head it may be another.
         groups[kind, name if block_of(name) is None else "blocks"].append(name)
     harmless = (".*", type_by_name("q8_0"))
     reasons: dict[str, str] = {}
     for (kind, _), names in groups.items():
-        # All others get a type that needs none, so the answer is about these.
+        # All others get a type that needs no importance matrix, so that the answer is about these.
         request = Request(base, overrides=(*exact_patterns(dict.fromkeys(names, kind)), harmless))
         if kernel_needs_importance(kind) and block_of(names[0]) is None:
             reasons |= dict.fromkeys(names, f"{kind.name} needs an importance matrix with an entry for it")

@@ -1,4 +1,4 @@
-"""Two recipes compared: which tensors moved up or down, and what that costs."""
+"""Two recipes compared: which tensors have more or fewer bits, and the bytes of that."""
 
 import collections
 import dataclasses
@@ -14,8 +14,16 @@ Direction = Literal["up", "down", "level"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Move:
-    """A tensor with another type: `bpw` and `bytes` are what B has more than A (bytes: None without a shape)."""
+class TypeMove:
+    """A tensor with another type in B than in A.
+
+    Parameters:
+        name: of the tensor.
+        before: its type in A.
+        after: its type in B.
+        bpw: bits per weight that B has more.
+        bytes: bytes that B has more; None without a shape.
+    """
 
     name: str
     before: str
@@ -25,13 +33,23 @@ class Move:
 
     @property
     def direction(self) -> Direction:
-        """Up to more bits, down to fewer, or level (q4_K and iq4_nl have both 4.5)."""
+        """Up to more bits, down to fewer, or level (q4_K and iq4_nl both have 4.5)."""
         return "up" if self.bpw > 0 else "down" if self.bpw < 0 else "level"
 
 
 @dataclasses.dataclass(frozen=True)
-class MoveGroup:
-    """Tensors of a kind that moved alike; `layers` are their blocks, `bytes` what B has more for all of them."""
+class TypeMoveGroup:
+    """Tensors of a kind with the same change of type.
+
+    Parameters:
+        kind: such as attn_v.
+        before: their type in A.
+        after: their type in B.
+        direction: by bits per weight.
+        count: number of tensors.
+        layers: their blocks.
+        bytes: bytes that B has more for all of them; None without a shape.
+    """
 
     kind: str
     before: str
@@ -44,34 +62,40 @@ class MoveGroup:
 
 @dataclasses.dataclass(frozen=True)
 class RecipeDiff:
-    """What B has other than A: tensors that moved, tensors only in one, the number that are `same`.
+    """The differences of two recipes.
 
-    `size_a`, `size_b` are of all tensors; None where a shape is not known.
+    Parameters:
+        moves: tensors with another type.
+        only_a: tensor → type, of tensors that only A has.
+        only_b: tensor → type, of tensors that only B has.
+        same: number of tensors with the same type.
+        size_a: size of all tensors of A; None where a shape is not known.
+        size_b: the same of B.
     """
 
-    moves: tuple[Move, ...]
+    moves: tuple[TypeMove, ...]
     only_a: dict[str, str]
     only_b: dict[str, str]
     same: int
     size_a: Size | None
     size_b: Size | None
 
-    def groups(self) -> list[MoveGroup]:
-        """Moves by kind and types, in reading order."""
-        found: dict[tuple[str, str, str], list[Move]] = collections.defaultdict(list)
+    def groups(self) -> list[TypeMoveGroup]:
+        """The moves by kind and types, in reading order."""
+        groups: dict[tuple[str, str, str], list[TypeMove]] = collections.defaultdict(list)
         for move in self.moves:
-            found[kind_of(move.name), move.before, move.after].append(move)
-        return [_group(kind, moves) for (kind, _, _), moves in found.items()]
+            groups[kind_of(move.name), move.before, move.after].append(move)
+        return [_group(kind, moves) for (kind, _, _), moves in groups.items()]
 
     def bytes_by_kind(self) -> dict[str, int | None]:
         """Bytes that B has more, for each kind with moves; None where a shape is not known."""
-        found: dict[str, list[Move]] = collections.defaultdict(list)
+        groups: dict[str, list[TypeMove]] = collections.defaultdict(list)
         for move in self.moves:
-            found[kind_of(move.name)].append(move)
-        return {kind: _total(moves) for kind, moves in found.items()}
+            groups[kind_of(move.name)].append(move)
+        return {kind: _total(moves) for kind, moves in groups.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`: bytes are B minus A."""
+        """The differences as JSON; bytes are B minus A."""
         sizes = [size and {"bytes": size.bytes, "bpw": size.bpw} for size in (self.size_a, self.size_b)]
         return {
             "moves": [dataclasses.asdict(move) | {"direction": move.direction} for move in self.moves],
@@ -85,10 +109,15 @@ class RecipeDiff:
 
 
 def diff(a: Recipe, b: Recipe, shapes: Shapes) -> RecipeDiff:
-    """Compare two recipes of one model.
+    """Compares two recipes of one model.
 
-    `shapes` are those that are known, of either's tensors; see `joined_shapes`. Raises BitladderError for a type that
-    the library does not know, or that cannot hold a tensor's rows.
+    Parameters:
+        a: the first recipe.
+        b: the second recipe.
+        shapes: the known shapes of their tensors, as of `joined_shapes`.
+
+    Raises:
+        BitladderError: the library does not know a type, or a type cannot hold a tensor's rows.
     """
     both = sorted(a.tensors.keys() & b.tensors.keys(), key=reading_order)
     moved = [name for name in both if a.tensors[name].lower() != b.tensors[name].lower()]
@@ -106,19 +135,19 @@ def _missing(of: Recipe, other: Recipe) -> dict[str, str]:
     return {name: of.tensors[name] for name in sorted(of.tensors.keys() - other.tensors.keys(), key=reading_order)}
 
 
-def _move(name: str, before: str, after: str, shapes: Shapes) -> Move:
+def _move(name: str, before: str, after: str, shapes: Shapes) -> TypeMove:
     old, new = type_by_name(before), type_by_name(after)
     shape = shapes.get(name)
     gained = None if shape is None else tensor_bytes(name, after, shape) - tensor_bytes(name, before, shape)
-    return Move(name, old.name, new.name, new.bpw - old.bpw, gained)
+    return TypeMove(name, old.name, new.name, new.bpw - old.bpw, gained)
 
 
-def _group(kind: str, moves: list[Move]) -> MoveGroup:
+def _group(kind: str, moves: list[TypeMove]) -> TypeMoveGroup:
     first = moves[0]
     layers = tuple(layer for layer in (block_of(move.name) for move in moves) if layer is not None)
-    return MoveGroup(kind, first.before, first.after, first.direction, len(moves), layers, _total(moves))
+    return TypeMoveGroup(kind, first.before, first.after, first.direction, len(moves), layers, _total(moves))
 
 
-def _total(moves: Iterable[Move]) -> int | None:
+def _total(moves: Iterable[TypeMove]) -> int | None:
     gained = [move.bytes for move in moves]
     return None if None in gained else sum(one for one in gained if one is not None)

@@ -15,7 +15,14 @@ from bitladder.recipe.schema import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """The lines, the preset that goes with them, the whole command, and what there is to say about them."""
+    """A recipe for llama-quantize.
+
+    Parameters:
+        lines: for --tensor-type-file.
+        preset: the preset beside them.
+        command: the whole command.
+        notes: remarks for the user.
+    """
 
     lines: tuple[str, ...]
     preset: str
@@ -24,10 +31,16 @@ class Export:
 
 
 def export(recipe: Recipe, types: str, model: PathLike | None = None) -> Export:
-    """Lines and command for a recipe; `types` is the name of the file that the lines will be in.
+    """The lines and the command for a recipe.
 
-    With `model`, the F16, BF16 or F32 GGUF that llama-quantize will read, tensors that it never changes are left out.
-    Raises BitladderError if llama-quantize cannot make the recipe from it.
+    Parameters:
+        recipe: the recipe.
+        types: name of the file that the lines go to.
+        model: the full-precision GGUF that llama-quantize reads: the recipe is checked against it, and tensors that
+            llama-quantize never changes are left out. None for no check.
+
+    Raises:
+        BitladderError: llama-quantize cannot make the recipe from this model.
     """
     if model is None:
         return _export(recipe, types, export_lines(recipe))
@@ -44,11 +57,16 @@ def export(recipe: Recipe, types: str, model: PathLike | None = None) -> Export:
 
 
 def export_lines(recipe: Recipe, names: Collection[str] | None = None) -> list[str]:
-    """Lines PATTERN=TYPE for llama-quantize --tensor-type-file; see `patterns.exact_patterns`.
+    """Lines PATTERN=TYPE for llama-quantize --tensor-type-file, as of `exact_patterns`.
 
-    llama-quantize reads words between whitespace and cuts them at the first "=", so patterns have neither. `names` are
-    those of the recipe's tensors that are wanted (all, unless given). Raises BitladderError for a type that the library
-    does not know.
+    llama-quantize reads words between whitespace and cuts them at the first "=", so that patterns have neither.
+
+    Parameters:
+        recipe: the recipe.
+        names: the tensors to export; None for all.
+
+    Raises:
+        BitladderError: the library does not know a type.
     """
     chosen = {name: kind for name, kind in recipe.tensors.items() if names is None or name in names}
     _, pairs = preset_and_pairs(chosen, recipe.preset)
@@ -56,20 +74,27 @@ def export_lines(recipe: Recipe, names: Collection[str] | None = None) -> list[s
 
 
 def export_command(recipe: Recipe, types: str, *, model: str | None = None, imatrix: str | None = None) -> str:
-    """The llama-quantize command that makes the recipe's tensors from `model` with the lines in the file `types`.
+    """The llama-quantize command that makes the recipe's tensors.
 
-    `model` and `imatrix` are those that the recipe names, unless given. general.file_type becomes the recipe's preset
-    even where another one is needed as the base.
+    general.file_type becomes the recipe's preset even where another preset is needed as the base.
+
+    Parameters:
+        recipe: the recipe.
+        types: name of the file with the lines.
+        model: name of the full-precision GGUF; None for the one that the recipe names.
+        imatrix: name of the importance matrix; None for the one that the recipe names.
     """
     words = ["llama-quantize"]
-    imatrix = imatrix or (recipe.imatrix.name if recipe.imatrix else None)
-    if imatrix:
+    if imatrix is None and recipe.imatrix is not None:
+        imatrix = recipe.imatrix.name
+    if imatrix is not None:
         words += ["--imatrix", imatrix]
     base = base_preset(recipe.tensors, recipe.preset)
     own = preset_name(recipe.preset) if recipe.preset else base
     if own != base:
         words += ["--override-kv", f"general.file_type=int:{presets()[own]}"]
-    model = model or (recipe.source.name if recipe.source else "F16.gguf")
+    if model is None:
+        model = recipe.source.name if recipe.source is not None else "F16.gguf"
     return shlex.join([*words, "--tensor-type-file", types, model, "OUT.gguf", base])
 
 

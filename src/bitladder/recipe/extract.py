@@ -19,31 +19,35 @@ _OURS = "bitladder."
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-    """A recipe and the shapes of its tensors, as far as they are known (a TOML recipe has none)."""
+class OpenedRecipe:
+    """A recipe, and the shapes of its tensors where they are known (a TOML recipe has none)."""
 
     recipe: Recipe
     shapes: Shapes
 
 
-def open_recipe(path: PathLike, model: PathLike | None = None) -> Opened:
-    """The recipe of a .toml or a .gguf file (its content tells which), without hashing the file.
+def open_recipe(path: PathLike, model: PathLike | None = None) -> OpenedRecipe:
+    """Reads the recipe of a .toml or a .gguf file, without hashing the file. The content tells which it is.
 
-    `model` is a GGUF of the same model, for the shapes of a TOML recipe's tensors. Raises BitladderError for a file
-    that is neither.
+    Parameters:
+        path: the file.
+        model: a GGUF of the same model, for the shapes of a TOML recipe's tensors; None for no shapes.
+
+    Raises:
+        BitladderError: the file is neither.
     """
     if _is_gguf(path):
         with GgufFile(path) as file:
-            return Opened(recipe_of(file), shapes_of(file))
+            return OpenedRecipe(recipe_of(file), shapes_of(file))
     recipe = read_recipe(path)
     if model is None:
-        return Opened(recipe, {})
+        return OpenedRecipe(recipe, {})
     with GgufFile(model) as file:
-        return Opened(recipe, shapes_of(file))
+        return OpenedRecipe(recipe, shapes_of(file))
 
 
-def joined_shapes(a: Opened, b: Opened) -> dict[str, tuple[int, ...]]:
-    """The shapes that either knows. Raises BitladderError if they are not of one model: a tensor has two shapes."""
+def joined_shapes(a: OpenedRecipe, b: OpenedRecipe) -> dict[str, tuple[int, ...]]:
+    """The shapes of both. Raises BitladderError if a tensor has two shapes: they are not of one model."""
     for name in a.shapes.keys() & b.shapes.keys():
         if a.shapes[name] != b.shapes[name]:
             raise BitladderError(
@@ -54,17 +58,17 @@ def joined_shapes(a: Opened, b: Opened) -> dict[str, tuple[int, ...]]:
 
 
 def extract(path: str | os.PathLike[str]) -> Recipe:
-    """The recipe of a GGUF: its tensors' types, and what its metadata tell of how it was made.
+    """The recipe of a GGUF of any maker: the types of its tensors, and what its metadata say of how it was made.
 
-    The file (all shards of a split model) is read in full, for its hash. Raises BitladderError if it is no model.
+    The file (all shards of a split model) is read in full, for its hash. Raises BitladderError if it is not a model.
     """
     with GgufFile(path) as file:
-        found = recipe_of(file)
-        return found.model_copy(update={"sha256": joined_sha256([sha256_file(part) for part in file.parts])})
+        recipe = recipe_of(file)
+        return recipe.model_copy(update={"sha256": joined_sha256([sha256_file(part) for part in file.parts])})
 
 
 def recipe_of(file: GgufFile) -> Recipe:
-    """The recipe of an open GGUF, without its hash. Raises BitladderError if it is no model."""
+    """The recipe of an open GGUF, without its hash. Raises BitladderError if it is not a model."""
     if file.get("general.type") == "imatrix":
         raise BitladderError(f"{file.path} is an importance matrix; name the quant itself")
     if not file.tensors:
@@ -102,7 +106,7 @@ def _preset(file: GgufFile) -> str | None:
 
 
 def _imatrix(file: GgufFile) -> ImatrixUsed | None:
-    """What llama-quantize writes of the importance matrix; names lose their paths."""
+    """What llama-quantize wrote of the importance matrix, with names instead of paths."""
     name, dataset = _text(file, "quantize.imatrix.file"), _text(file, "quantize.imatrix.dataset")
     if name is None:
         return None

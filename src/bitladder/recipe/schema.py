@@ -1,4 +1,4 @@
-"""A recipe: which type each tensor of a quant has, and what is known of how the quant was made."""
+"""A recipe: the type of each tensor of a quant, and what is known of how the quant was made."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import pydantic
 
 
 class _Table(pydantic.BaseModel):
-    """A table of the file. A key that is not known is an error: a typing error must not pass for a wish."""
+    """A table of the file. An unknown key is an error, because it may be a typing error."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -28,9 +28,14 @@ class FileUsed(_Table):
 
 
 class ImatrixUsed(FileUsed):
-    """The importance matrix: `chunks` of `n_ctx` tokens were read from `texts`.
+    """The importance matrix. A quant of llama-quantize has no `n_ctx` and no `texts`.
 
-    A quant of llama-quantize keeps less: the file's name, `dataset` (the first text's name), `entries` and `chunks`.
+    Attributes:
+        dataset: name of the first text.
+        entries: number of weights.
+        chunks: number of chunks.
+        n_ctx: tokens of a chunk.
+        texts: what they were read from.
     """
 
     dataset: str | None = None
@@ -41,12 +46,22 @@ class ImatrixUsed(FileUsed):
 
 
 class Recipe(_Table):
-    """The recipe of one GGUF. Only `tensors` is needed; a hand-written recipe may have nothing else.
+    """The recipe of one GGUF. Only `tensors` is needed.
 
-    `tensors` maps exact names to types as ggml names them, in any case. `preset` is the base: what general.file_type
-    says and what decides where `tensors` is silent. `budget` is what was asked for, as it was written; `made` the
-    command or a sentence. `bytes` is the file's size (all splits), `sha256` its content, `bpw` counts all weights and
-    tensor bytes only. `metadata` holds the file's own bitladder.* keys.
+    Attributes:
+        model: name of the model.
+        file: name of the quant.
+        sha256: of its content.
+        preset: the preset of general.file_type, which decides the types of tensors that are not named.
+        budget: the target, as the user wrote it.
+        bytes: size of the file, of all shards.
+        bpw: bits per weight over all weights, tensor bytes only.
+        made: the command, or a sentence.
+        source: the full-precision file.
+        imatrix: the importance matrix.
+        versions: of the programs.
+        metadata: the file's own bitladder.* keys.
+        tensors: exact name → type as ggml names it, in any case.
     """
 
     schema_version: Literal[1] = 1
@@ -66,10 +81,10 @@ class Recipe(_Table):
 
 
 def recipe_sha256(tensors: Mapping[str, str]) -> str:
-    """The hash of what a recipe decides, in hex; it is kept in a quant as bitladder.recipe.sha256.
+    """The hash of the types, in hexadecimal digits; a quant keeps it as bitladder.recipe.sha256.
 
-    SHA-256 over the UTF-8 lines "NAME=TYPE\\n", names sorted by code point and types in lower case. Files with the same
-    types have the same hash, whatever their header, order and formatting.
+    It is the SHA-256 of the UTF-8 lines "NAME=TYPE\\n", names sorted by code point, types in lower case. Recipes with
+    the same types have the same hash, whatever their header, order and formatting.
     """
     lines = (f"{name}={tensors[name].lower()}\n" for name in sorted(tensors))
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()

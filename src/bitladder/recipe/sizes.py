@@ -36,9 +36,22 @@ def tensor_bytes(name: str, kind: str, shape: tuple[int, ...]) -> int:
 
 
 def size_of(tensors: Mapping[str, str], shapes: Shapes, names: Iterable[str] | None = None) -> Size | None:
-    """The size of a recipe's tensors, or of those in `names`; None if the shape of one is unknown.
+    """The size of a recipe's tensors, without padding.
 
-    Raises BitladderError as `tensor_bytes`.
+    Parameters:
+        tensors: tensor → type.
+        shapes: tensor → shape.
+        names: the tensors to count; None for all.
+
+    Returns:
+        The size; None if a shape is unknown.
+
+    Raises:
+        BitladderError: as `tensor_bytes`.
+
+    Example:
+        >>> size_of({"blk.0.attn_v.weight": "q4_K"}, {"blk.0.attn_v.weight": (256, 2)})
+        Size(bytes=288, weights=512)
     """
     chosen = list(tensors if names is None else names)
     if not all(name in shapes for name in chosen):
@@ -50,6 +63,6 @@ def size_of(tensors: Mapping[str, str], shapes: Shapes, names: Iterable[str] | N
 
 
 def block_size(tensors: Mapping[str, str], shapes: Shapes) -> Size | None:
-    """The size of the repeating blocks, without embedding, head and what else lies outside; None if there are none."""
+    """The size of the repeating blocks, without embeddings, head and other tensors; None if there are none."""
     inside = [name for name in tensors if block_of(name) is not None]
     return size_of(tensors, shapes, inside) if inside else None

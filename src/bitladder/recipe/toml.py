@@ -43,15 +43,15 @@ def _comment(text: str) -> str:
 
 
 def write_recipe(path: PathLike, recipe: Recipe) -> None:
-    """Write a recipe in one step. Raises BitladderError if it cannot be written."""
+    """Writes a recipe in one step. Raises BitladderError if it cannot be written."""
     write_text(path, recipe_toml(recipe))
 
 
 def read_recipe(path: PathLike) -> Recipe:
-    """Read a recipe, of a run or written by hand.
+    """Reads a recipe of a run, or one written by hand.
 
-    Tensor names may stand without quotes, although TOML then takes them for nested tables. Raises BitladderError that
-    names the file, the line where that is known, and what is wrong.
+    Names of tensors may be without quotes, which TOML reads as nested tables. Raises BitladderError that names the
+    file, the line if it is known, and what is wrong.
     """
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
@@ -68,7 +68,7 @@ def read_recipe(path: PathLike) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except pydantic.ValidationError as error:
-        # An unknown key may well be why another one is missing.
+        # An unknown key is often the reason why another one is missing.
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         place = [str(part) for part in first["loc"]]
         line = _line_of(text, place)
@@ -76,20 +76,20 @@ def read_recipe(path: PathLike) -> Recipe:
 
 
 def _flattened(path: PathLike, table: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Names without quotes put together again: {"blk": {"0": {"attn_q": …}}} → {"blk.0.attn_q": …}."""
-    found: dict[str, Any] = {}
+    """Joins names without quotes again: {"blk": {"0": {"attn_q": …}}} → {"blk.0.attn_q": …}."""
+    flat: dict[str, Any] = {}
     for key, value in table.items():
         name = before + key
         inner = _flattened(path, value, f"{name}.") if isinstance(value, dict) else {name: value}
-        twice = found.keys() & inner.keys()
+        twice = flat.keys() & inner.keys()
         if twice:
             raise BitladderError(f"{path}: tensor {min(twice)} is named twice, with quotes and without")
-        found |= inner
-    return found
+        flat |= inner
+    return flat
 
 
 def _complaint(error: Any, place: list[str]) -> str:
-    """What pydantic found, in the words of someone who edits the file."""
+    """An error of pydantic, in terms of the file."""
     where = ".".join(place)
     if error["type"] == "extra_forbidden":
         known = _known_keys(place[:-1])
@@ -114,7 +114,7 @@ def _known_keys(place: list[str]) -> list[str]:
 
 
 def _line_of(text: str, place: list[str]) -> int | None:
-    """The line on which the key at `place` stands, if it can be found."""
+    """The line of the key at `place`; None if it cannot be found."""
     table, key = [part for part in place[:-1] if not part.isdecimal()], place[-1]
     name = ".".join(place[1:]) if place[0] == "tensors" else key
     wanted = re.compile(rf"\s*(\[+\s*)?[\"']?{re.escape(name)}[\"']?\s*[\]=.]")

@@ -1,64 +1,66 @@
-"""The preflight of `bitladder quantize` as tables."""
+"""What `bitladder quantize` will write, and what it wrote, as tables, lines and JSON."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from bitladder.quantize.preflight import Fallback, Preflight
+from rich.table import Table
+from rich.text import Text
 
-SHOWN = 6  # names in a cell; how many more there are is said
+from bitladder.gguf.names import block_of, name_in_block, ranges
+from bitladder.quantize import Fallback, Preflight, QuantizeResult
+
+SHOWN = 6  # names in a cell; of the others only their number is shown
 
 
-def as_json(found: "Preflight") -> dict[str, Any]:
+def as_json(figures: Preflight) -> dict[str, Any]:
     """The preflight as a JSON value."""
-    return {**dataclasses.asdict(found), "bytes": found.bytes}
+    return {**dataclasses.asdict(figures), "bytes": figures.bytes}
 
 
-def tables(found: "Preflight") -> list[Any]:
-    """Kinds × types, and where there is something to say: patterns, and tensors that get another type."""
-    made = [_kinds(found)]
-    if found.patterns:
+def tables(figures: Preflight) -> list[Table]:
+    """Kinds × types; and, if there are any, patterns and tensors that get another type."""
+    parts = [_kinds(figures)]
+    if figures.patterns:
         uses = [
             (row.pattern, row.type, str(len(row.matched)), str(len(row.decided)), _names(row.decided))
-            for row in found.patterns
+            for row in figures.patterns
         ]
-        made.append(_table(("--tensor-type", "type", "found in", "decides", "tensors"), uses, right=(2, 3)))
-    if found.fallbacks:
+        parts.append(_table(("--tensor-type", "type", "found in", "decides", "tensors"), uses, right=(2, 3)))
+    if figures.fallbacks:
         heads = ("width does not hold it", "blocks", "width", "wanted", "used", "bytes more")
-        made.append(_table(heads, _forced(found), right=(2, 5)))
-    return made
+        parts.append(_table(heads, _fallbacks(figures), right=(2, 5)))
+    return parts
 
 
-def lines(found: "Preflight") -> list[str]:
-    """What the tables leave to say: coverage, size, room."""
-    said = []
-    if found.weighted or found.unweighted:
-        said.append(f"imatrix: {found.weighted} tensors weighted, {len(found.unweighted)} quantized without data")
-        if found.unweighted:
-            said[-1] += f" ({_names(found.unweighted)})"
-    shards = f" in {len(found.files)} shards" if len(found.files) > 1 else ""
-    said.append(
-        f"{found.bytes} bytes{shards}, {found.bpw:.4f} bpw ({found.bpw_blocks:.4f} in the blocks); disk needed "
-        f"{found.bytes / 1e6:,.1f} MB, memory about {found.memory / 1e6:,.0f} MB beside the program"
+def lines(figures: Preflight) -> list[str]:
+    """Coverage of the imatrix, size, room."""
+    text = []
+    if figures.weighted or figures.unweighted:
+        text.append(f"imatrix: {figures.weighted} tensors weighted, {len(figures.unweighted)} quantized without data")
+        if figures.unweighted:
+            text[-1] += f" ({_names(figures.unweighted)})"
+    shards = f" in {len(figures.files)} shards" if len(figures.files) > 1 else ""
+    text.append(
+        f"{figures.bytes} bytes{shards}, {figures.bpw:.4f} bpw ({figures.bpw_blocks:.4f} in the blocks); disk needed "
+        f"{figures.bytes / 1e6:,.1f} MB, memory about {figures.memory / 1e6:,.0f} MB beside the program"
     )
-    return said
+    return text
 
 
-def _kinds(found: "Preflight") -> Any:
+def _kinds(figures: Preflight) -> Table:
     rows = [
         (row.kind, row.type, str(row.count), f"{row.bytes:,}", f"{row.bpw:.3f}")
-        for row in sorted(found.kinds, key=lambda row: (row.kind, -row.bytes))
+        for row in sorted(figures.kinds, key=lambda row: (row.kind, -row.bytes))
     ]
     return _table(("kind", "type", "tensors", "bytes", "bpw"), rows, right=(2, 3, 4))
 
 
-def _forced(found: "Preflight") -> list[tuple[str, ...]]:
-    """Tensors that get another type, those of a kind together: every one is told by kind and block."""
-    from bitladder.gguf.names import block_of, name_in_block, ranges
-
+def _fallbacks(figures: Preflight) -> list[tuple[str, ...]]:
+    """Tensors that get another type, by kind and blocks."""
     groups: dict[tuple[str, int, str, str], list[Fallback]] = {}
-    for one in found.fallbacks:
+    for one in figures.fallbacks:
         groups.setdefault((name_in_block(one.tensor), one.width, one.wanted, one.used), []).append(one)
     rows: list[tuple[str, ...]] = []
     for (kind, width, wanted, used), members in groups.items():
@@ -67,18 +69,23 @@ def _forced(found: "Preflight") -> list[tuple[str, ...]]:
     return rows
 
 
-def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, right: tuple[int, ...]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table()
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, right: tuple[int, ...]) -> Table:
+    table = Table()
     for index, head in enumerate(heads):
-        made.add_column(head, justify="right" if index in right else "left", overflow="fold")
+        table.add_column(head, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*map(Text, row))
-    return made
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _names(names: tuple[str, ...]) -> str:
     more = f", … ({len(names) - SHOWN} more)" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def result_line(result: QuantizeResult) -> str:
+    """A quant that was written: path, size, types."""
+    counts = collections.Counter(result.types.values()).most_common()
+    types = ", ".join(f"{count} × {kind}" for kind, count in counts)
+    bpw = f"{result.bpw:.4f} bpw, {result.bpw_blocks:.4f} in the blocks"
+    return f"{result.path}: {result.bytes} bytes, {bpw} ({types})"

@@ -6,48 +6,48 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from bitladder.gguf.names import kind_of, one_line, ranges
-from bitladder.recipe.diff import RecipeDiff
+from bitladder.recipe import RecipeDiff
 from bitladder.show.recipe_tables import cell, size_text, table_of
 
 _ARROWS = {"up": ("▲", "green"), "down": ("▼", "red"), "level": ("=", "")}
 
 
-def difference(found: RecipeDiff) -> Iterator[str | Table]:
+def difference(changes: RecipeDiff) -> Iterator[str | Table]:
     """Lines and tables, in the order in which they are printed."""
-    for name, size in (("A", found.size_a), ("B", found.size_b)):
+    for name, size in (("A", changes.size_a), ("B", changes.size_b)):
         if size:
             yield f"{name}: {size_text(size)}"
-    if found.size_a and found.size_b:
-        gained = found.size_b.bytes - found.size_a.bytes
-        yield f"B has {gained:+,} bytes ({100 * gained / found.size_a.bytes:+.2f} %)"
-    for name, only in (("A", found.only_a), ("B", found.only_b)):
+    if changes.size_a and changes.size_b:
+        gained = changes.size_b.bytes - changes.size_a.bytes
+        yield f"B has {gained:+,} bytes ({100 * gained / changes.size_a.bytes:+.2f} %)"
+    for name, only in (("A", changes.only_a), ("B", changes.only_b)):
         for tensor, kind in only.items():
             yield one_line(f"only in {name}: {tensor} ({kind})")
-    if found.moves:
+    if changes.moves:
         yield ""
-        yield _moves(found)
+        yield _moves(changes)
         yield ""
-        yield _kinds(found)
-    count = len(found.moves)
-    yield f"{count} tensor{' differs' if count == 1 else 's differ'}, {found.same} are the same"
+        yield _kinds(changes)
+    count = len(changes.moves)
+    yield f"{count} tensor{' differs' if count == 1 else 's differ'}, {changes.same} are the same"
 
 
-def _moves(found: RecipeDiff) -> Table:
-    """Tensors that moved, by kind and types, with their layers and the bytes that B has more."""
-    sized = None not in found.bytes_by_kind().values()
+def _moves(changes: RecipeDiff) -> Table:
+    """The tensors with another type, by kind and types, with their layers and the bytes that B has more."""
+    sized = None not in changes.bytes_by_kind().values()
     table = table_of("kind", "", "A → B", "tensors", "layers", *(("bytes",) if sized else ()))
-    for group in found.groups():
+    for group in changes.groups():
         arrow, colour = _ARROWS[group.direction]
         cells = [f"{group.before} → {group.after}", str(group.count), ranges(group.layers), _gain(group.bytes)]
         table.add_row(cell(group.kind), cell(arrow, colour), *(cells if sized else cells[:-1]))
     return table
 
 
-def _kinds(found: RecipeDiff) -> Table:
+def _kinds(changes: RecipeDiff) -> Table:
     """How many tensors of each kind went up and down, and the bytes that B has more."""
-    gains = found.bytes_by_kind()
+    gains = changes.bytes_by_kind()
     moved: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in gains}
-    for move in found.moves:
+    for move in changes.moves:
         moved[kind_of(move.name)][move.direction] += 1
     table = table_of("kind", "up", "down", "bytes")
     for kind, gain in gains.items():

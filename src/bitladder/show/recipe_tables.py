@@ -11,15 +11,13 @@ from rich.text import Text
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.gguf.names import block_of, kind_of, one_line, ranges, reading_order
-from bitladder.recipe.extract import RECIPE_KEY
-from bitladder.recipe.schema import Recipe, recipe_sha256
-from bitladder.recipe.sizes import Shapes, Size, block_size, size_of
+from bitladder.recipe import RECIPE_KEY, Recipe, Shapes, Size, block_size, recipe_sha256, size_of
 
 
 def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
-    """The header in lines: what is known of the file and how it was made, sizes (tensor bytes only), the hash."""
+    """The header as lines: the file, how it was made, sizes (tensor bytes only), the hash."""
     imatrix = recipe.imatrix
-    found = {
+    fields = {
         "model": recipe.model,
         "file": recipe.file,
         "preset": recipe.preset,
@@ -33,10 +31,10 @@ def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
         "blocks": size_text(block_size(recipe.tensors, shapes)),
         "recipe": recipe_sha256(recipe.tensors),
     }
-    said = recipe.metadata.get(RECIPE_KEY)
-    if said not in (None, found["recipe"]):
-        found["note"] = f"the file says that it was made from recipe {said}: its types have been changed since"
-    return [f"{label:<10} {one_line(str(value))}" for label, value in found.items() if value]
+    kept = recipe.metadata.get(RECIPE_KEY)
+    if kept not in (None, fields["recipe"]):
+        fields["note"] = f"the file names recipe {kept}: its types have been changed since"
+    return [f"{label:<10} {one_line(str(value))}" for label, value in fields.items() if value]
 
 
 def kinds_table(recipe: Recipe, shapes: Shapes) -> Table:
@@ -54,10 +52,10 @@ def kinds_table(recipe: Recipe, shapes: Shapes) -> Table:
 
 
 def layers_table(recipe: Recipe) -> Table | None:
-    """Layers × kinds with the type of each; equal neighbours share a line. None if there are no blocks.
+    """Layers × kinds with the type of each tensor; None if there are no blocks.
 
-    Kinds that are F32 throughout are left out. In colour, a type with more bits than its kind mostly has is green, one
-    with fewer is yellow.
+    Layers that follow each other with equal types share a line. Kinds that are F32 in all layers are left out. In
+    colour, a type with more bits than the most frequent type of its kind is green, one with fewer is yellow.
     """
     kinds = {
         kind: {layer: recipe.tensors[name] for name in names if (layer := block_of(name)) is not None}
@@ -76,24 +74,24 @@ def layers_table(recipe: Recipe) -> Table | None:
 
 
 def to_json(recipe: Recipe, shapes: Shapes) -> dict[str, Any]:
-    """For `--json`: the recipe, its hash, and the sizes that the tables show (tensor bytes only; None if unknown)."""
+    """As JSON: the recipe, its hash, and its sizes (tensor bytes only; None if unknown)."""
     sizes = {"all": size_of(recipe.tensors, shapes), "blocks": block_size(recipe.tensors, shapes)}
     known = {name: {"bytes": size.bytes, "bpw": size.bpw} if size else None for name, size in sizes.items()}
     return recipe.model_dump(mode="json") | {"recipe_sha256": recipe_sha256(recipe.tensors), "sizes": known}
 
 
 def size_text(size: Size | None) -> str | None:
-    """A size in words; None for what is not known."""
+    """A size in words; None for an unknown one."""
     return f"{size.bytes:,} bytes, {size.bpw:.4f} bpw" if size else None
 
 
 def cell(text: str, style: str = "") -> Text:
-    """A text from a file as a table's cell: one line, and no markup."""
+    """A text from a file as a cell: one line without markup."""
     return Text(one_line(text), style)
 
 
 def table_of(first: str, *others: str) -> Table:
-    """An empty table with these headings, figures to the right."""
+    """An empty table with these headings. Figures are aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(first)
     for name in others:
@@ -102,14 +100,14 @@ def table_of(first: str, *others: str) -> Table:
 
 
 def _by_kind(tensors: dict[str, str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = collections.defaultdict(list)
+    kinds: dict[str, list[str]] = collections.defaultdict(list)
     for name in sorted(tensors, key=reading_order):
-        found[kind_of(name)].append(name)
-    return found
+        kinds[kind_of(name)].append(name)
+    return kinds
 
 
 def _runs(layers: Sequence[int], rows: Sequence[list[str]]) -> Iterator[tuple[list[int], list[str]]]:
-    """Layers that follow each other with equal rows, taken together."""
+    """Joins layers that follow each other with equal rows."""
     start = 0
     for end in range(1, len(layers) + 1):
         if end == len(layers) or rows[end] != rows[start] or layers[end] != layers[end - 1] + 1:

@@ -43,14 +43,12 @@ class Law:
         probe: tensor → its share of its probe's KLD.
         exponent: kind → p.
         predicted: (kind, type) → the prediction without the factor, where the kind was measured.
-        factor: (kind, type) → factor.
     """
 
     kld: dict[str, dict[str, float]]
     probe: dict[str, float]
     exponent: dict[str, float]
     predicted: dict[tuple[str, str], float]
-    factor: dict[tuple[str, str], float]
 
 
 def fit(
@@ -80,7 +78,7 @@ def fit(
         {'q3_K': 0.1, 'q6_K': 0.002}
     """
     share, probed_at = _shares(errors, probes)
-    exponents, factors, predicted = {}, {}, {}
+    exponents, predicted = {}, {}
     prices: dict[str, dict[str, float]] = {}
     for kind in dict.fromkeys(kinds.values()):
         names = [name for name in kinds if kinds[name] == kind]
@@ -93,12 +91,10 @@ def fit(
             predicted[kind, type_name] = sum(base[name][type_name] for name in names)
             measured[type_name] = max(kld, FLOOR) / max(predicted[kind, type_name], FLOOR)
         for name in names:
-            prices[name] = {}
-            for type_name, value in base[name].items():
-                factor = _factor(type_name, errors[name], measured)
-                factors[kind, type_name] = factor
-                prices[name][type_name] = value * factor
-    return Law(prices, share, exponents, predicted, factors)
+            prices[name] = {
+                type_name: value * _factor(type_name, errors[name], measured) for type_name, value in base[name].items()
+            }
+    return Law(prices, share, exponents, predicted)
 
 
 def _shares(errors: Errors, probes: list[Probe]) -> tuple[dict[str, float], dict[str, str]]:

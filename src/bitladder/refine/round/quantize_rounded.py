@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import tempfile
@@ -12,9 +13,9 @@ from bitladder.engine.types import RowKernels, type_by_name
 from bitladder.errors import UsageError
 from bitladder.evaluate import Settings, load_or_compute_base
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize import Prepared, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
+from bitladder.quantize import PreparedQuant, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
 from bitladder.refine.round.guard import Guard, GuardOptions, GuardReport
-from bitladder.refine.round.output_rounding import Bytes, OutputRounding, joined_sha256, refuse_other_moments
+from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256, refuse_other_moments
 from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order
 from bitladder.rounding import RoundingOptions
 from bitladder.text.texts import Text
@@ -83,7 +84,7 @@ def quantize_refined(
 
 
 def _refine(
-    prepared: Prepared,
+    prepared: PreparedQuant,
     out: str | os.PathLike[str],
     rounding: OutputRounding,
     refine: RefineOptions,
@@ -116,10 +117,8 @@ def _refine(
                     report = guard.run(list(chosen), progress)
             kept = [name for name in chosen if report is None or name not in report.stock]
 
-            def blocks(name: str) -> Bytes:
-                return rounded.blocks(name, type_by_name(chosen[name]))
-
-            result = write(prepared, out, threads=threads, progress=progress, rendered=kept, blocks=blocks)
+            blocks = {name: functools.partial(rounded.blocks, name, type_by_name(chosen[name])) for name in kept}
+            result = write(prepared, out, threads=threads, progress=progress, blocks=blocks)
         finally:
             for one in (stock, rounded, kernels):
                 one.close()
