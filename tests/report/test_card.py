@@ -304,7 +304,7 @@ def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_d
     assert "◇ the preset by itself" in card and "† made by somebody else (someone/X-GGUF)" in card
     assert "Compared with: `someone/X-GGUF`" in card
     assert "| a plan for size; rounding: best |" in card
-    assert "someone-Q4_K_M † may be of another checkpoint: PPL is below the full precision's." in card
+    assert "someone-Q4_K_M † can be of another checkpoint: PPL is below the full precision's." in card
 
 
 def test_what_noise_cannot_part_from_the_best_is_bold_with_it(run_dir):

@@ -41,7 +41,7 @@ def command(
     Several models are shown side by side, with the paired difference of each from the first.
     """
     scores = evaluate_files(models, options, settings, results=results, progress=output.progress)
-    values = [one.to_json() for one in scores]
+    values = [model_scores.to_json() for model_scores in scores]
     value = values[0] if len(values) == 1 else values
     if out:
         write_json(out, value)

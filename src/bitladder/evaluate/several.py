@@ -206,8 +206,8 @@ def evaluate_several(
         BitladderError: as `measure` and `tasks.score_task`.
     """
     measured = measure_several(models, request, results=results, progress=progress)
-    pairs = [None, *(compare_pair(one, measured[0]) for one in measured[1:])]
-    return [one.scores.model_copy(update={"paired": pair}) for one, pair in zip(measured, pairs, strict=True)]
+    pairs = [None, *(compare_pair(model, measured[0]) for model in measured[1:])]
+    return [model.scores.model_copy(update={"paired": pair}) for model, pair in zip(measured, pairs, strict=True)]
 
 
 def measure_several(
@@ -223,7 +223,7 @@ def measure_several(
     if isinstance(request.base, HiddenBase) and request.noise_chunks:
         noise = _noise(request.base, request, results, progress)
     measured = [_measure(identity, request, results, progress) for identity in identities]
-    return [dataclasses.replace(one, scores=one.scores.model_copy(update={"noise": noise})) for one in measured]
+    return [dataclasses.replace(model, scores=model.scores.model_copy(update={"noise": noise})) for model in measured]
 
 
 def _measure(identity: Identity, request: EvalRequest, results: Results, progress: Progress) -> Measurement:

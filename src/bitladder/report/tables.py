@@ -27,20 +27,20 @@ METRICS = {
     "KLD": (
         "Kullback-Leibler divergence: how far the quant's distribution of the next token is from the full precision's, "
         "in nats, averaged over tokens. It is 0 for an exact copy, and every change of a prediction adds to it, so it "
-        "tells quants apart best."
+        "distinguishes quants best."
     ),
     "RMS Δp": (
-        "The root of the mean squared change of the probability given to the token that really follows. It tells by "
-        "how many percentage points such a probability typically moves."
+        "The root of the mean squared change of the probability of the token that follows in the text. It shows by how "
+        "many percentage points such a probability typically changes."
     ),
     "Same top token": (
-        "The share of places at which quant and full precision find the same token likeliest. Greedy decoding would "
-        "take another token at the rest."
+        "The share of places at which quant and full precision have the same likeliest token. At all other places "
+        "greedy decoding takes another token."
     ),
 }
 SPEED = (
-    "Tokens per second, higher is faster: pp reads a prompt of so many tokens, tg generates so many, pp+tg does one "
-    "after the other. They hold for the machine they were measured on."
+    "Tokens per second, higher is faster: pp reads a prompt of that many tokens, tg generates that many, pp+tg does "
+    "both in turn. The figures hold for the machine on which they were measured."
 )
 
 

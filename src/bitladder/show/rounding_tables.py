@@ -2,7 +2,7 @@
 
 import collections
 
-from bitladder.evaluate.scores import Figure
+from bitladder.evaluate import Figure
 from bitladder.gguf.names import in_main_block, kind_of
 from bitladder.refine.round.guard import GuardTrial
 from bitladder.refine.round.quantize_rounded import Refined

@@ -9,9 +9,7 @@ import dataclasses
 
 from bitladder.engine.decoding import Decoding
 from bitladder.errors import BitladderError
-from bitladder.evaluate.base.hidden import HiddenBase
-from bitladder.evaluate.figures import mean
-from bitladder.evaluate.scores import Figure
+from bitladder.evaluate import Figure, HiddenBase, mean
 from bitladder.gguf.names import block_of, name_in_block
 from bitladder.gguf.reader import GgufFile
 from bitladder.progress import SILENT, Progress

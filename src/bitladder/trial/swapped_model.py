@@ -22,9 +22,7 @@ from bitladder.engine.native import versions
 from bitladder.engine.types import TensorType, type_by_name
 from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
-from bitladder.evaluate.base.hidden import HiddenBase
-from bitladder.evaluate.divergence import compare_with_base
-from bitladder.evaluate.logit_rows import Workers
+from bitladder.evaluate import HiddenBase, Workers, compare_with_base
 from bitladder.keys import Algorithm, versions_of
 from bitladder.trial.render import RENDERING, Renderer
 

@@ -21,9 +21,7 @@ import numpy.typing as npt
 from bitladder.closing import Closing
 from bitladder.engine.decoding import Decoding
 from bitladder.engine.types import type_by_name
-from bitladder.evaluate.base.hidden import HiddenBase
-from bitladder.evaluate.figures import mean
-from bitladder.evaluate.scores import Figure
+from bitladder.evaluate import Figure, HiddenBase, mean
 from bitladder.gguf.names import block_of, kind_of
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option

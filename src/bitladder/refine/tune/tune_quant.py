@@ -14,8 +14,7 @@ from bitladder.calibrate import UnfinishedWork, job_key
 from bitladder.calibrate.gradients import CHECKED_TOKENS, check_logits, require_torch, torch_threads
 from bitladder.engine.model import Model, Tokens
 from bitladder.errors import UsageError
-from bitladder.evaluate import Figure, Settings, load_or_compute_base, measure, paired_mean
-from bitladder.evaluate.figures import mean
+from bitladder.evaluate import Figure, Settings, load_or_compute_base, mean, measure, paired_mean
 from bitladder.files import replacing, sha256_file
 from bitladder.gguf.kinship import refuse_other_model, refuse_other_vectors
 from bitladder.gguf.reader import GgufFile

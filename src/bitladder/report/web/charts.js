@@ -1,5 +1,5 @@
-// Drawing: every chart on the page is kept with the function that makes its figure, to be drawn again when the theme
-// changes or a control is used.
+// Every chart of the page is kept with the function that makes its figure, and is drawn again when the theme changes or a
+// control is used.
 const drawn = new Map();
 
 async function loadPlotly() {
@@ -30,14 +30,14 @@ function paint(element, plain) {
     displaylogo: false,
     displayModeBar: touch.matches || figure.data.some((trace) => trace.type === "heatmap") ? false : "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
-    // By itself plotly.js has a button that uploads the chart.
+    // plotly.js has a button that uploads the chart; it is removed.
     showSendToCloud: false,
     plotlyServerURL: "",
   };
   return Plotly.react(element, figure.data, layout, options);
 }
 
-// A label that would lie on another one is left out; pointing at its dot tells it. What is worth its size comes first.
+// A label that covers another one is left out; hovering shows it. Files that are worth their size come first.
 function thinOut(traces, { xaxis, yaxis, height }, width) {
   const place = (axis, length) => {
     const scale = axis.type === "log" ? Math.log10 : (value) => value;
@@ -65,7 +65,7 @@ function drawAll() {
   return Promise.all([...drawn].map(([element, make]) => draw(element, make)));
 }
 
-// A section's chart, with its controls: which figure, which groups of traces, which axes are logarithmic.
+// The chart of a section with its controls: the figure, the groups of traces, and the logarithmic axes.
 function chartOf(element) {
   const section = element.dataset.section;
   const choices = data.charts[section];
@@ -76,7 +76,7 @@ function chartOf(element) {
     for (const axis of state.linear) {
       layout[axis] = { ...layout[axis], type: "linear", tickvals: null, ticktext: null, range: null, rangemode: "tozero" };
     }
-    // A change of axis or choice gives a new view; anything else leaves the reader's zoom alone.
+    // Another axis or choice gives a new view. Every other change keeps the reader's zoom.
     layout.uirevision = [state.choice, ...state.linear].join();
     return { data: traces.filter((trace) => !state.hidden.has(trace.meta)), layout };
   };
@@ -112,7 +112,7 @@ function toggle(set, value, member) {
   else set.delete(value);
 }
 
-// Arrow keys go through the points of a chart and show what hovering shows; Escape leaves.
+// Arrow keys go through the points of a chart and show what hovering shows. Escape leaves the chart.
 function keys(element) {
   let at = -1;
   element.addEventListener("keydown", (event) => {
@@ -140,7 +140,7 @@ function stopsOf(element) {
     if (trace.hoverinfo === "skip" || trace.visible === "legendonly") return;
     if (trace.type === "heatmap") {
       trace.z.forEach((row, j) => row.forEach((value, i) => {
-        // A cell is found by its place on the axes, not by its number.
+        // A cell is identified by its place on the axes.
         const where = { curveNumber: curve, xval: i, yval: j };
         if (value !== null) stops.push({ where, x: i, y: j, text: trace.hovertext[j][i] });
       }));
@@ -152,7 +152,7 @@ function stopsOf(element) {
     }
   });
   if (element.data.some((trace) => trace.type === "heatmap")) return stops;
-  // Points from left to right; where rows are models, row by row as they are seen from the top.
+  // Points go from left to right; if rows are models, row by row from the top.
   const order = element.layout.yaxis.categoryarray;
   if (order) return stops.sort((a, b) => order.indexOf(b.y) - order.indexOf(a.y) || a.x - b.x);
   return stops.sort((a, b) => a.x - b.x || a.y - b.y);
@@ -164,7 +164,7 @@ function nextStop(stops, at, key, step) {
   const here = stops[at];
   const vertical = key === "ArrowDown" || key === "ArrowUp";
   if (vertical && "xval" in here.where) {
-    // In a heat map up and down stay in the column.
+    // In a heat map the up and down keys stay in the column.
     const column = stops.map((stop, index) => ({ ...stop, index })).filter((stop) => stop.x === here.x);
     const place = column.findIndex((stop) => stop.index === at) + step;
     return column[Math.min(Math.max(place, 0), column.length - 1)].index;

@@ -21,7 +21,7 @@ async function main() {
   for (const query of [matchMedia("(prefers-color-scheme: dark)"), narrow, touch]) {
     query.addEventListener("change", drawAll);
   }
-  // On paper the theme is light and charts are as wide as the page, whatever the screen was.
+  // On paper the theme is light, and charts are as wide as the page.
   addEventListener("beforeprint", () => print(true));
   addEventListener("afterprint", () => print(false));
   document.documentElement.dataset.ready = "yes";
@@ -31,7 +31,7 @@ const opened = [];
 
 function print(begin) {
   document.documentElement.classList.toggle("printed", begin);
-  // Paper cannot be clicked on: what is folded is unfolded for it.
+  // On paper all folded parts are unfolded.
   if (begin) opened.push(...document.querySelectorAll("details:not([open])"));
   for (const details of opened) details.open = begin;
   if (!begin) opened.length = 0;

@@ -1,11 +1,11 @@
-// Tables that are sorted by their headings: figures by data-value, anything else as text in which numbers count.
+// Tables are sorted by their headings: figures by data-value, other cells as text with numbers in numeric order.
 const collator = new Intl.Collator("en", { numeric: true });
 
 function sortable(table) {
   table.tHead.addEventListener("click", (event) => {
     const head = event.target.closest("th");
     if (!head || !event.target.closest("button")) return;
-    // Figures begin with the largest when clicked a second time, as everything else does.
+    // A second click reverses the order.
     const descending = head.getAttribute("aria-sort") === "ascending";
     for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", descending ? "descending" : "ascending");
@@ -30,7 +30,7 @@ function keyOf(cell) {
   return text === "–" || text === "" ? null : text;
 }
 
-// What was not measured stays last, whichever way the rest goes.
+// Cells without a figure stay last in both orders.
 function compare(a, b, sign) {
   if (a === null || b === null) return (a === null) - (b === null);
   if (typeof a === "number" && typeof b === "number") return sign * (a - b);

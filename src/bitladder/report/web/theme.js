@@ -1,4 +1,4 @@
-// Colours by name: a string "@rung" anywhere in a figure becomes the value of --rung of the page's theme.
+// A string such as "@rung" in a figure is replaced by the value of --rung of the page's theme.
 const data = JSON.parse(document.getElementById("data").textContent);
 const narrow = matchMedia("(max-width: 40rem)");
 const touch = matchMedia("(pointer: coarse)");
