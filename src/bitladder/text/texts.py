@@ -1,14 +1,15 @@
 """Texts to calibrate on and to measure with.
 
-A text is a file the user names, or one of two texts made from `pydoc_data.topics`, the language reference that ships
-with every CPython: `pydoc:calibration` and `pydoc:test`. They let a first run work without a download. The two share
-no paragraph.
+A text is a file that the user names, or one of two built-in texts: `pydoc:calibration` and `pydoc:test`. These are
+made from `pydoc_data.topics`, the language reference that comes with every CPython, so that a first run needs no
+download. The two share no paragraph.
 """
 
 import dataclasses
 import functools
 import pathlib
 import zlib
+from typing import Self
 
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_bytes
@@ -18,19 +19,27 @@ BUILTIN = ("pydoc:calibration", "pydoc:test")
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text, the name it is reported under (never a path), and the SHA-256 of its bytes.
+    """A text.
 
-    Bytes that are not UTF-8 are kept as surrogate escapes, so that the tokenizer sees the file as it is. One newline
-    at the very end is dropped, as llama.cpp's tools do.
+    Parameters:
+        name: the name in reports, never a path.
+        text: the characters. Bytes that are not UTF-8 are kept as surrogate escapes, so that the tokenizer sees the
+            bytes of the file. One newline at the very end is dropped, as llama.cpp's tools do.
+        sha256: SHA-256 of the bytes, in hexadecimal digits.
     """
 
     name: str
     text: str
     sha256: str
 
+    @classmethod
+    def of(cls, name: str, text: str) -> Self:
+        """A text of these characters."""
+        return cls(name, text, sha256_bytes(text.encode("utf-8", "surrogateescape")))
+
 
 def load_text(spec: str) -> Text:
-    """Load "pydoc:calibration", "pydoc:test" or a file.
+    """Loads "pydoc:calibration", "pydoc:test" or a file.
 
     Raises BitladderError if there is no such file or text, or if it is empty.
     """
@@ -53,8 +62,8 @@ def load_text(spec: str) -> Text:
 def _halves() -> tuple[str, str]:
     from pydoc_data.topics import topics
 
-    # Topics are assigned by a hash of their name, so that another Python version moves none of them.
-    # Some topics repeat parts of others word for word, hence the paragraphs.
+    # A hash of its name puts a topic into a half, so that another Python version moves none of them. Some topics repeat
+    # paragraphs of others word for word: each paragraph is used once.
     seen: set[str] = set()
     halves: dict[int, list[str]] = {0: [], 1: []}
     ordered = sorted(topics, key=lambda name: (-_half(name), name))
@@ -73,9 +82,8 @@ def _half(topic: str) -> int:
 
 
 def builtin_text(half: str) -> str:
-    """One half of Python's language reference.
+    """One half of Python's language reference: "calibration" or "test". Raises KeyError for another word.
 
-    Parameters: half is "calibration" or "test". Raises KeyError for another word. The text depends on the Python
-    version that runs; its hash is recorded wherever it is used.
+    The text depends on the Python version that runs. Its hash is recorded wherever it is used.
     """
     return _halves()[{"calibration": 0, "test": 1}[half]]

@@ -12,7 +12,7 @@ from bitladder.engine.context import Context
 from bitladder.engine.model import Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.logits_file import Codes, Floats, Layout, LogitsFile
-from bitladder.evaluate.decode_chunks import Chunks
+from bitladder.text import Chunks
 from bitladder.evaluate.divergence import BaseRows, TokenScores, compare_with_base
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.settings import Settings
