@@ -10,7 +10,7 @@ import yaml
 
 from bitladder.convert.checkpoint import Config
 from bitladder.errors import BitladderError
-from bitladder.hub.checkpoints import hub_id
+from bitladder.hub import hub_id
 
 # A place on somebody's machine rather than a repository's id.
 LOCAL_PATH = re.compile(r"^([/~.\\]|[A-Za-z]:[\\/])")
