@@ -16,7 +16,7 @@ import numpy.typing as npt
 from bitladder.engine.presets import storable
 from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, threads_available
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile, TensorInfo
+from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.progress import Task
 from bitladder.quantize.choose_types import TensorChoice
 
