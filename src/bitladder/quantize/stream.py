@@ -17,7 +17,7 @@ from bitladder.engine.presets import storable
 from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, threads_available
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
-from bitladder.progress import Task
+from bitladder.progress import Bar
 from bitladder.quantize.choose_types import TensorChoice
 
 Floats = npt.NDArray[np.float32]
@@ -54,7 +54,7 @@ def stream_tensors(
     tensors: Sequence[TensorChoice],
     importance: Mapping[str, Floats],
     threads: int | None,
-    bar: Task,
+    bar: Bar,
     rendered: Collection[str] = (),
     blocks: Callable[[str], Bytes] | None = None,
 ) -> None:
