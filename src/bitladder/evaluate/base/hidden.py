@@ -18,7 +18,6 @@ from bitladder.engine.observe import HiddenStates
 from bitladder.engine.types import dequantize_into
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
-from bitladder.text import Chunks, text_chunks
 from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.divergence import BaseRows
 from bitladder.evaluate.identity import Identity
@@ -28,6 +27,7 @@ from bitladder.files import replacing
 from bitladder.gguf.reader import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
+from bitladder.text import Chunks, text_chunks
 from bitladder.text.texts import Text
 
 Floats = npt.NDArray[np.float32]

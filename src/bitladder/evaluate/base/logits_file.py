@@ -18,12 +18,12 @@ import numpy.typing as npt
 from bitladder.closing import Closing
 from bitladder.engine.decoding import MIN_CTX
 from bitladder.errors import BitladderError
-from bitladder.text import text_chunks
 from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.logit_rows import Workers, score_rows
 from bitladder.evaluate.settings import Settings
 from bitladder.files import replacing
 from bitladder.progress import SILENT, Progress
+from bitladder.text import text_chunks
 from bitladder.text.texts import Text
 
 Floats = npt.NDArray[np.float32]
