@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parse()
     with Model(arguments.model, vocab_only=True) as model:
         calibration, test = (
-            text_chunks(model, load_text(text), arguments.n_ctx, chunks=count, spread=True)
+            text_chunks(model, load_text(text), arguments.n_ctx, chunks=count, spread=True).inputs()
             for text, count in (
                 (arguments.calibration, arguments.calibration_chunks),
                 (arguments.text, arguments.chunks),

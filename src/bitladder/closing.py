@@ -1,14 +1,14 @@
-"""What is opened is closed at the end of a `with`."""
+"""Objects that a `with` closes."""
 
 from types import TracebackType
 from typing import Self
 
 
 class Closing:
-    """A base for objects that hold something native or a file: leaving the `with` calls `close`."""
+    """The base of objects that hold native memory or a file. The end of a `with` calls `close`."""
 
     def close(self) -> None:
-        """Let go of it. May be called more than once."""
+        """Frees it. A second call does nothing."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

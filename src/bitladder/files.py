@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and hashing them."""
+"""Files are written in one step, so that no reader sees half of one; and hashes of files."""
 
 import contextlib
 import hashlib
@@ -16,16 +16,16 @@ PathLike = str | os.PathLike[str]
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[pathlib.Path]:
-    """Yield a temporary path in the folder of `path`; on success fsync it and rename it to `path`.
+    """Yields a temporary path in the folder of `path`. After success the file is synced and renamed to `path`.
 
-    On any exception, Ctrl-C included, the temporary file is removed and `path` is left as it was. A write that fails
-    for want of space or rights becomes a BitladderError that names `path`.
+    After an exception, Ctrl-C included, the temporary file is removed and `path` stays as it was. Raises BitladderError
+    that names `path` if a write fails for want of space or rights.
     """
     path = pathlib.Path(path)
     if path.is_dir():
         raise BitladderError(f"{path} is a directory; name a file")
     if path.exists() and not path.is_file():
-        # Renaming onto a device or a pipe would replace it.
+        # A rename would replace a device or a pipe.
         raise BitladderError(f"{path} is not a regular file; name another one")
     if path.is_symlink():
         path = path.resolve()
@@ -38,7 +38,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
     temporary = pathlib.Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; the result gets the rights any new file would have.
+        # mkstemp makes private files. The result gets the rights of any new file.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
@@ -52,18 +52,18 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write a text file in one step (see `replacing`)."""
+    """Writes a text file in one step (see `replacing`)."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: PathLike, value: Any) -> None:
-    """Write indented JSON in one step (see `replacing`). NaN is refused, as no other reader would take it."""
+    """Writes indented JSON in one step (see `replacing`). Raises ValueError for NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def sha256_file(path: PathLike) -> str:
-    """The SHA-256 of a file's bytes, in hex. Raises BitladderError if it cannot be read."""
+    """The SHA-256 of a file in hexadecimal digits. Raises BitladderError if it cannot be read."""
     try:
         with open(path, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -72,5 +72,5 @@ def sha256_file(path: PathLike) -> str:
 
 
 def sha256_bytes(data: bytes) -> str:
-    """The SHA-256 of some bytes, in hex."""
+    """The SHA-256 of bytes in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

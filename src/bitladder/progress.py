@@ -1,7 +1,7 @@
-"""How long work reports that it is going on, without knowing who listens.
+"""Reports of progress: long work makes them and does not know who shows them.
 
-Functions below `cli/` take a `Progress` and never print. `SILENT` is the default; the command line passes one that
-draws bars.
+Functions below `cli/` take a `Progress` and never print. The default is `SILENT`. The command line passes a `Progress`
+that draws bars.
 """
 
 import contextlib
@@ -9,32 +9,32 @@ from collections.abc import Iterator
 from typing import Protocol
 
 
-class Task(Protocol):
-    """One bar."""
+class Bar(Protocol):
+    """The progress of one piece of work."""
 
     def advance(self, amount: float = 1) -> None:
-        """`amount` more units are done."""
+        """Adds units that are done."""
 
     def note(self, text: str) -> None:
-        """Show a few words beside the bar (a running figure, the tensor at hand)."""
+        """Shows a few words beside the bar, such as a running figure or the current tensor."""
 
 
 class Progress(Protocol):
-    """Who hears of progress, and of things the user should know."""
+    """Receives reports of progress, and messages to the user."""
 
-    def task(self, label: str, total: float) -> contextlib.AbstractContextManager[Task]:
-        """Begin a piece of work of `total` units; leaving the context ends it."""
+    def task(self, label: str, total: float) -> contextlib.AbstractContextManager[Bar]:
+        """Begins a piece of work of `total` units, which ends with the context."""
 
     def info(self, text: str) -> None:
-        """A line about what is being done."""
+        """Shows a line about the work."""
 
     def warn(self, text: str) -> None:
-        """A line the user should read even when quiet."""
+        """Shows a line that the user should read even with --quiet."""
 
 
 class _Nothing:
     @contextlib.contextmanager
-    def task(self, label: str, total: float) -> Iterator[Task]:
+    def task(self, label: str, total: float) -> Iterator[Bar]:
         yield self
 
     def advance(self, amount: float = 1) -> None:

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes as people write them: one grammar for every option."""
 
 import decimal
 import math
@@ -10,27 +10,44 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_size(text: str, option: str = "--size") -> int:
-    """Bytes of "3.7GiB", "3.7G", "900MB" or "123456".
+    """The bytes of a size.
 
-    KiB, MiB, GiB and TiB are powers of 1024; K, M, G and T, with or without a B, are powers of 1000, as
-    llama-gguf-split counts. Case does not matter. A fraction of a byte is dropped, since sizes are limits.
-    Raises UsageError that names the option.
+    KiB, MiB, GiB and TiB are powers of 1024. K, M, G and T, with or without a B, are powers of 1000, as in
+    llama-gguf-split. Case does not matter. A fraction of a byte is dropped, because sizes are limits.
+
+    Parameters:
+        text: the size.
+        option: the option that has it, for the error.
+
+    Raises:
+        UsageError: the text is no size, or less than a byte.
+
+    Example:
+        >>> parse_size("2G"), parse_size("1.5KiB"), parse_size("123456")
+        (2000000000, 1536, 123456)
     """
-    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT]?)B?|([KMGT])IB)", text.strip().upper(), re.ASCII)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT]?)B?|([KMGT])IB)", text.strip().upper(), re.ASCII)
     size = 0
-    if found:
-        unit = 1024 ** _POWERS[found[3]] if found[3] else 1000 ** _POWERS[found[2]]
+    if match:
+        unit = 1024 ** _POWERS[match[3]] if match[3] else 1000 ** _POWERS[match[2]]
         with decimal.localcontext(prec=60):
-            size = int(decimal.Decimal(found[1]) * unit)
+            size = int(decimal.Decimal(match[1]) * unit)
     if size < 1:
         raise UsageError(f"{option} is {text!r}; give bytes, or a number and a unit, such as 3.7GiB, 3.7G or 900MB")
     return size
 
 
 def bpw_bytes(bpw: float, weights: int, other_bytes: int = 0, option: str = "--bpw") -> int:
-    """Bytes of a file with `bpw` bits for each of `weights` weights, and `other_bytes` (header, padding) beside them.
+    """The bytes of a file.
 
-    Raises UsageError if `bpw` is no number above 0.
+    Parameters:
+        bpw: bits per weight.
+        weights: number of weights.
+        other_bytes: bytes of header and padding.
+        option: the option that has `bpw`, for the error.
+
+    Raises:
+        UsageError: `bpw` is no number above 0.
     """
     if not (math.isfinite(bpw) and bpw > 0):
         raise UsageError(f"{option} is {bpw}; give bits per weight, such as 4.5")
@@ -38,7 +55,7 @@ def bpw_bytes(bpw: float, weights: int, other_bytes: int = 0, option: str = "--b
 
 
 def size_text(nbytes: int) -> str:
-    """ "3.70 GiB (3,972,844,748 bytes)"; small sizes in bytes only."""
+    """A size for people, such as "3.70 GiB (3,972,844,748 bytes)"; a small one in bytes only."""
     for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
         if nbytes >= 1024**power:
             return f"{nbytes / 1024**power:.2f} {unit} ({nbytes:,} bytes)"

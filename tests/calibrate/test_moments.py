@@ -72,7 +72,7 @@ def weigh(monkeypatch):
 
 def rows_of(path, text, **what):
     with Model(path, vocab_only=True) as model:
-        return text_chunks(model, text, **what)
+        return text_chunks(model, text, **what).inputs()
 
 
 def test_is_what_transformers_inputs_give(tied, text, weigh, tmp_path):

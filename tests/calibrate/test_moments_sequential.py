@@ -38,7 +38,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chunks(models):
     with Model(models[1], vocab_only=True) as model:
-        return text_chunks(model, load_text("pydoc:calibration"), 48, chunks=3, spread=True)
+        return text_chunks(model, load_text("pydoc:calibration"), 48, chunks=3, spread=True).inputs()
 
 
 def inputs_of(model, chunks):
@@ -123,7 +123,7 @@ def test_experts_have_no_cross_moments(tiny_gguf, tmp_path):
     write_moe(tiny_gguf, tmp_path / "moe.gguf", experts=6)
     text = Text("t", load_text("pydoc:calibration").text[:3000], "0")
     with Model(tmp_path / "moe.gguf", vocab_only=True) as model:
-        rows = text_chunks(model, text, 32, chunks=2)
+        rows = text_chunks(model, text, 32, chunks=2).inputs()
     with SequentialModel(tmp_path / "moe.gguf", rows, cross=True, threads=1) as model:
         found = model.collect(model.groups()[1])
     assert found["blk.1.ffn_up_exps.weight"].cross is None and found["blk.1.ffn_up_exps.weight"].inputs.shape[0] == 6

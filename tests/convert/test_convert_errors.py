@@ -15,8 +15,9 @@ import tiny_models
 from click.testing import CliRunner
 
 from bitladder.cli.convert import command
-from bitladder.convert import checkpoint, convert, default_name, encode, resolve
+from bitladder.convert import checkpoint, convert, default_name, tensors
 from bitladder.errors import BitladderError, UsageError
+from bitladder.hub import fetch_checkpoint
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -109,7 +110,7 @@ def test_bf16_rounds_to_nearest_even() -> None:
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     values[:3] = [1.00390625, 1.01171875, 0.0]  # two ties
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    np.testing.assert_array_equal(encode.encode("x", values, encode.Type.BF16), expected)
+    np.testing.assert_array_equal(tensors.encode("x", values, tensors.Type.BF16), expected)
 
 
 def test_unknown_architecture(folder: pathlib.Path) -> None:
@@ -147,10 +148,10 @@ def test_other_weights(folder: pathlib.Path) -> None:
 
 def test_no_model(tmp_path: pathlib.Path) -> None:
     with pytest.raises(BitladderError, match="neither a directory nor a hub id"):
-        resolve(tmp_path / "absent")
+        fetch_checkpoint(tmp_path / "absent")
     (tmp_path / "file").write_text("x")
     with pytest.raises(BitladderError, match="is a file"):
-        resolve(tmp_path / "file")
+        fetch_checkpoint(tmp_path / "file")
     with pytest.raises(BitladderError, match=r"config\.json"):
         convert(tmp_path, tmp_path / "out.gguf")
     with pytest.raises(UsageError, match="q4"):
@@ -176,8 +177,8 @@ def test_hub(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.M
     assert organization is not None
     assert organization.contents() == "Some Org"
     assert "*.safetensors" in asked["some-org/Small-130K-Chat"]["allow_patterns"]
-    with pytest.raises(BitladderError, match=r"hub does not give it: offline$"):
-        resolve("some-org/absent")
+    with pytest.raises(BitladderError, match=r"hub does not give it: offline second line$"):
+        fetch_checkpoint("some-org/absent")
 
 
 def test_converter(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -16,7 +16,6 @@ from bitladder import evaluate as ev
 from bitladder.cli.eval import command
 from bitladder.engine.native import llama
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import decode_chunks
 from bitladder.evaluate.base import cache
 from bitladder.evaluate.base import hidden as base_module
 from bitladder.evaluate.base.basefile import BaseFile
@@ -24,7 +23,7 @@ from bitladder.files import sha256_bytes
 from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.values import strings
 from bitladder.gguf.writer import GgufWriter, TensorPlan
-from bitladder.text.texts import Text, load_text
+from bitladder.text import Chunks, Text, load_text, text_chunks
 
 # One thread: on a busy machine two wait for each other longer than the small model takes.
 SETTINGS = ev.Settings(n_ctx=128, chunks=6, threads=1)
@@ -58,17 +57,20 @@ def base_path(folder, text):
 
 def test_chunks(folder, text):
     with SETTINGS.load(folder / "full.gguf") as model:
-        cut = decode_chunks.cut(model, text, SETTINGS)
+        cut = text_chunks(model, text, 128, chunks=6)
         whole = model.tokenize(text.text)
         assert (len(cut), cut.scored, cut.available) == (6, 63, len(whole) // 128)
         assert np.array_equal(cut.tokens.ravel(), whole[: 6 * 128])
         assert np.array_equal(cut.targets(1), whole[128 + 65 : 256])
-        marked = decode_chunks.Chunks(cut.tokens, 7, cut.available)
+        marked = Chunks(cut.tokens, 7, cut.available)
         assert marked.inputs(2)[0] == 7
         assert np.array_equal(marked.inputs(2)[1:], whole[257:384])
+        assert np.array_equal(marked.inputs(), [marked.inputs(chunk) for chunk in range(6)])
         short = Text("short.txt", text.text[:300], "")
-        with pytest.raises(BitladderError, match=r"short\.txt has \d+ tokens, but a context of 128 needs at least 256"):
-            decode_chunks.cut(model, short, SETTINGS)
+        with pytest.raises(
+            BitladderError, match=r"short\.txt has \d+ tokens, but chunks of 128 tokens need at least 256"
+        ):
+            text_chunks(model, short, 128)
 
 
 def test_bytes_that_are_no_text(folder, tmp_path):

@@ -290,7 +290,7 @@ def test_names_that_do_not_fit_the_metadata(tmp_path):
         with pytest.raises(BitladderError, match="is the first of 3 shards.*: call it .*-00001-of-00003.gguf"):
             GgufFile(tmp_path / name)
     shutil.copy(write_small(tmp_path / "whole.gguf", [SMALL])[0], tmp_path / "Z-00002-of-00003.gguf")
-    with pytest.raises(BitladderError, match="named as shard 2 of 3, but its metadata say nothing of a split"):
+    with pytest.raises(BitladderError, match="named as shard 2 of 3, but its metadata have no split"):
         GgufFile(tmp_path / "Z-00002-of-00003.gguf")
 
 

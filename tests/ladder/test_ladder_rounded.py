@@ -8,10 +8,9 @@ from bitladder.gguf.reader import GgufFile
 from bitladder.ladder import RunOptions, run
 from bitladder.ladder.plan import command_line, plan
 from bitladder.ladder.rounded import MOMENTS, PLAIN
-from bitladder.ladder.tuned import set_apart
 from bitladder.quantize import RUNGS, TUNE_KEY
 from bitladder.report import write_card
-from bitladder.text.texts import load_text
+from bitladder.text import load_text, set_apart
 
 
 @pytest.fixture(scope="module")

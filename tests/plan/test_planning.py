@@ -33,7 +33,7 @@ from bitladder.plan.options import LawOptions
 from bitladder.plan.prices import measured_speeds, menu_types, within_speed
 from bitladder.quantize import quantize
 from bitladder.recipe import read_recipe
-from bitladder.text.excerpts import excerpts
+from bitladder.text import excerpts
 from bitladder.text.texts import builtin_text, load_text
 
 SETTINGS = ev.Settings(n_ctx=64, chunks=3, threads=1)

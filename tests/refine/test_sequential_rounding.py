@@ -56,7 +56,7 @@ def test_less_divergence_on_other_text(tiny_gguf, made):
 def test_what_the_last_block_puts_out_is_nearer(tiny_gguf, made):
     """Against torch's forward pass: hidden states behind the last block, on text that was not calibrated on."""
     with Model(tiny_gguf, vocab_only=True) as model:
-        chunks = text_chunks(model, load_text("pydoc:test"), 256, chunks=8, spread=True)
+        chunks = text_chunks(model, load_text("pydoc:test"), 256, chunks=8, spread=True).inputs()
     states = {}
     for name, path in (("full", tiny_gguf), *((one, made / f"{one}.gguf") for one in ("plain", "sequential"))):
         with TorchModel(path) as model:

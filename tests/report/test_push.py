@@ -11,8 +11,7 @@ import pytest
 
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError, UsageError
-from bitladder.hub import fetch
-from bitladder.hub.quant_files import pick, shards
+from bitladder.hub import fetch, pick, shards
 from bitladder.report.publish import check_private, published_files
 
 REPO = "someone/Tiny-GGUF"

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing
-from bitladder.gguf.reader import GgufFile, TensorInfo
+from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.gguf.values import Value, string, strings, u32
 from bitladder.gguf.writer import GgufWriter, TensorPlan
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from bitladder.compare.structure import OriginFinding
 from bitladder.engine.types import RowKernels, TensorType
 from bitladder.errors import BitladderError
+from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.gguf.names import kind_of
-from bitladder.gguf.reader import GgufFile, TensorInfo
 
 Floats = npt.NDArray[np.float32]
 

@@ -1,6 +1,6 @@
-"""Turn a Hugging Face checkpoint into a GGUF file."""
+"""A Hugging Face checkpoint becomes a GGUF file."""
 
-from bitladder.convert.build import ConvertResult, convert, default_name
-from bitladder.hub.checkpoints import resolve
+from bitladder.convert.build import CONVERT, ConvertResult, convert, default_name
+from bitladder.convert.checkpoint import Checkpoint
 
-__all__ = ["ConvertResult", "convert", "default_name", "resolve"]
+__all__ = ["CONVERT", "Checkpoint", "ConvertResult", "convert", "default_name"]

@@ -14,9 +14,18 @@ SPACE = "Ġ"
 
 
 def read_bpe(folder: pathlib.Path, tokenizer: dict[str, Any], size: int, progress: Progress) -> Vocabulary:
-    """The vocabulary of a byte-level BPE `tokenizer` (the content of tokenizer.json), padded to `size` tokens.
+    """The vocabulary of a byte-level BPE tokenizer.
 
-    Warns where llama.cpp tokenizes some texts differently; raises BitladderError where it would most texts.
+    Warns where llama.cpp tokenizes some texts differently.
+
+    Parameters:
+        folder: directory of the checkpoint.
+        tokenizer: content of tokenizer.json.
+        size: tokens to which the vocabulary is padded.
+        progress: gets the warnings.
+
+    Raises:
+        BitladderError: llama.cpp tokenizes most texts differently.
     """
     path = folder / "tokenizer.json"
     model = tokenizer["model"]
@@ -25,7 +34,7 @@ def read_bpe(folder: pathlib.Path, tokenizer: dict[str, Any], size: int, progres
             raise BitladderError(f"{path}: a BPE model with {key} {model[key]!r} is not supported by llama.cpp")
     _check_normalizer(tokenizer.get("normalizer"), path, progress)
     if pretokenizers.adds_prefix_space(tokenizer["pre_tokenizer"]):
-        progress.warn("the tokenizer puts a space before the text; llama.cpp does not for this kind of vocabulary")
+        progress.warn("the tokenizer puts a space before the text; llama.cpp does not with this kind of vocabulary")
     merges = read_merges(model.get("merges", []), path)
     pre = _choose(tokenizer, model["vocab"], merges, path)
     if pre.approximate:
@@ -36,29 +45,29 @@ def read_bpe(folder: pathlib.Path, tokenizer: dict[str, Any], size: int, progres
 
 
 def read_merges(merges: list[Any], path: pathlib.Path) -> list[tuple[str, str]]:
-    """The merges as pairs, from "a b" strings or ["a", "b"] lists (transformers 4.45 and after).
+    """The merges as pairs, from "a b" strings or from ["a", "b"] lists (transformers 4.45 and later).
 
-    Raises BitladderError if an entry is neither.
+    Raises BitladderError for an entry that is neither.
     """
     pairs = []
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
             raise BitladderError(f"{path}: {merge!r} is not a merge of two tokens")
-        # A bare space would end the token in GGUF's "a b".
+        # GGUF writes a merge as "a b": a space inside a token would end it.
         pairs.append((parts[0].replace(" ", SPACE), parts[1].replace(" ", SPACE)))
     return pairs
 
 
 def merges_reach_all(vocab: dict[str, int], merges: list[tuple[str, str]]) -> bool:
-    """Whether merging the letters of each token gives that token, so that `ignore_merges` changes nothing."""
+    """Whether merges make every token from its letters. Then `ignore_merges` changes nothing."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
-    made = {first + second for first, second in merges}
-    return all(len(text) == 1 or (text in made and _merge(text, ranks) == 1) for text in vocab)
+    results = {first + second for first, second in merges}
+    return all(len(text) == 1 or (text in results and _count_tokens(text, ranks) == 1) for text in vocab)
 
 
-def _merge(text: str, ranks: dict[tuple[str, str], int]) -> int:
-    """How many tokens BPE makes of `text`: join the neighbours of the lowest rank, leftmost first, while there are."""
+def _count_tokens(text: str, ranks: dict[tuple[str, str], int]) -> int:
+    """The number of tokens that BPE makes of a text: it joins the leftmost neighbours of the lowest rank."""
     parts = list(text)
     while len(parts) > 1:
         rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(itertools.pairwise(parts)))
@@ -71,7 +80,7 @@ def _merge(text: str, ranks: dict[tuple[str, str], int]) -> int:
 def _choose(
     tokenizer: dict[str, Any], vocab: dict[str, int], merges: list[tuple[str, str]], path: pathlib.Path
 ) -> pretokenizers.PreTokenizer:
-    """The pre-tokenizer that treats whole words as this tokenizer does; another only if that cannot matter."""
+    """llama.cpp's pre-tokenizer that treats whole words as this tokenizer does, or one where that changes nothing."""
     candidates = pretokenizers.find(tokenizer["pre_tokenizer"], path)
     ignore = bool(tokenizer["model"].get("ignore_merges"))
     for candidate in candidates:
@@ -88,7 +97,7 @@ def _choose(
 
 
 def _check_normalizer(normalizer: dict[str, Any] | None, path: pathlib.Path, progress: Progress) -> None:
-    """llama.cpp changes no text before byte-level BPE. Text is mostly NFC already, so that one only gets a warning."""
+    """Refuses a normalizer: llama.cpp has none before byte-level BPE. NFC gets a warning, as most text is NFC."""
     if normalizer is None:
         return
     if normalizer.get("type") == "Sequence":

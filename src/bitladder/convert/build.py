@@ -1,9 +1,11 @@
-"""From a checkpoint directory to one GGUF file: plan, then stream."""
+"""From a checkpoint's directory to one GGUF file: the plan comes first, then tensors are streamed."""
 
 import contextlib
 import dataclasses
 import logging
 import pathlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import gguf
@@ -12,21 +14,31 @@ from numpy.typing import NDArray
 
 from bitladder.convert import model_metadata
 from bitladder.convert.checkpoint import Checkpoint
-from bitladder.convert.encode import check_finite, encode
-from bitladder.convert.external import run_converter
-from bitladder.convert.family import Family
-from bitladder.convert.tensor_map import OUTTYPES, Move, choose_outtype, family_for, plan_moves
+from bitladder.convert.families import Family, family_for
+from bitladder.convert.tensors import OUTTYPES, TensorCopy, check_finite, choose_outtype, encode, plan_copies
 from bitladder.convert.tokenizer import read_vocabulary
 from bitladder.convert.vocabulary import write_vocabulary
-from bitladder.errors import UsageError
+from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing
-from bitladder.hub.checkpoints import resolve
+from bitladder.hub import fetch_checkpoint
+from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
+
+CONVERT = Algorithm("convert", ("tensors, vocabulary and metadata as convert_hf_to_gguf.py writes them",))
+TAIL = 5  # lines of a converter's messages that an error shows
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertResult:
-    """What was written: `architecture` in GGUF's terms, `outtype` as decided, how many tensors and bytes."""
+    """The file that was written.
+
+    Parameters:
+        path: the GGUF file.
+        architecture: the architecture as the GGUF names it.
+        outtype: f16, bf16 or f32.
+        tensors: number of tensors.
+        bytes: size of the file.
+    """
 
     path: pathlib.Path
     architecture: str
@@ -35,6 +47,7 @@ class ConvertResult:
     bytes: int
 
 
+@CONVERT.entry
 def convert(
     model: str | pathlib.Path,
     out: pathlib.Path,
@@ -43,39 +56,47 @@ def convert(
     converter: pathlib.Path | None = None,
     progress: Progress = SILENT,
 ) -> ConvertResult:
-    """Write the checkpoint `model` (a directory or a hub id) as the GGUF file `out`.
+    """Writes a checkpoint as a GGUF file.
 
-    `outtype` is f16, bf16, f32 or auto (bf16 for a bfloat16 checkpoint, otherwise f16); vectors are always F32. With
-    `converter`, a script such as llama.cpp's convert_hf_to_gguf.py does the work. One tensor is in memory at a time,
-    and `out` appears only when it is complete; the same input gives the same bytes. Raises BitladderError naming the
-    file, tensor or setting that prevents it.
+    One tensor is in memory at a time. `out` appears when it is complete. The same input gives the same bytes.
+
+    Parameters:
+        model: directory of the checkpoint, or a hub id.
+        out: the file to write.
+        outtype: type of the matrices, f16, bf16, f32, or auto: bf16 for a bfloat16 checkpoint, otherwise f16. Vectors
+            are always F32.
+        converter: a script that converts instead, such as llama.cpp's convert_hf_to_gguf.py.
+        progress: is told how much is done.
+
+    Raises:
+        BitladderError: a file, tensor or setting prevents it; the message names it.
     """
     if outtype not in (*OUTTYPES, "auto"):
         raise UsageError(f"--outtype {outtype} is not one of {', '.join(OUTTYPES)}, auto")
-    folder = resolve(model)
+    folder = fetch_checkpoint(model)
     if converter is not None:
         with replacing(out) as temporary:
-            architecture, tensors = run_converter(converter, folder, temporary, outtype, progress)
+            architecture, tensors = _run_converter(converter, folder, temporary, outtype, progress)
         return ConvertResult(pathlib.Path(out), architecture, outtype, tensors, pathlib.Path(out).stat().st_size)
-    with _heard(progress):
+    with _gguf_warnings(progress):
         checkpoint = Checkpoint(folder)
         family = family_for(checkpoint.config)
         decided = choose_outtype(checkpoint, outtype)
         if outtype == "auto":
             progress.info(f"outtype {decided}, by the checkpoint's weights")
-        moves = plan_moves(checkpoint, family, decided)
+        copies = plan_copies(checkpoint, family, decided)
         with replacing(out) as temporary:
-            tensors = _write(temporary, checkpoint, family, moves, outtype=decided, progress=progress)
+            tensors = _write(temporary, checkpoint, family, copies, outtype=decided, progress=progress)
     name = gguf.MODEL_ARCH_NAMES[family.arch]
     return ConvertResult(pathlib.Path(out), name, decided, tensors, pathlib.Path(out).stat().st_size)
 
 
 def default_name(model: str | pathlib.Path, outtype: str = "auto") -> str:
-    """The file name GGUF's naming convention gives the model, such as SmolLM2-135M-BF16.gguf. Reads no weights.
+    """The file name of a model by GGUF's naming convention, such as SmolLM2-135M-BF16.gguf. Reads no weights.
 
     Raises BitladderError as `convert` does.
     """
-    folder = resolve(model)
+    folder = fetch_checkpoint(model)
     checkpoint = Checkpoint(folder)
     decided = choose_outtype(checkpoint, outtype)
     parameters = sum(tensor.elements for tensor in checkpoint.tensors.values())
@@ -86,15 +107,15 @@ def _write(
     path: pathlib.Path,
     checkpoint: Checkpoint,
     family: Family,
-    moves: list[Move],
+    copies: list[TensorCopy],
     *,
     outtype: str,
     progress: Progress,
 ) -> int:
-    """Write the file: all metadata first, then the tensors one by one. Returns their number."""
+    """Writes the file: all metadata, then the tensors one by one. Returns the number of tensors."""
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     try:
-        parameters = sum(checkpoint.tensors[source].elements for source in {move.source for move in moves})
+        parameters = sum(checkpoint.tensors[source].elements for source in {copy.source for copy in copies})
         writer.add_type(gguf.GGUFType.MODEL)
         model_metadata.read_metadata(checkpoint.folder, checkpoint.config, parameters).set_gguf_meta_model(writer)
         extra = family.describe(writer)
@@ -105,32 +126,57 @@ def _write(
         )
         for name, values in extra.items():
             writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
-        for move in moves:
-            writer.add_tensor_info(move.name, move.shape, np.dtype(np.uint16), move.bytes, raw_dtype=move.type)
+        for copy in copies:
+            writer.add_tensor_info(copy.name, copy.shape, np.dtype(np.uint16), copy.bytes, raw_dtype=copy.type)
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress.task("Converting", sum(move.bytes for move in moves)) as task:
+        with progress.task("Converting", sum(copy.bytes for copy in copies)) as bar:
             for values in extra.values():
                 writer.write_tensor_data(values)
-            for move in moves:
-                task.note(move.name)
-                writer.write_tensor_data(_load(checkpoint, family, move))
-                task.advance(move.bytes)
+            for copy in copies:
+                bar.note(copy.name)
+                writer.write_tensor_data(_load(checkpoint, family, copy))
+                bar.advance(copy.bytes)
     finally:
         writer.close()
-    return len(extra) + len(moves)
+    return len(extra) + len(copies)
 
 
-def _load(checkpoint: Checkpoint, family: Family, move: Move) -> NDArray[np.generic]:
-    raw = checkpoint.read(move.source)
-    check_finite(move.source, raw)
-    return encode(move.source, family.arrange(move.source, raw), move.type)
+def _load(checkpoint: Checkpoint, family: Family, copy: TensorCopy) -> NDArray[np.generic]:
+    raw = checkpoint.read(copy.source)
+    check_finite(copy.source, raw)
+    return encode(copy.source, family.arrange(copy.source, raw), copy.type)
+
+
+def _run_converter(
+    script: pathlib.Path, folder: pathlib.Path, target: pathlib.Path, outtype: str, progress: Progress
+) -> tuple[str, int]:
+    """Runs `script FOLDER --outfile target --outtype T` with this Python. Returns architecture and number of tensors.
+
+    Raises BitladderError with the script's last lines if it fails or writes no GGUF.
+    """
+    if not script.is_file():
+        raise BitladderError(f"--converter {script}: no such file; name the script")
+    progress.info(f"running {script.name} on {folder.name}")
+    command = [sys.executable, str(script), str(folder), "--outfile", str(target), "--outtype", outtype]
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if process.returncode != 0:
+        lines = [line.strip() for line in (process.stderr or process.stdout).splitlines() if line.strip()]
+        raise BitladderError(
+            f"{script.name} failed ({process.returncode}): {' / '.join(lines[-TAIL:]) or 'no message'}"
+        )
+    with target.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise BitladderError(f"{script.name} ended well but wrote no GGUF")
+    reader = gguf.GGUFReader(target)
+    field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
+    return (str(field.contents()) if field else "unknown"), len(reader.tensors)
 
 
 @contextlib.contextmanager
-def _heard(progress: Progress) -> Iterator[None]:
-    """Warnings that the gguf package logs reach `progress` instead of stderr."""
+def _gguf_warnings(progress: Progress) -> Iterator[None]:
+    """Inside the context, warnings that the gguf package logs go to `progress` instead of stderr."""
     logger = logging.getLogger("gguf")
     handler = _ToProgress(progress)
     propagated = logger.propagate
@@ -149,7 +195,7 @@ class _ToProgress(logging.Handler):
         self.progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass one record on, unless it is about pairs of texts, which no language model here is given."""
+        """Passes a record on, unless it is about pairs of texts, which no language model reads."""
         message = record.getMessage()
         if "<pair>" not in message:
             self.progress.warn(message)

@@ -1,4 +1,4 @@
-"""Read a Hugging Face checkpoint: its config.json, and its safetensors tensors one at a time."""
+"""Reading a Hugging Face checkpoint: its config.json, and its safetensors tensors one at a time."""
 
 import dataclasses
 import json
@@ -26,7 +26,15 @@ SINGLE = "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes are: `dtype` is safetensors' name, `offset` counts from the start of `file`."""
+    """A tensor of a checkpoint, in a file.
+
+    Parameters:
+        name: its name.
+        dtype: its type, as safetensors names it.
+        shape: its shape, rows first.
+        file: the safetensors file.
+        offset: the byte of the file at which its data begin.
+    """
 
     name: str
     dtype: str
@@ -36,7 +44,7 @@ class StoredTensor:
 
     @property
     def elements(self) -> int:
-        """How many weights the tensor has."""
+        """Number of weights."""
         return math.prod(self.shape)
 
 
@@ -54,7 +62,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 class Config:
-    """The values of config.json, with errors that say which key is wrong."""
+    """The values of config.json. An error names the key that is wrong."""
 
     def __init__(self, values: dict[str, Any], path: pathlib.Path) -> None:
         self.values = values
@@ -66,14 +74,14 @@ class Config:
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive whole number. Raises BitladderError if it is absent (without a default) or something else."""
+        """A positive whole number. Raises BitladderError if it is something else, or absent without a default."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise BitladderError(f"{self.path}: {key} should be a positive whole number, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number. Raises BitladderError if it is absent (without a default) or something else."""
+        """A number. Raises BitladderError if it is something else, or absent without a default."""
         value = self.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise BitladderError(f"{self.path}: {key} should be a number, not {value!r}")
@@ -81,9 +89,9 @@ class Config:
 
 
 class Checkpoint:
-    """A checkpoint directory, opened: `config` and `tensors` are read at once, weights only by `read`.
+    """The directory of a checkpoint. `config` and `tensors` are read at once, weights by `read`.
 
-    Raises BitladderError naming the file (and tensor) where config.json, a shard or a part of a shard is missing.
+    Raises BitladderError that names the file, and the tensor, if config.json, a shard or a part of a shard is missing.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -92,7 +100,7 @@ class Checkpoint:
         self.tensors = _index(folder)
 
     def read(self, name: str) -> Raw:
-        """One tensor's weights in its own dtype and shape; bfloat16 as its bits in uint16."""
+        """The weights of a tensor in its own type and shape; bfloat16 as its bits in uint16."""
         tensor = self.tensors[name]
         if tensor.dtype not in DTYPES:
             raise BitladderError(
@@ -109,13 +117,13 @@ class Checkpoint:
 
 
 def _index(folder: pathlib.Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint, from the index and the headers of its shards."""
+    """All tensors of a checkpoint, from the index and the headers of its shards."""
     if not (folder / INDEX).is_file():
         if (folder / SINGLE).is_file():
             return read_header(folder / SINGLE)
-        found = "only pytorch_model*.bin, " if any(folder.glob("pytorch_model*.bin")) else ""
+        other = "only pytorch_model*.bin, " if any(folder.glob("pytorch_model*.bin")) else ""
         raise BitladderError(
-            f"{folder} has neither {SINGLE} nor {INDEX} ({found}save the model with transformers' save_pretrained)"
+            f"{folder} has neither {SINGLE} nor {INDEX} ({other}save the model with transformers' save_pretrained)"
         )
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -134,17 +142,17 @@ def _index(folder: pathlib.Path) -> dict[str, StoredTensor]:
 
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, checked against the file's size.
+    """The tensors of one safetensors file, checked against the size of the file.
 
-    The format: 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}} whose
-    offsets count from the end of the header, then the data. Raises BitladderError if anything does not fit.
+    The file has 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}} whose
+    offsets count from the end of the header, and the data. Raises BitladderError if a part does not fit.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
-                raise BitladderError(f"{path} is truncated: its {size} bytes do not even hold the header")
+                raise BitladderError(f"{path} is truncated: its {size} bytes do not hold the header")
             header = json.loads(stream.read(length))
         start = 8 + length
         tensors = {}

@@ -10,16 +10,22 @@ import yaml
 
 from bitladder.convert.checkpoint import Config
 from bitladder.errors import BitladderError
-from bitladder.hub.checkpoints import hub_id
+from bitladder.hub import hub_id
 
-# A place on somebody's machine rather than a repository's id.
+# A path on a machine, and no id of a repository.
 LOCAL_PATH = re.compile(r"^([/~.\\]|[A-Za-z]:[\\/])")
 
 
 def read_metadata(folder: pathlib.Path, config: Config, parameters: int) -> gguf.Metadata:
-    """The metadata gguf's heuristics find, without local paths. `parameters` is the number of weights.
+    """The metadata that the gguf package's heuristics find, without local paths.
 
-    Raises BitladderError if the model card's front matter is not valid YAML.
+    Parameters:
+        folder: directory of the checkpoint.
+        config: its config.json.
+        parameters: number of weights.
+
+    Raises:
+        BitladderError: the front matter of the model card is not valid YAML.
     """
     identity = hub_id(folder)
     values = {key: value for key, value in config.values.items() if key != "_name_or_path"}
@@ -31,7 +37,7 @@ def read_metadata(folder: pathlib.Path, config: Config, parameters: int) -> gguf
         loaded = gguf.Metadata.load(None, folder, None, parameters)
     except yaml.YAMLError as error:
         raise BitladderError(f"{folder / 'README.md'}: the front matter is not valid YAML ({_line(error)})") from error
-    # load() reads config.json as it is; only the sampling defaults (generation_config.json) are taken from it.
+    # Of load(), which reads config.json with its paths, only the sampling defaults (generation_config.json) are used.
     sampling = {
         field.name: getattr(loaded, field.name)
         for field in dataclasses.fields(loaded)
@@ -47,7 +53,7 @@ def read_metadata(folder: pathlib.Path, config: Config, parameters: int) -> gguf
 
 
 def file_name(metadata: gguf.Metadata, outtype: str) -> str:
-    """The file's name by GGUF's naming convention, such as Tiny-15M-F16.gguf."""
+    """A file name by GGUF's naming convention, such as Tiny-15M-F16.gguf."""
     stem = gguf.naming_convention(
         metadata.name, metadata.basename, metadata.finetune, metadata.version, metadata.size_label, outtype
     )
@@ -55,7 +61,7 @@ def file_name(metadata: gguf.Metadata, outtype: str) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """A front matter value, with strings that are local paths taken out of it."""
+    """A value of the front matter without strings that are local paths."""
     if isinstance(value, list):
         return [_without_paths(item) for item in value if not (isinstance(item, str) and LOCAL_PATH.match(item))]
     return None if isinstance(value, str) and LOCAL_PATH.match(value) else value

@@ -1,8 +1,8 @@
-"""How text is cut into words before BPE: from tokenizer.json's description to llama.cpp's name for it.
+"""The pre-tokenizer, which cuts text into words before BPE: tokenizer.json describes it, llama.cpp has a name for it.
 
-llama.cpp does not read regexes from a GGUF; it has a list of names, each with its regexes built in and with its own
-view of `ignore_merges` (take a word that is in the vocabulary whole, without merging). So the description is brought
-to a plain list of regexes, applied one after the other, and looked up. Checked against llama.cpp's llama-vocab.cpp.
+llama.cpp does not read regexes from a GGUF. It has a list of names, each with built-in regexes and with its own
+`ignore_merges`: whether a word that is in the vocabulary is one token without merges. The description is therefore
+reduced to a list of regexes, applied one after the other, and the list is looked up. Source: llama-vocab.cpp.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from bitladder.errors import BitladderError
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# tiktoken's own spelling of the same: the possessive marks change nothing, as the neighbouring classes are disjoint,
-# and \s* takes in all line ends but the last one.
+# tiktoken's spelling of the same. The possessive marks change nothing, because neighbouring classes are disjoint and
+# \s* matches all line ends but the last one.
 _TIKTOKEN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+SUFFIX|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*SUFFIX"
@@ -31,7 +31,13 @@ TEKKEN = _CASED.replace("SUFFIX", "") + r"|\p{N}|" + _CASED_REST
 
 @dataclasses.dataclass(frozen=True)
 class PreTokenizer:
-    """llama.cpp's `name`; whether it takes whole words from the vocabulary; whether its regexes are only close."""
+    """A pre-tokenizer of llama.cpp.
+
+    Parameters:
+        name: llama.cpp's name.
+        ignore_merges: whether a word that is in the vocabulary is one token without merges.
+        approximate: whether its regexes are only close to the original ones.
+    """
 
     name: str
     ignore_merges: bool = False
@@ -41,7 +47,7 @@ class PreTokenizer:
 KNOWN: dict[tuple[str, ...], tuple[PreTokenizer, ...]] = {
     (GPT2,): (PreTokenizer("gpt-2"),),
     (r"\p{N}", GPT2): (PreTokenizer("smollm"),),
-    # OLMo 2's dolma2 goes by dbrx, as upstream: Llama 3's regex without Llama 3's ignore_merges.
+    # OLMo 2's dolma2 is named dbrx, as in convert_hf_to_gguf.py: Llama 3's regex without its ignore_merges.
     (LLAMA3,): (PreTokenizer("dbrx"), PreTokenizer("llama-bpe", ignore_merges=True)),
     (_TIKTOKEN.replace("DIGITS", r"\p{N}{1,3}"),): (
         PreTokenizer("dbrx"),
@@ -50,16 +56,21 @@ KNOWN: dict[tuple[str, ...], tuple[PreTokenizer, ...]] = {
     (QWEN2,): (PreTokenizer("qwen2"),),
     (_TIKTOKEN.replace("DIGITS", r"\p{N}"),): (PreTokenizer("bailingmoe"),),
     (SEED_CODER,): (PreTokenizer("seed-coder"),),
-    # std::regex knows no classes of upper and lower case, so llama.cpp takes a–z and A–Z for them.
+    # std::regex has no classes of upper and lower case. llama.cpp uses a–z and A–Z.
     (GPT4O,): (PreTokenizer("gpt-4o", approximate=True),),
     (TEKKEN,): (PreTokenizer("tekken", ignore_merges=True, approximate=True),),
 }
 
 
 def find(description: dict[str, Any], path: pathlib.Path) -> tuple[PreTokenizer, ...]:
-    """The pre-tokenizers of llama.cpp with the regexes of tokenizer.json's `pre_tokenizer`, best known first.
+    """The pre-tokenizers of llama.cpp that have the regexes of a description, the best known first.
 
-    Raises BitladderError showing the regexes if there is none.
+    Parameters:
+        description: `pre_tokenizer` of tokenizer.json.
+        path: tokenizer.json, for the error.
+
+    Raises:
+        BitladderError: there is none; the message shows the regexes.
     """
     regexes = split_regexes(description)
     if regexes is not None and regexes in KNOWN:
@@ -72,23 +83,23 @@ def find(description: dict[str, Any], path: pathlib.Path) -> tuple[PreTokenizer,
 
 
 def split_regexes(description: dict[str, Any]) -> tuple[str, ...] | None:
-    """The regexes that cut the text, in order; None if the description has anything that is not such a cut."""
+    """The regexes that cut the text, in order; None if the description has a step that is no such cut."""
     kind = description.get("type")
     if kind == "Sequence":
-        found: tuple[str, ...] = ()
+        all_regexes: tuple[str, ...] = ()
         for part in description.get("pretokenizers", []):
             regexes = split_regexes(part)
             if regexes is None:
                 return None
-            found += regexes
-        return found
+            all_regexes += regexes
+        return all_regexes
     if kind == "ByteLevel":
         return (GPT2,) if description.get("use_regex", True) else ()
     if kind == "Digits":
         return (r"\p{N}",) if description.get("individual_digits") else (r"\p{N}+",)
     if kind == "Split":
         regex = description.get("pattern", {}).get("Regex")
-        # Keeping the matches and dropping what is between comes to the same: these regexes leave nothing between.
+        # These regexes leave nothing between two matches, so it makes no difference whether that is dropped.
         way = (description.get("behavior"), bool(description.get("invert")))
         if isinstance(regex, str) and way in (("Isolated", False), ("Isolated", True), ("Removed", True)):
             return (regex,)
@@ -96,7 +107,7 @@ def split_regexes(description: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def is_byte_level(description: dict[str, Any] | None) -> bool:
-    """Whether there is a ByteLevel step: bytes written as printable letters, as GPT-2 began it."""
+    """Whether there is a ByteLevel step, which writes bytes as printable letters, as GPT-2 does."""
     if description is None:
         return False
     if description.get("type") == "Sequence":

@@ -1,6 +1,6 @@
-"""Rotary position embedding: from config.json's description to GGUF's.
+"""Rotary position embedding: config.json's description becomes GGUF's.
 
-transformers 5 keeps all of it in `rope_parameters`; before, it was `rope_theta` beside an optional `rope_scaling`.
+transformers 5 writes `rope_parameters`. Older versions write `rope_theta` and an optional `rope_scaling`.
 """
 
 import math
@@ -19,10 +19,19 @@ DEFAULT_THETA = 10000.0
 def describe_rope(
     config: Config, writer: gguf.GGUFWriter, head_dim: int, *, takes_factors: bool
 ) -> NDArray[np.float32] | None:
-    """Write the rope metadata; return the frequency divisors [head_dim / 2] of a llama3 rope, otherwise None.
+    """Writes the metadata of the rope.
 
-    `takes_factors` says whether llama.cpp's graph of this architecture uses a `rope_freqs` tensor. Raises
-    BitladderError for a rope type that llama.cpp cannot reproduce.
+    Parameters:
+        config: the checkpoint's config.json.
+        writer: gets the metadata.
+        head_dim: values of a head.
+        takes_factors: whether llama.cpp's graph of the architecture uses a `rope_freqs` tensor.
+
+    Returns:
+        The divisors of the frequencies of a llama3 rope, float32, shape [head_dim / 2]; None for other ropes.
+
+    Raises:
+        BitladderError: llama.cpp cannot reproduce the rope type.
     """
     values = config.get("rope_parameters", config.get("rope_scaling", {}))
     where = f"{config.path}: rope_parameters" if config.get("rope_parameters") else f"{config.path}: rope_scaling"
@@ -62,10 +71,21 @@ def describe_rope(
 def llama3_divisors(
     head_dim: int, theta: float, *, factor: float, low: float, high: float, context: float
 ) -> NDArray[np.float32]:
-    """What each of the head_dim / 2 rotary frequencies is divided by in Llama 3.1's rope.
+    """The divisors of the rotary frequencies in Llama 3.1's rope.
 
-    Wavelengths (in tokens) below context / high stay, above context / low are stretched by `factor`, and between the
-    two the frequency is interpolated. Source: transformers, modeling_rope_utils.
+    A wavelength below context / high stays. A wavelength above context / low is stretched by `factor`. Between the two
+    the frequency is interpolated. Source: transformers, modeling_rope_utils.
+
+    Parameters:
+        head_dim: values of a head.
+        theta: base of the frequencies.
+        factor: factor of the longest wavelengths.
+        low: low_freq_factor of config.json.
+        high: high_freq_factor of config.json.
+        context: tokens of context of the original model.
+
+    Returns:
+        float32, shape [head_dim / 2].
     """
     if high <= low:
         raise BitladderError(f"rope: high_freq_factor {high:g} should be above low_freq_factor {low:g}")
@@ -77,7 +97,7 @@ def llama3_divisors(
 
 
 def _describe_yarn(config: Config, rope: Config, writer: gguf.GGUFWriter) -> None:
-    """YaRN (arXiv 2309.00071), with an attention factor relative to the one llama.cpp derives from `factor`."""
+    """Writes YaRN (arXiv 2309.00071), with an attention factor relative to llama.cpp's, which follows from `factor`."""
     if rope.get("truncate", True) is not True:
         raise BitladderError(f"{config.path}: a yarn rope with truncate = false is not supported by llama.cpp")
     factor = rope.number("factor")
@@ -90,13 +110,13 @@ def _describe_yarn(config: Config, rope: Config, writer: gguf.GGUFWriter) -> Non
     if rope.get("beta_slow"):
         writer.add_rope_scaling_yarn_beta_slow(rope.number("beta_slow"))
     attention = _yarn_attention(rope, factor) / _mscale(factor, 1.0)
-    # llama.cpp overrides `yarn_attn_factor`, but multiplies by `attn_factor`.
+    # llama.cpp overrides `yarn_attn_factor` and multiplies by `attn_factor`.
     if not math.isclose(attention, 1.0):
         writer.add_rope_scaling_attn_factors(attention)
 
 
 def _yarn_attention(rope: Config, factor: float) -> float:
-    """The factor on the cosines and sines, as transformers chooses it."""
+    """The factor of the cosines and sines, as transformers chooses it."""
     if rope.get("attention_factor") is not None:
         return rope.number("attention_factor")
     above: Any = rope.get("mscale")

@@ -1,7 +1,7 @@
-"""SentencePiece BPE (Llama 1 and 2 and after): tokenizer.model, or tokenizer.json's form of it → "llama".
+"""SentencePiece BPE (Llama 1 and 2): tokenizer.model, or the same in tokenizer.json → tokenizer.ggml.model "llama".
 
-llama.cpp joins the neighbours whose joined token has the highest score, so scores are all it needs. tokenizer.model is
-a protocol buffer (sentencepiece_model.proto); the few fields wanted are read here, without the sentencepiece package.
+llama.cpp joins the neighbours whose joined token has the highest score, so it needs only scores. tokenizer.model is a
+protocol buffer (sentencepiece_model.proto). The few fields that are needed are read without the sentencepiece package.
 """
 
 import pathlib
@@ -16,9 +16,9 @@ from bitladder.convert.vocabulary import Kind, Vocabulary, added_tokens, lay_out
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
 
-META = "▁"  # U+2581, which stands for a space
+META = "▁"  # U+2581, written for a space
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-# The score of tokens that no merge makes: below any rank.
+# The score of tokens that no merge makes, below that of any merge.
 LOWEST = -1e6
 BPE_MODEL = 2
 PADDING_SCORE = -10000.0
@@ -26,10 +26,16 @@ Message = dict[int, list[Any]]
 
 
 def read_sentencepiece(folder: pathlib.Path, size: int, progress: Progress) -> Vocabulary:
-    """The vocabulary of tokenizer.model, with the added tokens of the other files, padded to `size` tokens.
+    """The vocabulary of tokenizer.model, with the added tokens of the other files.
 
-    Raises BitladderError if the file is not a SentencePiece model, or one that llama.cpp cannot reproduce (unigram,
-    no byte pieces, spaces as suffixes).
+    Parameters:
+        folder: directory of the checkpoint.
+        size: tokens to which the vocabulary is padded.
+        progress: gets warnings.
+
+    Raises:
+        BitladderError: the file is no SentencePiece model, or one that llama.cpp cannot reproduce (unigram, no byte
+            pieces, spaces as suffixes).
     """
     path = folder / "tokenizer.model"
     try:
@@ -66,9 +72,18 @@ def read_sentencepiece(folder: pathlib.Path, size: int, progress: Progress) -> V
 
 
 def read_byte_fallback(folder: pathlib.Path, tokenizer: dict[str, Any], size: int, progress: Progress) -> Vocabulary:
-    """The same from a tokenizer.json with a byte_fallback BPE: a token's score is minus the rank of its first merge.
+    """The vocabulary of a tokenizer.json with a byte_fallback BPE.
 
-    Raises BitladderError if the tokenizer does not treat spaces as SentencePiece does.
+    The score of a token is minus the rank of its first merge.
+
+    Parameters:
+        folder: directory of the checkpoint.
+        tokenizer: content of tokenizer.json.
+        size: tokens to which the vocabulary is padded.
+        progress: gets warnings.
+
+    Raises:
+        BitladderError: the tokenizer does not treat spaces as SentencePiece does.
     """
     path = folder / "tokenizer.json"
     model = tokenizer["model"]
@@ -106,7 +121,7 @@ def read_byte_fallback(folder: pathlib.Path, tokenizer: dict[str, Any], size: in
 
 
 def merges_are_all_splits(vocab: dict[str, int], merges: list[tuple[str, str]]) -> bool:
-    """Whether every pair of tokens whose joined text is a token has a merge (llama.cpp joins any such pair)."""
+    """Whether every pair of tokens whose joined text is a token has a merge. llama.cpp joins any such pair."""
     known = set(merges)
     return all(
         (text[:cut], text[cut:]) in known
@@ -118,7 +133,7 @@ def merges_are_all_splits(vocab: dict[str, int], merges: list[tuple[str, str]]) 
 
 
 def parse_message(data: bytes) -> Message:
-    """A protocol buffer's fields by number: integers of varints, bytes of everything else. ValueError if malformed."""
+    """The fields of a protocol buffer by number: varints as integers, others as bytes. Raises ValueError."""
     fields: Message = {}
     for number, value in _fields(data):
         fields.setdefault(number, []).append(value)
@@ -164,11 +179,11 @@ def _merge_added(
     folder: pathlib.Path,
     progress: Progress,
 ) -> tuple[list[str], list[int]]:
-    """`lay_out`, with the pieces' own types kept and the spaces of user-defined tokens written as spaces."""
+    """As `lay_out`, but pieces keep their types, and user-defined tokens get spaces for U+2581."""
     added = added_tokens(folder)
     tokens, types = lay_out(size, dict(enumerate(texts)), added, folder=folder, progress=progress)
     for i, kind in enumerate(kinds[:size]):
-        # The unknown piece stays what it is though transformers adds it as a special token.
+        # The unknown piece keeps its type, although transformers adds it as a special token.
         if i not in added or kind == Kind.UNKNOWN:
             types[i] = kind
     for i, kind in enumerate(types):
@@ -178,7 +193,7 @@ def _merge_added(
 
 
 def _trainer_ids(trainer: Message, count: int) -> dict[str, int]:
-    """The special tokens of TrainerSpec (fields 40 to 43 with their defaults); −1 stands for none."""
+    """The special tokens of TrainerSpec (fields 40 to 43, with their defaults). −1 means none."""
     ids = {}
     for name, field, default in (("unk", 40, 0), ("bos", 41, 1), ("eos", 42, 2), ("pad", 43, -1)):
         value = trainer.get(field, [default])[0]
@@ -200,7 +215,7 @@ def _config_prefix(folder: pathlib.Path, default: bool) -> bool:
 
 
 def _prefix_of(tokenizer: dict[str, Any], path: pathlib.Path) -> bool:
-    """Whether a space goes before the text; checks that the rest only turns spaces into U+2581."""
+    """Whether a space goes before the text. Raises BitladderError if more is changed than spaces to U+2581."""
     steps = tokenizer.get("normalizer") or {"type": "Sequence", "normalizers": []}
     steps = steps.get("normalizers", []) if steps.get("type") == "Sequence" else [steps]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": META}

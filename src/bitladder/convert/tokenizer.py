@@ -1,4 +1,4 @@
-"""Find out which tokenizer a checkpoint has, and read its vocabulary."""
+"""The vocabulary of a checkpoint, whichever tokenizer it has."""
 
 import pathlib
 
@@ -12,10 +12,18 @@ from bitladder.progress import SILENT, Progress
 
 
 def read_vocabulary(folder: pathlib.Path, size: int, progress: Progress = SILENT) -> Vocabulary:
-    """The vocabulary of a checkpoint directory for `size` embeddings.
+    """Reads the vocabulary of a checkpoint.
 
-    tokenizer.json with byte-level BPE comes first, then SentencePiece's tokenizer.model, then tokenizer.json with the
-    same in transformers' form. Raises BitladderError if there is none of them, or one llama.cpp cannot reproduce.
+    The first of these is read: tokenizer.json with byte-level BPE, tokenizer.model of SentencePiece, tokenizer.json
+    with SentencePiece BPE in transformers' form.
+
+    Parameters:
+        folder: directory of the checkpoint.
+        size: tokens of the embeddings.
+        progress: gets warnings.
+
+    Raises:
+        BitladderError: there is none of them, or llama.cpp cannot reproduce the tokenizer.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():

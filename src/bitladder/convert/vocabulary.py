@@ -1,4 +1,4 @@
-"""A vocabulary on its way into a GGUF, whatever tokenizer it came from."""
+"""A vocabulary as a GGUF holds it, and its added tokens."""
 
 import dataclasses
 import pathlib
@@ -15,10 +15,18 @@ Kind = gguf.TokenType
 
 @dataclasses.dataclass
 class Vocabulary:
-    """Tokens in the order of their ids with their types, and what the model type needs besides.
+    """A vocabulary.
 
-    `model` is llama.cpp's tokenizer: "gpt2" for byte-level BPE (with merges), "llama" for SentencePiece's BPE (with
-    scores). The flags and ids are what the tokenizer says by itself; tokenizer_config.json overrides them.
+    Parameters:
+        model: llama.cpp's tokenizer, "gpt2" for byte-level BPE or "llama" for SentencePiece BPE.
+        pre: llama.cpp's pre-tokenizer.
+        tokens: texts of the tokens, in the order of their ids.
+        types: types of the tokens.
+        scores: scores of the tokens, for SentencePiece BPE.
+        merges: merges "a b", for byte-level BPE.
+        add_space_prefix: whether a space goes before a text; None if the tokenizer does not say.
+        add_bos: whether BOS goes before a text. tokenizer_config.json overrides it.
+        ids: special tokens by role (bos, eos, …). tokenizer_config.json overrides them.
     """
 
     model: str
@@ -34,7 +42,14 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """A token that is matched in the text before anything else."""
+    """A token that is matched in the text before all others.
+
+    Parameters:
+        id: its id.
+        text: its text.
+        special: whether it is a control token.
+        strips: whether it takes in white space beside it, or matches whole words only.
+    """
 
     id: int
     text: str
@@ -43,7 +58,7 @@ class Added:
 
 
 def added_tokens(folder: pathlib.Path) -> dict[int, Added]:
-    """The added tokens by id: of tokenizer.json, else of tokenizer_config.json and added_tokens.json.
+    """The added tokens by id, from tokenizer.json, or from tokenizer_config.json and added_tokens.json.
 
     Raises BitladderError if one of the files is malformed.
     """
@@ -72,10 +87,20 @@ def added_tokens(folder: pathlib.Path) -> dict[int, Added]:
 def lay_out(
     size: int, base: dict[int, str], added: dict[int, Added], *, folder: pathlib.Path, progress: Progress
 ) -> tuple[list[str], list[int]]:
-    """Tokens and types for the ids 0 … size−1: base tokens NORMAL, added ones CONTROL if special, else USER_DEFINED.
+    """Tokens and types of the ids 0 … size−1.
 
-    Ids that no token has (the embedding matrix is often padded) become UNUSED. Raises BitladderError if two ids have
-    the same text, which llama.cpp does not survive.
+    Base tokens are NORMAL. Added tokens are CONTROL if special, otherwise USER_DEFINED. Ids without a token are UNUSED,
+    because the embedding matrix is often padded.
+
+    Parameters:
+        size: number of ids.
+        base: texts of the base tokens by id.
+        added: added tokens by id.
+        folder: directory of the checkpoint, for errors.
+        progress: gets warnings.
+
+    Raises:
+        BitladderError: two ids have the same text, with which llama.cpp fails.
     """
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [int(Kind.UNUSED)] * size
@@ -99,7 +124,7 @@ def lay_out(
 
 
 def write_vocabulary(vocabulary: Vocabulary, folder: pathlib.Path, writer: gguf.GGUFWriter, progress: Progress) -> None:
-    """Write tokenizer.* with the special tokens and the chat template of the checkpoint's files."""
+    """Writes tokenizer.* with the special tokens and the chat template of the checkpoint."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -112,7 +137,7 @@ def write_vocabulary(vocabulary: Vocabulary, folder: pathlib.Path, writer: gguf.
     special.merges = vocabulary.merges
     for name, token in vocabulary.ids.items():
         special.special_token_ids.setdefault(name, token)
-    # llama.cpp's defaults depend on the pre-tokenizer's name, so the flags are always written.
+    # The flags are always written, because llama.cpp's defaults depend on the name of the pre-tokenizer.
     special.add_special_token.setdefault("bos", vocabulary.add_bos)
     special.add_special_token.setdefault("eos", False)
     for name in ("bos", "eos", "sep"):

@@ -1,4 +1,4 @@
-"""How many threads NumPy's matrix multiplication starts of its own."""
+"""The number of threads of NumPy's matrix multiplication."""
 
 import contextlib
 import ctypes
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-# NumPy's wheels carry an OpenBLAS with symbols renamed like this.
+# NumPy's wheels contain an OpenBLAS whose symbols have these names.
 _NAMES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
 
 
 class _Users:
-    """The number is the library's, for all threads: who comes first sets it, and who goes last puts it back."""
+    """Users of the setting, which the library has once for all threads: the first sets it, the last resets it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -40,10 +40,10 @@ def _controls() -> tuple[Callable[[], int], Callable[[int], None]] | None:
 
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
-    """Inside the context a multiplication runs in the thread that calls it, if NumPy uses its own OpenBLAS.
+    """Inside the context, a multiplication runs in the thread that calls it, if NumPy uses its own OpenBLAS.
 
-    Work that is shared among threads already gains nothing from more of them, and OpenBLAS's wait for each other by
-    spinning, which on a busy machine takes longer than the multiplication. With another BLAS nothing is changed.
+    Work that several threads share already gains nothing from more threads. OpenBLAS's threads wait for one another by
+    spinning, which takes longer than the multiplication on a busy machine. With another BLAS nothing changes.
     """
     controls = _controls()
     if controls is None:

@@ -1,4 +1,4 @@
-"""How a model is decoded: options that every command which decodes has, with llama.cpp's spelling."""
+"""The options of decoding, which every command that decodes has, with llama.cpp's spelling."""
 
 import dataclasses
 
@@ -9,10 +9,7 @@ MIN_CTX = 4
 
 @dataclasses.dataclass(frozen=True)
 class Decoding(Options):
-    """How a model is decoded.
-
-    Raises UsageError for numbers that make no sense.
-    """
+    """How a model is decoded. Raises UsageError for a number outside its limits."""
 
     n_ctx: int = option(
         512, "-c", "--ctx-size", least=MIN_CTX, metavar="TOKENS", help="Tokens of a chunk, which is one context."
@@ -31,5 +28,5 @@ class Decoding(Options):
     )
 
     def deciding(self) -> dict[str, object]:
-        """The tokens of a chunk, and whether a GPU computes: how many of its layers shows in no figure."""
+        """The tokens of a chunk, and whether a GPU computes. The number of its layers changes no figure."""
         return {"n_ctx": self.n_ctx, "gpu": self.gpu_layers != 0}

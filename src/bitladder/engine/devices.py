@@ -12,26 +12,33 @@ _PER_CPU = 512  # GGML_MAX_N_THREADS
 
 
 def backend_names() -> str:
-    """The library's back ends besides the CPU's, separated by commas, or "CPU"; as llama-bench names them."""
+    """The back ends besides the CPU's, separated by commas, or "CPU", as llama-bench names them."""
     backend()
     registered = [ggml.ggml_backend_reg_get(index) for index in range(ggml.ggml_backend_reg_count())]
-    names = [ggml.ggml_backend_reg_name(one).decode() for one in registered]
+    names = [ggml.ggml_backend_reg_name(entry).decode() for entry in registered]
     return ",".join(name for name in names if name not in {"CPU", "RPC"}) or "CPU"
 
 
 def processors(*kinds: int) -> str:
-    """What the devices of some kinds call themselves, separated by commas; empty if there are none."""
+    """The names of the devices of some kinds, separated by commas; empty if there are none."""
     backend()
-    return ", ".join(ggml.ggml_backend_dev_description(one).decode("utf-8", "replace") for one in _devices(kinds))
+    names = [ggml.ggml_backend_dev_description(device) for device in _devices(kinds)]
+    return ", ".join(name.decode("utf-8", "replace") for name in names)
 
 
 def _devices(kinds: tuple[int, ...]) -> list[Any]:
-    found = [ggml.ggml_backend_dev_get(index) for index in range(ggml.ggml_backend_dev_count())]
-    return [device for device in found if ggml.ggml_backend_dev_type(device) in kinds]
+    devices = [ggml.ggml_backend_dev_get(index) for index in range(ggml.ggml_backend_dev_count())]
+    return [device for device in devices if ggml.ggml_backend_dev_type(device) in kinds]
 
 
 def cpu_function(name: str, result: Any, argument: Any) -> Any:
-    """A function that the CPU back end offers beyond the common interface, or None."""
+    """A function of the CPU back end that the common interface does not have, or None.
+
+    Parameters:
+        name: name of the function.
+        result: ctypes type of its result.
+        argument: ctypes type of its argument.
+    """
     for device in _devices((CPU,)):
         address = ggml.ggml_backend_reg_get_proc_address(ggml.ggml_backend_dev_backend_reg(device), name.encode())
         if address:
@@ -49,15 +56,15 @@ class _PoolParams(ctypes.Structure):
         ("poll", ctypes.c_uint32),
         ("strict_cpu", ctypes.c_bool),
         ("paused", ctypes.c_bool),
-        ("room", ctypes.c_char * 64),  # should the structure grow
+        ("room", ctypes.c_char * 64),  # for fields of a later version
     )
 
 
 class ThreadPool(Closing):
-    """Threads of the CPU back end that wait for the next computation instead of being made for each.
+    """Threads of the CPU back end that stay for all computations, as in llama-bench and llama-server.
 
-    llama-bench and llama-server compute so. It matters where the library is built without OpenMP, as on macOS. Where
-    the back end offers no pools the `handle` is None, and attaching it changes nothing.
+    A library without OpenMP, as on macOS, otherwise starts threads for each computation. Where the back end has no
+    pools the `handle` is None, and attaching it changes nothing.
     """
 
     def __init__(self, threads: int) -> None:
@@ -67,12 +74,12 @@ class ThreadPool(Closing):
         ggml.ggml_threadpool_params_init(ctypes.addressof(params), threads)
         make = cpu_function("ggml_threadpool_new", ctypes.c_void_p, ctypes.c_void_p)
         self._free = cpu_function("ggml_threadpool_free", None, ctypes.c_void_p)
-        # The structure's layout is as declared if the number of threads is where it should be.
+        # If the number of threads is in its place, the structure has the declared layout.
         if make and self._free and params.n_threads == threads:
             self.handle = make(ctypes.addressof(params))
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stops the threads."""
         if self.handle and self._free:
             self._free(self.handle)
             self.handle = None

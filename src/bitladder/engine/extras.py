@@ -1,8 +1,8 @@
-"""Whether the library's special layouts of weights can be trusted on this processor.
+"""Whether the library's special layouts of weights work on this processor.
 
-The CPU back end keeps some types in a layout for Intel's AMX, if it was built for it. GCC before 11.5, 12.4 and 13.3
-leaves most of the tiles' configuration out of the program (bug 114098), so that the first multiplication ends the
-process. A small one is therefore tried in a process of its own.
+A CPU back end built for Intel's AMX keeps some types in a layout for it. GCC before 11.5, 12.4 and 13.3 leaves most of
+the tiles' configuration out of the program (bug 114098), so that the first multiplication ends the process. A small
+multiplication is therefore tried in a process of its own, which runs this module.
 """
 
 import ctypes
@@ -29,21 +29,23 @@ def extras_work() -> bool:
     if all(name != _AMX for name, _ in _extra_buffers()):
         return True
     try:
-        tried = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-P", "-m", "bitladder.engine.extras"], capture_output=True, timeout=_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return tried.returncode == 0
+    return process.returncode == 0
 
 
 def _extra_buffers() -> Iterator[tuple[bytes, int]]:
-    """Name and address of each special buffer type."""
+    """The special buffer types: name and address of each."""
     backend()
-    ask = cpu_function("ggml_backend_dev_get_extra_bufts", ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
-    if ask is None:
+    get_buffer_types = cpu_function(
+        "ggml_backend_dev_get_extra_bufts", ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
+    )
+    if get_buffer_types is None:
         return
-    buffer_types = ask(None)
+    buffer_types = get_buffer_types(None)
     index = 0
     while buffer_types and buffer_types[index]:
         yield ggml.ggml_backend_buft_name(buffer_types[index]), buffer_types[index]
@@ -51,9 +53,9 @@ def _extra_buffers() -> Iterator[tuple[bytes, int]]:
 
 
 def _multiply(buffer_type: int) -> bool:
-    """Whether a product with a Q8_0 weight in such a buffer is right."""
-    dice = np.random.default_rng(0)
-    weight, inputs = (dice.standard_normal((rows, _WIDTH), np.float32) for rows in (_ROWS, _COLUMNS))
+    """Whether a product with a Q8_0 weight in a buffer of this type is right."""
+    generator = np.random.default_rng(0)
+    weight, inputs = (generator.standard_normal((rows, _WIDTH), np.float32) for rows in (_ROWS, _COLUMNS))
     kind = type_by_name("q8_0")
     size = 16 * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead()
     special, plain = (ggml.ggml_init(InitParams(size, None, True)) for _ in range(2))
@@ -69,10 +71,10 @@ def _multiply(buffer_type: int) -> bool:
     graph = ggml.ggml_new_graph(plain)
     ggml.ggml_build_forward_expand(graph, product)
     status = ggml.ggml_backend_graph_compute(cpu, graph)
-    found = np.empty((_COLUMNS, _ROWS), np.float32)
-    ggml.ggml_backend_tensor_get(product, found.ctypes.data, 0, found.nbytes)
-    wanted = inputs @ weight.T
-    return status == 0 and bool(np.abs(found - wanted).max() < _TOLERANCE * np.abs(wanted).max())
+    computed = np.empty((_COLUMNS, _ROWS), np.float32)
+    ggml.ggml_backend_tensor_get(product, computed.ctypes.data, 0, computed.nbytes)
+    expected = inputs @ weight.T
+    return status == 0 and bool(np.abs(computed - expected).max() < _TOLERANCE * np.abs(expected).max())
 
 
 if __name__ == "__main__":

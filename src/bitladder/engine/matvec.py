@@ -1,4 +1,4 @@
-"""How fast this machine's CPU multiplies a matrix of each type with a vector: what generating a token mostly does."""
+"""The CPU's kernels by type: the speed of matrix–vector products, which dominate the time of generating a token."""
 
 import contextlib
 import ctypes
@@ -12,8 +12,8 @@ from bitladder.engine.native import llama
 from bitladder.engine.types import TensorType, all_types, quantize_rows, threads_available
 from bitladder.errors import BitladderError
 
-ROW = 1 << 16  # weights: one call takes long enough that calling costs nothing, and the vector stays in a cache
-ROWS = 256  # so that the matrix does not stay in one
+ROW = 1 << 16  # weights: long enough that a call costs nothing, short enough that the vector stays in a cache
+ROWS = 256  # so many that the matrix does not stay in a cache
 
 
 class _Traits(ctypes.Structure):
@@ -41,10 +41,18 @@ class _Traits(ctypes.Structure):
 
 
 def bytes_per_second(kind: TensorType, threads: int | None = None, seconds: float = 0.1) -> float | None:
-    """Bytes of weights of a type that matrix–vector products go through in a second, with all threads.
+    """The speed of matrix–vector products: the best of several passes over a matrix of random blocks, 16M weights.
 
-    The best of several passes over a matrix of random blocks of some 16M weights. None if the CPU back end has no
-    kernel for the type. Raises BitladderError if there is no CPU back end to ask.
+    Parameters:
+        kind: type of the matrix.
+        threads: threads of the CPU; None uses all.
+        seconds: time of all passes.
+
+    Returns:
+        Bytes of weights per second of all threads together; None if the CPU back end has no kernel for the type.
+
+    Raises:
+        BitladderError: the library has no CPU back end of its own.
     """
     traits = _traits(kind)
     if traits is None or ROW % kind.block:
@@ -70,22 +78,20 @@ def bytes_per_second(kind: TensorType, threads: int | None = None, seconds: floa
 
 
 def input_type(kind: TensorType) -> TensorType | None:
-    """The type that the CPU's kernel of a type rounds its input to; None if it takes floats, or is not known."""
+    """The type to which the CPU's kernel of a type rounds its input; None if it takes floats, or is unknown."""
     try:
         traits = _traits(kind)
     except BitladderError:
         return None
-    found = None if traits is None else all_types()[traits.vec_dot_type]
-    return found if found is not None and found.quantized else None
+    rounded_to = None if traits is None else all_types()[traits.vec_dot_type]
+    return rounded_to if rounded_to is not None and rounded_to.quantized else None
 
 
 def _as_type(vector: np.typing.NDArray[np.float32], kind: TensorType) -> np.typing.NDArray[Any]:
-    """The vector as the kernel wants it."""
+    """The vector in the type of the kernel's input."""
     if kind.name == "f32":
         return vector
-    if kind.name == "q8_K":  # the library quantizes to it only inside of its kernels; the time does not depend on it
-        return np.zeros(kind.row_bytes(vector.shape[1]), np.uint8)
-    if kind.name == "q8_1":
+    if kind.name in ("q8_K", "q8_1"):  # only the kernels quantize to these; the time does not depend on the values
         return np.zeros(kind.row_bytes(vector.shape[1]), np.uint8)
     return quantize_rows(vector, kind)
 
@@ -96,6 +102,6 @@ def _traits(kind: TensorType) -> Any:
         if hasattr(library, "ggml_get_type_traits_cpu"):
             prototype: Any = ctypes.CFUNCTYPE(ctypes.POINTER(_Traits), ctypes.c_int)
             address = ctypes.cast(library.ggml_get_type_traits_cpu, ctypes.c_void_p).value
-            found = prototype(address)(kind.id).contents
-            return found if found.vec_dot else None
+            traits = prototype(address)(kind.id).contents
+            return traits if traits.vec_dot else None
     raise BitladderError("this build of llama.cpp has no CPU kernels of its own to time; use another --menu")

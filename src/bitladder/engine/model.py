@@ -19,11 +19,16 @@ Tokens = npt.NDArray[np.int32]
 class Model(Closing):
     """A GGUF model in memory.
 
-    Parameters: `path` the file (or the first of its splits); `mmap` maps the file instead of reading it (a mapped
-    weight cannot be replaced); `repack` lets the CPU back end keep some types in a layout that multiplies faster
-    (a repacked weight cannot be replaced either), if the library can be trusted with it (see `extras`); `gpu_layers`
-    as -ngl; `vocab_only` loads no weights.
-    Raises BitladderError with the library's own words if the file does not load.
+    Parameters:
+        path: the file, or the first of its shards.
+        mmap: whether the file is mapped instead of read. A mapped weight cannot be replaced.
+        repack: whether the CPU back end keeps some types in a layout that multiplies faster, where that works (see
+            `extras`). A repacked weight cannot be replaced.
+        gpu_layers: layers that the GPU computes (-ngl).
+        vocab_only: whether only the vocabulary is loaded.
+
+    Raises:
+        BitladderError: the file does not load; the message has the library's words.
     """
 
     def __init__(
@@ -52,12 +57,10 @@ class Model(Closing):
         self.replaceable = not mmap and not repack
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_embd: int = llama.llama_model_n_embd(self._model)
-        self.n_layer: int = llama.llama_model_n_layer(self._model)
         self.n_ctx_train: int = llama.llama_model_n_ctx_train(self._model)
         self.bos: int = llama.llama_vocab_bos(self._vocab)
         self.eos: int = llama.llama_vocab_eos(self._vocab)
         self.add_bos: bool = llama.llama_vocab_get_add_bos(self._vocab)
-        self.add_eos: bool = llama.llama_vocab_get_add_eos(self._vocab)
 
     @property
     def handle(self) -> int:
@@ -67,14 +70,14 @@ class Model(Closing):
         return self._model  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Free the weights. Contexts made from the model must be closed before."""
+        """Frees the weights. All contexts of the model must be closed before."""
         if self._model:
             llama.llama_model_free(self._model)
             self._model = None
 
     @property
     def description(self) -> str:
-        """Such as "llama 1B Q4_K - Medium"."""
+        """The library's description, such as "llama 1B Q4_K - Medium"."""
         buffer = ctypes.create_string_buffer(256)
         llama.llama_model_desc(self.handle, buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace")
@@ -89,18 +92,13 @@ class Model(Closing):
         """Bytes of all tensors."""
         return int(llama.llama_model_size(self.handle))
 
-    def metadata(self, key: str) -> str | None:
-        """A metadata value as text, or None if the file has no such key (arrays have no text)."""
-        buffer = ctypes.create_string_buffer(4096)
-        if llama.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer)) < 0:
-            return None
-        return buffer.value.decode("utf-8", "replace")
-
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> Tokens:
-        """Token ids of a text, int32 [n].
+        """The token ids of a text, int32, shape [tokens].
 
-        `add_special` adds BOS/EOS where the vocabulary asks for it; `parse_special` reads "<|im_end|>" and the like
-        as the tokens they name instead of as text.
+        Parameters:
+            text: the text.
+            add_special: whether BOS and EOS are added where the vocabulary asks for them.
+            parse_special: whether "<|im_end|>" and the like are read as the tokens that they name.
         """
         data = text.encode("utf-8", "surrogateescape")
         room = len(data) + 2
@@ -114,7 +112,7 @@ class Model(Closing):
         return np.frombuffer(out, np.int32, count).copy()
 
     def detokenize(self, tokens: Sequence[int] | Tokens, *, special: bool = False) -> str:
-        """The text of some tokens; `special` writes control tokens out."""
+        """The text of some tokens. With `special` control tokens are written out."""
         ids = (llama.llama_token * len(tokens))(*[int(t) for t in tokens])
         size = 16 * len(tokens) + 64
         while True:

@@ -1,7 +1,7 @@
 """The loaded library: functions, structures, the ABI check, and the library's log.
 
-`llama_cpp` (the module of ctypes declarations) covers libllama. The ggml functions that it does not declare are
-declared here from ggml.h. Everything is checked against the library that was really loaded before it is used.
+`llama_cpp`, a module of ctypes declarations, covers libllama. The ggml functions that it lacks are declared here from
+ggml.h. All declarations are checked against the loaded library before they are used.
 """
 
 import collections
@@ -136,21 +136,21 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 
 def _declare() -> Any:
-    """The ggml functions. dlsym on libllama finds what it links; Windows does not, so ggml's own are opened too."""
+    """The ggml functions. On Windows libllama does not give the symbols that it links: ggml's files are opened too."""
     libraries = [llama._lib]
     for part in ("ggml-base", "ggml"):
         with contextlib.suppress(FileNotFoundError, RuntimeError):
             libraries.append(llama.load_shared_library(part, llama._base_path))
     functions = type("ggml", (), {})
     for name, (arguments, result) in _SIGNATURES.items():
-        found = next((getattr(library, name) for library in libraries if hasattr(library, name)), None)
-        if found is None:
+        function = next((getattr(library, name) for library in libraries if hasattr(library, name)), None)
+        if function is None:
             raise BitladderError(
                 f"the llama.cpp library in {llama._base_path} has no function {name}: it does not match "
                 "llama-cpp-python; reinstall with pip install --force-reinstall llama-cpp-python"
             )
-        # A prototype of our own, so that llama_cpp's declarations of the same symbol stay untouched.
-        pointer = ctypes.cast(found, ctypes.c_void_p).value or 0
+        # A new prototype leaves llama_cpp's declaration of the same symbol as it is.
+        pointer = ctypes.cast(function, ctypes.c_void_p).value or 0
         setattr(functions, name, staticmethod(ctypes.CFUNCTYPE(result, *arguments)(pointer)))
     return functions
 
@@ -163,25 +163,25 @@ MUL_MAT_ID = MUL_MAT + 1
 
 def _vector_converters() -> dict[int, Any]:
     """The CPU back end's conversions to float32, by type number; empty if it is not a library of its own."""
-    found: dict[int, Any] = {}
+    converters: dict[int, Any] = {}
     with contextlib.suppress(FileNotFoundError, RuntimeError):
         library = llama.load_shared_library("ggml-cpu", llama._base_path)
         for number, name in ((1, "ggml_cpu_fp16_to_fp32"), (30, "ggml_cpu_bf16_to_fp32")):  # F16, BF16
             if hasattr(library, name):
                 prototype: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-                found[number] = prototype(ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
-    return found
+                converters[number] = prototype(ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+    return converters
 
 
-# Ten times as fast as the portable conversions that the type traits name, with the same results.
+# These are ten times as fast as the portable conversions of the type traits, with the same results.
 vector_converters = _vector_converters()
 
 
 def check_abi() -> None:
-    """Compare structures and constants with what the library does; BitladderError with one line if they differ.
+    """Raises BitladderError if structures or constants differ from the library's.
 
-    A tensor built by the library is read through our layout of ggml_tensor, and the default parameters are read
-    through llama_cpp's structures: their last fields have known values only if every field before has its size.
+    A tensor that the library makes is read through our layout of ggml_tensor. The default parameters are read through
+    llama_cpp's structures. Their last fields have known values only if every field before them has its size.
     """
     problems = []
     context = ggml.ggml_init(InitParams(1 << 16, None, True))
@@ -225,7 +225,7 @@ DEBUG, WARNING, ERROR, CONTINUATION = 1, 3, 4, 5  # ggml_log_level in ggml.h
 
 
 class NativeLog:
-    """What the library logs: kept, shown only when asked for, and quoted when a call fails."""
+    """The log of the library: kept for error messages, and shown where `verbose` is set."""
 
     def __init__(self) -> None:
         self.lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=2000)
@@ -235,7 +235,7 @@ class NativeLog:
         self._lock = threading.Lock()
 
     def receive(self, level: int, text: bytes, _data: Any) -> None:
-        """The callback itself: level 0 none, 1 debug, 2 info, 3 warning, 4 error, 5 continuation (ggml.h)."""
+        """The callback. Levels: 0 none, 1 debug, 2 info, 3 warning, 4 error, 5 continuation (ggml.h)."""
         decoded = text.decode("utf-8", "replace")
         with self._lock:
             self._level = self._level if level == CONTINUATION else level
@@ -247,8 +247,8 @@ class NativeLog:
 
     @contextlib.contextmanager
     def tapped(self) -> Iterator[list[str]]:
-        """Collect what is logged inside the context (pieces of lines, in order)."""
-        install_log()  # somebody else in this process may have taken the library's log since
+        """Yields a list that collects the log inside the context, in pieces of lines."""
+        install_log()  # another user of the library in this process can have replaced the callback
         pieces: list[str] = []
         self._taps.append(pieces)
         try:
@@ -257,11 +257,11 @@ class NativeLog:
             self._taps.remove(pieces)
 
     def last_error(self) -> str:
-        """The last error line(s) in one line, or warnings if there was no error; empty if there was neither."""
-        for wanted in (ERROR, WARNING):
-            found = [text.strip() for level, text in self.lines if level == wanted and text.strip(" \n=")]
-            if found:
-                return "; ".join(found[-2:])
+        """The last two errors in one line; without errors, the last warnings; empty without both."""
+        for searched in (ERROR, WARNING):
+            lines = [text.strip() for level, text in self.lines if level == searched and text.strip(" \n=")]
+            if lines:
+                return "; ".join(lines[-2:])
         return ""
 
 
@@ -270,7 +270,7 @@ _callback = llama.llama_log_callback(log.receive)
 
 
 def install_log() -> None:
-    """Have the library log to `log`."""
+    """Makes the library log to `log`."""
     llama.llama_log_set(_callback, ctypes.c_void_p(0))
 
 
@@ -280,7 +280,7 @@ check_abi()
 
 @functools.cache
 def backend() -> None:
-    """Initialise the back ends once."""
+    """Initializes the back ends once."""
     llama.llama_backend_init()
 
 

@@ -21,7 +21,7 @@ from bitladder.engine.native import ggml, llama, log
 from bitladder.engine.types import TensorType, all_types, type_by_name
 from bitladder.errors import BitladderError
 
-# What llama-quantize also accepts.
+# Names that llama-quantize also accepts.
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "F32": "ALL_F32"}
 
 _TENSOR = re.compile(r"\[\s*\d+/\s*\d+\] (\S+)\s+- \[[^]]*\], type =\s*(\S+), size =[^\n(]*(?:\((\S+)\))?\n")
@@ -32,11 +32,20 @@ _SECONDS = 120  # for the dry run with overrides
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What llama_model_quantize is asked for; the fields are those of llama_model_quantize_params.
+    """The parameters of llama_model_quantize (llama_model_quantize_params).
 
-    `overrides` are std::regex patterns and types, the first that is found in a tensor's name decides. `imatrix` tells
-    whether there will be an importance matrix, as some presets choose differently then. `kv` is metadata to override
-    (int, float, bool or str).
+    Parameters:
+        preset: name of the preset.
+        overrides: std::regex patterns and types. The first pattern that is found in a tensor's name decides.
+        output_tensor_type: type of output.weight.
+        token_embedding_type: type of token_embd.weight.
+        pure: whether all tensors get the preset's type.
+        leave_output_tensor: whether output.weight is copied.
+        only_copy: whether all tensors are copied.
+        keep_split: whether the output has the shards of the input.
+        imatrix: whether there is an importance matrix, with which some presets choose other types.
+        kv: metadata that override those of the file.
+        prune_layers: blocks that are left out.
     """
 
     preset: str
@@ -54,10 +63,13 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class PresetTypes:
-    """The library's answer: tensors in the order llama-quantize writes them, with their new types.
+    """The types that the library gives the tensors of a file.
 
-    Names are the new ones where blocks are pruned. `misfits` maps a tensor whose width cannot hold the type it was
-    to have to that type; `types` has what it gets instead. `needs_imatrix` says that it cannot be made without one.
+    Parameters:
+        types: new types by tensor, in the order in which llama-quantize writes them. Where blocks are pruned the names
+            are the new ones.
+        misfits: for each tensor whose width does not fit the planned type, that type. `types` has the one instead.
+        needs_imatrix: whether the library refuses to quantize without an importance matrix.
     """
 
     types: dict[str, TensorType]
@@ -67,16 +79,16 @@ class PresetTypes:
 
 @functools.cache
 def presets() -> dict[str, int]:
-    """Preset name → llama_ftype number, from the bindings' constants (LLAMA_FTYPE_MOSTLY_Q4_K_M → "Q4_K_M")."""
-    found = {}
+    """Numbers (llama_ftype) of presets by name, from the bindings' constants: LLAMA_FTYPE_MOSTLY_Q4_K_M is "Q4_K_M"."""
+    numbers = {}
     for name in dir(llama):
         if name.startswith("LLAMA_FTYPE_") and name != "LLAMA_FTYPE_GUESSED":
-            found[name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_")] = int(getattr(llama, name))
-    return found
+            numbers[name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_")] = int(getattr(llama, name))
+    return numbers
 
 
 def preset_number(name: str) -> int:
-    """The llama_ftype of a preset: its name in any case, or the number itself, as llama-quantize takes it.
+    """The llama_ftype of a preset. `name` is its name in any case, or the number, as in llama-quantize.
 
     Raises BitladderError that lists the presets.
     """
@@ -90,7 +102,7 @@ def preset_number(name: str) -> int:
 
 
 def plain_type(preset: str) -> TensorType | None:
-    """The type of a preset that does not quantize (F16, BF16, F32); None for all others."""
+    """The type of a preset that does not quantize (F16, BF16, F32); None for other presets."""
     number = preset_number(preset)
     name = next(name for name, value in presets().items() if value == number).removeprefix("ALL_").lower()
     kind = {kind.name: kind for kind in all_types().values()}.get(name)
@@ -98,39 +110,48 @@ def plain_type(preset: str) -> TensorType | None:
 
 
 def storable(kind: TensorType) -> bool:
-    """Whether weights can be stored as this type: the library can expand it again.
+    """Whether weights can be stored in a type: the library can expand it.
 
-    What it cannot expand (q8_1, q8_K, integers) is for work in progress, and its quantizer aborts when asked for it.
+    Other types (q8_1, q8_K, integers) are for intermediate results, and the library's quantizer aborts for them.
     """
     return kind.name == "f32" or bool(ggml.ggml_get_type_traits(kind.id).contents.to_float)
 
 
 def kernel_needs_importance(kind: TensorType) -> bool:
-    """Whether the library's kernel for a type refuses to run without importance, whatever the tensor."""
+    """Whether the library's kernel of a type refuses to run without importance."""
     return bool(ggml.ggml_quantize_requires_imatrix(kind.id))
 
 
 def preset_types(path: str | os.PathLike[str], request: Request) -> PresetTypes:
-    """Ask the library what it would give each tensor of a file (`path`: of its first shard).
+    """The types that the library gives the tensors of a file, by a dry run.
 
-    Raises BitladderError in the library's words if it refuses the file or the request.
+    Parameters:
+        path: the file, or its first shard.
+        request: the parameters.
+
+    Raises:
+        BitladderError: the library refuses the file or the request; the message has its words.
     """
     params, _keep = _params(request)
     with log.tapped() as pieces:
-        # The output name is not used in a dry run, but must differ from the input's.
+        # A dry run does not use the path of the output, but it must differ from that of the input.
         status = llama.llama_model_quantize(os.fsencode(path), os.fsencode(path) + b".dry", ctypes.byref(params))
     text = "".join(pieces)
     if status != 0:
         raise BitladderError(f"the library cannot quantize {os.fspath(path)}: {_failure(text)}")
     types = {name: type_by_name(new or old) for name, old, new in _TENSOR.findall(text)}
-    misfits = {name: type_by_name(wanted) for name, wanted in _MISFIT.findall(text)}
+    misfits = {name: type_by_name(planned) for name, planned in _MISFIT.findall(text)}
     return PresetTypes(types, misfits, "will require an imatrix" in text)
 
 
 def pattern_error(path: str | os.PathLike[str], patterns: Sequence[str]) -> str | None:
-    """What the library's regular expressions (std::regex) find wrong with one of the patterns, or None.
+    """The error of the library's regular expressions (std::regex) in one of the patterns, or None.
 
-    They are compiled but matched with nothing: only copying is asked for. `path` is a model that it can open.
+    The library compiles the patterns and matches them with nothing, because it only copies.
+
+    Parameters:
+        path: a model that the library can open.
+        patterns: the patterns.
     """
     overrides = tuple((pattern, type_by_name("q8_0")) for pattern in patterns)
     try:
@@ -141,12 +162,12 @@ def pattern_error(path: str | os.PathLike[str], patterns: Sequence[str]) -> str 
 
 
 def _failure(text: str) -> str:
-    found = _FAILURE.search(text)
-    return found[1].strip() if found else "it says no more"
+    match = _FAILURE.search(text)
+    return match[1].strip() if match else "no reason given"
 
 
 def _params(request: Request) -> tuple[Any, list[Any]]:
-    """The structure, and what has to stay alive as long as it."""
+    """The structure, and objects that must live as long as it."""
     params = llama.llama_model_quantize_default_params()
     params.ftype = preset_number(request.preset)
     params.dry_run, params.nthread = True, 1
@@ -158,12 +179,12 @@ def _params(request: Request) -> tuple[Any, list[Any]]:
         params.token_embedding_type = request.token_embedding_type.id
     keep: list[Any] = []
     if request.imatrix:
-        # Only its presence matters in a dry run.
-        one = (ctypes.c_float * 1)(1.0)
+        # A dry run reads only whether there is one.
+        values = (ctypes.c_float * 1)(1.0)
         data = (llama.llama_model_imatrix_data * 2)()
-        data[0].name, data[0].data, data[0].size = b"any", one, 1
+        data[0].name, data[0].data, data[0].size = b"any", values, 1
         params.imatrix = data
-        keep += [one, data]
+        keep += [values, data]
     if request.overrides:
         overrides = (llama.llama_model_tensor_override * (len(request.overrides) + 1))()
         for slot, (pattern, kind) in zip(overrides, request.overrides, strict=False):
@@ -181,7 +202,7 @@ def _params(request: Request) -> tuple[Any, list[Any]]:
 
 
 def _kv(values: Mapping[str, int | float | bool | str]) -> Any:
-    """An array of llama_model_kv_override, closed by one without a key."""
+    """An array of llama_model_kv_override. The last entry has no key."""
     array = (llama.llama_model_kv_override * (len(values) + 1))()
     for slot, (key, value) in zip(array, values.items(), strict=False):
         slot.key = key.encode()

@@ -1,4 +1,4 @@
-"""Tensor types as the library knows them, and its kernels that quantize and dequantize rows, in threads."""
+"""The library's tensor types, and its kernels that quantize and dequantize rows, in threads."""
 
 import dataclasses
 import functools
@@ -17,7 +17,15 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclasses.dataclass(frozen=True)
 class TensorType:
-    """A ggml type: `block` weights are stored in `block_bytes` bytes."""
+    """A ggml type.
+
+    Parameters:
+        id: its number (ggml_type).
+        name: its name, such as "q4_K".
+        block: weights of a block.
+        block_bytes: bytes of a block.
+        quantized: whether it is a quantized type.
+    """
 
     id: int
     name: str
@@ -39,19 +47,19 @@ class TensorType:
 
 @functools.cache
 def all_types() -> dict[int, TensorType]:
-    """Every type the loaded library knows, by number."""
-    found = {}
+    """All types of the library by number."""
+    types = {}
     for number in range(GGML_TYPE_COUNT):
         traits = ggml.ggml_get_type_traits(number).contents
         if traits.type_name and traits.blck_size > 0 and traits.type_size > 0:
             name = traits.type_name.decode()
-            found[number] = TensorType(number, name, traits.blck_size, traits.type_size, traits.is_quantized)
-    return found
+            types[number] = TensorType(number, name, traits.blck_size, traits.type_size, traits.is_quantized)
+    return types
 
 
 @functools.cache
 def type_by_name(name: str) -> TensorType:
-    """The type of that name, in any case ("q4_K", "Q4_K"). Raises BitladderError that lists the names."""
+    """The type of a name in any case ("q4_K", "Q4_K"). Raises BitladderError that lists the names."""
     for candidate in all_types().values():
         if candidate.name.lower() == name.lower():
             return candidate
@@ -60,17 +68,17 @@ def type_by_name(name: str) -> TensorType:
 
 
 def threads_available() -> int:
-    """CPUs that this process may use."""
+    """The number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class RowKernels:
-    """The library's row kernels run by a pool of threads. The calls leave Python's lock, so threads really help.
+    """The library's row kernels, run by a pool of threads. The kernels release Python's lock.
 
-    Rows are independent of each other in every type, so the bytes do not depend on how they are shared out.
+    Rows are independent in every type, so bytes do not depend on the number of threads.
     """
 
-    # Large enough that a call's overhead vanishes, small enough that threads finish together.
+    # Large enough that the overhead of a call is small, small enough that threads finish together.
     WEIGHTS_PER_CALL = 1 << 17
 
     def __init__(self, threads: int | None = None) -> None:
@@ -78,7 +86,7 @@ class RowKernels:
         self._pool = ThreadPoolExecutor(self.threads)
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stops the threads."""
         self._pool.shutdown()
 
     def _spans(self, rows: int, width: int) -> list[tuple[int, int]]:
@@ -86,11 +94,18 @@ class RowKernels:
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def quantize(self, weights: Floats, kind: TensorType, importance: Floats | None = None) -> Bytes:
-        """Quantize rows.
+        """Quantizes rows.
 
-        Parameters: weights float32 [rows, width]; importance float32 [width] or None (unweighted), as the library's
-        kernels take it (mean squared input per column). Returns uint8 [rows, row bytes]. Raises BitladderError if the
-        width does not fit, if the type cannot do without importance, or if the result is not finite.
+        Parameters:
+            weights: float32, shape [rows, width].
+            kind: the type.
+            importance: mean squared input of each column, float32, shape [width]; None weights all columns alike.
+
+        Returns:
+            uint8, shape [rows, row bytes].
+
+        Raises:
+            BitladderError: the width does not fit, the type needs importance, or the result is not finite.
         """
         width = weights.shape[1]
         out = np.empty((len(weights), kind.row_bytes(width)), np.uint8)
@@ -103,7 +118,7 @@ class RowKernels:
         return out
 
     def dequantize(self, data: Bytes, kind: TensorType, width: int) -> Floats:
-        """Expand rows: uint8 [rows, row bytes] (or flat) to float32 [rows, width]."""
+        """Expands rows: uint8, shape [rows, row bytes] or flat, to float32, shape [rows, width]."""
         row_bytes = kind.row_bytes(width)
         data = np.ascontiguousarray(data).reshape(-1, row_bytes)
         rows = len(data)
@@ -120,9 +135,15 @@ class RowKernels:
 
 
 def dequantize_into(data: Bytes, kind: TensorType, out: Floats) -> None:
-    """Expand rows in the calling thread: uint8 [rows, row bytes] to `out`, float32 [rows, width], both contiguous.
+    """Expands rows in the calling thread.
 
-    Raises BitladderError if the library cannot expand the type.
+    Parameters:
+        data: uint8, shape [rows, row bytes], contiguous.
+        kind: the type.
+        out: the result, float32, shape [rows, width], contiguous.
+
+    Raises:
+        BitladderError: the library cannot expand the type.
     """
     fits = data.nbytes == kind.row_bytes(out.shape[1]) * len(out)
     if not (fits and data.flags.c_contiguous and out.flags.c_contiguous):
@@ -137,7 +158,7 @@ def dequantize_into(data: Bytes, kind: TensorType, out: Floats) -> None:
 
 
 def quantize_rows(weights: Floats, kind: TensorType, importance: Floats | None = None) -> Bytes:
-    """Quantize rows in the calling thread; see RowKernels.quantize."""
+    """Quantizes rows in the calling thread; see `RowKernels.quantize`."""
     rows, width = weights.shape
     out = np.empty((rows, kind.row_bytes(width)), np.uint8)
     if importance is None and ggml.ggml_quantize_requires_imatrix(kind.id):
@@ -149,7 +170,7 @@ def quantize_rows(weights: Floats, kind: TensorType, importance: Floats | None =
         if importance.shape != (width,):
             raise BitladderError(f"importance has {importance.size} entries for rows of {width} weights")
         pointer = importance.ctypes.data
-    # Prepares the type's tables on first use, under a lock of its own.
+    # This prepares the tables of the type on first use, under a lock of its own.
     ggml.ggml_quantize_init(kind.id)
     size = ggml.ggml_quantize_chunk(kind.id, weights.ctypes.data, out.ctypes.data, 0, rows, width, pointer)
     if size != out.size or not ggml.ggml_validate_row_data(kind.id, out.ctypes.data, size):

@@ -31,10 +31,10 @@ class Weights:
             raise BitladderError("weights can only be replaced in a model loaded with mmap=False, repack=False")
         self._model = model  # the handles are valid as long as the model
         self._kernels = RowKernels()
-        addresses = _WeightAddresses()
-        with Context(model, Decoding(n_ctx=32), callback=addresses) as context:
+        noting = _WeightAddresses()
+        with Context(model, Decoding(n_ctx=32), callback=noting) as context:
             context.decode([max(model.bos, 0)], [0], [0], [True])
-        self._handles = addresses.found
+        self._handles = noting.addresses
 
     def names(self) -> list[str]:
         """The weights that the graph uses, sorted."""
@@ -72,14 +72,14 @@ class _WeightAddresses(GraphCallback):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, int] = {}
+        self.addresses: dict[str, int] = {}
 
     def call(self, address: int, ask: bool) -> bool:
         for pointer in tuple(Tensor.from_address(address).src)[:3]:
             if pointer:
                 source = Tensor.from_address(pointer)
                 if source.op == 0 and source.name.endswith((b".weight", b".bias")):
-                    self.found.setdefault(weight_name(source.name), pointer)
+                    self.addresses.setdefault(weight_name(source.name), pointer)
         return not ask
 
 

@@ -8,9 +8,10 @@ import numpy.typing as npt
 
 from bitladder.engine.blas import single_threaded
 from bitladder.engine.context import Context
-from bitladder.evaluate.decode_chunks import Chunks, decode
+from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.logit_rows import PIECE, Workers, check_finite, score_rows
 from bitladder.progress import SILENT, Progress
+from bitladder.text import Chunks
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

@@ -17,7 +17,6 @@ from bitladder.evaluate.base.cache import check_fits, load_or_compute_base, open
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import is_logits_file, write_logits_file
-from bitladder.evaluate.decode_chunks import cut
 from bitladder.evaluate.divergence import compare_with_base, token_nll
 from bitladder.evaluate.figures import divergence_figures, perplexity
 from bitladder.evaluate.identity import Identity, check_vocabularies, identify, unlike
@@ -26,6 +25,7 @@ from bitladder.evaluate.scores import BaseModelName, NamedFile, Scores
 from bitladder.evaluate.settings import Settings
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
+from bitladder.text import text_chunks
 from bitladder.text.texts import Text
 
 MEASURE = Algorithm(
@@ -129,7 +129,10 @@ def measure(
             progress.warn(
                 f"{identity.name} was trained on {loaded.n_ctx_train} tokens of context, not {settings.n_ctx}"
             )
-        chunks = base.chunks.head(settings.limit(len(base.chunks))) if base else cut(loaded, _needed(text), settings)
+        if base:
+            chunks = base.chunks.head(settings.limit(len(base.chunks)))
+        else:
+            chunks = text_chunks(loaded, _needed(text), settings.n_ctx, chunks=settings.chunks)
         context = stack.enter_context(settings.context(loaded))
         workers = stack.enter_context(Workers(settings.threads))
         if base is None:

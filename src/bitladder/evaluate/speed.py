@@ -25,7 +25,7 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate.identity import parts
 from bitladder.evaluate.speed_tests import SpeedOptions, SpeedRow, SpeedTest
 from bitladder.keys import Algorithm
-from bitladder.progress import SILENT, Progress, Task
+from bitladder.progress import SILENT, Bar, Progress
 
 BENCH = Algorithm("bench", ("llama-bench's tests; models take turns, repetition by repetition",))
 
@@ -95,7 +95,7 @@ class _Series:
     options: SpeedOptions
     threads: int
     pool: ThreadPool
-    task: Task
+    task: Bar
     rows: dict[tuple[pathlib.Path, SpeedTest], SpeedRow] = dataclasses.field(default_factory=dict)
     failed: dict[pathlib.Path, str] = dataclasses.field(default_factory=dict)
 

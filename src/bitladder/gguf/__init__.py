@@ -1,6 +1,68 @@
-"""GGUF files: read, checked, and streamed out.
+"""GGUF files: read, checked, and streamed out; and the names of tensors.
 
 The `gguf` package decodes every token of the vocabulary into Python objects, and its writer encodes them again. A
-quantizer passes metadata through untouched, so here a value stays the bytes it is until somebody asks for it: opening
-a file with 50,000 tokens takes milliseconds, and what is copied cannot change.
+quantizer passes metadata on as they are, so here a value stays bytes until it is asked for. A file with 50,000 tokens
+opens in milliseconds, and a copied value cannot change.
 """
+
+from bitladder.gguf.header import DEFAULT_ALIGNMENT, TensorInfo
+from bitladder.gguf.names import (
+    around_block,
+    block_of,
+    block_prefix,
+    imatrix_order,
+    imatrix_place,
+    in_main_block,
+    in_previous_block,
+    kind_of,
+    name_in_block,
+    one_line,
+    ranges,
+    reading_order,
+)
+from bitladder.gguf.reader import GgufFile, refuse_other_model, refuse_other_vectors
+from bitladder.gguf.shards import joined_sha256, plain_path, shard_path, shards_of, stem
+from bitladder.gguf.split_writer import group_as, group_by_size, output_paths, split_sizes, writing
+from bitladder.gguf.values import Value, i32, scalar, string, strings, u16, u32
+from bitladder.gguf.writer import GgufWriter, TensorPlan, file_size, padded
+
+__all__ = [
+    "DEFAULT_ALIGNMENT",
+    "GgufFile",
+    "GgufWriter",
+    "TensorInfo",
+    "TensorPlan",
+    "Value",
+    "around_block",
+    "block_of",
+    "block_prefix",
+    "file_size",
+    "group_as",
+    "group_by_size",
+    "i32",
+    "imatrix_order",
+    "imatrix_place",
+    "in_main_block",
+    "in_previous_block",
+    "joined_sha256",
+    "kind_of",
+    "name_in_block",
+    "one_line",
+    "output_paths",
+    "padded",
+    "plain_path",
+    "ranges",
+    "reading_order",
+    "refuse_other_model",
+    "refuse_other_vectors",
+    "scalar",
+    "shard_path",
+    "shards_of",
+    "split_sizes",
+    "stem",
+    "string",
+    "strings",
+    "u16",
+    "u32",
+    "writing",
+]

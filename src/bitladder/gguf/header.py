@@ -1,8 +1,8 @@
-"""The header of one GGUF file: parsed, and every claim of it checked against the file.
+"""The header of one GGUF file: parsed, and checked against the file.
 
-The checks are those of llama.cpp (ggml/src/gguf.cpp, and its loader for the end of the file), so that what is read
-here loads there. Sizes are checked before anything of that size is touched: no header can make reading it slow or
-large. Beyond llama.cpp, names that are not UTF-8, tensors without elements and absurdly long lists are refused.
+The checks are those of llama.cpp (ggml/src/gguf.cpp, and its loader for the end of the file), so that a file which is
+read here loads there. A size is checked before memory of that size is touched, so that no header makes reading slow or
+large. Names that are not UTF-8, tensors without elements and absurdly long lists are refused too.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ SIZES = {kind: struct.calcsize("<" + code) for kind, code in SCALARS.items()}
 MAX_KEY = 0xFFFF  # bytes of a metadata key, by the format's definition
 MAX_NAME = 63  # bytes of a tensor's name: GGML_MAX_NAME without its final zero
 MAX_STRING = 1 << 30  # bytes of a string: GGUF_MAX_STRING_LENGTH in gguf.cpp
-# Elements of an array, bytes of a value. gguf.cpp takes 2^30 elements; no vocabulary comes near these, and they keep a
-# lie of a header cheap.
+# Elements of an array, bytes of a value. gguf.cpp allows 2^30 elements. No vocabulary comes near these limits, and they
+# keep the work small that a false header can cause.
 MAX_COUNT, MAX_VALUE = 1 << 24, 1 << 31
 MAX_DIMENSIONS = 4
 DEFAULT_ALIGNMENT = 32
@@ -34,13 +34,21 @@ _DAMAGED = "it is truncated or damaged; fetch it again"
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a file. `shape` is in GGUF order: shape[0] is the row width (n_in)."""
+    """A tensor of a file.
+
+    Parameters:
+        name: its name.
+        shape: its shape in GGUF order, row width (n_in) first.
+        type: its type.
+        offset: bytes from the start of the data section.
+        part: index of its file in `GgufFile.parts`.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: TensorType
-    offset: int  # from the start of the data section
-    part: int = 0  # which of GgufFile.parts holds it
+    offset: int
+    part: int = 0
 
     @property
     def width(self) -> int:
@@ -49,12 +57,12 @@ class TensorInfo:
 
     @property
     def rows(self) -> int:
-        """Rows over all matrices (experts)."""
+        """Rows of all matrices (experts)."""
         return math.prod(self.shape[1:])
 
     @property
     def rows_per_matrix(self) -> int:
-        """Rows of one matrix; a tensor of experts has several."""
+        """Rows of one matrix; a tensor of experts has several matrices."""
         return self.shape[1] if len(self.shape) > 1 else 1
 
     @property
@@ -69,8 +77,17 @@ class TensorInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class Header:
-    """What one file says of itself; `size` is the file's, `data_start` where its tensors begin, both in bytes."""
+class GgufHeader:
+    """The header of one file.
+
+    Parameters:
+        path: the file.
+        size: bytes of the file.
+        metadata: values by key.
+        tensors: tensors by name.
+        alignment: bytes to a multiple of which each tensor is padded.
+        data_start: the byte at which tensors begin.
+    """
 
     path: pathlib.Path
     size: int
@@ -80,7 +97,7 @@ class Header:
     data_start: int
 
     def number(self, key: str, kind: int, default: int | None = None) -> int:
-        """A metadata value that must be of that GGUF type. Raises BitladderError if it is not, or not there."""
+        """A metadata value of the GGUF type `kind`. Raises BitladderError if it is missing or has another type."""
         value = self.metadata.get(key)
         if value is None and default is not None:
             return default
@@ -91,9 +108,9 @@ class Header:
 
 
 def open_regular(path: pathlib.Path) -> BinaryIO:
-    """Open a file for reading. Raises BitladderError if it cannot be, or is a directory, a pipe or a device."""
+    """Opens a file for reading. Raises BitladderError if that fails, or for a directory, a pipe or a device."""
     try:
-        # Asked first, because opening a pipe waits for a writer.
+        # This check comes first, because opening a pipe waits for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             what = "a directory" if path.is_dir() else "not a regular file"
             raise BitladderError(f"cannot open {path}: it is {what}; name a GGUF file")
@@ -102,10 +119,16 @@ def open_regular(path: pathlib.Path) -> BinaryIO:
         raise BitladderError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def read_header(stream: BinaryIO, path: pathlib.Path, part: int = 0) -> Header:
-    """Parse and check the header of an open file; `part` is its place among the shards of a model.
+def read_header(stream: BinaryIO, path: pathlib.Path, part: int = 0) -> GgufHeader:
+    """Parses and checks the header of an open file.
 
-    Raises BitladderError that names the file, and the key or tensor, for whatever is wrong with it.
+    Parameters:
+        stream: the open file.
+        path: its path, for errors.
+        part: its place among the shards of a model.
+
+    Raises:
+        BitladderError: the header is wrong; the message names the file, and the key or tensor.
     """
     size = os.fstat(stream.fileno()).st_size
     start = stream.read(24)
@@ -123,11 +146,11 @@ def read_header(stream: BinaryIO, path: pathlib.Path, part: int = 0) -> Header:
 
 
 def shown(name: str) -> str:
-    """A name from a file as it may stand in a message: one line, and not too long."""
+    """A name from a file for a message: on one line, and not too long."""
     return name if name.isprintable() and len(name) <= 2 * MAX_NAME else repr(name[:MAX_NAME])
 
 
-def _parse(cursor: "_Cursor", part: int) -> Header:
+def _parse(cursor: "_Cursor", part: int) -> GgufHeader:
     path, size = cursor.path, len(cursor.data)
     version, tensor_count, value_count = cursor.unpack("<4xIQQ", "the header")
     if version and version & 0xFFFF == 0:
@@ -159,7 +182,7 @@ def _parse(cursor: "_Cursor", part: int) -> Header:
         end = data_start + tensor.offset + tensor.nbytes
         if end > size:
             cursor.fail(f"tensor {shown(tensor.name)} ends at byte {end}, but the file has {size}")
-    return Header(path, size, metadata, tensors, alignment, data_start)
+    return GgufHeader(path, size, metadata, tensors, alignment, data_start)
 
 
 def _alignment(path: pathlib.Path, value: Value | None) -> int:
@@ -194,7 +217,7 @@ def _tensor(cursor: "_Cursor", part: int) -> TensorInfo:
 
 
 class _Cursor:
-    """Reads forward through the header; running off the end is an error that says what was being read."""
+    """Reads forward through the header. At the end of the file it raises an error that names the part being read."""
 
     def __init__(self, path: pathlib.Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position = path, data, 0
@@ -257,7 +280,7 @@ class _Cursor:
             self.fail(f"the file ends inside {what}")
 
     def _skip_strings(self, count: int, what: str) -> None:
-        # The one loop that runs a hundred thousand times: locals, and no check but the one that reading makes itself.
+        # This loop runs a hundred thousand times: it uses local names, and unpacking checks the end of the file.
         read, data, position = struct.Struct("<Q").unpack_from, self.data, self.position
         try:
             for _ in range(count):

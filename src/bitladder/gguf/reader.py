@@ -1,7 +1,6 @@
 """Opening a GGUF model: metadata, tensors, and rows of weights on request.
 
-Nothing but headers is read when the file is opened. The shards of a split model are opened together and look like one
-file.
+Only headers are read when the file is opened. The shards of a split model are opened together and look like one file.
 """
 
 import contextlib
@@ -14,19 +13,25 @@ import numpy.typing as npt
 
 from bitladder.closing import Closing
 from bitladder.errors import BitladderError
-from bitladder.gguf.header import Header, TensorInfo, open_regular, read_header
+from bitladder.gguf.header import GgufHeader, TensorInfo, open_regular, read_header
 from bitladder.gguf.shards import join, rest_of
-
-__all__ = ["GgufFile", "TensorInfo"]
 
 
 class GgufFile(Closing):
-    """An open GGUF file, or all shards of a split model if it is the first of them.
+    """An open GGUF file, or all shards of a split model.
 
-    `metadata` maps keys to Values in file order (of a split model: the first shard's), `tensors` names to TensorInfo
-    in file order, through all shards. `parts` are the files, `size` their bytes; `path` and `data_start` (the byte
-    where tensors begin) are of the first. Raises BitladderError that names the file, and the key or tensor, for
-    whatever is wrong with it, and the shard that is missing.
+    Parameters:
+        path: the file, or the first shard.
+
+    Attributes:
+        metadata: values by key, in file order; of a split model, those of the first shard.
+        tensors: tensors by name, in file order, of all shards.
+        parts: the files.
+        size: bytes of all files.
+        data_start: the byte of the first file at which its tensors begin.
+
+    Raises:
+        BitladderError: the file is damaged, or a shard is missing; the message names the file, and the key or tensor.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -43,13 +48,13 @@ class GgufFile(Closing):
         self.data_start = headers[0].data_start
         self._data_starts = [header.data_start for header in headers]
 
-    def _open(self, path: pathlib.Path, opened: contextlib.ExitStack) -> Header:
+    def _open(self, path: pathlib.Path, opened: contextlib.ExitStack) -> GgufHeader:
         stream = opened.enter_context(open_regular(path))
         self._streams.append(stream)
         return read_header(stream, path, part=len(self._streams) - 1)
 
     def close(self) -> None:
-        """Close the files."""
+        """Closes the files."""
         self._opened.close()
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -69,11 +74,23 @@ class GgufFile(Closing):
 
     @property
     def bpw(self) -> float:
-        """Bits per weight over all weights, tensor bytes only (as llama-quantize states it); 0 without tensors."""
+        """Bits per weight over all weights, of tensor bytes, as llama-quantize states it; 0 without tensors."""
         return 8 * self.tensor_bytes / max(1, sum(tensor.elements for tensor in self.tensors.values()))
 
     def read(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """Rows start…stop of a tensor as stored: uint8 [rows, row bytes], a fresh array. Threads may call at once."""
+        """Reads rows of a tensor as they are stored. Several threads may read at once.
+
+        Parameters:
+            tensor: one of `tensors`.
+            start: the first row.
+            stop: the row behind the last; None reads to the end.
+
+        Returns:
+            uint8, shape [rows, row bytes], a new array.
+
+        Raises:
+            BitladderError: the file cannot be read, or ends inside the tensor.
+        """
         stop = tensor.rows if stop is None else stop
         row = tensor.type.row_bytes(tensor.width)
         out = np.empty((stop - start, row), np.uint8)
@@ -87,3 +104,32 @@ class GgufFile(Closing):
                 raise BitladderError(f"{self.parts[tensor.part]}: the file ends inside tensor {tensor.name}")
             view, position = view[count:], position + count
         return out
+
+
+def refuse_other_model(quant: GgufFile, original: GgufFile) -> None:
+    """Raises BitladderError if a tensor of `quant` is not in `original` in the same shape."""
+    for name, tensor in quant.tensors.items():
+        other = original.tensors.get(name)
+        if other is None or other.shape != tensor.shape:
+            raise BitladderError(
+                f"{quant.path} was not made from {original.path}: {name} is "
+                f"{'not in it' if other is None else f'{list(other.shape)} there and {list(tensor.shape)} here'}"
+            )
+
+
+def refuse_other_vectors(quant: GgufFile, original: GgufFile) -> None:
+    """Raises BitladderError if a norm or bias of `quant` differs from the original's in any bit.
+
+    Quantizing does not change them. So this finds a model of the same shapes that was fine-tuned or smoothed.
+    """
+    for name, tensor in quant.tensors.items():
+        other = original.tensors[name]
+        if (
+            len(tensor.shape) == 1
+            and tensor.type == other.type
+            and not np.array_equal(quant.read(tensor), original.read(other))
+        ):
+            raise BitladderError(
+                f"{quant.path} was not made from {original.path}, but from a model of the same shapes: {name} has "
+                "other values. Name the file that it was made from (the smoothed one, if it was)"
+            )

@@ -1,4 +1,4 @@
-"""The shards of a split model: their names, and whether they belong together.
+"""The shards of a split model: their names, and the check that they belong together.
 
 Names and keys are llama.cpp's (llama_split_path in src/llama.cpp, tools/gguf-split): shard 2 of 3 of NAME.gguf is
 NAME-00002-of-00003.gguf; `split.no` counts from zero; the first shard carries the metadata.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_bytes
-from bitladder.gguf.header import Header, TensorInfo, shown
+from bitladder.gguf.header import GgufHeader, TensorInfo, shown
 from bitladder.gguf.values import I32, U16
 
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -20,37 +20,37 @@ _NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", 
 
 
 def shard_path(out: pathlib.Path, number: int, count: int) -> pathlib.Path:
-    """The name of shard `number` (from 1) of `count`; `out` is NAME.gguf, NAME, or the name of any shard."""
+    """The path of shard `number` (from 1) of `count`. `out` is NAME.gguf, NAME, or the path of any shard."""
     return out.with_name(f"{stem(out)}-{number:05d}-of-{count:05d}.gguf")
 
 
 def stem(path: pathlib.Path) -> str:
-    """A model file's name without folder, ".gguf" and what a shard's name has in front of it."""
-    found = _NAME.fullmatch(path.name)
-    return found["stem"] if found else path.name.removesuffix(".gguf")
+    """The name of a model file without folder, ".gguf" and the number of a shard."""
+    match = _NAME.fullmatch(path.name)
+    return match["stem"] if match else path.name.removesuffix(".gguf")
 
 
 def plain_path(out: pathlib.Path) -> pathlib.Path:
-    """The name of a model that is not split: NAME.gguf for the name of a shard, any other name as it is."""
+    """The path of a model that is not split: NAME.gguf for the path of a shard; any other path is returned as it is."""
     return out.with_name(f"{stem(out)}.gguf") if _NAME.fullmatch(out.name) else out
 
 
 def shards_of(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
-    """The files of a model, by the name alone: itself, or all shards if it is named as the first of several."""
-    found = _NAME.fullmatch(path.name)
-    if not found or int(found["number"]) != 1:
+    """The files of a model by its name: the file itself, or all shards if it is named as the first of several."""
+    match = _NAME.fullmatch(path.name)
+    if not match or int(match["number"]) != 1:
         return (path,)
-    count = int(found["count"])
+    count = int(match["count"])
     return (path, *(shard_path(path, number, count) for number in range(2, count + 1)))
 
 
 def joined_sha256(hashes: Sequence[str]) -> str:
-    """The SHA-256 of a model from those of its files: that of the only one, or the hash of all in order."""
+    """The SHA-256 of a model from those of its files: the only one, or the SHA-256 of all, joined in order."""
     return hashes[0] if len(hashes) == 1 else sha256_bytes("".join(hashes).encode())
 
 
-def rest_of(first: Header) -> tuple[pathlib.Path, ...]:
-    """The other shards of the model that a file begins; none if it is not split.
+def rest_of(first: GgufHeader) -> tuple[pathlib.Path, ...]:
+    """The other shards of the model whose first shard has this header; none if the model is not split.
 
     Raises BitladderError if the file is not the first shard, if its name and its metadata disagree, or if a shard is
     missing.
@@ -60,8 +60,8 @@ def rest_of(first: Header) -> tuple[pathlib.Path, ...]:
     if count <= 1:
         if named and int(named["count"]) > 1:
             raise BitladderError(
-                f"{path} is named as shard {int(named['number'])} of {int(named['count'])}, but its metadata say "
-                "nothing of a split; give it a plain name, or fetch it again"
+                f"{path} is named as shard {int(named['number'])} of {int(named['count'])}, but its metadata have "
+                "no split; give it a plain name, or fetch it again"
             )
         return ()
     number = first.number(NUMBER, U16)
@@ -80,7 +80,7 @@ def rest_of(first: Header) -> tuple[pathlib.Path, ...]:
     return others
 
 
-def join(headers: Sequence[Header]) -> dict[str, TensorInfo]:
+def join(headers: Sequence[GgufHeader]) -> dict[str, TensorInfo]:
     """The tensors of all shards, in order. Raises BitladderError if the shards are not of one model."""
     first, tensors = headers[0], dict(headers[0].tensors)
     if len(headers) == 1:

@@ -1,6 +1,6 @@
-"""Writing a model in shards: which tensors go together, and a writer that leaves all shards or none.
+"""Writing a model in shards: the tensors of each shard, and a writer that leaves all shards or none.
 
-Grouping and keys are those of tools/gguf-split in llama.cpp, so that its --merge and its loader take what is written.
+Groups and keys are those of tools/gguf-split in llama.cpp, so that its --merge and its loader take the shards.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ Groups = Sequence[Sequence[TensorPlan]]  # the tensors of each shard; only the f
 
 
 def group_by_size(tensors: Sequence[TensorPlan], max_bytes: int) -> list[list[TensorPlan]]:
-    """Tensors in their order, each group as long as its tensors (padded, without header) fit into `max_bytes`.
+    """Tensors in their order, in groups whose padded bytes, without header, are at most `max_bytes`.
 
-    A tensor is never split; one that is larger than the limit has a shard of its own.
+    A tensor is never split. A tensor that is larger than the limit has a group of its own.
     """
     groups: list[list[TensorPlan]] = [[]]
     size = 0
@@ -40,10 +40,13 @@ def group_by_size(tensors: Sequence[TensorPlan], max_bytes: int) -> list[list[Te
 
 
 def group_as(tensors: Sequence[TensorPlan], source: Mapping[str, TensorInfo]) -> list[list[TensorPlan]]:
-    """Each tensor in the shard where `source` (GgufFile.tensors) has it, and in the order it has there (--keep-split).
+    """Tensors grouped and ordered as in the shards of a source (--keep-split).
 
-    Shards that lose all their tensors are left out, except the first, which carries the metadata. Raises KeyError for
-    a tensor that the source does not have.
+    A shard without tensors is left out, except the first, which carries the metadata.
+
+    Parameters:
+        tensors: the tensors to write. The source must have each of them.
+        source: `GgufFile.tensors` of the source.
     """
     place = {name: index for index, name in enumerate(source)}
     groups: dict[int, list[TensorPlan]] = {0: []}
@@ -58,7 +61,7 @@ def split_sizes(metadata: Mapping[str, Value], groups: Groups) -> list[int]:
 
 
 def output_paths(out: str | os.PathLike[str], groups: Groups) -> list[pathlib.Path]:
-    """The files that `writing` makes: `out` itself for one group, OUT-00001-of-0000N.gguf and so on for several.
+    """The files that `writing` makes: `out` for one group, OUT-00001-of-0000N.gguf and so on for several.
 
     An `out` that is named as a shard stands for the model: X-00001-of-00003.gguf for X.gguf. Raises BitladderError for
     more shards than the format can count.
@@ -72,11 +75,18 @@ def output_paths(out: str | os.PathLike[str], groups: Groups) -> list[pathlib.Pa
 
 @contextlib.contextmanager
 def writing(out: str | os.PathLike[str], metadata: Mapping[str, Value], groups: Groups) -> Iterator["SplitWriter"]:
-    """Write a model to `output_paths(out, groups)`: yields the writer that takes the groups' tensors in order.
+    """Yields a writer of a model, which takes the tensors of all groups in order.
 
-    The files get their names when all of them are complete, the first shard last; on any exception, Ctrl-C included,
-    none is left. Several files get the keys of a split, one file has none. Raises BitladderError if a file cannot be
-    written.
+    The files get their names when all are complete, the first shard last. After an exception, Ctrl-C included, none is
+    left. Several files have the keys of a split; a single file has none.
+
+    Parameters:
+        out: the file, or the model's name for several files (see `output_paths`).
+        metadata: values by key.
+        groups: the tensors of each file.
+
+    Raises:
+        BitladderError: a file cannot be written.
     """
     paths = output_paths(out, groups)
     with _replacing_all(paths) as temporaries:
@@ -88,7 +98,7 @@ def writing(out: str | os.PathLike[str], metadata: Mapping[str, Value], groups: 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """A file to be written: its name, the temporary one, and what goes into it."""
+    """A file to write: its path, its temporary path, and its content."""
 
     path: pathlib.Path
     temporary: pathlib.Path
@@ -97,14 +107,14 @@ class _File:
 
 
 class SplitWriter(Closing):
-    """Takes tensors' bytes in the announced order, as GgufWriter does, and goes from file to file. See `writing`."""
+    """Takes the bytes of tensors in the planned order, as GgufWriter does, and changes files. See `writing`."""
 
     def __init__(self, files: Sequence[_File]) -> None:
         self._waiting = list(files)[::-1]
         self._begin_next()
 
     def write(self, name: str, data: npt.NDArray[np.uint8]) -> None:
-        """Append bytes to tensor `name`, which must be the current or the next one."""
+        """Appends bytes to tensor `name`, which must be the current or the next one."""
         while self._writer.complete and self._waiting:
             self.close()
             self._begin_next()
@@ -112,13 +122,13 @@ class SplitWriter(Closing):
             self._writer.write(name, data)
 
     def finish(self) -> None:
-        """Check that every tensor was written in full."""
+        """Checks that every tensor is complete."""
         self._writer.finish()
         if self._waiting:
             raise BitladderError(f"internal: {self._waiting[-1].path.name} was not written")
 
     def close(self) -> None:
-        """Close the file at hand."""
+        """Closes the current file."""
         with _naming(self._path):
             self._stream.close()
 
@@ -141,22 +151,22 @@ def _metadata_of_each(metadata: Mapping[str, Value], groups: Groups) -> list[dic
 
 @contextlib.contextmanager
 def _replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]]:
-    """`files.replacing` for several files: all of them get their names, or those that were there before stay.
+    """`files.replacing` for several files: all of them get their names, or the files before them stay.
 
-    Files that are replaced are moved aside first, the first shard before the others. So whenever the process is
-    killed, no first shard stands before others that are not its own.
+    Files that are replaced are moved aside first, the first shard before the others. If the process is killed at any
+    moment, no first shard stands beside shards of another model.
     """
     if len(paths) == 1:
         with replacing(paths[0]) as temporary:
             yield [temporary]
         return
-    made: set[int] = set()
+    inodes: set[int] = set()
     aside: dict[pathlib.Path, pathlib.Path] = {}
     try:
         with contextlib.ExitStack() as stack:
-            # Left in the opposite order: the first shard, without which nobody takes the others for a model, is last.
+            # The stack closes in the opposite order: the first shard, which makes a model of the others, is last.
             temporaries = [stack.enter_context(replacing(path)) for path in paths]
-            made |= {temporary.stat().st_ino for temporary in temporaries}
+            inodes |= {temporary.stat().st_ino for temporary in temporaries}
             yield temporaries
             for path in filter(pathlib.Path.exists, paths):
                 with _naming(path):
@@ -164,10 +174,10 @@ def _replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]
                     aside[kept] = kept.rename(kept.with_name(f".{kept.name}.old.tmp"))
     except BaseException:
         for path in paths:
-            if path.exists() and path.stat().st_ino in made:
+            if path.exists() and path.stat().st_ino in inodes:
                 path.resolve().unlink()
         for kept, moved in reversed(aside.items()):
-            with _naming(kept, f"; what was there is {moved.name} now"):
+            with _naming(kept, f"; the file before it is {moved.name} now"):
                 moved.replace(kept)
         raise
     for moved in aside.values():
@@ -177,7 +187,7 @@ def _replacing_all(paths: Sequence[pathlib.Path]) -> Iterator[list[pathlib.Path]
 
 @contextlib.contextmanager
 def _naming(path: pathlib.Path, more: str = "") -> Iterator[None]:
-    """Say which file could not be written: `replacing` would name the last shard for all of them."""
+    """Names the file that could not be written: `replacing` would name the last shard for all of them."""
     try:
         yield
     except OSError as error:

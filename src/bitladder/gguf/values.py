@@ -13,7 +13,12 @@ SCALARS = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", B
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """One value: `kind` is the GGUF type number, `raw` the little-endian bytes that follow it in a file."""
+    """A metadata value.
+
+    Parameters:
+        kind: GGUF type number.
+        raw: the little-endian bytes that follow the number in a file.
+    """
 
     kind: int
     raw: bytes
@@ -40,7 +45,7 @@ def _array(raw: bytes) -> list[Any]:
 
 
 def scalar(kind: int, value: float | bool) -> Value:
-    """A number or boolean of the given GGUF type."""
+    """A number or boolean of a GGUF type."""
     return Value(kind, struct.pack("<" + SCALARS[kind], value))
 
 

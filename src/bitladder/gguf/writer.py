@@ -1,4 +1,4 @@
-"""Streaming a GGUF file out: all sizes are known beforehand, so the header comes first and tensors follow in order."""
+"""Streaming a GGUF file out: the header first, since all sizes are known, then tensors in order."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from bitladder.gguf.values import Value, string
 
 @dataclasses.dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to be written: `shape` in GGUF order."""
+    """A tensor to write: its name, its shape in GGUF order, and its type."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class TensorPlan:
 
 
 def header(metadata: Mapping[str, Value], tensors: Sequence[TensorPlan]) -> bytes:
-    """The bytes up to the data section, for tensors that follow each other at 32-byte boundaries."""
+    """The bytes before the data section, for tensors that follow one another at 32-byte boundaries."""
     parts = [struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
         parts += [string(key).raw, struct.pack("<I", value.kind), value.raw]
@@ -50,16 +50,16 @@ def padded(size: int) -> int:
 
 
 def file_size(metadata: Mapping[str, Value], tensors: Sequence[TensorPlan]) -> int:
-    """Exact size in bytes of the file that GgufWriter will write."""
+    """Bytes of the file that GgufWriter writes."""
     return len(header(metadata, tensors)) + sum(padded(tensor.nbytes) for tensor in tensors)
 
 
 class GgufWriter:
-    """Writes the header at once, then takes the tensors' bytes in the announced order, in pieces of any size."""
+    """Writes the header at once, then takes the bytes of the tensors in the planned order, in pieces of any size."""
 
     def __init__(self, stream: BinaryIO, metadata: Mapping[str, Value], tensors: Sequence[TensorPlan]) -> None:
         if "general.alignment" in metadata:
-            raise ValueError("files of ours have the default alignment")
+            raise ValueError("the writer has the default alignment only")
         self._stream = stream
         self._waiting = list(tensors)[::-1]
         self._left = 0
@@ -67,11 +67,11 @@ class GgufWriter:
 
     @property
     def complete(self) -> bool:
-        """Whether every announced tensor was written in full."""
+        """Whether every tensor is complete."""
         return not self._waiting
 
     def write(self, name: str, data: npt.NDArray[np.uint8]) -> None:
-        """Append bytes to tensor `name`, which must be the current or the next one."""
+        """Appends bytes to tensor `name`, which must be the current or the next one."""
         if not self._left:
             if not self._waiting or self._waiting[-1].name != name:
                 raise ValueError(f"tensor {name} is out of turn")
@@ -85,6 +85,6 @@ class GgufWriter:
             self._stream.write(bytes(padded(size) - size))
 
     def finish(self) -> None:
-        """Check that every tensor was written in full."""
+        """Checks that every tensor is complete."""
         if not self.complete:
             raise BitladderError(f"internal: tensor {self._waiting[-1].name} was not written")

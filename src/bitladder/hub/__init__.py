@@ -1,6 +1,18 @@
-"""The Hugging Face hub: which file of a repository a name means, fetching it, and uploading files."""
+"""The Hugging Face hub: which file of a repository a name means, fetching files, and uploading them."""
 
-from bitladder.hub.download import Fetched, HubName, fetch, parse
-from bitladder.hub.transfer import upload
+from bitladder.hub.names import PRESET, HubName, parse, pick, shards, side_word
+from bitladder.hub.transfer import Fetched, fetch, fetch_checkpoint, hub_id, upload
 
-__all__ = ["Fetched", "HubName", "fetch", "parse", "upload"]
+__all__ = [
+    "PRESET",
+    "Fetched",
+    "HubName",
+    "fetch",
+    "fetch_checkpoint",
+    "hub_id",
+    "parse",
+    "pick",
+    "shards",
+    "side_word",
+    "upload",
+]

@@ -1,25 +1,118 @@
-"""Uploading files of a directory to a repository of the hub."""
+"""Files from the hub and to it, by huggingface_hub: GGUF files, checkpoints, and uploads.
 
+huggingface_hub is imported in the functions that use it: the import takes a while, and local files do not need it.
+"""
+
+import dataclasses
 import glob
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from bitladder.errors import BitladderError
-from bitladder.hub.download import reason
+from bitladder.errors import BitladderError, UsageError
+from bitladder.hub.names import FORMS, HubName, is_model, is_repository, parse, pick, shards
+
+# Of a checkpoint are fetched: weights, configuration, tokenizer and model card.
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
+OTHER_FILES = ["original/*", "onnx/*", "consolidated*", "*/*.safetensors"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    """A GGUF file on this machine.
+
+    Parameters:
+        path: the file, the first of its shards if it is split.
+        source: where it is from on the hub, "OWNER/REPO" or "OWNER/REPO/FOLDER"; None for a local file.
+        revision: the commit on the hub; None for a local file.
+    """
+
+    path: pathlib.Path
+    source: str | None = None
+    revision: str | None = None
+
+
+def fetch(spec: str, option: str = "") -> Fetched:
+    """Fetches the GGUF file that `spec` names: a path, or a hub id as `parse` takes it.
+
+    A file of the hub goes into huggingface_hub's cache. Where the hub cannot be reached, the files of the repository in
+    the cache are used.
+
+    Parameters:
+        spec: the path or hub id.
+        option: the option that names the file, for error messages.
+
+    Raises:
+        UsageError: `spec` is neither a file nor a hub id.
+        BitladderError: the hub does not give the file, or has no such file.
+    """
+    named = f"{option} {spec}".lstrip()
+    path = pathlib.Path(spec)
+    if path.is_file():
+        return Fetched(path)
+    name = parse(spec)
+    if name is None or path.is_dir():
+        kind = "a directory" if path.is_dir() else "no file here, and no hub id"
+        raise UsageError(f"{named}: {kind}; name a GGUF file, or {FORMS}")
+    try:
+        return _download(name, named)
+    except BitladderError:
+        raise
+    except Exception as error:  # of the network or the hub: there is no common base class
+        raise BitladderError(f"{named}: no such file here, and the hub does not give it: {reason(error)}") from error
+
+
+def fetch_checkpoint(model: str | pathlib.Path) -> pathlib.Path:
+    """The directory of a checkpoint: `model` itself, or the snapshot of a hub repository in huggingface_hub's cache.
+
+    Raises BitladderError if `model` is a file, neither a directory nor a hub id, or cannot be fetched.
+    """
+    path = pathlib.Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise BitladderError(f"{path} is a file; name the checkpoint's directory")
+    if not is_repository(str(model)):
+        raise BitladderError(f"{model} is neither a directory nor a hub id such as allenai/OLMo-2-0425-1B")
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = snapshot_download(str(model), allow_patterns=CHECKPOINT_FILES, ignore_patterns=OTHER_FILES)
+    except Exception as error:  # of the network or the hub: there is no common base class
+        raise BitladderError(
+            f"{model} is not a directory here, and the hub does not give it: {reason(error)}"
+        ) from error
+    return pathlib.Path(snapshot)
+
+
+def hub_id(folder: pathlib.Path) -> str | None:
+    """The repository of a snapshot in huggingface_hub's cache (models--OWNER--NAME/snapshots/COMMIT), or None."""
+    repository = folder.resolve().parent.parent.name
+    if folder.resolve().parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/", 1)
 
 
 def upload(
     folder: pathlib.Path, groups: Sequence[tuple[str, Sequence[str]]], repo: str, *, private: bool = False
 ) -> str:
-    """Upload files to a model repository, which is made if there is none; return its address.
+    """Uploads files to a model repository, which is made if there is none.
 
-    Each group is a commit message and file names relative to `folder`, with forward slashes; they go in this order.
-    huggingface_hub does the transfer: files that the repository has already are skipped and parts that were sent are
-    not sent again, so the same call goes on after an interruption. Other files of the repository stay.
-    Raises BitladderError if the hub refuses, cannot be reached, or has a public repository where `private` is asked.
+    huggingface_hub skips files that the repository has and parts that were sent, so the same call continues after an
+    interruption. Other files of the repository stay.
+
+    Parameters:
+        folder: the directory of the files.
+        groups: commits in their order: a message, and file names relative to `folder` with forward slashes.
+        repo: OWNER/REPO.
+        private: whether the repository must be private.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        BitladderError: the hub refuses or cannot be reached, or `private` is asked of a public repository.
     """
-    # Imported here: it takes a while, and --dry-run does not need it.
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -39,6 +132,76 @@ def upload(
             )
     except BitladderError:
         raise
-    except Exception as error:  # whatever the network and the hub come up with; there is no common base class
-        raise BitladderError(f"upload to {repo}: {reason(error)}; the same command goes on where it stopped") from error
+    except Exception as error:  # of the network or the hub: there is no common base class
+        raise BitladderError(
+            f"upload to {repo}: {reason(error)}; run the same command again to continue where it stopped"
+        ) from error
     return address
+
+
+def reason(error: Exception) -> str:
+    """An error of huggingface_hub, or from below it, in one line."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "the repository is gated (accept its terms on the hub, then `hf auth login`)"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private (`hf auth login`)"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, errors.HfHubHTTPError):
+        # The first line has the number of the error, the last one the words of the server.
+        lines = list(dict.fromkeys([lines[0], lines[-1]])) if lines else []
+    return " ".join(lines)[:400] or type(error).__name__
+
+
+def _download(name: HubName, named: str) -> Fetched:
+    from huggingface_hub import HfApi
+
+    commit, paths = _listing(name)
+    first = (name.file if name.file in paths else None) if name.file else pick(paths, name.quant)
+    if first is None:
+        models = [path for path in paths if is_model(path)]
+        known = ", ".join(models[:20]) + (f" and {len(models) - 20} more" if len(models) > 20 else "") or "no GGUF"
+        raise BitladderError(f"{named}: no such GGUF in {name.repo}; it has {known}")
+    api = HfApi()
+    local = [pathlib.Path(api.hf_hub_download(name.repo, path, revision=commit)) for path in shards(paths, first)]
+    return Fetched(local[0], "/".join([name.repo, *first.split("/")[:-1]]), commit)
+
+
+def _listing(name: HubName) -> tuple[str, list[str]]:
+    """The commit and the files of a repository on the hub. If the hub cannot be reached, those of the cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info: Any = HfApi().model_info(name.repo, revision=name.revision)
+        return str(info.sha), [file.rfilename for file in info.siblings or ()]
+    except HfHubHTTPError:  # the hub answers: there is no such repository, or it is not for everybody
+        raise
+    except Exception:
+        cached = _cached(name)
+        if cached is None:  # the error of the network is the better message
+            raise
+        return cached
+
+
+def _cached(name: HubName) -> tuple[str, list[str]] | None:
+    """The commit and the files of the newest snapshot of a repository in huggingface_hub's cache."""
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
+
+    try:
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return None
+    snapshots = [
+        snapshot
+        for repository in repositories
+        if (repository.repo_type, repository.repo_id) == ("model", name.repo)
+        for snapshot in repository.revisions
+        if not name.revision or name.revision in snapshot.refs or snapshot.commit_hash == name.revision
+    ]
+    if not snapshots:
+        return None
+    newest = max(snapshots, key=lambda snapshot: snapshot.last_modified)
+    paths = sorted(file.file_path.relative_to(newest.snapshot_path).as_posix() for file in newest.files)
+    return newest.commit_hash, paths

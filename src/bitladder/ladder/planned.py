@@ -4,11 +4,11 @@ import pathlib
 from collections.abc import Sequence
 
 from bitladder.closing import Closing
-from bitladder.files import sha256_bytes, write_json
+from bitladder.files import write_json
 from bitladder.plan import PlanInputs, Planner, PlanOptions, RungMode, load_prices, plan_rung, price_rungs
 from bitladder.progress import Progress
 from bitladder.rounding import RoundingOptions
-from bitladder.text.texts import Text
+from bitladder.text import Text, joined
 
 SENSITIVITY = "sensitivity.json"
 PLANNED = "planned"  # a folder: what each rung's plan tried
@@ -60,11 +60,3 @@ class PlannedRungs(Closing):
         out = self._folder / PLANNED / f"{rung}.json"
         write_json(out, plan_rung(self._opened(), rung, mode, load_prices(prices)))
         return out
-
-
-def joined(texts: list[Text]) -> Text:
-    """Several texts as one."""
-    if len(texts) == 1:
-        return texts[0]
-    text = "\n\n".join(one.text for one in texts)
-    return Text(" + ".join(one.name for one in texts), text, sha256_bytes(text.encode("utf-8", "surrogateescape")))

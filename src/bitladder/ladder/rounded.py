@@ -8,11 +8,11 @@ from bitladder.calibrate import MomentsResult, RoundingMomentsOptions, collect_f
 from bitladder.engine.decoding import Decoding
 from bitladder.evaluate import Settings
 from bitladder.ladder.plan import RunOptions
-from bitladder.ladder.planned import WORK, joined
+from bitladder.ladder.planned import WORK
 from bitladder.progress import Progress
 from bitladder.refine.round import Refined, RefineOptions, quantize_refined
 from bitladder.rounding import RoundingOptions
-from bitladder.text.excerpts import excerpts
+from bitladder.text import excerpts, joined
 from bitladder.text.texts import Text
 
 # Beside what planning keeps: large, and of use to nobody but this run and `bitladder verify`.

@@ -7,12 +7,12 @@ from typing import Any
 from bitladder.evaluate import Settings
 from bitladder.files import sha256_file, write_json
 from bitladder.ladder.plan import RunOptions
-from bitladder.ladder.planned import WORK, joined
+from bitladder.ladder.planned import WORK
 from bitladder.ladder.records import IMATRIX
 from bitladder.ladder.rounded import MOMENTS, PLAIN
 from bitladder.progress import Progress
 from bitladder.refine.smooth import SmoothingError, smooth_model, smoothed_moments, trial
-from bitladder.text.excerpts import excerpts
+from bitladder.text import excerpts, joined
 from bitladder.text.texts import Text
 
 # Beside what planning keeps: `bitladder smooth` makes the same bytes from the full-precision file and the imatrix.

@@ -8,11 +8,10 @@ from typing import Any
 
 import gguf
 
-from bitladder import convert, hub
+from bitladder import hub
 from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.shards import plain_path
-from bitladder.hub.checkpoints import hub_id
 from bitladder.ladder.store import Store
 
 # What a converter may read of a checkpoint's directory; .bin files count only where there is no safetensors file.
@@ -69,10 +68,10 @@ def locate(model: str) -> Source:
             if stream.read(4) != b"GGUF":
                 raise BitladderError(f"{path} is not a GGUF file; name a GGUF, a checkpoint's directory or a hub id")
         return Source(path, path.name, None)
-    folder = convert.resolve(model)
+    folder = hub.fetch_checkpoint(model)
     if not path.is_dir():
         return Source(folder, model, model)
-    identity = hub_id(folder)
+    identity = hub.hub_id(folder)
     return Source(folder, identity or folder.resolve().name, identity)
 
 

@@ -4,7 +4,7 @@ import pathlib
 import shutil
 from collections.abc import Iterable
 
-from bitladder.convert.checkpoint import Checkpoint
+from bitladder.convert import Checkpoint
 from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile
 from bitladder.ladder.plan import RunOptions

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from bitladder.ladder.pace import Pace
-from bitladder.progress import Progress, Task
+from bitladder.progress import Bar, Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Tracker:
             self.found(rung, Best(name, scores["bytes"], kld["value"], kld["error"]))
 
     @contextlib.contextmanager
-    def task(self, label: str, total: float) -> Iterator[Task]:
+    def task(self, label: str, total: float) -> Iterator[Bar]:
         """A piece of work. The outermost one is taken for the step's advance."""
         self._depth += 1
         if not self._working:
@@ -111,7 +111,7 @@ class Tracker:
 
 
 class _Counted:
-    def __init__(self, task: Task, total: float, advance: Callable[[float], None] | None) -> None:
+    def __init__(self, task: Bar, total: float, advance: Callable[[float], None] | None) -> None:
         self._task, self._total, self._advance, self._done = task, total, advance, 0.0
 
     def advance(self, amount: float = 1) -> None:

@@ -5,14 +5,11 @@ from collections.abc import Sequence
 
 from bitladder.calibrate.gradients import why_no_gradients
 from bitladder.evaluate import Settings
-from bitladder.files import sha256_bytes
 from bitladder.ladder.plan import RunOptions
-from bitladder.ladder.planned import joined
 from bitladder.progress import Progress
 from bitladder.refine.tune import TuneOptions, tune
-from bitladder.text.texts import Text
+from bitladder.text import Text, set_apart
 
-HELD_OUT = 0.1  # of each calibration text
 CHUNKS = 8
 
 
@@ -43,14 +40,3 @@ def tune_rung(
     if not made.kept:
         progress.info(f"{quant.name}: tuned scales lose more on held-out text, and stay as they were")
     return made.kept
-
-
-def set_apart(texts: Sequence[Text]) -> tuple[list[Text], Text]:
-    """Each text without its end, and the ends together."""
-    first: list[Text] = []
-    ends: list[Text] = []
-    for text in texts:
-        cut = int(len(text.text) * (1 - HELD_OUT))
-        for parts, part in ((first, text.text[:cut]), (ends, text.text[cut:])):
-            parts.append(Text(text.name, part, sha256_bytes(part.encode("utf-8", "surrogateescape"))))
-    return first, joined(ends)

@@ -14,7 +14,7 @@ from bitladder.plan.measurements import Measurements
 from bitladder.plan.options import FeedbackOptions
 from bitladder.plan.problem import Prices
 from bitladder.plan.target import Target
-from bitladder.progress import SILENT, Progress, Task
+from bitladder.progress import SILENT, Bar, Progress
 from bitladder.trial import Measurement
 
 PLANNING = Algorithm(
@@ -166,7 +166,7 @@ class Feedback:
     def _best(self) -> TriedRecipe:
         return self._ranked()[0]
 
-    def _judge(self, rivals: set[str], task: Task) -> TriedRecipe:
+    def _judge(self, rivals: set[str], task: Bar) -> TriedRecipe:
         """The best of finalists and rivals on text to which nothing was fitted."""
         options, ranked = self._options, self._ranked()
         finalists = ranked[: options.finalists]
@@ -191,7 +191,7 @@ class Feedback:
         swapped = {name: kind for name, kind in types.items() if kind != self._planned.full[name]}
         return self._measurements.measure(swapped, chunks, label)
 
-    def _try(self, name: str, types: Mapping[str, str], predicted: float | None, task: Task) -> TriedRecipe:
+    def _try(self, name: str, types: Mapping[str, str], predicted: float | None, task: Bar) -> TriedRecipe:
         task.note(name)
         measured = self._measure(types, self._options.chunks, name)
         recipe = TriedRecipe(name, dict(types), self._bytes(types), predicted, measured)
@@ -201,7 +201,7 @@ class Feedback:
         task.advance()
         return recipe
 
-    def _teach(self, label: str, recipes: Sequence[Mapping[str, str]], task: Task) -> None:
+    def _teach(self, label: str, recipes: Sequence[Mapping[str, str]], task: Bar) -> None:
         """Measures recipes that only correct prices."""
         for types in recipes:
             task.note(label)
@@ -218,7 +218,7 @@ class Feedback:
         cost = float(sum(one.cost for one in used))
         return dataclasses.replace(solved, types=dict(types), bytes=self._bytes(types), cost=cost)
 
-    def _exchange(self, task: Task) -> None:
+    def _exchange(self, task: Bar) -> None:
         """Tries exchanges with a predicted cost near 0. One that measures better by its error replaces the best."""
         options, best, failed = self._options, self._best(), 0
         for turn in range(options.exchanges):

@@ -44,7 +44,7 @@ from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.round.output_rounding import OutputRounding, refuse_other_moments
 from bitladder.rounding import RoundingOptions
-from bitladder.text.excerpts import excerpts
+from bitladder.text import excerpts
 from bitladder.text.texts import Text
 from bitladder.trial import Journal, Renderer, SwappedModel, measurement_inputs
 

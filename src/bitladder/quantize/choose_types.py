@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from bitladder.engine.presets import PresetTypes, Request, check_overrides, plain_type, preset_types
 from bitladder.engine.types import TensorType, all_types
 from bitladder.errors import BitladderError, UsageError
-from bitladder.gguf.reader import GgufFile, TensorInfo
+from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.quantize.prune import Pruning, plan_pruning
 from bitladder.quantize.quantize_options import QuantizeOptions, check_options, parse_override
 from bitladder.recipe import PatternMatch, exact_patterns, match_patterns, parse_tensor_type, target_type

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from bitladder.engine.presets import storable
 from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, threads_available
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile, TensorInfo
-from bitladder.progress import Task
+from bitladder.gguf import GgufFile, TensorInfo
+from bitladder.progress import Bar
 from bitladder.quantize.choose_types import TensorChoice
 
 Floats = npt.NDArray[np.float32]
@@ -63,7 +63,7 @@ def stream_tensors(
     tensors: Sequence[TensorChoice],
     importance: Mapping[str, Floats],
     threads: int | None,
-    bar: Task,
+    bar: Bar,
     blocks: Blocks = NO_BLOCKS,
 ) -> None:
     """Writes every chosen tensor of `file`, in order.

@@ -17,8 +17,7 @@ import numpy as np
 from bitladder.calibrate import MomentsFile, read_imatrix
 from bitladder.engine.types import RowKernels, type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.kinship import refuse_other_model
-from bitladder.gguf.reader import GgufFile, TensorInfo
+from bitladder.gguf import GgufFile, TensorInfo, refuse_other_model
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import TUNE_KEY
 from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from bitladder.progress import Progress, Task
+from bitladder.progress import Bar, Progress
 
 _LOG_SECONDS = 60  # between lines of a log
 
@@ -91,7 +91,7 @@ class _Bars:
         self._header: Callable[[], Any] | None = None
 
     @contextlib.contextmanager
-    def task(self, label: str, total: float) -> Iterator[Task]:
+    def task(self, label: str, total: float) -> Iterator[Bar]:
         if self._quiet:
             yield _NoBar()
             return

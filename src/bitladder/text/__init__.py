@@ -1,1 +1,19 @@
-"""Texts: loaded, cut into chunks of tokens, excerpted, and set apart."""
+"""Texts: loaded, excerpted, joined and set apart, and cut into chunks of tokens."""
+
+from bitladder.text.chunks import Chunks, Reading, spread_evenly, text_chunks
+from bitladder.text.texts import BUILTIN, HELD_OUT, Text, builtin_text, excerpts, joined, load_text, set_apart
+
+__all__ = [
+    "BUILTIN",
+    "HELD_OUT",
+    "Chunks",
+    "Reading",
+    "Text",
+    "builtin_text",
+    "excerpts",
+    "joined",
+    "load_text",
+    "set_apart",
+    "spread_evenly",
+    "text_chunks",
+]

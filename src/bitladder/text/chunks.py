@@ -1,48 +1,126 @@
-"""Cutting a text into chunks of tokens, and choosing among them."""
+"""A text as tokens, cut into chunks, as llama.cpp's tools cut it.
+
+The whole text is tokenized at once and cut into chunks of `n_ctx` tokens. The rest at the end is dropped. Where the
+vocabulary asks for BOS, BOS takes the place of the first token of a chunk when the chunk is decoded. llama-perplexity
+scores only the second half of a chunk, so that every scored token has at least n_ctx/2 tokens before it.
+"""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.model import Model, Tokens
 from bitladder.errors import BitladderError
 from bitladder.options import Options, option
 from bitladder.text.texts import Text
 
+if TYPE_CHECKING:  # texts need no native library
+    from bitladder.engine.model import Model
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Chunks of a text.
+
+    Parameters:
+        tokens: token ids as the text has them, int32, shape [chunks, n_ctx].
+        bos: id that replaces the first token of each chunk when the chunk is decoded, or None.
+        available: chunks that the text has, of which these are some.
+    """
+
+    tokens: Tokens
+    bos: int | None
+    available: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens of a chunk."""
+        return int(self.tokens.shape[1])
+
+    @property
+    def first(self) -> int:
+        """The first position whose prediction is scored."""
+        return self.n_ctx // 2
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens of a chunk: the predictions at positions first … n_ctx−2."""
+        return self.n_ctx - 1 - self.first
+
+    def inputs(self, chunk: int | slice = slice(None)) -> Tokens:
+        """The tokens to decode, a copy: int32, shape [n_ctx] of one chunk, or [chunks, n_ctx] of several or all."""
+        tokens: Tokens = self.tokens[chunk].copy()
+        if self.bos is not None:
+            tokens[..., 0] = self.bos
+        return tokens
+
+    def targets(self, chunk: int) -> Tokens:
+        """The tokens whose predictions are scored, int32, shape [scored]."""
+        tokens: Tokens = self.tokens[chunk, self.first + 1 :]
+        return tokens
+
+    def head(self, count: int) -> "Chunks":
+        """The first `count` chunks."""
+        return dataclasses.replace(self, tokens=self.tokens[:count])
+
 
 def text_chunks(
-    model: Model,
+    model: "Model",
     text: Text,
     n_ctx: int,
     *,
     chunks: int | None = None,
     from_chunk: int = 0,
-    parse_special: bool = False,
     spread: bool = False,
-) -> Tokens:
-    """A text's chunks, int32 [chunks, n_ctx], with BOS in place of the first token where the vocabulary asks for it.
+    parse_special: bool = False,
+) -> Chunks:
+    """Tokenizes a text and cuts it into chunks.
 
-    `from_chunk` are skipped at the start of the text and at most `chunks` used: the first ones, as llama.cpp's tools
-    do, or with `spread` as many at equal distances. Raises BitladderError if the text is too short.
+    Parameters:
+        model: the model whose vocabulary is used.
+        text: the text.
+        n_ctx: tokens of a chunk.
+        chunks: chunks at most; None takes all.
+        from_chunk: chunks that are skipped at the start of the text.
+        spread: whether the chunks lie at equal distances; otherwise they are the first ones, as in llama.cpp's tools.
+        parse_special: whether "<|im_end|>" and the like in the text are read as the tokens that they name.
+
+    Raises:
+        BitladderError: the text has fewer than two chunks, or fewer than two are left behind `from_chunk`.
     """
     tokens = model.tokenize(text.text, parse_special=parse_special)
     if len(tokens) < 2 * n_ctx:
-        raise BitladderError(f"{text.name} has {len(tokens)} tokens; {2 * n_ctx} are needed for chunks of {n_ctx} (-c)")
-    if from_chunk and (from_chunk + 2) * n_ctx >= len(tokens):
-        raise BitladderError(f"{text.name} has {len(tokens) // n_ctx} chunks; --from-chunk {from_chunk} leaves too few")
+        raise BitladderError(
+            f"the text {text.name} has {len(tokens)} tokens, but chunks of {n_ctx} tokens need at least {2 * n_ctx}; "
+            "take a longer text or a smaller --ctx-size (-c)"
+        )
     available = len(tokens) // n_ctx - from_chunk
+    if from_chunk and (from_chunk + 2) * n_ctx >= len(tokens):
+        raise BitladderError(
+            f"the text {text.name} has {len(tokens) // n_ctx} chunks of {n_ctx} tokens; "
+            f"--from-chunk {from_chunk} leaves too few"
+        )
     count = available if chunks is None else min(chunks, available)
     rows = tokens[: (from_chunk + available) * n_ctx].reshape(-1, n_ctx)[from_chunk:]
-    rows = rows[spread_evenly(available, count) if spread else slice(count)].copy()
-    if model.add_bos:
-        rows[:, 0] = model.bos
-    return rows
+    rows = rows[spread_evenly(available, count) if spread else slice(count)]
+    bos = model.bos if model.add_bos and model.bos >= 0 else None
+    return Chunks(rows, bos, available)
 
 
 def spread_evenly(available: int, count: int) -> npt.NDArray[np.int64]:
-    """`count` different numbers below `available`, in order: the middles of as many equal stretches."""
+    """The middles of `count` equal stretches of the numbers below `available`, in order.
+
+    Example:
+        >>> spread_evenly(10, 3).tolist()
+        [1, 5, 8]
+    """
     return (2 * np.arange(count, dtype=np.int64) + 1) * available // (2 * count)
 
 
@@ -63,7 +141,10 @@ class Reading(Options):
         False, "--parse-special", help='Read "<|im_end|>" and the like in the text as the tokens they name.'
     )
 
-    def rows(self, model: Model, texts: Sequence[Text], n_ctx: int) -> Tokens:
-        """The chunks of all texts, int32 [chunks, n_ctx]. Raises BitladderError for a text that is too short."""
+    def rows(self, model: "Model", texts: Sequence[Text], n_ctx: int) -> Tokens:
+        """The tokens to decode of all texts, int32, shape [chunks, n_ctx].
+
+        Raises BitladderError for a text that is too short.
+        """
         settings = dataclasses.asdict(self)
-        return np.concatenate([text_chunks(model, text, n_ctx, **settings) for text in texts])
+        return np.concatenate([text_chunks(model, text, n_ctx, **settings).inputs() for text in texts])

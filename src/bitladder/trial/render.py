@@ -20,7 +20,7 @@ from bitladder.closing import Closing
 from bitladder.engine.native import versions
 from bitladder.engine.types import RowKernels, TensorType, quantize_rows, type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile, TensorInfo
+from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
 

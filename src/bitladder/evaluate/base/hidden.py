@@ -18,7 +18,7 @@ from bitladder.engine.observe import HiddenStates
 from bitladder.engine.types import dequantize_into
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
-from bitladder.evaluate.decode_chunks import Chunks, cut, decode
+from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.divergence import BaseRows
 from bitladder.evaluate.identity import Identity
 from bitladder.evaluate.logit_rows import RowScores, Workers, score_rows
@@ -27,6 +27,7 @@ from bitladder.files import replacing
 from bitladder.gguf.reader import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
+from bitladder.text import Chunks, text_chunks
 from bitladder.text.texts import Text
 
 Floats = npt.NDArray[np.float32]
@@ -147,7 +148,7 @@ def make_base(model: Identity, text: Text, out: pathlib.Path, settings: Settings
             hidden state (some models scale or cap them).
     """
     with settings.load(model.path) as loaded:
-        chunks = cut(loaded, text, settings)
+        chunks = text_chunks(loaded, text, settings.n_ctx, chunks=settings.chunks)
         observer = HiddenStates(model.head.name)
         context = settings.context(loaded, observer)
         with context, Workers(settings.threads) as workers, Head(model) as head:

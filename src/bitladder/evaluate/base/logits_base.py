@@ -12,12 +12,12 @@ from bitladder.engine.context import Context
 from bitladder.engine.model import Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.logits_file import Codes, Floats, Layout, LogitsFile
-from bitladder.evaluate.decode_chunks import Chunks
 from bitladder.evaluate.divergence import BaseRows, TokenScores, compare_with_base
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.settings import Settings
 from bitladder.files import sha256_file
 from bitladder.progress import SILENT, Progress
+from bitladder.text import Chunks
 from bitladder.text.texts import Text
 
 Doubles = npt.NDArray[np.float64]

@@ -18,11 +18,12 @@ import numpy.typing as npt
 from bitladder.closing import Closing
 from bitladder.engine.decoding import MIN_CTX
 from bitladder.errors import BitladderError
-from bitladder.evaluate.decode_chunks import cut, decode
+from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.logit_rows import Workers, score_rows
 from bitladder.evaluate.settings import Settings
 from bitladder.files import replacing
 from bitladder.progress import SILENT, Progress
+from bitladder.text import text_chunks
 from bitladder.text.texts import Text
 
 Floats = npt.NDArray[np.float32]
@@ -180,7 +181,7 @@ def write_logits_file(
             little room.
     """
     with settings.load(model) as loaded:
-        chunks = cut(loaded, text, settings)
+        chunks = text_chunks(loaded, text, settings.n_ctx, chunks=settings.chunks)
         layout = Layout(chunks.n_ctx, loaded.n_vocab, len(chunks))
         _check_room(out, layout.size)
         nll = np.empty((len(chunks), chunks.scored))

@@ -9,7 +9,7 @@ from bitladder.engine.matvec import bytes_per_second
 from bitladder.engine.presets import kernel_needs_importance, storable
 from bitladder.engine.types import TensorType, all_types, type_by_name
 from bitladder.errors import BitladderError, UsageError
-from bitladder.gguf.reader import TensorInfo
+from bitladder.gguf import TensorInfo
 
 Menus = Mapping[str, Sequence[TensorType]]  # tensor → types, ascending in bits per weight
 

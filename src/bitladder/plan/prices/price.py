@@ -18,7 +18,7 @@ from bitladder.plan.prices.design import first_groups, probe_type, pruned, space
 from bitladder.plan.prices.document import GroupPrice, PricedFrom, TensorPrices, TypePrices
 from bitladder.plan.prices.law import Probe, fit
 from bitladder.plan.prices.menu import Menus
-from bitladder.progress import SILENT, Progress, Task
+from bitladder.progress import SILENT, Bar, Progress
 from bitladder.trial import Measurement, Renderer, render_all
 
 PRICES = Algorithm(
@@ -146,7 +146,7 @@ class _Swaps:
         budget = self._affordable(1 - self._options.group_share)
         measured: dict[tuple[str, ...], Measurement] = {}
 
-        def measure(group: tuple[str, ...], task: Task) -> None:
+        def measure(group: tuple[str, ...], task: Bar) -> None:
             task.note(group[0])
             measured[group] = self._measure({name: self.probe_types[name] for name in group}, "probe")
             task.advance()

@@ -9,7 +9,7 @@ from bitladder.engine.types import dequantize_into
 from bitladder.errors import BitladderError
 from bitladder.gguf.header import TensorInfo
 from bitladder.gguf.reader import GgufFile
-from bitladder.progress import Task
+from bitladder.progress import Bar
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -38,7 +38,7 @@ def row_pieces(file: GgufFile, tensor: TensorInfo, order: Indices | None = None)
             yield numbers, weights
 
 
-def column_squares(file: GgufFile, tensor: TensorInfo, matrices: int = 1, task: Task | None = None) -> Doubles:
+def column_squares(file: GgufFile, tensor: TensorInfo, matrices: int = 1, task: Bar | None = None) -> Doubles:
     """Sums of squares of a tensor's columns, [matrices, width] (of all its matrices together if `matrices` is 1).
 
     Raises BitladderError for weights that are not finite.

@@ -16,8 +16,7 @@ from bitladder.engine.model import Model, Tokens
 from bitladder.errors import UsageError
 from bitladder.evaluate import Figure, Settings, load_or_compute_base, mean, measure, paired_mean
 from bitladder.files import replacing, sha256_file
-from bitladder.gguf.kinship import refuse_other_model, refuse_other_vectors
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.reader import GgufFile, refuse_other_model, refuse_other_vectors
 from bitladder.gguf.values import string
 from bitladder.gguf.writer import GgufWriter, TensorPlan
 from bitladder.progress import SILENT, Progress

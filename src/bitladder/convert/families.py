@@ -1,0 +1,189 @@
+"""The architectures that are converted here: what decoder-only models have in common, and what is special to each.
+
+A new architecture is a subclass of `Family` in `FAMILIES`.
+"""
+
+import abc
+from typing import ClassVar
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.convert.checkpoint import Config, Raw, Shape
+from bitladder.convert.rope_config import describe_rope
+from bitladder.errors import BitladderError
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+class Family(abc.ABC):
+    """One architecture, with the sizes of one model. Shapes are the checkpoint's: [rows (outputs), columns (inputs)].
+
+    Raises BitladderError for a config.json that llama.cpp's graph of the architecture cannot run.
+    """
+
+    # The class names in config.json's `architectures`.
+    names: ClassVar[tuple[str, ...]]
+    arch: ClassVar[gguf.MODEL_ARCH]
+    # Whether llama.cpp's graph divides the rotary frequencies by `rope_freqs.weight`.
+    takes_rope_factors: ClassVar[bool]
+    # Whether llama.cpp falls back to the embeddings where output.weight is absent.
+    shares_embeddings: ClassVar[bool]
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.vocab = config.integer("vocab_size")
+        self.width = config.integer("hidden_size")
+        self.inner = config.integer("intermediate_size")
+        self.blocks = config.integer("num_hidden_layers")
+        self.heads = config.integer("num_attention_heads")
+        self.kv_heads = config.integer("num_key_value_heads", self.heads)
+        self.head_dim = config.integer("head_dim", self.width // self.heads)
+        self.tied = bool(config.get("tie_word_embeddings", False))
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise BitladderError(f"{config.path}: hidden_act {config.get('hidden_act')!r} is not supported, only silu")
+
+    @abc.abstractmethod
+    def block_shapes(self) -> dict[str, Shape]:
+        """The tensors that every block must have, by the name after `model.layers.N.`."""
+
+    def optional_block_shapes(self) -> dict[str, Shape]:
+        """The tensors that a block may have (biases)."""
+        return {}
+
+    def arrange(self, name: str, raw: Raw) -> Raw:
+        """A tensor with its rows in the order of llama.cpp."""
+        del name
+        return raw
+
+    def attention_shapes(self) -> dict[str, Shape]:
+        """The four attention matrices and the three of the gated feed-forward network."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj.weight": (queries, self.width),
+            "self_attn.k_proj.weight": (keys, self.width),
+            "self_attn.v_proj.weight": (keys, self.width),
+            "self_attn.o_proj.weight": (self.width, queries),
+            "mlp.gate_proj.weight": (self.inner, self.width),
+            "mlp.up_proj.weight": (self.inner, self.width),
+            "mlp.down_proj.weight": (self.width, self.inner),
+        }
+
+    def required(self) -> dict[str, Shape]:
+        """The tensors that the checkpoint must have, in the order of the GGUF. A tied head is not among them."""
+        shapes: dict[str, Shape] = {EMBEDDING: (self.vocab, self.width)}
+        for block in range(self.blocks):
+            shapes |= {f"model.layers.{block}.{name}": shape for name, shape in self.block_shapes().items()}
+        shapes["model.norm.weight"] = (self.width,)
+        if not self.tied:
+            shapes[HEAD] = (self.vocab, self.width)
+        return shapes
+
+    def optional(self) -> dict[str, Shape]:
+        """The tensors that the checkpoint may have besides."""
+        return {
+            f"model.layers.{block}.{name}": shape
+            for block in range(self.blocks)
+            for name, shape in self.optional_block_shapes().items()
+        }
+
+    def describe(self, writer: gguf.GGUFWriter) -> dict[str, NDArray[np.float32]]:
+        """Writes the hyper-parameters. Returns the tensors that only the GGUF has, by their names there."""
+        writer.add_block_count(self.blocks)
+        writer.add_context_length(self.config.integer("max_position_embeddings"))
+        writer.add_embedding_length(self.width)
+        writer.add_feed_forward_length(self.inner)
+        writer.add_head_count(self.heads)
+        writer.add_head_count_kv(self.kv_heads)
+        writer.add_layer_norm_rms_eps(self.config.number("rms_norm_eps"))
+        writer.add_vocab_size(self.vocab)
+        writer.add_rope_dimension_count(self.head_dim)
+        if self.config.get("head_dim") is not None:
+            writer.add_key_length(self.head_dim)
+            writer.add_value_length(self.head_dim)
+        divisors = describe_rope(self.config, writer, self.head_dim, takes_factors=self.takes_rope_factors)
+        return {} if divisors is None else {"rope_freqs.weight": divisors}
+
+
+class LlamaFamily(Family):
+    """Llama 1, 2, 3.x and models of the same shape (SmolLM2, TinyLlama…).
+
+    llama.cpp's `llama` graph rotates neighbouring pairs of a head's values (rope type NORM). transformers rotates the
+    first half with the second. The rows of the query and key matrices, and their biases, are therefore interleaved.
+    """
+
+    names = ("LlamaForCausalLM", "LLaMAForCausalLM")
+    arch = gguf.MODEL_ARCH.LLAMA
+    takes_rope_factors = True
+    shares_embeddings = True
+
+    def block_shapes(self) -> dict[str, Shape]:
+        """See `Family.block_shapes`. Norms stand before the attention and before the feed-forward network."""
+        return {
+            "input_layernorm.weight": (self.width,),
+            "post_attention_layernorm.weight": (self.width,),
+            **self.attention_shapes(),
+        }
+
+    def optional_block_shapes(self) -> dict[str, Shape]:
+        """See `Family.optional_block_shapes`. Each matrix can have a bias (attention_bias, mlp_bias)."""
+        return {name.replace(".weight", ".bias"): (shape[0],) for name, shape in self.attention_shapes().items()}
+
+    def arrange(self, name: str, raw: Raw) -> Raw:
+        """See `Family.arrange`. The halves of each query and key head are interleaved."""
+        part = name.split(".")[-2]
+        if part == "q_proj":
+            return interleave(raw, self.heads)
+        return interleave(raw, self.kv_heads) if part == "k_proj" else raw
+
+
+class Olmo2Family(Family):
+    """OLMo 2: norms after the attention and the feed-forward network, and over all queries and all keys at once.
+
+    llama.cpp's `olmo2` graph rotates halves (rope type NEOX) as transformers does, so rows keep their order. It needs
+    heads of hidden_size / heads values, has no biases, and needs output.weight even where the head is tied.
+    """
+
+    names = ("Olmo2ForCausalLM",)
+    arch = gguf.MODEL_ARCH.OLMO2
+    takes_rope_factors = False
+    shares_embeddings = False
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if self.head_dim * self.heads != self.width:
+            raise BitladderError(f"{config.path}: llama.cpp's olmo2 needs head_dim = hidden_size / num_attention_heads")
+
+    def block_shapes(self) -> dict[str, Shape]:
+        """See `Family.block_shapes`."""
+        return {
+            "post_attention_layernorm.weight": (self.width,),
+            "post_feedforward_layernorm.weight": (self.width,),
+            "self_attn.q_norm.weight": (self.heads * self.head_dim,),
+            "self_attn.k_norm.weight": (self.kv_heads * self.head_dim,),
+            **self.attention_shapes(),
+        }
+
+
+FAMILIES: tuple[type[Family], ...] = (LlamaFamily, Olmo2Family)
+
+
+def family_for(config: Config) -> Family:
+    """The family of a model, with its sizes. Raises BitladderError if no family has the architecture."""
+    names = config.get("architectures", [])
+    for family in FAMILIES:
+        if isinstance(names, list) and any(name in family.names for name in names):
+            return family(config)
+    known = ", ".join(name for family in FAMILIES for name in family.names[:1])
+    raise BitladderError(
+        f"{config.path}: architecture {', '.join(map(str, names)) or 'not given'} is not one that bitladder converts"
+        f" ({known}); --converter PATH runs llama.cpp's own convert_hf_to_gguf.py instead"
+    )
+
+
+def interleave(raw: Raw, heads: int) -> Raw:
+    """Rows (or biases) of each head from the order 0…d/2−1, d/2…d−1 to 0, d/2, 1, d/2+1, …; the shape stays."""
+    halves = raw.reshape(heads, 2, -1, *raw.shape[1:])
+    return halves.swapaxes(1, 2).reshape(raw.shape)

@@ -1,0 +1,180 @@
+"""The tensors of a GGUF made from those of a checkpoint: which becomes which, in what type, and their bytes.
+
+The plan is made before anything is written. A weight that the type cannot hold is an error.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder.convert.checkpoint import Checkpoint, Raw, Shape
+from bitladder.convert.families import EMBEDDING, HEAD, Family
+from bitladder.errors import BitladderError, UsageError
+
+Type = gguf.GGMLQuantizationType
+OUTTYPES = {
+    "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "f32": (Type.F32, gguf.LlamaFileType.ALL_F32),
+}
+# Constants that old checkpoints hold beside the weights.
+IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias)$")
+# The largest finite value of each type. A larger one would become infinite.
+LARGEST = {Type.F32: float(np.finfo(np.float32).max), Type.F16: 65504.0, Type.BF16: float.fromhex("0x1.fep127")}
+STORED: dict[Any, np.dtype[Any]] = {
+    Type.F32: np.dtype(np.float32),
+    Type.F16: np.dtype(np.float16),
+    Type.BF16: np.dtype(np.uint16),
+}
+# Weights are encoded in slabs of this many, so that the float32 values in between stay small.
+SLAB = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorCopy:
+    """A tensor of the GGUF that comes from one of the checkpoint.
+
+    Parameters:
+        source: its name in the checkpoint.
+        name: its name in the GGUF.
+        shape: its shape, rows first.
+        type: its type in the GGUF.
+    """
+
+    source: str
+    name: str
+    shape: Shape
+    type: Type
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the data in the GGUF."""
+        size = STORED[self.type].itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def choose_outtype(checkpoint: Checkpoint, outtype: str) -> str:
+    """The outtype that "auto" means: bf16 if most weights of the checkpoint are bfloat16, otherwise f16.
+
+    Another outtype is returned as it is. Raises UsageError for an unknown one.
+    """
+    if outtype in OUTTYPES:
+        return outtype
+    if outtype != "auto":
+        raise UsageError(f"--outtype {outtype} is not one of {', '.join(OUTTYPES)}, auto")
+    weights: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        weights[tensor.dtype] = weights.get(tensor.dtype, 0) + tensor.elements
+    return "bf16" if max(weights, key=lambda dtype: weights[dtype]) == "BF16" else "f16"
+
+
+def plan_copies(checkpoint: Checkpoint, family: Family, outtype: str) -> list[TensorCopy]:
+    """The tensors of the GGUF that come from the checkpoint, in order.
+
+    Matrices get `outtype`. Vectors (norms, biases) are F32. Raises BitladderError that names a tensor which is missing,
+    unexpected or of the wrong shape.
+    """
+    required, optional = family.required(), family.optional()
+    for name, shape in required.items():
+        if name not in checkpoint.tensors:
+            hint = " (tie_word_embeddings is false)" if name == HEAD else ""
+            raise BitladderError(f"{checkpoint.folder}: the checkpoint has no tensor {name} {list(shape)}{hint}")
+    sources = []
+    for name in [*required, *(name for name in optional if name in checkpoint.tensors)]:
+        expected, shape = (required.get(name) or optional[name]), checkpoint.tensors[name].shape
+        if shape != expected:
+            raise BitladderError(
+                f"{checkpoint.tensors[name].file}: tensor {name} has the shape {list(shape)}; by config.json it"
+                f" should be {list(expected)}"
+            )
+        sources.append(name)
+    _refuse_others(checkpoint, family, set(sources))
+    names = gguf.get_tensor_name_map(family.arch, family.blocks)
+    copies = []
+    for source in sources:
+        target = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise BitladderError(f"the gguf package has no name for tensor {source}; it is too old")
+        copies.append(_copy(source, target, checkpoint, outtype))
+    if family.tied and not family.shares_embeddings:
+        copies.append(_copy(EMBEDDING, "output.weight", checkpoint, outtype))
+    return copies
+
+
+def _copy(source: str, name: str, checkpoint: Checkpoint, outtype: str) -> TensorCopy:
+    shape = checkpoint.tensors[source].shape
+    return TensorCopy(source, name, shape, OUTTYPES[outtype][0] if len(shape) > 1 else Type.F32)
+
+
+def _refuse_others(checkpoint: Checkpoint, family: Family, used: set[str]) -> None:
+    """Raises BitladderError for a tensor that would be lost: better no file than a wrong model."""
+    for name, tensor in checkpoint.tensors.items():
+        if name in used or IGNORED.search(name) or (name == HEAD and family.tied):
+            continue
+        arch = gguf.MODEL_ARCH_NAMES[family.arch]
+        raise BitladderError(
+            f"{tensor.file}: tensor {name} has no place in llama.cpp's {arch}; --converter PATH runs llama.cpp's own"
+            " convert_hf_to_gguf.py"
+        )
+
+
+def check_finite(name: str, raw: Raw) -> None:
+    """Raises BitladderError that names the first NaN or infinite weight of a tensor, with its index."""
+    for start, slab in _slabs(raw):
+        bad = ~np.isfinite(slab)
+        if bad.any():
+            first = int(bad.argmax())
+            index = [int(i) for i in np.unravel_index(start + first, raw.shape)]
+            raise BitladderError(
+                f"tensor {name} has the value {slab[first]} at index {index}; the checkpoint is damaged"
+            )
+
+
+def encode(name: str, raw: Raw, target: Type) -> NDArray[Any]:
+    """A tensor in another format, rounded to nearest, ties to even.
+
+    Parameters:
+        name: name of the tensor, for the error.
+        raw: the weights as the checkpoint has them.
+        target: F32, F16 or BF16.
+
+    Returns:
+        The weights in the same shape; BF16 as its bits in uint16.
+
+    Raises:
+        BitladderError: a weight is too large for `target`.
+    """
+    out = np.empty(raw.size, STORED[target])
+    for start, slab in _slabs(raw):
+        largest = np.abs(slab).argmax() if slab.size else 0
+        if slab.size and abs(slab[largest]) > LARGEST[target]:
+            raise BitladderError(
+                f"tensor {name} has the weight {slab[largest]:g}, which {target.name} cannot hold (at most"
+                f" {LARGEST[target]:g}); use --outtype {'bf16' if target == Type.F16 else 'f32'}"
+            )
+        out[start : start + slab.size] = _bfloat16(slab) if target == Type.BF16 else slab
+    return out.reshape(raw.shape)
+
+
+def _slabs(raw: Raw) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The slabs of a flattened tensor: position, and weights as float32."""
+    flat = raw.reshape(-1)
+    for start in range(0, flat.size, SLAB):
+        slab = flat[start : start + SLAB]
+        if slab.dtype == np.uint16:
+            yield start, (slab.astype(np.uint32) << 16).view(np.float32)
+        else:
+            yield start, slab.astype(np.float32)
+
+
+def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper halves of finite float32 values, rounded to nearest even."""
+    bits = values.view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)

@@ -1,0 +1,58 @@
+"""Texts made from texts, and their chunks."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from bitladder.engine.model import Model
+from bitladder.errors import BitladderError
+from bitladder.text import Reading, Text, excerpts, joined, load_text, set_apart, text_chunks
+
+RAW = b"caf\xc3\xa9 \xff\xfe end"  # not UTF-8
+
+
+def raw_text():
+    return Text.of("raw", RAW.decode("utf-8", "surrogateescape"))
+
+
+def test_a_text_is_known_by_its_bytes(tmp_path):
+    assert raw_text().sha256 == hashlib.sha256(RAW).hexdigest()
+    (tmp_path / "raw").write_bytes(RAW)
+    assert load_text(str(tmp_path / "raw")) == raw_text()
+
+
+def test_what_is_set_apart_and_what_is_left_make_up_the_texts():
+    texts = [load_text("pydoc:test"), raw_text()]
+    kept, held_out = set_apart(texts, 0.25)
+    assert [text.name for text in kept] == [text.name for text in texts]
+    ends = [text.text.removeprefix(part.text) for text, part in zip(texts, kept, strict=True)]
+    assert [part.text + end for part, end in zip(kept, ends, strict=True)] == [text.text for text in texts]
+    assert held_out.text == "\n\n".join(ends) and held_out.name == "pydoc:test + raw"
+    assert [len(end) / len(text.text) for text, end in zip(texts, ends, strict=True)] == pytest.approx(
+        [0.25] * 2, abs=0.1
+    )
+    assert joined(texts[:1]) is texts[0]
+
+
+def test_passages_lie_all_over_the_text():
+    text = load_text("pydoc:test")
+    short = excerpts(text, chunks=3, n_ctx=64)
+    passages = [passage for passage in short.text.split("\n\n") if passage]
+    places = [text.text.index(passage) / len(text.text) for passage in passages]
+    assert places == sorted(places) and places[0] < 0.3 and places[-1] > 0.7
+    assert len(short.text) >= 3 * 64 * 4
+    assert excerpts(short, chunks=3, n_ctx=64) is short
+
+
+def test_chunks_of_several_texts_follow_one_another(tiny_gguf):
+    texts = [load_text("pydoc:test"), load_text("pydoc:calibration")]
+    with Model(tiny_gguf, vocab_only=True) as model:
+        tokens = [model.tokenize(text.text) for text in texts]
+        rows = Reading(chunks=2, from_chunk=1, spread=False).rows(model, texts, 64)
+        with pytest.raises(BitladderError, match=r"--from-chunk \d+ leaves too few"):
+            text_chunks(model, texts[0], 64, from_chunk=len(tokens[0]) // 64 - 1)
+        bos = model.bos if model.add_bos else None
+    expected = np.concatenate([part[64 : 3 * 64].reshape(2, 64) for part in tokens])
+    assert np.array_equal(rows[:, 1:], expected[:, 1:])
+    assert np.array_equal(rows[:, 0], expected[:, 0] if bos is None else [bos] * 4)
