@@ -68,7 +68,7 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
         more["required"] = True
     elif default is None:
         shown += f"  [default: {about.unset}]" if about.unset else ""
-    elif not (field.many and not default) and default is not False:
+    elif not (field.many and not default) and not more.get("is_flag"):
         more["show_default"] = True
     if default is not None and default is not dataclasses.MISSING:
         more["default"] = default
