@@ -3,16 +3,15 @@
     python benchmarks/rounding.py --model F16.gguf --imatrix I.gguf --moments FILE [--plain FILE] --text TEXT
         [--domain TEXT … --domain-chunks 16] [--presets Q4_K_M,…] [--methods feedback,descent,best] [--chunks 40]
         [--json OUT]
-        [--stock-model F16.gguf --stock-imatrix I.gguf] [--calibration TEXT … --tune-chunks N --sequential-chunks N]
+        [--stock-model F16.gguf --stock-imatrix I.gguf] [--calibration TEXT … --tune-chunks N]
 
 Every quant has the same types and bytes as the preset. Ratios are of mean KLD; their ± comes from the paired
 differences by token. `feedback@plain` takes the moments of --plain, whose tokens all count alike; `best/one-sided`
 leaves out the moments of output gradients. With --stock-model the preset, and the full precision, are of that file: so
 a smoothed --model is compared with the preset of the model as it is, and `smoothed` is the library's blocks of it.
-`best/sequential` rounds from block to block, behind what is rounded, on --calibration. A method RECIPE.toml is `best`
-with the recipe's types instead of the preset's (`bitladder plan --like PRESET`).
-`best+scales` tunes the scales of `best` on --calibration, `best+tuned` the norms too; where `best` was made
-before, its blocks are taken again, and the seconds are those of tuning.
+A method RECIPE.toml is `best` with the recipe's types instead of the preset's (`bitladder plan --like PRESET`).
+`best+scales` tunes the scales of `best` on --calibration; where `best` was made before, its blocks are taken again, and
+the seconds are those of tuning.
 Nothing is guarded: this is what the methods themselves do.
 """
 
@@ -30,7 +29,7 @@ from bitladder.evaluate import Reference, Settings, measure, open_or_compute
 from bitladder.files import write_json
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import read_recipe
-from bitladder.refine.round import RefineOptions, Sequential, quantize_refined
+from bitladder.refine.round import RefineOptions, quantize_refined
 from bitladder.refine.tune import TuneOptions, tune
 from bitladder.rounding import RoundingOptions
 from bitladder.text.texts import load_text
@@ -86,22 +85,17 @@ def main() -> None:
 
 def make(arguments: argparse.Namespace, preset: str, way: str, out: pathlib.Path) -> None:
     """The preset's types with blocks of our choice."""
-    way, _, tuning = way.partition("+")
-    method, _, source = way.partition("@")
+    method, _, source = way.removesuffix("+scales").partition("@")
     options = QuantizeOptions(preset)
     if method.endswith(".toml"):
         options, method = QuantizeOptions(types=read_recipe(pathlib.Path(method)).tensors), "best"
     moments = [arguments.plain] if source == "plain" else arguments.moments
-    order = None
-    if method.endswith("/sequential"):
-        order = Sequential(tuple(load_text(name) for name in arguments.calibration), arguments.sequential_chunks)
-    refine = RefineOptions(WAYS[method.removesuffix("/sequential")], work=out.parent, sequential=order)
+    refine = RefineOptions(WAYS[method], work=out.parent)
     quantize_refined(arguments.model, out, options, moments, refine, imatrix=arguments.imatrix)
-    if tuning:
+    if way.endswith("+scales"):
         texts, before = [load_text(name) for name in arguments.calibration], out.with_name("before.gguf")
         out.rename(before)
-        wanted = TuneOptions(chunks=arguments.tune_chunks, norms=tuning == "tuned")
-        tune(arguments.model, before, out, texts, wanted)
+        tune(arguments.model, before, out, texts, TuneOptions(chunks=arguments.tune_chunks))
 
 
 def figures(
@@ -170,7 +164,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", default="feedback,descent,best/one-sided,best")
     parser.add_argument("--calibration", action="append", default=[])
     parser.add_argument("--tune-chunks", type=int, default=100)
-    parser.add_argument("--sequential-chunks", type=int, default=12)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=pathlib.Path)

@@ -93,12 +93,12 @@ def prepared(tiny_gguf, tmp_path_factory):
 def test_the_whole_model_s_derivatives_are_those_of_differences(tiny_gguf, prepared):
     with Model(tiny_gguf, vocab_only=True) as vocabulary:
         tokens = Reading(chunks=1).rows(vocabulary, [load_text("pydoc:calibration")], 64)[0]
-    with TorchModel(tiny_gguf) as teacher, Student(prepared / "quant.gguf", norms=True) as student:
+    with TorchModel(tiny_gguf) as teacher, Student(prepared / "quant.gguf") as student:
         divergence, slopes = student.backward(tokens, teacher)
         assert divergence > 0
         assert set(slopes) == set(student.parameters)
-        # Along the steepest way of a few parameters of each sort.
-        for key in [("blk.0.attn_v.weight", 0), ("blk.2.ffn_down.weight", 0), ("output_norm.weight", 0)]:
+        # Along the steepest way of the parameters of two matrices.
+        for key in [("blk.0.attn_v.weight", 0), ("blk.2.ffn_down.weight", 0)]:
             slope, move = slopes[key].clone(), student.parameters[key]
             found = []
             for step in (1e-3, -1e-3):
@@ -114,7 +114,7 @@ def test_the_whole_model_s_derivatives_are_those_of_differences(tiny_gguf, prepa
 @pytest.fixture(scope="module")
 def tuned(tiny_gguf, prepared):
     texts, held_out = [load_text("pydoc:calibration")], (load_text("pydoc:test"), Settings(n_ctx=256, chunks=4))
-    options = TuneOptions(n_ctx=256, chunks=60, rate=1e-3, norms=True)
+    options = TuneOptions(n_ctx=256, chunks=60, rate=1e-3)
     return tune(tiny_gguf, prepared / "quant.gguf", prepared / "tuned.gguf", texts, options, held_out=held_out)
 
 
@@ -144,8 +144,11 @@ def test_verify_tells_tuned_from_foreign(tiny_gguf, prepared, tuned, tmp_path):
     with GgufFile(tuned.path) as file:
         block = bytes(file.read(file.tensors["blk.0.ffn_up.weight"]))[:110]  # Q3_K: d is the last two bytes
     data[data.index(block)] ^= 255
+    norm = next(one for one in gguf.GGUFReader(tuned.path).tensors if one.name == "output_norm.weight")
+    data[norm.data_offset + 1] ^= 1  # tuning leaves norms as they are
     other.write_bytes(data)
-    assert verify(other, tiny_gguf, imatrix=prepared / "imatrix.gguf").differing == ["blk.0.ffn_up.weight"]
+    differing = ["blk.0.ffn_up.weight", "output_norm.weight"]
+    assert sorted(verify(other, tiny_gguf, imatrix=prepared / "imatrix.gguf").differing) == differing
 
 
 def test_what_does_not_help_is_not_kept(tiny_gguf, prepared, tmp_path):
@@ -196,7 +199,7 @@ def test_the_command(tiny_gguf, prepared, tmp_path, capsys):
     assert "is a text that is tuned on" in capsys.readouterr().err
 
 
-def test_wrong_inputs(tiny_gguf, prepared, tmp_path):
+def test_wrong_inputs(tiny_gguf, prepared, tuned, tmp_path):
     quant, texts = prepared / "quant.gguf", [load_text("pydoc:calibration")]
     options = TuneOptions(n_ctx=128, chunks=1)
     with pytest.raises(UsageError, match="is an input"):
@@ -210,6 +213,7 @@ def test_wrong_inputs(tiny_gguf, prepared, tmp_path):
     other = bytearray(tiny_gguf.read_bytes())
     other[norm.data_offset + 1] ^= 1  # one bit of one weight
     (tmp_path / "other.gguf").write_bytes(other)
-    with pytest.raises(BitladderError, match=r"model of the same shapes: output_norm\.weight has other values"):
-        tune(tmp_path / "other.gguf", quant, tmp_path / "x.gguf", texts, options)
+    for made in (quant, tuned.path):
+        with pytest.raises(BitladderError, match=r"model of the same shapes: output_norm\.weight has other values"):
+            tune(tmp_path / "other.gguf", made, tmp_path / "x.gguf", texts, options)
     assert not (tmp_path / "x.gguf").exists()

@@ -72,14 +72,6 @@ class _FilesInPlace(click.Command):
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
     help="Second moments of the same model, from bitladder calibrate; of several files the mean counts.",
 )
-@click.option(
-    "--sequential",
-    multiple=True,
-    metavar="TEXT",
-    help="Round from block to block, so that later ones make up for earlier ones' errors on this calibration text.",
-)
-@click.option("--sequential-chunks", default=24, show_default=True, type=click.IntRange(1), help="Chunks of each.")
-@click.option("--sequential-blocks", default=5, show_default=True, type=click.IntRange(1), help="Blocks at a time.")
 @shared.guard("chosen blocks must lower KLD")
 @click.option("--dry-run", is_flag=True, help="Show types and the exact size, and write nothing.")
 @shared.threads
@@ -97,9 +89,6 @@ def command(
     split_max_size: str | None,
     rounding: str,
     moments: tuple[pathlib.Path, ...],
-    sequential: tuple[str, ...],
-    sequential_chunks: int,
-    sequential_blocks: int,
     guard: str,
     guard_chunks: int,
     dry_run: bool,
@@ -127,12 +116,8 @@ def command(
                 f"--rounding {rounding} needs second moments: pass --moments (bitladder calibrate makes them)"
             )
         refine = _refine_options(rounding, guard, guard_chunks, threads)
-        if sequential:
-            refine = _in_order(refine, sequential, sequential_chunks, sequential_blocks)
         _refine(output, source, out, options, imatrix, moments, refine, threads)
         return
-    if sequential and not dry_run:
-        raise UsageError("--sequential belongs to --rounding feedback, descent or best")
     with prepare(source, options, imatrix=imatrix, progress=output.progress) as prepared:
         figures = preflight(prepared, threads=threads)
         if dry_run or out is None:
@@ -155,14 +140,6 @@ def _refine_options(method: Any, guard: str, guard_chunks: int, threads: int | N
         None if guard == "none" else load_text(guard),
         Settings(chunks=guard_chunks, threads=threads),
     )
-
-
-def _in_order(refine: "RefineOptions", texts: tuple[str, ...], chunks: int, blocks: int) -> "RefineOptions":
-    from bitladder.refine.round import Sequential
-    from bitladder.text.texts import load_text
-
-    read = tuple(load_text(text) for text in texts)
-    return dataclasses.replace(refine, sequential=Sequential(read, chunks, blocks))
 
 
 def _refine(

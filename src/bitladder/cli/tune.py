@@ -26,7 +26,6 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
     help="How far one chunk moves a scale at most, as a share of it.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the order of chunks.")
-@click.option("--norms/--no-norms", default=False, show_default=True, help="Tune the norms too.")
 @options.guard("KLD must fall")
 @options.n_ctx
 @options.threads
@@ -40,7 +39,6 @@ def command(
     chunks: int | None,
     rate: float,
     seed: int,
-    norms: bool,
     guard: str,
     guard_chunks: int,
     n_ctx: int,
@@ -63,7 +61,7 @@ def command(
     )
     if held_out is not None and held_out[0].sha256 in {text.sha256 for text in texts}:
         raise UsageError(f"--guard {guard} is a text that is tuned on; name another one")
-    wanted = TuneOptions(n_ctx, chunks, rate, seed, norms)
+    wanted = TuneOptions(n_ctx, chunks, rate, seed)
     made = tune(model, quant, out, texts, wanted, held_out=held_out, threads=threads, progress=output.progress)
     if output.json:
         said = dataclasses.asdict(made) | {"path": out.name, "sha256": sha256_file(out)}

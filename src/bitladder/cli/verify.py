@@ -22,7 +22,6 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
     multiple=True,
     help="The second moments it was made with, if it was rounded for the output.",
 )
-@click.option("--sequential", multiple=True, metavar="TEXT", help="The texts it was made with, if from block to block.")
 @options.threads
 @common_options
 def command(
@@ -31,23 +30,13 @@ def command(
     source: pathlib.Path,
     imatrix: pathlib.Path | None,
     moments: tuple[pathlib.Path, ...],
-    sequential: tuple[str, ...],
     threads: int | None,
 ) -> None:
     """Derive every tensor of QUANT again and compare its bytes: exit code 1 if one differs."""
     # Imported here, so that --help does not wait for the native library.
     from bitladder.refine.verify import verify
-    from bitladder.text.texts import load_text
 
-    found = verify(
-        quant,
-        source,
-        imatrix=imatrix,
-        moments=moments,
-        sequential=[load_text(text) for text in sequential],
-        threads=threads,
-        progress=output.progress,
-    )
+    found = verify(quant, source, imatrix=imatrix, moments=moments, threads=threads, progress=output.progress)
     if output.json:
         output.print_json({"quant": quant.name, "tensors": found.ways, "differing": found.differing})
     else:

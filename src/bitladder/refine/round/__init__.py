@@ -2,7 +2,6 @@
 
 from bitladder.refine.round.guard import Guard, GuardOptions, GuardReport, GuardTrial
 from bitladder.refine.round.quantize_rounded import Refined, RefineOptions, quantize_refined
-from bitladder.refine.sequential import Sequential
 
 __all__ = [
     "Guard",
@@ -11,6 +10,5 @@ __all__ = [
     "GuardTrial",
     "RefineOptions",
     "Refined",
-    "Sequential",
     "quantize_refined",
 ]

@@ -9,21 +9,18 @@ import tempfile
 from collections.abc import Sequence
 
 from bitladder.calibrate import MomentsFile
-from bitladder.engine.types import RowKernels, type_by_name
-from bitladder.errors import UsageError
+from bitladder.engine.types import type_by_name
 from bitladder.evaluate import Settings, load_or_compute_base
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import PreparedQuant, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
 from bitladder.refine.round.guard import Guard, GuardOptions, GuardReport
 from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256, refuse_other_moments
-from bitladder.refine.sequential import Sequential, ShiftedRounding, render_in_order
 from bitladder.rounding import RoundingOptions
 from bitladder.text.texts import Text
-from bitladder.trial import Renderer, StockRounding, render_all
+from bitladder.trial import Renderer, render_all
 
 # What the file says of its blocks, for `bitladder verify`.
 METHOD_KEY, MOMENTS_KEY = "bitladder.rounding", "bitladder.rounding.moments.sha256"
-SEQUENTIAL_KEY = "bitladder.rounding.sequential"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +28,13 @@ class RefineOptions:
     """How to choose blocks, and on what they are tried.
 
     `guard` is the text (None: blocks are not tried), `settings` how it is measured. `work` is the folder in which
-    rendered tensors are kept for the next time (None: for this time only). `sequential` rounds from block to block
-    (None: each tensor for inputs in full precision).
+    rendered tensors are kept for the next time (None: for this time only).
     """
 
     rounding: RoundingOptions = dataclasses.field(default_factory=RoundingOptions)
     guard: Text | None = None
     settings: Settings = dataclasses.field(default_factory=lambda: Settings(chunks=8))
     work: pathlib.Path | None = None
-    sequential: Sequential | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +67,6 @@ def quantize_refined(
         known = [opened.enter_context(MomentsFile(path)) for path in moments]
         rounding = OutputRounding(known, refine.rounding)
         extra = {METHOD_KEY: refine.rounding.method, MOMENTS_KEY: joined_sha256(known)}
-        if refine.sequential is not None:
-            if options.prune_layers:
-                raise UsageError(
-                    "--sequential goes through the model as it is; prune layers first, in a file of its own"
-                )
-            extra[SEQUENTIAL_KEY] = refine.sequential.describe()
         with prepare(source, options, imatrix=imatrix, metadata=extra, progress=progress) as prepared:
             refuse_other_moments(known, prepared.file, progress)
             return _refine(prepared, out, rounding, refine, threads, progress)
@@ -95,17 +84,12 @@ def _refine(
     chosen = {name: kind for name, kind in types.items() if rounding.covers(name, type_by_name(kind))}
     with tempfile.TemporaryDirectory(dir=pathlib.Path(out).parent, prefix=".rounding.") as temporary:
         folder = refine.work or pathlib.Path(temporary)
-        kernels = RowKernels(threads)
-        shifted = None if refine.sequential is None else ShiftedRounding(rounding, refine.sequential, types)
         stock, rounded = (
             Renderer(prepared.file, prepared.importance, rounding=method, folder=folder, threads=threads)
-            for method in (StockRounding(kernels), shifted or rounding)
+            for method in (None, rounding)
         )
         try:
-            if shifted is not None:
-                render_in_order(shifted, (stock, rounded), types, list(chosen), threads=threads, progress=progress)
-            else:
-                render_all(rounded, chosen.items(), progress=progress)
+            render_all(rounded, chosen.items(), progress=progress)
             report = None
             if refine.guard is not None:
                 base_file = folder / f"{refine.guard.sha256[:12]}.{refine.settings.n_ctx}.base"
@@ -120,7 +104,7 @@ def _refine(
             blocks = {name: functools.partial(rounded.blocks, name, type_by_name(chosen[name])) for name in kept}
             result = write(prepared, out, threads=threads, progress=progress, blocks=blocks)
         finally:
-            for one in (stock, rounded, kernels):
+            for one in (stock, rounded):
                 one.close()
     losses = {name: rounding.losses[name, kind] for name, kind in chosen.items() if (name, kind) in rounding.losses}
     return Refined(result, report, losses)

@@ -1,4 +1,4 @@
-"""Tuning what is free in a quant, the F16 numbers of its blocks and its norms, for the whole model's predictions."""
+"""Tuning the F16 numbers of a quant's blocks for the whole model's predictions."""
 
 from bitladder.refine.tune.tune_quant import Tuned, TuneOptions, tune
 

@@ -1,8 +1,7 @@
-"""A quant as a torch model whose blocks' F16 numbers, and norms, can move."""
+"""A quant as a torch model whose blocks' F16 numbers can move."""
 
 import os
 
-import numpy as np
 import torch
 
 from bitladder.calibrate.gradients.forward import TorchModel
@@ -21,33 +20,24 @@ Key = tuple[str, int]
 class Student(Closing):
     """`model` computes with what `put` has set from `parameters`, the moves of blocks' numbers by (tensor, part).
 
-    `norms` are the model's vectors, each times 1 + its move, which is in `parameters` as (name, 0). The head's blocks
-    stay as they are: where it is tied, they are the embeddings too. Raises BitladderError as `TorchModel` does, and if
-    no tensor has blocks that can move.
+    The head's blocks stay as they are: where it is tied, they are the embeddings too. Raises BitladderError as
+    `TorchModel` does, and if no tensor has blocks that can move.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, norms: bool, threads: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
         self.model = TorchModel(path, memory=1 << 62, threads=threads)
-        weights = self.model.weights
         with GgufFile(path) as file:
             self.scales = {
                 name: FreeScales(file.tensors[name].type.name, file.read(file.tensors[name]), file.tensors[name].width)
                 for name in self.model.matrices
                 if name != self.model.head and can_round(file.tensors[name].type.name)
             }
-            vectors = [
-                name
-                for name, tensor in file.tensors.items()
-                if norms and name.endswith("norm.weight") and tensor.type.name == "f32"
-            ]
         if not self.scales:
             self.model.close()
             raise BitladderError(f"{self.model.path.name} has no quantized blocks whose scales could be tuned")
-        self.norms = {name: weights.get(name).clone() for name in vectors}
         self.parameters: dict[Key, torch.Tensor] = {
             (name, part): move for name, scales in self.scales.items() for part, move in enumerate(scales.moves)
         }
-        self.parameters |= {(name, 0): torch.zeros_like(vector) for name, vector in self.norms.items()}
         self._slopes: dict[Key, torch.Tensor] = {}
         self.put()
 
@@ -59,8 +49,6 @@ class Student(Closing):
         """Let the model compute with the parameters as they are now."""
         for name, scales in self.scales.items():
             self.model.weights.replace(name, scales.weights())
-        for name, vector in self.norms.items():
-            self.model.weights.replace(name, vector * (1 + self.parameters[name, 0]))
 
     def backward(self, tokens: Tokens, teacher: TorchModel) -> tuple[float, dict[Key, torch.Tensor]]:
         """KLD from the teacher's predictions of one sequence, mean over its positions, and its derivatives.
@@ -68,14 +56,10 @@ class Student(Closing):
         Parameters: tokens int32 [length]. Derivatives have the keys of `parameters`.
         """
         self._slopes = {}
-        leaves = {name: self.model.weights.get(name).requires_grad_() for name in self.norms}
         target = teacher.states(tokens)
         hidden = self.model.states(tokens, self.scales, self._tap)
         divergence, gradient = self._divergence(hidden.detach(), target, teacher)
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
-        for name, leaf in leaves.items():
-            assert leaf.grad is not None
-            self._slopes[name, 0] = leaf.grad * self.norms[name]
         return divergence, self._slopes
 
     def _tap(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -98,7 +82,3 @@ class Student(Closing):
             # d KLD / d logits = q − p
             gradient[rows] = self.model.head_gradient(ours.exp_().sub_(probabilities))
         return total / len(hidden), gradient / len(hidden)
-
-    def vectors(self) -> dict[str, np.ndarray]:
-        """The norms as they are now, float32."""
-        return {name: self.model.weights.get(name).detach().numpy() for name in self.norms}

@@ -32,14 +32,13 @@ class TuneOptions:
     """How to tune.
 
     `chunks` of each text, of `n_ctx` tokens, from all over it (None: all there are). `rate` and `seed` as of
-    `descend.Schedule`. `norms`: the norms too.
+    `descend.Schedule`.
     """
 
     n_ctx: int = 512
     chunks: int | None = None
     rate: float = 3e-4
     seed: int = 0
-    norms: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +73,10 @@ def tune(
 ) -> Tuned:
     """Tune a quant's scales for the predictions of its full-precision model.
 
-    A block's F16 numbers, and norms if asked for, are moved by gradients of the KLD over `texts`, the integers stay:
-    the file has the same types and bytes, and its speed. `held_out`: a text that is neither among `texts` nor the one
-    to judge by, and how to measure it; KLD there must fall, or the quant is copied as it is. What an interrupted
-    descent left in the folder OUT.parts is gone on with.
+    A block's F16 numbers are moved by gradients of the KLD over `texts`, the integers stay: the file has the same
+    types and bytes, and its speed. `held_out`: a text that is neither among `texts` nor the one to judge by, and how to
+    measure it; KLD there must fall, or the quant is copied as it is. What an interrupted descent left in the folder
+    OUT.parts is gone on with.
     Everything is in memory at once, some 20 bytes for each weight and what a chunk leaves for its way back. Raises
     BitladderError if torch is not installed, if it does not compute what the library does, or if the two files are not
     of one model.
@@ -91,14 +90,13 @@ def tune(
         raise UsageError("tuning needs a text: pass -f")
     with GgufFile(full) as source, GgufFile(quant) as made:
         refuse_other_model(made, source)
-        if not made.get(TUNE_KEY):  # whose norms may have moved
-            refuse_other_vectors(made, source)
+        refuse_other_vectors(made, source)
     with Model(full, vocab_only=True) as vocabulary:
         chunks = Reading(chunks=options.chunks).rows(vocabulary, texts, options.n_ctx)
     with replacing(out) as temporary:  # opened first: a folder that cannot be written to is told of at once
         keep = UnfinishedWork(out, job_key(full, texts, quant=sha256_file(quant), options=options))
-        blocks, vectors, seen = _moved(full, quant, chunks, options, keep, threads, progress)
-        _write(quant, temporary, blocks, vectors, f"{len(chunks)} × {options.n_ctx} tokens, rate {options.rate:g}")
+        blocks, seen = _moved(full, quant, chunks, options, keep, threads, progress)
+        _write(quant, temporary, blocks, f"{len(chunks)} × {options.n_ctx} tokens, rate {options.rate:g}")
         before = after = difference = None
         if held_out is not None:
             before, after, difference = _tried(full, quant, temporary, *held_out, progress)
@@ -131,8 +129,8 @@ def _moved(
     keep: UnfinishedWork,
     threads: int | None,
     progress: Progress,
-) -> tuple[dict[str, Bytes], dict[str, npt.NDArray[np.float32]], list[float]]:
-    """Blocks and vectors by tensor after the descent, and the KLD seen on the way."""
+) -> tuple[dict[str, Bytes], list[float]]:
+    """Blocks by tensor after the descent, and the KLD seen on the way."""
     from bitladder.calibrate.gradients.forward import TorchModel
     from bitladder.refine.tune.descend import Schedule, descend
     from bitladder.refine.tune.student import Student
@@ -140,18 +138,17 @@ def _moved(
     with (
         torch_threads(threads),
         TorchModel(full, memory=1 << 62, threads=threads) as teacher,
-        Student(quant, norms=options.norms, threads=threads) as student,
+        Student(quant, threads=threads) as student,
     ):
         check_logits(full, chunks[0, :CHECKED_TOKENS], threads=threads, ours=teacher)
         seen = descend(student, teacher, chunks, Schedule(options.rate, options.seed), keep=keep, progress=progress)
-        return {name: scales.blocks() for name, scales in student.scales.items()}, student.vectors(), seen
+        return {name: scales.blocks() for name, scales in student.scales.items()}, seen
 
 
 def _write(
     quant: pathlib.Path,
     out: pathlib.Path,
     blocks: dict[str, Bytes],
-    vectors: dict[str, npt.NDArray[np.float32]],
     said: str,
 ) -> None:
     with GgufFile(quant) as file, out.open("wb") as stream:
@@ -159,8 +156,5 @@ def _write(
         plans = [TensorPlan(name, tensor.shape, tensor.type) for name, tensor in file.tensors.items()]
         writer = GgufWriter(stream, metadata, plans)
         for name, tensor in file.tensors.items():
-            if name in vectors:
-                writer.write(name, vectors[name].view(np.uint8))
-            else:
-                writer.write(name, blocks[name] if name in blocks else file.read(tensor))
+            writer.write(name, blocks[name] if name in blocks else file.read(tensor))
         writer.finish()
