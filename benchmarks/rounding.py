@@ -24,13 +24,13 @@ import time
 
 import numpy as np
 
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.native import versions
 from bitladder.evaluate import Reference, Settings, measure, open_or_compute
 from bitladder.files import write_json
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import read_recipe
-from bitladder.refine.round import RefineOptions, quantize_refined
-from bitladder.refine.tune import TuneOptions, tune
+from bitladder.refine import ModelFiles, RefineOptions, TuneOptions, quantize_rounded, tune
 from bitladder.rounding import RoundingOptions
 from bitladder.text.texts import load_text
 
@@ -89,13 +89,13 @@ def make(arguments: argparse.Namespace, preset: str, way: str, out: pathlib.Path
     options = QuantizeOptions(preset)
     if method.endswith(".toml"):
         options, method = QuantizeOptions(types=read_recipe(pathlib.Path(method)).tensors), "best"
-    moments = [arguments.plain] if source == "plain" else arguments.moments
-    refine = RefineOptions(WAYS[method], work=out.parent)
-    quantize_refined(arguments.model, out, options, moments, refine, imatrix=arguments.imatrix)
+    moments = (arguments.plain,) if source == "plain" else tuple(arguments.moments)
+    files, refine = ModelFiles(arguments.model, arguments.imatrix, moments), RefineOptions(rounding=WAYS[method])
+    quantize_rounded(files, out, options, refine, None, Decoding(), work=out.parent)
     if way.endswith("+scales"):
         texts, before = [load_text(name) for name in arguments.calibration], out.with_name("before.gguf")
         out.rename(before)
-        tune(arguments.model, before, out, texts, TuneOptions(chunks=arguments.tune_chunks))
+        tune(arguments.model, before, out, texts, None, TuneOptions(tune_chunks=arguments.tune_chunks), Decoding())
 
 
 def figures(

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from bitladder.ladder.rounded import MOMENTS, PLAIN
 
 from bitladder.gguf.reader import GgufFile
 from bitladder.ladder import RunOptions, run
 from bitladder.ladder.plan import command_line, plan
-from bitladder.ladder.rounded import MOMENTS, PLAIN
 from bitladder.quantize import RUNGS, TUNE_KEY
 from bitladder.report import write_card
 from bitladder.text import load_text, set_apart
@@ -48,7 +48,7 @@ def test_a_rung_has_less_divergence_than_its_preset_and_is_made_once(options):
 
 def test_a_rung_is_tuned_on_text_it_is_not_tried_on(options, tmp_path):
     texts = [load_text("pydoc:calibration")]
-    first, end = set_apart(texts)
+    first, end = set_apart(texts, 0.1)
     assert first[0].text + end.text == texts[0].text
     assert first[0].sha256 != texts[0].sha256
     tuned = options.model_copy(update={"out": tmp_path / "ladder", "tune_chunks": 24, "n_ctx": 128})

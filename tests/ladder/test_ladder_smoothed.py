@@ -5,15 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
+from bitladder.ladder.smoothed import SMOOTH, TRIALS
 
 from bitladder.engine.types import dequantize_into, quantize_rows
 from bitladder.gguf.reader import GgufFile
 from bitladder.ladder import RunOptions, run
 from bitladder.ladder.plan import command_line, plan
-from bitladder.ladder.smoothed import SMOOTH, TRIALS
 from bitladder.quantize import RUNGS, quantize
-from bitladder.refine.smooth import KEY, smooth_model
-from bitladder.refine.verify import verify
+from bitladder.refine import ModelFiles, smooth_model, verify
+from bitladder.refine.smooth import KEY
 
 CHANNELS = slice(None, None, 16)
 
@@ -66,7 +66,8 @@ def test_rungs_are_made_of_the_smoothed_model_where_it_helps(tiny_gguf, tmp_path
         assert len(file.get(KEY)) == 64
     assert run(options).made == ()
     # Anybody can make the same again from the full precision and the imatrix.
-    smooth_model(model, folder / "imatrix.gguf", tmp_path / "s.gguf", tmp_path / "si.gguf")
+    again = ModelFiles(tmp_path / "s.gguf", tmp_path / "si.gguf")
+    smooth_model(ModelFiles(model, folder / "imatrix.gguf"), again)
     assert (tmp_path / "s.gguf").read_bytes() == (folder / SMOOTH).read_bytes()
     quantize(tmp_path / "s.gguf", tmp_path / "q.gguf", "Q4_K_M", imatrix=tmp_path / "si.gguf")
     with GgufFile(quant) as ours, GgufFile(tmp_path / "q.gguf") as again:

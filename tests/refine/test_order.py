@@ -25,13 +25,20 @@ from bitladder.engine.model import Model
 from bitladder.evaluate import Settings, load_or_compute_base
 from bitladder.evaluate.noise import noise_floor
 from bitladder.gguf.reader import GgufFile
+from bitladder.progress import SILENT
 from bitladder.quantize import quantize
-from bitladder.refine.smooth import SmoothingError, order_for_blocks, smooth_model, smoothed_moments
+from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
+from bitladder.refine.smooth import order_for_blocks, smoothed_moments
 from bitladder.refine.smooth.order import find_order
 from bitladder.text.chunks import Reading
 from bitladder.text.texts import load_text
 
 WIDE = {"hidden_size": 512, "tie_word_embeddings": True, "initializer_range": 0.05}
+
+
+def smooth(path, imatrix, out, imatrix_out, progress=SILENT, **options):
+    source, smoothed = ModelFiles(path, imatrix), ModelFiles(out, imatrix_out)
+    return smooth_model(source, smoothed, SmoothingOptions(**options), progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +102,7 @@ def test_near_the_best_of_all_orders():
 def test_an_ordered_model_computes_what_transformers_does(tmp_path, text, ordinary, biases):
     path, imatrix, model = wide(tmp_path, text, attention_bias=True, mlp_bias=True) if biases else ordinary
     out = tmp_path / "o.gguf"
-    result = smooth_model(path, imatrix, out, tmp_path / "oi.gguf", scales=False)
+    result = smooth(path, imatrix, out, tmp_path / "oi.gguf", scales=False)
     assert result.head_noise < 0.9 and not result.links and result.moved < 3e-3
     tokens = np.random.default_rng(1).integers(2, 380, 48).astype(np.int32)
     with torch.no_grad():
@@ -114,7 +121,7 @@ def test_an_ordered_model_computes_what_transformers_does(tmp_path, text, ordina
 def test_what_rounding_inputs_costs_gets_less(tmp_path, text, ordinary):
     """Measured with the inputs of every multiplication rounded to Q8_K, as the kernels of K-quants do."""
     path, imatrix, _ = ordinary
-    smooth_model(path, imatrix, tmp_path / "o.gguf", tmp_path / "oi.gguf", scales=False)
+    smooth(path, imatrix, tmp_path / "o.gguf", tmp_path / "oi.gguf", scales=False)
     floors = []
     for model in (path, tmp_path / "o.gguf"):
         settings = Settings(n_ctx=64, chunks=4)
@@ -126,7 +133,7 @@ def test_what_rounding_inputs_costs_gets_less(tmp_path, text, ordinary):
 def test_imatrix_and_moments_are_those_of_the_ordered_model(tmp_path, text, ordinary):
     path, imatrix, _ = ordinary
     out = tmp_path / "s.gguf"
-    result = smooth_model(path, imatrix, out, tmp_path / "si.gguf")
+    result = smooth(path, imatrix, out, tmp_path / "si.gguf")
     assert result.links and result.head_noise
     collect_imatrix(out, [text], tmp_path / "again.gguf", decoding=Decoding(n_ctx=64))
     said, seen = read_imatrix(tmp_path / "si.gguf").entries, read_imatrix(tmp_path / "again.gguf").entries
@@ -158,20 +165,20 @@ def test_experts_and_what_is_left_alone(tmp_path, tiny_gguf, text):
     path, imatrix, out = tmp_path / "moe.gguf", tmp_path / "i.gguf", tmp_path / "o.gguf"
     write_moe(tiny_gguf, path, width=512, tied=True)
     collect_imatrix(path, [text], imatrix, decoding=Decoding(n_ctx=64))
-    result = smooth_model(path, imatrix, out, tmp_path / "oi.gguf", scales=False)
+    result = smooth(path, imatrix, out, tmp_path / "oi.gguf", scales=False)
     tokens = np.random.default_rng(2).integers(2, 300, 40).astype(np.int32)
     expected = logits(path, tokens)
     assert result.head_noise < 1 and np.abs(logits(out, tokens) - expected).max() < 5e-3 * np.ptp(expected)
     quantize(out, tmp_path / "q.gguf", "Q4_K_M", imatrix=tmp_path / "oi.gguf")
     with GgufFile(tmp_path / "q.gguf") as file:
-        assert find_order(file) is None  # quantized
+        assert find_order(file, SmoothingOptions()) is None  # quantized
     with GgufFile(path) as file:
         file.tensors["blk.0.something_new.weight"] = file.tensors["blk.0.attn_norm.weight"]
-        assert find_order(file) is None
+        assert find_order(file, SmoothingOptions()) is None
     write_moe(tiny_gguf, tmp_path / "untied.gguf", width=512)
     collect_imatrix(tmp_path / "untied.gguf", [text], imatrix, decoding=Decoding(n_ctx=64))
     with pytest.raises(SmoothingError, match="no other order of channels is known to be better"):
-        smooth_model(tmp_path / "untied.gguf", imatrix, tmp_path / "no.gguf", tmp_path / "noi.gguf", scales=False)
+        smooth(tmp_path / "untied.gguf", imatrix, tmp_path / "no.gguf", tmp_path / "noi.gguf", scales=False)
     assert not (tmp_path / "no.gguf").exists()
 
 

@@ -7,12 +7,12 @@ from calibrated import calibrate
 
 from bitladder.calibrate import Moment, MomentsFile, Provenance, Shape, writing_moments
 from bitladder.cli import invoke
+from bitladder.engine.decoding import Decoding
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Settings, evaluate
 from bitladder.gguf.reader import GgufFile
 from bitladder.quantize import QuantizeOptions, quantize
-from bitladder.refine.round import RefineOptions, quantize_refined
-from bitladder.refine.verify import verify
+from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, quantize_rounded, verify
 from bitladder.rounding import RoundingOptions
 from bitladder.text.texts import Text, load_text
 
@@ -30,17 +30,18 @@ def held_out():
     return load_text("pydoc:test")
 
 
-def refine(**given):
-    return RefineOptions(RoundingOptions(method="best", passes=1), settings=Settings(n_ctx=256, chunks=4), **given)
+def quantize_best(model, prepared, out, moments, held_out=None, **rounding):
+    """A quant of the preset with the imatrix, rounded by one pass unless another rounding is given."""
+    files = ModelFiles(model, prepared / "imatrix.gguf", (moments,))
+    options = RoundingOptions(**rounding) if rounding else RoundingOptions(passes=1)
+    refine = RefineOptions(rounding=options, guard=GuardOptions(guard_chunks=4))
+    return quantize_rounded(files, out, QuantizeOptions(PRESET), refine, held_out, Decoding(n_ctx=256))
 
 
 @pytest.fixture(scope="module")
 def rounded(tiny_gguf, prepared, held_out):
     """A quant of the embedded model, rounded and guarded."""
-    out = prepared / "rounded.gguf"
-    options, imatrix = QuantizeOptions(PRESET), prepared / "imatrix.gguf"
-    moments = [prepared / "moments.gguf"]
-    return quantize_refined(tiny_gguf, out, options, moments, refine(guard=held_out), imatrix=imatrix)
+    return quantize_best(tiny_gguf, prepared, prepared / "rounded.gguf", prepared / "moments.gguf", held_out)
 
 
 def test_same_types_and_bytes_less_divergence_elsewhere(tiny_gguf, prepared, rounded):
@@ -93,10 +94,7 @@ def lying(moments, out, liar, others=()):
 def test_a_tensor_that_harms_within_a_kind_that_gains(tiny_gguf, prepared, held_out, tmp_path):
     kind = [f"blk.{layer}.ffn_down.weight" for layer in range(8)]
     lie = lying(prepared / "moments.gguf", tmp_path / "lie.gguf", kind[1], [kind[0], *kind[2:]])
-    options = QuantizeOptions(PRESET)
-    made = quantize_refined(
-        tiny_gguf, tmp_path / "q.gguf", options, [lie], refine(guard=held_out), imatrix=prepared / "imatrix.gguf"
-    )
+    made = quantize_best(tiny_gguf, prepared, tmp_path / "q.gguf", lie, held_out)
     assert [(trial.kind, trial.kept) for trial in made.guard.trials] == [("ffn_down", True)]
     assert made.guard.stock == (kind[1],)
 
@@ -105,25 +103,20 @@ def test_blocks_that_harm_are_kept_out(tiny_gguf, prepared, held_out, tmp_path):
     """Moments that say the opposite of the truth: fitted to them, a kind gets worse, and keeps the library's blocks."""
     name = "blk.1.ffn_down.weight"
     lie = lying(prepared / "moments.gguf", tmp_path / "lie.gguf", name)
-    options = QuantizeOptions(PRESET)
-    made = quantize_refined(
-        tiny_gguf, tmp_path / "q.gguf", options, [lie], refine(guard=held_out), imatrix=prepared / "imatrix.gguf"
-    )
+    made = quantize_best(tiny_gguf, prepared, tmp_path / "q.gguf", lie, held_out)
     assert made.guard.stock == (name,)
     assert made.guard.after.value == made.guard.before.value
     found = verify(tmp_path / "q.gguf", tiny_gguf, imatrix=prepared / "imatrix.gguf")
-    assert found.ways[name] == "stock" and not found.differing
+    assert found.origins[name] == "stock" and not found.differing
 
 
 def test_verify_derives_every_tensor(tiny_gguf, prepared, rounded, tmp_path):
     files = {"imatrix": prepared / "imatrix.gguf", "moments": [prepared / "moments.gguf"]}
     # The method that the file names is tried with its default options.
     out = tmp_path / "q.gguf"
-    quantize_refined(
-        tiny_gguf, out, QuantizeOptions(PRESET), files["moments"], RefineOptions(), imatrix=files["imatrix"]
-    )
+    quantize_best(tiny_gguf, prepared, out, prepared / "moments.gguf", method="best")
     found = verify(out, tiny_gguf, **files)
-    assert not found.differing and "rounded" in found.ways.values()
+    assert not found.differing and "rounded" in found.origins.values()
     data = bytearray(out.read_bytes())
     with GgufFile(out) as file:
         tensor = file.tensors["blk.0.attn_q.weight"]
@@ -141,7 +134,7 @@ def test_command(tiny_gguf, prepared, tmp_path, capsys):
     assert "needs second moments: pass --moments" in capsys.readouterr().err
     moments = ["--rounding", "feedback", "--moments", str(prepared / "moments.gguf"), "--guard", "none"]
     assert invoke([*arguments, *moments, *log]) == 0
-    assert "output error against the library's blocks" in capsys.readouterr().out
+    assert "output error as a share of the library's" in capsys.readouterr().out
     known = ["--imatrix", str(prepared / "imatrix.gguf"), "--moments", str(prepared / "moments.gguf")]
     assert invoke(["verify", str(out), "-m", str(tiny_gguf), *known, *log]) == 0
     assert "rounded" in capsys.readouterr().out
@@ -155,12 +148,10 @@ def test_moments_of_another_model(tiny_gguf, prepared, tmp_path):
     with writing_moments(odd, Provenance(["none"], 1, 256), {name: Shape(1, 8)}, {}) as writer:
         writer.write(name, Moment(np.eye(8, dtype=np.float32)[None], np.array([256])))
     with pytest.raises(BitladderError, match=r"another model than .*: blk\.0\.attn_q\.weight has inputs of 8 there"):
-        quantize_refined(tiny_gguf, tmp_path / "q.gguf", QuantizeOptions(PRESET), [odd], RefineOptions())
+        quantize_best(tiny_gguf, prepared, tmp_path / "q.gguf", odd)
     assert not (tmp_path / "q.gguf").exists()
     with pytest.raises(BitladderError, match="holds no second moments"):
-        quantize_refined(
-            tiny_gguf, tmp_path / "q.gguf", QuantizeOptions(PRESET), [prepared / "imatrix.gguf"], RefineOptions()
-        )
+        quantize_best(tiny_gguf, prepared, tmp_path / "q.gguf", prepared / "imatrix.gguf")
 
 
 def test_moments_of_other_content_are_warned_of(tiny_gguf, prepared, tmp_path, capsys):

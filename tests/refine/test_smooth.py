@@ -26,12 +26,17 @@ from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile
 from bitladder.progress import SILENT
 from bitladder.quantize import quantize
-from bitladder.refine.smooth import KEY, SmoothingError, balance, links_of, smooth_model, smoothed_moments
-from bitladder.refine.smooth import smooth_model as smoothing
+from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
+from bitladder.refine.smooth import KEY, balance, links_of, smoothed_model, smoothed_moments
 from bitladder.text.chunks import Reading
 from bitladder.text.texts import load_text
 
 LLAMA_KINDS = ["attn_norm", "ffn_norm", "attn_v", "ffn_up"]
+
+
+def smooth(path, imatrix, out, imatrix_out, progress=SILENT, **options):
+    source, smoothed = ModelFiles(path, imatrix), ModelFiles(out, imatrix_out)
+    return smooth_model(source, smoothed, SmoothingOptions(**options), progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def logits(path, tokens):
 def test_a_smoothed_model_computes_what_transformers_does(tmp_path, text, build, config, kinds):
     path, imatrix, model = made(tmp_path, build, text, **config)
     out, out_imatrix = tmp_path / "s.gguf", tmp_path / "s.imatrix.gguf"
-    result = smooth_model(path, imatrix, out, out_imatrix)
+    result = smooth(path, imatrix, out, out_imatrix)
     assert sorted(result.links) == sorted(kinds) and result.moved < 1e-4
     tokens = np.random.default_rng(1).integers(2, 380, 48).astype(np.int32)
     with torch.no_grad():
@@ -107,7 +112,7 @@ def test_a_smoothed_model_computes_what_transformers_does(tmp_path, text, build,
 
 def test_the_imatrix_is_that_of_the_smoothed_inputs(tmp_path, text):
     path, imatrix, _ = made(tmp_path, tiny_models.llama, text)
-    smooth_model(path, imatrix, tmp_path / "s.gguf", tmp_path / "s.imatrix.gguf")
+    smooth(path, imatrix, tmp_path / "s.gguf", tmp_path / "s.imatrix.gguf")
     collect_imatrix(
         tmp_path / "s.gguf",
         [text],
@@ -124,7 +129,7 @@ def test_the_imatrix_is_that_of_the_smoothed_inputs(tmp_path, text):
 
 def test_moments_are_those_of_the_smoothed_model(tmp_path, text):
     path, imatrix, _ = made(tmp_path, tiny_models.llama, text)
-    result = smooth_model(path, imatrix, tmp_path / "s.gguf", tmp_path / "si.gguf")
+    result = smooth(path, imatrix, tmp_path / "s.gguf", tmp_path / "si.gguf")
     plain, weighted = {}, {}
     for label, model in (("old", path), ("new", tmp_path / "s.gguf")):
         plain[label], weighted[label] = tmp_path / f"p-{label}.gguf", tmp_path / f"g-{label}.gguf"
@@ -160,7 +165,7 @@ def test_experts_have_scales_of_their_own(tmp_path, tiny_gguf, text):
     path, imatrix, out = tmp_path / "moe.gguf", tmp_path / "i.gguf", tmp_path / "s.gguf"
     write_moe(tiny_gguf, path)
     collect_imatrix(path, [text], imatrix, decoding=Decoding(n_ctx=64))
-    result = smooth_model(path, imatrix, out, tmp_path / "si.gguf")
+    result = smooth(path, imatrix, out, tmp_path / "si.gguf")
     assert result.links["ffn_up"] == result.links["ffn_norm"] > 0
     tokens = np.random.default_rng(2).integers(2, 300, 40).astype(np.int32)
     expected = logits(path, tokens)
@@ -192,7 +197,7 @@ def test_balance_is_the_least_of_the_bound():
 
 def test_a_link_that_is_none_is_left_out(tmp_path, text, monkeypatch):
     path, imatrix, _ = made(tmp_path, tiny_models.llama, text)
-    real = smoothing.links_of
+    real = smoothed_model.links_of
 
     def wrong(file):
         return [
@@ -200,17 +205,19 @@ def test_a_link_that_is_none_is_left_out(tmp_path, text, monkeypatch):
             for link in real(file)
         ]
 
-    monkeypatch.setattr(smoothing, "links_of", wrong)
+    monkeypatch.setattr(smoothed_model, "links_of", wrong)
     warned = []
     progress = type(
         "Heard", (), {"task": SILENT.task, "info": SILENT.info, "warn": lambda _, text: warned.append(text)}
     )
-    result = smooth_model(path, imatrix, tmp_path / "s.gguf", tmp_path / "si.gguf", progress=progress())
+    result = smooth(path, imatrix, tmp_path / "s.gguf", tmp_path / "si.gguf", progress=progress())
     assert "attn_norm" not in result.links and "ffn_norm" in result.links and result.moved < 1e-4
     assert len(warned) == 1 and "only ffn_norm" in warned[0]
-    monkeypatch.setattr(smoothing, "links_of", lambda file: [link for link in wrong(file) if link.kind == "attn_norm"])
+    monkeypatch.setattr(
+        smoothed_model, "links_of", lambda file: [link for link in wrong(file) if link.kind == "attn_norm"]
+    )
     with pytest.raises(SmoothingError, match="without changing the logits"):
-        smooth_model(path, imatrix, tmp_path / "no.gguf", tmp_path / "noi.gguf")
+        smooth(path, imatrix, tmp_path / "no.gguf", tmp_path / "noi.gguf")
     assert not (tmp_path / "no.gguf").exists() and not (tmp_path / "noi.gguf").exists()
 
 
@@ -238,7 +245,7 @@ def test_odd_input_is_one_line(tmp_path, text, capsys):
     other.entries = {"blk.99.nothing.weight": next(iter(other.entries.values()))}
     write_imatrix(other, tmp_path / "none.gguf")
     assert "another model" in fails("-m", path, "--imatrix", tmp_path / "none.gguf")
-    assert "No such file" in fails("-m", path, "--imatrix", tmp_path / "absent.gguf")
+    assert "no such imatrix file" in fails("-m", path, "--imatrix", tmp_path / "absent.gguf")
     assert invoke(["smooth", "-q", "-m", str(path), "--imatrix", str(imatrix), "-o", str(imatrix)]) == 2
     with pytest.raises(BitladderError, match="overflow"):
         huge = tmp_path / "huge.gguf"
@@ -248,5 +255,5 @@ def test_odd_input_is_one_line(tmp_path, text, capsys):
             at = file.data_start + tensor.offset
         data[at : at + tensor.nbytes] = np.full(tensor.elements, 60000, np.float16).tobytes()
         huge.write_bytes(data)
-        smooth_model(huge, imatrix, tmp_path / "h.gguf", tmp_path / "hi.gguf")
+        smooth(huge, imatrix, tmp_path / "h.gguf", tmp_path / "hi.gguf")
     assert not (tmp_path / "h.gguf").exists()

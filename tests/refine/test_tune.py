@@ -17,10 +17,8 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import Settings, evaluate
 from bitladder.gguf.reader import GgufFile
 from bitladder.quantize import quantize
-from bitladder.refine.tune import TuneOptions, tune
-from bitladder.refine.tune.free import FreeScales
-from bitladder.refine.tune.student import Student
-from bitladder.refine.verify import verify
+from bitladder.refine import TuneOptions, tune, verify
+from bitladder.refine.tune.student import FreeScales, Student
 from bitladder.rounding import TYPES as ROUNDED_TYPES
 from bitladder.text.chunks import Reading
 from bitladder.text.texts import Text, load_text
@@ -113,15 +111,16 @@ def test_the_whole_model_s_derivatives_are_those_of_differences(tiny_gguf, prepa
 
 @pytest.fixture(scope="module")
 def tuned(tiny_gguf, prepared):
-    texts, held_out = [load_text("pydoc:calibration")], (load_text("pydoc:test"), Settings(n_ctx=256, chunks=4))
-    options = TuneOptions(n_ctx=256, chunks=60, rate=1e-3)
-    return tune(tiny_gguf, prepared / "quant.gguf", prepared / "tuned.gguf", texts, options, held_out=held_out)
+    texts, held_out = [load_text("pydoc:calibration")], load_text("pydoc:test")
+    options, out = TuneOptions(tune_chunks=60, tune_rate=1e-3, tune_guard_chunks=4), prepared / "tuned.gguf"
+    return out, tune(tiny_gguf, prepared / "quant.gguf", out, texts, held_out, options, Decoding(n_ctx=256))
 
 
 def test_same_types_and_bytes_less_divergence_elsewhere(tiny_gguf, prepared, tuned):
-    assert tuned.kept
-    assert tuned.after.value < tuned.before.value
-    with GgufFile(prepared / "quant.gguf") as a, GgufFile(tuned.path) as b:
+    out, result = tuned
+    assert result.kept
+    assert result.after.value < result.before.value
+    with GgufFile(prepared / "quant.gguf") as a, GgufFile(out) as b:
         assert {n: (t.type, t.shape) for n, t in a.tensors.items()} == {
             n: (t.type, t.shape) for n, t in b.tensors.items()
         }
@@ -130,21 +129,22 @@ def test_same_types_and_bytes_less_divergence_elsewhere(tiny_gguf, prepared, tun
     text = Text("the rest", words[len(words) // 2 :], "0" * 64)
     klds = [
         evaluate(path, text, Settings(n_ctx=256, chunks=6), base=tiny_gguf, base_file=prepared / "rest.base").kld.value
-        for path in (prepared / "quant.gguf", tuned.path)
+        for path in (prepared / "quant.gguf", out)
     ]
     assert klds[1] < 0.95 * klds[0]
 
 
 def test_verify_tells_tuned_from_foreign(tiny_gguf, prepared, tuned, tmp_path):
-    found = verify(tuned.path, tiny_gguf, imatrix=prepared / "imatrix.gguf")
+    path, _ = tuned
+    found = verify(path, tiny_gguf, imatrix=prepared / "imatrix.gguf")
     assert not found.differing
-    assert {way for name, way in found.ways.items() if name.startswith("blk.") and "ffn_up" in name} == {"tuned"}
+    assert {way for name, way in found.origins.items() if name.startswith("blk.") and "ffn_up" in name} == {"tuned"}
     other = tmp_path / "other.gguf"
-    data = bytearray(tuned.path.read_bytes())
-    with GgufFile(tuned.path) as file:
+    data = bytearray(path.read_bytes())
+    with GgufFile(path) as file:
         block = bytes(file.read(file.tensors["blk.0.ffn_up.weight"]))[:110]  # Q3_K: d is the last two bytes
     data[data.index(block)] ^= 255
-    norm = next(one for one in gguf.GGUFReader(tuned.path).tensors if one.name == "output_norm.weight")
+    norm = next(one for one in gguf.GGUFReader(path).tensors if one.name == "output_norm.weight")
     data[norm.data_offset + 1] ^= 1  # tuning leaves norms as they are
     other.write_bytes(data)
     differing = ["blk.0.ffn_up.weight", "output_norm.weight"]
@@ -152,20 +152,17 @@ def test_verify_tells_tuned_from_foreign(tiny_gguf, prepared, tuned, tmp_path):
 
 
 def test_what_does_not_help_is_not_kept(tiny_gguf, prepared, tmp_path):
-    held_out = (load_text("pydoc:test"), Settings(n_ctx=256, chunks=2))
-    options = TuneOptions(n_ctx=256, chunks=12, rate=0.1)  # far too fast
-    made = tune(
-        tiny_gguf, prepared / "quant.gguf", tmp_path / "out.gguf", [load_text("pydoc:calibration")], options,
-        held_out=held_out,
-    )  # fmt: skip
+    options = TuneOptions(tune_chunks=12, tune_rate=0.1, tune_guard_chunks=2)  # far too fast
+    texts, held_out, out = [load_text("pydoc:calibration")], load_text("pydoc:test"), tmp_path / "out.gguf"
+    made = tune(tiny_gguf, prepared / "quant.gguf", out, texts, held_out, options, Decoding(n_ctx=256))
     assert not made.kept
     assert made.difference.value > 0
     assert (tmp_path / "out.gguf").read_bytes() == (prepared / "quant.gguf").read_bytes()
 
 
 def test_an_interrupted_descent_goes_on(tiny_gguf, prepared, tmp_path, monkeypatch):
-    options, texts = TuneOptions(n_ctx=64, chunks=6, rate=1e-3), [load_text("pydoc:calibration")]
-    whole = tune(tiny_gguf, prepared / "quant.gguf", tmp_path / "whole.gguf", texts, options)
+    how = [load_text("pydoc:calibration")], None, TuneOptions(tune_chunks=6, tune_rate=1e-3), Decoding(n_ctx=64)
+    whole = tune(tiny_gguf, prepared / "quant.gguf", tmp_path / "whole.gguf", *how)
     calls, backward = [], Student.backward
 
     def interrupted(self, tokens, teacher):
@@ -178,19 +175,21 @@ def test_an_interrupted_descent_goes_on(tiny_gguf, prepared, tmp_path, monkeypat
     monkeypatch.setattr(UnfinishedWork, "due", lambda self: True)
     out = tmp_path / "out.gguf"
     with pytest.raises(KeyboardInterrupt):
-        tune(tiny_gguf, prepared / "quant.gguf", out, texts, options)
+        tune(tiny_gguf, prepared / "quant.gguf", out, *how)
     assert {one.name for one in tmp_path.iterdir()} == {"whole.gguf", "out.gguf.parts"}
-    made = tune(tiny_gguf, prepared / "quant.gguf", out, texts, options)
+    made = tune(tiny_gguf, prepared / "quant.gguf", out, *how)
     assert len(calls) == 4 + 3
-    assert made.seen == whole.seen
-    assert out.read_bytes() == whole.path.read_bytes()
+    assert made.klds == whole.klds
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert {one.name for one in tmp_path.iterdir()} == {"whole.gguf", "out.gguf"}
 
 
 def test_the_command(tiny_gguf, prepared, tmp_path, capsys):
     out = tmp_path / "out.gguf"
     arguments = ["tune", str(prepared / "quant.gguf"), "-m", str(tiny_gguf), "-o", str(out), "-c", "128"]
-    assert invoke([*arguments, "-f", "pydoc:calibration", "--chunks", "3", "--guard-chunks", "1", "--json"]) == 0
+    assert (
+        invoke([*arguments, "-f", "pydoc:calibration", "--tune-chunks", "3", "--tune-guard-chunks", "1", "--json"]) == 0
+    )
     said = json.loads(capsys.readouterr().out)
     assert said["steps"] == 3
     assert said["difference"]["value"] == pytest.approx(said["after"]["value"] - said["before"]["value"], abs=1e-9)
@@ -201,19 +200,19 @@ def test_the_command(tiny_gguf, prepared, tmp_path, capsys):
 
 def test_wrong_inputs(tiny_gguf, prepared, tuned, tmp_path):
     quant, texts = prepared / "quant.gguf", [load_text("pydoc:calibration")]
-    options = TuneOptions(n_ctx=128, chunks=1)
+    how = None, TuneOptions(tune_chunks=1), Decoding(n_ctx=128)
     with pytest.raises(UsageError, match="is an input"):
-        tune(tiny_gguf, quant, quant, texts, options)
+        tune(tiny_gguf, quant, quant, texts, *how)
     with pytest.raises(UsageError, match="needs a text"):
-        tune(tiny_gguf, quant, tmp_path / "x.gguf", [], options)
+        tune(tiny_gguf, quant, tmp_path / "x.gguf", [], *how)
     with pytest.raises(BitladderError, match="no quantized blocks"):
-        tune(tiny_gguf, tiny_gguf, tmp_path / "x.gguf", texts, options)
+        tune(tiny_gguf, tiny_gguf, tmp_path / "x.gguf", texts, *how)
     assert not list(tmp_path.iterdir())
     norm = next(one for one in gguf.GGUFReader(tiny_gguf).tensors if one.name == "output_norm.weight")
     other = bytearray(tiny_gguf.read_bytes())
     other[norm.data_offset + 1] ^= 1  # one bit of one weight
     (tmp_path / "other.gguf").write_bytes(other)
-    for made in (quant, tuned.path):
+    for made in (quant, tuned[0]):
         with pytest.raises(BitladderError, match=r"model of the same shapes: output_norm\.weight has other values"):
-            tune(tmp_path / "other.gguf", made, tmp_path / "x.gguf", texts, options)
+            tune(tmp_path / "other.gguf", made, tmp_path / "x.gguf", texts, *how)
     assert not (tmp_path / "x.gguf").exists()

@@ -9,7 +9,8 @@ from bitladder.gguf.reader import GgufFile
 from bitladder.keys import key_of
 from bitladder.plan import FeedbackOptions, PlanDecoding, PlanInputs, Planner, PlanOptions
 from bitladder.quantize import QuantizeOptions, quantize
-from bitladder.refine.round import Guard, GuardOptions
+from bitladder.refine import GuardOptions
+from bitladder.refine.round import Guard
 from bitladder.text.texts import builtin_text, load_text
 from bitladder.trial import Renderer, SwappedModel, measurement_inputs
 

@@ -37,15 +37,14 @@ def calibrating(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guard(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """--guard and --guard-chunks: a text on which something must hold."""
-    text = click.option(
+    """--guard: a text on which something must hold."""
+    return click.option(
         "--guard",
         default="pydoc:test",
         show_default=True,
-        help=f"Text, other than calibration's and the one to judge by, on which {what}; none to skip.",
+        metavar="TEXT",
+        help=f"Text on which {what}: neither calibration's nor the one to judge by; none skips it.",
     )
-    chunks = click.option("--guard-chunks", default=8, show_default=True, type=click.IntRange(1), help="Chunks of it.")
-    return lambda command: text(chunks(command))
 
 
 def n_batch(default: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
+from bitladder.engine.decoding import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
 from bitladder.quantize import (
@@ -23,12 +23,13 @@ from bitladder.quantize import (
     write,
 )
 from bitladder.recipe import read_recipe, read_tensor_types
+from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, RoundedQuant, quantize_rounded
+from bitladder.rounding import RoundingOptions
 from bitladder.show import preflight_tables
 from bitladder.show.output import Output, common_options
+from bitladder.show.rounding_tables import rounding_json, rounding_lines
+from bitladder.text import load_text
 from bitladder.units import parse_size
-
-if TYPE_CHECKING:
-    from bitladder.refine.round import RefineOptions
 
 _PATH = click.Path(path_type=pathlib.Path)
 
@@ -59,20 +60,15 @@ class _FilesInPlace(click.Command):
 @options_from(QuantizeOptions)
 @click.option("--prune-layers", metavar="L0,L1,…", help="Blocks to leave out.")
 @click.option("--split-max-size", metavar="SIZE", help="Write shards of at most this size, such as 2G or 1.9GiB.")
-@click.option(
-    "--rounding",
-    type=click.Choice(["stock", "feedback", "descent", "best"]),
-    default="stock",
-    show_default=True,
-    help="How blocks are chosen: the library's kernels, or for the layer's output (needs --moments).",
-)
+@options_from(RoundingOptions, parameter="rounding", method="stock")
 @click.option(
     "--moments",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
     help="Second moments of the same model, from bitladder calibrate; of several files the mean counts.",
 )
-@shared.guard("chosen blocks must lower KLD")
+@shared.guard("rounded blocks must lower KLD")
+@options_from(GuardOptions, parameter="trying")
 @click.option("--dry-run", is_flag=True, help="Show types and the exact size, and write nothing.")
 @shared.threads
 @common_options
@@ -87,10 +83,10 @@ def command(
     options: QuantizeOptions,
     prune_layers: str | None,
     split_max_size: str | None,
-    rounding: str,
+    rounding: RoundingOptions,
     moments: tuple[pathlib.Path, ...],
     guard: str,
-    guard_chunks: int,
+    trying: GuardOptions,
     dry_run: bool,
     threads: int | None,
 ) -> None:
@@ -110,13 +106,21 @@ def command(
         refuse_target(source, out)
     elif not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    if rounding != "stock" and not dry_run and out is not None:
+    if rounding.method != "stock" and not dry_run and out is not None:
         if not moments:
             raise UsageError(
-                f"--rounding {rounding} needs second moments: pass --moments (bitladder calibrate makes them)"
+                f"--rounding {rounding.method} needs second moments: pass --moments (bitladder calibrate makes them)"
             )
-        refine = _refine_options(rounding, guard, guard_chunks, threads)
-        _refine(output, source, out, options, imatrix, moments, refine, threads)
+        quant = quantize_rounded(
+            ModelFiles(source, imatrix, moments),
+            out,
+            options,
+            RefineOptions(rounding=rounding, guard=trying),
+            None if guard == "none" else load_text(guard),
+            Decoding(threads=threads),
+            progress=output.progress,
+        )
+        _show_result(output, quant.result, quant)
         return
     with prepare(source, options, imatrix=imatrix, progress=output.progress) as prepared:
         figures = preflight(prepared, threads=threads)
@@ -129,48 +133,6 @@ def command(
         _show_result(output, write(prepared, out, threads=threads, progress=output.progress))
 
 
-def _refine_options(method: Any, guard: str, guard_chunks: int, threads: int | None) -> "RefineOptions":
-    from bitladder.evaluate import Settings
-    from bitladder.refine.round import RefineOptions
-    from bitladder.rounding import RoundingOptions
-    from bitladder.text.texts import load_text
-
-    return RefineOptions(
-        RoundingOptions(method=method),
-        None if guard == "none" else load_text(guard),
-        Settings(chunks=guard_chunks, threads=threads),
-    )
-
-
-def _refine(
-    output: Output,
-    source: pathlib.Path,
-    out: pathlib.Path,
-    options: QuantizeOptions,
-    imatrix: pathlib.Path | None,
-    moments: tuple[pathlib.Path, ...],
-    refine: "RefineOptions",
-    threads: int | None,
-) -> None:
-    from bitladder.refine.round import quantize_refined
-    from bitladder.refine.round.guard import guard_json
-    from bitladder.show.rounding_tables import refine_lines
-
-    made = quantize_refined(
-        source, out, options, moments, refine, imatrix=imatrix, threads=threads, progress=output.progress
-    )
-    if output.json:
-        result = dataclasses.asdict(made.result) | {"path": made.result.path.name}
-        seen = None if made.guard is None else guard_json(made.guard)
-        output.print_json(
-            result | {"sha256": sha256_file(made.result.path), "guard": seen, "output_errors": made.losses}
-        )
-        return
-    for line in refine_lines(made):
-        output.line(line)
-    _show_result(output, made.result)
-
-
 def _show_preflight(output: Output, prepared: PreparedQuant, figures: Preflight) -> None:
     if output.json:
         output.print_json(preflight_tables.as_json(figures) | {"types": prepared.choice.types})
@@ -181,8 +143,11 @@ def _show_preflight(output: Output, prepared: PreparedQuant, figures: Preflight)
         output.line(line)
 
 
-def _show_result(output: Output, result: QuantizeResult) -> None:
+def _show_result(output: Output, result: QuantizeResult, rounded: RoundedQuant | None = None) -> None:
     if output.json:
-        output.print_json(dataclasses.asdict(result) | {"path": result.path.name, "sha256": sha256_file(result.path)})
-    else:
-        output.line(preflight_tables.result_line(result))
+        facts = dataclasses.asdict(result) | {"path": result.path.name, "sha256": sha256_file(result.path)}
+        output.print_json(facts | ({} if rounded is None else rounding_json(rounded)))
+        return
+    for line in () if rounded is None else rounding_lines(rounded):
+        output.line(line)
+    output.line(preflight_tables.result_line(result))

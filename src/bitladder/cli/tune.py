@@ -5,9 +5,14 @@ import pathlib
 
 import click
 
-from bitladder.cli import options
+from bitladder.cli import options as shared
+from bitladder.cli.from_options import options_from
+from bitladder.engine.decoding import Decoding
 from bitladder.errors import UsageError
+from bitladder.files import sha256_file
+from bitladder.refine import TuneOptions, tune
 from bitladder.show.output import Output, common_options
+from bitladder.text.texts import load_text
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
@@ -17,18 +22,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 @click.option("-m", "--model", required=True, type=_FILE, help="The full-precision GGUF it was made from.")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=pathlib.Path), help="GGUF to write.")
 @click.option("-f", "--file", "files", multiple=True, required=True, help="Calibration text; may be repeated.")
-@click.option("--chunks", type=click.IntRange(1), help="Chunks to use of each text, from all over it; all by default.")
-@click.option(
-    "--rate",
-    default=3e-4,
-    show_default=True,
-    type=click.FloatRange(0, 0.1, min_open=True),
-    help="How far one chunk moves a scale at most, as a share of it.",
-)
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the order of chunks.")
-@options.guard("KLD must fall")
-@options.n_ctx
-@options.threads
+@options_from(TuneOptions)
+@shared.guard("KLD must fall")
+@options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch", "gpu_layers"))
 @common_options
 def command(
     output: Output,
@@ -36,48 +32,35 @@ def command(
     model: pathlib.Path,
     out: pathlib.Path,
     files: tuple[str, ...],
-    chunks: int | None,
-    rate: float,
-    seed: int,
+    options: TuneOptions,
     guard: str,
-    guard_chunks: int,
-    n_ctx: int,
-    threads: int | None,
+    decoding: Decoding,
 ) -> None:
     """Tune QUANT's scales for the whole model's predictions: same types and bytes, lower KLD.
 
     The F16 numbers of blocks move along the gradient of the KLD from the full-precision model; integers stay. Needs
     torch (pip install 'bitladder[torch]').
     """
-    # Imported here, so that --help does not wait for the native library.
-    from bitladder.evaluate import Settings
-    from bitladder.files import sha256_file
-    from bitladder.refine.tune import TuneOptions, tune
-    from bitladder.text.texts import load_text
-
     texts = [load_text(spec) for spec in files]
-    held_out = (
-        None if guard == "none" else (load_text(guard), Settings(n_ctx=n_ctx, chunks=guard_chunks, threads=threads))
-    )
-    if held_out is not None and held_out[0].sha256 in {text.sha256 for text in texts}:
+    held_out = None if guard == "none" else load_text(guard)
+    if held_out is not None and held_out.sha256 in {text.sha256 for text in texts}:
         raise UsageError(f"--guard {guard} is a text that is tuned on; name another one")
-    wanted = TuneOptions(n_ctx, chunks, rate, seed)
-    made = tune(model, quant, out, texts, wanted, held_out=held_out, threads=threads, progress=output.progress)
+    tuned = tune(model, quant, out, texts, held_out, options, decoding, output.progress)
     if output.json:
-        said = dataclasses.asdict(made) | {"path": out.name, "sha256": sha256_file(out)}
-        said |= {
-            key: figure.model_dump() for key in ("before", "after", "difference") if (figure := getattr(made, key))
+        facts = dataclasses.asdict(tuned) | {"path": out.name, "sha256": sha256_file(out)}
+        facts |= {
+            key: figure.model_dump() for key in ("before", "after", "difference") if (figure := getattr(tuned, key))
         }
-        output.print_json(said)
+        output.print_json(facts)
         return
-    output.line(f"{out}: {made.steps} steps of {made.n_ctx} tokens")
-    if made.before and made.after and made.difference:
-        before, after, gap = made.before, made.after, made.difference
+    output.line(f"{out}: {tuned.steps} steps of {tuned.n_ctx} tokens")
+    if tuned.before and tuned.after and tuned.difference:
+        before, after, gap = tuned.before, tuned.after, tuned.difference
         output.line(
             f"held-out text: KLD {before.value:.5f} ± {before.error:.5f} before, {after.value:.5f} ± {after.error:.5f} "
             f"tuned (difference {gap.value:+.5f} ± {gap.error:.5f}, paired)"
         )
     else:
         output.line("not tried on held-out text (--guard none)")
-    if not made.kept:
+    if not tuned.kept:
         output.line("that is no gain: the file is QUANT as it was")

@@ -7,6 +7,7 @@ import click
 
 from bitladder.cli import options
 from bitladder.errors import BitladderError
+from bitladder.refine import verify
 from bitladder.show.output import Output, common_options
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
@@ -33,18 +34,15 @@ def command(
     threads: int | None,
 ) -> None:
     """Derive every tensor of QUANT again and compare its bytes: exit code 1 if one differs."""
-    # Imported here, so that --help does not wait for the native library.
-    from bitladder.refine.verify import verify
-
-    found = verify(quant, source, imatrix=imatrix, moments=moments, threads=threads, progress=output.progress)
+    verified = verify(quant, source, imatrix=imatrix, moments=moments, threads=threads, progress=output.progress)
     if output.json:
-        output.print_json({"quant": quant.name, "tensors": found.ways, "differing": found.differing})
+        output.print_json({"quant": quant.name, "tensors": verified.origins, "differing": verified.differing})
     else:
-        counts = collections.Counter(found.ways.values()).most_common()
+        counts = collections.Counter(verified.origins.values()).most_common()
         output.line(f"{quant}: {', '.join(f'{count} tensors {way}' for way, count in counts)}")
-    if found.differing:
-        some = ", ".join(found.differing[:4]) + (", …" if len(found.differing) > 4 else "")
+    if verified.differing:
+        some = ", ".join(verified.differing[:4]) + (", …" if len(verified.differing) > 4 else "")
         raise BitladderError(
-            f"{len(found.differing)} tensors of {quant} cannot be derived from {source} with what was given ({some}); "
+            f"{len(verified.differing)} tensors of {quant} cannot be derived from {source} and these files ({some}); "
             "another imatrix, other options or another version of the library made them"
         )

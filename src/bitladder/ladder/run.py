@@ -18,18 +18,17 @@ from bitladder.ladder.pairs import keep_tokens, paired_with_naive
 from bitladder.ladder.plan import CODE, TASK_CTX, Kind, RunOptions, Step, plan
 from bitladder.ladder.planned import PLANNED
 from bitladder.ladder.records import IMATRIX, library_of, read_json, recipe_of, run_record, score_path, text_used
-from bitladder.ladder.rounded import MOMENTS, PLAIN, collect, refine_rung
+from bitladder.ladder.rounded import MOMENTS, PLAIN, collect, decoding, refine_rung
 from bitladder.ladder.smoothed import smooth, try_rung
 from bitladder.ladder.source import Source, describe, locate
 from bitladder.ladder.space import check_room, parameters_of
 from bitladder.ladder.speeds import speeds
 from bitladder.ladder.store import Product, Store, open_store
 from bitladder.ladder.tracker import Tracker, Watch
-from bitladder.ladder.tuned import tune_rung
 from bitladder.plan import candidates
 from bitladder.progress import SILENT, Progress
 from bitladder.recipe import Recipe, write_recipe
-from bitladder.refine.round.guard import guard_json
+from bitladder.refine import ModelFiles, TuneOptions, guard_json, tune_in_place
 from bitladder.text.chunks import Reading
 from bitladder.text.texts import Text, load_text
 
@@ -226,8 +225,7 @@ class _Execution:
         return Product(files, {name: self.facts["convert"][name] for name in ("file", "sha256")} | facts)
 
     def _trial(self, rung: str) -> Product:
-        full = self.full, self.digests["convert"]["sha256"]
-        out, helps = try_rung(self.options, *full, self.folder, rung, self.calibration, self.progress)
+        out, helps = try_rung(self.options, self.full, self.folder, rung, self.calibration, self.progress)
         return Product([out], {"smoothed": helps})
 
     def _smoothed(self, rung: str) -> bool:
@@ -269,11 +267,14 @@ class _Execution:
         if self.options.rounding == "stock":
             result = self._make(rung, (made_of.model, made_of.imatrix), out, types)
         else:
-            read = made_of.model, made_of.imatrix, made_of.moments, made_of.work
-            refined = refine_rung(self.options, *read, out, rung, types, self.calibration, self.progress)
-            result = refined.result
-            facts["guard"] = None if refined.guard is None else guard_json(refined.guard)
-            facts["tuned"] = tune_rung(self.options, made_of.model, out, self.calibration, self.progress)
+            files = ModelFiles(made_of.model, made_of.imatrix, made_of.moments)
+            rounded = refine_rung(self.options, files, made_of.work, out, rung, types, self.calibration, self.progress)
+            result = rounded.result
+            facts["guard"] = None if rounded.guard is None else guard_json(rounded.guard)
+            tuning = TuneOptions(tune_chunks=self.options.tune_chunks)
+            facts["tuned"] = tune_in_place(
+                made_of.model, out, self.calibration, tuning, decoding(self.options), self.progress
+            )
         made = self._recipe(result, out.name)
         if plan is not None:
             said = f"bitladder run --mode {plan['mode']}: {plan['made']}"

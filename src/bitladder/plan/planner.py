@@ -14,7 +14,7 @@ from bitladder.closing import Closing
 from bitladder.engine.native import versions
 from bitladder.engine.types import TensorType, type_by_name
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import HiddenBase, Settings, identify, load_or_compute_base
+from bitladder.evaluate import HiddenBase, Settings
 from bitladder.keys import key_of, versions_of
 from bitladder.plan.allocate import Problem
 from bitladder.plan.feedback import Feedback, PlanProblem
@@ -42,11 +42,11 @@ from bitladder.plan.rivals import prices_of
 from bitladder.plan.subject import Preset, Subject
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Progress
-from bitladder.refine.round.output_rounding import OutputRounding, refuse_other_moments
+from bitladder.refine.round import OutputRounding, refuse_other_moments
 from bitladder.rounding import RoundingOptions
 from bitladder.text import excerpts
 from bitladder.text.texts import Text
-from bitladder.trial import Journal, Renderer, SwappedModel, measurement_inputs
+from bitladder.trial import Journal, Renderer, SwappedModel, kept_base, measurement_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +114,7 @@ class Planner(Closing):
     @functools.cached_property
     def base(self) -> HiddenBase:
         """The full-precision predictions of the text."""
-        identity = identify(self.subject.path)
-        key = key_of(
-            {
-                "model": identity.sha256,
-                "text": self.text.sha256,
-                "settings": self._settings,
-                "library": versions()["llama_cpp_commit"],
-            }
-        )
-        path = self.work / f"{key[:16]}.base"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        base = load_or_compute_base(identity, self.text, self._settings, path=path, progress=self.progress)
+        base = kept_base(self.work, self.subject.path, self.text, self._settings, self.progress)
         return self._opened.enter_context(base)
 
     @functools.cached_property

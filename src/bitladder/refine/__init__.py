@@ -1,1 +1,56 @@
-"""What makes a quant better at the same bytes: smoothing before, rounding, and tuning after."""
+"""What makes a quant better at the same bytes: smoothing before, rounding, and tuning after; and its verification."""
+
+from bitladder.refine.model_files import ModelFiles
+from bitladder.refine.options import GuardOptions, RefineOptions, SmoothingOptions, TuneOptions
+from bitladder.refine.round import (
+    GUARD,
+    ROUNDED_QUANT,
+    GuardReport,
+    GuardTrial,
+    RoundedQuant,
+    guard_json,
+    guard_text,
+    quantize_rounded,
+)
+from bitladder.refine.smooth import (
+    SMOOTHING,
+    SMOOTHING_TRIAL,
+    SmoothingError,
+    SmoothingTrial,
+    SmoothResult,
+    smooth_model,
+    trial_text,
+    try_smoothing,
+)
+from bitladder.refine.tune import TUNING, TunedQuant, tune, tune_in_place
+from bitladder.refine.verify import VerifiedQuant, verify
+
+__all__ = [
+    "GUARD",
+    "ROUNDED_QUANT",
+    "SMOOTHING",
+    "SMOOTHING_TRIAL",
+    "TUNING",
+    "GuardOptions",
+    "GuardReport",
+    "GuardTrial",
+    "ModelFiles",
+    "RefineOptions",
+    "RoundedQuant",
+    "SmoothResult",
+    "SmoothingError",
+    "SmoothingOptions",
+    "SmoothingTrial",
+    "TuneOptions",
+    "TunedQuant",
+    "VerifiedQuant",
+    "guard_json",
+    "guard_text",
+    "quantize_rounded",
+    "smooth_model",
+    "trial_text",
+    "try_smoothing",
+    "tune",
+    "tune_in_place",
+    "verify",
+]

@@ -1,12 +1,12 @@
-"""Is a quant what it says it is: its blocks derived again from the full-precision model.
+"""Is a quant what its metadata say: its blocks are derived again from the full-precision model.
 
-A file that others made verifies too, as far as the library's own kernels and the imatrix made it.
+A file that others made is verified too, as far as the library's own kernels and the imatrix made it.
 """
 
 import contextlib
 import dataclasses
-import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,102 +21,100 @@ from bitladder.refine.round.quantize_rounded import METHOD_KEY, MOMENTS_KEY
 from bitladder.rounding import Method, RoundingOptions, can_round, same_integers
 from bitladder.trial import Renderer
 
-Way = Literal["copied", "stock", "stock without importance", "rounded", "tuned", "differs"]
+Origin = Literal["copied", "stock", "stock without importance", "rounded", "tuned", "differs"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Verified:
-    """How each tensor of a quant came about: "copied" from the source, by the library's kernel ("stock", with the
-    imatrix, or without), "rounded" for the output, "tuned" (in a file that says so: the integers are those of one of
-    these ways, and only F16 numbers of blocks differ), or "differs": none of these gives its bytes."""
+class VerifiedQuant:
+    """How each tensor of a quant came about, by name.
 
-    ways: dict[str, Way]
+    "copied": from the source. "stock": by the library's kernel with the imatrix, or without. "rounded": for the output.
+    "tuned": in a file that says so; its integers come from one of these ways, and only F16 numbers of blocks differ.
+    "differs": none of these gives its bytes.
+    """
+
+    origins: dict[str, Origin]
 
     @property
     def differing(self) -> list[str]:
         """The tensors that could not be derived."""
-        return [name for name, way in self.ways.items() if way == "differs"]
+        return [name for name, origin in self.origins.items() if origin == "differs"]
 
 
 def verify(
-    quant: str | os.PathLike[str],
-    source: str | os.PathLike[str],
+    quant: pathlib.Path,
+    source: pathlib.Path,
     *,
-    imatrix: str | os.PathLike[str] | None = None,
-    moments: Sequence[str | os.PathLike[str]] = (),
+    imatrix: pathlib.Path | None = None,
+    moments: Sequence[pathlib.Path] = (),
     threads: int | None = None,
     progress: Progress = SILENT,
-) -> Verified:
-    """Derive every tensor of a quant again and compare bytes.
+) -> VerifiedQuant:
+    """Derives every tensor of a quant again and compares bytes.
 
-    Parameters: `source` the full-precision GGUF it was made from; `imatrix` and `moments` those it was made with.
-    Rounding for the output repeats to the bit on one kind of processor; another may add in another order. Raises
-    BitladderError if the two files are not of one model, or if the quant was made with other moments.
+    Rounding repeats to the bit on one kind of processor; another may add in another order.
+
+    Parameters:
+        quant: path of the quant.
+        source: path of the full-precision GGUF that it was made from.
+        imatrix: path of the importance matrix that it was made with.
+        moments: paths of the second moments that it was made with.
+        threads: threads of the CPU; None takes all.
+        progress: where work is shown.
+
+    Raises:
+        BitladderError: the two files are of different models, or the quant was made with other moments.
     """
-    with GgufFile(quant) as made, GgufFile(source) as original:
-        refuse_other_model(made, original)
-        found: dict[str, Way] = {}
-        with contextlib.ExitStack() as opened:
-            known = [opened.enter_context(MomentsFile(path)) for path in moments]
-            ways = _ways(made, original, imatrix, known, threads)
-            for renderer in ways.values():
-                opened.callback(renderer.close)
-            bar = opened.enter_context(progress.task("verify", sum(tensor.nbytes for tensor in made.tensors.values())))
-            for name, tensor in made.tensors.items():
-                found[name] = _way(made, tensor, original.tensors[name], original, ways)
-                bar.note(name)
-                bar.advance(tensor.nbytes)
-    return Verified(found)
+    with contextlib.ExitStack() as opened:
+        file, full = opened.enter_context(GgufFile(quant)), opened.enter_context(GgufFile(source))
+        refuse_other_model(file, full)
+        importance = {}
+        if imatrix is not None:
+            matrix = read_imatrix(imatrix)
+            columns = {name: matrix.columns(name, tensor) for name, tensor in full.tensors.items()}
+            importance = {name: values for name, values in columns.items() if values is not None}
+        # The cheapest way comes first.
+        ways: dict[Origin, Renderer] = {}
+        if importance:
+            ways["stock"] = opened.enter_context(Renderer(full, importance, threads=threads))
+        ways["stock without importance"] = opened.enter_context(Renderer(full, {}, threads=threads))
+        if moments:
+            rounding = _rounding(file, [opened.enter_context(MomentsFile(path)) for path in moments])
+            ways["rounded"] = opened.enter_context(Renderer(full, importance, rounding=rounding, threads=threads))
+        origins: dict[str, Origin] = {}
+        bar = opened.enter_context(progress.task("verify", file.tensor_bytes))
+        for name, tensor in file.tensors.items():
+            origins[name] = _origin(file, tensor, full, ways)
+            bar.note(name)
+            bar.advance(tensor.nbytes)
+    return VerifiedQuant(origins)
 
 
-def _ways(
-    made: GgufFile,
-    original: GgufFile,
-    imatrix: str | os.PathLike[str] | None,
-    moments: Sequence[MomentsFile],
-    threads: int | None,
-) -> dict[Way, Renderer]:
-    """What may have made a tensor, the cheapest to try first."""
-    importance = {}
-    if imatrix is not None:
-        matrix = read_imatrix(imatrix)
-        for name, tensor in original.tensors.items():
-            columns = matrix.columns(name, tensor)
-            if columns is not None:
-                importance[name] = columns
-    ways: dict[Way, Renderer] = {}
-    if importance:
-        ways["stock"] = Renderer(original, importance, threads=threads)
-    ways["stock without importance"] = Renderer(original, {}, threads=threads)
-    if moments:
-        ways["rounded"] = Renderer(original, importance, rounding=_rounding(made, moments), threads=threads)
-    return ways
-
-
-def _rounding(made: GgufFile, known: Sequence[MomentsFile]) -> OutputRounding:
-    method, digest = made.get(METHOD_KEY), made.get(MOMENTS_KEY)
+def _rounding(quant: GgufFile, moments: Sequence[MomentsFile]) -> OutputRounding:
+    """The rounding method that the metadata of a quant name."""
+    method, digest = quant.get(METHOD_KEY), quant.get(MOMENTS_KEY)
     if method not in get_args(Method):
         raise BitladderError(
-            f"{made.path} was not rounded by bitladder ({METHOD_KEY} is {method!r}); leave out --moments"
+            f"{quant.path} was not rounded by bitladder ({METHOD_KEY} is {method!r}); leave out --moments"
         )
-    if digest != joined_sha256(known):
-        names = " and ".join(str(one.path) for one in known)
-        raise BitladderError(f"{made.path} was made with other second moments than {names} ({MOMENTS_KEY})")
-    return OutputRounding(known, RoundingOptions(method=method))
+    if digest != joined_sha256(moments):
+        names = " and ".join(str(file.path) for file in moments)
+        raise BitladderError(f"{quant.path} was made with other second moments than {names} ({MOMENTS_KEY})")
+    return OutputRounding(moments, RoundingOptions(method=method))
 
 
-def _way(made: GgufFile, tensor: TensorInfo, before: TensorInfo, original: GgufFile, ways: dict[Way, Renderer]) -> Way:
-    data = made.read(tensor)
+def _origin(quant: GgufFile, tensor: TensorInfo, full: GgufFile, ways: Mapping[Origin, Renderer]) -> Origin:
+    data, before = quant.read(tensor), full.tensors[tensor.name]
     if tensor.type == before.type:
-        return "copied" if np.array_equal(data, original.read(before)) else "differs"
-    tuned = bool(made.get(TUNE_KEY)) and can_round(tensor.type.name)
-    for way, renderer in ways.items():
+        return "copied" if np.array_equal(data, full.read(before)) else "differs"
+    tuned = bool(quant.get(TUNE_KEY)) and can_round(tensor.type.name)
+    for origin, renderer in ways.items():
         try:
             derived = renderer.blocks(tensor.name, tensor.type)
         except BitladderError:
-            continue  # a type that cannot be made without importance, for one
+            continue  # such as a type that needs importance
         if np.array_equal(data, derived):
-            return way
+            return origin
         if tuned and same_integers(tensor.type.name, data, derived, tensor.width):
             return "tuned"
     return "differs"

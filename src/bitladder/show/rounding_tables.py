@@ -1,41 +1,44 @@
 """What rounding did, in words and as JSON."""
 
 import collections
+from typing import Any
 
 from bitladder.evaluate import Figure
 from bitladder.gguf.names import in_main_block, kind_of
-from bitladder.refine.round.guard import GuardTrial
-from bitladder.refine.round.quantize_rounded import Refined
+from bitladder.refine import GuardTrial, RoundedQuant, guard_json
 
 
-def refine_lines(made: Refined) -> list[str]:
-    """Output errors by kind, and what the guard saw."""
+def rounding_lines(quant: RoundedQuant) -> list[str]:
+    """Output errors by kind, and what the guard measured."""
     lines = []
     by_kind: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-    for name, (before, after) in made.losses.items():
+    for name, (before, after) in quant.losses.items():
         by_kind[kind_of(name)][0] += before
         by_kind[kind_of(name)][1] += after
     ratios = [f"{kind} {after / before:.3f}" for kind, (before, after) in by_kind.items() if before > 0]
     if ratios:
-        lines.append(
-            f"output error against the library's blocks, on the calibration's own moments: {', '.join(ratios)}"
-        )
-    if made.guard is None:
+        lines.append(f"output error as a share of the library's, on the second moments themselves: {', '.join(ratios)}")
+    if quant.guard is None:
         lines.append("not tried on held-out text (--guard none)")
         return lines
-    guard = made.guard
+    guard = quant.guard
     lines.append(
         f"held-out text ({guard.tokens} tokens): KLD {_text(guard.before)} with the library's blocks, "
-        f"{_text(guard.after)} with these (difference {_text(guard.difference)}, paired)"
+        f"{_text(guard.after)} with rounded ones (difference {_text(guard.difference)}, paired)"
     )
-    kept = f"{guard.tried - len(guard.stock)} of {guard.tried} tensors have these blocks"
-    raised = [trial for trial in (*guard.trials, *guard.removals) if not trial.kept]
-    lines.append(kept + "".join(f"; {_trial(trial)} with those of {_names(trial)}" for trial in raised))
+    kept = f"{guard.tried - len(guard.stock)} of {guard.tried} tensors have rounded blocks"
+    refused = [trial for trial in (*guard.trials, *guard.removals) if not trial.kept]
+    lines.append(kept + "".join(f"; {_trial(trial)} with those of {_names(trial)}" for trial in refused))
     layers = [trial for trial in guard.removals if in_main_block(trial.kind)]
     if layers:
         least = max(layers, key=lambda trial: trial.change.value)
-        lines.append(f"the layer that gains least by them: {least.kind}, {_trial(least)}")
+        lines.append(f"the layer that gains least: {least.kind}, {_trial(least)}")
     return lines
+
+
+def rounding_json(quant: RoundedQuant) -> dict[str, Any]:
+    """What `rounding_lines` shows, as JSON values."""
+    return {"guard": None if quant.guard is None else guard_json(quant.guard), "output_errors": quant.losses}
 
 
 def _trial(trial: GuardTrial) -> str:

@@ -3,7 +3,7 @@
 from bitladder.trial.blocks_left_out import BlockLoss, blocks_left_out
 from bitladder.trial.journal import Journal, Measurement, Measures, recipe_key
 from bitladder.trial.render import RENDERING, Renderer, RoundingMethod, StockRounding, render_all
-from bitladder.trial.swapped_model import SWAPPED_KLD, Rendered, SwappedModel, measurement_inputs
+from bitladder.trial.swapped_model import SWAPPED_KLD, Rendered, SwappedModel, kept_base, measurement_inputs
 
 __all__ = [
     "RENDERING",
@@ -18,6 +18,7 @@ __all__ = [
     "StockRounding",
     "SwappedModel",
     "blocks_left_out",
+    "kept_base",
     "measurement_inputs",
     "recipe_key",
     "render_all",

@@ -7,6 +7,7 @@ the file (F16, mostly). On the CPU the inputs of swapped weights are rounded as 
 
 import contextlib
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -22,8 +23,10 @@ from bitladder.engine.native import versions
 from bitladder.engine.types import TensorType, type_by_name
 from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
-from bitladder.evaluate import HiddenBase, Workers, compare_with_base
-from bitladder.keys import Algorithm, versions_of
+from bitladder.evaluate import HiddenBase, Settings, Workers, compare_with_base, identify, load_or_compute_base
+from bitladder.keys import Algorithm, key_of, versions_of
+from bitladder.progress import SILENT, Progress
+from bitladder.text import Text
 from bitladder.trial.render import RENDERING, Renderer
 
 Doubles = npt.NDArray[np.float64]
@@ -155,6 +158,31 @@ class SwappedModel(Closing):
         if self._inputs is not None:
             kernels = {name: replacement.kernel for name, replacement in self._replaced.items()}
             self._inputs.pretend({name: kernel for name, kernel in kernels.items() if kernel is not None})
+
+
+def kept_base(
+    folder: pathlib.Path, model: pathlib.Path, text: Text, settings: Settings, progress: Progress = SILENT
+) -> HiddenBase:
+    """The full-precision predictions of a text, kept in a folder under the hash of all that decides them.
+
+    Parameters:
+        folder: where they are kept; it is made if needed.
+        model: path of the full-precision model.
+        text: what is predicted.
+        settings: how the model is decoded, and on how much of the text.
+        progress: where work is shown.
+    """
+    identity = identify(model)
+    key = key_of(
+        {
+            "model": identity.sha256,
+            "text": text.sha256,
+            "settings": settings,
+            "library": versions()["llama_cpp_commit"],
+        }
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return load_or_compute_base(identity, text, settings, path=folder / f"{key[:16]}.base", progress=progress)
 
 
 def measurement_inputs(base: HiddenBase, renderer: Renderer, decoding: Decoding) -> dict[str, Any]:

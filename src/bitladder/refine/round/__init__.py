@@ -1,14 +1,20 @@
-"""A whole model rounded for its layers' outputs: rendered, proved on held-out text, written."""
+"""A whole model rounded for the outputs of its layers: rendered, tried on held-out text, written."""
 
-from bitladder.refine.round.guard import Guard, GuardOptions, GuardReport, GuardTrial
-from bitladder.refine.round.quantize_rounded import Refined, RefineOptions, quantize_refined
+from bitladder.refine.round.guard import GUARD, Guard, GuardReport, GuardTrial, guard_json
+from bitladder.refine.round.output_rounding import OUTPUT_ROUNDING, OutputRounding, refuse_other_moments
+from bitladder.refine.round.quantize_rounded import ROUNDED_QUANT, RoundedQuant, guard_text, quantize_rounded
 
 __all__ = [
+    "GUARD",
+    "OUTPUT_ROUNDING",
+    "ROUNDED_QUANT",
     "Guard",
-    "GuardOptions",
     "GuardReport",
     "GuardTrial",
-    "RefineOptions",
-    "Refined",
-    "quantize_refined",
+    "OutputRounding",
+    "RoundedQuant",
+    "guard_json",
+    "guard_text",
+    "quantize_rounded",
+    "refuse_other_moments",
 ]

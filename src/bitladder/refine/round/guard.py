@@ -24,8 +24,8 @@ from bitladder.engine.types import type_by_name
 from bitladder.evaluate import Figure, HiddenBase, mean
 from bitladder.gguf.names import block_of, kind_of
 from bitladder.keys import Algorithm
-from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
+from bitladder.refine.options import GuardOptions
 from bitladder.trial import SWAPPED_KLD, Rendered, Renderer, SwappedModel
 
 Doubles = npt.NDArray[np.float64]
@@ -41,19 +41,6 @@ GUARD = Algorithm(
     ),
     uses=(SWAPPED_KLD,),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class GuardOptions(Options):
-    """How rounded blocks are tried."""
-
-    guard_chunks: int = option(
-        8, "--guard-chunks", least=1, metavar="N", help="Chunks of held-out text on which blocks are tried."
-    )
-    unclear: int = option(
-        4, least=0, help="Layers (or groups of layers) that are examined at most though they do no harm as a whole."
-    )
-    single_layers: int = option(3, least=0, help="With more layers than this, groups of layers are examined first.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,6 @@
-"""From a file of second moments to the blocks of each tensor: `rounding` applied to the tensors of a model."""
+"""From second moments of a model to the blocks of its tensors: `rounding`, as a method that a `Renderer` can use."""
 
-import dataclasses
 import hashlib
-import json
 import threading
 from collections.abc import Sequence
 
@@ -10,86 +8,99 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import Moment, MomentsFile, model_sha256
-from bitladder.engine.types import TensorType, quantize_rows
+from bitladder.engine.types import TensorType
 from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile
+from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
-from bitladder.rounding import Rounded, RoundingOptions, can_round, round_tensor
+from bitladder.rounding import ROUNDING, Rounded, RoundingOptions, can_round, round_tensor
+from bitladder.trial import StockRounding
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-# Raise it when the same moments and options would give other blocks.
-VERSION = 2
+OUTPUT_ROUNDING = Algorithm(
+    "output rounding",
+    (
+        "tensors with second moments are rounded for their output, each expert by itself",
+        "of several files of moments the mean counts, each scaled to the same trace",
+    ),
+    uses=(ROUNDING,),
+)
 
 
 class OutputRounding:
-    """Rounds a model's tensors for their layers' outputs (a `sensitivity.rendered.Rounding`).
+    """Rounds the tensors of a model for the outputs of their layers (a `trial.RoundingMethod`). Threads may call it.
 
-    Parameters: `moments` of the same model. Of several files the mean counts, each scaled to the same trace: moments
-    weighted by gradients know what an error costs, and plain ones come from more tokens. `options` as for `rounding`.
-    `losses` keeps, by tensor and type, what the library's blocks cost and what these do (`rounding.method.Rounded`).
-    Threads may call at once.
+    Of several files of moments the mean counts, each scaled to the same trace: moments that are weighted by gradients
+    know what an error costs, and plain ones are collected from more tokens.
+
+    Parameters:
+        moments: second moments of the model.
+        options: how to round.
+
+    Attributes:
+        losses: by tensor and type, tr(O ΔW H ΔWᵀ) of the library's blocks and of these.
     """
 
     def __init__(self, moments: Sequence[MomentsFile], options: RoundingOptions) -> None:
         self._moments, self._options = tuple(moments), options
+        self._stock = StockRounding()
         self._lock = threading.Lock()
         self.losses: dict[tuple[str, str], tuple[float, float]] = {}
-        text = json.dumps([VERSION, joined_sha256(moments), dataclasses.asdict(options)])
-        self.key = "output " + hashlib.sha256(text.encode()).hexdigest()
+        self.key = key_of(
+            {"moments": joined_sha256(moments), "options": options, "algorithms": OUTPUT_ROUNDING.versions()}
+        )
 
     def covers(self, name: str, kind: TensorType) -> bool:
-        """Whether a tensor of that type gets blocks other than the library's."""
+        """Whether a tensor of that type gets other blocks than the library's."""
         return self._options.method != "stock" and can_round(kind.name) and any(name in file for file in self._moments)
 
+    @OUTPUT_ROUNDING.entry
     def __call__(self, name: str, weights: Floats, kind: TensorType, importance: Floats | None) -> Bytes:
-        """The blocks of a tensor, uint8 [matrices, rows, row bytes].
+        """See `trial.RoundingMethod`.
 
-        `weights` float32 [matrices, rows, width]; `importance` float32 [matrices, width] or None. An expert that no
-        token reached, and a tensor without moments, gets the library's blocks. Raises BitladderError that names the
-        tensor.
+        An expert that no token reached, and a tensor without moments, gets the library's blocks.
         """
+        stock = self._stock(name, weights, kind, importance)
+        if not self.covers(name, kind):
+            return stock
         try:
-            stock = np.stack(
-                [
-                    quantize_rows(matrix, kind, None if importance is None else importance[index])
-                    for index, matrix in enumerate(weights)
-                ]
-            )
-            if not self.covers(name, kind):
-                return stock
             with self._lock:
                 moment = _mean([file.read(name) for file in self._moments if name in file])
-            rounded = self._round(name, weights, stock, kind, moment)
+            rounded = self._round(weights, stock, kind, moment)
         except BitladderError as error:
             raise BitladderError(f"{name} as {kind.name}: {error}") from error
-        self.losses[name, kind.name] = (
-            sum(one.before for one in rounded),
-            sum(one.after for one in rounded),
-        )
+        self.losses[name, kind.name] = sum(one.before for one in rounded), sum(one.after for one in rounded)
         return np.stack([one.data for one in rounded])
 
-    def _round(self, name: str, weights: Floats, stock: Bytes, kind: TensorType, moment: Moment) -> list[Rounded]:
+    def _round(self, weights: Floats, stock: Bytes, kind: TensorType, moment: Moment) -> list[Rounded]:
         if len(moment.inputs) != len(weights):
             raise BitladderError(
                 f"{len(moment.inputs)} matrices of second moments for {len(weights)} of weights: of another model"
             )
-        options = self._options
         outputs = moment.outputs if len(weights) == 1 else None
         return [
             Rounded(stock[index], 0.0, 0.0)
             if not moment.counts[index]
-            else round_tensor(matrix, stock[index], kind.name, moment.inputs[index], options, outputs)
+            else round_tensor(matrix, stock[index], kind.name, moment.inputs[index], self._options, outputs)
             for index, matrix in enumerate(weights)
         ]
 
 
 def refuse_other_moments(moments: Sequence[MomentsFile], model: GgufFile, progress: Progress = SILENT) -> None:
-    """Raise BitladderError if second moments do not fit the model's tensors.
+    """Checks that second moments belong to a model.
 
-    Of a model of the same shapes but other content they say nothing true; that is warned of, not refused, because it
-    may be the same model in another precision.
+    Moments of a model of the same shapes but other content are wrong. They cause a warning only, because that may be
+    the same model in another precision.
+
+    Parameters:
+        moments: the files.
+        model: the model.
+        progress: gets the warning.
+
+    Raises:
+        BitladderError: the sizes do not fit the tensors of the model.
     """
     for file in moments:
         for name in file.names():

@@ -1,4 +1,4 @@
-"""Quantizing with chosen blocks: prepare, render, guard, write."""
+"""Quantizing with rounded blocks: prepare, render, try, write."""
 
 import contextlib
 import dataclasses
@@ -9,102 +9,151 @@ import tempfile
 from collections.abc import Sequence
 
 from bitladder.calibrate import MomentsFile
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.types import type_by_name
-from bitladder.evaluate import Settings, load_or_compute_base
+from bitladder.evaluate import Settings
+from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import PreparedQuant, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
-from bitladder.refine.round.guard import Guard, GuardOptions, GuardReport
-from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256, refuse_other_moments
-from bitladder.rounding import RoundingOptions
-from bitladder.text.texts import Text
-from bitladder.trial import Renderer, render_all
+from bitladder.refine.model_files import ModelFiles
+from bitladder.refine.options import GuardOptions, RefineOptions
+from bitladder.refine.round.guard import GUARD, Guard, GuardReport
+from bitladder.refine.round.output_rounding import (
+    OUTPUT_ROUNDING,
+    OutputRounding,
+    joined_sha256,
+    refuse_other_moments,
+)
+from bitladder.text import Text, excerpts, joined
+from bitladder.trial import RENDERING, Renderer, kept_base, render_all
+
+ROUNDED_QUANT = Algorithm(
+    "rounded quant",
+    ("the preset's or a recipe's types, rounded blocks where the guard keeps them",),
+    uses=(OUTPUT_ROUNDING, RENDERING, GUARD),
+)
 
 # What the file says of its blocks, for `bitladder verify`.
 METHOD_KEY, MOMENTS_KEY = "bitladder.rounding", "bitladder.rounding.moments.sha256"
 
 
 @dataclasses.dataclass(frozen=True)
-class RefineOptions:
-    """How to choose blocks, and on what they are tried.
+class RoundedQuant:
+    """A quant with rounded blocks.
 
-    `guard` is the text (None: blocks are not tried), `settings` how it is measured. `work` is the folder in which
-    rendered tensors are kept for the next time (None: for this time only).
+    Parameters:
+        result: the file.
+        guard: what the guard measured; None without one.
+        losses: tr(O ΔW H ΔWᵀ) of the library's blocks and of the rounded ones, by tensor.
     """
-
-    rounding: RoundingOptions = dataclasses.field(default_factory=RoundingOptions)
-    guard: Text | None = None
-    settings: Settings = dataclasses.field(default_factory=lambda: Settings(chunks=8))
-    work: pathlib.Path | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Refined:
-    """The file, what the guard saw (None without one), and output errors by tensor: the library's blocks', and now."""
 
     result: QuantizeResult
     guard: GuardReport | None
     losses: dict[str, tuple[float, float]]
 
 
-def quantize_refined(
-    source: str | os.PathLike[str],
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """The text on which blocks are tried, and how."""
+
+    text: Text
+    options: GuardOptions
+    decoding: Decoding
+
+
+@ROUNDED_QUANT.entry
+def quantize_rounded(
+    files: ModelFiles,
     out: str | os.PathLike[str],
     options: QuantizeOptions,
-    moments: Sequence[str | os.PathLike[str]],
     refine: RefineOptions,
+    held_out: Text | None,
+    decoding: Decoding,
     *,
-    imatrix: str | os.PathLike[str] | None = None,
-    threads: int | None = None,
+    work: pathlib.Path | None = None,
     progress: Progress = SILENT,
-) -> Refined:
-    """Quantize a full-precision GGUF with blocks chosen for the layers' outputs.
+) -> RoundedQuant:
+    """Quantizes a full-precision model with blocks chosen for the outputs of its layers.
 
-    Parameters as for `quantize.quantize`; `moments` files of second moments of the same model. Types and sizes are the
-    same as without. Raises BitladderError before anything is written if something does not fit together.
+    Types and sizes are the same as without.
+
+    Parameters:
+        files: the model, its importance matrix and its second moments.
+        out: path of the quant; a file that exists is replaced.
+        options: the preset or the types.
+        refine: how blocks are rounded and tried.
+        held_out: a text that was not calibrated on, on which blocks are tried; None tries nothing.
+        decoding: how the model is decoded for that.
+        work: a folder in which rendered tensors are kept for the next time; None keeps nothing.
+        progress: where work is shown.
+
+    Raises:
+        BitladderError: files do not fit together; nothing is written then.
     """
-    refuse_target(source, out)
+    refuse_target(files.model, out)
     with contextlib.ExitStack() as opened:
-        known = [opened.enter_context(MomentsFile(path)) for path in moments]
-        rounding = OutputRounding(known, refine.rounding)
-        extra = {METHOD_KEY: refine.rounding.method, MOMENTS_KEY: joined_sha256(known)}
-        with prepare(source, options, imatrix=imatrix, metadata=extra, progress=progress) as prepared:
-            refuse_other_moments(known, prepared.file, progress)
-            return _refine(prepared, out, rounding, refine, threads, progress)
+        moments = [opened.enter_context(MomentsFile(path)) for path in files.moments]
+        rounding = OutputRounding(moments, refine.rounding)
+        extra = {METHOD_KEY: refine.rounding.method, MOMENTS_KEY: joined_sha256(moments)}
+        prepared = opened.enter_context(
+            prepare(files.model, options, imatrix=files.imatrix, metadata=extra, progress=progress)
+        )
+        refuse_other_moments(moments, prepared.file, progress)
+        if work is None:
+            folder = tempfile.TemporaryDirectory(dir=pathlib.Path(out).parent, prefix=".rounding.")
+            work = pathlib.Path(opened.enter_context(folder))
+        trial = None if held_out is None else _Trial(held_out, refine.guard, decoding)
+        return _round(prepared, out, rounding, trial, work, decoding.threads, progress)
 
 
-def _refine(
+def guard_text(calibration: Sequence[Text], options: GuardOptions, n_ctx: int) -> Text:
+    """Passages of the calibration texts on which a guard tries blocks, for want of another text.
+
+    Parameters:
+        calibration: the texts.
+        options: how many chunks, and where they begin.
+        n_ctx: tokens of a chunk.
+    """
+    return excerpts(joined(calibration), options.guard_chunks, n_ctx, offset=options.guard_offset)
+
+
+def _round(
     prepared: PreparedQuant,
     out: str | os.PathLike[str],
     rounding: OutputRounding,
-    refine: RefineOptions,
+    trial: _Trial | None,
+    work: pathlib.Path,
     threads: int | None,
     progress: Progress,
-) -> Refined:
+) -> RoundedQuant:
     types = {one.name: one.type.name for one in prepared.choice.tensors if one.changes and one.name == one.source.name}
-    chosen = {name: kind for name, kind in types.items() if rounding.covers(name, type_by_name(kind))}
-    with tempfile.TemporaryDirectory(dir=pathlib.Path(out).parent, prefix=".rounding.") as temporary:
-        folder = refine.work or pathlib.Path(temporary)
-        stock, rounded = (
-            Renderer(prepared.file, prepared.importance, rounding=method, folder=folder, threads=threads)
-            for method in (None, rounding)
-        )
-        try:
-            render_all(rounded, chosen.items(), progress=progress)
-            report = None
-            if refine.guard is not None:
-                base_file = folder / f"{refine.guard.sha256[:12]}.{refine.settings.n_ctx}.base"
-                base = load_or_compute_base(
-                    prepared.file.path, refine.guard, refine.settings, path=base_file, progress=progress
-                )
-                tried = GuardOptions(guard_chunks=refine.settings.chunks or len(base.chunks))
-                with base, Guard(base, stock, rounded, types, tried, refine.settings) as guard:
-                    report = guard.run(list(chosen), progress)
-            kept = [name for name in chosen if report is None or name not in report.stock]
+    covered = {name: kind for name, kind in types.items() if rounding.covers(name, type_by_name(kind))}
+    with (
+        Renderer(prepared.file, prepared.importance, folder=work, threads=threads) as stock,
+        Renderer(prepared.file, prepared.importance, rounding=rounding, folder=work, threads=threads) as rounded,
+    ):
+        render_all(rounded, covered.items(), progress=progress)
+        report = None if trial is None else _try(trial, stock, rounded, types, list(covered), work, progress)
+        kept = [name for name in covered if report is None or name not in report.stock]
 
-            blocks = {name: functools.partial(rounded.blocks, name, type_by_name(chosen[name])) for name in kept}
-            result = write(prepared, out, threads=threads, progress=progress, blocks=blocks)
-        finally:
-            for one in (stock, rounded):
-                one.close()
-    losses = {name: rounding.losses[name, kind] for name, kind in chosen.items() if (name, kind) in rounding.losses}
-    return Refined(result, report, losses)
+        blocks = {name: functools.partial(rounded.blocks, name, type_by_name(covered[name])) for name in kept}
+        result = write(prepared, out, threads=threads, progress=progress, blocks=blocks)
+    losses = {name: rounding.losses[name, kind] for name, kind in covered.items() if (name, kind) in rounding.losses}
+    return RoundedQuant(result, report, losses)
+
+
+def _try(
+    trial: _Trial,
+    stock: Renderer,
+    rounded: Renderer,
+    types: dict[str, str],
+    candidates: list[str],
+    work: pathlib.Path,
+    progress: Progress,
+) -> GuardReport:
+    settings = Settings(**dataclasses.asdict(trial.decoding) | {"chunks": trial.options.guard_chunks})
+    with (
+        kept_base(work, stock.file.path, trial.text, settings, progress) as base,
+        Guard(base, stock, rounded, types, trial.options, trial.decoding) as guard,
+    ):
+        return guard.run(candidates, progress)

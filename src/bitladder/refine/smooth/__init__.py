@@ -1,22 +1,25 @@
-"""Scales moved between weights so that blocks lose less, while the model computes the same."""
+"""Scales moved between weights, and channels put in order, so that blocks lose less while the model stays the same."""
 
+from bitladder.refine.smooth.balance import balance
+from bitladder.refine.smooth.changes import smoothed_moments
 from bitladder.refine.smooth.links import Link, SmoothingError, links_of
-from bitladder.refine.smooth.moments import smoothed_moments
 from bitladder.refine.smooth.order import order_for_blocks
-from bitladder.refine.smooth.scales import balance
-from bitladder.refine.smooth.smooth_model import KEY, SmoothResult, smooth_model
-from bitladder.refine.smooth.smoothing_trial import Trial, trial
+from bitladder.refine.smooth.smoothed_model import KEY, SMOOTHING, SmoothResult, smooth_model
+from bitladder.refine.smooth.smoothing_trial import SMOOTHING_TRIAL, SmoothingTrial, trial_text, try_smoothing
 
 __all__ = [
     "KEY",
+    "SMOOTHING",
+    "SMOOTHING_TRIAL",
     "Link",
     "SmoothResult",
     "SmoothingError",
-    "Trial",
+    "SmoothingTrial",
     "balance",
     "links_of",
     "order_for_blocks",
     "smooth_model",
     "smoothed_moments",
-    "trial",
+    "trial_text",
+    "try_smoothing",
 ]

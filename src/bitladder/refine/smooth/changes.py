@@ -1,28 +1,31 @@
-"""What smoothing does to each tensor, to the importance of its columns, and to the second moments of its inputs."""
+"""What smoothing does to each tensor, to the importance of its columns, and to the second moments of a model."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from bitladder.calibrate import Imatrix, Moment
+from bitladder.calibrate import Imatrix, Moment, MomentsFile, writing_moments
 from bitladder.engine.types import quantize_rows
 from bitladder.errors import BitladderError
 from bitladder.gguf.header import TensorInfo
 from bitladder.gguf.reader import GgufFile
+from bitladder.refine.model_files import PIECE, Bytes, Floats, Indices, row_pieces
 from bitladder.refine.smooth.links import Link
 from bitladder.refine.smooth.order import Order
-from bitladder.refine.smooth.pieces import PIECE, row_pieces
-
-Floats = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass
 class Change:
-    """First a tensor is multiplied: by `columns` float32 [matrices or 1, width] and `rows` float32 [rows]; then its
-    columns, and the rows of each of its matrices, come in another order. None: nothing of that."""
+    """What happens to a tensor: first it is multiplied, then its columns and rows come in another order.
+
+    Parameters:
+        columns: factors of its columns, float32 [matrices or 1, width]; None leaves them.
+        rows: factors of its rows, float32 [rows]; None leaves them.
+        column_order: numbers of the columns in their new order, int64 [width]; None leaves them.
+        row_order: the same for the rows of each of its matrices.
+    """
 
     columns: Floats | None = None
     rows: Floats | None = None
@@ -32,28 +35,33 @@ class Change:
     @property
     def nothing(self) -> bool:
         """Whether the tensor stays as it is."""
-        return all(one is None for one in (self.columns, self.rows, self.column_order, self.row_order))
+        return all(part is None for part in (self.columns, self.rows, self.column_order, self.row_order))
 
 
 def changes_of(scales: Sequence[tuple[Link, Floats]], order: Order | None = None) -> dict[str, Change]:
-    """What happens to which tensor. `scales` float32 [matrices, channels of the readers] by link."""
-    found: dict[str, Change] = {}
+    """What happens to each tensor that changes, by name.
+
+    Parameters:
+        scales: each link and its scales, float32 [matrices, channels of the readers].
+        order: the new order of channels, or None.
+    """
+    changes: dict[str, Change] = {}
     for link, scale in scales:
         for name in link.readers:
-            found.setdefault(name, Change()).columns = scale
-        made = scale.reshape(link.matrices, link.groups, link.repeats, link.size)[:, :, 0].reshape(-1)
+            changes.setdefault(name, Change()).columns = scale
+        once = scale.reshape(link.matrices, link.groups, link.repeats, link.size)[:, :, 0].reshape(-1)
         for name in link.makers:
-            found.setdefault(name, Change()).rows = (1 / made).astype(np.float32)
+            changes.setdefault(name, Change()).rows = (1 / once).astype(np.float32)
     if order is not None:
         for name in order.columns:
-            found.setdefault(name, Change()).column_order = order.channels
+            changes.setdefault(name, Change()).column_order = order.channels
         for name in order.rows:
-            found.setdefault(name, Change()).row_order = order.channels
-    return found
+            changes.setdefault(name, Change()).row_order = order.channels
+    return changes
 
 
-def changed_rows(file: GgufFile, tensor: TensorInfo, change: Change) -> Iterator[npt.NDArray[np.uint8]]:
-    """A tensor's rows as they become, piece by piece, in its own type.
+def changed_rows(file: GgufFile, tensor: TensorInfo, change: Change) -> Iterator[Bytes]:
+    """The new rows of a tensor, piece by piece, in its own type.
 
     Powers of two and another order round nothing. Raises BitladderError for weights that overflow F16.
     """
@@ -77,8 +85,8 @@ def changed_rows(file: GgufFile, tensor: TensorInfo, change: Change) -> Iterator
         yield quantize_rows(placed, tensor.type, None)
 
 
-def changed_imatrix(imatrix: Imatrix, changes: dict[str, Change]) -> Imatrix:
-    """The importance matrix of the new inputs: the old ones divided by the scales, in the new order."""
+def changed_imatrix(imatrix: Imatrix, changes: Mapping[str, Change]) -> Imatrix:
+    """The importance matrix of the new inputs: the old inputs divided by the scales, in the new order."""
     entries = dict(imatrix.entries)
     for name, change in changes.items():
         if name not in entries:
@@ -110,3 +118,30 @@ def changed_moment(moment: Moment, change: Change) -> Moment:
     if change.row_order is not None and outputs is not None:
         outputs = np.ascontiguousarray(outputs[np.ix_(change.row_order, change.row_order)])
     return Moment(inputs, moment.counts, outputs)
+
+
+def smoothed_moments(
+    moments: pathlib.Path, changes: Mapping[str, Change], out: pathlib.Path, model_sha256: str
+) -> None:
+    """Writes the second moments of the smoothed model.
+
+    They are those that collecting on the smoothed model gives, up to the rounding of F16. The weights of tokens are an
+    exception: for v and up they stay those of the gradients before smoothing.
+
+    Parameters:
+        moments: path of the second moments of the model before.
+        changes: what happened to each tensor.
+        out: path to write.
+        model_sha256: hash of the smoothed model.
+
+    Raises:
+        BitladderError: the file holds no second moments.
+    """
+    with MomentsFile(moments) as old:
+        names = old.names()
+        own = [name for name in names if old.entry(name) == name]
+        shared = {name: old.entry(name) for name in names if old.entry(name) != name}
+        provenance = dataclasses.replace(old.provenance, model_sha256=model_sha256)
+        with writing_moments(out, provenance, {name: old.shape(name) for name in own}, shared) as writer:
+            for name in own:
+                writer.write(name, changed_moment(old.read(name), changes.get(name, Change())))

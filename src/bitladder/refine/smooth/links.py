@@ -1,14 +1,14 @@
-"""Where a channel's scale can move from one weight to another without changing what the model computes.
+"""Where the scale of a channel can move from one weight to another while the model computes the same.
 
-A weight W multiplies channels x. If x is made by something linear in each channel (a norm's weight, rows of another
-matrix), then x_i / s_i can be made instead, and the column W_i · s_i multiplies it: the product is the same.
+A weight W multiplies channels x. If x is linear in something for each channel (the weight of a norm, the rows of
+another matrix), that can make x_i / s_i, and the column W_i · s_i multiplies it: the product is the same.
 
-- attn_norm, or ffn_norm, before q, k, v, or gate, up (the experts' and their router too);
-- the rows of v before attn_output: attention only mixes tokens, so a channel of v stays one;
+- attn_norm, or ffn_norm, before q, k, v, or gate, up (those of experts and their router too);
+- the rows of v before attn_output: attention only mixes tokens, so that a channel of v stays a channel;
 - the rows of up before down: a gated activation is f(gate) · up, linear in up;
-- output_norm before the head, if that is not the token embedding too.
+- output_norm before the head, if the head is not the token embedding too.
 
-Names alone do not prove that nothing else reads a channel, so whoever uses links checks the logits (`smooth.model`).
+Names do not prove that nothing else reads a channel. `smooth_model` compares the logits.
 """
 
 import dataclasses
@@ -37,12 +37,19 @@ _NORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """Channels that `makers` make and the columns of `readers` multiply.
+    """Channels that some tensors make and the columns of others multiply.
 
-    `kind` is the maker's part of the name, such as "attn_norm". A maker is a vector of the channels or a matrix with a
-    row for each; its bias is among the makers. `groups` × `repeats` × `size` are the channels that readers see, of
-    which makers have `groups` × `size` (heads of attention that share a head of v; else 1 × 1 × channels). `matrices`
-    is the number of experts, each of which has scales of its own, or 1.
+    Readers see `groups` × `repeats` × `size` channels, of which makers have `groups` × `size`. Attention heads that
+    share a head of v are `repeats`; else there are 1 × 1 × channels.
+
+    Parameters:
+        kind: the maker's part of the name, such as "attn_norm".
+        makers: a vector of the channels, or a matrix with a row for each; and its bias.
+        readers: matrices with a column for each channel.
+        size: channels of a head, or all.
+        groups: heads of v.
+        repeats: heads of attention that share a head of v.
+        matrices: the number of experts, each of which has scales of its own, or 1.
     """
 
     kind: str
@@ -57,36 +64,36 @@ class Link:
 def links_of(file: GgufFile) -> list[Link]:
     """The links of a model, by block. Raises SmoothingError for a model without any that is known here."""
     blocks = sorted({block for name in file.tensors if (block := block_of(name)) is not None})
-    found = [link for block in blocks for link in _of_block(file, block)]
+    links = [link for block in blocks for link in _of_block(file, block)]
     if "output.weight" in file.tensors and "output_norm.weight" in file.tensors:
-        found.append(_of_norm(file, "output_norm", ["output.weight"]))
-    if not found:
+        links.append(_of_norm(file, "output_norm", ["output.weight"]))
+    if not links:
         raise SmoothingError(
             f"{file.path}: no norm, v or up whose scale could move ({file.architecture or 'no architecture'}); "
             "work without smoothing"
         )
-    return found
+    return links
 
 
 def _of_block(file: GgufFile, block: int) -> list[Link]:
-    start, found = block_prefix(block), []
+    start, links = block_prefix(block), []
     names = {name.removeprefix(start).removesuffix(".weight") for name in file.tensors if name.startswith(start)}
     for norm, known in _NORMS.items():
-        readers = [f"{start}{one}.weight" for one in known if one in names]
+        readers = [f"{start}{stem}.weight" for stem in known if stem in names]
         # With attention and feed-forward side by side one norm serves both, and the other does not exist.
         if norm in names and len(readers) > 1 and _NORMS.keys() <= names:
-            found.append(_of_norm(file, start + norm, readers))
+            links.append(_of_norm(file, start + norm, readers))
     if {"attn_v", "attn_output"} <= names and not names & {"attn_sub_norm", "attn_v_norm"}:
-        found += _of_values(file, block, start)
+        links += _of_values(file, block, start)
     for suffix in ("", *_EXPERTS):
-        if {f"ffn_{one}{suffix}" for one in ("gate", "up", "down")} <= names and "ffn_sub_norm" not in names:
+        if {f"ffn_{stem}{suffix}" for stem in ("gate", "up", "down")} <= names and "ffn_sub_norm" not in names:
             down = file.tensors[f"{start}ffn_down{suffix}.weight"]
             matrices = down.rows // down.rows_per_matrix
             maker = f"{start}ffn_up{suffix}"
-            found.append(
+            links.append(
                 Link("ffn_up", _with_bias(file, maker), (down.name,), down.width, matrices=matrices),
             )
-    return found
+    return links
 
 
 def _of_norm(file: GgufFile, norm: str, readers: Sequence[str]) -> Link:

@@ -1,9 +1,9 @@
-"""The order of a model's channels, which is free, chosen so that the head's inputs are rounded least.
+"""The order of a model's channels is free: it is chosen so that the head's inputs are rounded least.
 
-The CPU's kernels of K-quants round 256 inputs at once, in steps that the largest of them sets. Embeddings that are the
-head too leave no scale to move in front of it: what comes in is as large as it is, and nothing behind evens out the
-error. But which channels share such a block is free. All that reads or writes the stream between layers can be put in
-another order, and computes the same.
+The CPU's kernels of K-quants round 256 inputs at once, in steps that the largest of them sets. Where the embeddings are
+the head too, no scale can move in front of the head, and nothing behind it reduces the error. But it is free which
+channels share such a block. All that reads or writes the stream between layers can be put in another order, and
+computes the same.
 """
 
 import dataclasses
@@ -17,38 +17,43 @@ from bitladder.engine.model import Model
 from bitladder.engine.observe import Multiplication
 from bitladder.gguf.names import name_in_block
 from bitladder.gguf.reader import GgufFile
+from bitladder.refine.model_files import Doubles, Floats, Indices, column_squares
+from bitladder.refine.options import SmoothingOptions
 from bitladder.refine.smooth.links import FLOATS
-from bitladder.refine.smooth.pieces import column_squares
-
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
 
 HEAD, EMBEDDINGS = "output.weight", "token_embd.weight"
 BLOCK = 256  # QK_K in ggml-common.h: what a block of Q8_K holds
-OUTLIERS = 64  # at most so many channels are looked at as the large ones of a block
-CHUNKS, LENGTH = 16, 64  # of random tokens: which channels are large hardly depends on the text
+LENGTH = 64  # of a chunk of random tokens: which channels are large hardly depends on the text
 
-# What has a value for each channel of the stream in each of its rows, or is one such row; and what has a row for each.
+# Tensors with a value for each channel of the stream in each row, or that are one such row; and those with a row for
+# each channel.
 _NORMS = ("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
 _READERS = (
     *("token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_gate", "ffn_up", "ffn_gate_inp"),
     *("ffn_gate_exps", "ffn_up_exps", "ffn_gate_shexp", "ffn_up_shexp", "ffn_gate_inp_shexp"),
 )
 _WRITERS = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
-_ACROSS = frozenset([f"{one}.weight" for one in (*_NORMS, *_READERS)] + [f"{one}.bias" for one in (*_NORMS, *_WRITERS)])
-_DOWN = frozenset(f"{one}.weight" for one in _WRITERS)
-# What the stream's order is nothing to: biases of q, k, v, gate and up, norms of heads, frequencies.
+_ACROSS = frozenset(
+    [f"{stem}.weight" for stem in (*_NORMS, *_READERS)] + [f"{stem}.bias" for stem in (*_NORMS, *_WRITERS)]
+)
+_DOWN = frozenset(f"{stem}.weight" for stem in _WRITERS)
+# Tensors that the order of the stream does not touch: biases of q, k, v, gate and up, norms of heads, frequencies.
 _FREE = frozenset(
-    [f"{one}.bias" for one in _READERS if one not in ("token_embd", "output")]
+    [f"{stem}.bias" for stem in _READERS if stem not in ("token_embd", "output")]
     + ["attn_q_norm.weight", "attn_k_norm.weight", "rope_freqs.weight", "exp_probs_b.bias"]
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Channels in their new order, int64 [width]; tensors whose `columns`, and whose `rows`, are channels; and `noise`,
-    by what the error of the head's rounded inputs is expected to be multiplied."""
+    """An order of the channels of the stream.
+
+    Parameters:
+        channels: their numbers in the new order, int64 [width].
+        columns: names of the tensors whose columns are channels.
+        rows: names of the tensors whose rows are channels.
+        noise: the expected factor of the error of the head's rounded inputs.
+    """
 
     channels: Indices
     columns: frozenset[str]
@@ -56,11 +61,19 @@ class Order:
     noise: float
 
 
-def find_order(file: GgufFile, *, threads: int | None = None) -> Order | None:
-    """The order in which the head loses least, or None where there is none to choose.
+def find_order(file: GgufFile, options: SmoothingOptions, threads: int | None = None) -> Order | None:
+    """The order in which the head loses least. Decodes random tokens.
 
-    That is: the head is no embedding (then scales can move), its inputs are not rounded in blocks of 256, a tensor is
-    quantized or not known here, or no order is better. Decodes random tokens; raises BitladderError if that fails.
+    There is none if the head has a matrix of its own (then scales can move), if its inputs are not rounded in blocks of
+    256, if a tensor is quantized or not known here, and if no order is better.
+
+    Parameters:
+        file: a full-precision model.
+        options: how large channels are found.
+        threads: threads of the CPU; None takes all.
+
+    Raises:
+        BitladderError: the model does not decode.
     """
     embeddings = file.tensors.get(EMBEDDINGS)
     if embeddings is None or HEAD in file.tensors:
@@ -79,21 +92,34 @@ def find_order(file: GgufFile, *, threads: int | None = None) -> Order | None:
         file.tensors[name].rows_per_matrix != width for name in rows
     ):
         return None
-    inputs = _head_inputs(file, threads)
+    inputs = _head_inputs(file, options.order_chunks, threads)
     weights = column_squares(file, embeddings)[0]
-    channels, noise = order_for_blocks(np.square(inputs, dtype=np.float64), weights)
+    channels, noise = order_for_blocks(np.square(inputs, dtype=np.float64), weights, options.outliers)
     return Order(channels, columns, rows, noise) if noise < 1 else None
 
 
-def order_for_blocks(squares: Doubles, weights: Doubles, block: int = BLOCK) -> tuple[Indices, float]:
-    """Channels, int64 [channels], in an order in which blocks of inputs lose least when they are rounded, and by what
-    that multiplies the loss.
+def order_for_blocks(
+    squares: Doubles, weights: Doubles, outliers: int = SmoothingOptions().outliers, block: int = BLOCK
+) -> tuple[Indices, float]:
+    """An order of channels in which blocks of inputs lose least when they are rounded.
 
-    Parameters: `squares` of inputs, [tokens, channels]; `weights`, sums of squares of the columns that multiply them,
-    [channels]. Inputs of a block have one step, in proportion to the largest, so that its rounding costs
-    E[max_i x_i²] Σ_i u_i. Block by block, the k largest channels that are left are put with those whose columns are
-    the smallest, with the k at which this block and all the rest together cost least. Within a block channels stay as
-    they were.
+    The inputs of a block have one step, in proportion to the largest. So the rounding of a block costs
+    E[max_i x_i²] Σ_i u_i. Block by block, the k largest channels that are left are put together with those whose
+    columns are the smallest. k is the number at which this block and all the rest together cost least. Within a block
+    channels stay in their order.
+
+    Parameters:
+        squares: squared inputs x², float64 [tokens, channels].
+        weights: sums of squares u of the columns that multiply them, float64 [channels].
+        outliers: how many channels are examined at most as the large ones of a block.
+        block: channels of a block.
+
+    Returns:
+        Numbers of the channels, int64 [channels], and the factor of the loss (1 if no order is better).
+
+    Example:
+        >>> order_for_blocks(np.array([[9.0, 1, 9, 1]]), np.ones(4), block=2)
+        (array([0, 2, 1, 3]), 0.5555555555555556)
     """
     count = squares.shape[1]
     sizes = squares.mean(axis=0)
@@ -102,10 +128,10 @@ def order_for_blocks(squares: Doubles, weights: Doubles, block: int = BLOCK) -> 
         by_size = left[np.argsort(-sizes[left], kind="stable")]
         by_weight = left[np.argsort(weights[left], kind="stable")]
         best = (np.inf, left[:block])
-        for large in range(min(OUTLIERS, block) + 1):
-            outliers = by_size[:large]
-            fill = by_weight[~np.isin(by_weight, outliers)][: block - large]
-            inside = np.concatenate([outliers, fill])
+        for count_large in range(min(outliers, block) + 1):
+            large = by_size[:count_large]
+            fill = by_weight[~np.isin(by_weight, large)][: block - count_large]
+            inside = np.concatenate([large, fill])
             cost = _cost(squares, weights, inside) + _cost(squares, weights, np.setdiff1d(left, inside))
             if cost < best[0]:
                 best = (cost, np.sort(inside))
@@ -113,8 +139,8 @@ def order_for_blocks(squares: Doubles, weights: Doubles, block: int = BLOCK) -> 
         left = np.setdiff1d(left, best[1])
     order = np.concatenate([*chosen, left])
     before, after = (
-        sum(_cost(squares, weights, one[start : start + block]) for start in range(0, count, block))
-        for one in (np.arange(count), order)
+        sum(_cost(squares, weights, channels[start : start + block]) for start in range(0, count, block))
+        for channels in (np.arange(count), order)
     )
     return (order, after / before) if after < before else (np.arange(count), 1.0)
 
@@ -124,10 +150,10 @@ def _cost(squares: Doubles, weights: Doubles, inside: Indices) -> float:
 
 
 class _HeadInputs:
-    """Keeps what the head multiplies."""
+    """Keeps the inputs of the head."""
 
     def __init__(self) -> None:
-        self.found: list[Floats] = []
+        self.inputs: list[Floats] = []
         self._seen = False
 
     def begin(self, chunk: int, first: int, count: int) -> None:
@@ -137,17 +163,17 @@ class _HeadInputs:
         return seen.weight == EMBEDDINGS
 
     def see(self, seen: Multiplication, inputs: Floats, experts: npt.NDArray[np.int32] | None) -> None:
-        self.found.append(inputs.reshape(-1, inputs.shape[-1]).copy())
+        self.inputs.append(inputs.reshape(-1, inputs.shape[-1]).copy())
         self._seen = True
 
     def satisfied(self) -> bool:
         return self._seen
 
 
-def _head_inputs(file: GgufFile, threads: int | None) -> Floats:
-    seen = _HeadInputs()
+def _head_inputs(file: GgufFile, chunks: int, threads: int | None) -> Floats:
+    observer = _HeadInputs()
     with Model(file.path, repack=False) as model:
-        tokens = np.random.default_rng(0).integers(0, model.n_vocab, (CHUNKS, LENGTH)).astype(np.int32)
-        for _ in watch_chunks(model, tokens, seen, Decoding(threads=threads)):
+        tokens = np.random.default_rng(0).integers(0, model.n_vocab, (chunks, LENGTH)).astype(np.int32)
+        for _ in watch_chunks(model, tokens, observer, Decoding(threads=threads)):
             pass
-    return np.concatenate(seen.found)
+    return np.concatenate(observer.inputs)

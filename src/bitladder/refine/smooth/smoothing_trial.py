@@ -1,22 +1,46 @@
-"""Does smoothing help? A quant of the model as it is against one of the smoothed model, on some text."""
+"""Does smoothing help? A preset of the model as it is, and of the smoothed model, measured on a text."""
 
 import dataclasses
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
-from bitladder.evaluate import Settings, load_or_compute_base, measure, paired_mean
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.engine.decoding import Decoding
+from bitladder.evaluate import HiddenBase, Settings, paired_mean
+from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize import quantize
-from bitladder.text.texts import Text
+from bitladder.quantize import QuantizeOptions, prepare
+from bitladder.refine.model_files import ModelFiles
+from bitladder.refine.options import SmoothingOptions
+from bitladder.refine.smooth.smoothed_model import SMOOTHING
+from bitladder.text import Text, excerpts, joined
+from bitladder.trial import RENDERING, SWAPPED_KLD, Renderer, SwappedModel, kept_base
+
+SMOOTHING_TRIAL = Algorithm(
+    "smoothing trial",
+    (
+        "quants of both models are compared with full precision",
+        "blocks of both are swapped into the loaded models, as where recipes are planned",
+    ),
+    uses=(SMOOTHING, RENDERING, SWAPPED_KLD),
+)
 
 PRESET = "Q4_K_M"
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """Mean KLD, nats per token, of a preset of the model as it is and of the smoothed one, and ± of their difference.
+class SmoothingTrial:
+    """A preset of both models.
 
-    `tokens` they were compared on.
+    Parameters:
+        preset: its name.
+        before: KLD with the model as it is, nats per token.
+        after: KLD with the smoothed model.
+        error: standard error of the difference.
+        tokens: how many tokens were scored.
     """
 
     preset: str
@@ -27,34 +51,72 @@ class Trial:
 
     @property
     def helps(self) -> bool:
-        """Whether the smoothed one is nearer to full precision."""
+        """Whether the quant of the smoothed model is nearer to full precision."""
         return self.after < self.before
 
 
-def trial(
-    model: tuple[pathlib.Path, pathlib.Path],
-    smoothed: tuple[pathlib.Path, pathlib.Path],
+@SMOOTHING_TRIAL.entry
+def try_smoothing(
+    plain: ModelFiles,
+    smoothed: ModelFiles,
     text: Text,
-    settings: Settings,
+    decoding: Decoding,
+    options: SmoothingOptions | None = None,
     *,
     preset: str = PRESET,
-    folder: pathlib.Path | None = None,
-    base_file: pathlib.Path | None = None,
+    work: pathlib.Path | None = None,
     progress: Progress = SILENT,
-) -> Trial:
-    """Quantize both with the library's kernels and compare them with the full precision on a text.
+) -> SmoothingTrial:
+    """Measures a preset, with the library's blocks, of both models against the full precision.
 
-    Parameters: `model` and `smoothed` are a file and its imatrix each; `text` one that the result is not judged by;
-    `folder` for the quants, which are removed; `base_file` where the full precision's predictions stay for the next
-    trial on the same text (None: they are removed too). Raises BitladderError as quantizing and measuring do.
+    Parameters:
+        plain: the model as it is, and its importance matrix.
+        smoothed: the smoothed model, and its importance matrix.
+        text: what is predicted: a text that the result is not judged by.
+        decoding: how models are decoded.
+        options: on how many chunks.
+        preset: name of the preset.
+        work: folder in which the predictions of full precision are kept for the next trial; None keeps nothing.
+        progress: where work is shown.
+
+    Raises:
+        BitladderError: the preset cannot be made, or a model does not decode.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".trial.") as name:
-        work = pathlib.Path(name)
-        quant = work / "quant.gguf"
-        with load_or_compute_base(model[0], text, settings, path=base_file or work / "base", progress=progress) as base:
-            found = []
-            for path, imatrix in (model, smoothed):
-                quantize(path, quant, preset, imatrix=imatrix, threads=settings.threads, progress=progress)
-                found.append(measure(quant, text, settings, base=base, progress=progress).arrays["kld"])
-            gap = paired_mean(found[1], found[0], len(base.chunks))
-    return Trial(preset, float(found[0].mean()), float(found[1].mean()), gap.error, found[0].size)
+    chunks = (options or SmoothingOptions()).trial_chunks
+    settings = Settings(**dataclasses.asdict(decoding) | {"chunks": chunks})
+    with (
+        tempfile.TemporaryDirectory(dir=plain.model.parent if work is None else work, prefix=".trial.") as temporary,
+        kept_base(work or pathlib.Path(temporary), plain.model, text, settings, progress) as base,
+        progress.task(f"{preset} as it is, and smoothed", 2) as task,
+    ):
+        klds = []
+        for files in (plain, smoothed):
+            klds.append(_preset_kld(files, base, preset, decoding, chunks))
+            task.advance()
+    before, after = klds
+    gap = paired_mean(after, before, min(chunks, len(base.chunks)))
+    return SmoothingTrial(preset, float(before.mean()), float(after.mean()), gap.error, before.size)
+
+
+def trial_text(calibration: Sequence[Text], options: SmoothingOptions, n_ctx: int) -> Text:
+    """Passages of the calibration texts on which smoothing is tried.
+
+    Parameters:
+        calibration: the texts.
+        options: how many chunks, and where they begin.
+        n_ctx: tokens of a chunk.
+    """
+    return excerpts(joined(calibration), options.trial_chunks, n_ctx, offset=options.trial_offset)
+
+
+def _preset_kld(
+    files: ModelFiles, base: HiddenBase, preset: str, decoding: Decoding, chunks: int
+) -> npt.NDArray[np.float64]:
+    """KLD of each token, nats."""
+    with (
+        prepare(files.model, QuantizeOptions(preset), imatrix=files.imatrix) as prepared,
+        Renderer(prepared.file, prepared.importance, threads=decoding.threads) as renderer,
+        SwappedModel(base, renderer, decoding) as model,
+    ):
+        types = {tensor.name: tensor.type.name for tensor in prepared.choice.tensors if tensor.changes}
+        return model.kld(types, chunks).ravel()

@@ -1,7 +1,8 @@
-"""A quant as a torch model whose blocks' F16 numbers can move."""
+"""A quant as a torch model whose blocks keep their integers, and whose F16 numbers can move."""
 
 import os
 
+import numpy as np
 import torch
 
 from bitladder.calibrate.gradients.forward import TorchModel
@@ -9,19 +10,63 @@ from bitladder.closing import Closing
 from bitladder.engine.model import Tokens
 from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile
-from bitladder.refine.tune.free import FreeScales
-from bitladder.rounding import can_round
+from bitladder.refine.model_files import Bytes
+from bitladder.rounding import TYPES, can_round
 
 # Positions whose logits are held at once: at 150,000 tokens of vocabulary some 80 MB for each of a few arrays.
-ROWS = 128
+POSITIONS = 128
 Key = tuple[str, int]
 
 
-class Student(Closing):
-    """`model` computes with what `put` has set from `parameters`, the moves of blocks' numbers by (tensor, part).
+class FreeScales:
+    """One matrix: W = Σ_i terms[i] · (1 + moves[i]), a move for each F16 number of a block.
 
-    The head's blocks stay as they are: where it is tied, they are the embeddings too. Raises BitladderError as
-    `TorchModel` does, and if no tensor has blocks that can move.
+    Parameters:
+        kind: a type that `rounding.can_round` knows.
+        data: its blocks, uint8 [rows, row bytes].
+        width: weights of a row.
+
+    Attributes:
+        terms: levels × steps; and the offsets, for types that have them. float32 [rows, width] each.
+        moves: float32 [rows, width / block] for each term, all 0 at first.
+    """
+
+    def __init__(self, kind: str, data: Bytes, width: int) -> None:
+        self._blocks = TYPES[kind].unpack(data, width)
+        self.block = TYPES[kind].block
+        self.terms = [torch.from_numpy(np.ascontiguousarray(term)) for term in self._blocks.terms()]
+        self.moves = [torch.zeros(len(term), width // self.block) for term in self.terms]
+
+    def weights(self) -> torch.Tensor:
+        """The matrix as it is now, float32 [rows, width]."""
+        whole = torch.zeros_like(self.terms[0])
+        for term, move in zip(self.terms, self.moves, strict=True):
+            whole.addcmul_(term, (1 + move).repeat_interleave(self.block, 1))
+        return whole
+
+    def slopes(self, gradient: torch.Tensor) -> list[torch.Tensor]:
+        """Derivatives of an objective by the moves, from those by the weights, float32 [rows, width]."""
+        rows = len(gradient)
+        return [(gradient * term).view(rows, -1, self.block).sum(-1) for term in self.terms]
+
+    def blocks(self) -> Bytes:
+        """The blocks with moved F16 numbers, uint8 [rows, row bytes]; integers are as they were."""
+        return self._blocks.rescaled([1 + move.numpy() for move in self.moves]).pack()
+
+
+class Student(Closing):
+    """A quant whose scales are tuned. The blocks of the head stay: where it is tied, they are the embeddings too.
+
+    Parameters:
+        path: the quant.
+        threads: threads of the CPU; None takes all.
+
+    Attributes:
+        model: computes with the parameters as `put` has set them.
+        parameters: the moves of F16 numbers, by tensor and number of the term.
+
+    Raises:
+        BitladderError: torch does not know the architecture, or no tensor has blocks that can move.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
@@ -36,24 +81,29 @@ class Student(Closing):
             self.model.close()
             raise BitladderError(f"{self.model.path.name} has no quantized blocks whose scales could be tuned")
         self.parameters: dict[Key, torch.Tensor] = {
-            (name, part): move for name, scales in self.scales.items() for part, move in enumerate(scales.moves)
+            (name, term): move for name, scales in self.scales.items() for term, move in enumerate(scales.moves)
         }
         self._slopes: dict[Key, torch.Tensor] = {}
         self.put()
 
     def close(self) -> None:
-        """Forget the weights."""
+        """Frees the weights."""
         self.model.close()
 
     def put(self) -> None:
-        """Let the model compute with the parameters as they are now."""
+        """Gives the model the parameters as they are now."""
         for name, scales in self.scales.items():
             self.model.weights.replace(name, scales.weights())
 
     def backward(self, tokens: Tokens, teacher: TorchModel) -> tuple[float, dict[Key, torch.Tensor]]:
-        """KLD from the teacher's predictions of one sequence, mean over its positions, and its derivatives.
+        """The divergence from full precision on one sequence, and its derivatives.
 
-        Parameters: tokens int32 [length]. Derivatives have the keys of `parameters`.
+        Parameters:
+            tokens: int32 [length].
+            teacher: the full-precision model.
+
+        Returns:
+            Mean KLD over positions, nats, and its derivatives by `parameters`.
         """
         self._slopes = {}
         target = teacher.states(tokens)
@@ -63,8 +113,8 @@ class Student(Closing):
         return divergence, self._slopes
 
     def _tap(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        for part, slope in enumerate(self.scales[name].slopes(gradients.T @ inputs)):
-            self._slopes[name, part] = slope
+        for term, slope in enumerate(self.scales[name].slopes(gradients.T @ inputs)):
+            self._slopes[name, term] = slope
 
     @torch.no_grad()
     def _divergence(
@@ -73,8 +123,8 @@ class Student(Closing):
         """Mean KLD over positions from final states [length, width] each, and its gradient by `hidden`."""
         gradient = torch.empty_like(hidden)
         total = 0.0
-        for start in range(0, len(hidden), ROWS):
-            rows = slice(start, start + ROWS)
+        for start in range(0, len(hidden), POSITIONS):
+            rows = slice(start, start + POSITIONS)
             ours = torch.log_softmax(self.model.head_logits(hidden[rows]), -1)
             theirs = torch.log_softmax(teacher.head_logits(target[rows]), -1)
             probabilities = theirs.exp()

@@ -1,160 +1,211 @@
-"""A quant whose blocks' scales are tuned against the full precision, tried on held-out text and written."""
+"""A quant whose scales are tuned against the full precision, tried on held-out text and written."""
 
 import dataclasses
-import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from bitladder.calibrate import UnfinishedWork, job_key
-from bitladder.calibrate.gradients import CHECKED_TOKENS, check_logits, require_torch, torch_threads
+from bitladder.calibrate.gradients import (
+    CHECKED_TOKENS,
+    check_logits,
+    require_torch,
+    torch_threads,
+    why_no_gradients,
+)
+from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
 from bitladder.errors import UsageError
-from bitladder.evaluate import Figure, Settings, load_or_compute_base, mean, measure, paired_mean
+from bitladder.evaluate import Figure, Settings, mean, measure, paired_mean
 from bitladder.files import replacing, sha256_file
-from bitladder.gguf.reader import GgufFile, refuse_other_model, refuse_other_vectors
-from bitladder.gguf.values import string
-from bitladder.gguf.writer import GgufWriter, TensorPlan
+from bitladder.gguf import GgufFile, refuse_other_model, refuse_other_vectors
+from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize import DROPPED, TUNE_KEY
+from bitladder.quantize import TUNE_KEY
+from bitladder.refine.model_files import Bytes, copy_model
+from bitladder.refine.options import TuneOptions
+from bitladder.text import Text, set_apart
 from bitladder.text.chunks import Reading
-from bitladder.text.texts import Text
+from bitladder.trial import kept_base
 
-Bytes = npt.NDArray[np.uint8]
-
-
-@dataclasses.dataclass(frozen=True)
-class TuneOptions:
-    """How to tune.
-
-    `chunks` of each text, of `n_ctx` tokens, from all over it (None: all there are). `rate` and `seed` as of
-    `descend.Schedule`.
-    """
-
-    n_ctx: int = 512
-    chunks: int | None = None
-    rate: float = 3e-4
-    seed: int = 0
+TUNING = Algorithm("tuning", ("F16 numbers of blocks move by gradients of the KLD of the whole model",))
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuned:
-    """What became of it.
+class TunedQuant:
+    """A tuned quant.
 
-    `before`, `after` and their paired `difference`: KLD on held-out text, nats per token (None without one). `kept` is
-    whether it fell; if not, the file is the quant as it was. `steps` of so many tokens were made, and `seen` are the
-    KLDs of their chunks in torch, each before its step.
+    Parameters:
+        kept: whether KLD on held-out text fell; if not, the file is the quant as it was.
+        before: KLD of the quant as it was on held-out text, nats per token; None without such a text.
+        after: KLD of the tuned quant.
+        difference: after − before, paired.
+        steps: how many steps were made, each on a chunk.
+        n_ctx: tokens of a chunk.
+        klds: KLD of each chunk as torch computes it, before its step.
     """
 
-    path: pathlib.Path
     kept: bool
     before: Figure | None
     after: Figure | None
     difference: Figure | None
     steps: int
     n_ctx: int
-    seen: list[float] = dataclasses.field(repr=False)
+    klds: list[float] = dataclasses.field(repr=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """The full-precision model, the quant, and the file to write."""
+
+    full: pathlib.Path
+    quant: pathlib.Path
+    out: pathlib.Path
+
+
+@TUNING.entry
 def tune(
-    full: str | os.PathLike[str],
-    quant: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    full: pathlib.Path,
+    quant: pathlib.Path,
+    out: pathlib.Path,
     texts: Sequence[Text],
-    options: TuneOptions | None = None,
-    *,
-    held_out: tuple[Text, Settings] | None = None,
-    threads: int | None = None,
+    held_out: Text | None,
+    options: TuneOptions,
+    decoding: Decoding,
     progress: Progress = SILENT,
-) -> Tuned:
-    """Tune a quant's scales for the predictions of its full-precision model.
+) -> TunedQuant:
+    """Tunes the scales of a quant for the predictions of its full-precision model.
 
-    A block's F16 numbers are moved by gradients of the KLD over `texts`, the integers stay: the file has the same
-    types and bytes, and its speed. `held_out`: a text that is neither among `texts` nor the one to judge by, and how to
-    measure it; KLD there must fall, or the quant is copied as it is. What an interrupted descent left in the folder
-    OUT.parts is gone on with.
-    Everything is in memory at once, some 20 bytes for each weight and what a chunk leaves for its way back. Raises
-    BitladderError if torch is not installed, if it does not compute what the library does, or if the two files are not
-    of one model.
+    The F16 numbers of blocks move along gradients of the KLD, the integers stay: the file has the same types and bytes,
+    and the same speed. An interrupted descent continues from the folder OUT.parts. Everything is in memory at once:
+    some 20 bytes for each weight, and what a chunk leaves for the backward pass.
+
+    Parameters:
+        full: path of the full-precision model.
+        quant: path of the quant.
+        out: path to write.
+        texts: what the scales are tuned on.
+        held_out: a text that is neither among `texts` nor the one to judge by. KLD there must fall, or the quant is
+            copied as it is. None tries nothing.
+        options: how scales are tuned, and on how much.
+        decoding: tokens of a chunk, and how models are decoded to try them.
+        progress: where work is shown.
+
+    Raises:
+        BitladderError: torch is not installed or computes other logits, or the files are of different models.
     """
     require_torch()
-    options = options or TuneOptions()
-    full, quant, out = pathlib.Path(full), pathlib.Path(quant), pathlib.Path(out)
-    if out.exists() and any(out.samefile(one) for one in (full, quant)):
+    files = _Files(full, quant, out)
+    if out.exists() and any(out.samefile(path) for path in (full, quant)):
         raise UsageError(f"{out} is an input; name another output")
     if not texts:
         raise UsageError("tuning needs a text: pass -f")
-    with GgufFile(full) as source, GgufFile(quant) as made:
-        refuse_other_model(made, source)
-        refuse_other_vectors(made, source)
+    if not options.tune_chunks:
+        raise UsageError("--tune-chunks is 0: nothing to tune on")
+    with GgufFile(full) as source, GgufFile(quant) as quantized:
+        refuse_other_model(quantized, source)
+        refuse_other_vectors(quantized, source)
     with Model(full, vocab_only=True) as vocabulary:
-        chunks = Reading(chunks=options.chunks).rows(vocabulary, texts, options.n_ctx)
-    with replacing(out) as temporary:  # opened first: a folder that cannot be written to is told of at once
-        keep = UnfinishedWork(out, job_key(full, texts, quant=sha256_file(quant), options=options))
-        blocks, seen = _moved(full, quant, chunks, options, keep, threads, progress)
-        _write(quant, temporary, blocks, f"{len(chunks)} × {options.n_ctx} tokens, rate {options.rate:g}")
+        chunks = Reading(chunks=options.tune_chunks).rows(vocabulary, texts, decoding.n_ctx)
+    with replacing(out) as temporary:  # opened first: a folder that cannot be written to is an error at once
+        key = job_key(full, texts, TUNING, quant=sha256_file(quant), options=options, n_ctx=decoding.n_ctx)
+        keep = UnfinishedWork(out, key)
+        blocks, klds = _descend(files, chunks, options, keep, decoding.threads, progress)
+        remark = f"{len(chunks)} × {decoding.n_ctx} tokens, rate {options.tune_rate:g}"
+        _write(quant, temporary, blocks, remark)
         before = after = difference = None
         if held_out is not None:
-            before, after, difference = _tried(full, quant, temporary, *held_out, progress)
+            settings = Settings(**dataclasses.asdict(decoding) | {"chunks": options.tune_guard_chunks})
+            before, after, difference = _try(_Files(full, quant, temporary), held_out, settings, progress)
         kept = difference is None or difference.value < 0
         if not kept:
             shutil.copyfile(quant, temporary)
     keep.remove()
-    return Tuned(out, kept, before, after, difference, len(chunks), options.n_ctx, seen)
+    return TunedQuant(kept, before, after, difference, len(chunks), decoding.n_ctx, klds)
 
 
-def _tried(
-    full: pathlib.Path, quant: pathlib.Path, tuned: pathlib.Path, text: Text, settings: Settings, progress: Progress
-) -> tuple[Figure, Figure, Figure]:
+def tune_in_place(
+    full: pathlib.Path,
+    quant: pathlib.Path,
+    calibration: Sequence[Text],
+    options: TuneOptions,
+    decoding: Decoding,
+    progress: Progress = SILENT,
+) -> bool:
+    """Tunes a quant on calibration texts, and tries that on the end of each. The quant stays if that does not help.
+
+    Parameters:
+        full: path of the full-precision model.
+        quant: path of the quant, which is replaced.
+        calibration: the texts.
+        options: how scales are tuned; with 0 chunks nothing is done.
+        decoding: as for `tune`.
+        progress: where work is shown; says why nothing is tuned.
+
+    Returns:
+        Whether the quant has tuned scales now.
+    """
+    if not options.tune_chunks:
+        return False
+    reason = why_no_gradients(full)
+    if reason is not None:
+        progress.info(f"scales are not tuned: {reason}")
+        return False
+    texts, held_out = set_apart(calibration, options.held_out_share)
+    out = quant.with_name(f".{quant.name}.tuned.tmp")
+    try:
+        tuned = tune(full, quant, out, texts, held_out, options, decoding, progress)
+        out.replace(quant)
+    finally:
+        out.unlink(missing_ok=True)
+    if not tuned.kept:
+        progress.info(f"{quant.name}: tuned scales lose more on held-out text; the quant stays as it was")
+    return tuned.kept
+
+
+def _try(files: _Files, text: Text, settings: Settings, progress: Progress) -> tuple[Figure, Figure, Figure]:
     """KLD of the quant as it was and tuned, and their paired difference."""
     with (
-        tempfile.TemporaryDirectory(dir=tuned.parent, prefix=".tune.") as folder,
-        load_or_compute_base(full, text, settings, path=pathlib.Path(folder) / "base", progress=progress) as base,
+        tempfile.TemporaryDirectory(dir=files.out.parent, prefix=".tune.") as folder,
+        kept_base(pathlib.Path(folder), files.full, text, settings, progress) as base,
     ):
         before, after = (
-            measure(path, text, settings, base=base, progress=progress).arrays["kld"] for path in (quant, tuned)
+            measure(path, text, settings, base=base, progress=progress).arrays["kld"]
+            for path in (files.quant, files.out)
         )
         return mean(before), mean(after), paired_mean(after, before, len(base.chunks))
 
 
-def _moved(
-    full: pathlib.Path,
-    quant: pathlib.Path,
+def _descend(
+    files: _Files,
     chunks: Tokens,
     options: TuneOptions,
     keep: UnfinishedWork,
     threads: int | None,
     progress: Progress,
 ) -> tuple[dict[str, Bytes], list[float]]:
-    """Blocks by tensor after the descent, and the KLD seen on the way."""
+    """Blocks by tensor after the descent, and the KLD of each chunk before its step."""
     from bitladder.calibrate.gradients.forward import TorchModel
-    from bitladder.refine.tune.descend import Schedule, descend
+    from bitladder.refine.tune.descend import descend
     from bitladder.refine.tune.student import Student
 
     with (
         torch_threads(threads),
-        TorchModel(full, memory=1 << 62, threads=threads) as teacher,
-        Student(quant, threads=threads) as student,
+        TorchModel(files.full, memory=1 << 62, threads=threads) as teacher,
+        Student(files.quant, threads=threads) as student,
     ):
-        check_logits(full, chunks[0, :CHECKED_TOKENS], threads=threads, ours=teacher)
-        seen = descend(student, teacher, chunks, Schedule(options.rate, options.seed), keep=keep, progress=progress)
-        return {name: scales.blocks() for name, scales in student.scales.items()}, seen
+        check_logits(files.full, chunks[0, :CHECKED_TOKENS], threads=threads, ours=teacher)
+        klds = descend(student, teacher, chunks, options, keep=keep, progress=progress)
+        return {name: scales.blocks() for name, scales in student.scales.items()}, klds
 
 
-def _write(
-    quant: pathlib.Path,
-    out: pathlib.Path,
-    blocks: dict[str, Bytes],
-    said: str,
-) -> None:
-    with GgufFile(quant) as file, out.open("wb") as stream:
-        metadata = {key: value for key, value in file.metadata.items() if key not in DROPPED} | {TUNE_KEY: string(said)}
-        plans = [TensorPlan(name, tensor.shape, tensor.type) for name, tensor in file.tensors.items()]
-        writer = GgufWriter(stream, metadata, plans)
-        for name, tensor in file.tensors.items():
-            writer.write(name, blocks[name] if name in blocks else file.read(tensor))
-        writer.finish()
+def _write(quant: pathlib.Path, out: pathlib.Path, blocks: dict[str, Bytes], remark: str) -> None:
+    with GgufFile(quant) as file:
+        copy_model(
+            file,
+            out,
+            (TUNE_KEY, remark),
+            lambda tensor: (blocks[tensor.name] if tensor.name in blocks else file.read(tensor),),
+            label="write the tuned quant",
+        )

@@ -1,0 +1,79 @@
+"""How a quant is refined: the constants that decide what smoothing, rounding, its guard and tuning do.
+
+Names of fields are unique among all options of a run, because the command line fills them by name.
+"""
+
+import dataclasses
+
+from bitladder.options import Options, option
+from bitladder.rounding import RoundingOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothingOptions(Options):
+    """How channels are balanced and ordered, and how that is tried."""
+
+    scales: bool = option(True, "--scales/--no-scales", help="Balance channels.")
+    order: bool = option(
+        True,
+        "--order/--no-order",
+        help="Order channels, where the head is the token embedding and so has no scales to move.",
+    )
+    most_powers: int = option(6, least=0, help="Powers of two by which a channel may be scaled, to either side.")
+    # Products are the same but for what F16 rounds, which leaves 0.002 in 30 blocks. A wrong scale in one left 0.1.
+    tolerance: float = option(0.01, least=0, help="How far logits may move, as a share of their range.")
+    outliers: int = option(64, least=0, help="Channels at most that are examined as the large ones of a block.")
+    order_chunks: int = option(16, least=1, help="Chunks of random tokens that show which channels are large.")
+    trial_chunks: int = option(8, "--trial-chunks", least=1, metavar="N", help="Chunks on which smoothing is tried.")
+    trial_offset: float = option(0.25, least=0, most=1, help="Where in a calibration text these passages begin.")
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardOptions(Options):
+    """How rounded blocks are tried."""
+
+    guard_chunks: int = option(
+        8, "--guard-chunks", least=1, metavar="N", help="Chunks of held-out text on which blocks are tried."
+    )
+    guard_offset: float = option(0.5, least=0, most=1, help="Where in a calibration text these passages begin.")
+    unclear: int = option(
+        4, least=0, help="Layers (or groups of layers) that are examined at most though they do no harm as a whole."
+    )
+    single_layers: int = option(3, least=0, help="With more layers than this, groups of layers are examined first.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneOptions(Options):
+    """How scales are tuned (Adam, arXiv 1412.6980), and how that is tried."""
+
+    tune_chunks: int = option(
+        64,
+        "--tune-chunks",
+        least=0,
+        metavar="N",
+        help="Chunks of each calibration text, from all over it, on which scales are tuned. 0 turns tuning off.",
+    )
+    tune_rate: float = option(
+        3e-4, "--tune-rate", least=1e-12, most=0.1, help="How far one chunk moves a scale at most, as a share of it."
+    )
+    tune_seed: int = option(0, "--tune-seed", least=0, help="Of the order of chunks.")
+    warm_up: int = option(10, least=1, help="Steps over which the rate grows; then it falls along half a cosine.")
+    mean_decay: float = option(0.9, least=0, most=1, help="Of the mean of gradients (β₁).")
+    square_decay: float = option(0.98, least=0, most=1, help="Of the mean of their squares (β₂).")
+    epsilon: float = option(1e-12, least=0, help="Added to the root of the mean square.")
+    held_out_share: float = option(
+        0.1, least=0, most=1, help="The end of each calibration text, on which tuning is tried."
+    )
+    tune_guard_chunks: int = option(
+        8, "--tune-guard-chunks", least=1, metavar="N", help="Chunks of held-out text on which KLD must fall."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RefineOptions(Options):
+    """All that makes a quant better at the same bytes."""
+
+    smoothing: SmoothingOptions = option(SmoothingOptions)
+    rounding: RoundingOptions = option(RoundingOptions)
+    guard: GuardOptions = option(GuardOptions)
+    tuning: TuneOptions = option(TuneOptions)

@@ -1,0 +1,198 @@
+"""Writing a smoothed model: the same tensors and types, scales moved and channels ordered, and the same logits."""
+
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
+from bitladder.engine.context import logit_differences, sequence_logits
+from bitladder.errors import BitladderError, UsageError
+from bitladder.files import replacing, sha256_file
+from bitladder.gguf.reader import GgufFile
+from bitladder.keys import Algorithm
+from bitladder.progress import SILENT, Progress
+from bitladder.refine.model_files import Floats, ModelFiles, copy_model
+from bitladder.refine.options import SmoothingOptions
+from bitladder.refine.smooth.balance import link_importance, link_scales
+from bitladder.refine.smooth.changes import Change, changed_imatrix, changed_rows, changes_of, smoothed_moments
+from bitladder.refine.smooth.links import FLOATS, Link, SmoothingError, links_of
+from bitladder.refine.smooth.order import Order, find_order
+
+SMOOTHING = Algorithm(
+    "smoothing",
+    (
+        "channels are balanced by powers of two between norms, v, up and the weights behind them",
+        "channels are ordered where the head cannot be scaled",
+    ),
+)
+
+KEY = "bitladder.smooth.imatrix.sha256"  # in files that are smoothed: the importance matrix they were smoothed by
+CHECKED_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothResult:
+    """A smoothed model.
+
+    Parameters:
+        links: links used, by kind.
+        head_noise: the expected factor of the error of the head's rounded inputs; None if the order stayed.
+        moved: how far logits moved at most, as a share of their range.
+        changes: what happened to each tensor.
+    """
+
+    links: dict[str, int]
+    head_noise: float | None
+    moved: float
+    changes: dict[str, Change] = dataclasses.field(repr=False)
+
+
+@SMOOTHING.entry
+def smooth_model(
+    source: ModelFiles,
+    out: ModelFiles,
+    options: SmoothingOptions | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> SmoothResult:
+    """Writes a model whose channels are balanced and ordered, its importance matrix and its second moments.
+
+    The logits of some tokens are compared. A kind of link that changes them is left out, with a warning, and so is the
+    order.
+
+    Parameters:
+        source: an F32, F16 or BF16 model, its importance matrix and its second moments.
+        out: paths of the files to write; as many second moments as `source` has.
+        options: what is done.
+        threads: threads of the CPU; None takes all.
+        progress: where work is shown.
+
+    Raises:
+        SmoothingError: weights are quantized, or nothing can change without changing the logits.
+        BitladderError: the matrix is of another model, or scaled weights overflow.
+    """
+    options = options or SmoothingOptions()
+    if source.imatrix is None or out.imatrix is None:
+        raise UsageError("smoothing needs an importance matrix: pass --imatrix")
+    matrix, digest = read_imatrix(source.imatrix), sha256_file(source.imatrix)
+    with GgufFile(source.model) as file:
+        _refuse_inputs(file, source, out)
+        if file.get(KEY):
+            raise BitladderError(f"{file.path} is smoothed already")
+        _refuse_other_imatrix(file, matrix, source.imatrix)
+        parts = _Parts(
+            link_scales(file, _links(file, matrix, source.imatrix), matrix, options, progress)
+            if options.scales
+            else [],
+            find_order(file, options, threads) if options.order else None,
+        )
+        if not parts.names():
+            raise SmoothingError(
+                f"{file.path}: no other order of channels is known to be better; one is sought where embeddings are "
+                "the head and their width is a multiple of 256"
+            )
+        with replacing(out.model) as temporary:
+            attempt = _Attempt(file, digest, temporary, threads)
+            moved = attempt.moved(parts, progress)
+            if moved > options.tolerance:
+                neutral = [name for name in parts.names() if attempt.moved(parts.only([name])) <= options.tolerance]
+                parts = parts.only(neutral)
+                progress.warn(
+                    f"{file.path.name} reads channels elsewhere too: only {', '.join(neutral) or 'nothing'} can change"
+                )
+                moved = attempt.moved(parts, progress)
+            if not parts.names() or moved > options.tolerance:
+                raise SmoothingError(f"{file.path}: no scale can move without changing the logits; do not smooth it")
+    changes = parts.changes()
+    write_imatrix(changed_imatrix(matrix, changes), out.imatrix)
+    if source.moments:
+        model_sha256 = sha256_file(out.model)
+        for old, new in zip(source.moments, out.moments, strict=True):
+            smoothed_moments(old, changes, new, model_sha256)
+    return SmoothResult(parts.links(), None if parts.order is None else parts.order.noise, moved, changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What can be done to a model: scales by link, and an order."""
+
+    scales: list[tuple[Link, Floats]]
+    order: Order | None
+
+    def names(self) -> list[str]:
+        """Kinds of links, and "order"."""
+        return [*dict.fromkeys(link.kind for link, _ in self.scales), *(["order"] if self.order else [])]
+
+    def only(self, names: Sequence[str]) -> "_Parts":
+        """The parts of these names."""
+        kept = [(link, scale) for link, scale in self.scales if link.kind in names]
+        return _Parts(kept, self.order if "order" in names else None)
+
+    def links(self) -> dict[str, int]:
+        """How many links of each kind."""
+        return dict(collections.Counter(link.kind for link, _ in self.scales))
+
+    def changes(self) -> dict[str, Change]:
+        """What happens to each tensor."""
+        return changes_of(self.scales, self.order)
+
+
+class _Attempt:
+    """Writes changed models to one path, and compares their logits with those of the model before."""
+
+    def __init__(self, file: GgufFile, digest: str, out: pathlib.Path, threads: int | None) -> None:
+        self._file, self._digest, self._out, self._threads = file, digest, out, threads
+        vocabulary = file.tensors["token_embd.weight"].shape[1]
+        self._tokens = np.random.default_rng(0).integers(0, vocabulary, CHECKED_TOKENS).astype(np.int32)
+        self._logits = sequence_logits(file.path, self._tokens, threads=threads)
+
+    def moved(self, parts: _Parts, progress: Progress = SILENT) -> float:
+        """The largest difference of logits, as a share of the range of those of the position."""
+        changes: Mapping[str, Change] = parts.changes()
+        copy_model(
+            self._file,
+            self._out,
+            (KEY, self._digest),
+            lambda tensor: changed_rows(self._file, tensor, changes.get(tensor.name, Change())),
+            label="write the smoothed model",
+            progress=progress,
+        )
+        logits = sequence_logits(self._out, self._tokens, threads=self._threads)
+        return float(logit_differences(logits, self._logits).max())
+
+
+def _refuse_inputs(file: GgufFile, source: ModelFiles, out: ModelFiles) -> None:
+    inputs = (*file.parts, source.imatrix, *source.moments)
+    for path in (out.model, out.imatrix, *out.moments):
+        if path is not None and path.exists() and any(read and path.samefile(read) for read in inputs):
+            raise UsageError(f"{path} is an input; name another output")
+
+
+def _refuse_other_imatrix(file: GgufFile, matrix: Imatrix, path: pathlib.Path) -> None:
+    """An order needs no entry of any link, but it moves the columns of all links."""
+    for name, entry in matrix.entries.items():
+        tensor = file.tensors.get(name)
+        if tensor is not None and entry.sums.shape[1] != tensor.width:
+            raise BitladderError(f"{path} belongs to another model: {name} has {entry.sums.shape[1]} columns there")
+    if not matrix.entries.keys() & file.tensors.keys():
+        raise BitladderError(f"{path} belongs to another model: it has no entry for {file.path.name}'s weights")
+
+
+def _links(file: GgufFile, matrix: Imatrix, path: pathlib.Path) -> list[Link]:
+    """The links whose importance is known. Raises SmoothingError if weights are quantized."""
+    links = [link for link in links_of(file) if link_importance(matrix, link) is not None]
+    if not links:
+        raise BitladderError(f"{path} belongs to another model: it has no entry for {file.path.name}'s weights")
+    for link in links:
+        for name in (*link.makers, *link.readers):
+            kind = file.tensors[name].type.name
+            if kind not in FLOATS:
+                raise SmoothingError(
+                    f"{file.path}: {name} is {kind}; scales move between F32, F16 or BF16 weights only, so smooth the "
+                    "full-precision model"
+                )
+    return links
