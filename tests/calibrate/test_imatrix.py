@@ -21,8 +21,7 @@ from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.observe import Multiplication
 from bitladder.errors import BitladderError, UsageError
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import load_text
+from bitladder.text import Reading, load_text
 
 SHORT = Decoding(n_ctx=128)
 

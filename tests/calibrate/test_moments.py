@@ -29,8 +29,7 @@ from bitladder.engine.context import Context
 from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model
 from bitladder.errors import BitladderError, UsageError
-from bitladder.text.chunks import Reading, spread_evenly, text_chunks
-from bitladder.text.texts import Text, load_text
+from bitladder.text import Reading, Text, load_text, spread_evenly, text_chunks
 
 DECODING = Decoding(n_ctx=64, threads=1)
 PLAIN, POSITIONS = MomentsOptions(weighting="tokens"), MomentsOptions(weighting="positions")

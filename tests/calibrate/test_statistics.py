@@ -10,9 +10,8 @@ from moe import write_moe
 from bitladder.calibrate import Imatrix, ImatrixEntry, ImatrixOptions, collect_imatrix, read_imatrix, write_imatrix
 from bitladder.calibrate.statistics import by_kind, by_layer, tensor_statistics
 from bitladder.engine.decoding import Decoding
-from bitladder.gguf.names import imatrix_place
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import load_text
+from bitladder.gguf import imatrix_place
+from bitladder.text import Reading, load_text
 
 # Columns as llama-imatrix prints them: digits after the point, and the factor to its unit.
 PRINTED = {

@@ -16,7 +16,7 @@ from bitladder.calibrate import Imatrix, ImatrixEntry, read_imatrix, write_imatr
 from bitladder.calibrate.statistics import compare_imatrices, find_gaps, grouped_differences
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 
 EXPERTS = [f"blk.{block}.ffn_{kind}_exps.weight" for block in (0, 1) for kind in ("down", "gate", "up")]
 

@@ -7,7 +7,7 @@ from bitladder.calibrate import UnfinishedWork, job_key, unfinished
 from bitladder.engine.decoding import Decoding
 from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
-from bitladder.text.texts import Text
+from bitladder.text import Text
 
 FIRST, SECOND = (Algorithm("a", changes) for changes in (("first",), ("first", "second")))
 

@@ -30,12 +30,11 @@ from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.observe import Multiplication
 from bitladder.errors import BitladderError, UsageError
-from bitladder.gguf.names import in_main_block
+from bitladder.gguf import in_main_block
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import Text
+from bitladder.text import Reading, Text
 
 IMATRIX = Algorithm("imatrix", ("sums of squared inputs by column, as llama-imatrix adds them up",))
 

@@ -29,12 +29,11 @@ from bitladder.engine.devices import main_memory
 from bitladder.engine.model import Model, Tokens
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_file
-from bitladder.gguf.shards import joined_sha256, shards_of
+from bitladder.gguf import joined_sha256, shards_of
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import Text
+from bitladder.text import Reading, Text
 
 Weighting = Literal["gradients", "positions", "tokens"]
 Path = str | os.PathLike[str]

@@ -16,9 +16,7 @@ import numpy.typing as npt
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing
-from bitladder.gguf import GgufFile, TensorInfo
-from bitladder.gguf.values import Value, string, strings, u32
-from bitladder.gguf.writer import GgufWriter, TensorPlan
+from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, Value, string, strings, u32
 
 Floats = npt.NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"

@@ -12,7 +12,7 @@ from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.observe import Multiplication, SatisfiedObserver, WatchingUntilSatisfied
 from bitladder.errors import BitladderError, UsageError
-from bitladder.gguf.names import in_main_block
+from bitladder.gguf import in_main_block
 
 Floats = npt.NDArray[np.float32]
 Experts = npt.NDArray[np.int32]

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from bitladder.engine.native import versions
 from bitladder.errors import BitladderError
 from bitladder.files import replacing, write_text
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm, key_of, versions_of
 from bitladder.progress import Progress
-from bitladder.text.texts import Text
+from bitladder.text import Text
 
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[Any]]

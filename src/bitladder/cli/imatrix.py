@@ -10,8 +10,7 @@ from bitladder.cli.from_options import options_from
 from bitladder.engine.decoding import Decoding
 from bitladder.errors import UsageError
 from bitladder.show.output import Output, common_options
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import load_text
+from bitladder.text import Reading, load_text
 
 
 @click.command("imatrix")

@@ -18,8 +18,7 @@ from bitladder.closing import Closing
 from bitladder.engine.context import Floats
 from bitladder.engine.model import Tokens
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import block_of
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile, block_of
 
 EMBEDDING, HEAD, DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 
 
 @dataclasses.dataclass(frozen=True)

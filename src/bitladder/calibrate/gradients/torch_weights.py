@@ -5,7 +5,7 @@ import torch
 from bitladder.closing import Closing
 from bitladder.engine.types import RowKernels
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 
 
 class TorchWeights(Closing):

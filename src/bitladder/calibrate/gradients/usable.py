@@ -15,7 +15,7 @@ from bitladder.engine.context import logit_differences, sequence_logits
 from bitladder.engine.model import Tokens
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 
 if TYPE_CHECKING:
     from bitladder.calibrate.gradients.forward import TorchModel

@@ -22,9 +22,7 @@ from bitladder.closing import Closing
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing, sha256_file
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.values import Value, string, strings, u32
-from bitladder.gguf.writer import GgufWriter, TensorPlan
+from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, Value, string, strings, u32
 
 Floats = npt.NDArray[np.float32]
 _INPUTS, _COUNTS, _OUTPUTS = ".moments", ".counts", ".outputs"

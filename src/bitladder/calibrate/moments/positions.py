@@ -21,11 +21,11 @@ from bitladder.engine.activations import NoisyOutputs
 from bitladder.engine.context import Context
 from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
-from bitladder.gguf.names import block_of, kind_of
+from bitladder.gguf import block_of, kind_of
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
-from bitladder.text.chunks import spread_evenly
+from bitladder.text import spread_evenly
 
 Sums = npt.NDArray[np.float64]
 

@@ -10,7 +10,7 @@ import numpy as np
 from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry
 from bitladder.calibrate.statistics.figures import Doubles, cosine, weighted_mean
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import imatrix_order, imatrix_place
+from bitladder.gguf import imatrix_order, imatrix_place
 
 
 @dataclasses.dataclass(frozen=True)

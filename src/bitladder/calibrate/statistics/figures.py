@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry
-from bitladder.gguf.names import imatrix_order, imatrix_place, in_previous_block
+from bitladder.gguf import imatrix_order, imatrix_place, in_previous_block
 
 Doubles = npt.NDArray[np.float64]
 ACTIVE = 1e-5  # a mean squared input above it counts as active

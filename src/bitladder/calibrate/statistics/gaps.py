@@ -10,8 +10,7 @@ import numpy as np
 
 from bitladder.calibrate.imatrix import Imatrix
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile, TensorInfo
-from bitladder.gguf.names import imatrix_order, imatrix_place, ranges
+from bitladder.gguf import GgufFile, TensorInfo, imatrix_order, imatrix_place, ranges
 
 _WHY = {
     "token_embd": "looked up, not multiplied: it never has one",

@@ -22,7 +22,7 @@ from bitladder.calibrate.statistics import (
     tensor_statistics,
 )
 from bitladder.errors import UsageError
-from bitladder.gguf.names import imatrix_place, ranges
+from bitladder.gguf import imatrix_place, ranges
 from bitladder.show.imatrix import tables
 from bitladder.show.imatrix.heatmap import FigureMap, TerminalMap, make_map
 from bitladder.show.imatrix.tables import FigureColumn, FigureRow, find_column, plain, sort_rows
