@@ -6,6 +6,7 @@ Names of fields are unique among all these classes, because the command line fil
 import dataclasses
 from typing import Literal
 
+from bitladder.calibrate.gradients import FisherOptions
 from bitladder.engine.decoding import Decoding
 from bitladder.options import Options, option
 
@@ -75,7 +76,7 @@ class PriceOptions(Options):
     )
     check_pairs: int = option(20, least=0, help="Single swaps that prices are checked with.")
     check_seed: int = option(1, help="Seed of the draw of these swaps.")
-    fisher_draws: int = option(4, least=1, help="Labels drawn for each token for prices from gradients.")
+    fisher: FisherOptions = option(FisherOptions)
     law: LawOptions = option(LawOptions)
 
 

@@ -7,10 +7,7 @@ price of a (tensor, type) depends on no other tensor or type.
 
 import functools
 
-import numpy as np
-import numpy.typing as npt
-
-from bitladder.calibrate.gradients import FISHER, FisherOptions, fisher_costs
+from bitladder.calibrate.gradients import FISHER, fisher_costs
 from bitladder.engine.model import Tokens
 from bitladder.engine.types import TensorType
 from bitladder.keys import Algorithm
@@ -50,7 +47,7 @@ def price_by_gradients(
     Raises:
         BitladderError: torch is not installed, or does not know the architecture.
     """
-    options, draws = source.options, source.options.fisher_draws
+    options = source.options
     errors = source.rendered_errors(menus, progress)
     inner = [name for name in menus if source.places[name][1] is not None]
     candidates = {
@@ -58,8 +55,7 @@ def price_by_gradients(
         for name in inner
     }
     path = source.renderer.file.path
-    how = FisherOptions(draws=draws)
-    costs = fisher_costs(path, chunks, candidates, options=how, threads=threads, progress=progress)
+    costs = fisher_costs(path, chunks, candidates, options=options.fisher, threads=threads, progress=progress)
     kld = {name: {kind: max(cost.sequence, FLOOR) for kind, cost in costs[name].items()} for name in inner}
     outer = [(name, kind.name) for name in menus if name not in kld for kind in menus[name]]
     with progress.task("swap embeddings and head", len(outer)) as task:
@@ -73,7 +69,7 @@ def price_by_gradients(
         method="fisher",
         key=source.key,
         made=source.made,
-        tokens=source.measurements.tokens + chunks.size * draws,
+        tokens=source.measurements.tokens + chunks.size * options.fisher.draws,
         check=check,
         tensors=source.table(menus, errors, kld),
     )
