@@ -15,17 +15,16 @@ from bitladder.plan.options import FeedbackOptions
 from bitladder.plan.problem import Prices
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Bar, Progress
-from bitladder.trial import Measurement
+from bitladder.trial import SWAPPED_KLD, Measurement
 
 PLANNING = Algorithm(
     "planning",
     (
         "recipes are measured, prices corrected, and the problem solved again",
         "rivals compete, and text to which nothing was fitted decides",
-        "inputs of swapped weights are rounded as their types' kernels round them",
         "corrections are fitted to the recipes of the plan itself, not to all that the journal holds",
     ),
-    uses=(ALLOCATION,),
+    uses=(ALLOCATION, SWAPPED_KLD),
 )
 
 

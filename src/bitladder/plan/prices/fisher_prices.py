@@ -7,6 +7,9 @@ price of a (tensor, type) depends on no other tensor or type.
 
 import functools
 
+import numpy as np
+import numpy.typing as npt
+
 from bitladder.calibrate.gradients import FISHER, fisher_costs
 from bitladder.engine.model import Tokens
 from bitladder.engine.types import TensorType
@@ -17,17 +20,14 @@ from bitladder.plan.prices.law import FLOOR
 from bitladder.plan.prices.menu import Menus
 from bitladder.plan.prices.price import PriceSource
 from bitladder.progress import SILENT, Progress
-from bitladder.trial import Renderer
+from bitladder.trial import RENDERING, SWAPPED_KLD, Renderer
 
 Floats = npt.NDArray[np.float32]
 
 FISHER_PRICES = Algorithm(
     "prices from gradients",
-    (
-        "the second-order term of every rendered error; embeddings and head by swaps",
-        "inputs of swapped embeddings and head are rounded as their types' kernels round them",
-    ),
-    uses=(FISHER,),
+    ("the second-order term of every rendered error; embeddings and head by swaps",),
+    uses=(FISHER, RENDERING, SWAPPED_KLD),
 )
 
 

@@ -19,16 +19,16 @@ from bitladder.plan.prices.document import GroupPrice, PricedFrom, TensorPrices,
 from bitladder.plan.prices.law import Probe, fit
 from bitladder.plan.prices.menu import Menus
 from bitladder.progress import SILENT, Bar, Progress
-from bitladder.trial import Measurement, Renderer, render_all
+from bitladder.trial import RENDERING, SWAPPED_KLD, Measurement, Renderer, render_all
 
 PRICES = Algorithm(
     "prices",
     (
         "a law through measured swaps",
-        "inputs of swapped weights are rounded as their types' kernels round them",
         "types with minimums are a family of their own in the law",
         "a type that was not measured takes the larger factor of its neighbours",
     ),
+    uses=(RENDERING, SWAPPED_KLD),
 )
 
 
