@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from bitladder.calibrate.moments.collect_moments import model_sha256
 from calibrated import calibrate
 
-from bitladder.calibrate import Moment, MomentsFile, Provenance, Shape, writing_moments
+from bitladder.calibrate import Moment, MomentsFile, MomentShape, Provenance, model_sha256, writing_moments
 from bitladder.cli import invoke
 from bitladder.engine.decoding import Decoding
 from bitladder.errors import BitladderError
@@ -84,7 +83,7 @@ def lying(moments, out, liar, others=()):
         width = read[liar].inputs.shape[1]
         inverse = np.linalg.inv(read[liar].inputs[0] + 1e-3 * np.eye(width, dtype=np.float32))
         read[liar] = Moment(inverse[None].astype(np.float32), np.array([256]))
-    shapes = {name: Shape(1, moment.inputs.shape[1]) for name, moment in read.items()}
+    shapes = {name: MomentShape(1, moment.inputs.shape[1]) for name, moment in read.items()}
     with writing_moments(out, Provenance(["none"], 1, 256), shapes, {}) as writer:
         for name, moment in read.items():
             writer.write(name, Moment(moment.inputs, moment.counts))
@@ -145,7 +144,7 @@ def test_command(tiny_gguf, prepared, tmp_path, capsys):
 def test_moments_of_another_model(tiny_gguf, prepared, tmp_path):
     name = "blk.0.attn_q.weight"
     odd = tmp_path / "odd.gguf"
-    with writing_moments(odd, Provenance(["none"], 1, 256), {name: Shape(1, 8)}, {}) as writer:
+    with writing_moments(odd, Provenance(["none"], 1, 256), {name: MomentShape(1, 8)}, {}) as writer:
         writer.write(name, Moment(np.eye(8, dtype=np.float32)[None], np.array([256])))
     with pytest.raises(BitladderError, match=r"another model than .*: blk\.0\.attn_q\.weight has inputs of 8 there"):
         quantize_best(tiny_gguf, prepared, tmp_path / "q.gguf", odd)
@@ -162,7 +161,7 @@ def test_moments_of_other_content_are_warned_of(tiny_gguf, prepared, tmp_path, c
     for digest, warned in (("0" * 64, True), (model_sha256(tiny_gguf), False)):
         path = tmp_path / "m.gguf"
         provenance = Provenance(["none"], 1, 256, model_sha256=digest)
-        with writing_moments(path, provenance, {name: Shape(1, read.inputs.shape[1])}, {}) as writer:
+        with writing_moments(path, provenance, {name: MomentShape(1, read.inputs.shape[1])}, {}) as writer:
             writer.write(name, read)
         arguments = ["-m", str(tiny_gguf), "-o", str(tmp_path / "q.gguf"), "--moments", str(path), "--guard", "none"]
         assert invoke(["quantize", *arguments, "--rounding", "feedback", PRESET]) == 0
