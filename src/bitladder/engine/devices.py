@@ -4,7 +4,7 @@ import ctypes
 from typing import Any
 
 from bitladder.closing import Closing
-from bitladder.engine.native import backend, ggml
+from bitladder.engine.native import backend, ggml, llama
 
 CPU, GPU, IGPU, ACCEL = range(4)  # enum ggml_backend_dev_type
 _PER_CPU = 512  # GGML_MAX_N_THREADS
@@ -22,6 +22,12 @@ def processors(*kinds: int) -> str:
     """What the devices of some kinds call themselves, separated by commas; empty if there are none."""
     backend()
     return ", ".join(ggml.ggml_backend_dev_description(one).decode("utf-8", "replace") for one in _devices(kinds))
+
+
+def kernels() -> str:
+    """The instruction sets that the library's kernels use, such as "CPU : AVX2 = 1 | FMA = 1"."""
+    backend()
+    return llama.llama_print_system_info().decode().strip(" |")  # type: ignore[no-any-return]
 
 
 def _devices(kinds: tuple[int, ...]) -> list[Any]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from bitladder.engine.devices import kernels
 from bitladder.engine.model import Model
 from bitladder.engine.native import versions
 from bitladder.evaluate.base.hidden import HiddenBase
@@ -29,7 +30,7 @@ from bitladder.progress import SILENT, Progress
 from bitladder.text.texts import Text
 
 # Raise one when its code would give other figures from the same inputs.
-CODE = {"text": 1, "tasks": 1, "noise": 2}
+CODE = {"text": 1, "tasks": 1, "noise": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _noise(base: HiddenBase, wanted: Wanted, results: Results, progress: Progres
 
 
 def _key(kind: str, model: str, settings: Settings) -> dict[str, Any]:
-    """What decides every kind of result. Batch sizes and the device show in the last digits; threads do not."""
+    """What decides every kind of result. Batch sizes, device and kernels show in the last digits; threads do not."""
     return {
         "kind": kind,
         "code": CODE[kind],
@@ -179,6 +180,7 @@ def _key(kind: str, model: str, settings: Settings) -> dict[str, Any]:
         "n_batch": settings.n_batch,
         "n_ubatch": settings.n_ubatch,
         "gpu": settings.gpu_layers != 0,
+        "kernels": kernels(),
     }
 
 
