@@ -13,7 +13,8 @@ from bitladder.cli import invoke
 from bitladder.errors import BitladderError
 from bitladder.evaluate import several
 from bitladder.evaluate.base import cache
-from bitladder.evaluate.noise import noise_floor
+from bitladder.evaluate.decode_chunks import decode
+from bitladder.evaluate.noise import noise_floor, other_ubatch
 from bitladder.evaluate.tasks import load_task, parse_specs
 from bitladder.quantize import quantize
 from bitladder.text.texts import load_text
@@ -25,7 +26,7 @@ SETTINGS = ev.Settings(n_ctx=128, chunks=10, threads=1)
 def folder(tiny_gguf, tmp_path_factory):
     made = tmp_path_factory.mktemp("several")
     shutil.copy(tiny_gguf, made / "full.gguf")
-    for preset in ("Q3_K_M", "Q4_0", "Q8_0"):
+    for preset in ("Q3_K_M", "Q4_0", "Q6_K", "Q8_0"):
         quantize(tiny_gguf, made / f"{preset}.gguf", preset, threads=1)
     (made / "test.txt").write_text(load_text("pydoc:test").text[:20_000], encoding="utf-8")
     return made
@@ -73,6 +74,11 @@ def test_what_is_known_is_not_measured_again(folder, wanted, tmp_path, monkeypat
     assert again[1].paired.kld == first[1].paired.kld
     ev.evaluate_several([*two, folder / "Q3_K_M.gguf"], wanted, results=results)
     assert measured == ["measure", "score_task"]
+    measured.clear()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(several, "kernels", lambda: "CPU : NEON = 1")
+        ev.evaluate_several(two[:1], wanted, results=results)
+    assert sorted(measured) == ["measure", "noise_floor", "score_task"]
     measured.clear()
     for kept in (tmp_path / "results").rglob("*.npz"):  # damaged results are made again
         kept.write_bytes(kept.read_bytes()[:100])
@@ -134,17 +140,56 @@ def test_pairs_are_differences_of_the_scores(folder, wanted):
     assert (itself.kld.value, itself.kld.error, itself.ppl.value, itself.ppl.error) == (0, 0, 0, 0)
 
 
+def in_batches(path, chunks, sizes):
+    """Divergence of a model in batches of the second size from the same in batches of the first, [tokens], by hand."""
+    logs = []
+    for size in sizes:
+        settings = ev.Settings(n_ctx=128, threads=1, n_ubatch=size)
+        with settings.load(path) as model, settings.context(model) as context:
+            rows = [part.astype(np.float64) for i in range(len(chunks)) for _, part in decode(context, chunks, i)]
+        logits = np.concatenate(rows)
+        logits -= logits.max(axis=1, keepdims=True)
+        logs.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    return (np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1)
+
+
+def test_the_noise_floor_is_what_another_batch_size_does(folder, wanted):
+    """To the full-precision model, and to quants of which nearly all is rounded inputs."""
+    noise = noise_floor(wanted.base, 4, SETTINGS)
+    assert (noise.chunks, noise.n_ubatch) == (4, 8)
+    chunks = wanted.base.chunks.head(4)
+    # What keeping a base costs, by a measurement in which nothing else differs.
+    kept = ev.measure(folder / "full.gguf", wanted.text, SETTINGS, base=wanted.base).scores.kld
+    found, expected = noise.batch, in_batches(folder / "full.gguf", chunks, (128, 8))
+    # The root of a small divergence is a distance: two differ by no more than their ends do.
+    assert abs(np.sqrt(found.value) - np.sqrt(expected.mean())) <= np.sqrt(kept.value) + 1e-4
+    for quant, rounded in (("Q8_0", noise.activations_batch), ("Q6_K", noise.activations_k_batch)):
+        expected = in_batches(folder / f"{quant}.gguf", chunks, (128, 8))
+        assert rounded.value == pytest.approx(expected.mean(), rel=0.5)
+        assert rounded.max >= rounded.value
+
+
 def test_the_noise_floor_lies_below_the_best_quant(folder, wanted):
     noise = noise_floor(wanted.base, 4, SETTINGS)
     best = ev.measure(folder / "Q8_0.gguf", wanted.text, SETTINGS, base=wanted.base).scores.kld.value
-    assert noise.chunks == 4
-    assert noise.n_ubatch == 16
-    assert 0 <= noise.batch.value < 1e-5
     # Q8_0's kernels round inputs as well, so its divergence is this and that of its weights together.
     assert noise.batch.value < noise.activations.value < best
     assert noise.activations.max >= noise.activations.value > 0
     # Blocks of 256 have a larger step than those of 32 in them.
     assert noise.activations_k.value > noise.activations.value
+
+
+@pytest.mark.parametrize("n_ctx", [4, 63, 64, 512])
+@pytest.mark.parametrize("n_batch", [1, 32, 64, 512])
+@pytest.mark.parametrize("n_ubatch", [1, 8, 63, 64, 512])
+def test_the_other_batch_is_on_the_other_side_of_a_kernel(n_ctx, n_batch, n_ubatch):
+    size = min(n_ctx, n_batch, n_ubatch)
+    other = other_ubatch(ev.Settings(n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch))
+    assert 1 <= other <= n_ctx and other != size
+    if n_ctx >= 64:  # tokens from which flash attention works in tiles
+        assert (size < 64) != (other < 64)
+    else:  # one token is multiplied as a vector
+        assert (size == 1) != (other == 1)
 
 
 def test_no_text(folder, wanted):

@@ -122,20 +122,28 @@ def test_what_is_written_is_what_the_model_says(folder, text):
     assert (folder / "full.kld").stat().st_size == RECORDS + CHUNKS * SCORED * ROW
 
 
-@pytest.mark.parametrize("lowered", [0, 0.05])
-def test_divergence_is_the_sum_over_what_is_stored(folder, text, tmp_path, lowered):
+# Fewer than 64 tokens at once take another kernel of attention, and the inputs of a quant's weights round otherwise
+# then. So the reference decodes the same batches.
+@pytest.mark.parametrize(("n_batch", "lowered"), [(CTX, 0), (CTX, 0.05), (48, 0)])
+def test_divergence_is_the_sum_over_what_is_stored(folder, text, tmp_path, n_batch, lowered):
     # Stored probabilities need not sum to 1; here in the second case to e^−0.05.
     path, data = tmp_path / "lowered.kld", bytearray((folder / "full.kld").read_bytes())
     rows = np.frombuffer(data, "<f4", offset=RECORDS).reshape(CHUNKS * SCORED, ROW // 4)
     rows[:, 1] -= np.float32(lowered)
     path.write_bytes(data)
-    found = compared(folder, text, path=path)
-    with SETTINGS.load(folder / "q4.gguf") as model, SETTINGS.context(model) as context:
+    settings = Settings(n_ctx=CTX, threads=1, n_batch=n_batch)  # without --chunks, all that the file has
+    found = compared(folder, text, settings, path)
+    assert len(found.kld) == CHUNKS * SCORED
+    with settings.load(folder / "q4.gguf") as model, settings.context(model) as context:
         with LogitsFile(path) as file:
             tokens, (codes, scale, floor) = file.tokens[2], file.read(2)
             base = (scale[:, None] * codes + floor[:, None]).astype(np.float64)
-        context.decode(tokens, range(CTX), [0] * CTX, [True] * CTX)
-        logits = context.logits()[CTX // 2 : -1].astype(np.float64)
+        logits = np.empty((0, VOCAB))
+        for start in range(0, CTX, n_batch):
+            part = range(start, min(start + n_batch, CTX))
+            scored = [CTX // 2 <= position < CTX - 1 for position in part]
+            context.decode(tokens[part], part, [0] * len(part), scored)
+            logits = np.concatenate([logits, context.logits()])
     quant = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     terms = np.where(base > -16, np.exp(base) * (base - quant), 0)
     part = slice(2 * SCORED, 3 * SCORED)
@@ -144,14 +152,6 @@ def test_divergence_is_the_sum_over_what_is_stored(folder, text, tmp_path, lower
     np.testing.assert_allclose(found.nll_base[part], -base[range(SCORED), targets], rtol=1e-6)
     np.testing.assert_allclose(found.nll[part], -quant[range(SCORED), targets], atol=1e-4)
     assert np.array_equal(found.same_top[part], quant.argmax(axis=1) == base.argmax(axis=1))
-
-
-def test_batches_make_no_difference(folder, text):
-    whole = compared(folder, text)
-    parts = compared(folder, text, Settings(n_ctx=CTX, threads=1, n_batch=48))
-    assert len(parts.kld) == CHUNKS * SCORED  # without --chunks, all that the file has
-    assert parts.kld.mean() == pytest.approx(whole.kld.mean(), rel=1e-2)
-    np.testing.assert_array_equal(parts.nll_base, whole.nll_base)
 
 
 def test_what_does_not_fit(folder, text):

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from bitladder.closing import Closing
-from bitladder.engine.native import backend, ggml
+from bitladder.engine.native import backend, ggml, llama
 
 CPU, GPU, IGPU, ACCEL = range(4)  # enum ggml_backend_dev_type
 _PER_CPU = 512  # GGML_MAX_N_THREADS
@@ -24,6 +24,12 @@ def processors(*kinds: int) -> str:
     backend()
     names = [ggml.ggml_backend_dev_description(device) for device in _devices(kinds)]
     return ", ".join(name.decode("utf-8", "replace") for name in names)
+
+
+def kernels() -> str:
+    """The instruction sets that the library's kernels use, such as "CPU : AVX2 = 1 | FMA = 1"."""
+    backend()
+    return llama.llama_print_system_info().decode().strip(" |")  # type: ignore[no-any-return]
 
 
 def _devices(kinds: tuple[int, ...]) -> list[Any]:

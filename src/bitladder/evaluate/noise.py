@@ -3,74 +3,149 @@
 A difference between two quants below it says nothing about their weights.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from bitladder.engine.activations import KernelInputs
+from bitladder.engine.blas import single_threaded
 from bitladder.engine.context import Context
-from bitladder.engine.observe import GraphCallback
-from bitladder.engine.types import TensorType, type_by_name
+from bitladder.engine.model import Model
+from bitladder.engine.types import type_by_name
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
-from bitladder.evaluate.divergence import compare_with_base
+from bitladder.evaluate.decode_chunks import decode
+from bitladder.evaluate.divergence import LogitBlocks, divergence
 from bitladder.evaluate.figures import mean
-from bitladder.evaluate.logit_rows import Workers
+from bitladder.evaluate.logit_rows import Workers, check_finite
 from bitladder.evaluate.scores import Noise, NoiseFigure
 from bitladder.evaluate.settings import Settings
 from bitladder.gguf.reader import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 
+Floats = npt.NDArray[np.float32]
+
 # Types that stand for all whose kernels round their inputs alike: to Q8_0 (blocks of 32), and to Q8_K (of 256).
 SMALL_BLOCKS, LARGE_BLOCKS = "q8_0", "q6_K"
+# The CPU's flash attention sums in float32 over MANY tokens or more at once, and in float16 over fewer (GGML_FA_TILE_Q
+# of ggml). CUDA multiplies FEW tokens or fewer with kernels of their own (MMVQ_MAX_BATCH_SIZE of ggml).
+MANY, FEW = 64, 8
+
+
+def other_ubatch(settings: Settings) -> int:
+    """An -ub for which the library takes other kernels than for that of the settings."""
+    size = min(settings.n_ubatch, settings.n_batch, settings.n_ctx)
+    if size >= MANY:
+        return FEW
+    if settings.n_ctx >= MANY:
+        return MANY
+    return 1 if size > 1 else settings.n_ctx
 
 NOISE = Algorithm(
     "noise",
-    ("another -ub, and inputs rounded to Q8_0", "inputs rounded to Q8_K too"),
+    (
+        "another -ub, and inputs rounded to Q8_0",
+        "inputs rounded to Q8_K too",
+        "another -ub on the other side of a kernel, with rounded inputs too",
+    ),
     uses=(BASE,),
 )
 
 
 @NOISE.entry
 def noise_floor(base: HiddenBase, chunks: int, settings: Settings, progress: Progress = SILENT) -> Noise:
-    """Divergence of the base's model from its own base, over the first `chunks` chunks.
+    """Measures how far the model of a base is from itself, over the first `chunks` chunks of the base.
 
-    Once with another -ub, so that sums are taken in another order (or, where the context is one batch of -ub, in
-    batches of an eighth); once with the input of every multiplication by a weight rounded to Q8_0, as the CPU kernels
-    of Q8_0, Q5_0 and the like round it, and once to Q8_K, as those of K-quants and most I-quants do, if any width can
-    hold such a type. Raises BitladderError if the model does not load or decode.
+    Another -ub takes other kernels, whose results differ in the last digits. A quant makes much more of that: the last
+    digits decide how its kernels round their inputs. So another -ub is tried three times: on the model as it is, with
+    the input of every multiplication by a weight rounded to Q8_0, as the CPU kernels of Q8_0, Q5_0 and the like round
+    it, and rounded to Q8_K, as those of K-quants and most I-quants do. What each rounding costs by itself is measured
+    too. A rounding is left out if no weight is wide enough for it.
+
+    Raises:
+        BitladderError: the model does not load or decode.
     """
-    count = min(chunks, len(base.chunks))
-    size = min(settings.n_ubatch, settings.n_ctx)
-    other = dataclasses.replace(settings, n_ubatch=max(size // 8, 1))
+    n_ubatch = other_ubatch(settings)
+    other = dataclasses.replace(settings, n_batch=n_ubatch, n_ubatch=n_ubatch)
+    with settings.load(base.model.path) as model, Workers(settings.threads) as workers:
+        passes = _Passes(model, base, min(chunks, len(base.chunks)), workers, progress)
+        (batch,) = passes.run([other], KernelInputs())
+        small, small_batch = passes.rounded([settings, other], SMALL_BLOCKS)
+        large, large_batch = passes.rounded([settings, other], LARGE_BLOCKS)
     return Noise(
-        chunks=count,
-        n_ubatch=other.n_ubatch,
-        batch=_divergence(base, count, other, None, progress),
-        activations=_rounded(base, count, settings, type_by_name(SMALL_BLOCKS), progress),
-        activations_k=_rounded(base, count, settings, type_by_name(LARGE_BLOCKS), progress),
+        chunks=passes.count,
+        n_ubatch=n_ubatch,
+        batch=batch,
+        activations=small,
+        activations_batch=small_batch,
+        activations_k=large,
+        activations_k_batch=large_batch,
     )
 
 
-def _rounded(
-    base: HiddenBase, count: int, settings: Settings, kind: TensorType, progress: Progress
-) -> NoiseFigure | None:
-    """With inputs rounded as if every weight whose width allows it were of a type; None if none is wide enough."""
-    with GgufFile(base.model.path) as file:
-        fitting = [name for name, tensor in file.tensors.items() if tensor.width % kind.block == 0]
-    if not fitting:
-        return None
-    inputs = KernelInputs()
-    inputs.pretend(dict.fromkeys(fitting, kind))
-    return _divergence(base, count, settings, inputs, progress)
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """Passes of the model over the first `count` chunks of the base."""
+
+    model: Model
+    base: HiddenBase
+    count: int
+    workers: Workers
+    progress: Progress
+
+    def rounded(self, passes: Sequence[Settings], name: str) -> Sequence[NoiseFigure | None]:
+        """`run` with inputs rounded as for weights of a type."""
+        kind = type_by_name(name)
+        with GgufFile(self.model.path) as file:
+            wide = [name for name, tensor in file.tensors.items() if tensor.width % kind.block == 0]
+        inputs = KernelInputs()
+        inputs.pretend(dict.fromkeys(wide, kind))
+        return self.run(passes, inputs) if wide else [None] * len(passes)
+
+    def run(self, passes: Sequence[Settings], inputs: KernelInputs) -> list[NoiseFigure]:
+        """The divergence of each pass from the pass before it, of the first from the base."""
+        chunks, name = self.base.chunks, self.model.path.name
+        kld = np.empty((len(passes), self.count, chunks.scored))
+        with contextlib.ExitStack() as stack, single_threaded():
+            contexts = [stack.enter_context(self._context(settings, inputs)) for settings in passes]
+            task = stack.enter_context(self.progress.task(f"Noise floor of {name}", self.count))
+            for chunk in range(self.count):
+                known = self.base.rows(chunk)
+                before: LogitBlocks = self.base.logits(chunk, 0, chunks.scored)
+                shift_before = known.top_logit
+                for row, context in enumerate(contexts):
+                    logits = np.concatenate([part.copy() for _, part in decode(context, chunks, chunk)])
+                    shift = logits[np.arange(chunks.scored), known.top]
+                    check_finite(shift, name)
+                    kld[row, chunk], _ = divergence(before, logits, shift_before, shift, self.workers)
+                    before, shift_before = _RunLogits(logits), shift
+                task.advance()
+        figures = [mean(values.ravel()) for values in kld]
+        return [
+            NoiseFigure(value=figure.value, error=figure.error, max=float(values.max()))
+            for figure, values in zip(figures, kld, strict=True)
+        ]
+
+    def _context(self, settings: Settings, inputs: KernelInputs) -> Context:
+        return Context(self.model, settings, callback=inputs)
 
 
-def _divergence(
-    base: HiddenBase, count: int, settings: Settings, callback: GraphCallback | None, progress: Progress
-) -> NoiseFigure:
-    with (
-        settings.load(base.model.path) as model,
-        Context(model, settings, callback=callback) as context,
-        Workers(settings.threads) as workers,
-    ):
-        kld = compare_with_base(context, base, count, workers, progress).kld
-    figure = mean(kld)
-    return NoiseFigure(value=figure.value, error=figure.error, max=float(kld.max()))
+@dataclasses.dataclass(frozen=True)
+class _RunLogits:
+    """Logits of a pass, float32 [rows, n_vocab] (a `divergence.LogitBlocks`)."""
+
+    values: Floats
+    step: int = 4096
+
+    @property
+    def count(self) -> int:
+        """Blocks that make up the vocabulary."""
+        return -(-int(self.values.shape[1]) // self.step)
+
+    def block(self, index: int, slot: int) -> tuple[int, Floats]:
+        """The first token id of a block and a copy of its logits, float32 [rows, block]."""
+        first = index * self.step
+        return first, self.values[:, first : first + self.step].copy()

@@ -157,15 +157,18 @@ class NoiseFigure(Figure):
 class Noise(_Part):
     """The noise floor over the first `chunks` chunks (see `noise.noise_floor`).
 
-    `batch` with -ub `n_ubatch`, `activations` with inputs of weights rounded to Q8_0, `activations_k` to Q8_K; None
-    where no width can hold a type whose kernel does that.
+    From the base: `batch` with -ub `n_ubatch`, `activations` with inputs of weights rounded to Q8_0, `activations_k` to
+    Q8_K. From the same rounding without -ub `n_ubatch`: `activations_batch` and `activations_k_batch`. None where no
+    width can hold a type whose kernel rounds so.
     """
 
     chunks: int
     n_ubatch: int
     batch: NoiseFigure
-    activations: NoiseFigure | None
+    activations: NoiseFigure | None = None
+    activations_batch: NoiseFigure | None = None
     activations_k: NoiseFigure | None = None
+    activations_k_batch: NoiseFigure | None = None
 
 
 class PairedTask(_Part):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from bitladder.engine.devices import kernels
 from bitladder.engine.model import Model
 from bitladder.engine.native import library
 from bitladder.errors import UsageError
@@ -319,7 +320,7 @@ def _noise(base: HiddenBase, request: EvalRequest, results: Results, progress: P
 
 
 def _inputs(algorithm: Algorithm, model_sha256: str, settings: Settings) -> dict[str, Any]:
-    """What decides a result of any kind. Batch sizes show in the last digits of a figure, threads do not."""
+    """What decides a result of any kind. Batch sizes and kernels show in the last digits of a figure, threads do not."""
     return {
         "algorithms": algorithm.versions(),
         "kind": algorithm.name,
@@ -328,6 +329,7 @@ def _inputs(algorithm: Algorithm, model_sha256: str, settings: Settings) -> dict
         "settings": settings,
         "n_batch": settings.n_batch,
         "n_ubatch": settings.n_ubatch,
+        "kernels": kernels(),
     }
 
 

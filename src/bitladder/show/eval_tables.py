@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitladder.evaluate import Figure, Scores
+    from bitladder.evaluate.scores import Noise
 
 Cell = tuple[str, float | None]  # the text, and the value by which a row is judged: the lowest is the best
 
@@ -50,15 +51,24 @@ def _title(first: "Scores") -> str:
     source = first.text.name if first.text else first.base.model if first.base else ""
     title = f"{source}, {first.chunks} chunks of {first.n_ctx}, {first.tokens_scored} tokens scored"
     if first.noise:
-        noise = first.noise
-        title += (
-            f"\nNoise floor of KLD, base against itself over {noise.chunks} chunks: {noise.batch.value:.2g} with "
-            f"-ub {noise.n_ubatch}"
-        )
-        for figure, kind in ((noise.activations, "Q8_0"), (noise.activations_k, "Q8_K (K-quants)")):
-            if figure is not None:
-                title += f", {figure.value:.2g} with inputs rounded to {kind}"
+        title += _noise(first.noise)
     return title
+
+
+def _noise(noise: "Noise") -> str:
+    other = f"-ub {noise.n_ubatch}"
+    lines = [
+        "",
+        f"Noise floor of KLD, base against itself over {noise.chunks} chunks: {noise.batch.value:.2g} with {other}",
+    ]
+    for rounded, batch, kind in (
+        (noise.activations, noise.activations_batch, "Q8_0"),
+        (noise.activations_k, noise.activations_k_batch, "Q8_K (K-quants)"),
+    ):
+        if rounded and batch:
+            inputs = f"{rounded.value:.2g} with inputs rounded to {kind}"
+            lines.append(f"{inputs}, {batch.value:.2g} between that and the same with {other}")
+    return "\n".join(lines)
 
 
 def _pair_title(models: "list[Scores]") -> str:
