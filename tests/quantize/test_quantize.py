@@ -1,5 +1,6 @@
 """Quants against llama-quantize, and against the library's own quantizer through the bindings."""
 
+import numpy as np
 import pytest
 from moe import write_moe
 from quantize_reference import library_quantize, make_imatrix, make_model, same_metadata, same_tensors
@@ -8,7 +9,7 @@ from bitladder.calibrate import collect_imatrix
 from bitladder.engine.decoding import Decoding
 from bitladder.engine.presets import Request, preset_number, preset_types, presets
 from bitladder.gguf.reader import GgufFile
-from bitladder.quantize import RUNGS, quantize
+from bitladder.quantize import RUNGS, QuantizeOptions, prepare, quantize, write
 from bitladder.text.chunks import Reading
 from bitladder.text.texts import load_text
 
@@ -86,3 +87,16 @@ def test_presets_come_from_the_library(tiny_gguf):
     chosen = preset_types(tiny_gguf, Request("Q4_K_M"))
     assert {kind.name for kind in chosen.types.values()} == {"f32", "q4_K", "q6_K"} and not chosen.misfits
     assert preset_types(tiny_gguf, Request("IQ2_XXS")).needs_imatrix
+
+
+def test_blocks_from_elsewhere_stand_in_for_the_librarys(tiny_gguf, tmp_path):
+    name, usual, mixed = "blk.0.ffn_down.weight", tmp_path / "usual.gguf", tmp_path / "mixed.gguf"
+    quantize(tiny_gguf, usual, "Q4_0", threads=1)
+    with GgufFile(usual) as file:
+        blocks = file.read(file.tensors[name])[::-1].copy()
+    with prepare(tiny_gguf, QuantizeOptions("Q4_0")) as prepared:
+        write(prepared, mixed, threads=1, blocks={name: lambda: blocks})
+    with GgufFile(usual) as before, GgufFile(mixed) as after:
+        for tensor in before.tensors.values():
+            expected = blocks if tensor.name == name else before.read(tensor)
+            assert np.array_equal(after.read(after.tensors[tensor.name]), expected), tensor.name
