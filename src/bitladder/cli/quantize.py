@@ -25,9 +25,8 @@ from bitladder.quantize import (
 from bitladder.recipe import read_recipe, read_tensor_types
 from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, RoundedQuant, quantize_rounded
 from bitladder.rounding import RoundingOptions
-from bitladder.show import preflight_tables
+from bitladder.show import preflight_tables, rounding_tables
 from bitladder.show.output import Output, common_options
-from bitladder.show.rounding_tables import rounding_json, rounding_lines
 from bitladder.text import load_text
 from bitladder.units import parse_size
 
@@ -146,8 +145,8 @@ def _show_preflight(output: Output, prepared: PreparedQuant, figures: Preflight)
 def _show_result(output: Output, result: QuantizeResult, rounded: RoundedQuant | None = None) -> None:
     if output.json:
         facts = dataclasses.asdict(result) | {"path": result.path.name, "sha256": sha256_file(result.path)}
-        output.print_json(facts | ({} if rounded is None else rounding_json(rounded)))
+        output.print_json(facts | ({} if rounded is None else rounding_tables.as_json(rounded)))
         return
-    for line in () if rounded is None else rounding_lines(rounded):
+    for line in () if rounded is None else rounding_tables.lines(rounded):
         output.line(line)
     output.line(preflight_tables.result_line(result))

@@ -7,6 +7,7 @@ import dataclasses
 
 from bitladder.options import Options, option
 from bitladder.rounding import RoundingOptions
+from bitladder.text import HELD_OUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class TuneOptions(Options):
     square_decay: float = option(0.98, least=0, most=1, help="Of the mean of their squares (β₂).")
     epsilon: float = option(1e-12, least=0, help="Added to the root of the mean square.")
     held_out_share: float = option(
-        0.1, least=0, most=1, help="The end of each calibration text, on which tuning is tried."
+        HELD_OUT, least=0, most=1, help="The end of each calibration text, on which tuning is tried."
     )
     tune_guard_chunks: int = option(
         8, "--tune-guard-chunks", least=1, metavar="N", help="Chunks of held-out text on which KLD must fall."

@@ -8,36 +8,36 @@ from bitladder.gguf.names import in_main_block, kind_of
 from bitladder.refine import GuardTrial, RoundedQuant, guard_json
 
 
-def rounding_lines(quant: RoundedQuant) -> list[str]:
+def lines(quant: RoundedQuant) -> list[str]:
     """Output errors by kind, and what the guard measured."""
-    lines = []
+    shown = []
     by_kind: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for name, (before, after) in quant.losses.items():
         by_kind[kind_of(name)][0] += before
         by_kind[kind_of(name)][1] += after
     ratios = [f"{kind} {after / before:.3f}" for kind, (before, after) in by_kind.items() if before > 0]
     if ratios:
-        lines.append(f"output error as a share of the library's, on the second moments themselves: {', '.join(ratios)}")
+        shown.append(f"output error as a share of the library's, on the second moments themselves: {', '.join(ratios)}")
     if quant.guard is None:
-        lines.append("not tried on held-out text (--guard none)")
-        return lines
+        shown.append("not tried on held-out text (--guard none)")
+        return shown
     guard = quant.guard
-    lines.append(
+    shown.append(
         f"held-out text ({guard.tokens} tokens): KLD {_text(guard.before)} with the library's blocks, "
         f"{_text(guard.after)} with rounded ones (difference {_text(guard.difference)}, paired)"
     )
     kept = f"{guard.tried - len(guard.stock)} of {guard.tried} tensors have rounded blocks"
     refused = [trial for trial in (*guard.trials, *guard.removals) if not trial.kept]
-    lines.append(kept + "".join(f"; {_trial(trial)} with those of {_names(trial)}" for trial in refused))
+    shown.append(kept + "".join(f"; {_trial(trial)} with those of {_names(trial)}" for trial in refused))
     layers = [trial for trial in guard.removals if in_main_block(trial.kind)]
     if layers:
         least = max(layers, key=lambda trial: trial.change.value)
-        lines.append(f"the layer that gains least: {least.kind}, {_trial(least)}")
-    return lines
+        shown.append(f"the layer that gains least: {least.kind}, {_trial(least)}")
+    return shown
 
 
-def rounding_json(quant: RoundedQuant) -> dict[str, Any]:
-    """What `rounding_lines` shows, as JSON values."""
+def as_json(quant: RoundedQuant) -> dict[str, Any]:
+    """What `lines` shows, as JSON values."""
     return {"guard": None if quant.guard is None else guard_json(quant.guard), "output_errors": quant.losses}
 
 
