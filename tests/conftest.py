@@ -82,7 +82,9 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def small_run(tiny_checkpoint: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A finished run of the embedded model: Q4_K_M and Q8_0, measured on eight chunks. Not to be changed."""
-    from bitladder.ladder import RunOptions, run
+    from plain_options import plain_options
+
+    from bitladder.ladder import run
     from bitladder.report import write_card
 
     folder = tmp_path_factory.mktemp("run") / "tiny-ladder"
@@ -94,6 +96,6 @@ def small_run(tiny_checkpoint: pathlib.Path, tmp_path_factory: pytest.TempPathFa
         "bench": False,
         "threads": 1,
     }
-    run(RunOptions(model=str(tiny_checkpoint), out=folder, **options))
+    run(plain_options(model=str(tiny_checkpoint), out=folder, **options))
     write_card(folder)
     return folder

@@ -6,9 +6,11 @@ A plain run gives four rungs. Two of them are then given other parts: the files 
 import json
 import pathlib
 
+from plain_options import plain_options
+
 from bitladder import evaluate
 from bitladder.evaluate import SpeedOptions, SpeedTest
-from bitladder.ladder import RunOptions, run
+from bitladder.ladder import run
 from bitladder.ladder.manifest import load_manifest
 from bitladder.recipe import read_recipe
 
@@ -18,7 +20,7 @@ RUNGS = ("IQ3_S", "Q4_K_M", "Q8_0")
 
 def full_run(model: pathlib.Path, text: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """IQ3_S, Q4_K_M and Q8_0 as rungs, Q4_K_S as the preset beside Q4_K_M, Q5_K_M as somebody else's file."""
-    options = RunOptions(
+    options = plain_options(
         model=str(model), out=folder, rungs=(*RUNGS, "Q4_K_S", "Q5_K_M"), calibration=(str(text),), model_id="org/tiny",
         chunks=4, imatrix_chunks=4, n_ctx=128, tasks="continuation:pydoc:test", task_count=4, threads=1, bench=False,
     )  # fmt: skip
@@ -48,7 +50,8 @@ def full_run(model: pathlib.Path, text: pathlib.Path, folder: pathlib.Path) -> p
     write(folder / "sensitivity.json", {"schema_version": 1, "tensors": prices, "check": CHECK})
     manifest = load_manifest(folder)
     assert manifest and manifest.run
-    manifest.run = manifest.run.model_copy(update={"rungs": RUNGS, "mode": "quality", "compared": ("someone-Q5_K_M",)})
+    changes = {"rungs": RUNGS, "mode": "quality", "compared": ("someone-Q5_K_M",)}
+    manifest.run = manifest.run.model_copy(update=changes)
     manifest.save(folder)
     return folder
 

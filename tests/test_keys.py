@@ -58,3 +58,8 @@ def test_what_is_no_value_is_refused(value):
 def test_nan_is_no_key():
     with pytest.raises(ValueError, match="JSON"):
         key_of({"x": float("nan")})
+
+
+def test_keys_do_not_depend_on_order():
+    assert key_of({"a": 1, "b": {"c": 2, "d": 3}}) == key_of({"b": {"d": 3, "c": 2}, "a": 1})
+    assert key_of({"a": 1}) != key_of({"a": "1"})

@@ -25,7 +25,7 @@ WALLS = {
     "evaluate": {"engine", "gguf", "text"},
     "compare": {"engine", "evaluate", "gguf", "hub", "text"},
     "quantize": {"calibrate", "engine", "gguf", "recipe"},
-    "trial": {"engine", "evaluate", "gguf"},
+    "trial": {"engine", "evaluate", "gguf", "text"},
     "refine": {"calibrate", "engine", "evaluate", "gguf", "quantize", "rounding", "text", "trial"},
     "plan": {
         "calibrate",
@@ -53,6 +53,7 @@ WALLS = {
         "refine",
         "rounding",
         "text",
+        "trial",
     },
     "report": {"calibrate", "engine", "evaluate", "gguf", "hub", "ladder", "recipe"},
     "show": {

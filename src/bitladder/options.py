@@ -26,9 +26,10 @@ class Option:
         least: the smallest value, or None.
         most: the largest value, or None.
         decides: whether the value decides the result. A number of threads does not.
-        names: what the value names: "file" and "text" are shown without their folders.
+        names: what the value names ("model" is a file or an id of the hub). A card shows files without their folders.
         unset: what None means, for `--help`.
         commas: whether one flag names all items of a tuple, separated by commas.
+        closed: whether options nested here have no flags: only Python sets them.
     """
 
     help: str = ""
@@ -37,9 +38,10 @@ class Option:
     least: float | None = None
     most: float | None = None
     decides: bool = True
-    names: Literal["file", "text", "tasks"] | None = None
+    names: Literal["file", "text", "tasks", "model"] | None = None
     unset: str | None = None
     commas: bool = False
+    closed: bool = False
 
 
 def option(default: Any, *flags: str, **more: Any) -> Any:
@@ -72,8 +74,8 @@ class Options:
         for field in table(type(self)):
             if field.name in changes:
                 parts[field.name] = changes.pop(field.name)
-            elif field.nested is not None:
-                names = {inner.name for inner in table(field.nested)} & changes.keys()
+            elif field.nested is not None and not field.option.closed:
+                names = _names(field.nested) & changes.keys()
                 if names:
                     part = {name: changes.pop(name) for name in names}
                     parts[field.name] = getattr(self, field.name).replace(**part)
@@ -140,9 +142,17 @@ def flat(options: type[Options]) -> Iterator[OptionField]:
     """The fields that have a flag, those of nested options too."""
     for field in table(options):
         if field.nested is not None:
-            yield from flat(field.nested)
+            if not field.option.closed:
+                yield from flat(field.nested)
         elif field.option.flags:
             yield field
+
+
+def _names(options: type[Options]) -> set[str]:
+    """The names of all fields, those of nested options too."""
+    fields = table(options)
+    inner = [_names(field.nested) for field in fields if field.nested is not None and not field.option.closed]
+    return {field.name for field in fields}.union(*inner)
 
 
 def build(options: type[T], values: dict[str, Any]) -> T:
@@ -154,7 +164,7 @@ def build(options: type[T], values: dict[str, Any]) -> T:
     for field in table(options):
         if field.name in values:
             arguments[field.name] = values[field.name]
-        elif field.nested is not None:
+        elif field.nested is not None and not field.option.closed:
             arguments[field.name] = build(field.nested, values)
     return options(**arguments)
 
@@ -186,7 +196,7 @@ def words(options: Options, shown: Mapping[str, Callable[[Any], Any]] | None = N
 def _value(options: Options, field: OptionField) -> Any:
     for own in table(type(options)):
         if own.nested is not None:
-            if any(one.name == field.name for one in flat(own.nested)):
+            if not own.option.closed and any(inner.name == field.name for inner in flat(own.nested)):
                 return _value(getattr(options, own.name), field)
         elif own.name == field.name:
             return getattr(options, field.name)

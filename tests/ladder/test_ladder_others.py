@@ -6,15 +6,16 @@ import shutil
 import fake_hub
 import pytest
 import tiny_models
+from plain_options import plain_options
 
 from bitladder.convert import convert
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import Fetched
-from bitladder.ladder import RunOptions, run
 from bitladder.ladder import others as module
+from bitladder.ladder import run
 from bitladder.ladder.manifest import load_manifest
+from bitladder.ladder.options import command_line
 from bitladder.ladder.others import find_others
-from bitladder.ladder.plan import command_line
 from bitladder.ladder.source import locate
 from bitladder.quantize import RUNGS
 from bitladder.report.rundir import read_run
@@ -39,7 +40,7 @@ def hub(monkeypatch, tmp_path):
 def options(small_run, tiny_checkpoint, tmp_path):
     """The options of the finished run, for a copy of it."""
     folder = shutil.copytree(small_run, tmp_path / "run")
-    return RunOptions(
+    return plain_options(
         model=str(tiny_checkpoint), out=folder, rungs=("Q4_K_M", "Q8_0"), chunks=8, imatrix_chunks=4, n_ctx=128,
         bench=False, threads=1,
     )  # fmt: skip
@@ -49,7 +50,7 @@ def test_measured_like_the_rungs_and_only_once(options, small_run, hub):
     ours = small_run / "Tiny-Olmo2-8.9M-Q8_0.gguf"
     hub.add(REPO, {"theirs-Q8_0.gguf": ours.read_bytes()})
     told = []
-    asked = options.model_copy(update={"compare": (f"{REPO}:Q8_0",)})
+    asked = options.replace(compare=(f"{REPO}:Q8_0",))
     result = run(asked, watch=told.append)
     assert hub.downloads == ["theirs-Q8_0.gguf"]
     assert run(asked).made == ()  # complete, and not fetched again
@@ -72,7 +73,7 @@ def test_measured_like_the_rungs_and_only_once(options, small_run, hub):
 
 def test_another_content_is_measured_again(options, small_run, tmp_path):
     other = tmp_path / "other.gguf"
-    asked = options.model_copy(update={"compare": (str(other),)})
+    asked = options.replace(compare=(str(other),))
     shutil.copy(small_run / "Tiny-Olmo2-8.9M-Q8_0.gguf", other)
     assert run(asked).made == ("measure other", "score other")
     shutil.copy(small_run / "Tiny-Olmo2-8.9M-Q4_K_M.gguf", other)
@@ -88,7 +89,7 @@ def test_a_file_of_another_model_is_refused_before_the_work(options, tmp_path):
     tiny_models.train_byte_level(source)
     tiny_models.llama(source)
     convert(source, tmp_path / "llama.gguf", outtype="f16")
-    asked = options.model_copy(update={"compare": (str(tmp_path / "llama.gguf"),), "out": tmp_path / "new"})
+    asked = options.replace(compare=(str(tmp_path / "llama.gguf"),), out=tmp_path / "new")
     with pytest.raises(BitladderError, match=r"--compare llama\.gguf is no quant of this model: another architecture"):
         run(asked)
     assert list(load_manifest(tmp_path / "new").steps) == ["convert"]
@@ -98,7 +99,7 @@ def test_what_is_no_model_is_refused_before_a_directory_is_made(options, small_r
     (tmp_path / "text.txt").write_text("GGUF")
     for spec in ("absent.gguf", str(tmp_path / "text.txt"), str(small_run / "imatrix.gguf")):
         with pytest.raises((BitladderError, UsageError)):
-            run(options.model_copy(update={"compare": (spec,), "out": tmp_path / "new"}))
+            run(options.replace(compare=(spec,), out=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 

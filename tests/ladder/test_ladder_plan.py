@@ -1,9 +1,12 @@
 import pathlib
 
 import pytest
+from plain_options import plain_options
 
 from bitladder.errors import UsageError
-from bitladder.ladder.plan import CODE, RunOptions, choose_rungs, command_line, plan
+from bitladder.keys import key_of
+from bitladder.ladder.options import RunOptions, choose_rungs, command_line
+from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import file_stem
 from bitladder.ladder.space import bytes_needed
 
@@ -12,26 +15,29 @@ SOURCES = {"model", "converter", "text", "calibration", "tasks"}
 
 
 def options(**changes) -> RunOptions:
-    return RunOptions(**{"model": "org/name", "out": pathlib.Path("/somewhere/out"), "rungs": RUNGS} | changes)
+    return plain_options(**{"model": "org/name", "out": pathlib.Path("/somewhere/out"), "rungs": RUNGS} | changes)
 
 
 def differing(**changes) -> list[str]:
     """Steps whose own options change, and those that read them."""
-    before = {step.name: step for step in plan(options())}
+
+    def key(step):
+        return step.needs, key_of({"options": step.decides()})
+
+    before = {step.name: key(step) for step in steps_of(options())}
     changed: list[str] = []
-    for step in plan(options(**changes)):
-        if before.get(step.name) != step or any(need in changed for need in step.needs):
+    for step in steps_of(options(**changes)):
+        if before.get(step.name) != key(step) or any(need in changed for need in step.needs):
             changed.append(step.name)
     return changed
 
 
 def test_every_step_comes_after_those_it_needs():
     done = set(SOURCES)
-    for step in plan(options(converter=pathlib.Path("x.py"))):
+    for step in steps_of(options(converter=pathlib.Path("x.py"))):
         assert set(step.needs) <= done
-        assert step.kind in CODE
         done.add(step.name)
-    assert [step.name for step in plan(options())] == [
+    assert [step.name for step in steps_of(options())] == [
         "convert", "base", "measure base", "imatrix", "quantize Q4_K_M", "measure Q4_K_M", "quantize Q8_0",
         "measure Q8_0", "bench", "score base", "score Q4_K_M", "score Q8_0",
     ]  # fmt: skip
@@ -50,20 +56,21 @@ def test_an_option_changes_only_what_depends_on_it():
     assert differing(rungs=("Q8_0",)) == ["bench", "score base", "score Q8_0"]
     assert differing(rungs=(*RUNGS, "Q6_K")) == ["quantize Q6_K", "measure Q6_K", "bench", *scored, "score Q6_K"]
     assert len(differing(outtype="f32")) == 12
-    assert differing(gpu_layers=10) == [step.name for step in plan(options())][1:]
+    assert differing(gpu_layers=10) == [step.name for step in steps_of(options())][1:]
     # How many layers are on the GPU decides speed, and nothing else.
-    ten, all_of_them = plan(options(gpu_layers=10)), plan(options(gpu_layers=99))
-    assert [step.name for step, other in zip(ten, all_of_them, strict=True) if step != other] == ["bench"]
+    ten, all_of_them = steps_of(options(gpu_layers=10)), steps_of(options(gpu_layers=99))
+    pairs = zip(ten, all_of_them, strict=True)
+    assert [one.name for one, other in pairs if key_of(one.decides()) != key_of(other.decides())] == ["bench"]
 
 
 def test_choosing_rungs():
     known, default = ("F16", "Q4_K_M", "Q6_K", "Q8_0"), ("Q6_K", "Q8_0")
-    assert choose_rungs("all", known=known, default=default) == default
-    assert choose_rungs("q8_0, Q4_K_M,q8_0", known=known, default=default) == ("Q8_0", "Q4_K_M")
+    assert choose_rungs(("all",), known=known, default=default) == default
+    assert choose_rungs(("q8_0", "Q4_K_M", "q8_0"), known=known, default=default) == ("Q8_0", "Q4_K_M")
     with pytest.raises(UsageError, match="--ladder Q9_X: the presets are Q4_K_M, Q6_K, Q8_0"):
-        choose_rungs("Q8_0,Q9_X", known=known, default=default)
+        choose_rungs(("Q8_0", "Q9_X"), known=known, default=default)
     with pytest.raises(UsageError, match="empty"):
-        choose_rungs(",", known=known, default=default)
+        choose_rungs((), known=known, default=default)
 
 
 def test_the_command_names_no_paths():
@@ -81,8 +88,8 @@ def test_the_command_names_no_paths():
     line = command_line(full, "name", ("Q8_0",))
     assert line == (
         "bitladder run name --out out --ladder Q4_K_M,Q8_0 --calibration b.txt --calibration pydoc:test"
-        " --calibration-dataset org/texts --text 'my text.txt' --tasks arc:arc.bin,mmlu,continuation:pydoc:test"
-        " -t 2 --converter c.py --mode naive --rounding stock --no-bench"
+        " --text 'my text.txt' --mode naive --rounding stock --tasks arc:arc.bin,mmlu,continuation:pydoc:test"
+        " --no-bench --threads 2 --converter c.py --calibration-dataset org/texts"
     )
 
 

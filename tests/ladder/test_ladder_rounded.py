@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from bitladder.ladder.rounded import MOMENTS, PLAIN
+from plain_options import plain_options
 
 from bitladder.gguf.reader import GgufFile
-from bitladder.ladder import RunOptions, run
-from bitladder.ladder.plan import command_line, plan
+from bitladder.ladder import run
+from bitladder.ladder.layout import Layout
+from bitladder.ladder.options import command_line
+from bitladder.ladder.plan import steps_of
 from bitladder.quantize import RUNGS, TUNE_KEY
 from bitladder.report import write_card
 from bitladder.text import load_text, set_apart
@@ -15,7 +17,7 @@ from bitladder.text import load_text, set_apart
 
 @pytest.fixture(scope="module")
 def options(tiny_gguf, tmp_path_factory):
-    return RunOptions(
+    return plain_options(
         model=str(tiny_gguf),
         out=tmp_path_factory.mktemp("rounded") / "ladder",
         rungs=("Q3_K_S",),
@@ -24,7 +26,9 @@ def options(tiny_gguf, tmp_path_factory):
         moments_chunks=6,
         n_ctx=256,
         bench=False,
-        rounding="feedback",
+        method="feedback",
+        smooth=False,
+        tune_chunks=0,
     )
 
 
@@ -32,7 +36,8 @@ def test_a_rung_has_less_divergence_than_its_preset_and_is_made_once(options):
     made = run(options)
     assert {"moments", "naive Q3_K_S", "quantize Q3_K_S"} <= set(made.made)
     folder = options.out
-    assert (folder / MOMENTS).is_file() and (folder / PLAIN).is_file()
+    layout = Layout(folder)
+    assert layout.moments.is_file() and layout.plain_moments.is_file()
     rung, naive = (json.loads((folder / "scores" / f"Q3_K_S{part}.json").read_text()) for part in ("", ".naive"))
     assert rung["rounding"] == "feedback" and naive["role"] == "naive"
     assert rung["kld"]["value"] < naive["kld"]["value"]
@@ -51,7 +56,7 @@ def test_a_rung_is_tuned_on_text_it_is_not_tried_on(options, tmp_path):
     first, end = set_apart(texts, 0.1)
     assert first[0].text + end.text == texts[0].text
     assert first[0].sha256 != texts[0].sha256
-    tuned = options.model_copy(update={"out": tmp_path / "ladder", "tune_chunks": 24, "n_ctx": 128})
+    tuned = options.replace(out=tmp_path / "ladder", tune_chunks=24, n_ctx=128)
     run(tuned)
     score = json.loads((tuned.out / "scores" / "Q3_K_S.json").read_text())
     assert score["tuned"] is True
@@ -63,10 +68,11 @@ def test_a_rung_is_tuned_on_text_it_is_not_tried_on(options, tmp_path):
 
 
 def test_what_depends_on_rounding_is_planned(options):
-    steps = {step.name: step for step in plan(options)}
+    steps = {step.name: step for step in steps_of(options)}
     assert "moments" in steps["quantize Q3_K_S"].needs and "moments" not in steps["naive Q3_K_S"].needs
-    stock = {step.name for step in plan(options.model_copy(update={"rounding": "stock"}))}
+    stock = {step.name for step in steps_of(options.replace(method="stock"))}
     assert not {"moments", "naive Q3_K_S"} & stock
-    planned = {step.name: step for step in plan(options.model_copy(update={"mode": "quality"}))}
+    planned = {step.name: step for step in steps_of(options.replace(mode="quality"))}
     assert "moments" in planned["price"].needs
-    assert "--rounding feedback --moments-chunks 6 --tune-chunks 0" in command_line(options, "m.gguf", RUNGS)
+    line = command_line(options, "m.gguf", RUNGS)
+    assert "--moments-chunks 6 --rounding feedback --tune-chunks 0" in line

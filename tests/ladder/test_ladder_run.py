@@ -6,6 +6,7 @@ tests kill that process.
 
 import hashlib
 import json
+import os
 import pathlib
 import random
 import struct
@@ -17,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from plain_options import plain_options
 
 from bitladder.calibrate import Imatrix, ImatrixEntry, ImatrixResult, write_imatrix
 from bitladder.convert import ConvertResult
@@ -28,7 +30,7 @@ from bitladder.files import replacing
 from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.values import string
 from bitladder.gguf.writer import GgufWriter, TensorPlan
-from bitladder.ladder import RunOptions, run
+from bitladder.ladder import run
 from bitladder.quantize import QuantizeResult
 from bitladder.report import write_card
 
@@ -68,7 +70,7 @@ class Fakes:
     def make_base(self, model, text, out, settings, progress):
         self.write(out, model.read_bytes(), text.text.encode(), str((settings.n_ctx, settings.chunks)).encode())
 
-    def collect(self, model, texts, out, *, reading, decoding, progress):
+    def collect(self, model, texts, out, *, reading, decoding, options, progress):
         n_ctx = decoding.n_ctx
         settings = str((n_ctx, reading.chunks)).encode()
         read = b"|".join([model.read_bytes(), *(text.text.encode() for text in texts), settings])
@@ -80,7 +82,8 @@ class Fakes:
         )
         return ImatrixResult(out, 7, 5, {})
 
-    def quantize(self, source, out, preset, *, imatrix, threads, progress):
+    def quantize(self, source, out, options, *, imatrix, threads, progress):
+        preset = options.preset
         self.write(out, source.read_bytes(), imatrix.read_bytes(), preset.encode())
         return QuantizeResult(out, out.stat().st_size, 4.5, {"a.weight": preset.lower()}, preset)
 
@@ -166,7 +169,7 @@ def options(tmp_path):
     return make_inputs(tmp_path)
 
 
-def make_inputs(folder: pathlib.Path) -> RunOptions:
+def make_inputs(folder):
     """A checkpoint of one tensor, two texts, and the options that use them."""
     model = folder / "toy"
     model.mkdir()
@@ -174,12 +177,12 @@ def make_inputs(folder: pathlib.Path) -> RunOptions:
     (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(128))
     (model / "config.json").write_text("{}")
     for name in ("calibration.txt", "text.txt"):
-        (folder / name).write_text(f"words of {name}")
+        (folder / name).write_text(f"words of {name} " * 100)
     return inputs_of(folder)
 
 
-def inputs_of(folder: pathlib.Path, out: str = "out") -> RunOptions:
-    return RunOptions(
+def inputs_of(folder, out="out"):
+    return plain_options(
         model=str(folder / "toy"), out=folder / out, rungs=RUNGS, text=str(folder / "text.txt"),
         calibration=(str(folder / "calibration.txt"),),
     )  # fmt: skip
@@ -239,18 +242,18 @@ def test_a_run_makes_everything_and_again_nothing(options, fakes):
 def test_a_change_redoes_only_what_depends_on_it(options, fakes, tmp_path):
     run(options)
     measures = ["measure base", *(f"measure {rung}" for rung in RUNGS)]
-    (tmp_path / "text.txt").write_text("other words")
+    (tmp_path / "text.txt").write_text("other words " * 100)
     assert sorted(run(options).made) == sorted(["base", *measures, *SCORES])
-    changed = options.model_copy(update={"rungs": ("Q6_K", *RUNGS), "quantized_by": "me"})
+    changed = options.replace(rungs=("Q6_K", *RUNGS), quantized_by="me")
     assert sorted(run(changed).made) == sorted(["quantize Q6_K", "measure Q6_K", "bench", "score Q6_K", *SCORES])
-    silent = changed.model_copy(update={"bench": False})
+    silent = changed.replace(bench=False)
     result = run(silent)
     assert sorted(result.made) == sorted(["score Q6_K", *SCORES])
     assert not any("bench" in one for one in result.scores)
-    assert list(run(silent.model_copy(update={"threads": 2})).made) == []
-    (tmp_path / "calibration.txt").write_text("yet other words")
+    assert list(run(silent.replace(threads=2)).made) == []
+    (tmp_path / "calibration.txt").write_text("yet other words " * 100)
     assert "convert" not in run(silent).made
-    assert list(run(silent.model_copy(update={"rungs": ("Q8_0",)})).made) == []
+    assert list(run(silent.replace(rungs=("Q8_0",))).made) == []
     (options.out / "Toy-64-Q4_K_M.gguf").unlink()
     (options.out / "scores" / "Q8_0.json").write_text("{}")
     assert list(run(silent).made) == ["quantize Q4_K_M", "score Q8_0"]
@@ -272,7 +275,7 @@ def test_a_gguf_is_used_where_it_is(options, fakes, tmp_path):
     model = tmp_path / "Elsewhere-F16.gguf"
     model.write_bytes((options.out / "Toy-64-F16.gguf").read_bytes())
     listener = Listener()
-    given = options.model_copy(update={"model": str(model), "out": tmp_path / "second", "outtype": "f16"})
+    given = options.replace(model=str(model), out=tmp_path / "second", outtype="f16")
     run(given, progress=listener)
     write_card(given.out)
     assert "no effect" in listener.warnings[0]
@@ -280,14 +283,14 @@ def test_a_gguf_is_used_where_it_is(options, fakes, tmp_path):
     assert (given.out / "Toy-64-Q8_0.gguf").read_bytes() == (options.out / "Toy-64-Q8_0.gguf").read_bytes()
     assert "not part of this repository" in (given.out / "README.md").read_text()
     # In the run directory itself it is the model, and stays.
-    inside = options.model_copy(update={"model": str(options.out / "Toy-64-F16.gguf")})
+    inside = options.replace(model=str(options.out / "Toy-64-F16.gguf"))
     assert list(run(inside).made) == ["convert"]
     assert (options.out / "Toy-64-F16.gguf").exists()
 
 
 def test_a_short_text_is_used_and_said(options, fakes):
     listener = Listener()
-    run(options.model_copy(update={"chunks": 9, "imatrix_chunks": 9}), progress=listener)
+    run(options.replace(chunks=9, imatrix_chunks=9), progress=listener)
     assert listener.warnings == [
         "text.txt has only 3 chunks (--chunks 9); all are used",
         "the calibration text is shorter than --imatrix-chunks 9; all 5 chunks are used",
@@ -297,7 +300,7 @@ def test_a_short_text_is_used_and_said(options, fakes):
 def test_what_cannot_work_is_said_before_work(options, fakes, tmp_path):
     def refused(error, match, **changes):
         with pytest.raises(error, match=match):
-            run(options.model_copy(update=changes))
+            run(options.replace(**changes))
         assert fakes.scored == []
 
     refused(UsageError, "--out", out=tmp_path / "toy")
@@ -338,9 +341,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(options, fakes, tmp_pa
     options.out.rename(aside)
     dice = random.Random(5)
     kills = 0
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for attempt in range(30):
         # Killed early at first, then later and later: the longer ones get to the steps at the end.
-        process = subprocess.Popen([sys.executable, __file__, str(tmp_path), "0.06"], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, __file__, str(tmp_path), "0.06"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert process.stdout.readline() == "ready\n"
         try:
             process.wait(dice.uniform(0.0, 0.15 * 1.2**attempt))
@@ -361,7 +366,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(options, fakes, tmp_pa
 def test_the_real_thing_on_the_embedded_model(tiny_checkpoint, calibration_text, tmp_path):
     if not any(tiny_checkpoint.glob("*.safetensors")):
         pytest.skip("the embedded model is not there")
-    options = RunOptions(
+    options = plain_options(
         model=str(tiny_checkpoint), out=tmp_path / "out", rungs=("Q4_K_M",), text=str(calibration_text),
         calibration=(str(calibration_text),), chunks=2, imatrix_chunks=2, n_ctx=64,
         tasks=f"continuation:{calibration_text}", task_count=8, bench_tests=((32, 0), (0, 8), (16, 8)),
@@ -379,7 +384,7 @@ def test_the_real_thing_on_the_embedded_model(tiny_checkpoint, calibration_text,
     assert quant["tasks"]["continuation"]["count"] == full["tasks"]["continuation"]["count"] == 8
     assert run(options).made == ()
     assert all(test["tokens_per_second"]["value"] > 0 for one in result.scores for test in one["bench"])
-    again = run(options.model_copy(update={"task_count": 4})).made
+    again = run(options.replace(task_count=4)).made
     assert again == ("measure base", "measure Q4_K_M", "score base", "score Q4_K_M")
 
 

@@ -5,12 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
-from bitladder.ladder.smoothed import SMOOTH, TRIALS
+from plain_options import plain_options
 
 from bitladder.engine.types import dequantize_into, quantize_rows
 from bitladder.gguf.reader import GgufFile
-from bitladder.ladder import RunOptions, run
-from bitladder.ladder.plan import command_line, plan
+from bitladder.ladder import run
+from bitladder.ladder.layout import Layout
+from bitladder.ladder.options import command_line
+from bitladder.ladder.plan import steps_of
 from bitladder.quantize import RUNGS, quantize
 from bitladder.refine import ModelFiles, smooth_model, verify
 from bitladder.refine.smooth import KEY
@@ -37,7 +39,7 @@ def unbalance(path, out):
 
 
 def options_for(model, out):
-    return RunOptions(
+    return plain_options(
         model=str(model),
         out=out,
         rungs=("Q4_K_M",),
@@ -59,7 +61,7 @@ def test_rungs_are_made_of_the_smoothed_model_where_it_helps(tiny_gguf, tmp_path
     assert rung["kld"]["value"] < naive["kld"]["value"]
     steps = json.loads((folder / "ladder.json").read_text())["steps"]
     assert steps["trial Q4_K_M"]["facts"]["smoothed"] and set(steps["smooth"]["facts"]["links"]) == {"attn_v", "ffn_up"}
-    tried = json.loads((folder / TRIALS / "Q4_K_M.json").read_text())
+    tried = json.loads(Layout(folder).trial("Q4_K_M").read_text())
     assert tried["after"] < tried["before"] and rung["smoothed"] and "smoothed" not in naive
     quant = next(folder.glob("*-Q4_K_M.gguf"))
     with GgufFile(quant) as file:
@@ -68,7 +70,7 @@ def test_rungs_are_made_of_the_smoothed_model_where_it_helps(tiny_gguf, tmp_path
     # Anybody can make the same again from the full precision and the imatrix.
     again = ModelFiles(tmp_path / "s.gguf", tmp_path / "si.gguf")
     smooth_model(ModelFiles(model, folder / "imatrix.gguf"), again)
-    assert (tmp_path / "s.gguf").read_bytes() == (folder / SMOOTH).read_bytes()
+    assert (tmp_path / "s.gguf").read_bytes() == Layout(folder).smoothed.model.read_bytes()
     quantize(tmp_path / "s.gguf", tmp_path / "q.gguf", "Q4_K_M", imatrix=tmp_path / "si.gguf")
     with GgufFile(quant) as ours, GgufFile(tmp_path / "q.gguf") as again:
         for name, tensor in ours.tensors.items():
@@ -78,7 +80,7 @@ def test_rungs_are_made_of_the_smoothed_model_where_it_helps(tiny_gguf, tmp_path
 
 def test_where_it_does_not_help_rungs_are_made_of_the_model_as_it_is(tiny_gguf, tmp_path):
     result = run(options_for(tiny_gguf, tmp_path / "ladder"))
-    tried = json.loads((result.folder / TRIALS / "Q4_K_M.json").read_text())
+    tried = json.loads(Layout(result.folder).trial("Q4_K_M").read_text())
     assert tried["after"] >= tried["before"] and not tried["smoothed"]
     with GgufFile(next(result.folder.glob("*-Q4_K_M.gguf"))) as file:
         assert file.get(KEY) is None
@@ -88,12 +90,12 @@ def test_where_it_does_not_help_rungs_are_made_of_the_model_as_it_is(tiny_gguf, 
 
 def test_smoothing_is_planned_unless_all_is_stock(tiny_gguf, tmp_path):
     options = options_for(tiny_gguf, tmp_path / "out")
-    steps = {step.name: step for step in plan(options)}
+    steps = {step.name: step for step in steps_of(options)}
     assert "trial Q4_K_M" in steps["quantize Q4_K_M"].needs and "smooth" not in steps["naive Q4_K_M"].needs
-    assert command_line(options, "m.gguf", RUNGS).endswith("--mode naive --rounding stock --smooth --no-bench")
-    best = options.model_copy(update={"mode": "quality", "rounding": "best"})
-    steps = {step.name: step for step in plan(best)}
+    assert "--mode naive --rounding stock --smooth --no-bench" in command_line(options, "m.gguf", RUNGS)
+    best = options.replace(mode="quality", method="best", smooth=None)
+    steps = {step.name: step for step in steps_of(best)}
     assert "moments" in steps["smooth"].needs
     assert all("trial Q4_K_M" in steps[name].needs for name in ("price", "plan Q4_K_M", "quantize Q4_K_M"))
     assert "smooth" not in command_line(best, "m.gguf", RUNGS)
-    assert "--no-smooth" in command_line(best.model_copy(update={"smooth": False}), "m.gguf", RUNGS)
+    assert "--no-smooth" in command_line(best.replace(smooth=False), "m.gguf", RUNGS)

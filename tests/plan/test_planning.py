@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tiny_models
+from plain_options import plain_options
 
 from bitladder import evaluate as ev
 from bitladder.calibrate import collect_imatrix
@@ -16,7 +17,7 @@ from bitladder.engine.decoding import Decoding
 from bitladder.engine.matvec import input_type
 from bitladder.engine.types import type_by_name
 from bitladder.errors import UsageError
-from bitladder.ladder import RunOptions, planned, run
+from bitladder.ladder import run
 from bitladder.plan import (
     Constraints,
     FeedbackOptions,
@@ -253,18 +254,26 @@ def test_buffers_leave_less_for_weights(arguments, small, tmp_path, capsys):
     assert "--context" in capsys.readouterr().err
 
 
-def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path, monkeypatch):
+def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path):
     quick = PlanOptions(
         decoding=PlanDecoding(n_ctx=64),
         prices=PriceOptions(probe_tokens=3000),
         feedback=FeedbackOptions(chunks=3, move_chunks=2, rounds=2, random_recipes=2, exchanges=1),
     )
-    monkeypatch.setattr(planned, "OPTIONS", quick)
     text = str(small / "text.txt")
-    options = {"chunks": 3, "imatrix_chunks": 4, "n_ctx": 64, "bench": False, "threads": 1, "text": text}
+    options = {
+        "chunks": 3,
+        "imatrix_chunks": 4,
+        "n_ctx": 64,
+        "bench": False,
+        "threads": 1,
+        "text": text,
+        "planning": quick,
+        "smooth": False,
+    }
     model, out = str(small / "small-f16.gguf"), tmp_path / "ladder"
     for mode in ("quality", "size"):
-        asked = RunOptions(model=model, out=out, rungs=("Q4_0",), mode=mode, **options)
+        asked = plain_options(model=model, out=out, rungs=("Q4_0",), mode=mode, **options)
         done = run(asked)
         assert ("price" in done.made) == (mode == "quality")  # prices serve every mode
         assert run(asked).made == ()

@@ -14,14 +14,21 @@ Command = Callable[..., Any]
 
 
 def options_from(
-    cls: type[Options], *, parameter: str = "options", leave_out: tuple[str, ...] = (), **defaults: Any
+    cls: type[Options],
+    *,
+    parameter: str = "options",
+    leave_out: tuple[str, ...] = (),
+    arguments: tuple[str, ...] = (),
+    **defaults: Any,
 ) -> Callable[[Command], Command]:
     """Gives a command one option for each field of `cls` that has a flag, and hands it an object of `cls`.
+
 
     Parameters:
         cls: the options; those nested in it are flattened.
         parameter: the name under which the command takes the object.
         leave_out: fields that this command has no option for; they keep their default.
+        arguments: fields without a flag that arguments of the command fill.
         defaults: other defaults than the class has, by field name, where a command differs.
     """
     fields = [field for field in flat(cls) if field.name not in leave_out]
@@ -30,6 +37,7 @@ def options_from(
         @functools.wraps(command)
         def collecting(*args: Any, **kwargs: Any) -> Any:
             values = {field.name: _typed(field, kwargs.pop(field.name)) for field in fields}
+            values |= {name: kwargs.pop(name) for name in arguments}
             return command(*args, **kwargs, **{parameter: build(cls, values)})
 
         decorated: Command = collecting

@@ -44,6 +44,7 @@ def other_ubatch(settings: Settings) -> int:
         return MANY
     return 1 if size > 1 else settings.n_ctx
 
+
 NOISE = Algorithm(
     "noise",
     (

@@ -320,7 +320,7 @@ def _noise(base: HiddenBase, request: EvalRequest, results: Results, progress: P
 
 
 def _inputs(algorithm: Algorithm, model_sha256: str, settings: Settings) -> dict[str, Any]:
-    """What decides a result of any kind. Batch sizes and kernels show in the last digits of a figure, threads do not."""
+    """What decides a result of any kind. Batch sizes and kernels show in the last digits, threads do not."""
     return {
         "algorithms": algorithm.versions(),
         "kind": algorithm.name,

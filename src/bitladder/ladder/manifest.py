@@ -7,8 +7,7 @@ import pydantic
 
 from bitladder.errors import BitladderError
 from bitladder.files import write_json
-
-NAME = "ladder.json"
+from bitladder.ladder.layout import Layout
 
 
 class OutputFile(pydantic.BaseModel):
@@ -22,13 +21,15 @@ class OutputFile(pydantic.BaseModel):
 class StepRecord(pydantic.BaseModel):
     """A step that is complete: all it depends on (`inputs`), their hash (`key`), what it made, and what it found out.
 
-    Its presence, with the right key and the outputs as recorded, means that the step need not be done again.
+    Its presence, with the right key and the outputs as recorded, means that the step need not be done again. `seconds`
+    is the time that it took; nothing depends on it.
     """
 
     key: str
     inputs: dict[str, Any]
     outputs: list[OutputFile]
     facts: dict[str, Any] = {}
+    seconds: float = 0.0
 
 
 class CachedHash(pydantic.BaseModel):
@@ -70,12 +71,12 @@ class Manifest(pydantic.BaseModel):
 
     def save(self, folder: pathlib.Path) -> None:
         """Write ladder.json in one step."""
-        write_json(folder / NAME, self.model_dump(mode="json"))
+        write_json(Layout(folder).manifest, self.model_dump(mode="json"))
 
 
 def load_manifest(folder: pathlib.Path) -> Manifest | None:
     """The manifest of a run directory, or None if it has none. Raises BitladderError if it cannot be understood."""
-    path = folder / NAME
+    path = Layout(folder).manifest
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -97,7 +98,8 @@ def complete_manifest(folder: pathlib.Path) -> tuple[Manifest, RunRecord]:
     """
     manifest = load_manifest(folder)
     if manifest is None:
-        raise BitladderError(f"{folder} is not a run directory: it has no {NAME}; bitladder run --out makes one")
+        name = Layout(folder).manifest.name
+        raise BitladderError(f"{folder} is not a run directory: it has no {name}; bitladder run --out makes one")
     if manifest.run is None or not manifest.run.complete:
         raise BitladderError(f"the run in {folder} is not finished; give its `bitladder run` command again first")
     return manifest, manifest.run

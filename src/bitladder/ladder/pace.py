@@ -1,122 +1,131 @@
 """How long a run will still take, from how long its work has taken so far.
 
-Each step has an amount: roughly the tokens it decodes, or as many tokens as its other work takes the time of. Amounts
-of one kind of step are in proportion to each other; how long a kind really takes is learnt from the steps of that kind
-that were done, and until there is one, from all others.
+Each step has parts, each part an amount of work on one scale: the tokens that could be decoded in the same time. How
+long a part of a kind really takes is learnt from parts of that kind that were done, and until there is one, from all
+others. Amounts follow from docs/rounding.md's formula and from runs of two models (benchmarks/pace.py).
 """
 
 from collections.abc import Mapping, Sequence
 
-from bitladder.ladder.plan import BENCH_REPETITIONS, TASK_CTX, RunOptions, Step
-from bitladder.text.texts import Text
+from bitladder.ladder.options import RunOptions
+from bitladder.ladder.steps.step import Extent, Part
+from bitladder.text import Text
 
-# Time per weight, as tokens decoded in the same time: a weight is used once a token. Coarse, and replaced by what is
-# seen; i-quants search a codebook for every block.
-CONVERT, QUANTIZE, QUANTIZE_IQ, ROUND = 200, 1500, 6000, 30_000
-MOMENTS = 4  # a token's gradients, beside its prediction
-TUNE = 8  # and a step of tuning
-GENERATED = 10  # a generated token takes the time of so many in a prompt
-QUESTION = 4 * TASK_CTX // 8  # tokens that a question's choices take
-PRICED = 40_000  # prices of all rungs together: hundreds of swaps over a few chunks
-PLANNED = 20_000  # a plan, tried and corrected
+# An estimate is given once this share of the time is over. Before that it could be wrong by more than a factor of 1.5.
+TOLD_AFTER = 0.1
+CHARACTERS = 4  # of a token, about
 
 
-def amounts(
-    steps: Sequence[Step], options: RunOptions, text_tokens: int, calibration_tokens: int, questions: int
-) -> dict[str, float]:
-    """Each step's amount of work, by its name.
+def extent_of(
+    options: RunOptions,
+    weights: int,
+    text: Text,
+    calibration: Sequence[Text],
+    questions: Mapping[str, int],
+    models: int,
+) -> Extent:
+    """How much there is to do.
 
-    Parameters: tokens of the text that is measured and of all calibration texts, as far as they are used; questions
-    asked of each model.
+    Parameters:
+        options: the options of the run.
+        weights: number of weights of the model.
+        text: what is measured with.
+        calibration: what is calibrated on.
+        questions: asked of each model, by benchmark.
+        models: files that are measured, with the full-precision model.
     """
-    decode = float(text_tokens + questions * QUESTION)
-    models = 1 + sum(step.kind == "quantize" for step in steps)
-    bench = sum(prompt + GENERATED * generated for prompt, generated in options.bench_tests) * BENCH_REPETITIONS
-    known: dict[str, float] = {
-        "convert": CONVERT,
-        "base": text_tokens,
-        "imatrix": calibration_tokens,
-        "smooth": 2 * CONVERT,
-        "trial": 2 * QUANTIZE,
-        "moments": MOMENTS * options.moments_chunks * options.n_ctx * len(options.calibration),
-        "price": PRICED,
-        "plan": PLANNED,
-        "measure": decode,
-        "bench": bench * models,
-    }
-    found = {}
-    for step in steps:
-        made = QUANTIZE_IQ if (step.rung or "").startswith("IQ") else QUANTIZE
-        tuned = TUNE * options.tune_chunks * options.n_ctx * len(options.calibration)
-        rounded = made if options.rounding == "stock" else ROUND + tuned
-        amount = {"quantize": rounded, "naive": made + decode}.get(step.kind, known.get(step.kind, 0))
-        if step.name == "measure base":
-            amount = questions * QUESTION  # its perplexity is in the base already
-        found[step.name] = float(amount)
-    return found
-
-
-def pace_of(
-    steps: Sequence[Step], options: RunOptions, text: Text, calibration: Sequence[Text], questions: int
-) -> "Pace":
-    """The pace of a run, as far as its work can be told beforehand; `questions` are asked of each model."""
 
     def tokens(texts: Sequence[Text], chunks: int | None) -> int:
-        counts = [len(one.text) // 4 for one in texts]  # a token is about four characters
-        return sum(min(count, chunks * options.n_ctx) if chunks else count for count in counts)
+        counts = [len(one.text) // CHARACTERS for one in texts]
+        return sum(min(count, chunks * options.decoding.n_ctx) if chunks else count for count in counts)
 
-    scored, used = tokens([text], options.chunks), tokens(calibration, options.imatrix_chunks)
-    work = amounts(steps, options, text_tokens=scored, calibration_tokens=used, questions=questions)
-    return Pace({step.name: step.kind for step in steps}, work)
+    return Extent(
+        weights=weights,
+        text=tokens([text], options.chunks),
+        imatrix=tokens(calibration, options.imatrix_chunks),
+        moments=tokens(calibration, options.moments.moments_chunks),
+        plain_moments=tokens(calibration, options.moments.plain_share * options.moments.moments_chunks),
+        tuned=tokens(calibration, options.refine.tuning.tune_chunks) if options.tunes else 0,
+        chunk=options.decoding.n_ctx,
+        questions=dict(questions),
+        models=models,
+    )
 
 
 class Pace:
-    """Times of steps; the clock is the caller's, in seconds. `kinds` and `amounts` are by a step's name."""
+    """Times of the parts of steps. The clock is the caller's, in seconds.
 
-    def __init__(self, kinds: Mapping[str, str], amounts: Mapping[str, float]) -> None:
-        self._kinds, self._amounts = kinds, amounts
-        self._left = dict.fromkeys(kinds)
+    Parameters:
+        parts: the parts of each step, by its name.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[Part]]) -> None:
+        self._left = {step: list(of_step) for step, of_step in parts.items()}
         self._seen: dict[str, tuple[float, float]] = {}  # kind → amount done, seconds
-        self._now: tuple[str, float, float] | None = None  # step under way, when it began, its share done
+        self._spent = 0.0  # seconds of work
+        self._step = ""
+        self._began = 0.0
+        self._part: Part | None = None
+        self._share = 0.0
 
     def begin(self, step: str, now: float) -> None:
         """A step begins."""
-        self._now = (step, now, 0.0)
+        self._step, self._began = step, now
+        self._part, self._share = None, 0.0
+
+    def bar(self, label: str, now: float) -> None:
+        """A progress bar of the step begins. The part that it stands for begins too, and the one before is over."""
+        for index, part in enumerate(self._left.get(self._step, [])):
+            if part.bar in label.lower():
+                self._finish_part(now)
+                self._part, self._share, self._began = self._left[self._step].pop(index), 0.0, now
+                return
 
     def advance(self, share: float) -> None:
-        """The step under way is done to this share (0 … 1). What it says goes up only."""
-        if self._now is not None:
-            self._now = (*self._now[:2], min(1.0, max(share, self._now[2])))
+        """The part under way is done to this share (0 … 1), which goes up only."""
+        self._share = min(1.0, max(share, self._share))
 
     def end(self, now: float, *, made: bool) -> None:
-        """The step under way is over; `made` is False if it was complete from before, which tells nothing of time."""
-        if self._now is None:
-            return
-        step, began, _ = self._now
-        self._now = None
-        self._left.pop(step, None)
+        """The step is over. `made` is False if it was complete from before, which tells nothing of time."""
         if made:
-            self._add(self._seen, step, self._amounts[step], now - began)
+            self._finish_part(now)
+        self._left.pop(self._step, None)
+        self._part = None
 
     def left(self, now: float) -> float | None:
-        """Seconds until the last step is done; None while nothing has been seen of any work."""
+        """Seconds until the last step is done; None until enough was seen to be right within a factor of 1.5."""
         seen, rest = dict(self._seen), 0.0
-        done_now = 0.0
-        if self._now is not None:
-            step, began, share = self._now
-            if share > 0:
-                self._add(seen, step, self._amounts[step] * share, now - began)
-                done_now = self._amounts[step] * share
-        amount, seconds = (sum(part[i] for part in seen.values()) for i in (0, 1))
+        spent = self._spent
+        if self._part is not None:
+            elapsed = now - self._began
+            spent += elapsed
+            if self._share > 0:
+                done = self._part.amount * self._share
+                _add(seen, self._part.kind, done, elapsed)
+                rest += (self._part.amount - done) * elapsed / done
+        amount, seconds = (sum(one[place] for one in seen.values()) for place in (0, 1))
         if not amount:
             return None
-        for step in self._left:
-            own_amount, own_seconds = seen.get(self._kinds[step], (0.0, 0.0))
-            per = own_seconds / own_amount if own_amount else seconds / amount
-            todo = self._amounts[step] - (done_now if self._now and step == self._now[0] else 0.0)
-            rest += todo * per
-        return rest
+        if self._part is not None and not self._share:
+            expected = self._part.amount * _rate(seen, self._part.kind, seconds / amount)
+            rest += max(expected - (now - self._began), 0.0)
+        for parts in self._left.values():
+            rest += sum(part.amount * _rate(seen, part.kind, seconds / amount) for part in parts)
+        return rest if spent >= TOLD_AFTER * (spent + rest) else None
 
-    def _add(self, to: dict[str, tuple[float, float]], step: str, amount: float, seconds: float) -> None:
-        before = to.get(self._kinds[step], (0.0, 0.0))
-        to[self._kinds[step]] = (before[0] + amount, before[1] + seconds)
+    def _finish_part(self, now: float) -> None:
+        if self._part is not None:
+            _add(self._seen, self._part.kind, self._part.amount, now - self._began)
+            self._spent += now - self._began
+        self._part = None
+
+
+def _add(seen: dict[str, tuple[float, float]], kind: str, amount: float, seconds: float) -> None:
+    before = seen.get(kind, (0.0, 0.0))
+    seen[kind] = (before[0] + amount, before[1] + seconds)
+
+
+def _rate(seen: Mapping[str, tuple[float, float]], kind: str, otherwise: float) -> float:
+    """Seconds of a unit of work of a kind."""
+    amount, seconds = seen.get(kind, (0.0, 0.0))
+    return seconds / amount if amount else otherwise

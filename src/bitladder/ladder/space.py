@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from bitladder.convert import Checkpoint
 from bitladder.errors import BitladderError
 from bitladder.gguf.reader import GgufFile
-from bitladder.ladder.plan import RunOptions
+from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Source
 
 # Bits per weight of a preset on a model of some size; small models, with more of them in the embeddings, need more.
@@ -39,7 +39,7 @@ def check_room(options: RunOptions, source: Source, present: Iterable[str]) -> N
     convert = not source.is_gguf and "convert" not in done
     parameters = parameters_of(source)
     needed = bytes_needed(parameters, rungs, options.outtype if convert else None)
-    if options.smooth and "smooth" not in done:
+    if options.smooths and "smooth" not in done:
         needed += bytes_needed(parameters, (), options.outtype)
     free = shutil.disk_usage(options.out).free
     if needed > free:

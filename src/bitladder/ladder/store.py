@@ -7,29 +7,21 @@ Paths are in no key: a run directory can be moved.
 """
 
 import contextlib
-import dataclasses
-import json
+import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from bitladder.errors import BitladderError, UsageError
-from bitladder.files import sha256_bytes, sha256_file
+from bitladder.files import sha256_file
 from bitladder.gguf.shards import joined_sha256, shards_of
-from bitladder.ladder import lock, manifest
-from bitladder.ladder.manifest import CachedHash, Manifest, OutputFile, RunRecord, StepRecord
+from bitladder.keys import key_of
+from bitladder.ladder.layout import Layout
+from bitladder.ladder.manifest import CachedHash, Manifest, OutputFile, RunRecord, StepRecord, load_manifest
+from bitladder.ladder.steps.step import Product
 from bitladder.progress import SILENT, Progress
-
-# What a run writes; found without a manifest, it belongs to somebody else.
-OURS = ("README.md", "report.html", "recipes", "scores", "*.gguf")
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """What the work of a step gives: the files it wrote (the one that later steps read comes first), and facts."""
-
-    files: Sequence[pathlib.Path]
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Store:
@@ -61,7 +53,7 @@ class Store:
     def ensure(self, name: str, inputs: Mapping[str, Any], work: Callable[[], Product]) -> StepRecord:
         """The record of step `name`, after doing `work` if it is not complete with exactly these `inputs` (JSON)."""
         inputs = {"step": name, **inputs}
-        key = step_key(inputs)
+        key = key_of(inputs)
         last = self.manifest.steps.get(name)
         if last is not None:
             reason = self._why_again(last, key, inputs)
@@ -72,9 +64,11 @@ class Store:
         if run is not None and run.complete:
             self.manifest.run = run.model_copy(update={"complete": False})
             self._save()
+        began = time.monotonic()
         product = work()
+        seconds = round(time.monotonic() - began, 3)
         outputs = [self._output(path) for path in product.files]
-        record = StepRecord(key=key, inputs=inputs, outputs=outputs, facts=dict(product.facts))
+        record = StepRecord(key=key, inputs=inputs, outputs=outputs, facts=dict(product.facts), seconds=seconds)
         self.manifest.steps[name] = record
         self._save()
         self.made.append(name)
@@ -121,8 +115,7 @@ class Store:
     def _why_again(self, last: StepRecord, key: str, inputs: Mapping[str, Any]) -> str | None:
         """Why a recorded step does not count, in words; None if it does."""
         if last.key != key:
-            differing = [name for name in {**last.inputs, **inputs} if last.inputs.get(name) != inputs.get(name)]
-            return f"{' and '.join(differing) or 'its key'} changed"
+            return f"{' and '.join(_differing(last.inputs, inputs)) or 'its key'} changed"
         for output in last.outputs:
             path = self.path(output)
             if not path.is_file():
@@ -143,9 +136,18 @@ class Store:
         self._changed = False
 
 
-def step_key(inputs: Mapping[str, Any]) -> str:
-    """The hash of a step's inputs (JSON values; the order of keys does not matter)."""
-    return sha256_bytes(json.dumps(inputs, sort_keys=True, ensure_ascii=False, allow_nan=False).encode())
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of inputs that differ; of options and versions, their own names."""
+    names: list[str] = []
+    for name in dict.fromkeys((*before, *now)):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name in ("options", "versions") and isinstance(old, Mapping) and isinstance(new, Mapping):
+            names += [f"{name.removesuffix('s')} {part}" for part in {**old, **new} if old.get(part) != new.get(part)]
+        else:
+            names.append(name)
+    return names
 
 
 @contextlib.contextmanager
@@ -164,8 +166,8 @@ def open_store(
         raise UsageError(f"--out {folder} is a file; name a directory") from None
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from error
-    with lock.locked(folder):
-        found = manifest.load_manifest(folder)
+    with locked(folder):
+        found = load_manifest(folder)
         if found is None:
             _refuse_strangers(folder, keep)
             found = Manifest()
@@ -176,7 +178,7 @@ def open_store(
 
 def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
     kept = shards_of(keep) if keep is not None else ()
-    for pattern in OURS:
+    for pattern in Layout(folder).written_by_runs():
         for path in sorted(folder.glob(pattern)):
             if not any(part.exists() and path.samefile(part) for part in kept):
                 raise UsageError(
@@ -186,6 +188,58 @@ def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
 
 def _sweep(folder: pathlib.Path) -> None:
     """Remove the temporary files of a killed run (see files.replacing). The lock is held, so nobody uses them."""
-    for place in (folder, folder / "recipes", folder / "measured", folder / "scores"):
+    for place in Layout(folder).with_temporary_files():
         for path in place.glob(".*.tmp"):
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Hold the directory's lock. The system gives it back when the process ends, however it ends.
+
+    Raises BitladderError, with the number of the process that holds it, if another run is at work there.
+    """
+    descriptor = _open_lock(folder)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        try:
+            yield
+        finally:
+            # Nobody else can hold it now; a killed run leaves the file, which does no harm.
+            Layout(folder).lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(folder: pathlib.Path) -> int:
+    """The lock file, opened and locked."""
+    path = Layout(folder).lock
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise BitladderError(f"cannot write in {folder}: {error.strerror}") from error
+        if not _lock(descriptor):
+            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(descriptor)
+            raise BitladderError(f"another bitladder is at work in {folder} (process {holder}); wait until it is done")
+        # The last holder may have removed the file after it was opened here: then the lock is on no name any more.
+        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            return descriptor
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    if sys.platform == "win32":  # no advisory locks of this kind there
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # Some network file systems have no locks at all: better without one than not to run there.
+        return True
+    return True

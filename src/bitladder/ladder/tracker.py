@@ -35,6 +35,7 @@ class Status:
     count: int
     seconds_left: float | None
     working: bool
+    rungs: tuple[str, ...]
     best: Mapping[str, Best]
 
 
@@ -48,11 +49,13 @@ class Tracker:
         self,
         pace: Pace,
         count: int,
+        rungs: tuple[str, ...],
         progress: Progress,
         watch: Watch | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pace, self._count, self._progress, self._watch, self._clock = pace, count, progress, watch, clock
+        self._pace, self._count, self._rungs = pace, count, rungs
+        self._progress, self._watch, self._clock = progress, watch, clock
         self._step, self._number = "", 0
         self._best: dict[str, Best] = {}
         self._depth = 0
@@ -68,21 +71,23 @@ class Tracker:
         self._pace.end(self._clock(), made=made())
         self._tell()
 
-    def found(self, rung: str, best: Best) -> None:
+    def rung_tried(self, rung: str, best: Best) -> None:
         """A candidate of a rung was measured: told if it is the first, or has less KLD than the best so far."""
         if rung not in self._best or best.kld < self._best[rung].kld:
             self._best[rung] = best
             self._tell()
 
-    def found_scores(self, rung: str, scores: Mapping[str, Any], name: str = "") -> None:
-        """As `found`, from a Scores JSON."""
+    def rung_scored(self, rung: str, scores: Mapping[str, Any], name: str = "") -> None:
+        """As `rung_tried`, from a Scores JSON."""
         if kld := scores.get("kld"):
-            self.found(rung, Best(name, scores["bytes"], kld["value"], kld["error"]))
+            self.rung_tried(rung, Best(name, scores["bytes"], kld["value"], kld["error"]))
 
     @contextlib.contextmanager
     def task(self, label: str, total: float) -> Iterator[Bar]:
-        """A piece of work. The outermost one is taken for the step's advance."""
+        """A piece of work. The outermost one stands for a part of the step."""
         self._depth += 1
+        if self._depth == 1:
+            self._pace.bar(label, self._clock())
         if not self._working:
             self._working = True
             self._tell()
@@ -107,7 +112,9 @@ class Tracker:
     def _tell(self) -> None:
         if self._watch is not None:
             left = self._pace.left(self._clock())
-            self._watch(Status(self._step, self._number, self._count, left, self._working, dict(self._best)))
+            self._watch(
+                Status(self._step, self._number, self._count, left, self._working, self._rungs, dict(self._best))
+            )
 
 
 class _Counted:

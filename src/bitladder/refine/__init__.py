@@ -4,6 +4,7 @@ from bitladder.refine.model_files import ModelFiles
 from bitladder.refine.options import GuardOptions, RefineOptions, SmoothingOptions, TuneOptions
 from bitladder.refine.round import (
     GUARD,
+    OUTPUT_ROUNDING,
     ROUNDED_QUANT,
     GuardReport,
     GuardTrial,
@@ -27,6 +28,7 @@ from bitladder.refine.verify import VerifiedQuant, verify
 
 __all__ = [
     "GUARD",
+    "OUTPUT_ROUNDING",
     "ROUNDED_QUANT",
     "SMOOTHING",
     "SMOOTHING_TRIAL",

@@ -1,4 +1,4 @@
-"""Second moments made ready for rounding: damped, factored, and cut into the blocks of a format."""
+"""Second moments made ready for rounding: shrunk, damped, factored, and cut into the blocks of a type."""
 
 import dataclasses
 
@@ -8,18 +8,23 @@ import numpy.typing as npt
 from bitladder.errors import BitladderError
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
-# Of the mean diagonal: less damping and float32 cannot tell a small eigenvalue from none, nor blocks be inverted.
+# Of the mean diagonal. With less damping float32 cannot tell a small eigenvalue from 0, and no block can be inverted.
 LEAST_DAMPING = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """H = U D Uᵀ with U unit upper triangular, whole and for each diagonal block.
+    """H = U D Uᵀ with U unit upper triangular, of the whole matrix and of each diagonal block.
 
-    `h` float32 [n, n], damped. `order` int64 [n]: in which order columns are rounded; `ut` float32 [n, n] is Uᵀ in that
-    order. `local_ut` [n/sub, sub, sub], `local_d` [n/sub, sub] and `local_inverse` [n/sub, sub, sub] belong to the
-    diagonal blocks.
+    Parameters:
+        h: damped H, float32 [n, n].
+        ut: Uᵀ in the order of rounding, float32 [n, n].
+        order: numbers of the columns in the order of rounding, int64 [n].
+        local_ut: Uᵀ of the diagonal blocks, float32 [n/sub, sub, sub].
+        local_d: D of the diagonal blocks, float32 [n/sub, sub].
+        local_inverse: inverses of the diagonal blocks, float32 [n/sub, sub, sub].
     """
 
     h: Floats
@@ -30,11 +35,30 @@ class Factors:
     local_inverse: Floats
 
 
-def damped(h: npt.NDArray[np.floating], damping: float) -> npt.NDArray[np.float64]:
-    """H in float64, scaled to a mean diagonal of 1, with `damping` (at least LEAST_DAMPING) added to it.
+def shrunk(h: npt.NDArray[np.floating], shrinkage: float) -> Floats:
+    """H [n, n] whose entries off the diagonal are reduced by the fraction `shrinkage`, float32.
 
-    Channels that no token reached get the damping alone, so that their weights are rounded each by itself. A matrix of
-    zeros becomes the unit matrix. Raises BitladderError if H is not finite.
+    Correlations in a calibration text belong in part to that text alone, and the more so the fewer its tokens. What is
+    fitted to them harms on other text.
+
+    Example:
+        >>> shrunk(np.array([[2.0, 1.0], [1.0, 2.0]]), 0.25).tolist()
+        [[2.0, 0.75], [0.75, 2.0]]
+    """
+    reduced = h.astype(np.float32) * np.float32(1 - shrinkage)
+    reduced[np.diag_indices(len(reduced))] = np.diag(h)
+    return reduced
+
+
+def damped(h: npt.NDArray[np.floating], damping: float) -> Doubles:
+    """H [n, n], scaled to a mean diagonal of 1, with `damping` (at least LEAST_DAMPING) added to the diagonal, float64.
+
+    Channels that no token reached get the damping alone: each of their weights is rounded by itself. A matrix of zeros
+    becomes the unit matrix. Raises BitladderError if H is not finite.
+
+    Example:
+        >>> damped(np.array([[3.0, 1.0], [1.0, 1.0]]), 0.5).tolist()
+        [[2.0, 0.5], [0.5, 1.0]]
     """
     full = np.asarray(h, np.float64)
     if not np.isfinite(full).all():
@@ -48,22 +72,15 @@ def damped(h: npt.NDArray[np.floating], damping: float) -> npt.NDArray[np.float6
     return full
 
 
-def shrunk(h: npt.NDArray[np.floating], shrinkage: float) -> Floats:
-    """H with what is off its diagonal made smaller by the fraction `shrinkage`, float32.
+def upper_factor(h: Doubles) -> tuple[Doubles, Doubles]:
+    """U [n, n], unit upper triangular, and D [n] with H = U diag(D) Uᵀ: Cholesky's factor of H turned upside down.
 
-    Correlations seen on a calibration text are in part that text's alone, and the more so the fewer its tokens; what
-    is fitted to them harms on other text.
-    """
-    less = h.astype(np.float32) * np.float32(1 - shrinkage)
-    less[np.diag_indices(len(less))] = np.diag(h)
-    return less
+    The diagonal of a matrix that rounding made indefinite is raised until the matrix is positive definite.
 
-
-def upper_factor(h: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """U, unit upper triangular, and D with H = U diag(D) Uᵀ.
-
-    Cholesky's factor of H turned upside down. A matrix that rounding has made indefinite gets its diagonal raised until
-    it is not.
+    Example:
+        >>> upper, d = upper_factor(np.array([[2.0, 1.0], [1.0, 1.0]]))
+        >>> upper.tolist(), d.tolist()
+        ([[1.0, 1.0], [0.0, 1.0]], [1.0, 1.0])
     """
     turned = h[::-1, ::-1]
     extra = 0.0
@@ -78,17 +95,27 @@ def upper_factor(h: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], n
     return upper / root, root**2
 
 
-def factor(h: npt.NDArray[np.floating], sub: int, damping: float, by_importance: bool = False) -> Factors:
-    """Prepare second moments [n, n] for a format of `sub`-wide blocks.
+def diagonal_blocks(matrix: Doubles, width: int) -> Doubles:
+    """The diagonal blocks of a matrix [n, n], float64 [n/width, width, width]."""
+    return np.stack([matrix[at : at + width, at : at + width] for at in range(0, len(matrix), width)])
 
-    `by_importance` rounds columns in descending order of H's diagonal instead of from left to right. Raises
-    BitladderError if H is not finite.
+
+def factor(h: npt.NDArray[np.floating], sub: int, damping: float, by_importance: bool = False) -> Factors:
+    """Factors of second moments for a type that stores an index for each weight.
+
+    Parameters:
+        h: second moments of the inputs, [n, n].
+        sub: weights of a sub-block.
+        damping: as for `damped`.
+        by_importance: columns are rounded in descending order of the diagonal of H, not from left to right.
+
+    Raises:
+        BitladderError: H is not finite.
     """
     full = damped(h, damping)
-    n = len(full)
-    order = np.argsort(-np.diag(full), kind="stable") if by_importance else np.arange(n)
+    order = np.argsort(-np.diag(full), kind="stable") if by_importance else np.arange(len(full))
     upper, _ = upper_factor(full[np.ix_(order, order)])
-    blocks = np.stack([full[at : at + sub, at : at + sub] for at in range(0, n, sub)])
+    blocks = diagonal_blocks(full, sub)
     local = [upper_factor(block) for block in blocks]
     return Factors(
         np.ascontiguousarray(full, np.float32),
@@ -101,11 +128,17 @@ def factor(h: npt.NDArray[np.floating], sub: int, damping: float, by_importance:
 
 
 def couplings(outputs: npt.NDArray[np.floating] | None, damping: float) -> tuple[Floats, Floats]:
-    """What rows make up for of each other's errors, float32 [rows, rows] twice; [0, 0] without output moments.
+    """How rows make up for each other's errors.
 
-    With O = U D Uᵀ, tr(O Δ H Δᵀ) is Σ_i D_i |Δ_i + Σ_{k<i} U_ki Δ_k|²_H: [i, k] of the first is U_ki, for rows that are
-    rounded one after the other. Seen from one row with all others as they are, it is O_ii |Δ_i + Σ_k O_ik/O_ii Δ_k|²_H:
-    that is the second.
+    With O = U D Uᵀ, tr(O Δ H Δᵀ) is Σ_i D_i |Δ_i + Σ_{k<i} U_ki Δ_k|²_H. That counts while rows are rounded one after
+    the other. Seen from one row, with all others as they are, it is O_ii |Δ_i + Σ_k O_ik/O_ii Δ_k|²_H.
+
+    Parameters:
+        outputs: second moments O of the gradients at the outputs, [rows, rows], or None.
+        damping: as for `damped`.
+
+    Returns:
+        U_ki at [i, k], and O_ik/O_ii at [i, k], float32 [rows, rows] each; [0, 0] without output moments.
     """
     if outputs is None:
         return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)

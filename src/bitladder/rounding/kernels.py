@@ -3,6 +3,10 @@
 All of them lower f = (t − v)ᵀ H (t − v) for one row: t is the target, v the values that the type can say, H the second
 moments of the input. `delta` is t − v and `slope` is H · delta, half of −∂f/∂v. Later passes only move the two along
 with v. Their delta may be w − v, where t is the weight w plus what the row makes up for of other rows' errors.
+
+Example:
+    >>> float(half(np.float32(0.1))), float(half(np.float32(1e6)))
+    (0.0999755859375, 65504.0)
 """
 
 from typing import Any

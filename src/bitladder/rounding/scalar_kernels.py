@@ -3,6 +3,10 @@
 H = U D Uᵀ with U unit upper triangular turns f into Σ_j D_j (delta_j + Σ_{k<j} delta_k U_kj)². Rounding column j to
 t_j + Σ_{k<j} delta_k U_kj makes each term as small as it can be once the columns before it are settled (LDLQ,
 arXiv 2307.13304, which is GPTQ, 2210.17323). `ut` is Uᵀ, so that what column j needs lies in one row.
+
+Example:
+    >>> nearest(np.float32(2.6), np.arange(-4, 4, dtype=np.float32), True, 0)
+    7
 """
 
 from typing import NamedTuple

@@ -4,6 +4,11 @@
 
 d and dmin are F16 numbers of a block, scale and minimum small integers of a sub-block. The products are computed in
 float32, as the library's kernels compute them. A type without scales has 1 in their place, and so for minimums.
+
+Example:
+    >>> data = np.concatenate([np.array([0.5], np.float16).view(np.uint8), np.full(16, 0x8A, np.uint8)])
+    >>> SCALAR_TYPES["q4_0"].unpack(data, 32).values()[0, [0, 16]].tolist()
+    [1.0, 0.0]
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.rounding.block_types import Floats
-from bitladder.rounding.factors import damped, upper_factor
+from bitladder.rounding.factors import damped, diagonal_blocks, upper_factor
 from bitladder.rounding.options import RoundingOptions
 from bitladder.rounding.point_kernels import Points
 from bitladder.rounding.vector_kernels import Local, Opening, PointRows, Scales, change_points, open_points
@@ -65,24 +65,22 @@ def open_factors(h: npt.NDArray[np.float64], sub: int, by_importance: bool) -> O
         sub: columns of a sub-block.
         by_importance: sub-blocks with large inputs first, not from left to right.
     """
-    n = len(h)
     weight = np.diag(h).reshape(-1, sub).sum(axis=1)
-    order = np.argsort(-weight, kind="stable") if by_importance else np.arange(n // sub)
+    order = np.argsort(-weight, kind="stable") if by_importance else np.arange(len(weight))
     columns = (order[:, None] * sub + np.arange(sub)).reshape(-1)
     upper, d = upper_factor(h[np.ix_(columns, columns)])
     triangle = np.sqrt(d)[:, None] * upper.T
-    triangles = np.stack([triangle[at : at + sub, at : at + sub] for at in range(0, n, sub)])
     return Opening(
         np.ascontiguousarray(upper.T, np.float32),
         order.astype(np.int64),
         np.sqrt(d).astype(np.float32),
-        triangles.astype(np.float32),
+        diagonal_blocks(triangle, sub).astype(np.float32),
     )
 
 
 def local_factors(h: npt.NDArray[np.float64], width: int) -> Local:
     """T with TᵀT = H_b and the inverse of H_b, for the diagonal blocks of H [n, n] of a width."""
-    blocks = np.stack([h[at : at + width, at : at + width] for at in range(0, len(h), width)])
+    blocks = diagonal_blocks(h, width)
     triangles = []
     for block in blocks:
         upper, d = upper_factor(block)

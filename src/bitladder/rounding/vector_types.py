@@ -5,6 +5,10 @@ Four or eight columns share the index of a point, which holds their magnitudes. 
     weight = ± point[column] · step,   step = d · offset · (1 + 2 · scale)
 
 The grids are the library's: its own kernel decodes blocks that hold every index once.
+
+Example:
+    >>> VECTOR_TYPES["iq3_s"].grid.shape, float(VECTOR_TYPES["iq3_s"].grid.max())
+    ((512, 4), 15.0)
 """
 
 import dataclasses

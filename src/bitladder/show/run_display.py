@@ -1,12 +1,13 @@
 """What `bitladder run` shows while it works: the step, the time left, and the best so far of each rung."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bitladder.show.output import Output
 
 if TYPE_CHECKING:
+    from bitladder.ladder import RunResult
     from bitladder.ladder.tracker import Best, Status
 
 
@@ -15,8 +16,8 @@ class RunDisplay:
     that is really done and for each rung that gets better.
     """
 
-    def __init__(self, output: Output, rungs: Sequence[str]) -> None:
-        self._output, self._rungs = output, list(rungs)
+    def __init__(self, output: Output) -> None:
+        self._output = output
         self._status: Status | None = None
         self._told = 0
         self._best: dict[str, Best] = {}
@@ -52,7 +53,7 @@ class RunDisplay:
         table = Table(box=None, pad_edge=False, show_header=False)
         for _ in range(2):
             table.add_column(no_wrap=True)
-        for rung in self._rungs:
+        for rung in status.rungs:
             best = status.best.get(rung)
             table.add_row(rung, line(best) if best else "–")
         left = duration(status.seconds_left) if status.seconds_left is not None else "not known yet"
@@ -76,3 +77,19 @@ def duration(seconds: float) -> str:
         return f"about {max(10, 10 * round(seconds / 10))} s"
     minutes = round(seconds / 60)
     return f"about {minutes} min" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min"
+
+
+def result_table(result: "RunResult") -> Any:
+    """The figures of a run. Columns that are too narrow wrap; no figure is cut off."""
+    from rich.table import Column, Table
+
+    from bitladder.show.ladder_tables import ladder_rows
+
+    others = result.labels[1 + len(result.rungs) :]
+    labels = ["full", *result.rungs, *(f"{name} †" for name in others)]
+    heads = ("GB", "bpw", "PPL", "ρPPL", "KLD", "RMS Δp")
+    columns = (Column(head, justify="right", overflow="fold") for head in heads)
+    table = Table("quant", *columns, box=None, pad_edge=False, collapse_padding=True)
+    for row in ladder_rows(result.scores, labels):
+        table.add_row(row.label, row.size, row.bpw, row.ppl, row.rho, row.kld, row.rms)
+    return table

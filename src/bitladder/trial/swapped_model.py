@@ -24,7 +24,7 @@ from bitladder.engine.types import TensorType, type_by_name
 from bitladder.engine.weights import Weights
 from bitladder.errors import BitladderError
 from bitladder.evaluate import HiddenBase, Settings, Workers, compare_with_base, identify, load_or_compute_base
-from bitladder.keys import Algorithm, key_of, versions_of
+from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text
 from bitladder.trial.render import RENDERING, Renderer
@@ -37,6 +37,7 @@ SWAPPED_KLD = Algorithm(
         "weights are replaced in the loaded model",
         "inputs of swapped weights are rounded as the kernels of their types round them",
     ),
+    uses=(RENDERING,),
 )
 
 
@@ -202,7 +203,7 @@ def measurement_inputs(base: HiddenBase, renderer: Renderer, decoding: Decoding)
         "importance": renderer.importance_sha256(),
         "rounding": renderer.rounding.key,
         "library": versions()["llama_cpp_commit"],
-        "algorithms": versions_of(RENDERING, SWAPPED_KLD),
+        "algorithms": SWAPPED_KLD.versions(),
     }
 
 

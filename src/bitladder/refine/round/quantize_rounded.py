@@ -25,12 +25,12 @@ from bitladder.refine.round.output_rounding import (
     refuse_other_moments,
 )
 from bitladder.text import Text, excerpts, joined
-from bitladder.trial import RENDERING, Renderer, kept_base, render_all
+from bitladder.trial import Renderer, kept_base, render_all
 
 ROUNDED_QUANT = Algorithm(
     "rounded quant",
     ("the preset's or a recipe's types, rounded blocks where the guard keeps them",),
-    uses=(OUTPUT_ROUNDING, RENDERING, GUARD),
+    uses=(OUTPUT_ROUNDING, GUARD),
 )
 
 # What the file says of its blocks, for `bitladder verify`.

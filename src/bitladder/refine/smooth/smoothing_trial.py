@@ -17,7 +17,7 @@ from bitladder.refine.model_files import ModelFiles
 from bitladder.refine.options import SmoothingOptions
 from bitladder.refine.smooth.smoothed_model import SMOOTHING
 from bitladder.text import Text, excerpts, joined
-from bitladder.trial import RENDERING, SWAPPED_KLD, Renderer, SwappedModel, kept_base
+from bitladder.trial import SWAPPED_KLD, Renderer, SwappedModel, kept_base
 
 SMOOTHING_TRIAL = Algorithm(
     "smoothing trial",
@@ -25,7 +25,7 @@ SMOOTHING_TRIAL = Algorithm(
         "quants of both models are compared with full precision",
         "blocks of both are swapped into the loaded models, as where recipes are planned",
     ),
-    uses=(SMOOTHING, RENDERING, SWAPPED_KLD),
+    uses=(SMOOTHING, SWAPPED_KLD),
 )
 
 PRESET = "Q4_K_M"

@@ -1,0 +1,182 @@
+"""What the steps of a run share: options, paths, texts, the records of earlier steps, and what stays open."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bitladder import evaluate
+from bitladder.closing import Closing
+from bitladder.ladder.layout import Layout
+from bitladder.ladder.manifest import StepRecord
+from bitladder.ladder.options import RunOptions
+from bitladder.ladder.others import Other
+from bitladder.ladder.source import Source
+from bitladder.ladder.steps.step import Step
+from bitladder.ladder.store import Store
+from bitladder.ladder.tracker import Tracker
+from bitladder.plan import PlanInputs, Planner
+from bitladder.recipe import TextUsed
+from bitladder.refine import ModelFiles
+from bitladder.text import Text, joined
+
+BASE = "base"
+
+
+class Run(Closing):
+    """A run at work.
+
+    Parameters:
+        options: what was asked for.
+        source: the model, as it was given.
+        store: the open run directory.
+        text: the text to measure with.
+        calibration: the texts to calibrate on.
+        tasks: the benchmarks to score with.
+        others: files of somebody else.
+        progress: who listens.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        source: Source,
+        store: Store,
+        *,
+        text: Text,
+        calibration: Sequence[Text],
+        tasks: Sequence[evaluate.QuestionSet],
+        others: Sequence[Other],
+        progress: Tracker,
+    ) -> None:
+        self.options, self.source, self.store, self.progress = options, source, store, progress
+        self.layout = Layout(store.folder)
+        self.text, self.calibration, self.tasks = text, list(calibration), list(tasks)
+        self.others = {other.name: other for other in others}
+        self._records: dict[str, StepRecord] = {}
+        self._digests = self._input_digests()
+        self._open_base: evaluate.HiddenBase | None = None
+        self._open_planner: tuple[bool, Planner] | None = None
+
+    def _input_digests(self) -> dict[str, Any]:
+        digests: dict[str, Any] = {
+            "model": self.source.digest(self.store),
+            "text": text_used(self.text).model_dump(),
+            "calibration": [text_used(text).model_dump() for text in self.calibration],
+            "tasks": [[task.name, task.source, task.sha256] for task in self.tasks],
+        }
+        for other in self.others.values():
+            digests[f"file {other.name}"] = self.store.sha256(other.path, f"file: {other.name}")
+        if self.options.converter:
+            label = f"converter: {self.options.converter.name}"
+            digests["converter"] = self.store.sha256(self.options.converter, label)
+        return digests
+
+    def close(self) -> None:
+        """Frees the loaded models."""
+        if self._open_base is not None:
+            self._open_base.close()
+        self._open_base = None
+        self._close_planner()
+
+    def _close_planner(self) -> None:
+        if self._open_planner is not None:
+            self._open_planner[1].close()
+        self._open_planner = None
+
+    def do(self, step: Step) -> None:
+        """Does a step, unless the run directory has it."""
+        record = self.store.ensure(step.name, step.inputs(self, self._digests), lambda: step.make(self))
+        self._records[step.name] = record
+        if record.outputs:
+            self._digests[step.name] = {output.path: output.sha256 for output in record.outputs}
+        elif "file" in record.facts:  # a GGUF given as MODEL is used where it is
+            self._digests[step.name] = {record.facts["file"]: record.facts["sha256"]}
+        else:
+            self._digests[step.name] = {}
+        step.completed(self)
+
+    def facts(self, step: str) -> Mapping[str, Any]:
+        """What an earlier step noted; nothing if this run has no such step."""
+        record = self._records.get(step)
+        return record.facts if record else {}
+
+    def files(self, step: str) -> list[pathlib.Path]:
+        """The files that an earlier step wrote, in the order of its product."""
+        record = self._records.get(step)
+        return [self.store.path(output) for output in record.outputs] if record else []
+
+    def sha256(self, step: str) -> str:
+        """The content hash of the first file of an earlier step."""
+        record = self._records[step]
+        return record.outputs[0].sha256 if record.outputs else str(record.facts["sha256"])
+
+    @property
+    def full(self) -> pathlib.Path:
+        """The full-precision GGUF."""
+        files = self.files("convert")
+        return files[0] if files else self.source.path
+
+    def model(self, label: str) -> pathlib.Path:
+        """The file of a label: the full-precision model, a rung, or a file of somebody else."""
+        if label == BASE:
+            return self.full
+        return self.others[label].path if label in self.others else self.files(f"quantize {label}")[0]
+
+    def smoothed(self, rung: str) -> bool:
+        """Whether a rung is made of the smoothed model."""
+        return bool(self.facts(f"trial {rung}").get("smoothed"))
+
+    def settings(self) -> evaluate.Settings:
+        """How models are measured."""
+        decoding = self.options.decoding
+        return evaluate.Settings(
+            n_ctx=decoding.n_ctx,
+            n_ubatch=decoding.n_ubatch,
+            threads=decoding.threads,
+            gpu_layers=decoding.gpu_layers,
+            chunks=self.options.chunks,
+        )
+
+    def base(self) -> evaluate.HiddenBase:
+        """The base, opened once for all rungs: opening it hashes the full-precision model."""
+        if self._open_base is None:
+            identity = evaluate.identify(self.full)
+            self._open_base = evaluate.open_base(self.files("base")[0], self.text, self.settings(), identity)
+        return self._open_base
+
+    def material(self, *, smoothed: bool) -> ModelFiles:
+        """What rungs are made of: the model as it is or the smoothed one, its imatrix and its second moments."""
+        if smoothed:
+            model, imatrix, *moments = self.files("smooth")
+        else:
+            model, imatrix, moments = self.full, self.files("imatrix")[0], self.files("moments")
+        return ModelFiles(model, imatrix, tuple(moments))
+
+    def planner(self, *, smoothed: bool) -> Planner:
+        """The planner of one of the two materials. One is open at a time, because it holds a loaded model."""
+        if self._open_planner is None or self._open_planner[0] != smoothed:
+            self._close_planner()
+            files, options = self.material(smoothed=smoothed), self.options
+            inputs = PlanInputs(
+                files.model,
+                files.imatrix,
+                joined(self.calibration),
+                files.moments,
+                options.refine.rounding,
+                self.layout.material_work(smoothed=smoothed),
+            )
+            decoding = options.decoding
+            planning = options.planning.replace(threads=decoding.threads, gpu_layers=decoding.gpu_layers)
+            self._open_planner = (smoothed, Planner(inputs, planning, self.progress))
+        return self._open_planner[1]
+
+
+def text_used(text: Text) -> TextUsed:
+    """A text as recipes and steps name it."""
+    return TextUsed(name=text.name, sha256=text.sha256)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """A JSON file of the run directory."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,192 @@
+"""All that a run can be told."""
+
+import dataclasses
+import pathlib
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from bitladder.calibrate import RoundingMomentsOptions
+from bitladder.engine.decoding import Decoding
+from bitladder.errors import UsageError
+from bitladder.options import Options, option, words
+from bitladder.plan import PlanOptions
+from bitladder.refine import RefineOptions
+from bitladder.text import BUILTIN
+
+Mode = Literal["quality", "size", "naive"]
+# Presets that do not quantize: the full-precision file is no rung.
+FULL_PRECISION = ("ALL_F32", "F16", "BF16")
+ALL_RUNGS = ("all",)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions(Options):
+    """All that a run can be told. Raises UsageError for a value outside its limits.
+
+    `model` is a checkpoint's directory, a hub id or a full-precision GGUF file.
+    """
+
+    model: str
+    out: pathlib.Path = option(
+        ...,
+        "-o",
+        "--out",
+        names="file",
+        metavar="DIR",
+        help="Directory for everything. A run that was interrupted continues there.",
+    )
+    rungs: tuple[str, ...] = option(
+        ALL_RUNGS, "--ladder", commas=True, metavar="RUNGS", help="Presets separated by commas, or all (twelve)."
+    )
+    calibration: tuple[str, ...] = option(
+        (BUILTIN[0],),
+        "--calibration",
+        names="text",
+        metavar="TEXT",
+        help="Text to calibrate on: a file, or a built-in text.",
+    )
+    text: str = option(BUILTIN[1], "--text", names="text", metavar="TEXT", help="Text to measure with.")
+    chunks: int | None = option(
+        None, "--chunks", least=1, metavar="N", unset="all", help="Measure on at most N chunks of the text."
+    )
+    imatrix_chunks: int | None = option(
+        None,
+        "--imatrix-chunks",
+        least=1,
+        metavar="N",
+        unset="all",
+        help="Use at most N chunks of each calibration text for the importance matrix.",
+    )
+    mode: Mode = option(
+        "quality",
+        "--mode",
+        help="quality: best file at the size of the preset; size: smallest file at the KLD of the preset; naive: the "
+        "types of the preset.",
+    )
+    moments: RoundingMomentsOptions = option(RoundingMomentsOptions)
+    refine: RefineOptions = option(RefineOptions)
+    planning: PlanOptions = option(PlanOptions, closed=True)
+    smooth: bool | None = option(
+        None,
+        "--smooth/--no-smooth",
+        unset="yes, but for --mode naive --rounding stock",
+        help="Rescale channels first: the same model, less quantization loss.",
+    )
+    tasks: str | None = option(
+        None,
+        "--tasks",
+        names="tasks",
+        metavar="TASKS",
+        help="Benchmarks to score with, as for eval: NAME:FILE,… or continuation:TEXT.",
+    )
+    task_count: int | None = option(
+        None, "--task-count", least=1, metavar="N", unset="all", help="Questions of each task, drawn."
+    )
+    task_ctx: int = 768
+    compare: tuple[str, ...] = option(
+        (),
+        "--compare",
+        names="model",
+        metavar="MODEL",
+        help="A GGUF of somebody else to measure beside the ladder: a file, OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf.",
+    )
+    bench: bool = option(True, "--bench/--no-bench", help="Measure tokens per second.")
+    bench_tests: tuple[tuple[int, int], ...] = ((512, 0), (0, 128), (1024, 1024))
+    bench_repetitions: int = 3
+    outtype: Literal["auto", "f16", "bf16", "f32"] = option(
+        "auto", "--outtype", help="Type of the matrices of the full-precision file."
+    )
+    decoding: Decoding = option(Decoding)
+    converter: pathlib.Path | None = option(
+        None,
+        "--converter",
+        names="file",
+        metavar="PATH",
+        help="Convert with this script (convert_hf_to_gguf.py of llama.cpp), for models that bitladder does not know.",
+    )
+    quantized_by: str | None = option(
+        None, "--quantized-by", metavar="NAME", decides=False, help="Who made the quants, for the card."
+    )
+    model_id: str | None = option(
+        None, "--base-model", metavar="ID", decides=False, help="Hub id of MODEL, for the card of a local model."
+    )
+    datasets: tuple[str, ...] = option(
+        (),
+        "--calibration-dataset",
+        metavar="ID",
+        decides=False,
+        help="Hub id of a data set that the calibration text is from, for the card.",
+    )
+
+    @property
+    def plans(self) -> bool:
+        """Whether types are planned."""
+        return self.mode != "naive"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether blocks are chosen for the output of their layer."""
+        return self.refine.rounding.method != "stock"
+
+    @property
+    def smooths(self) -> bool:
+        """Whether a smoothed model is tried: unless all is to be as llama-quantize makes it."""
+        return self.plans or self.rounds if self.smooth is None else self.smooth
+
+    @property
+    def tunes(self) -> bool:
+        """Whether scales are tuned where torch is installed."""
+        return self.rounds and self.refine.tuning.tune_chunks > 0
+
+    @property
+    def betters(self) -> bool:
+        """Whether rungs differ from the presets, so that these are measured beside them."""
+        return self.plans or self.rounds or self.smooths
+
+
+def choose_rungs(rungs: tuple[str, ...], *, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
+    """The presets that `rungs` names, in any case and each once; ("all",) names the default ones.
+
+    Raises UsageError that lists the `known` presets for a name that is none of them.
+
+    Example:
+        >>> choose_rungs(("q6_k", "Q6_K"), known=("Q6_K", "Q8_0"), default=("Q8_0",))
+        ('Q6_K',)
+    """
+    names = tuple(name.upper() for name in rungs)
+    if names == ("ALL",):
+        return default
+    known = tuple(name for name in known if name not in FULL_PRECISION)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise UsageError(
+            f"--ladder {', '.join(unknown) or 'is empty'}: the presets are {', '.join(known)}; all means "
+            f"{', '.join(default)}"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]) -> str:
+    """The command that repeats a run, for the card: names instead of paths, defaults left out."""
+    rungs = ALL_RUNGS if options.rungs == default_rungs else options.rungs
+    shown: Mapping[str, Callable[[Any], Any]] = {
+        "file": _last_part,
+        "text": _last_part,
+        "tasks": _task_names,
+        "model": lambda name: _last_part(name) if pathlib.Path(name).is_file() else name,
+    }
+    return shlex.join(["bitladder", "run", model, *words(options.replace(rungs=rungs), shown)])
+
+
+def _task_names(specs: str) -> str:
+    """Task specs with the last part of each file."""
+    parts = (spec.strip().partition(":") for spec in specs.split(","))
+    return ",".join(name + colon + (_last_part(source) if source else "") for name, colon, source in parts)
+
+
+def _last_part(path: str | pathlib.Path) -> str:
+    """The last part of a path. The name of a built-in text stays as it is."""
+    if path in BUILTIN:
+        return str(path)
+    return pathlib.PurePath(path).name or pathlib.Path(path).resolve().name

@@ -1,0 +1,66 @@
+"""The step that converts the checkpoint; a GGUF given as MODEL is used where it is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitladder import convert
+from bitladder.ladder.context import Run
+from bitladder.ladder.others import check_headers
+from bitladder.ladder.source import describe
+from bitladder.ladder.steps.step import Extent, Part, Product, Step, gguf_library
+
+
+class Convert(Step):
+    """checkpoint → full-precision GGUF."""
+
+    verb = "convert"
+    algorithms = (convert.CONVERT,)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The checkpoint, and the script that converts it."""
+        return ("model", "converter") if self.options.converter else ("model",)
+
+    def decides(self) -> Mapping[str, Any]:
+        """The type of the matrices."""
+        return {"outtype": self.options.outtype}
+
+    @property
+    def library(self) -> str:
+        """Conversion does not use the native library."""
+        return gguf_library()
+
+    def parts(self, extent: Extent) -> list[Part]:
+        """Reading and writing: little."""
+        del extent
+        return [Part("convert", 200)]
+
+    def make(self, run: Run) -> Product:
+        """Converts. The facts describe the model for later steps and the card."""
+        return self._given(run) if run.source.is_gguf else self._converted(run)
+
+    def completed(self, run: Run) -> None:
+        """Refuses files of --compare that are of another model, before hours of work."""
+        for other in run.others.values():
+            check_headers(other, run.full)
+
+    def _given(self, run: Run) -> Product:
+        path = run.source.path
+        return Product([], {**describe(path), "sha256": run.store.sha256(path, f"model: {path.name}")})
+
+    def _converted(self, run: Run) -> Product:
+        hidden = run.layout.converting
+        try:
+            convert.convert(
+                run.source.path,
+                hidden,
+                outtype=self.options.outtype,
+                converter=self.options.converter,
+                progress=run.progress,
+            )
+            facts = describe(hidden)
+            path = run.layout.full(facts["stem"], facts["encoding"])
+            hidden.replace(path)
+        finally:
+            hidden.unlink(missing_ok=True)
+        return Product([path], facts | {"file": path.name, "sha256": run.store.sha256(path, path.name)})

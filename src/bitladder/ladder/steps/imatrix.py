@@ -1,0 +1,53 @@
+"""The step that collects the importance matrix."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitladder import calibrate
+from bitladder.ladder.context import Run, text_used
+from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.text import Reading
+
+MATRIX = calibrate.ImatrixOptions()
+
+
+class CollectImatrix(Step):
+    """full-precision GGUF, calibration texts → importance matrix."""
+
+    verb = "imatrix"
+    algorithms = (calibrate.IMATRIX,)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The model and the calibration texts."""
+        return ("convert", "calibration")
+
+    def _reading(self) -> Reading:
+        return Reading(chunks=self.options.imatrix_chunks, spread=False)
+
+    def decides(self) -> Mapping[str, Any]:
+        """How the texts are decoded, and how much of them."""
+        return {"decoding": self.options.decoding, "reading": self._reading(), "matrix": MATRIX}
+
+    def parts(self, extent: Extent) -> list[Part]:
+        """Every token is decoded."""
+        return [Part("imatrix", extent.imatrix)]
+
+    def make(self, run: Run) -> Product:
+        """Collects the matrix."""
+        out, limit = run.layout.imatrix, self.options.imatrix_chunks
+        result = calibrate.collect_imatrix(
+            run.full,
+            run.calibration,
+            out,
+            reading=self._reading(),
+            decoding=self.options.decoding,
+            options=MATRIX,
+            progress=run.progress,
+        )
+        if limit is not None and result.chunks < limit * len(run.calibration):
+            run.progress.warn(
+                f"the calibration text is shorter than --imatrix-chunks {limit}; all {result.chunks} chunks are used"
+            )
+        texts = [text_used(text).model_dump() for text in run.calibration]
+        return Product([out], {"entries": result.entries, "chunks": result.chunks, "texts": texts})

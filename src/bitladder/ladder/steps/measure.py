@@ -1,0 +1,104 @@
+"""The step that measures one model: divergence from the base, token by token, and benchmarks."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bitladder import evaluate
+from bitladder.files import replacing, write_json
+from bitladder.ladder.context import BASE, Run
+from bitladder.ladder.others import doubts
+from bitladder.ladder.steps.step import Extent, Part, Product, Step
+
+QUESTION = 0.5  # contexts that the choices of a question take
+
+
+class Measure(Step):
+    """quant, base, text → figures without speeds, and what each token scored."""
+
+    verb = "measure"
+    algorithms = (evaluate.MEASURE, evaluate.TASKS)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The model, what it is compared with, and the text."""
+        own = "convert" if self.label == BASE else f"quantize {self.label}" if self.rung else f"file {self.label}"
+        return tuple(dict.fromkeys((own, *measured_with(self))))
+
+    def decides(self) -> Mapping[str, Any]:
+        """How the text and the tasks are decoded, and how much of them."""
+        return scoring(self)
+
+    def parts(self, extent: Extent) -> list[Part]:
+        """Every token is decoded, and every choice of a question."""
+        parts = [] if self.label == BASE else [Part("divergence", extent.text)]
+        return parts + task_parts(self, extent)
+
+    def make(self, run: Run) -> Product:
+        """Measures the model."""
+        out = run.layout.measured(self.label)
+        facts: dict[str, Any] = {}
+        files = [out]
+        if self.label == BASE:
+            scores = with_tasks(run, evaluate.base_scores(run.base(), run.text, run.settings()), run.full)
+            if self.options.chunks is not None and (scores.chunks or 0) < self.options.chunks:
+                run.progress.warn(
+                    f"{run.text.name} has only {scores.chunks} chunks (--chunks {self.options.chunks}); all are used"
+                )
+        else:
+            measured = measure(run, run.model(self.label))
+            scores = measured.scores
+            files.append(keep_tokens(run, self.label, measured))
+        write_json(out, scores.to_json())
+        if self.label in run.others:
+            other = run.others[self.label]
+            facts["doubts"] = doubts(other, run.full, scores, self.options.decoding.threads, run.progress)
+        return Product(files, facts)
+
+
+def measured_with(step: Step) -> tuple[str, ...]:
+    """What the measurement of any quant reads beside the quant."""
+    return ("convert", "base", "text", *(("tasks",) if step.options.tasks else ()))
+
+
+def scoring(step: Step) -> dict[str, Any]:
+    """The options that decide figures."""
+    options = step.options
+    decides: dict[str, Any] = {"decoding": options.decoding, "chunks": options.chunks}
+    if options.tasks:
+        decides |= {"task_count": options.task_count, "task_ctx": options.task_ctx}
+    return decides
+
+
+def task_parts(step: Step, extent: Extent) -> list[Part]:
+    """The work of each benchmark."""
+    question = QUESTION * step.options.task_ctx
+    return [Part("questions", count * question, label=f"{name} with") for name, count in extent.questions.items()]
+
+
+def measure(run: Run, path: pathlib.Path) -> evaluate.Measurement:
+    """The divergence of a quant, token by token, and its benchmarks."""
+    measured = evaluate.measure(path, run.text, run.settings(), base=run.base(), progress=run.progress)
+    return dataclasses.replace(measured, scores=with_tasks(run, measured.scores, path))
+
+
+def with_tasks(run: Run, scores: evaluate.Scores, path: pathlib.Path) -> evaluate.Scores:
+    """The scores, with those of the benchmarks if there are some."""
+    if not run.tasks:
+        return scores
+    decoding = run.options.decoding
+    settings = evaluate.Settings(n_ctx=run.options.task_ctx, threads=decoding.threads, gpu_layers=decoding.gpu_layers)
+    count = run.options.task_count
+    return evaluate.add_tasks(scores, path, run.tasks, settings, count=count, progress=run.progress)
+
+
+def keep_tokens(run: Run, label: str, measured: evaluate.Measurement) -> pathlib.Path:
+    """Writes what each token scored, so that a rung and its preset can be compared token by token."""
+    path = run.layout.tokens(label)
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        arrays = {key: measured.arrays[key] for key in ("nll", "kld") if key in measured.arrays}
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+    return path

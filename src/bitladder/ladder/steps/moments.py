@@ -1,0 +1,54 @@
+"""The step that collects the second moments that rounding needs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitladder import calibrate
+from bitladder.ladder.context import Run
+from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.text import Reading
+
+GRADIENTS = 4.0  # tokens decoded in the time that the gradients of a token take
+
+
+class CollectMoments(Step):
+    """full-precision GGUF, calibration texts → second moments: weighted ones, and plain ones of more tokens."""
+
+    verb = "moments"
+    algorithms = (calibrate.MOMENTS,)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The model and the calibration texts."""
+        return ("convert", "calibration")
+
+    def decides(self) -> Mapping[str, Any]:
+        """How the texts are decoded, how much of them, and how tokens are weighted."""
+        # Options that a run does not offer have the defaults of `bitladder calibrate`.
+        defaults = {"collected": calibrate.MomentsOptions(), "reading": Reading()}
+        return {"decoding": self.options.decoding, "moments": self.options.moments, **defaults}
+
+    def surroundings(self, run: Run) -> Mapping[str, Any]:
+        """Tokens are weighted by gradients only where torch is installed and knows the model."""
+        return {"weighting": calibrate.usual_weighting(run.full)}
+
+    def parts(self, extent: Extent) -> list[Part]:
+        """Plain moments decode every token; weighted ones go back through the model too."""
+        return [
+            Part("second moments", extent.plain_moments),
+            Part("gradients", GRADIENTS * extent.moments),
+        ]
+
+    def make(self, run: Run) -> Product:
+        """Collects both files."""
+        out, plain = run.layout.moments, run.layout.plain_moments
+        result = calibrate.collect_for_rounding(
+            run.full,
+            run.calibration,
+            out,
+            plain,
+            decoding=self.options.decoding,
+            options=self.options.moments,
+            progress=run.progress,
+        )
+        return Product([out, plain], {"chunks": result.chunks, "weighting": result.weighting})

@@ -1,0 +1,48 @@
+"""The step that plans a rung: the type of each tensor."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitladder.evaluate import BASE
+from bitladder.files import write_json
+from bitladder.ladder.context import Run
+from bitladder.ladder.steps.price import planned_from, planning
+from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.plan import PLANNING, load_prices, plan_rung
+from bitladder.quantize import QuantizeOptions
+from bitladder.refine import OUTPUT_ROUNDING
+from bitladder.trial import RENDERING
+
+
+class PlanRung(Step):
+    """prices, calibration text → the types of a rung, and every recipe that was tried."""
+
+    verb = "plan"
+    algorithms = (PLANNING, RENDERING, OUTPUT_ROUNDING, BASE)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The prices, and what they are prices of."""
+        return ("price", *planned_from(self, (self.label,)))
+
+    def decides(self) -> Mapping[str, Any]:
+        """The target, how recipes are measured, and how blocks are rounded."""
+        return {"preset": QuantizeOptions(self.label), "mode": self.options.mode, **planning(self)}
+
+    def parts(self, extent: Extent) -> list[Part]:
+        """Recipes are measured."""
+        del extent
+        feedback, n_ctx = self.options.planning.feedback, self.options.planning.decoding.n_ctx
+        taught = feedback.random_recipes * feedback.teaching_chunks
+        tried = (feedback.rounds + feedback.exchanges + feedback.finalists) * feedback.text_chunks
+        return [Part("recipes", (taught + tried) * n_ctx, "measure recipes")]
+
+    def make(self, run: Run) -> Product:
+        """Plans the rung."""
+        rung, out = self.label, run.layout.plan(self.label)
+        smoothed, mode = run.smoothed(rung), self.options.mode
+        assert mode != "naive"  # such a run has no step that plans
+        materials = {run.smoothed(other) for other in self.options.rungs}
+        prices = load_prices(run.layout.sensitivity(plain=len(materials) > 1 and not smoothed))
+        write_json(out, plan_rung(run.planner(smoothed=smoothed), rung, mode, prices))
+        return Product([out])

@@ -1,0 +1,78 @@
+"""The step that puts together what was measured, timed and planned of a model."""
+
+from typing import Any
+
+import numpy as np
+
+from bitladder import evaluate
+from bitladder.files import write_json
+from bitladder.ladder.context import Run, read_json
+from bitladder.ladder.layout import naive
+from bitladder.ladder.others import about
+from bitladder.ladder.steps.step import Product, Step
+
+
+class Score(Step):
+    """figures, speeds, plan → scores.
+
+    It is a step of its own, so that figures stay valid when only the speeds are measured again.
+    """
+
+    verb = "score"
+    algorithms = (evaluate.SCORES,)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What was measured, timed and planned."""
+        options, rung = self.options, self.rung
+        needs = [f"measure {self.label}"]
+        if options.bench:
+            needs.append("bench")
+        if rung:
+            needs.append(f"quantize {rung}")
+            needs += [f"plan {rung}"] if options.plans else []
+            needs += [f"naive {rung}"] if options.betters else []
+        return tuple(needs)
+
+    def decides(self) -> dict[str, Any]:
+        """How the rung was made, which its scores say."""
+        return {"mode": self.options.mode, "rounding": self.options.refine.rounding.method} if self.rung else {}
+
+    def make(self, run: Run) -> Product:
+        """Puts the figures together."""
+        label, place = self.label, dict[str, Any]()
+        if label in run.others:
+            place |= about(run.others[label], run.facts(f"measure {label}")["doubts"])
+        if self.rung:
+            place |= self._made(run)
+        scores = evaluate.read_document(run.files(f"measure {label}")[0], evaluate.Scores)
+        if self.options.bench:
+            place["bench"] = read_json(run.layout.bench)[label]
+        out = run.layout.scores(label)
+        write_json(out, evaluate.RunScores.of(scores, **place).to_json())
+        return Product([out])
+
+    def _made(self, run: Run) -> dict[str, Any]:
+        """How the rung was made, and how it differs from the preset by itself."""
+        rung, options = self.label, self.options
+        made: dict[str, Any] = {"smoothed": run.smoothed(rung)}
+        if options.plans:
+            plan = read_json(run.files(f"plan {rung}")[0])
+            made |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
+        if options.rounds:
+            made["rounding"] = options.refine.rounding.method
+            made["tuned"] = bool(run.facts(f"quantize {rung}").get("tuned"))
+        if options.betters:
+            made["paired"] = paired_with_naive(run, rung)
+        return made
+
+
+def paired_with_naive(run: Run, rung: str) -> evaluate.Paired:
+    """The paired differences of a rung from the preset by itself (negative is better)."""
+    this = evaluate.read_document(run.layout.measured(rung), evaluate.Scores)
+    preset = evaluate.read_scores(run.layout.scores(naive(rung)))
+    measured = []
+    for label, scores in ((rung, this), (naive(rung), preset)):
+        with np.load(run.layout.tokens(label), allow_pickle=False) as file:
+            measured.append(evaluate.Measurement(scores, {key: file[key] for key in file.files}))
+    return evaluate.compare_pair(*measured)

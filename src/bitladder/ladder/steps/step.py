@@ -1,0 +1,149 @@
+"""What a step of a run is. Each kind of step is a class in a file of its own beside this one.
+
+A step says what it reads, which options and algorithms decide its result, how much work it is, and makes its files.
+Nothing else knows what a step does: the list of a run's steps is `ladder.plan`, and `ladder.run` goes through it.
+"""
+
+import abc
+import dataclasses
+import importlib.metadata
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bitladder.engine.native import library
+from bitladder.keys import Algorithm, settled, versions_of
+from bitladder.ladder.options import RunOptions
+
+if TYPE_CHECKING:
+    from bitladder.ladder.context import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What a step gives: the files that it wrote, and facts for later steps and readers of the manifest."""
+
+    files: Sequence[pathlib.Path]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the work of a step.
+
+    Parameters:
+        kind: parts of one kind take times in proportion to their amounts.
+        amount: the number of tokens that could be decoded in the same time.
+        label: what the label of the progress bar has in it, in small letters; the kind, if empty.
+    """
+
+    kind: str
+    amount: float
+    label: str = ""
+
+    @property
+    def bar(self) -> str:
+        """What the label of the progress bar has in it."""
+        return self.label or self.kind
+
+
+class Step(abc.ABC):
+    """One thing to do in a run, for all rungs or for one.
+
+    Parameters:
+        options: the options of the run.
+        label: the rung, or the file of somebody else; "base" is the full-precision model, and "" means all.
+    """
+
+    verb: ClassVar[str]
+    algorithms: tuple[Algorithm, ...] = ()
+
+    def __init__(self, options: RunOptions, label: str = "") -> None:
+        self.options = options
+        self.label = label
+
+    @property
+    def name(self) -> str:
+        """How the manifest and messages call the step."""
+        return f"{self.verb} {self.label}".strip()
+
+    @property
+    def rung(self) -> str | None:
+        """The rung that the step is for, or None."""
+        return self.label if self.label in self.options.rungs else None
+
+    @property
+    @abc.abstractmethod
+    def needs(self) -> tuple[str, ...]:
+        """What the step reads: names of earlier steps, or "model", "converter", "text", "calibration", "tasks",
+        "file NAME"."""
+
+    def decides(self) -> Mapping[str, Any]:
+        """The options that decide the result, as whole dataclasses where there are some."""
+        return {}
+
+    def surroundings(self, run: "Run") -> Mapping[str, Any]:
+        """What decides the result and is no option: what is installed, for one."""
+        del run
+        return {}
+
+    @property
+    def library(self) -> str:
+        """The library whose code decides the result."""
+        return library()
+
+    def parts(self, extent: "Extent") -> list[Part]:
+        """The work of the step, part by part. Work that takes no time to speak of has no part."""
+        del extent
+        return []
+
+    def completed(self, run: "Run") -> None:
+        """Is called when the step is complete, whether it was made now or before."""
+        del run
+
+    @abc.abstractmethod
+    def make(self, run: "Run") -> Product:
+        """Does the work."""
+
+    def inputs(self, run: "Run", digests: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything that the result depends on, for the key. `digests` has the contents of what steps read."""
+        return {
+            "step": self.name,
+            "versions": versions_of(*self.algorithms),
+            "options": settled(self.decides()),
+            **self.surroundings(run),
+            "library": self.library,
+            **{need: digests[need] for need in self.needs},
+        }
+
+
+def gguf_library() -> str:
+    """The library that writes converted files."""
+    return f"gguf {importlib.metadata.version('gguf')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """How much there is to do, as far as it is known before a run.
+
+    Parameters:
+        weights: number of weights of the model.
+        text: tokens that are scored for each model.
+        imatrix: tokens for the importance matrix.
+        moments: tokens for second moments.
+        plain_moments: tokens for second moments that count alike.
+        tuned: tokens on which a rung is tuned.
+        chunk: tokens of a chunk.
+        questions: asked of each model, by benchmark.
+        models: files that are measured, with the full-precision model.
+    """
+
+    weights: int
+    text: int
+    imatrix: int
+    moments: int
+    plain_moments: int
+    tuned: int
+    chunk: int
+    questions: Mapping[str, int]
+    models: int

@@ -1,0 +1,66 @@
+"""The step that tries whether a rung is better made of the smoothed model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitladder.evaluate import BASE
+from bitladder.files import write_json
+from bitladder.ladder.context import Run
+from bitladder.ladder.steps.quantize import library_amount
+from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.quantize import QuantizeOptions
+from bitladder.refine import SMOOTHING_TRIAL, trial_text, try_smoothing
+
+
+class SmoothingTrial(Step):
+    """both models, imatrices, passages of the calibration text → which of the two the rung is made of.
+
+    The preset of each is measured. The text that is scored is not looked at.
+    """
+
+    verb = "trial"
+    algorithms = (SMOOTHING_TRIAL, BASE)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Both models and the text."""
+        return ("convert", "imatrix", "smooth", "calibration")
+
+    def decides(self) -> Mapping[str, Any]:
+        """The preset, and how it is measured."""
+        options = self.options
+        return {
+            "preset": QuantizeOptions(self.label),
+            "decoding": options.decoding,
+            "smoothing": options.refine.smoothing,
+        }
+
+    def parts(self, extent: Extent) -> list[Part]:
+        """Two quants by the library, and two measurements."""
+        tokens = 2 * self.options.refine.smoothing.trial_chunks * extent.chunk
+        return [Part("trial", 2 * library_amount(self.label) + tokens, "as it is, and smoothed")]
+
+    def make(self, run: Run) -> Product:
+        """Measures both, and writes which is better."""
+        out = run.layout.trial(self.label)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        verdict: dict[str, Any] = {"smoothed": False}
+        if run.files("smooth"):
+            options, decoding = self.options.refine.smoothing, self.options.decoding
+            trial = try_smoothing(
+                run.material(smoothed=False),
+                run.material(smoothed=True),
+                trial_text(run.calibration, options, decoding.n_ctx),
+                decoding,
+                options,
+                preset=self.label,
+                work=out.parent,
+                progress=run.progress,
+            )
+            verdict = {"smoothed": trial.helps, "before": trial.before, "after": trial.after, "error": trial.error}
+            helped = "the smoothed model is used" if trial.helps else "smoothing did not help; the original is used"
+            run.progress.info(
+                f"{self.label}: {helped} (KLD of the preset {trial.after:.5f} smoothed, {trial.before:.5f} original)"
+            )
+        write_json(out, verdict)
+        return Product([out], {"smoothed": verdict["smoothed"]})

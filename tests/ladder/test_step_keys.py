@@ -1,0 +1,169 @@
+"""Every option that a step reads, and every algorithm that it uses, is in its key.
+
+The run is real and small. Reading a field of any options is noticed while a step works, and so is the way into each
+algorithm; both are compared with what the step says of itself.
+"""
+
+import contextlib
+import dataclasses
+
+import pytest
+from plain_options import plain_options
+
+from bitladder.engine.decoding import Decoding
+from bitladder.keys import recorded, versions_of
+from bitladder.ladder import run as run_ladder
+from bitladder.ladder.context import Run
+from bitladder.ladder.options import RunOptions
+from bitladder.options import Options, table
+from bitladder.plan import FeedbackOptions, PlanDecoding, PlanOptions, PriceOptions
+
+# What a step may read though it is in no key.
+ELSEWHERE = {
+    ("RunOptions", "rungs"): "which steps there are",
+    ("RunOptions", "model"): "its content is in the key",
+    ("RunOptions", "converter"): "its content is in the key",
+    ("RunOptions", "out"): "a path",
+    ("RunOptions", "bench"): "whether the speeds are read, which are in the key",
+    ("RunOptions", "smooth"): "whether the smoothed model is read, which is in the key",
+    ("RunOptions", "tasks"): "the content of the tasks is in the key",
+    ("RunOptions", "imatrix_chunks"): "the reading is in the key",
+    ("RunOptions", "bench_repetitions"): "the options of the speed tests are in the key",
+}
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_gguf, tmp_path_factory):
+    """Steps of a whole run, each with the fields and the algorithms that it used."""
+    steps = {}
+    reads: set[tuple[str, str]] | None = None
+    get = object.__getattribute__
+
+    def noticing(self, name):
+        if reads is not None and not name.startswith("_") and name in {field.name for field in table(type(self))}:
+            reads.add((type(self).__name__, name))
+        return get(self, name)
+
+    do = Run.do
+
+    def noting(self, step):
+        nonlocal reads
+        make = step.make
+
+        def made(run):
+            nonlocal reads
+            reads = set()
+            with recorded() as algorithms:
+                product = make(run)
+            steps[step.name] = (step, reads, algorithms)
+            reads = None
+            return product
+
+        step.make = made
+        do(self, step)
+
+    options = plain_options(
+        model=str(tiny_gguf),
+        out=tmp_path_factory.mktemp("keys") / "ladder",
+        rungs=("Q3_K_S",),
+        mode="quality",
+        method="feedback",
+        smooth=True,
+        n_ctx=64,
+        chunks=2,
+        imatrix_chunks=2,
+        moments_chunks=4,
+        tune_chunks=2,
+        tasks="continuation:pydoc:test",
+        task_count=4,
+        bench_tests=((8, 0),),
+        bench_repetitions=1,
+        **QUICK,
+    )
+    with contextlib.ExitStack() as patches:
+        monkeypatch = patches.enter_context(pytest.MonkeyPatch.context())
+        monkeypatch.setattr(Options, "__getattribute__", noticing)
+        monkeypatch.setattr(Run, "do", noting)
+        run_ladder(options)
+    return steps
+
+
+# Little effort in everything: what is tested is what is read.
+QUICK = {
+    "planning": PlanOptions(
+        decoding=PlanDecoding(n_ctx=64),
+        prices=PriceOptions(probe_tokens=500, check_pairs=3),
+        feedback=FeedbackOptions(chunks=2, rounds=1, random_recipes=1, exchanges=1),
+        bpw_below=0.5,
+        bpw_above=0.5,
+    ),
+    "guard_chunks": 1,
+    "trial_chunks": 1,
+    "tune_guard_chunks": 1,
+}
+
+
+def keyed(step):
+    """The fields of options that are in the key of a step."""
+    fields = set()
+
+    def add(value):
+        if isinstance(value, Options):
+            cls = type(value)
+            whole = cls.deciding is not Options.deciding  # it says by itself what of it decides
+            names = value.deciding().keys()
+            fields.update(
+                (cls.__name__, field.name)
+                for field in table(cls)
+                if whole or field.name in names or not field.option.decides
+            )
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                add(getattr(value, field.name))
+
+    for name, value in step.decides().items():
+        fields.add(("RunOptions", name))
+        for part in value if isinstance(value, (list, tuple)) else (value,):
+            add(part)
+    # Options of speed tests have the fields of Decoding that decide a speed. Smoothing and prices decode with values
+    # that their algorithm sets.
+    if step.verb in ("bench", "smooth", "price"):
+        fields |= {("Decoding", field.name) for field in table(Decoding)}
+    if step.verb in ("smooth", "score"):  # whether there are moments, which are in the key; and a word in the scores
+        fields.add(("RoundingOptions", "method"))
+    return fields
+
+
+def every_class(cls):
+    """All subclasses."""
+    return {cls}.union(*map(every_class, cls.__subclasses__()))
+
+
+def test_every_kind_of_step_was_seen(seen):
+    verbs = {step.verb for step, _, _ in seen.values()}
+    assert verbs == {
+        "convert", "base", "measure", "imatrix", "moments", "smooth", "trial", "price", "plan", "candidates", "naive",
+        "quantize", "bench", "score",
+    }  # fmt: skip
+
+
+def test_every_option_that_a_step_reads_is_in_its_key(seen):
+    nested = {(cls.__name__, field.name) for cls in every_class(Options) for field in table(cls) if field.nested}
+    neutral = {(RunOptions.__name__, field.name) for field in table(RunOptions) if not field.option.decides}
+    missing = {}
+    for name, (step, reads, _) in seen.items():
+        left = reads - keyed(step) - nested - neutral - ELSEWHERE.keys()
+        # A measurement's own settings are made of options that are in the key.
+        left = {(cls, field) for cls, field in left if cls != "Settings"}
+        if left:
+            missing[name] = sorted(left)
+    assert not missing, str(missing)
+
+
+def test_every_algorithm_that_a_step_uses_is_in_its_key(seen):
+    missing = {
+        name: sorted(algorithms - versions_of(*step.algorithms).keys())
+        for name, (step, _, algorithms) in seen.items()
+        if algorithms - versions_of(*step.algorithms).keys()
+    }
+    assert missing == {}
