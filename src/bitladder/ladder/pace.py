@@ -2,7 +2,7 @@
 
 Each step has parts, each part an amount of work on one scale: the tokens that could be decoded in the same time. How
 long a part of a kind really takes is learnt from parts of that kind that were done, and until there is one, from all
-others. Amounts follow from docs/rounding.md's formula and from runs of two models (benchmarks/pace.py).
+others. Amounts are coarse: that of rounding follows from the formula of docs/rounding.md, the others are estimates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from bitladder.ladder.options import RunOptions
 from bitladder.ladder.steps.step import Extent, Part
 from bitladder.text import Text
 
-# An estimate is given once this share of the time is over. Before that it could be wrong by more than a factor of 1.5.
+# An estimate is given once this share of the time is over. Before that too little was seen.
 TOLD_AFTER = 0.1
 CHARACTERS = 4  # of a token, about
 
@@ -93,7 +93,7 @@ class Pace:
         self._part = None
 
     def left(self, now: float) -> float | None:
-        """Seconds until the last step is done; None until enough was seen to be right within a factor of 1.5."""
+        """Seconds until the last step is done; None until a tenth of the time is over."""
         seen, rest = dict(self._seen), 0.0
         spent = self._spent
         if self._part is not None:

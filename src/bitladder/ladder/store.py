@@ -1,8 +1,9 @@
 """The run directory as a store of steps: what is complete is not done again, what is cut short is never taken for it.
 
 A step is keyed by a hash of everything it depends on: the contents of the files it reads, the options that decide
-its result, the version of its code. Files are written under a temporary name and renamed; the manifest's entry comes
-after them. So whenever a run is killed, either the entry is there and the files are whole, or the step is done again.
+its result, the versions of its algorithms, the library. Files are written under a temporary name and renamed; the
+manifest's entry comes after them. So whenever a run is killed, either the entry is there and the files are whole, or
+the step is done again.
 Paths are in no key: a run directory can be moved.
 """
 
