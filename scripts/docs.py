@@ -20,7 +20,7 @@ HEAD = """\
 
 <!-- Made from the command line by scripts/docs.py; `make docs` writes it again. -->
 
-Data goes to stdout, messages and progress to stderr. Exit codes: 0 done, 1 an error, 2 a wrong option, 130 interrupted.
+Data goes to stdout, messages and progress to stderr. Exit codes: 0 done, 1 an error, 2 a wrong option, 130 interrupted, 143 terminated.
 """
 # Options of all commands, said once.
 COMMON = ("as_json", "quiet", "verbose", "help")

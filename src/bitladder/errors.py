@@ -1,4 +1,7 @@
-"""The one error a user sees."""
+"""The one error a user sees, and the name that a mistyped one may stand for."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class BitladderError(Exception):
@@ -15,3 +18,26 @@ class UsageError(BitladderError):
     """An option's value is wrong."""
 
     code = 2
+
+
+def did_you_mean(word: str, known: Iterable[str], listed: str) -> str:
+    """The end of an error about an unknown name: the closest names, or all of them if none is or many are close.
+
+    Parameters:
+        word: what was typed.
+        known: the names that there are.
+        listed: what stands before the list of all names.
+
+    Example:
+        >>> did_you_mean("q4_km", ["Q4_K_S", "Q4_K_M"], "the presets are")
+        '; did you mean Q4_K_M?'
+        >>> did_you_mean("zebra", ["Q4_K_S", "Q4_K_M"], "the presets are")
+        '; the presets are Q4_K_S, Q4_K_M'
+    """
+    names = list(known)
+    near = {name: difflib.SequenceMatcher(None, word.casefold(), name.casefold()).ratio() for name in names}
+    best = max(near.values(), default=0.0)
+    nearest = [name for name in names if near[name] > best - 0.05]  # "attn" is as near to attn_k as to attn_q
+    if best < 0.6 or len(nearest) > 3:
+        return f"; {listed} {', '.join(names)}"
+    return f"; did you mean {' or '.join(nearest)}?"

@@ -30,6 +30,7 @@ class Option:
         unset: what None means, for `--help`.
         commas: whether one flag names all items of a tuple, separated by commas.
         closed: whether options nested here have no flags: only Python sets them.
+        hidden: whether the command that repeats a run leaves it out.
     """
 
     help: str = ""
@@ -42,6 +43,7 @@ class Option:
     unset: str | None = None
     commas: bool = False
     closed: bool = False
+    hidden: bool = False
 
 
 def option(default: Any, *flags: str, **more: Any) -> Any:
@@ -178,7 +180,7 @@ def words(options: Options, shown: Mapping[str, Callable[[Any], Any]] | None = N
     shown = shown or {}
     for field in flat(type(options)):
         value = _value(options, field)
-        if value == field.default:
+        if value == field.default or field.option.hidden:
             continue
         flag = field.usual
         if field.item is bool and not field.many:

@@ -271,7 +271,7 @@ def test_png_without_matplotlib(capsys, pair, monkeypatch):
     [
         (["absent.gguf"], 1, "no such imatrix file"),
         (["a.gguf", "--sort", "size"], 2, "no such column: 'size'; there are layer, kind, sum"),
-        (["a.gguf", "--kind", "attn"], 2, "no tensor of kind 'attn'; there are attn_k, attn_output"),
+        (["a.gguf", "--kind", "attn"], 2, "no tensor of kind 'attn'; did you mean attn_k or attn_q or attn_v?"),
         (["a.gguf", "--heatmap", "kind"], 2, "no such column: 'kind'; there are sum"),
         (["a.gguf", "--heatmap", "sum", "--json"], 2, "--heatmap is for the terminal"),
         (["a.gguf", "--plot", "x.svg"], 2, "ends in .png or .html"),

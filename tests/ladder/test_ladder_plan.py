@@ -67,9 +67,9 @@ def test_choosing_rungs():
     known, default = ("F16", "Q4_K_M", "Q6_K", "Q8_0"), ("Q6_K", "Q8_0")
     assert choose_rungs(("all",), known=known, default=default) == default
     assert choose_rungs(("q8_0", "Q4_K_M", "q8_0"), known=known, default=default) == ("Q8_0", "Q4_K_M")
-    with pytest.raises(UsageError, match="--ladder Q9_X: the presets are Q4_K_M, Q6_K, Q8_0"):
-        choose_rungs(("Q8_0", "Q9_X"), known=known, default=default)
-    with pytest.raises(UsageError, match="empty"):
+    with pytest.raises(UsageError, match="--ladder: no preset ZEBRA; all means Q6_K, Q8_0; the presets are Q4_K_M"):
+        choose_rungs(("Q8_0", "zebra"), known=known, default=default)
+    with pytest.raises(UsageError, match="no preset is named"):
         choose_rungs((), known=known, default=default)
 
 

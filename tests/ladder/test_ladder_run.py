@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -286,6 +287,28 @@ def test_a_gguf_is_used_where_it_is(options, fakes, tmp_path):
     inside = options.replace(model=str(options.out / "Toy-64-F16.gguf"))
     assert list(run(inside).made) == ["convert"]
     assert (options.out / "Toy-64-F16.gguf").exists()
+
+
+def test_another_model_does_not_take_the_directory(options, fakes, tmp_path):
+    run(options)
+    before = contents(options.out)
+    other = tmp_path / "Other"
+    shutil.copytree(options.model, other)
+    with (other / "model.safetensors").open("ab") as stream:
+        stream.write(b"another")
+    with pytest.raises(UsageError, match=r"has the ladder of .*, whose weights are not those of Other; .*--replace"):
+        run(options.replace(model=str(other)))
+    assert contents(options.out) == before
+    # The same weights under another name are the same model; so is its full-precision file, wherever it lies.
+    same = tmp_path / "Same"
+    shutil.copytree(options.model, same)
+    assert "quantize Q8_0" not in run(options.replace(model=str(same))).made
+    moved = tmp_path / "moved.gguf"
+    moved.write_bytes((options.out / "Toy-64-F16.gguf").read_bytes())
+    assert list(run(options.replace(model=str(moved), outtype="auto")).made) == ["convert"]
+    result = run(options.replace(model=str(other), replace_model=True))
+    assert "quantize Q8_0" in result.made
+    assert "--replace" not in json.loads((options.out / "ladder.json").read_text())["run"]["command"]
 
 
 def test_a_short_text_is_used_and_said(options, fakes):

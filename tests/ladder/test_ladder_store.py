@@ -151,13 +151,16 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     with open_store(tmp_path):
         pass
     (tmp_path / "scores").mkdir()
-    left = [tmp_path / ".x.gguf.abc.tmp", tmp_path / "scores" / ".Q4_K_M.json.abc.tmp"]
+    trial = tmp_path / ".planning" / "smoothed" / ".trial.abc.tmp"
+    trial.mkdir(parents=True)
+    left = [tmp_path / ".x.gguf.abc.tmp", tmp_path / "scores" / ".Q4_K_M.json.abc.tmp", trial / "quant.gguf"]
     kept = [tmp_path / "mine.tmp", tmp_path / "imatrix.gguf.partial"]
     for path in left + kept:
         path.write_text("half")
     with open_store(tmp_path):
         pass
-    assert [path.exists() for path in left + kept] == [False, False, True, True]
+    assert [path.exists() for path in left + kept] == [False, False, False, True, True]
+    assert not trial.exists()
 
 
 def test_a_directory_of_somebody_else_is_refused(tmp_path):

@@ -117,7 +117,7 @@ def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=100)
-    assert process.returncode == 130 and "interrupted" in message and "Traceback" not in message
+    assert process.returncode == 130 and "Interrupted" in message and "Traceback" not in message
     assert not list(out.parent.iterdir())
 
 

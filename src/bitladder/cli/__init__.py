@@ -1,11 +1,14 @@
 """The command line. One file per verb; each parses, calls and prints, and is imported only when it is used."""
 
 import importlib
+import signal
 import sys
+import threading
 from typing import Any
 
 import click
 
+from bitladder.cli.typed import NamingGroup
 from bitladder.errors import BitladderError
 
 # Verb → first line of its help. The module of the same name is imported when the verb is used, so that
@@ -32,7 +35,7 @@ VERBS = {
 }
 
 
-class _LazyGroup(click.Group):
+class _LazyGroup(NamingGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
 
@@ -55,8 +58,18 @@ def application() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 an error in one line, 2 a wrong option, 130 interrupted."""
+    """Run a command and exit: 0 done, 1 an error in one line, 2 a wrong option, 130 interrupted, 143 terminated."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     sys.exit(invoke(arguments))
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: work stops as after Ctrl-C."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def invoke(arguments: list[str] | None = None) -> int:
@@ -69,8 +82,10 @@ def invoke(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        message, code = "interrupted; nothing half-written was kept, the same command starts again or goes on", 130
+    except (KeyboardInterrupt, click.Abort) as stop:
+        # click turns every KeyboardInterrupt into an Abort that has it as its context.
+        terminated = isinstance(stop, _Terminated) or isinstance(stop.__context__, _Terminated)
+        message, code = "Interrupted. Run the same command to continue.", 143 if terminated else 130
     except BitladderError as error:
         message, code = str(error), error.code
     except BrokenPipeError:

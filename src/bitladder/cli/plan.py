@@ -117,6 +117,8 @@ def command(
     inputs = PlanInputs(model, imatrix, load_text(_TEXT if text is None else text), moments, how, work)
     with Planner(inputs, options, output.progress) as planner:
         target, preset = target_of(aim, planner.subject, options.decoding)
+        if sensitivity is None:
+            planner.check_reachable(target, preset)
         prices = planner.prices_for(target, preset) if sensitivity is None else planner.known(sensitivity)
         result = planner.plan(target, prices, preset)
         out = pathlib.Path(f"{model.stem}-{target.word}.toml") if out is None else out

@@ -50,8 +50,8 @@ class _FilesInPlace(click.Command):
 
 # A parameter for each option that stands for itself.
 @click.command("quantize", cls=_FilesInPlace)
-@click.argument("preset", required=False)
-@click.option("-m", "--model", "source", required=True, type=_PATH, help="F16, BF16 or F32 GGUF.")
+@click.argument("words", nargs=-1, metavar="[PRESET]")
+@click.option("-m", "--model", "source", type=_PATH, help="F16, BF16 or F32 GGUF.")
 @click.option("-o", "--output", "out", type=_PATH, help="File to write; one that exists is replaced.")
 @click.option("--imatrix", type=_PATH, help="Importance matrix of the same model.")
 @click.option("--recipe", type=_PATH, help="Recipe (TOML): the type of each tensor. PRESET then decides the rest only.")
@@ -73,8 +73,8 @@ class _FilesInPlace(click.Command):
 @common_options
 def command(
     output: Output,
-    preset: str | None,
-    source: pathlib.Path,
+    words: tuple[str, ...],
+    source: pathlib.Path | None,
     out: pathlib.Path | None,
     imatrix: pathlib.Path | None,
     recipe: pathlib.Path | None,
@@ -92,8 +92,14 @@ def command(
     """Quantize a full-precision GGUF to PRESET (Q4_K_M, IQ3_S, …) or a recipe.
 
     The options are llama-quantize's. With the same options, imatrix and library every tensor's bytes equal those of
-    llama-quantize, unless --rounding chooses better blocks of the same size.
+    llama-quantize, unless --rounding chooses better blocks of the same size. Its own form works too:
+    bitladder quantize IN.gguf OUT.gguf PRESET [THREADS].
     """
+    if len(words) > 1:
+        source, out, words, threads = _as_llama_quantize(words, source, out, threads)
+    if source is None:
+        raise click.UsageError("Missing option '-m' / '--model'.")
+    preset = words[0] if words else None
     read = read_recipe(recipe) if recipe is not None else None
     options = options.replace(
         preset=read.preset if preset is None and read is not None else preset,
@@ -130,6 +136,21 @@ def command(
             output.remark(part)
         check_room(prepared, out)
         _show_result(output, write(prepared, out, threads=threads, progress=output.progress))
+
+
+def _as_llama_quantize(
+    words: tuple[str, ...], source: pathlib.Path | None, out: pathlib.Path | None, threads: int | None
+) -> tuple[pathlib.Path, pathlib.Path, tuple[str, ...], int | None]:
+    """Model, output, preset and threads of IN OUT PRESET [THREADS]. Raises UsageError if they are given twice."""
+    if source is not None or out is not None or len(words) not in (3, 4) or (len(words) == 4 and threads is not None):
+        raise UsageError(
+            f"{' '.join(words)}: write PRESET -m IN.gguf -o OUT.gguf, or IN.gguf OUT.gguf PRESET [THREADS]"
+        )
+    if len(words) == 4:
+        if not words[3].isdecimal() or int(words[3]) < 1:
+            raise UsageError(f"{words[3]} is no number of threads; write IN.gguf OUT.gguf PRESET [THREADS]")
+        threads = int(words[3])
+    return pathlib.Path(words[0]), pathlib.Path(words[1]), (words[2],), threads
 
 
 def _show_preflight(output: Output, prepared: PreparedQuant, figures: Preflight) -> None:

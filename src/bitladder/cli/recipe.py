@@ -5,6 +5,7 @@ import pathlib
 import click
 
 from bitladder import recipe as recipes
+from bitladder.cli.typed import NamingGroup
 from bitladder.errors import BitladderError
 from bitladder.files import write_text
 from bitladder.gguf.reader import GgufFile
@@ -16,7 +17,7 @@ _FILE = click.Path(path_type=pathlib.Path)
 _model = click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF, for shapes and checks.")
 
 
-@click.group("recipe", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("recipe", cls=NamingGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
     """Show, check, extract, compare and export recipes: which type each tensor of a quant has.
 

@@ -112,28 +112,30 @@ class GraphCallback:
 
     @contextlib.contextmanager
     def _interrupts_kept(self) -> Iterator[None]:
-        """Inside the context, Ctrl-C stops the computation instead of raising an exception at once.
+        """Inside the context, Ctrl-C or SIGTERM stops the computation instead of raising an exception at once.
 
         Python handles a signal at the first Python instruction after it. While the library computes, that instruction
         is the entry of a callback, where no `try` is open yet: ctypes would print the exception and drop it. Nothing
-        happens outside the main thread, which handles no signals, or where Python does not handle SIGINT.
+        happens outside the main thread, which handles no signals, or for a signal that Python does not handle.
         """
-        handler = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread() or not callable(handler):
-            yield
-            return
+        handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
 
         def keep(number: int, frame: object) -> None:
             try:
-                handler(number, frame)  # type: ignore[arg-type]
+                handlers[number](number, frame)
             except BaseException as error:
                 self._error = error
 
-        signal.signal(signal.SIGINT, keep)
+        for number in handlers:
+            signal.signal(number, keep)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 class Watching(GraphCallback):

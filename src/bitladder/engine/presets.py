@@ -19,7 +19,7 @@ from typing import Any
 
 from bitladder.engine.native import ggml, llama, log
 from bitladder.engine.types import TensorType, all_types, type_by_name
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, UsageError, did_you_mean
 
 # Names that llama-quantize also accepts.
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "F32": "ALL_F32"}
@@ -90,7 +90,7 @@ def presets() -> dict[str, int]:
 def preset_number(name: str) -> int:
     """The llama_ftype of a preset. `name` is its name in any case, or the number, as in llama-quantize.
 
-    Raises BitladderError that lists the presets.
+    Raises UsageError that names the closest preset, or lists all.
     """
     upper = name.upper()
     upper = ALIASES.get(upper, upper)
@@ -98,7 +98,7 @@ def preset_number(name: str) -> int:
         return presets()[upper]
     if upper.isdecimal() and int(upper) in presets().values():
         return int(upper)
-    raise BitladderError(f"unknown preset {name!r}; the library knows {', '.join(sorted(presets()))}")
+    raise UsageError(f"unknown preset {name!r}{did_you_mean(name, sorted(presets()), 'the library knows')}")
 
 
 def plain_type(preset: str) -> TensorType | None:

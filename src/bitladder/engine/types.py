@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.native import GGML_TYPE_COUNT, ggml, vector_converters
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, UsageError, did_you_mean
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -59,12 +59,12 @@ def all_types() -> dict[int, TensorType]:
 
 @functools.cache
 def type_by_name(name: str) -> TensorType:
-    """The type of a name in any case ("q4_K", "Q4_K"). Raises BitladderError that lists the names."""
+    """The type of a name in any case ("q4_K", "Q4_K"). Raises UsageError that names the closest one, or lists all."""
     for candidate in all_types().values():
         if candidate.name.lower() == name.lower():
             return candidate
-    known = ", ".join(t.name for t in all_types().values())
-    raise BitladderError(f"unknown tensor type {name!r}; the library knows {known}")
+    known = [kind.name for kind in all_types().values()]
+    raise UsageError(f"unknown tensor type {name!r}{did_you_mean(name, known, 'the library knows')}")
 
 
 def threads_available() -> int:

@@ -1,11 +1,13 @@
 """What cannot succeed is refused before hours of work: every option against every stage that will use it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bitladder.calibrate import MIN_CALIBRATION_CTX
 from bitladder.errors import UsageError
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Source
+from bitladder.ladder.store import Store
 from bitladder.progress import Progress
 from bitladder.text import Text
 
@@ -38,3 +40,26 @@ def check_options(
         progress.warn("MODEL is a GGUF already: --outtype and --converter have no effect")
     if text.sha256 in {one.sha256 for one in calibration}:
         progress.warn(f"{text.name} is measured with and calibrated on: the figures will be better than on other text")
+
+
+def refuse_other_model(options: RunOptions, source: Source, store: Store) -> None:
+    """Refuses a run directory with the ladder of another model, unless --replace is given.
+
+    A model is the same if its weights are the same files, or if it is the full-precision GGUF of the ladder.
+
+    Raises UsageError that names both models.
+    """
+    convert = store.manifest.steps.get("convert")
+    if convert is None or options.replace_model:
+        return
+    known = set(_weights(convert.inputs["model"])) | {output.sha256 for output in convert.outputs}
+    if not known & set(_weights(source.digest(store))):
+        raise UsageError(
+            f"--out {options.out} has the ladder of {convert.inputs['model']['name']}, whose weights are not those of "
+            f"{source.name}; name another directory, or give --replace to replace that ladder"
+        )
+
+
+def _weights(digest: Mapping[str, Any]) -> list[str]:
+    """The content hashes of the files of a model that hold weights."""
+    return [sha for name, sha in digest["files"].items() if name.endswith((".safetensors", ".bin", ".gguf"))]

@@ -88,12 +88,10 @@ class Run(Closing):
         """Does a step, unless the run directory has it."""
         record = self.store.ensure(step.name, step.inputs(self, self._digests), lambda: step.make(self))
         self._records[step.name] = record
-        if record.outputs:
-            self._digests[step.name] = {output.path: output.sha256 for output in record.outputs}
-        elif "file" in record.facts:  # a GGUF given as MODEL is used where it is
-            self._digests[step.name] = {record.facts["file"]: record.facts["sha256"]}
+        if step.name == "convert":  # the same file may lie elsewhere under another name, given as MODEL
+            self._digests[step.name] = {"model": record.facts["sha256"]}
         else:
-            self._digests[step.name] = {}
+            self._digests[step.name] = {output.path: output.sha256 for output in record.outputs}
         step.completed(self)
 
     def facts(self, step: str) -> Mapping[str, Any]:

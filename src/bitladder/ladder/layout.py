@@ -131,8 +131,8 @@ class Layout:
         return (self.card.name, self.report.name, "recipes", "scores", "*.gguf")
 
     def with_temporary_files(self) -> tuple[pathlib.Path, ...]:
-        """The folders in which a killed run may leave temporary files."""
-        return (self.folder, *(self.folder / name for name in ("recipes", "measured", "scores", "planned")), self.work)
+        """The folders in which a killed run may leave temporary files, beside the work folder and all in it."""
+        return (self.folder, *(self.folder / name for name in ("recipes", "measured", "scores", "planned")))
 
 
 @dataclasses.dataclass(frozen=True)

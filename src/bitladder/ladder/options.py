@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from bitladder.calibrate import RoundingMomentsOptions
 from bitladder.engine.decoding import Decoding
-from bitladder.errors import UsageError
+from bitladder.errors import UsageError, did_you_mean
 from bitladder.options import Options, option, words
 from bitladder.plan import PlanOptions
 from bitladder.refine import RefineOptions
@@ -35,6 +35,13 @@ class RunOptions(Options):
         names="file",
         metavar="DIR",
         help="Directory for everything. A run that was interrupted continues there.",
+    )
+    replace_model: bool = option(
+        False,
+        "--replace",
+        decides=False,
+        hidden=True,
+        help="Make the ladder of MODEL in a directory that has the ladder of another model.",
     )
     rungs: tuple[str, ...] = option(
         ALL_RUNGS, "--ladder", commas=True, metavar="RUNGS", help="Presets separated by commas, or all (twelve)."
@@ -148,7 +155,7 @@ class RunOptions(Options):
 def choose_rungs(rungs: tuple[str, ...], *, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
     """The presets that `rungs` names, in any case and each once; ("all",) names the default ones.
 
-    Raises UsageError that lists the `known` presets for a name that is none of them.
+    Raises UsageError for a name that is not among the `known` presets: it names the closest one, or lists them.
 
     Example:
         >>> choose_rungs(("q6_k", "Q6_K"), known=("Q6_K", "Q8_0"), default=("Q8_0",))
@@ -160,10 +167,8 @@ def choose_rungs(rungs: tuple[str, ...], *, known: tuple[str, ...], default: tup
     known = tuple(name for name in known if name not in FULL_PRECISION)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise UsageError(
-            f"--ladder {', '.join(unknown) or 'is empty'}: the presets are {', '.join(known)}; all means "
-            f"{', '.join(default)}"
-        )
+        close = did_you_mean(unknown[0] if unknown else "", known, f"all means {', '.join(default)}; the presets are")
+        raise UsageError(f"--ladder: no preset {', '.join(unknown) or 'is named'}{close}")
     return tuple(dict.fromkeys(names))
 
 

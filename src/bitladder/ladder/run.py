@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from bitladder import evaluate, quantize
-from bitladder.ladder.checks import check_options
+from bitladder.ladder.checks import check_options, refuse_other_model
 from bitladder.ladder.context import BASE, Run, read_json
 from bitladder.ladder.layout import Layout, naive
 from bitladder.ladder.manifest import RunRecord
@@ -67,6 +67,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
     tracker = Tracker(pace, len(steps), rungs, progress, watch)
     keep = source.path if source.is_gguf else None
     with open_store(options.out, keep=keep, progress=progress) as store:
+        refuse_other_model(options, source, store)
         check_room(options, source, store.present())
         store.begin(run_record(options, source, others))
         context = Run(

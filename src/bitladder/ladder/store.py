@@ -10,6 +10,7 @@ Paths are in no key: a run directory can be moved.
 import contextlib
 import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -188,9 +189,13 @@ def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-    """Remove the temporary files of a killed run (see files.replacing). The lock is held, so nobody uses them."""
-    for place in Layout(folder).with_temporary_files():
-        for path in place.glob(".*.tmp"):
+    """Removes what a killed run was writing: files and folders called .NAME.tmp. The lock is held."""
+    layout = Layout(folder)
+    places = [path for place in layout.with_temporary_files() for path in place.glob(".*.tmp")]
+    for path in [*places, *layout.work.rglob(".*.tmp")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 

@@ -206,15 +206,24 @@ class Planner(Closing):
             versions=versions(),
         )
 
-    def prices_for(self, target: Target, preset: Preset | None = None) -> TypePrices:
-        """Prices of all types near a target: the kept ones if they are valid and complete, else new ones.
+    def _bpw(self, target: Target) -> float:
+        """The bits per weight of a target. For a KLD they are not known beforehand; 5 are assumed."""
+        if target.max_bytes is None:
+            return 5.0
+        return 8 * max(target.max_bytes - self.subject.header_bytes(), 0) / self.subject.weights()
 
-        For a KLD the window is not known beforehand. Then it is that of a recipe of 5 bits per weight.
+    def check_reachable(self, target: Target, preset: Preset | None = None) -> None:
+        """Refuses a target that no recipe meets, before anything is measured.
+
+        Raises BitladderError that gives the smallest possible size and the constraints behind it.
         """
-        bpw = 5.0
-        if target.max_bytes is not None:
-            bpw = 8 * max(target.max_bytes - self.subject.header_bytes(), 0) / self.subject.weights()
-        method = self.options.prices.method
+        menus = self.menus(self.window(self._bpw(target)), *(() if preset is None else (preset,)))
+        free = {name: dict.fromkeys((kind.name for kind in menu), 0.0) for name, menu in menus.items()}
+        target.solve(self.build(free))
+
+    def prices_for(self, target: Target, preset: Preset | None = None) -> TypePrices:
+        """Prices of all types near a target: the kept ones if they are valid and complete, else new ones."""
+        bpw, method = self._bpw(target), self.options.prices.method
         path = self.work / ("sensitivity.json" if method == "forward" else f"sensitivity-{method}.json")
         presets = () if preset is None else (preset,)
         kept = self._kept(path)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from bitladder.engine.types import type_by_name
-from bitladder.errors import UsageError
+from bitladder.errors import UsageError, did_you_mean
 from bitladder.plan.allocate import Problem, TypeOption
 from bitladder.plan.options import Constraints
 from bitladder.plan.subject import Subject
@@ -82,7 +82,8 @@ def floored(subject: Subject, floors: Iterable[str]) -> dict[str, float]:
         if not (kind and equals and value):
             raise UsageError(f"--floor {text}: write KIND=TYPE or KIND=BITS, such as attn_v=q5_K or ffn_down=4.5")
         if kind not in kinds:
-            raise UsageError(f"--floor {text}: the model has no such kind; it has {', '.join(sorted(kinds))}")
+            close = did_you_mean(kind, sorted(kinds), "it has")
+            raise UsageError(f"--floor {text}: the model has no such kind{close}")
         bpw = _floor_bpw(text, value)
         floor |= {name: bpw for name, (own, _) in subject.places.items() if own == kind}
     return floor
@@ -96,7 +97,8 @@ def tied(subject: Subject, ties: Iterable[str]) -> tuple[frozenset[str], ...]:
         tie = [kind.strip() for kind in text.split(",")]
         unknown = [kind for kind in tie if kind not in kinds]
         if unknown:
-            raise UsageError(f"--tie {text}: no kind {unknown[0]}; the model has {', '.join(sorted(kinds))}")
+            close = did_you_mean(unknown[0], sorted(kinds), "the model has")
+            raise UsageError(f"--tie {text}: no kind {unknown[0]}{close}")
         for layer in {layer for _, layer in subject.places.values()}:
             members = frozenset(name for name, (kind, at) in subject.places.items() if kind in tie and at == layer)
             if len(members) > 1:

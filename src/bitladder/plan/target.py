@@ -1,6 +1,7 @@
 """What a plan aims at: a file size, or a divergence."""
 
 import dataclasses
+import math
 import re
 
 from bitladder.engine.context import Context
@@ -76,6 +77,8 @@ def target_of(options: TargetOptions, subject: Subject, decoding: PlanDecoding) 
         preset = subject.preset(options.like)
         return Target(f"like {options.like.upper()}", max_bytes=preset.bytes), preset
     if options.kld is not None:
+        if not 0 < options.kld < math.inf:
+            raise UsageError(f"--kld is {options.kld}; give a divergence above 0, in nats per token, such as 0.01")
         return Target(f"KLD {options.kld:g}", max_kld=options.kld), None
     text = f"{way} {getattr(options, way)}"
     if options.size is not None:

@@ -23,7 +23,7 @@ import regex
 
 from bitladder.engine.presets import ALIASES, pattern_error, plain_type, preset_number, presets, storable
 from bitladder.engine.types import TensorType, all_types, type_by_name
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, UsageError, did_you_mean
 from bitladder.gguf.names import around_block, reading_order
 
 _NOT_MADE = {"NVFP4"}  # a name for converted files: llama_model_quantize refuses it
@@ -108,8 +108,9 @@ def target_type(name: str, where: str) -> TensorType:
     except BitladderError:
         kind = None
     if kind is None or not storable(kind):
-        known = ", ".join(one.name for one in all_types().values() if storable(one))
-        raise UsageError(f"{where}: weights cannot be stored as {name!r}; the library has {known}")
+        known = [candidate.name for candidate in all_types().values() if storable(candidate)]
+        close = did_you_mean(name, known, "the library has")
+        raise UsageError(f"{where}: weights cannot be stored as {name!r}{close}")
     return kind
 
 

@@ -5,7 +5,7 @@ import hashlib
 import pathlib
 from collections.abc import Callable
 
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, UsageError, did_you_mean
 from bitladder.evaluate.tasks import binary, continuation, hellaswag, hub_data, winogrande
 from bitladder.evaluate.tasks.answer import drawn_questions
 from bitladder.evaluate.tasks.arc import ARC
@@ -63,7 +63,8 @@ def parse_specs(text: str) -> list[TaskSpec]:
     for part in text.split(","):
         name, colon, source = part.strip().partition(":")
         if name not in names:
-            raise UsageError(f"--tasks: there is no task {name!r}; there are {', '.join(names)} (NAME:FILE,NAME:FILE)")
+            close = did_you_mean(name, names, "there are")
+            raise UsageError(f"--tasks (NAME:FILE,NAME:FILE): there is no task {name!r}{close}")
         if any(spec.name == name for spec in specs):
             raise UsageError(f"--tasks names {name} twice")
         if name == continuation.NAME and not source:

@@ -8,7 +8,7 @@ import numpy as np
 from bitladder.engine.matvec import bytes_per_second
 from bitladder.engine.presets import kernel_needs_importance, storable
 from bitladder.engine.types import TensorType, all_types, type_by_name
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, UsageError, did_you_mean
 from bitladder.gguf import TensorInfo
 
 Menus = Mapping[str, Sequence[TensorType]]  # tensor → types, ascending in bits per weight
@@ -57,7 +57,8 @@ def _named(word: str) -> TensorType:
     try:
         kind = type_by_name(word)
     except BitladderError as error:
-        raise UsageError(f"--menu {word}: no such type (or write k, iq, all, fast)") from error
+        names = ("k", "iq", "all", "fast", *(kind.name for kind in all_types().values() if storable(kind)))
+        raise UsageError(f"--menu {word}: no such type{did_you_mean(word, names, 'write one of')}") from error
     if not (storable(kind) and kind.quantized):
         raise UsageError(f"--menu {word}: weights cannot be quantized to it")
     return kind

@@ -100,7 +100,7 @@ def quantize_rounded(
         )
         refuse_other_moments(moments, prepared.file, progress)
         if work is None:
-            folder = tempfile.TemporaryDirectory(dir=pathlib.Path(out).parent, prefix=".rounding.")
+            folder = tempfile.TemporaryDirectory(dir=pathlib.Path(out).parent, prefix=".rounding.", suffix=".tmp")
             work = pathlib.Path(opened.enter_context(folder))
         trial = None if held_out is None else _Trial(held_out, refine.guard, decoding)
         return _round(prepared, out, rounding, trial, work, decoding.threads, progress)

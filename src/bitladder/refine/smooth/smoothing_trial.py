@@ -85,7 +85,9 @@ def try_smoothing(
     chunks = (options or SmoothingOptions()).trial_chunks
     settings = Settings(**dataclasses.asdict(decoding) | {"chunks": chunks})
     with (
-        tempfile.TemporaryDirectory(dir=plain.model.parent if work is None else work, prefix=".trial.") as temporary,
+        tempfile.TemporaryDirectory(
+            dir=plain.model.parent if work is None else work, prefix=".trial.", suffix=".tmp"
+        ) as temporary,
         kept_base(work or pathlib.Path(temporary), plain.model, text, settings, progress) as base,
         progress.task(f"{preset} as it is, and smoothed", 2) as task,
     ):

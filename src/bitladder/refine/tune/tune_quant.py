@@ -167,7 +167,7 @@ def tune_in_place(
 def _try(files: _Files, text: Text, settings: Settings, progress: Progress) -> tuple[Figure, Figure, Figure]:
     """KLD of the quant as it was and tuned, and their paired difference."""
     with (
-        tempfile.TemporaryDirectory(dir=files.out.parent, prefix=".tune.") as folder,
+        tempfile.TemporaryDirectory(dir=files.out.parent, prefix=".tune.", suffix=".tmp") as folder,
         kept_base(pathlib.Path(folder), files.full, text, settings, progress) as base,
     ):
         before, after = (

@@ -21,7 +21,7 @@ from bitladder.calibrate.statistics import (
     listed,
     tensor_statistics,
 )
-from bitladder.errors import UsageError
+from bitladder.errors import UsageError, did_you_mean
 from bitladder.gguf import imatrix_place, ranges
 from bitladder.show.imatrix import tables
 from bitladder.show.imatrix.heatmap import FigureMap, TerminalMap, make_map
@@ -159,7 +159,7 @@ def _check_kinds(kinds: Collection[str], names: Iterable[str]) -> None:
     known = sorted({imatrix_place(name)[1] for name in names})
     for kind in kinds:
         if kind not in known:
-            raise UsageError(f"no tensor of kind {kind!r}; there are {', '.join(known)}")
+            raise UsageError(f"no tensor of kind {kind!r}{did_you_mean(kind, known, 'there are')}")
 
 
 def _side_notes(comparison: ImatrixComparison) -> list[str]:

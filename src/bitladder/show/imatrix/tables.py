@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from bitladder.errors import UsageError
+from bitladder.errors import UsageError, did_you_mean
 
 DASH = "–"
 
@@ -108,7 +108,8 @@ def find_column(columns: Sequence[FigureColumn], called: str, *, numeric: bool =
         for column in offered:
             if fold(called) in [fold(name) for name in (column.name, column.heading, *column.also)]:
                 return column
-    raise UsageError(f"no such column: {called!r}; there are {', '.join(column.name for column in offered)}")
+    names = [column.name for column in offered]
+    raise UsageError(f"no such column: {called!r}{did_you_mean(called, names, 'there are')}")
 
 
 class FigureRow(Protocol):

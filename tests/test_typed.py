@@ -1,0 +1,108 @@
+"""What a user types: mistyped names, spaces in lists, llama-quantize's own form, and SIGTERM."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from bitladder.cli import invoke
+from bitladder.cli.recipe import command as recipe_command
+from bitladder.cli.run import command as run_command
+from bitladder.cli.typed import joined_lists
+from bitladder.gguf.reader import GgufFile
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["qantize"], "no command 'qantize'; did you mean quantize?"),
+        (["recipe", "chek"], "no command 'chek'; did you mean check?"),
+        (["run", "x", "--out", "y", "--ladder", "Q4_KM"], "--ladder: no preset Q4_KM; did you mean Q4_K_M?"),
+        (["quantize", "q4km", "-m", "MODEL", "-o", "y.gguf"], "unknown preset 'q4km'; did you mean Q4_K_M?"),
+        (["plan", "-m", "MODEL", "--like", "Q4_KM"], "unknown preset 'Q4_KM'; did you mean Q4_K_M?"),
+        (["plan", "-m", "MODEL", "--size", "9M", "--menu", "q5_x"], "--menu q5_x: no such type; did you mean q5_K?"),
+        (["eval", "-m", "MODEL", "--tasks", "helaswag:x"], "no task 'helaswag'; did you mean hellaswag?"),
+        (["quantize", "Q4_K_M", "-m", "MODEL", "-o", "y.gguf", "--tensor-type", "attn_v=q6k"], "did you mean q6_K?"),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else value.rsplit(maxsplit=1)[-1],
+)
+def test_a_mistyped_name_gets_the_closest_one(words, message, tiny_gguf, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = invoke([str(tiny_gguf) if word == "MODEL" else word for word in words])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("m --ladder Q4_K_M, Q6_K, Q8_0 --out d", "m --ladder Q4_K_M,Q6_K,Q8_0 --out d"),
+        ("--ladder=Q4_K_M, Q6_K m", "--ladder=Q4_K_M,Q6_K m"),
+        ("a, b --out d, e", "a, b --out d, e"),  # a model and a folder are no lists
+        ("m --ladder", "m --ladder"),
+        ("m --ladder Q6_K,", "m --ladder Q6_K,"),
+    ],
+)
+def test_a_list_may_have_spaces(typed, words):
+    assert joined_lists(run_command, typed.split()) == words.split()
+
+
+def test_groups_show_their_commands():
+    shown = CliRunner().invoke(recipe_command, ["--help"])
+    assert shown.exit_code == 0
+    assert "extract" in shown.output
+
+
+def test_the_form_of_llama_quantize(tiny_gguf, tmp_path):
+    ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    assert invoke(["quantize", "Q4_0", "-m", str(tiny_gguf), "-o", str(ours)]) == 0
+    assert invoke(["quantize", str(tiny_gguf), str(theirs), "Q4_0", "1"]) == 0
+    assert ours.read_bytes() == theirs.read_bytes()
+    with GgufFile(theirs) as file:
+        assert any(tensor.type.name == "q4_0" for tensor in file.tensors.values())
+
+
+@pytest.mark.parametrize("words", [["IN", "OUT"], ["IN", "OUT", "Q4_0", "many"], ["IN", "OUT", "Q4_0", "-t", "1", "2"]])
+def test_other_forms_are_refused(words, tiny_gguf, tmp_path, capsys):
+    out = tmp_path / "out.gguf"
+    assert invoke(["quantize", *({"IN": str(tiny_gguf), "OUT": str(out)}.get(word, word) for word in words)]) == 2
+    assert "IN.gguf OUT.gguf PRESET [THREADS]" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("target", [["--size", "5"], ["--kld", "0"], ["--kld", "nan"], ["--bpw", "0.1"]])
+def test_an_impossible_target_is_refused_before_measuring(target, tiny_gguf, tmp_path, capsys):
+    work = tmp_path / "work"
+    assert invoke(["plan", "-m", str(tiny_gguf), *target, "--work", str(work), "-o", str(tmp_path / "o.toml")]) in (
+        1,
+        2,
+    )
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "smallest possible file" in error or "--kld is" in error
+    assert not work.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+def test_sigterm_stops_as_ctrl_c_does(tiny_gguf, calibration_text, tmp_path):
+    out = tmp_path / "imatrix.gguf"
+    words = ["imatrix", "-m", str(tiny_gguf), "-f", str(calibration_text), "-o", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bitladder", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    line = process.stderr.readline()  # the work has begun
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=60)
+    assert (process.returncode, (line + rest).splitlines()[-1]) == (
+        143,
+        "bitladder: Interrupted. Run the same command to continue.",
+    )
+    assert [path for path in pathlib.Path(tmp_path).iterdir() if path.suffix == ".tmp"] == []
