@@ -1,0 +1,152 @@
+"""llama.cpp's own converter: unpacked with care, asked what it needs, run with its messages shown."""
+
+import io
+import pathlib
+import sys
+import tarfile
+
+import pytest
+
+from bitladder.convert import upstream
+from bitladder.convert.upstream import Converter, refuse_code, requirements, run_converter, unpack, upstream_converter
+from bitladder.errors import BitladderError, UsageError
+
+VERSION = "9.9.9"
+TOP = f"llama_cpp_python-{VERSION}"
+FILES = {
+    "convert_hf_to_gguf.py": b"print()",
+    "conversion/__init__.py": b"",
+    "gguf-py/gguf/__init__.py": b"",
+    "requirements/requirements-convert_hf_to_gguf.txt": b"-r ./requirements-more.txt\n--extra-index-url https://x.org/cpu\n"
+    b"\n# a comment\ntorch==2.11.0\n",
+    "requirements/requirements-more.txt": b"numpy~=2.2.6 # why\ngguf>=0.1.0\n",
+    "src/llama.cpp": b"not wanted",
+}
+
+
+def archive(path: pathlib.Path, files: dict[str, bytes], top: str = TOP) -> pathlib.Path:
+    with tarfile.open(path, "w:gz") as file:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"{top}/vendor/llama.cpp/{name}")
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_only_the_converter_is_unpacked(tmp_path):
+    unpack(archive(tmp_path / "a.tar.gz", FILES), tmp_path / "out", VERSION)
+    unpacked = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    assert unpacked == FILES.keys() - {"src/llama.cpp"}
+    assert requirements(tmp_path / "out") == (["torch==2.11.0", "numpy~=2.2.6"], ["https://x.org/cpu"])
+
+
+@pytest.mark.parametrize(
+    ("files", "top", "words"),
+    [
+        (FILES, "llama_cpp_python-1.0.0", "must be of llama_cpp_python-9.9.9"),
+        ({"conversion/a.py": b""}, TOP, "has no convert_hf_to_gguf.py"),
+        ({"conversion/../../../../x.py": b""}, TOP, "cannot be unpacked"),
+        ({"conversion/big.py": bytes(upstream.MOST_UNPACKED + 1)}, TOP, "unpacks to more than 64 MiB"),
+    ],
+)
+def test_a_strange_archive_is_refused(tmp_path, files, top, words):
+    with pytest.raises(BitladderError, match=words):
+        unpack(archive(tmp_path / "a.tar.gz", files, top), tmp_path / "out", VERSION)
+    assert not (tmp_path / "x.py").exists()
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(BitladderError, match=r"a.tar.gz cannot be unpacked"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "out", VERSION)
+
+
+def test_without_a_network_the_message_says_how_to_bring_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(BitladderError, match=r"cannot be downloaded \(ERROR: .*\)\. .* --converter FILE.tar.gz$"):
+        upstream_converter(cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_packages_that_cannot_be_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setattr(upstream, "library_version", lambda: VERSION)
+    files = FILES | {"requirements/requirements-convert_hf_to_gguf.txt": b"no-such-package-at-all==1\n"}
+    brought = archive(tmp_path / "a.tar.gz", files)
+    with pytest.raises(BitladderError, match=r"--converter SCRIPT .*no-such-package-at-all"):
+        upstream_converter(brought, cache=tmp_path / "cache")
+    # The source is kept, and nothing half-made.
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"llama-cpp-python-{VERSION}"]
+
+
+def test_an_environment_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(upstream, "library_version", lambda: VERSION)
+    files = FILES | {"requirements/requirements-convert_hf_to_gguf.txt": b"# nothing\n"}
+    brought = archive(tmp_path / "a.tar.gz", files)
+    first = upstream_converter(brought, cache=tmp_path / "cache")
+    assert first.python.is_file()
+    assert first.script.read_bytes() == FILES["convert_hf_to_gguf.py"]
+    brought.unlink()
+    assert upstream_converter(cache=tmp_path / "cache") == first
+    run = [str(first.python), "-c", "import sys; print(sys.prefix)"]
+    assert upstream.subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == str(
+        first.python.parent.parent
+    )
+
+
+class Heard:
+    def __init__(self):
+        self.advanced = 0.0
+
+    def task(self, label, total):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def note(self, text):
+        pass
+
+    def advance(self, amount=1.0):
+        self.advanced += amount
+
+
+def script(tmp_path: pathlib.Path, body: str) -> Converter:
+    path = tmp_path / "convert_hf_to_gguf.py"
+    path.write_text("import sys\ntarget = sys.argv[sys.argv.index('--outfile') + 1]\n" + body)
+    return Converter(path, pathlib.Path(sys.executable))
+
+
+def test_progress_is_what_the_converter_says(tmp_path):
+    body = "for i in (10, 60, 100):\n    sys.stderr.write(f'\\rWriting: {i:3d}%|##| 1/2')\n"
+    body += "open(target, 'wb').write(b'GGUF')"
+    heard = Heard()
+    run_converter(script(tmp_path, body), tmp_path, tmp_path / "o.gguf", "f16", heard)
+    assert heard.advanced == 100
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("sys.stderr.write('one\\nKeyError: x\\n'); sys.exit(3)", r"failed \(3\): one / KeyError: x"),
+        ("open(target, 'wb').write(b'zip')", "wrote no GGUF"),
+    ],
+)
+def test_a_failure_has_its_last_lines(tmp_path, body, words):
+    with pytest.raises(BitladderError, match=words):
+        run_converter(script(tmp_path, body), tmp_path, tmp_path / "o.gguf", "f16", Heard())
+
+
+def test_code_of_a_checkpoint_is_not_run_unasked(tmp_path):
+    refuse_code(tmp_path, ["XForCausalLM"], trusted=False)
+    (tmp_path / "modeling_x.py").write_text("")
+    with pytest.raises(UsageError, match=r"modeling_x.py.*--trust-remote-code"):
+        refuse_code(tmp_path, ["XForCausalLM"], trusted=False)
+    refuse_code(tmp_path, ["XForCausalLM"], trusted=True)
