@@ -10,8 +10,7 @@ from plain_options import plain_options
 
 from bitladder import evaluate
 from bitladder.evaluate import SpeedOptions, SpeedTest
-from bitladder.ladder import run
-from bitladder.ladder.manifest import load_manifest
+from bitladder.ladder import load_manifest, run
 from bitladder.recipe import read_recipe
 
 CHECK = {"pairs": 24, "rank_correlation": 0.9876, "median_ratio": 1.234}

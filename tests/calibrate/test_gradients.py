@@ -10,9 +10,9 @@ import tiny_models
 import torch
 from transformers import LlamaForCausalLM, Olmo2ForCausalLM
 
+from bitladder.calibrate import TorchModel
 from bitladder.calibrate.gradients import GradientOptions, check_logits, usable, weighted_moments
 from bitladder.calibrate.gradients.families import TorchLlama
-from bitladder.calibrate.gradients.forward import TorchModel
 from bitladder.calibrate.gradients.weighted_moments import chunk_generator
 from bitladder.convert import convert
 from bitladder.errors import BitladderError, UsageError

@@ -25,9 +25,7 @@ from bitladder.calibrate.moments.moments_file import pack_triangle, unpack_trian
 from bitladder.calibrate.moments.sums import sums_bytes
 from bitladder.cli import invoke
 from bitladder.convert import convert
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
+from bitladder.engine import Context, Decoding, Model
 from bitladder.errors import BitladderError, UsageError
 from bitladder.text import Reading, Text, load_text, spread_evenly, text_chunks
 

@@ -14,9 +14,9 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate.tasks import QuestionSet, TaskKind, export_task, load_task, parse_specs, score_task, task_names
 from bitladder.evaluate.tasks.draw import draw, mersenne_twister
 from bitladder.evaluate.tasks.task import Question
-from bitladder.text.texts import load_text
+from bitladder.text import load_text
 
-SETTINGS = ev.Settings(n_ctx=256, threads=1)
+SETTINGS = ev.MeasureOptions(n_ctx=256, threads=1)
 WORDS = load_text("pydoc:test").text.split()
 
 

@@ -5,9 +5,8 @@ import json
 import pytest
 from plain_options import plain_options
 
-from bitladder.gguf.reader import GgufFile
-from bitladder.ladder import run
-from bitladder.ladder.layout import Layout
+from bitladder.gguf import GgufFile
+from bitladder.ladder import Layout, run
 from bitladder.ladder.options import command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.quantize import RUNGS, TUNE_KEY

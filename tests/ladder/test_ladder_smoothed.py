@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from plain_options import plain_options
 
-from bitladder.engine.types import dequantize_into, quantize_rows
-from bitladder.gguf.reader import GgufFile
-from bitladder.ladder import run
-from bitladder.ladder.layout import Layout
+from bitladder.engine import dequantize_into, quantize_rows
+from bitladder.gguf import GgufFile
+from bitladder.ladder import Layout, run
 from bitladder.ladder.options import command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.quantize import RUNGS, quantize

@@ -10,11 +10,11 @@ import dataclasses
 import pytest
 from plain_options import plain_options
 
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.keys import recorded, versions_of
+from bitladder.ladder import RunOptions
 from bitladder.ladder import run as run_ladder
 from bitladder.ladder.context import Run
-from bitladder.ladder.options import RunOptions
 from bitladder.options import Options, table
 from bitladder.plan import FeedbackOptions, PlanDecoding, PlanOptions, PriceOptions
 
@@ -154,7 +154,7 @@ def test_every_option_that_a_step_reads_is_in_its_key(seen):
     for name, (step, reads, _) in seen.items():
         left = reads - keyed(step) - nested - neutral - ELSEWHERE.keys()
         # A measurement's own settings are made of options that are in the key.
-        left = {(cls, field) for cls, field in left if cls != "Settings"}
+        left = {(cls, field) for cls, field in left if cls != "MeasureOptions"}
         if left:
             missing[name] = sorted(left)
     assert not missing, str(missing)

@@ -4,7 +4,7 @@ import pathlib
 
 import click
 
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 
 
 @click.command("card")

@@ -3,8 +3,8 @@
 import click
 
 from bitladder.cli.from_options import options_from
-from bitladder.ladder.options import RunOptions
-from bitladder.show.output import Output, common_options
+from bitladder.ladder import RunOptions
+from bitladder.show import Output, common_options
 
 
 @click.command("run")
@@ -20,7 +20,7 @@ def command(*, output: Output, options: RunOptions) -> None:
     # Imported here, so that --help does not wait for the native library.
     from bitladder.ladder import run
     from bitladder.report import write_card, write_report
-    from bitladder.show.run_display import RunDisplay, result_table
+    from bitladder.show import RunDisplay, result_table
 
     output.tame_hub()
     display = RunDisplay(output)

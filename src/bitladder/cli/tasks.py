@@ -6,7 +6,7 @@ import pathlib
 import click
 
 from bitladder.errors import UsageError
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 
 
 @click.command("tasks")

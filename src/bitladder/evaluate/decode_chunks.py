@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.context import Context
+from bitladder.engine import Context
 from bitladder.text import Chunks
 
 Floats = npt.NDArray[np.float32]

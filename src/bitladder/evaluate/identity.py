@@ -5,8 +5,7 @@ import pathlib
 
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_bytes, sha256_file
-from bitladder.gguf import GgufFile, TensorInfo
-from bitladder.gguf.shards import joined_sha256, shards_of
+from bitladder.gguf import GgufFile, TensorInfo, joined_sha256, shards_of
 
 
 @dataclasses.dataclass(frozen=True)

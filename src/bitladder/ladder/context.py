@@ -127,10 +127,10 @@ class Run(Closing):
         """Whether a rung is made of the smoothed model."""
         return bool(self.facts(f"trial {rung}").get("smoothed"))
 
-    def settings(self) -> evaluate.Settings:
+    def settings(self) -> evaluate.MeasureOptions:
         """How models are measured."""
         decoding = self.options.decoding
-        return evaluate.Settings(
+        return evaluate.MeasureOptions(
             n_ctx=decoding.n_ctx,
             n_ubatch=decoding.n_ubatch,
             threads=decoding.threads,

@@ -9,8 +9,7 @@ from typing import Any
 from bitladder.compare import check_structure, check_weights, perplexity_sign
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Scores
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.shards import plain_path
+from bitladder.gguf import GgufFile, plain_path
 from bitladder.hub import Fetched, fetch
 from bitladder.progress import Progress
 

@@ -10,8 +10,7 @@ import gguf
 
 from bitladder import hub
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.shards import plain_path
+from bitladder.gguf import GgufFile, plain_path
 from bitladder.ladder.store import Store
 
 # What a converter may read of a checkpoint's directory; .bin files count only where there is no safetensors file.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from bitladder.convert import Checkpoint
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Source
 

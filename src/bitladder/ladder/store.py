@@ -17,7 +17,7 @@ from typing import Any
 
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_file
-from bitladder.gguf.shards import joined_sha256, shards_of
+from bitladder.gguf import joined_sha256, shards_of
 from bitladder.keys import key_of
 from bitladder.ladder.layout import Layout
 from bitladder.ladder.manifest import CachedHash, Manifest, OutputFile, RunRecord, StepRecord, load_manifest

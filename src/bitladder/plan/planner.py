@@ -11,10 +11,9 @@ from typing import Any
 
 from bitladder.calibrate import MomentsFile
 from bitladder.closing import Closing
-from bitladder.engine.native import versions
-from bitladder.engine.types import TensorType, type_by_name
+from bitladder.engine import TensorType, type_by_name, versions
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import HiddenBase, Settings
+from bitladder.evaluate import HiddenBase, MeasureOptions
 from bitladder.keys import key_of, versions_of
 from bitladder.plan.allocate import Problem
 from bitladder.plan.feedback import Feedback, PlanProblem
@@ -42,10 +41,9 @@ from bitladder.plan.rivals import prices_of
 from bitladder.plan.subject import Preset, Subject
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Progress
-from bitladder.refine.round import OutputRounding, refuse_other_moments
+from bitladder.refine import OutputRounding, refuse_other_moments
 from bitladder.rounding import RoundingOptions
-from bitladder.text import excerpts
-from bitladder.text.texts import Text
+from bitladder.text import Text, excerpts
 from bitladder.trial import Journal, Renderer, SwappedModel, kept_base, measurement_inputs
 
 
@@ -85,7 +83,7 @@ class Planner(Closing):
     def __init__(self, inputs: PlanInputs, options: PlanOptions, progress: Progress = SILENT) -> None:
         self.options, self.progress = options, progress
         decoding = dataclasses.asdict(options.decoding)
-        self._settings = Settings(**decoding, chunks=options.chunks)
+        self._settings = MeasureOptions(**decoding, chunks=options.chunks)
         self.text = excerpts(inputs.text, options.chunks, options.decoding.n_ctx)
         self.work = inputs.model.with_name(f"{inputs.model.stem}.plan") if inputs.work is None else inputs.work
         with contextlib.ExitStack() as opened:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name
 from bitladder.errors import UsageError
 from bitladder.plan.allocate import Problem, TypeOption
 from bitladder.plan.options import Constraints

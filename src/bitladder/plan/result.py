@@ -4,8 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping
 
-from bitladder.engine.native import versions
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name, versions
 from bitladder.plan.allocate import Allocation, Problem, TypeOption
 from bitladder.plan.corrections import Places
 from bitladder.plan.feedback import FeedbackResult

@@ -3,9 +3,8 @@
 import collections
 from collections.abc import Callable, Mapping
 
-from bitladder.calibrate import Imatrix
-from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
-from bitladder.engine.types import type_by_name
+from bitladder.calibrate import Imatrix, TensorStatistics, tensor_statistics
+from bitladder.engine import type_by_name
 from bitladder.plan.allocate import Problem, greedy
 from bitladder.plan.corrections import Places
 from bitladder.plan.options import RivalOptions

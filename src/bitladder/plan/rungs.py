@@ -11,7 +11,7 @@ from bitladder.plan.prices import TypePrices
 from bitladder.plan.result import bits_per_weight
 from bitladder.plan.rivals import rivals
 from bitladder.plan.target import Target
-from bitladder.refine.smooth import KEY as SMOOTHED_KEY
+from bitladder.refine import SMOOTHED_KEY
 
 RungMode = Literal["quality", "size"]
 

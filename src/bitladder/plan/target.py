@@ -3,10 +3,7 @@
 import dataclasses
 import re
 
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import MIN_CTX, Decoding
-from bitladder.engine.model import Model
-from bitladder.engine.native import log
+from bitladder.engine import MIN_CTX, Context, Decoding, Model, log
 from bitladder.errors import BitladderError, UsageError
 from bitladder.plan.allocate import Allocation, Problem, smallest_bytes, smallest_cost
 from bitladder.plan.options import PlanDecoding, TargetOptions

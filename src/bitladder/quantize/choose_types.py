@@ -8,8 +8,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping
 
-from bitladder.engine.presets import PresetTypes, Request, check_overrides, plain_type, preset_types
-from bitladder.engine.types import TensorType, all_types
+from bitladder.engine import PresetTypes, Request, TensorType, all_types, check_overrides, plain_type, preset_types
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.quantize.prune import Pruning, plan_pruning

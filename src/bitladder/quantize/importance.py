@@ -7,8 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import Imatrix
-from bitladder.engine.presets import kernel_needs_importance, plain_type, preset_types
-from bitladder.engine.types import type_by_name
+from bitladder.engine import kernel_needs_importance, plain_type, preset_types, type_by_name
 from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress
 from bitladder.quantize.choose_types import BASE, EMBEDDINGS, OUTPUT, ChosenTypes, TensorChoice

@@ -7,10 +7,9 @@ import os
 import pathlib
 import shutil
 
-from bitladder.engine.types import threads_available
+from bitladder.engine import threads_available
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import name_in_block
-from bitladder.gguf.split_writer import split_sizes
+from bitladder.gguf import name_in_block, split_sizes
 from bitladder.quantize.prepare import PreparedQuant
 from bitladder.quantize.stream import AHEAD, PIECE
 

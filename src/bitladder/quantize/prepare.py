@@ -7,11 +7,7 @@ from collections.abc import Mapping
 
 from bitladder.calibrate import read_imatrix
 from bitladder.closing import Closing
-from bitladder.gguf.names import block_of
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.split_writer import group_as, group_by_size, split_sizes
-from bitladder.gguf.values import Value
-from bitladder.gguf.writer import TensorPlan
+from bitladder.gguf import GgufFile, TensorPlan, Value, block_of, group_as, group_by_size, split_sizes
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize.choose_types import ChosenTypes, choose
 from bitladder.quantize.importance import Floats, importance_of, selected

@@ -6,11 +6,18 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from bitladder.engine.presets import PresetTypes, Request, kernel_needs_importance, preset_types, storable
-from bitladder.engine.types import TensorType, all_types, type_by_name
+from bitladder.engine import (
+    PresetTypes,
+    Request,
+    TensorType,
+    all_types,
+    kernel_needs_importance,
+    preset_types,
+    storable,
+    type_by_name,
+)
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import block_of, kind_of, one_line, ranges, reading_order
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile, block_of, kind_of, one_line, ranges, reading_order
 from bitladder.recipe.extract import shapes_of
 from bitladder.recipe.patterns import exact_patterns, preset_and_pairs
 from bitladder.recipe.schema import Recipe

@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from bitladder.engine.types import type_by_name
-from bitladder.gguf.names import block_of, kind_of, reading_order
+from bitladder.engine import type_by_name
+from bitladder.gguf import block_of, kind_of, reading_order
 from bitladder.recipe.schema import Recipe
 from bitladder.recipe.sizes import Shapes, Size, size_of, tensor_bytes
 

@@ -4,10 +4,10 @@ import dataclasses
 import shlex
 from collections.abc import Collection
 
-from bitladder.engine.presets import presets
+from bitladder.engine import presets
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.recipe.check_recipe import changeable, check
 from bitladder.recipe.patterns import base_preset, preset_and_pairs, preset_name
 from bitladder.recipe.schema import Recipe

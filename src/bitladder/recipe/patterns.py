@@ -21,10 +21,19 @@ from collections.abc import Mapping, Sequence
 
 import regex
 
-from bitladder.engine.presets import ALIASES, pattern_error, plain_type, preset_number, presets, storable
-from bitladder.engine.types import TensorType, all_types, type_by_name
+from bitladder.engine import (
+    ALIASES,
+    TensorType,
+    all_types,
+    pattern_error,
+    plain_type,
+    preset_number,
+    presets,
+    storable,
+    type_by_name,
+)
 from bitladder.errors import BitladderError, UsageError
-from bitladder.gguf.names import around_block, reading_order
+from bitladder.gguf import around_block, reading_order
 
 _NOT_MADE = {"NVFP4"}  # a name for converted files: llama_model_quantize refuses it
 _PLAIN = set(string.ascii_lowercase + string.digits + "_-/")

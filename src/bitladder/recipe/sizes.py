@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import block_of
-from bitladder.gguf.writer import TensorPlan
+from bitladder.gguf import TensorPlan, block_of
 
 # Tensor name → shape in GGUF order: shape[0] is the row width.
 Shapes = Mapping[str, tuple[int, ...]]

@@ -12,7 +12,7 @@ import tomli_w
 
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike, write_text
-from bitladder.gguf.names import kind_of, one_line, reading_order
+from bitladder.gguf import kind_of, one_line, reading_order
 from bitladder.recipe.schema import Recipe
 
 

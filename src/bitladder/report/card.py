@@ -8,8 +8,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate import RunScores
-from bitladder.evaluate.tasks import task_meanings
+from bitladder.evaluate import RunScores, task_meanings
 from bitladder.files import write_text
 from bitladder.recipe import Recipe, recipe_sha256
 from bitladder.report import tables

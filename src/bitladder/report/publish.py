@@ -15,7 +15,7 @@ import yaml
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import read_scores
 from bitladder.hub import PRESET, pick, side_word
-from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
+from bitladder.ladder import Manifest, RunRecord, complete_manifest
 from bitladder.report.rundir import RunPaths, price_paths
 
 # The start of a path of this machine: /home/…, ~/…, ./…, C:\…, \\server, file:…

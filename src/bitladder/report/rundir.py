@@ -7,11 +7,10 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from bitladder.calibrate import read_imatrix
-from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
+from bitladder.calibrate import TensorStatistics, read_imatrix, tensor_statistics
 from bitladder.evaluate import Figure, NamedFile, Role, RunScores, read_document, read_scores
-from bitladder.gguf.reader import GgufFile
-from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
+from bitladder.gguf import GgufFile
+from bitladder.ladder import Manifest, RunRecord, complete_manifest
 from bitladder.recipe import Recipe, read_recipe
 
 D = TypeVar("D", bound=pydantic.BaseModel)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bitladder.calibrate.statistics import TensorStatistics
-from bitladder.engine.types import type_by_name
+from bitladder.calibrate import TensorStatistics
+from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import block_of, kind_of, reading_order
+from bitladder.gguf import block_of, kind_of, reading_order
 from bitladder.report.rundir import Run, read_importance, read_shapes
 
 # What the prices of a file are of, by whether it is made of the smoothed model.

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bitladder.gguf.names import ranges
+from bitladder.gguf import ranges
 from bitladder.plan import MovedTensors, PlanResult, Share, Target, TriedRecipe, moved_tensors, shares
 from bitladder.trial import BlockLoss, Measurement
 from bitladder.units import size_text

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from bitladder.gguf.names import block_of, name_in_block, ranges
+from bitladder.gguf import block_of, name_in_block, ranges
 from bitladder.quantize import Fallback, Preflight, QuantizeResult
 
 SHOWN = 6  # names in a cell; of the others only their number is shown

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from bitladder.gguf.names import kind_of, one_line, ranges
+from bitladder.gguf import kind_of, one_line, ranges
 from bitladder.recipe import RecipeDiff
 from bitladder.show.recipe_tables import cell, size_text, table_of
 

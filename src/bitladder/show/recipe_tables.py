@@ -8,9 +8,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import block_of, kind_of, one_line, ranges, reading_order
+from bitladder.gguf import block_of, kind_of, one_line, ranges, reading_order
 from bitladder.recipe import RECIPE_KEY, Recipe, Shapes, Size, block_size, recipe_sha256, size_of
 
 

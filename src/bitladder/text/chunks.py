@@ -17,7 +17,7 @@ from bitladder.options import Options, option
 from bitladder.text.texts import Text
 
 if TYPE_CHECKING:  # texts need no native library
-    from bitladder.engine.model import Model
+    from bitladder.engine import Model
 
 Tokens = npt.NDArray[np.int32]
 

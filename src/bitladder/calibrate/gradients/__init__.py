@@ -3,21 +3,26 @@
 torch is imported when the first function is called, and not by importing this package.
 """
 
-from bitladder.calibrate.gradients.fisher import FISHER, FisherCost, FisherOptions, fisher_costs
-from bitladder.calibrate.gradients.usable import (
-    CHECKED_TOKENS,
-    LogitAgreement,
-    check_logits,
-    require_torch,
-    torch_threads,
-    why_no_gradients,
-)
-from bitladder.calibrate.gradients.weighted_moments import (
-    GRADIENT_MOMENTS,
-    GradientMoments,
-    GradientOptions,
-    weighted_moments,
-)
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.calibrate.gradients.fisher import FISHER, FisherCost, FisherOptions, fisher_costs
+    from bitladder.calibrate.gradients.usable import (
+        CHECKED_TOKENS,
+        LogitAgreement,
+        check_logits,
+        require_torch,
+        torch_threads,
+        why_no_gradients,
+    )
+    from bitladder.calibrate.gradients.weighted_moments import (
+        GRADIENT_MOMENTS,
+        GradientMoments,
+        GradientOptions,
+        weighted_moments,
+    )
 
 __all__ = [
     "CHECKED_TOKENS",
@@ -35,3 +40,4 @@ __all__ = [
     "weighted_moments",
     "why_no_gradients",
 ]
+open_door(__name__)

@@ -3,12 +3,10 @@
 import collections
 import dataclasses
 
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import MIN_CTX
-from bitladder.engine.model import Model
+from bitladder.engine import MIN_CTX, Context, Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.logit_rows import Workers
-from bitladder.evaluate.settings import Settings
+from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.tasks.batch import batches, choice_means
 from bitladder.evaluate.tasks.draw import draw
 from bitladder.evaluate.tasks.task import Answer, Question, QuestionSet, Skipped, TaskResult
@@ -80,7 +78,7 @@ def summarize(task: QuestionSet, count: int | None = None) -> QuestionSummary:
 
 @TASKS.entry
 def score_task(
-    model: Model, task: QuestionSet, settings: Settings, *, count: int | None = None, progress: Progress = SILENT
+    model: Model, task: QuestionSet, settings: MeasureOptions, *, count: int | None = None, progress: Progress = SILENT
 ) -> TaskResult:
     """Has a model answer questions of a task, drawn and scored as in llama-perplexity.
 
@@ -134,7 +132,7 @@ def _answer(
     questions: list[TokenizedQuestion],
     n_seq: int,
     capacity: int,
-    settings: Settings,
+    settings: MeasureOptions,
     progress: Progress,
 ) -> list[Answer]:
     planned = list(batches(questions, capacity, n_seq))

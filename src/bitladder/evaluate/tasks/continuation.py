@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks.draw import below, mersenne_twister
 from bitladder.evaluate.tasks.task import Question, QuestionSet, TaskKind, question
-from bitladder.text.texts import load_text
+from bitladder.text import load_text
 
 NAME = "continuation"
 MEANING = (

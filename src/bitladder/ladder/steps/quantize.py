@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitladder import evaluate, quantize
-from bitladder.calibrate.gradients import why_no_gradients
+from bitladder.calibrate import why_no_gradients
 from bitladder.engine import native
 from bitladder.ladder.context import Run, read_json, text_used
 from bitladder.ladder.options import RunOptions

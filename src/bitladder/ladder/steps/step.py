@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitladder.engine.native import library
+from bitladder.engine import library
 from bitladder.keys import Algorithm, settled, versions_of
 from bitladder.ladder.options import RunOptions
 

@@ -1,9 +1,14 @@
 """What a step down of a tensor's type costs in KLD: measured swaps, and a law through them."""
 
-from bitladder.plan.prices.document import PriceCheck, PricedFrom, TensorPrices, TypePrices, load_prices
-from bitladder.plan.prices.fisher_prices import FISHER_PRICES, price_by_gradients
-from bitladder.plan.prices.menu import Menus, Window, measured_speeds, menu_types, tensor_menu, within_speed
-from bitladder.plan.prices.price import PRICES, PriceSource, price
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.plan.prices.document import PriceCheck, PricedFrom, TensorPrices, TypePrices, load_prices
+    from bitladder.plan.prices.fisher_prices import FISHER_PRICES, price_by_gradients
+    from bitladder.plan.prices.menu import Menus, Window, measured_speeds, menu_types, tensor_menu, within_speed
+    from bitladder.plan.prices.price import PRICES, PriceSource, price
 
 __all__ = [
     "FISHER_PRICES",
@@ -23,3 +28,4 @@ __all__ = [
     "tensor_menu",
     "within_speed",
 ]
+open_door(__name__)

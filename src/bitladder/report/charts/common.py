@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bitladder.evaluate import Figure
-from bitladder.gguf.names import kind_of, reading_order
+from bitladder.gguf import kind_of, reading_order
 from bitladder.recipe import Recipe
 from bitladder.report.numbers import gigabytes, with_error
 from bitladder.report.rundir import RunModel

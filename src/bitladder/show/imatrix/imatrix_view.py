@@ -6,10 +6,10 @@ import pathlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from bitladder.calibrate import Imatrix, read_imatrix
-from bitladder.calibrate.statistics import (
+from bitladder.calibrate import (
     Gaps,
     GroupStatistics,
+    Imatrix,
     ImatrixComparison,
     TensorDifference,
     TensorStatistics,
@@ -19,6 +19,7 @@ from bitladder.calibrate.statistics import (
     find_gaps,
     grouped_differences,
     listed,
+    read_imatrix,
     tensor_statistics,
 )
 from bitladder.errors import UsageError

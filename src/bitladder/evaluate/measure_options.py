@@ -3,17 +3,13 @@
 import dataclasses
 import pathlib
 
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.devices import main_memory
-from bitladder.engine.model import Model
-from bitladder.engine.observe import Observer
+from bitladder.engine import Context, Decoding, Model, Observer, main_memory
 from bitladder.evaluate.identity import parts
 from bitladder.options import option
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Decoding):
+class MeasureOptions(Decoding):
     """How a model is measured: how it is decoded, and on how much of a text.
 
     Raises:
