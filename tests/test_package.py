@@ -41,6 +41,7 @@ WALLS = {
         "text",
         "trial",
     },
+    "rundir": set(),
     "ladder": {
         "calibrate",
         "compare",
@@ -54,10 +55,11 @@ WALLS = {
         "recipe",
         "refine",
         "rounding",
+        "rundir",
         "text",
         "trial",
     },
-    "report": {"calibrate", "engine", "evaluate", "gguf", "hub", "ladder", "recipe"},
+    "report": {"calibrate", "engine", "evaluate", "gguf", "hub", "recipe", "rundir"},
     "show": {
         "calibrate",
         "compare",

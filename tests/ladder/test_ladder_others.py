@@ -11,13 +11,14 @@ from plain_options import plain_options
 from bitladder.convert import convert
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import Fetched
-from bitladder.ladder import load_manifest, run
 from bitladder.ladder import others as module
+from bitladder.ladder import run
 from bitladder.ladder.options import command_line
 from bitladder.ladder.others import find_others
 from bitladder.ladder.source import locate
 from bitladder.quantize import RUNGS
 from bitladder.report import read_run
+from bitladder.rundir import load_manifest
 
 REPO = "someone/Tiny-GGUF"
 

@@ -8,8 +8,6 @@ from typing import Any
 from bitladder import evaluate, quantize
 from bitladder.ladder.checks import check_options
 from bitladder.ladder.context import BASE, Run, read_json
-from bitladder.ladder.layout import Layout, naive
-from bitladder.ladder.manifest import RunRecord
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
 from bitladder.ladder.others import Other, find_others
 from bitladder.ladder.pace import Pace, extent_of
@@ -20,6 +18,7 @@ from bitladder.ladder.steps.step import Step
 from bitladder.ladder.store import open_store
 from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.progress import SILENT, Progress
+from bitladder.rundir import Layout, RunRecord, naive
 from bitladder.text import load_text
 
 

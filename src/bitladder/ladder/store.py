@@ -19,10 +19,9 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_file
 from bitladder.gguf import joined_sha256, shards_of
 from bitladder.keys import key_of
-from bitladder.ladder.layout import Layout
-from bitladder.ladder.manifest import CachedHash, Manifest, OutputFile, RunRecord, StepRecord, load_manifest
 from bitladder.ladder.steps.step import Product
 from bitladder.progress import SILENT, Progress
+from bitladder.rundir import CachedHash, Layout, Manifest, OutputFile, RunRecord, StepRecord, load_manifest
 
 
 class Store:

@@ -7,9 +7,9 @@ import numpy as np
 from bitladder import evaluate
 from bitladder.files import write_json
 from bitladder.ladder.context import Run, read_json
-from bitladder.ladder.layout import naive
 from bitladder.ladder.others import about
 from bitladder.ladder.steps.step import Product, Step
+from bitladder.rundir import naive
 
 
 class Score(Step):

@@ -9,8 +9,8 @@ from typing import Any
 from bitladder.evaluate import Figure
 from bitladder.gguf import kind_of, reading_order
 from bitladder.recipe import Recipe
+from bitladder.report.finished_run import RunModel
 from bitladder.report.numbers import gigabytes, with_error
-from bitladder.report.rundir import RunModel
 
 Chart = dict[str, Any]
 # Role → name in the legend, colour and symbol. Groups differ by symbol too, for readers who cannot tell the colours.

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from bitladder.evaluate import Figure
 from bitladder.report.charts.common import LOOKS, Chart, axis, describe, errors, figure
 from bitladder.report.charts.pareto import describe_tried
-from bitladder.report.rundir import Run
+from bitladder.report.finished_run import FinishedRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Agreement:
     spread: tuple[float, float]
 
 
-def prediction_pairs(run: Run) -> list[PredictionPair]:
+def prediction_pairs(run: FinishedRun) -> list[PredictionPair]:
     """All recipes that were predicted and measured. A logarithmic axis has room for positive figures only."""
     pairs = [
         PredictionPair("candidate", f"{one.rung}: {one.name}", one.predicted_kld, one.kld, describe_tried(one))

@@ -7,7 +7,7 @@ import pydantic
 
 from bitladder.errors import BitladderError
 from bitladder.files import write_json
-from bitladder.ladder.layout import Layout
+from bitladder.rundir.layout import Layout
 
 
 class OutputFile(pydantic.BaseModel):
