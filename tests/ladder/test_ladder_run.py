@@ -134,6 +134,7 @@ class Fakes:
             "bitladder.evaluate.identify": lambda path: path,
             "bitladder.evaluate.base_scores": self.base_scores, "bitladder.calibrate.collect_imatrix": self.collect,
             "bitladder.quantize.quantize": self.quantize, "bitladder.evaluate.bench": self.bench,
+            "bitladder.ladder.run.check_texts": lambda steps, texts: None,  # the model has no vocabulary
         }  # fmt: skip
         return _Patches(stand_ins)
 

@@ -1,4 +1,4 @@
-"""Whether the disk has room for a run, asked before hours of work."""
+"""The room that a run needs on the disk, checked before the work."""
 
 import pathlib
 import shutil
@@ -10,7 +10,8 @@ from bitladder.gguf import GgufFile
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Source
 
-# Bits per weight of a preset on a model of some size; small models, with more of them in the embeddings, need more.
+# Bits per weight of a preset, for a model of 7B weights or more. The embeddings are a larger share of a small model,
+# which needs more.
 NOMINAL_BPW = {
     "IQ3_S": 3.6,
     "IQ3_M": 3.8,
@@ -30,9 +31,15 @@ MARGIN = 1.1
 
 
 def check_room(options: RunOptions, source: Source, present: Iterable[str]) -> None:
-    """Raise BitladderError if the files still to be made need more room than the disk has.
+    """Refuses a run whose files do not fit on the disk.
 
-    `present` names the steps whose files are there already.
+    Parameters:
+        options: the options of the run.
+        source: the model.
+        present: names of the steps whose files are there already.
+
+    Raises:
+        BitladderError: names the bytes that are needed, and those that are free.
     """
     done = set(present)
     rungs = [rung for rung in options.rungs if f"quantize {rung}" not in done]
@@ -50,7 +57,13 @@ def check_room(options: RunOptions, source: Source, present: Iterable[str]) -> N
 
 
 def bytes_needed(parameters: int, rungs: Iterable[str], outtype: str | None) -> int:
-    """An estimate, in bytes, for the rungs and, with an `outtype`, the full-precision file."""
+    """About how many bytes the rungs have.
+
+    Parameters:
+        parameters: number of weights of the model.
+        rungs: names of the presets.
+        outtype: type of a full-precision file that is counted too, or None.
+    """
     bits = sum(NOMINAL_BPW.get(rung, OTHER_BPW) for rung in rungs) * MARGIN
     if outtype is not None:
         bits += 32 if outtype == "f32" else 16
@@ -58,11 +71,11 @@ def bytes_needed(parameters: int, rungs: Iterable[str], outtype: str | None) -> 
 
 
 def parameters_of(source: Source) -> int:
-    """How many weights the model has, from headers only. Raises BitladderError if it is no model."""
+    """The number of weights of the model, from headers only. Raises BitladderError if it is not a model."""
     if source.is_gguf:
         with GgufFile(source.path) as file:
             return sum(tensor.elements for tensor in file.tensors.values())
     old = [path for path in source.files().values() if path.suffix == ".bin"]
     if old:
-        return sum(path.stat().st_size for path in old) // 2  # pickled, mostly two bytes a weight
+        return sum(path.stat().st_size for path in old) // 2  # pickled; most have two bytes for each weight
     return sum(tensor.elements for tensor in Checkpoint(pathlib.Path(source.path)).tensors.values())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         RivalOptions,
         TargetOptions,
     )
-    from bitladder.plan.planner import PlanInputs, Planner
+    from bitladder.plan.planner import PlanInputs, Planner, planning_text
     from bitladder.plan.prices import FISHER_PRICES, PRICES, TypePrices, Window, load_prices
     from bitladder.plan.result import MovedTensors, PlanResult, Share, moved_tensors, planned_recipe, shares
     from bitladder.plan.rungs import RungMode, candidates, plan_rung, price_rungs
@@ -52,6 +52,7 @@ __all__ = [
     "moved_tensors",
     "plan_rung",
     "planned_recipe",
+    "planning_text",
     "price_rungs",
     "shares",
     "target_of",

@@ -68,6 +68,11 @@ class PlanInputs:
     work: pathlib.Path | None = None
 
 
+def planning_text(text: Text, options: PlanOptions) -> Text:
+    """The passages of a text on which recipes are measured."""
+    return excerpts(text, options.chunks, options.decoding.n_ctx)
+
+
 class Planner(Closing):
     """Plans for one model: prices once, then any number of targets.
 
@@ -84,7 +89,7 @@ class Planner(Closing):
         self.options, self.progress = options, progress
         decoding = dataclasses.asdict(options.decoding)
         self._settings = MeasureOptions(**decoding, chunks=options.chunks)
-        self.text = excerpts(inputs.text, options.chunks, options.decoding.n_ctx)
+        self.text = planning_text(inputs.text, options)
         self.work = inputs.model.with_name(f"{inputs.model.stem}.plan") if inputs.work is None else inputs.work
         with contextlib.ExitStack() as opened:
             self.subject = opened.enter_context(Subject(inputs.model, inputs.imatrix))

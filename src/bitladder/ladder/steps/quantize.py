@@ -8,10 +8,10 @@ from bitladder.calibrate import why_no_gradients
 from bitladder.engine import native
 from bitladder.ladder.context import Run, read_json, text_used
 from bitladder.ladder.options import RunOptions
-from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, write_recipe
 from bitladder.refine import ROUNDED_QUANT, TUNING, guard_json, guard_text, quantize_rounded, tune_in_place
-from bitladder.text import Reading
+from bitladder.text import Reading, Text, set_apart
 
 # Tokens decoded in the time that the library quantizes all weights; i-quants search a codebook for every block.
 LIBRARY, LIBRARY_IQ = 1500, 6000
@@ -72,6 +72,17 @@ class Quantize(Step):
             library_part(self.label),
         ]
         return [*parts, Part("tune", TUNE * extent.tuned)] if self.options.tunes else parts
+
+    def cuts(self, texts: TextsOfRun) -> list[CutText]:
+        """Passages for the guard; for tuning each calibration text without its end, and the ends."""
+        options, n_ctx = self.options, self.options.decoding.n_ctx
+        used: list[Text] = []
+        if options.rounds:
+            used.append(guard_text(texts.calibration, options.refine.guard, n_ctx))
+        if options.tunes and why_no_gradients(texts.full) is None:
+            beginnings, ends = set_apart(texts.calibration, options.refine.tuning.held_out_share)
+            used += [*beginnings, ends]
+        return [CutText("--calibration", text, n_ctx) for text in used]
 
     def make(self, run: Run) -> Product:
         """Makes the file."""
