@@ -12,7 +12,7 @@ from bitladder import evaluate as ev
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate.tasks import QuestionSet, TaskKind, export_task, load_task, parse_specs, score_task, task_names
-from bitladder.evaluate.tasks.draw import draw, mersenne_twister
+from bitladder.evaluate.tasks.answer import draw, mersenne_twister
 from bitladder.evaluate.tasks.task import Question
 from bitladder.text import load_text
 

@@ -11,10 +11,9 @@ The library is loaded when the first of its functions is used, not by an import.
     observe      callbacks that watch the computation
     activations  callbacks that round or disturb activations
     weights      the weights of a loaded model, read and replaced in place
-    devices      back ends, processors, thread pools, main memory
+    devices      back ends, processors, threads, main memory
     matvec       speed of the CPU's kernels, and the type to which they round inputs
     extras       whether special layouts of weights work on this processor
-    blas         threads of NumPy's matrix multiplication
 """
 
 from typing import TYPE_CHECKING
@@ -23,7 +22,6 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.engine.activations import KernelInputs, NoisyOutputs
-    from bitladder.engine.blas import single_threaded
     from bitladder.engine.context import FLASH_ATTN, Context, Floats, logit_differences, sequence_logits
     from bitladder.engine.decoding import MIN_CTX, Decoding
     from bitladder.engine.devices import (
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
         kernels,
         main_memory,
         processors,
+        single_threaded,
     )
     from bitladder.engine.matvec import bytes_per_second
     from bitladder.engine.model import Model, Tokens

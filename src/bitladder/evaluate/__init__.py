@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from bitladder.evaluate.base import BASE, HiddenBase, LogitsFile, cache_path, load_or_compute_base, open_base
     from bitladder.evaluate.divergence import TokenScores, compare_with_base
     from bitladder.evaluate.figures import mean
-    from bitladder.evaluate.identity import Identity, identify
+    from bitladder.evaluate.identity import Identity, NoResults, ResultFolder, Results, identify
     from bitladder.evaluate.logit_rows import Workers
     from bitladder.evaluate.measure import (
         MEASURE,
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from bitladder.evaluate.measure_options import MeasureOptions
     from bitladder.evaluate.noise import NOISE, noise_floor
     from bitladder.evaluate.paired import compare_pair, paired_mean, paired_task
-    from bitladder.evaluate.results_cache import NoResults, ResultFolder, Results
     from bitladder.evaluate.scores import (
         SCORES,
         Divergence,

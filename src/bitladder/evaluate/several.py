@@ -11,7 +11,7 @@ from bitladder.engine import Model, kernels, library
 from bitladder.errors import UsageError
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.base.logits_file import LogitsFile
-from bitladder.evaluate.identity import Identity, identify
+from bitladder.evaluate.identity import Identity, NoResults, Results, identify
 from bitladder.evaluate.measure import (
     MEASURE,
     Measurement,
@@ -26,7 +26,6 @@ from bitladder.evaluate.measure import (
 from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.noise import NOISE, noise_floor
 from bitladder.evaluate.paired import compare_pair
-from bitladder.evaluate.results_cache import NoResults, Results
 from bitladder.evaluate.scores import Noise, Scores, TaskScore
 from bitladder.evaluate.tasks import TASKS, QuestionSet, average_of_five, load_task, parse_specs, score_task
 from bitladder.keys import Algorithm

@@ -10,12 +10,12 @@ import numpy as np
 from bitladder.keys import Algorithm
 from bitladder.plan.allocate import ALLOCATION, Allocation, Problem, neighbours
 from bitladder.plan.corrections import Correction, Places, correct
-from bitladder.plan.measurements import Measurements
 from bitladder.plan.options import FeedbackOptions
 from bitladder.plan.problem import Prices
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Bar, Progress
 from bitladder.trial import SWAPPED_KLD, Measurement
+from bitladder.trial.journal import Measurements
 
 PLANNING = Algorithm(
     "planning",

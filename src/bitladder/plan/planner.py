@@ -17,7 +17,6 @@ from bitladder.evaluate import HiddenBase, MeasureOptions
 from bitladder.keys import key_of, versions_of
 from bitladder.plan.allocate import Problem
 from bitladder.plan.feedback import Feedback, PlanProblem
-from bitladder.plan.measurements import Measurements
 from bitladder.plan.options import PlanOptions
 from bitladder.plan.prices import (
     FISHER_PRICES,
@@ -45,6 +44,7 @@ from bitladder.refine import OutputRounding, refuse_other_moments
 from bitladder.rounding import RoundingOptions
 from bitladder.text import Text, excerpts
 from bitladder.trial import Journal, Renderer, SwappedModel, kept_base, measurement_inputs
+from bitladder.trial.journal import Measurements
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,17 @@ if TYPE_CHECKING:
         read_tensor_types,
         target_type,
     )
-    from bitladder.recipe.schema import FileUsed, ImatrixUsed, Recipe, TextUsed, recipe_sha256
-    from bitladder.recipe.sizes import Shapes, Size, block_size, size_of
+    from bitladder.recipe.schema import (
+        FileUsed,
+        ImatrixUsed,
+        Recipe,
+        Shapes,
+        Size,
+        TextUsed,
+        block_size,
+        recipe_sha256,
+        size_of,
+    )
     from bitladder.recipe.toml import read_recipe, recipe_toml, write_recipe
 
 __all__ = [

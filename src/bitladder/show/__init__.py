@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bitladder.show.imatrix.picture import check_target, write_plot
     from bitladder.show.ladder_tables import ladder_json, ladder_table, pareto_plot
     from bitladder.show.output import Output, common_options
-    from bitladder.show.recipe_diff_tables import difference
+    from bitladder.show.recipe_tables import difference
     from bitladder.show.run_display import RunDisplay, result_table
     from bitladder.show.speed_tables import FORMATS, render, speed_table
 

@@ -15,11 +15,10 @@ from bitladder.closing import Closing
 from bitladder.engine import Context, HiddenStates, dequantize_into, versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
-from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.divergence import BaseRows
 from bitladder.evaluate.identity import Identity
 from bitladder.evaluate.logit_rows import RowScores, Workers, score_rows
-from bitladder.evaluate.measure_options import MeasureOptions
+from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import replacing
 from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm

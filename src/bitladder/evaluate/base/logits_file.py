@@ -18,9 +18,8 @@ import numpy.typing as npt
 from bitladder.closing import Closing
 from bitladder.engine import MIN_CTX
 from bitladder.errors import BitladderError
-from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.logit_rows import Workers, score_rows
-from bitladder.evaluate.measure_options import MeasureOptions
+from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import replacing
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text, text_chunks
