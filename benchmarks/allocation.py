@@ -36,8 +36,8 @@ from bitladder.plan import (
     planned_recipe,
     rivals,
 )
-from bitladder.plan.allocate import greedy
-from bitladder.plan.prices import menu_types
+from bitladder.plan.allocate.allocation import greedy
+from bitladder.plan.prices.menu import menu_types
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import write_recipe
 from bitladder.text import load_text

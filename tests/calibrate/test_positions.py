@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiny_models
 
-from bitladder.calibrate.gradients import GradientOptions, weighted_moments
-from bitladder.calibrate.moments import PositionOptions, position_weights
+from bitladder.calibrate.gradients.weighted_moments import GradientOptions, weighted_moments
+from bitladder.calibrate.moments.positions import PositionOptions, position_weights
 from bitladder.convert import convert
 from bitladder.engine import Context, Decoding, Model, NoisyOutputs
 

@@ -11,9 +11,9 @@ import pytest
 from bitladder import evaluate as ev
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate.tasks import QuestionSet, TaskKind, export_task, load_task, parse_specs, score_task, task_names
-from bitladder.evaluate.tasks.answer import draw, mersenne_twister
-from bitladder.evaluate.tasks.task import Question
+from bitladder.evaluate.tasks.answer import draw, mersenne_twister, score_task
+from bitladder.evaluate.tasks.load import export_task, load_task, parse_specs, task_names
+from bitladder.evaluate.tasks.task import Question, QuestionSet, TaskKind
 from bitladder.text import load_text
 
 SETTINGS = ev.MeasureOptions(n_ctx=256, threads=1)

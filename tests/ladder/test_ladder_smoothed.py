@@ -14,7 +14,7 @@ from bitladder.ladder.options import command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.quantize import RUNGS, quantize
 from bitladder.refine import ModelFiles, smooth_model, verify
-from bitladder.refine.smooth import KEY
+from bitladder.refine.smooth.smoothed_model import KEY
 from bitladder.rundir import Layout
 
 CHANNELS = slice(None, None, 16)

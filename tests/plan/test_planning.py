@@ -30,7 +30,7 @@ from bitladder.plan import (
     load_prices,
 )
 from bitladder.plan.options import LawOptions
-from bitladder.plan.prices import measured_speeds, menu_types, within_speed
+from bitladder.plan.prices.menu import measured_speeds, menu_types, within_speed
 from bitladder.quantize import quantize
 from bitladder.recipe import read_recipe
 from bitladder.text import builtin_text, excerpts, load_text

@@ -25,8 +25,8 @@ from bitladder.gguf import GgufFile
 from bitladder.progress import SILENT
 from bitladder.quantize import quantize
 from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
-from bitladder.refine.smooth import order_for_blocks, smoothed_moments
-from bitladder.refine.smooth.order import find_order
+from bitladder.refine.smooth.changes import smoothed_moments
+from bitladder.refine.smooth.order import find_order, order_for_blocks
 from bitladder.text import Reading, load_text
 
 WIDE = {"hidden_size": 512, "tie_word_embeddings": True, "initializer_range": 0.05}

@@ -25,7 +25,11 @@ from bitladder.gguf import GgufFile
 from bitladder.progress import SILENT
 from bitladder.quantize import quantize
 from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
-from bitladder.refine.smooth import KEY, balance, links_of, smoothed_model, smoothed_moments
+from bitladder.refine.smooth import smoothed_model
+from bitladder.refine.smooth.balance import balance
+from bitladder.refine.smooth.changes import smoothed_moments
+from bitladder.refine.smooth.links import links_of
+from bitladder.refine.smooth.smoothed_model import KEY
 from bitladder.text import Reading, load_text
 
 LLAMA_KINDS = ["attn_norm", "ffn_norm", "attn_v", "ffn_up"]

@@ -10,7 +10,7 @@ from bitladder.keys import key_of
 from bitladder.plan import FeedbackOptions, PlanDecoding, PlanInputs, Planner, PlanOptions
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.refine import GuardOptions
-from bitladder.refine.round import Guard
+from bitladder.refine.round.guard import Guard
 from bitladder.text import builtin_text, load_text
 from bitladder.trial import Renderer, SwappedModel, measurement_inputs
 

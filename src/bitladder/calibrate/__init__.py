@@ -23,35 +23,33 @@ if TYPE_CHECKING:
         model_sha256,
         usual_weighting,
     )
-    from bitladder.calibrate.gradients import (
+    from bitladder.calibrate.gradients.fisher import FISHER, FisherOptions, fisher_costs
+    from bitladder.calibrate.gradients.forward import TorchModel
+    from bitladder.calibrate.gradients.usable import (
         CHECKED_TOKENS,
-        FISHER,
-        FisherOptions,
         check_logits,
-        fisher_costs,
         require_torch,
         torch_threads,
         why_no_gradients,
     )
-    from bitladder.calibrate.gradients.forward import TorchModel
     from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
     from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
-    from bitladder.calibrate.moments import Moment, MomentsFile, MomentShape, Provenance, writing_moments
-    from bitladder.calibrate.statistics import (
-        Gaps,
-        GroupStatistics,
+    from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, MomentShape, Provenance, writing_moments
+    from bitladder.calibrate.statistics.compare_imatrices import (
         ImatrixComparison,
         TensorDifference,
+        compare_imatrices,
+        grouped_differences,
+    )
+    from bitladder.calibrate.statistics.figures import (
+        GroupStatistics,
         TensorStatistics,
         by_kind,
         by_layer,
-        compare_imatrices,
-        find_gaps,
-        grouped_differences,
-        listed,
         tensor_statistics,
         weighted_mean,
     )
+    from bitladder.calibrate.statistics.gaps import Gaps, find_gaps, listed
     from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 
 __all__ = [

@@ -12,7 +12,6 @@ from bitladder.show import Output, common_options
 @common_options
 def command(run_dir: pathlib.Path, *, output: Output) -> None:
     """Write README.md and report.html of RUN_DIR again, from the files in it."""
-    # Imported here, so that --help does not wait for the native library.
     from bitladder.report import write_card, write_report
     from bitladder.rundir import Layout
 

@@ -35,7 +35,6 @@ def command(
     model: str, out: pathlib.Path | None, outtype: str, converter: pathlib.Path | None, *, output: Output
 ) -> None:
     """Convert MODEL, a checkpoint's directory or a Hugging Face hub id, to GGUF."""
-    # Imported here, so that --help does not wait for gguf and numpy.
     from bitladder import convert as package
 
     target = out or pathlib.Path(package.default_name(model, outtype))

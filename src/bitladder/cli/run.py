@@ -17,7 +17,6 @@ def command(*, output: Output, options: RunOptions) -> None:
     MODEL is a checkpoint's directory, a Hugging Face hub id, or a full-precision GGUF. Everything goes into the
     directory --out. The same command continues a run that was interrupted; what is complete is not made again.
     """
-    # Imported here, so that --help does not wait for the native library.
     from bitladder.ladder import run
     from bitladder.report import write_card, write_report
     from bitladder.show import RunDisplay, result_table

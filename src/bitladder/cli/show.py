@@ -19,7 +19,6 @@ def command(*, output: Output, folder: pathlib.Path, plot: bool, width: int | No
     Figures in bold are within noise of the best of their column. ▸ marks the Pareto front: no file of its size or
     smaller has less KLD.
     """
-    # Imported here, so that --help does not wait for the native library.
     from bitladder.report import read_run
     from bitladder.show import ladder_json, ladder_table, pareto_plot
 

@@ -41,7 +41,6 @@ def command(
 
     Figures are those of llama-imatrix --show-statistics. With two files, tensors with the largest change come first.
     """
-    # Imported here, so that --help does not wait for the native library.
     from bitladder.show import check_target, print_view, view_differences, view_statistics, write_plot
 
     form = "json" if output.json else form

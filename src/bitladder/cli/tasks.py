@@ -29,21 +29,20 @@ def command(spec: str, out: pathlib.Path | None, task_count: int | None, *, outp
 
     NAME is arc, hellaswag, mmlu, truthfulqa, winogrande, or continuation with a text as SOURCE.
     """
-    # Imported here, so that --help does not wait for the native library.
-    from bitladder.evaluate import tasks
+    from bitladder.evaluate import export_task, load_task, parse_specs, summarize, task_command
 
-    specs = tasks.parse_specs(spec)
+    specs = parse_specs(spec)
     if len(specs) != 1:
         raise UsageError("name one task at a time")
-    task = tasks.load_task(specs[0])
+    task = load_task(specs[0])
     for note in task.notes:
         output.progress.warn(note)
-    summary = tasks.summarize(task, task_count)
+    summary = summarize(task, task_count)
     if out:
-        tasks.export_task(task, out, task_count)
+        export_task(task, out, task_count)
     if output.json:
         output.print_json(dataclasses.asdict(summary))
         return
     output.line(str(summary))
     if out:
-        output.line(f"wrote {out}; {tasks.command_line(task, out, summary.count)}")
+        output.line(f"wrote {out}; {task_command(task, out, summary.count)}")

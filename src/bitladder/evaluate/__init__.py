@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.evaluate.base import BASE, HiddenBase, LogitsFile, cache_path, load_or_compute_base, open_base
+    from bitladder.evaluate.base.cache import cache_path, load_or_compute_base, open_base
+    from bitladder.evaluate.base.hidden import BASE, HiddenBase
+    from bitladder.evaluate.base.logits_file import LogitsFile
     from bitladder.evaluate.divergence import TokenScores, compare_with_base
     from bitladder.evaluate.figures import mean
     from bitladder.evaluate.identity import Identity, NoResults, ResultFolder, Results, identify
@@ -47,15 +49,10 @@ if TYPE_CHECKING:
     )
     from bitladder.evaluate.speed import BENCH, SpeedError, bench
     from bitladder.evaluate.speed_tests import SpeedChoice, SpeedOptions, SpeedRow, SpeedTest
-    from bitladder.evaluate.tasks import (
-        FIVE,
-        TASKS,
-        QuestionSet,
-        average_of_five,
-        load_task,
-        parse_specs,
-        task_meanings,
-    )
+    from bitladder.evaluate.tasks.answer import TASKS, summarize
+    from bitladder.evaluate.tasks.load import command_line as task_command
+    from bitladder.evaluate.tasks.load import export_task, load_task, parse_specs, task_meanings
+    from bitladder.evaluate.tasks.task import FIVE, QuestionSet, average_of_five
 
 __all__ = [
     "BASE",
@@ -102,6 +99,7 @@ __all__ = [
     "evaluate",
     "evaluate_files",
     "evaluate_several",
+    "export_task",
     "identify",
     "load_or_compute_base",
     "load_task",
@@ -118,6 +116,8 @@ __all__ = [
     "parse_specs",
     "read_document",
     "read_scores",
+    "summarize",
+    "task_command",
     "task_meanings",
 ]
 open_door(__name__)

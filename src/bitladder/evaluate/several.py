@@ -27,7 +27,9 @@ from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.noise import NOISE, noise_floor
 from bitladder.evaluate.paired import compare_pair
 from bitladder.evaluate.scores import Noise, Scores, TaskScore
-from bitladder.evaluate.tasks import TASKS, QuestionSet, average_of_five, load_task, parse_specs, score_task
+from bitladder.evaluate.tasks.answer import TASKS, score_task
+from bitladder.evaluate.tasks.load import load_task, parse_specs
+from bitladder.evaluate.tasks.task import QuestionSet, average_of_five
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress

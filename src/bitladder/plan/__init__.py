@@ -16,7 +16,10 @@ if TYPE_CHECKING:
         TargetOptions,
     )
     from bitladder.plan.planner import PlanInputs, Planner, planning_text
-    from bitladder.plan.prices import FISHER_PRICES, PRICES, TypePrices, Window, load_prices
+    from bitladder.plan.prices.document import TypePrices, load_prices
+    from bitladder.plan.prices.fisher_prices import FISHER_PRICES
+    from bitladder.plan.prices.menu import Window
+    from bitladder.plan.prices.price import PRICES
     from bitladder.plan.result import MovedTensors, PlanResult, Share, moved_tensors, planned_recipe, shares
     from bitladder.plan.rungs import RungMode, candidates, plan_rung, price_rungs
     from bitladder.plan.subject import Preset, Subject

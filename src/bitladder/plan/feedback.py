@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from bitladder.keys import Algorithm
-from bitladder.plan.allocate import ALLOCATION, Allocation, Problem, neighbours
+from bitladder.plan.allocate.allocation import ALLOCATION
+from bitladder.plan.allocate.neighbours import neighbours
+from bitladder.plan.allocate.problem import Allocation, Problem
 from bitladder.plan.corrections import Correction, Places, correct
 from bitladder.plan.options import FeedbackOptions
 from bitladder.plan.problem import Prices
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Bar, Progress
-from bitladder.trial import SWAPPED_KLD, Measurement
-from bitladder.trial.journal import Measurements
+from bitladder.trial import SWAPPED_KLD, Measurement, Measurements
 
 PLANNING = Algorithm(
     "planning",

@@ -15,25 +15,13 @@ from bitladder.engine import TensorType, type_by_name, versions
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import HiddenBase, MeasureOptions
 from bitladder.keys import key_of, versions_of
-from bitladder.plan.allocate import Problem
+from bitladder.plan.allocate.problem import Problem
 from bitladder.plan.feedback import Feedback, PlanProblem
 from bitladder.plan.options import PlanOptions
-from bitladder.plan.prices import (
-    FISHER_PRICES,
-    PRICES,
-    PricedFrom,
-    PriceSource,
-    TypePrices,
-    Window,
-    load_prices,
-    measured_speeds,
-    menu_types,
-    price,
-    price_by_gradients,
-    tensor_menu,
-    within_speed,
-)
-from bitladder.plan.prices.menu import in_order
+from bitladder.plan.prices.document import PricedFrom, TypePrices, load_prices
+from bitladder.plan.prices.fisher_prices import FISHER_PRICES, price_by_gradients
+from bitladder.plan.prices.menu import Window, in_order, measured_speeds, menu_types, tensor_menu, within_speed
+from bitladder.plan.prices.price import PRICES, PriceSource, price
 from bitladder.plan.problem import Prices, limits_of, menus_of
 from bitladder.plan.result import PlanResult
 from bitladder.plan.rivals import prices_of
@@ -43,8 +31,7 @@ from bitladder.progress import SILENT, Progress
 from bitladder.refine import OutputRounding, refuse_other_moments
 from bitladder.rounding import RoundingOptions
 from bitladder.text import Text, excerpts
-from bitladder.trial import Journal, Renderer, SwappedModel, kept_base, measurement_inputs
-from bitladder.trial.journal import Measurements
+from bitladder.trial import Journal, Measurements, Renderer, SwappedModel, kept_base, measurement_inputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 
 from bitladder.calibrate import Imatrix, TensorStatistics, tensor_statistics
 from bitladder.engine import type_by_name
-from bitladder.plan.allocate import Problem, greedy
+from bitladder.plan.allocate.allocation import greedy
+from bitladder.plan.allocate.problem import Problem
 from bitladder.plan.corrections import Places
 from bitladder.plan.options import RivalOptions
-from bitladder.plan.prices import TypePrices
+from bitladder.plan.prices.document import TypePrices
 from bitladder.plan.problem import Prices
 from bitladder.plan.subject import Preset, Subject
 from bitladder.plan.target import Target

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from bitladder.errors import BitladderError
 from bitladder.plan.feedback import TriedRecipe
 from bitladder.plan.planner import Planner
-from bitladder.plan.prices import TypePrices
+from bitladder.plan.prices.document import TypePrices
 from bitladder.plan.result import bits_per_weight
 from bitladder.plan.rivals import rivals
 from bitladder.plan.target import Target

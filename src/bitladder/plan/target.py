@@ -5,7 +5,8 @@ import re
 
 from bitladder.engine import MIN_CTX, Context, Decoding, Model, log
 from bitladder.errors import BitladderError, UsageError
-from bitladder.plan.allocate import Allocation, Problem, smallest_bytes, smallest_cost
+from bitladder.plan.allocate.allocation import smallest_bytes, smallest_cost
+from bitladder.plan.allocate.problem import Allocation, Problem
 from bitladder.plan.options import PlanDecoding, TargetOptions
 from bitladder.plan.subject import Preset, Subject
 from bitladder.trial import Measurement

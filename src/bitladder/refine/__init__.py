@@ -7,31 +7,14 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.refine.model_files import ModelFiles
     from bitladder.refine.options import GuardOptions, RefineOptions, SmoothingOptions, TuneOptions
-    from bitladder.refine.round import (
-        GUARD,
-        OUTPUT_ROUNDING,
-        ROUNDED_QUANT,
-        GuardReport,
-        GuardTrial,
-        OutputRounding,
-        RoundedQuant,
-        guard_json,
-        guard_text,
-        quantize_rounded,
-        refuse_other_moments,
-    )
-    from bitladder.refine.smooth import KEY as SMOOTHED_KEY
-    from bitladder.refine.smooth import (
-        SMOOTHING,
-        SMOOTHING_TRIAL,
-        SmoothingError,
-        SmoothingTrial,
-        SmoothResult,
-        smooth_model,
-        trial_text,
-        try_smoothing,
-    )
-    from bitladder.refine.tune import TUNING, TunedQuant, tune, tune_in_place
+    from bitladder.refine.round.guard import GUARD, GuardReport, GuardTrial, guard_json
+    from bitladder.refine.round.output_rounding import OUTPUT_ROUNDING, OutputRounding, refuse_other_moments
+    from bitladder.refine.round.quantize_rounded import ROUNDED_QUANT, RoundedQuant, guard_text, quantize_rounded
+    from bitladder.refine.smooth.links import SmoothingError
+    from bitladder.refine.smooth.smoothed_model import KEY as SMOOTHED_KEY
+    from bitladder.refine.smooth.smoothed_model import SMOOTHING, SmoothResult, smooth_model
+    from bitladder.refine.smooth.smoothing_trial import SMOOTHING_TRIAL, SmoothingTrial, trial_text, try_smoothing
+    from bitladder.refine.tune.tune_quant import TUNING, TunedQuant, tune, tune_in_place
     from bitladder.refine.verify import VerifiedQuant, verify
 
 __all__ = [

@@ -6,7 +6,7 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.trial.blocks_left_out import BlockLoss, PruneOptions, blocks_left_out, rank_blocks
-    from bitladder.trial.journal import Journal, Measurement, Measures, recipe_key
+    from bitladder.trial.journal import Journal, Measurement, Measurements, Measures, recipe_key
     from bitladder.trial.render import RENDERING, Renderer, RoundingMethod, StockRounding, render_all
     from bitladder.trial.swapped_model import SWAPPED_KLD, Rendered, SwappedModel, kept_base, measurement_inputs
 
@@ -16,6 +16,7 @@ __all__ = [
     "BlockLoss",
     "Journal",
     "Measurement",
+    "Measurements",
     "Measures",
     "PruneOptions",
     "Rendered",

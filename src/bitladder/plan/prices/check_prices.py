@@ -9,7 +9,7 @@ import numpy.typing as npt
 from bitladder.plan.options import PriceOptions
 from bitladder.plan.prices.document import PriceCheck
 from bitladder.progress import SILENT, Progress
-from bitladder.trial.journal import Measurements
+from bitladder.trial import Measurements
 
 
 def check_swaps(

@@ -18,8 +18,7 @@ from bitladder.plan.prices.document import GroupPrice, PricedFrom, TensorPrices,
 from bitladder.plan.prices.law import Probe, fit
 from bitladder.plan.prices.menu import Menus
 from bitladder.progress import SILENT, Bar, Progress
-from bitladder.trial import RENDERING, SWAPPED_KLD, Measurement, Renderer, render_all
-from bitladder.trial.journal import Measurements
+from bitladder.trial import RENDERING, SWAPPED_KLD, Measurement, Measurements, Renderer, render_all
 
 PRICES = Algorithm(
     "prices",

@@ -1,4 +1,8 @@
-"""What the charts have in common: looks by role, logarithmic axes with round ticks, and texts for hovering."""
+"""What the charts have in common: looks by role, logarithmic axes with round ticks, and texts for hovering.
+
+A chart is a figure of plotly.js as a value: data and layout. Nothing is drawn here. Colours are names such as "@rung".
+The page replaces them by the colours of its light or dark theme.
+"""
 
 import collections
 import html
