@@ -166,7 +166,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=pathlib.Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for way in arguments.methods.split(","):
+        method, _, source = way.removesuffix("+scales").partition("@")
+        if (method not in {*WAYS, "smoothed"} and not method.endswith(".toml")) or source not in ("", "plain"):
+            parser.error(
+                f"--methods {way}: a method is one of {', '.join(WAYS)}, smoothed or a recipe; @plain and "
+                "+scales can follow"
+            )
+    return arguments
 
 
 if __name__ == "__main__":

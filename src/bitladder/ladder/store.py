@@ -27,9 +27,9 @@ from bitladder.rundir import CachedHash, Layout, Manifest, OutputFile, RunRecord
 class Store:
     """An open run directory; `made` names the steps that were really done since it was opened. See `open_store`."""
 
-    def __init__(self, folder: pathlib.Path, found: Manifest, progress: Progress) -> None:
+    def __init__(self, folder: pathlib.Path, manifest: Manifest, progress: Progress) -> None:
         self.folder = folder
-        self.manifest = found
+        self.manifest = manifest
         self.made: list[str] = []
         self._progress = progress
         self._changed = False
@@ -167,13 +167,13 @@ def open_store(
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from error
     with locked(folder):
-        found = load_manifest(folder)
-        if found is None:
+        manifest = load_manifest(folder)
+        if manifest is None:
             _refuse_strangers(folder, keep)
-            found = Manifest()
-            found.save(folder)
+            manifest = Manifest()
+            manifest.save(folder)
         _sweep(folder)
-        yield Store(folder, found, progress)
+        yield Store(folder, manifest, progress)
 
 
 def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:

@@ -102,10 +102,10 @@ def prepare(
 
 
 def _groups(options: QuantizeOptions, choice: ChosenTypes) -> tuple[tuple[TensorPlan, ...], ...]:
-    plans = [TensorPlan(one.name, one.source.shape, one.type) for one in choice.tensors]
+    plans = [TensorPlan(tensor.name, tensor.source.shape, tensor.type) for tensor in choice.tensors]
     groups = [plans]
     if options.keep_split:
-        groups = group_as(plans, {one.name: one.source for one in choice.tensors})
+        groups = group_as(plans, {tensor.name: tensor.source for tensor in choice.tensors})
     elif options.split_max_bytes is not None:
         groups = group_by_size(plans, options.split_max_bytes)
     return tuple(map(tuple, groups))

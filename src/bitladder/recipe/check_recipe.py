@@ -103,7 +103,7 @@ class _Findings:
     def grouped(self) -> tuple[RecipeFinding, ...]:
         """Problems first, in reading order. Tensors of a kind with the same text are together."""
         groups: dict[tuple[bool, str, bool, str], list[str]] = collections.defaultdict(list)
-        for problem, name, text in sorted(self._rows, key=lambda one: (not one[0], reading_order(one[1]))):
+        for problem, name, text in sorted(self._rows, key=lambda row: (not row[0], reading_order(row[1]))):
             groups[problem, kind_of(name), block_of(name) is None, text].append(name)
         return tuple(RecipeFinding(problem, tuple(names), text) for (problem, _, _, text), names in groups.items())
 
@@ -193,14 +193,14 @@ def _compare(name: str, kind: TensorType, file: GgufFile, answer: PresetTypes, f
 
     Returns whether `bitladder quantize` makes the recipe's type and llama-quantize does not.
     """
-    given, have = answer.types[name], file.tensors[name].type
+    library_kind, have = answer.types[name], file.tensors[name].type
     if name in answer.misfits:
-        findings.problem(name, f"{_misfit(name, kind, file)}; {given.name} would be used instead")
-    elif given != kind and not kind.quantized and not have.quantized and len(file.tensors[name].shape) > 1:
-        findings.note(name, f"llama-quantize leaves it {given.name}; only bitladder makes it {kind.name}")
+        findings.problem(name, f"{_misfit(name, kind, file)}; {library_kind.name} would be used instead")
+    elif library_kind != kind and not kind.quantized and not have.quantized and len(file.tensors[name].shape) > 1:
+        findings.note(name, f"llama-quantize leaves it {library_kind.name}; only bitladder makes it {kind.name}")
         return True
-    elif given != kind:
-        findings.problem(name, f"it cannot be {kind.name}: it is never quantized, and stays {given.name}")
+    elif library_kind != kind:
+        findings.problem(name, f"it cannot be {kind.name}: it is never quantized, and stays {library_kind.name}")
     elif kind != have and have.quantized:
         findings.problem(name, f"it is {have.name} in {file.path.name}; for {kind.name} take an F16, BF16 or F32 model")
     return False

@@ -149,4 +149,4 @@ def _group(kind: str, moves: list[TypeMove]) -> TypeMoveGroup:
 
 def _total(moves: Iterable[TypeMove]) -> int | None:
     gained = [move.bytes for move in moves]
-    return None if None in gained else sum(one for one in gained if one is not None)
+    return None if None in gained else sum(bytes_gained for bytes_gained in gained if bytes_gained is not None)

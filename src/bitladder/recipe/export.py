@@ -46,7 +46,9 @@ def export(recipe: Recipe, types: str, model: PathLike | None = None) -> Export:
         return _export(recipe, types, export_lines(recipe))
     with GgufFile(model) as file:
         checked = check(recipe, file)
-        against = [one for one in checked.findings if one.problem or set(one.tensors) & set(checked.ours)]
+        against = [
+            finding for finding in checked.findings if finding.problem or set(finding.tensors) & set(checked.ours)
+        ]
         if against:
             more = f" (and {len(against) - 1} more; see `bitladder recipe check`)" if len(against) > 1 else ""
             raise BitladderError(f"llama-quantize cannot make this of {model}: {against[0].text_line()}{more}")

@@ -161,8 +161,8 @@ def warnings(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> list[str
             continue
         if word := side_word(entry.name):
             lines.append(f'{entry.name}: llama.cpp takes no file with "{word}" in its name for a model')
-        elif (taken := pick(names, entry.rung)) != entry.name:
-            lines.append(f"{entry.name}: -hf REPO:{entry.rung} takes {taken}")
+        elif (picked := pick(names, entry.rung)) != entry.name:
+            lines.append(f"{entry.name}: -hf REPO:{entry.rung} takes {picked}")
         if entry.bytes > MOST_BYTES:
             lines.append(
                 f"{entry.name} has {entry.bytes / 1e9:.0f} GB: llama.cpp cannot download more than 50 in one file"

@@ -151,8 +151,8 @@ def ladder_rows(measured: Sequence[dict[str, Any]], labels: Sequence[str]) -> li
         measured: the scores of each model.
         labels: the label of each model.
     """
-    scores = [(label, RunScores.model_validate(one)) for label, one in zip(labels, measured, strict=True)]
-    return [ladder_row(label, one) for label, one in [scores[0], *by_size(scores[1:])]]
+    scores = [(label, RunScores.model_validate(document)) for label, document in zip(labels, measured, strict=True)]
+    return [ladder_row(label, model) for label, model in [scores[0], *by_size(scores[1:])]]
 
 
 def _kld(model: RunModel) -> float:

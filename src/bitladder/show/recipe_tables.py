@@ -43,7 +43,7 @@ def kinds_table(recipe: Recipe, shapes: Shapes) -> Table:
     table = table_of("kind", "tensors", "types", *(("bytes", "bpw") if whole else ()))
     for kind, names in _by_kind(recipe.tensors).items():
         counts = collections.Counter(recipe.tensors[name] for name in names).most_common()
-        types = ", ".join(f"{count} × {one}" if len(names) > 1 else one for one, count in counts)
+        types = ", ".join(f"{count} × {type_name}" if len(names) > 1 else type_name for type_name, count in counts)
         size = whole and size_of(recipe.tensors, shapes, names)
         table.add_row(cell(kind), str(len(names)), cell(types), *_cells(size))
     table.add_section()
@@ -61,14 +61,16 @@ def layers_table(recipe: Recipe) -> Table | None:
         kind: {layer: recipe.tensors[name] for name in names if (layer := block_of(name)) is not None}
         for kind, names in _by_kind(recipe.tensors).items()
     }
-    kinds = {kind: types for kind, types in kinds.items() if {one.lower() for one in types.values()} - {"f32"}}
+    kinds = {
+        kind: types for kind, types in kinds.items() if {type_name.lower() for type_name in types.values()} - {"f32"}
+    }
     layers = sorted({layer for types in kinds.values() for layer in types})
     if not layers:
         return None
     table = table_of("layer", *(one_line(kind).replace("_", "\n", 1) for kind in kinds))
     usual = {kind: collections.Counter(types.values()).most_common(1)[0][0] for kind, types in kinds.items()}
     for run, row in _runs(layers, [[types.get(layer, "") for types in kinds.values()] for layer in layers]):
-        cells = [cell(one, _style(one, usual[kind])) for one, kind in zip(row, kinds, strict=True)]
+        cells = [cell(text, _style(text, usual[kind])) for text, kind in zip(row, kinds, strict=True)]
         table.add_row(ranges(run), *cells)
     return table
 

@@ -92,7 +92,7 @@ class Journal:
     @property
     def tokens(self) -> int:
         """Tokens decoded for all measurements of this context."""
-        return sum(len(one.chunks) for one in self.measurements.values()) * self.tokens_per_chunk
+        return sum(len(measurement.chunks) for measurement in self.measurements.values()) * self.tokens_per_chunk
 
     def measure(self, model: Measures, types: Mapping[str, str], chunks: int, label: str = "") -> Measurement:
         """The divergence of a recipe over the first chunks; it is decoded only if it is not known yet.
@@ -182,4 +182,4 @@ class Measurements:
     @property
     def tokens(self) -> int:
         """Tokens that these recipes were decoded on."""
-        return sum(len(one.chunks) for one in self._by_recipe.values()) * self._journal.tokens_per_chunk
+        return sum(len(measurement.chunks) for measurement in self._by_recipe.values()) * self._journal.tokens_per_chunk

@@ -114,8 +114,8 @@ class Quantize(Step):
             )
         recipe = recipe_of(run, result, out.name)
         if plan is not None:
-            made = f"bitladder run --mode {plan['mode']}: {plan['made']}"
-            recipe = recipe.model_copy(update={"budget": f"{plan['mode']}, like {rung}", "made": made})
+            origin = f"bitladder run --mode {plan['mode']}: {plan['made']}"
+            recipe = recipe.model_copy(update={"budget": f"{plan['mode']}, like {rung}", "made": origin})
         write_recipe(run.layout.recipe(rung), recipe)
         return Product([out, run.layout.recipe(rung)], {"bytes": result.bytes, "bpw": result.bpw, **facts})
 

@@ -178,7 +178,7 @@ def _side_notes(comparison: ImatrixComparison) -> list[str]:
 
 def _gap_notes(gaps: Sequence[Gaps]) -> list[str]:
     """The gaps of both. A gap that both have is one line."""
-    a, b = (one.lines() for one in gaps)
+    a, b = (gap.lines() for gap in gaps)
     shared = [line for line in a if line in b]
     return shared + [f"{side}: {line}" for side, lines in (("A", a), ("B", b)) for line in lines if line not in shared]
 
