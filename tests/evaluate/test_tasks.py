@@ -195,3 +195,5 @@ def test_command(tmp_path, capsys):
     assert "chance 50.00 %" in capsys.readouterr().out
     assert invoke(["tasks", f"winogrande:{tmp_path / 'absent.csv'}"]) == 1
     assert "absent.csv" in capsys.readouterr().err
+    assert invoke(["tasks"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == list(task_names())

@@ -10,7 +10,7 @@ from bitladder.show import Output, common_options
 
 
 @click.command("tasks")
-@click.argument("spec", metavar="NAME[:SOURCE]")
+@click.argument("spec", metavar="[NAME[:SOURCE]]", required=False)
 @click.option(
     "-o",
     "--output",
@@ -24,13 +24,20 @@ from bitladder.show import Output, common_options
     help="Questions to draw, as `eval` draws them.  [default: all]",
 )
 @common_options
-def command(spec: str, out: pathlib.Path | None, task_count: int | None, *, output: Output) -> None:
+def command(spec: str | None, out: pathlib.Path | None, task_count: int | None, *, output: Output) -> None:
     """Read the benchmark NAME from SOURCE (a file, a folder, or by default the hub's data set), and show what it holds.
 
-    NAME is arc, hellaswag, mmlu, truthfulqa, winogrande, or continuation with a text as SOURCE.
+    Without NAME all benchmarks are listed.
     """
-    from bitladder.evaluate import export_task, load_task, parse_specs, summarize, task_command
+    from bitladder.evaluate import export_task, load_task, parse_specs, summarize, task_command, task_meanings
 
+    if spec is None:
+        if output.json:
+            output.print_json(task_meanings())
+        else:
+            for name, meaning in task_meanings().items():
+                output.line(f"{name}: {meaning}")
+        return
     specs = parse_specs(spec)
     if len(specs) != 1:
         raise UsageError("name one task at a time")

@@ -78,8 +78,7 @@ class EvalOptions(Options):
         "--tasks",
         metavar="NAME[:FILE],…",
         names="tasks",
-        help="Benchmarks: arc, hellaswag, mmlu, truthfulqa, winogrande (without FILE: from the hub) and "
-        "continuation:TEXT.",
+        help="Benchmarks by name (without FILE: from the hub), and continuation:TEXT. `bitladder tasks` lists them.",
     )
     task_count: int | None = option(
         None, "--task-count", least=1, metavar="N", help="Questions of each task, drawn at random.", unset="all"
