@@ -36,11 +36,11 @@ from bitladder.plan import (
     planned_recipe,
     rivals,
 )
-from bitladder.plan.allocate import greedy
-from bitladder.plan.prices import menu_types
+from bitladder.plan.allocate.allocation import greedy
+from bitladder.plan.prices.menu import menu_types
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import write_recipe
-from bitladder.text.texts import load_text
+from bitladder.text import load_text
 
 RUNGS = ("IQ3_M", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 
@@ -53,7 +53,7 @@ class Bench:
         self.work: pathlib.Path = options.work
         self.work.mkdir(parents=True, exist_ok=True)
         self.text = load_text(str(options.text))
-        self.settings = evaluate.Settings(n_ctx=512, chunks=options.chunks, threads=options.threads)
+        self.settings = evaluate.MeasureOptions(n_ctx=512, chunks=options.chunks, threads=options.threads)
         self.results = self.work / "results.json"
         self.known: dict[str, Any] = json.loads(self.results.read_text()) if self.results.exists() else {}
 

@@ -18,8 +18,8 @@ import subprocess
 import sys
 from typing import Any
 
+from bitladder.engine import versions
 from bitladder.engine.extras import extras_work
-from bitladder.engine.native import versions
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -28,9 +28,7 @@ def write_model(source: pathlib.Path, out: pathlib.Path, blocks: int) -> None:
     """
     import numpy as np
 
-    from bitladder.gguf.reader import GgufFile
-    from bitladder.gguf.values import u32
-    from bitladder.gguf.writer import GgufWriter, TensorPlan
+    from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, u32
 
     dice = np.random.default_rng(0)
     with GgufFile(source) as file, out.open("wb") as stream:

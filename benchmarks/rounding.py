@@ -24,15 +24,14 @@ import time
 
 import numpy as np
 
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.native import versions
-from bitladder.evaluate import Reference, Settings, measure, open_or_compute
+from bitladder.engine import Decoding, versions
+from bitladder.evaluate import MeasureOptions, Reference, measure, open_or_compute
 from bitladder.files import write_json
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import read_recipe
 from bitladder.refine import ModelFiles, RefineOptions, TuneOptions, quantize_rounded, tune
 from bitladder.rounding import RoundingOptions
-from bitladder.text.texts import load_text
+from bitladder.text import load_text
 
 WAYS = {
     "feedback": RoundingOptions(method="feedback", two_sided=False),
@@ -44,7 +43,7 @@ WAYS = {
 
 def main() -> None:
     arguments = parse()
-    settings = Settings(chunks=arguments.chunks)
+    settings = MeasureOptions(chunks=arguments.chunks)
     full, imatrix = arguments.stock_model or arguments.model, arguments.stock_imatrix or arguments.imatrix
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
@@ -101,7 +100,7 @@ def make(arguments: argparse.Namespace, preset: str, way: str, out: pathlib.Path
 def figures(
     out: pathlib.Path,
     text: object,
-    settings: Settings,
+    settings: MeasureOptions,
     base: Reference,
     stock: dict[str, np.ndarray],
     name: str,
@@ -167,7 +166,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=pathlib.Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for way in arguments.methods.split(","):
+        method, _, source = way.removesuffix("+scales").partition("@")
+        if (method not in {*WAYS, "smoothed"} and not method.endswith(".toml")) or source not in ("", "plain"):
+            parser.error(
+                f"--methods {way}: a method is one of {', '.join(WAYS)}, smoothed or a recipe; @plain and "
+                "+scales can follow"
+            )
+    return arguments
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ import time
 
 import numpy as np
 
-from bitladder.engine.native import versions
-from bitladder.engine.types import quantize_rows, type_by_name
+from bitladder.engine import quantize_rows, type_by_name, versions
 from bitladder.files import write_json
 from bitladder.rounding import RoundingOptions, round_tensor
 

@@ -20,8 +20,8 @@ import sys
 import tempfile
 from typing import Any
 
+from bitladder.engine import versions
 from bitladder.engine.extras import extras_work
-from bitladder.engine.native import versions
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Option of llama-perplexity, option of its file, ending.

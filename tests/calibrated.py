@@ -3,9 +3,8 @@
 import pathlib
 
 from bitladder.calibrate import MomentsOptions, collect_imatrix, collect_moments
-from bitladder.engine.decoding import Decoding
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import load_text
+from bitladder.engine import Decoding
+from bitladder.text import Reading, load_text
 
 
 def calibrate(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:

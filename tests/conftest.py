@@ -72,7 +72,7 @@ def report_run(
 @pytest.fixture(scope="session")
 def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The built-in calibration text as a file, cut to some 12,000 tokens."""
-    from bitladder.text.texts import builtin_text
+    from bitladder.text import builtin_text
 
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(builtin_text("calibration")[:40_000])

@@ -4,10 +4,8 @@ import pathlib
 
 import numpy as np
 
-from bitladder.engine.types import type_by_name
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.values import F32, scalar, string, u32
-from bitladder.gguf.writer import GgufWriter, TensorPlan
+from bitladder.engine import type_by_name
+from bitladder.gguf import F32, GgufFile, GgufWriter, TensorPlan, scalar, string, u32
 
 WIDTH, FFN, BLOCKS, HEADS = 256, 256, 2, 4
 

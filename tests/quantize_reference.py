@@ -12,10 +12,9 @@ import tiny_models
 
 from bitladder.calibrate import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
 from bitladder.convert import convert
+from bitladder.engine import preset_number, type_by_name
 from bitladder.engine.native import llama
-from bitladder.engine.presets import preset_number
-from bitladder.engine.types import type_by_name
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 
 # What bitladder writes otherwise: names without folders, and two keys of its own.
 OWN_KEYS = {"bitladder.version", "bitladder.recipe.sha256"}

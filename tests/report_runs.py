@@ -11,8 +11,8 @@ from plain_options import plain_options
 from bitladder import evaluate
 from bitladder.evaluate import SpeedOptions, SpeedTest
 from bitladder.ladder import run
-from bitladder.ladder.manifest import load_manifest
 from bitladder.recipe import read_recipe
+from bitladder.rundir import load_manifest
 
 CHECK = {"pairs": 24, "rank_correlation": 0.9876, "median_ratio": 1.234}
 RUNGS = ("IQ3_S", "Q4_K_M", "Q8_0")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bitladder.engine.types import quantize_rows, type_by_name
+from bitladder.engine import quantize_rows, type_by_name
 
 
 def moments(width, tokens, seed=0, spread=2.0):

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.keys import Algorithm, key_of, recorded, settled, versions_of
 
 INNER = Algorithm("inner", ("first", "another kernel"))

@@ -8,9 +8,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from bitladder.cli import application
 from bitladder.cli.from_options import options_from
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.errors import UsageError
+from bitladder.ladder import RunOptions
 from bitladder.options import Options, build, option, words
 
 
@@ -22,6 +24,7 @@ class Job(Options):
     bench: bool = option(True, "--bench/--no-bench", help="Measure.")
     share: float = option(0.5, "--share", least=0, most=1, help="Share.")
     out: pathlib.Path | None = option(None, "--out", names="file", help="Output.")
+    smooth: bool | None = option(None, "--smooth/--no-smooth", unset="where it helps", help="Smooth.")
     inner: int = 3  # Python only
 
 
@@ -41,6 +44,16 @@ def test_the_command_line_gives_the_same_object_as_python():
     line = ["-c", "64", "-t", "2", "--text", "x", "--mode", "fast", "--no-bench", "--share", "0.75", "--out", "d/o"]
     assert run(*line) == repr(given)
     assert run() == repr(Job(share=0.25))
+    assert [run(*flags) for flags in ((), ("--smooth",), ("--no-smooth",))] == [
+        repr(Job(share=0.25, smooth=smooth)) for smooth in (None, True, False)
+    ]
+
+
+def test_a_run_from_the_command_line_has_the_defaults_of_python(monkeypatch, tmp_path):
+    runs = []
+    monkeypatch.setattr("bitladder.ladder.run", lambda options, **_: runs.append(options))
+    CliRunner().invoke(application, ["run", "model", "--out", str(tmp_path)])
+    assert runs == [RunOptions("model", tmp_path)]
 
 
 def test_words_repeat_the_options():

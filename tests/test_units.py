@@ -6,7 +6,7 @@ import pytest
 
 from bitladder.cli import invoke
 from bitladder.errors import UsageError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.units import parse_size, size_text
 
 OPTIONS = ("--size", "--vram", "--split-max-size")

@@ -24,7 +24,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
-from bitladder.text.texts import builtin_text
+from bitladder.text import builtin_text
 
 SEED = 20261123
 VOCABULARY = 4096

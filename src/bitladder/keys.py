@@ -70,7 +70,9 @@ def recorded() -> Iterator[set[str]]:
 
 def versions_of(*algorithms: Algorithm) -> dict[str, int]:
     """The versions of several algorithms and of all that they use, by name."""
-    return dict(sorted({name: number for one in algorithms for name, number in one.versions().items()}.items()))
+    return dict(
+        sorted({name: number for algorithm in algorithms for name, number in algorithm.versions().items()}.items())
+    )
 
 
 def settled(value: Any) -> Any:

@@ -6,7 +6,7 @@ import tiny_models
 import torch
 from transformers import LlamaForCausalLM
 
-from bitladder.calibrate.gradients import FisherOptions, fisher_costs
+from bitladder.calibrate import FisherOptions, fisher_costs
 from bitladder.convert import convert
 from bitladder.errors import BitladderError
 

@@ -16,10 +16,7 @@ from bitladder.calibrate import (
 )
 from bitladder.calibrate.collect_imatrix import ImatrixCollector
 from bitladder.calibrate.inputs import model_inputs
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
-from bitladder.engine.observe import Multiplication
+from bitladder.engine import Context, Decoding, Model, Multiplication
 from bitladder.errors import BitladderError, UsageError
 from bitladder.text import Reading, load_text
 

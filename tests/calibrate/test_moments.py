@@ -19,15 +19,14 @@ from bitladder.calibrate import (
     merge_moments,
     read_imatrix,
 )
-from bitladder.calibrate.gradients import weighted_moments
-from bitladder.calibrate.moments import passes, position_weights
+from bitladder.calibrate.gradients.weighted_moments import weighted_moments
+from bitladder.calibrate.moments import passes
 from bitladder.calibrate.moments.moments_file import pack_triangle, unpack_triangle
+from bitladder.calibrate.moments.positions import position_weights
 from bitladder.calibrate.moments.sums import sums_bytes
 from bitladder.cli import invoke
 from bitladder.convert import convert
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
+from bitladder.engine import Context, Decoding, Model
 from bitladder.errors import BitladderError, UsageError
 from bitladder.text import Reading, Text, load_text, spread_evenly, text_chunks
 

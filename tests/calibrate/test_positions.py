@@ -4,13 +4,10 @@ import numpy as np
 import pytest
 import tiny_models
 
-from bitladder.calibrate.gradients import GradientOptions, weighted_moments
-from bitladder.calibrate.moments import PositionOptions, position_weights
+from bitladder.calibrate.gradients.weighted_moments import GradientOptions, weighted_moments
+from bitladder.calibrate.moments.positions import PositionOptions, position_weights
 from bitladder.convert import convert
-from bitladder.engine.activations import NoisyOutputs
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
+from bitladder.engine import Context, Decoding, Model, NoisyOutputs
 
 TOKENS = np.random.default_rng(0).integers(2, 380, (24, 32)).astype(np.int32)
 KINDS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

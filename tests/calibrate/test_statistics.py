@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 from moe import write_moe
 
-from bitladder.calibrate import Imatrix, ImatrixEntry, ImatrixOptions, collect_imatrix, read_imatrix, write_imatrix
-from bitladder.calibrate.statistics import by_kind, by_layer, tensor_statistics
-from bitladder.engine.decoding import Decoding
+from bitladder.calibrate import (
+    Imatrix,
+    ImatrixEntry,
+    ImatrixOptions,
+    by_kind,
+    by_layer,
+    collect_imatrix,
+    read_imatrix,
+    tensor_statistics,
+    write_imatrix,
+)
+from bitladder.engine import Decoding
 from bitladder.gguf import imatrix_place
 from bitladder.text import Reading, load_text
 

@@ -12,8 +12,15 @@ import numpy as np
 import pytest
 from moe import write_moe
 
-from bitladder.calibrate import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
-from bitladder.calibrate.statistics import compare_imatrices, find_gaps, grouped_differences
+from bitladder.calibrate import (
+    Imatrix,
+    ImatrixEntry,
+    compare_imatrices,
+    find_gaps,
+    grouped_differences,
+    read_imatrix,
+    write_imatrix,
+)
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile

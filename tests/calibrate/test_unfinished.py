@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bitladder.calibrate import UnfinishedWork, job_key, unfinished
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
 from bitladder.text import Text

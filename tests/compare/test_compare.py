@@ -12,7 +12,7 @@ from bitladder.cli import invoke
 from bitladder.compare import check_structure, check_weights, defeats, perplexity_sign, size_groups
 from bitladder.convert import convert
 from bitladder.evaluate import Figure, Measurement, Scores
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.quantize import quantize
 
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 385, "max_position_embeddings": 256}

@@ -2,18 +2,18 @@
 
 import pytest
 
-from bitladder.engine import blas
+from bitladder.engine import devices
 
 
 def test_threads_are_put_back_by_whoever_leaves_last():
-    controls = blas._controls()
+    controls = devices._controls()
     if controls is None:
         pytest.skip("NumPy uses another BLAS than its own OpenBLAS")
     get, put = controls
     before = get()
     put(2)
     try:
-        first, second = blas.single_threaded(), blas.single_threaded()
+        first, second = devices.single_threaded(), devices.single_threaded()
         first.__enter__()
         second.__enter__()
         assert get() == 1

@@ -4,15 +4,19 @@ import gguf
 import numpy as np
 import pytest
 
-from bitladder.engine import native
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
-from bitladder.engine.observe import HiddenStates
-from bitladder.engine.types import RowKernels, all_types, type_by_name
-from bitladder.engine.weights import Weights
+from bitladder.engine import (
+    Context,
+    Decoding,
+    HiddenStates,
+    Model,
+    RowKernels,
+    Weights,
+    all_types,
+    native,
+    type_by_name,
+)
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 
 WRITABLE = ["f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq4_nl"]
 

@@ -5,10 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from bitladder.engine import extras, native
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
+from bitladder.engine import Context, Decoding, Model, extras, native
 from bitladder.quantize import quantize
 
 

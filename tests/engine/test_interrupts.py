@@ -8,9 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
+from bitladder.engine import Context, Decoding, Model
 
 
 class Watcher:

@@ -20,13 +20,11 @@ from bitladder.evaluate.base import cache
 from bitladder.evaluate.base import hidden as base_module
 from bitladder.evaluate.base.basefile import BaseFile
 from bitladder.files import sha256_bytes
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.values import strings
-from bitladder.gguf.writer import GgufWriter, TensorPlan
+from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, strings
 from bitladder.text import Chunks, Text, load_text, text_chunks
 
 # One thread: on a busy machine two wait for each other longer than the small model takes.
-SETTINGS = ev.Settings(n_ctx=128, chunks=6, threads=1)
+SETTINGS = ev.MeasureOptions(n_ctx=128, chunks=6, threads=1)
 Q4_0, Q8_0 = 2, 7  # file types of llama_model_quantize
 
 
@@ -51,7 +49,7 @@ def text(folder):
 @pytest.fixture(scope="module")
 def base_path(folder, text):
     path = folder / "given.base"
-    ev.make_base(folder / "full.gguf", text, path, ev.Settings(n_ctx=128, threads=1, chunks=6))
+    ev.make_base(folder / "full.gguf", text, path, ev.MeasureOptions(n_ctx=128, threads=1, chunks=6))
     return path
 
 
@@ -75,14 +73,16 @@ def test_chunks(folder, text):
 
 def test_bytes_that_are_no_text(folder, tmp_path):
     (tmp_path / "raw.bin").write_bytes(b"abc \xff\xfe def " * 500)
-    scores = ev.evaluate(folder / "full.gguf", load_text(str(tmp_path / "raw.bin")), ev.Settings(n_ctx=64, chunks=1))
+    scores = ev.evaluate(
+        folder / "full.gguf", load_text(str(tmp_path / "raw.bin")), ev.MeasureOptions(n_ctx=64, chunks=1)
+    )
     assert scores.tokens_scored == 31
 
 
 @pytest.mark.parametrize("wrong", [{"n_ctx": 2}, {"chunks": 0}, {"n_batch": 0}])
 def test_impossible_numbers(wrong):
     with pytest.raises(UsageError):
-        ev.Settings(**wrong)
+        ev.MeasureOptions(**wrong)
 
 
 def test_against_itself(folder, text, base_path):
@@ -96,13 +96,16 @@ def test_against_itself(folder, text, base_path):
 
 
 def test_batches_of_a_chunk_make_no_difference(folder, text, base_path):
-    whole = ev.evaluate(folder / "q4.gguf", text, ev.Settings(n_ctx=128, threads=1, chunks=6), base=base_path)
+    whole = ev.evaluate(folder / "q4.gguf", text, ev.MeasureOptions(n_ctx=128, threads=1, chunks=6), base=base_path)
     parts = ev.evaluate(
-        folder / "q4.gguf", text, ev.Settings(n_ctx=128, threads=1, chunks=6, n_batch=48, n_ubatch=32), base=base_path
+        folder / "q4.gguf",
+        text,
+        ev.MeasureOptions(n_ctx=128, threads=1, chunks=6, n_batch=48, n_ubatch=32),
+        base=base_path,
     )
     assert whole.kld.value > 1e-3
     assert parts.kld.value == pytest.approx(whole.kld.value, rel=1e-2)
-    alone = ev.evaluate(folder / "q4.gguf", text, ev.Settings(n_ctx=128, threads=1, chunks=6))
+    alone = ev.evaluate(folder / "q4.gguf", text, ev.MeasureOptions(n_ctx=128, threads=1, chunks=6))
     assert alone.ppl.value == pytest.approx(whole.ppl.value, rel=1e-6)
     assert "kld" not in alone.to_json()
 
@@ -112,7 +115,7 @@ def test_a_base_made_in_batches_is_the_same(folder, text, base_path, tmp_path):
         folder / "full.gguf",
         text,
         tmp_path / "parts.base",
-        ev.Settings(n_ctx=128, threads=1, chunks=6, n_batch=48, n_ubatch=32),
+        ev.MeasureOptions(n_ctx=128, threads=1, chunks=6, n_batch=48, n_ubatch=32),
     )
     one, other = BaseFile(base_path), BaseFile(tmp_path / "parts.base")
     assert one.header.dtype == "f16"
@@ -131,13 +134,13 @@ def test_a_base_is_kept_beside_the_model_and_used_again(folder, text):
     assert path.name == "full.test.txt.128.base"
     ev.load_or_compute_base(model, text, SETTINGS).close()
     made = path.stat().st_mtime_ns
-    fewer = ev.Settings(n_ctx=128, chunks=3, threads=1)
+    fewer = ev.MeasureOptions(n_ctx=128, chunks=3, threads=1)
     with ev.load_or_compute_base(model, text, fewer):
         assert path.stat().st_mtime_ns == made
-    scores = ev.evaluate(folder / "q8.gguf", text, ev.Settings(n_ctx=128, threads=1, chunks=3), base=model)
+    scores = ev.evaluate(folder / "q8.gguf", text, ev.MeasureOptions(n_ctx=128, threads=1, chunks=3), base=model)
     assert scores.chunks == 3
     # More chunks than the base has, and a damaged one: both are made again, as the user named neither file.
-    with ev.load_or_compute_base(model, text, ev.Settings(n_ctx=128, chunks=7, threads=1)) as base:
+    with ev.load_or_compute_base(model, text, ev.MeasureOptions(n_ctx=128, chunks=7, threads=1)) as base:
         assert base.header.chunks == 7
     path.write_bytes(path.read_bytes()[:-1])
     with ev.load_or_compute_base(model, text, SETTINGS) as base:
@@ -149,16 +152,16 @@ def test_a_base_that_does_not_fit(folder, text, base_path, monkeypatch):
     with pytest.raises(BitladderError, match=r"given\.base .*text test\.txt, not other\.txt$"):
         ev.open_base(base_path, other, SETTINGS)
     with pytest.raises(BitladderError, match="context of 128 tokens, not 64$"):
-        ev.open_base(base_path, text, ev.Settings(n_ctx=64, chunks=6, threads=1))
+        ev.open_base(base_path, text, ev.MeasureOptions(n_ctx=64, chunks=6, threads=1))
     with pytest.raises(BitladderError, match="6 chunks, not 8$"):
-        ev.open_base(base_path, text, ev.Settings(n_ctx=128, chunks=8, threads=1))
+        ev.open_base(base_path, text, ev.MeasureOptions(n_ctx=128, chunks=8, threads=1))
     with pytest.raises(BitladderError, match=r"model full\.gguf, not q8\.gguf$"):
         ev.open_base(base_path, text, SETTINGS, ev.identify(folder / "q8.gguf"))
     with (
         ev.open_base(base_path, text, SETTINGS) as base,
         pytest.raises(BitladderError, match=r"text test\.txt, not other\.txt$"),
     ):
-        ev.evaluate(folder / "q8.gguf", other, ev.Settings(n_ctx=128, threads=1, chunks=6), base=base)
+        ev.evaluate(folder / "q8.gguf", other, ev.MeasureOptions(n_ctx=128, threads=1, chunks=6), base=base)
     monkeypatch.setattr(cache, "versions", lambda: {"llama_cpp_commit": "abc"})
     with pytest.raises(BitladderError, match=r"llama\.cpp commit \w+(-\w+)?, not abc$"):
         ev.open_base(base_path, text, SETTINGS)
@@ -190,7 +193,7 @@ def test_logits_that_are_not_the_head_times_the_state(folder, text, tmp_path, mo
 
     monkeypatch.setattr(base_module.HiddenStates, "see", see)
     with pytest.raises(BitladderError, match=r"logits are not output\.weight × hidden state .*olmo2 change them"):
-        ev.make_base(folder / "full.gguf", text, tmp_path / "x.base", ev.Settings(n_ctx=128, threads=1, chunks=2))
+        ev.make_base(folder / "full.gguf", text, tmp_path / "x.base", ev.MeasureOptions(n_ctx=128, threads=1, chunks=2))
     assert not list(tmp_path.iterdir())
 
 
@@ -204,15 +207,15 @@ def test_another_vocabulary(folder, text, base_path, tmp_path):
             writer.write(tensor.name, file.read(tensor))
         writer.finish()
     with pytest.raises(BitladderError, match=r"foreign\.gguf and the base full\.gguf have different vocabularies"):
-        ev.evaluate(tmp_path / "foreign.gguf", text, ev.Settings(n_ctx=128, threads=1, chunks=6), base=base_path)
+        ev.evaluate(tmp_path / "foreign.gguf", text, ev.MeasureOptions(n_ctx=128, threads=1, chunks=6), base=base_path)
     # A base that would have to be computed first is not begun.
     made = {"base": folder / "full.gguf", "base_file": tmp_path / "new.base"}
     with (
         mock.patch("bitladder.evaluate.base.hidden.make_base", side_effect=AssertionError),
         pytest.raises(BitladderError, match="different vocabularies"),
     ):
-        ev.evaluate(tmp_path / "foreign.gguf", text, ev.Settings(n_ctx=128, threads=1, chunks=6), **made)
-    request = ev.EvalRequest(text, ev.Settings(n_ctx=128, threads=1, chunks=6))
+        ev.evaluate(tmp_path / "foreign.gguf", text, ev.MeasureOptions(n_ctx=128, threads=1, chunks=6), **made)
+    request = ev.EvalRequest(text, ev.MeasureOptions(n_ctx=128, threads=1, chunks=6))
     with ev.load_or_compute_base(folder / "full.gguf", text, request.settings, path=tmp_path / "new.base") as base:
         request = dataclasses.replace(request, base=base)
         with (
@@ -272,7 +275,7 @@ def test_figures_of_llama_perplexity(folder, text, base_path, tools, tmp_path):
     out = tools.run(
         "llama-perplexity", "-m", folder / "q4.gguf", "--kl-divergence", "--kl-divergence-base", logits, *options
     )
-    scores = ev.evaluate(folder / "q4.gguf", text, ev.Settings(n_ctx=128, threads=1, chunks=6), base=base_path)
+    scores = ev.evaluate(folder / "q4.gguf", text, ev.MeasureOptions(n_ctx=128, threads=1, chunks=6), base=base_path)
     if alone:
         assert scores.ppl_base.value == pytest.approx(float(alone[1]), rel=1e-4)
     assert (scores.ppl.value, scores.ppl.error) == pytest.approx(numbers(r"Mean PPL\(Q\)", out), rel=1e-4)
@@ -298,11 +301,11 @@ def test_figures_of_llama_perplexity(folder, text, base_path, tools, tmp_path):
 
 def test_base_scores_are_what_evaluating_the_base_gives(folder, tmp_path):
     text, full = load_text(str(folder / "test.txt")), folder / "full.gguf"
-    ev.make_base(full, text, tmp_path / "base", ev.Settings(n_ctx=128, chunks=3, threads=1))
-    settings = ev.Settings(n_ctx=128, chunks=3, threads=1)
+    ev.make_base(full, text, tmp_path / "base", ev.MeasureOptions(n_ctx=128, chunks=3, threads=1))
+    settings = ev.MeasureOptions(n_ctx=128, chunks=3, threads=1)
     with ev.open_base(tmp_path / "base", text, settings, ev.identify(full)) as base:
         kept = ev.base_scores(base, text, settings)
-    measured = ev.evaluate(full, text, ev.Settings(n_ctx=128, chunks=3, threads=1))
+    measured = ev.evaluate(full, text, ev.MeasureOptions(n_ctx=128, chunks=3, threads=1))
     assert kept.ppl.value == pytest.approx(measured.ppl.value, rel=1e-6)
     assert kept.ppl.error == pytest.approx(measured.ppl.error, rel=1e-5)
     assert (kept.sha256, kept.tokens_scored, kept.chunks) == (measured.sha256, measured.tokens_scored, 3)

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+from bitladder.evaluate import Figure
 from bitladder.evaluate.paired import mcnemar, paired_mean, paired_perplexity, paired_task, unit
-from bitladder.evaluate.scores import Figure
 from bitladder.evaluate.tasks.task import average
 
 CHUNKS, SCORED = 60, 25

@@ -11,15 +11,14 @@ from bitladder import evaluate as ev
 from bitladder import keys
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError
-from bitladder.evaluate import several
+from bitladder.evaluate import load_task, parse_specs, several
 from bitladder.evaluate.base import cache
-from bitladder.evaluate.decode_chunks import decode
+from bitladder.evaluate.measure_options import decode
 from bitladder.evaluate.noise import noise_floor, other_ubatch
-from bitladder.evaluate.tasks import load_task, parse_specs
 from bitladder.quantize import quantize
-from bitladder.text.texts import load_text
+from bitladder.text import load_text
 
-SETTINGS = ev.Settings(n_ctx=128, chunks=10, threads=1)
+SETTINGS = ev.MeasureOptions(n_ctx=128, chunks=10, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,13 @@ def wanted(folder):
     (spec,) = parse_specs(f"continuation:{folder / 'test.txt'}")
     with ev.open_or_compute(folder / "full.gguf", None, text, SETTINGS, folder / "Q4_0.gguf") as base:
         yield ev.EvalRequest(
-            text, SETTINGS, base, (load_task(spec),), ev.Settings(n_ctx=768, threads=1), task_count=12, noise_chunks=2
+            text,
+            SETTINGS,
+            base,
+            (load_task(spec),),
+            ev.MeasureOptions(n_ctx=768, threads=1),
+            task_count=12,
+            noise_chunks=2,
         )
 
 
@@ -144,7 +149,7 @@ def in_batches(path, chunks, sizes):
     """Divergence of a model in batches of the second size from the same in batches of the first, [tokens], by hand."""
     logs = []
     for size in sizes:
-        settings = ev.Settings(n_ctx=128, threads=1, n_ubatch=size)
+        settings = ev.MeasureOptions(n_ctx=128, threads=1, n_ubatch=size)
         with settings.load(path) as model, settings.context(model) as context:
             rows = [part.astype(np.float64) for i in range(len(chunks)) for _, part in decode(context, chunks, i)]
         logits = np.concatenate(rows)
@@ -184,7 +189,7 @@ def test_the_noise_floor_lies_below_the_best_quant(folder, wanted):
 @pytest.mark.parametrize("n_ubatch", [1, 8, 63, 64, 512])
 def test_the_other_batch_is_on_the_other_side_of_a_kernel(n_ctx, n_batch, n_ubatch):
     size = min(n_ctx, n_batch, n_ubatch)
-    other = other_ubatch(ev.Settings(n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch))
+    other = other_ubatch(ev.MeasureOptions(n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch))
     assert 1 <= other <= n_ctx and other != size
     if n_ctx >= 64:  # tokens from which flash attention works in tiles
         assert (size < 64) != (other < 64)

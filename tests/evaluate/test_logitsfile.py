@@ -13,16 +13,15 @@ import pytest
 
 from bitladder.engine.native import llama
 from bitladder.errors import BitladderError
+from bitladder.evaluate import MeasureOptions, Workers
 from bitladder.evaluate.base import logits_file
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file, pack_rows, write_logits_file
 from bitladder.evaluate.figures import divergence_figures
-from bitladder.evaluate.logit_rows import Workers
-from bitladder.evaluate.settings import Settings
-from bitladder.text.texts import Text, load_text
+from bitladder.text import Text, load_text
 
 CTX, CHUNKS, SCORED, VOCAB = 64, 4, 31, 4096
-SETTINGS = Settings(n_ctx=CTX, chunks=CHUNKS, threads=1)
+SETTINGS = MeasureOptions(n_ctx=CTX, chunks=CHUNKS, threads=1)
 ROW = 2 * (4 + VOCAB)  # bytes
 RECORDS = 20 + 4 * CTX * CHUNKS
 
@@ -131,7 +130,7 @@ def test_divergence_is_the_sum_over_what_is_stored(folder, text, tmp_path, n_bat
     rows = np.frombuffer(data, "<f4", offset=RECORDS).reshape(CHUNKS * SCORED, ROW // 4)
     rows[:, 1] -= np.float32(lowered)
     path.write_bytes(data)
-    settings = Settings(n_ctx=CTX, threads=1, n_batch=n_batch)  # without --chunks, all that the file has
+    settings = MeasureOptions(n_ctx=CTX, threads=1, n_batch=n_batch)  # without --chunks, all that the file has
     found = compared(folder, text, settings, path)
     assert len(found.kld) == CHUNKS * SCORED
     with settings.load(folder / "q4.gguf") as model, settings.context(model) as context:
@@ -157,9 +156,9 @@ def test_divergence_is_the_sum_over_what_is_stored(folder, text, tmp_path, n_bat
 def test_what_does_not_fit(folder, text):
     path, model = folder / "full.kld", folder / "q4.gguf"
     with pytest.raises(BitladderError, match=r"full\.kld was made with -c 64, not 32$"):
-        open_logits(path, text, Settings(n_ctx=32), model)
+        open_logits(path, text, MeasureOptions(n_ctx=32), model)
     with pytest.raises(BitladderError, match="has 4 chunks, not 6; use --chunks 4"):
-        open_logits(path, text, Settings(n_ctx=CTX, chunks=6), model)
+        open_logits(path, text, MeasureOptions(n_ctx=CTX, chunks=6), model)
     other = Text("other.txt", text.text[:250] + "zebra" + text.text[250:], "")
     with pytest.raises(BitladderError, match=r"another text than other\.txt.* token \d+ of chunk [12] .*' ?z.*'$"):
         open_logits(path, other, SETTINGS, model)
@@ -173,7 +172,7 @@ def test_what_does_not_fit(folder, text):
 def test_another_vocabulary_or_bos(folder, text, tmp_path):
     (tmp_path / "small.kld").write_bytes(by_hand(6, 5, [0] * 6, [(1e-4, -6.5, [65535, 0, 0, 0, 0])] * 2))
     with pytest.raises(BitladderError, match=r"vocabulary of 5 tokens, but q4\.gguf has 4096"):
-        open_logits(tmp_path / "small.kld", text, Settings(n_ctx=6), folder / "q4.gguf")
+        open_logits(tmp_path / "small.kld", text, MeasureOptions(n_ctx=6), folder / "q4.gguf")
     with (
         SETTINGS.load(folder / "q4.gguf") as model,
         LogitsBase(LogitsFile(folder / "full.kld"), 5) as base,
@@ -244,7 +243,7 @@ def test_no_room_and_no_half_file(folder, text, tmp_path, monkeypatch):
 def test_bytes_of_llama_perplexity(folder, text, tools, tmp_path, n_ctx):
     options = ["-f", folder / "test.txt", "-c", n_ctx, "-b", n_ctx, "-t", 1, "--chunks", 3]
     tools.run("llama-perplexity", "-m", folder / "full.gguf", "--kl-divergence-base", tmp_path / "theirs", *options)
-    write_logits_file(folder / "full.gguf", text, tmp_path / "ours", Settings(n_ctx=n_ctx, chunks=3, threads=1))
+    write_logits_file(folder / "full.gguf", text, tmp_path / "ours", MeasureOptions(n_ctx=n_ctx, chunks=3, threads=1))
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 

@@ -11,10 +11,9 @@ from click.testing import CliRunner
 
 from bitladder.cli import invoke
 from bitladder.cli.bench import command
-from bitladder.engine.context import Context
+from bitladder.engine import Context
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import speed
-from bitladder.evaluate.speed import SpeedError, bench
+from bitladder.evaluate import SpeedError, bench, speed
 from bitladder.evaluate.speed_tests import SpeedOptions, SpeedRow, SpeedTest, choose_tests, numbers
 from bitladder.show.speed_tables import columns, fields, render
 

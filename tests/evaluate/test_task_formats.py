@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks import BENCHMARKS, load_task, parse_specs
+from bitladder.evaluate.tasks.load import BENCHMARKS, load_task, parse_specs
 from bitladder.evaluate.tasks.task import Question
 
 FIRST, SECOND = "Why is the sky blue?", "What do cats eat, mostly?"

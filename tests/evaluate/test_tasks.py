@@ -11,12 +11,12 @@ import pytest
 from bitladder import evaluate as ev
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate.tasks import QuestionSet, TaskKind, export_task, load_task, parse_specs, score_task, task_names
-from bitladder.evaluate.tasks.draw import draw, mersenne_twister
-from bitladder.evaluate.tasks.task import Question
-from bitladder.text.texts import load_text
+from bitladder.evaluate.tasks.answer import draw, mersenne_twister, score_task
+from bitladder.evaluate.tasks.load import export_task, load_task, parse_specs, task_names
+from bitladder.evaluate.tasks.task import Question, QuestionSet, TaskKind
+from bitladder.text import load_text
 
-SETTINGS = ev.Settings(n_ctx=256, threads=1)
+SETTINGS = ev.MeasureOptions(n_ctx=256, threads=1)
 WORDS = load_text("pydoc:test").text.split()
 
 
@@ -195,3 +195,5 @@ def test_command(tmp_path, capsys):
     assert "chance 50.00 %" in capsys.readouterr().out
     assert invoke(["tasks", f"winogrande:{tmp_path / 'absent.csv'}"]) == 1
     assert "absent.csv" in capsys.readouterr().err
+    assert invoke(["tasks"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == list(task_names())

@@ -13,7 +13,7 @@ from bitladder.calibrate import read_imatrix
 from bitladder.cli import invoke
 from bitladder.engine.native import llama
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 
 U8, U32, F32, STRING, ARRAY, U64 = 0, 4, 6, 8, 9, 10
 HUGE = 1 << 60

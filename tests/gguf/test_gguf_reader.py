@@ -6,12 +6,10 @@ import gguf
 import numpy as np
 import pytest
 
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.values import string, strings, u32
-from bitladder.gguf.writer import GgufWriter, TensorPlan, file_size
+from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, file_size, string, strings, u32
 
 
 def test_reads_what_the_gguf_package_reads(tiny_gguf):

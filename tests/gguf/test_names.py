@@ -7,7 +7,7 @@ import gguf
 import pytest
 
 import bitladder
-from bitladder.gguf.names import (
+from bitladder.gguf import (
     around_block,
     block_of,
     imatrix_place,

@@ -9,21 +9,25 @@ import gguf
 import numpy as np
 import pytest
 
-from bitladder.engine.model import Model
-from bitladder.engine.types import type_by_name
+from bitladder.engine import Model, type_by_name
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import identify
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.shards import plain_path, shard_path, shards_of
-from bitladder.gguf.split_writer import (
+from bitladder.gguf import (
+    GgufFile,
+    TensorPlan,
     group_as,
     group_by_size,
+    i32,
     output_paths,
+    plain_path,
+    shard_path,
+    shards_of,
     split_sizes,
+    string,
+    u16,
+    u32,
     writing,
 )
-from bitladder.gguf.values import i32, string, u16, u32
-from bitladder.gguf.writer import TensorPlan
 from bitladder.ladder.source import describe
 from bitladder.ladder.store import open_store
 from bitladder.quantize import QuantizeOptions, quantize

@@ -119,7 +119,7 @@ def test_a_failed_step_is_not_over():
 
 
 def test_lines_for_a_pipe(capsys):
-    from bitladder.show.output import Output
+    from bitladder.show import Output
 
     output = Output()
     display, clock = RunDisplay(output), Clock()

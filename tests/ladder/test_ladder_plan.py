@@ -5,10 +5,10 @@ from plain_options import plain_options
 
 from bitladder.errors import UsageError
 from bitladder.keys import key_of
+from bitladder.ladder.checks import bytes_needed
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import file_stem
-from bitladder.ladder.space import bytes_needed
 
 RUNGS = ("Q4_K_M", "Q8_0")
 SOURCES = {"model", "converter", "text", "calibration", "tasks"}

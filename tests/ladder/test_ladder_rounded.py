@@ -5,13 +5,13 @@ import json
 import pytest
 from plain_options import plain_options
 
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.ladder import run
-from bitladder.ladder.layout import Layout
 from bitladder.ladder.options import command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.quantize import RUNGS, TUNE_KEY
 from bitladder.report import write_card
+from bitladder.rundir import Layout
 from bitladder.text import load_text, set_apart
 
 

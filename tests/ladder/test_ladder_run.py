@@ -23,14 +23,12 @@ from plain_options import plain_options
 
 from bitladder.calibrate import Imatrix, ImatrixEntry, ImatrixResult, write_imatrix
 from bitladder.convert import ConvertResult
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import Figure, Measurement, Scores, SpeedRow
 from bitladder.evaluate.scores import BaseModelName, DeltaP, Divergence, NamedFile
 from bitladder.files import replacing
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.values import string
-from bitladder.gguf.writer import GgufWriter, TensorPlan
+from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, string
 from bitladder.ladder import run
 from bitladder.quantize import QuantizeResult
 from bitladder.report import write_card
@@ -137,6 +135,7 @@ class Fakes:
             "bitladder.evaluate.identify": lambda path: path,
             "bitladder.evaluate.base_scores": self.base_scores, "bitladder.calibrate.collect_imatrix": self.collect,
             "bitladder.quantize.quantize": self.quantize, "bitladder.evaluate.bench": self.bench,
+            "bitladder.ladder.run.check_texts": lambda steps, texts: None,  # the model has no vocabulary
         }  # fmt: skip
         return _Patches(stand_ins)
 

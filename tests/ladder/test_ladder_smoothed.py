@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from plain_options import plain_options
 
-from bitladder.engine.types import dequantize_into, quantize_rows
-from bitladder.gguf.reader import GgufFile
+from bitladder.engine import dequantize_into, quantize_rows
+from bitladder.gguf import GgufFile
 from bitladder.ladder import run
-from bitladder.ladder.layout import Layout
 from bitladder.ladder.options import command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.quantize import RUNGS, quantize
 from bitladder.refine import ModelFiles, smooth_model, verify
-from bitladder.refine.smooth import KEY
+from bitladder.refine.smooth.smoothed_model import KEY
+from bitladder.rundir import Layout
 
 CHANNELS = slice(None, None, 16)
 

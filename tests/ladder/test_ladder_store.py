@@ -7,9 +7,9 @@ import pytest
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import write_text
 from bitladder.ladder import store as module
-from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest, load_manifest
 from bitladder.ladder.steps.step import Product
 from bitladder.ladder.store import open_store
+from bitladder.rundir import Manifest, RunRecord, complete_manifest, load_manifest
 
 INPUTS = {"code": 1, "options": {"n": 1}}
 

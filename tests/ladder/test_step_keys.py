@@ -10,11 +10,12 @@ import dataclasses
 import pytest
 from plain_options import plain_options
 
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
+from bitladder.evaluate import MeasureOptions
 from bitladder.keys import recorded, versions_of
+from bitladder.ladder import RunOptions
 from bitladder.ladder import run as run_ladder
 from bitladder.ladder.context import Run
-from bitladder.ladder.options import RunOptions
 from bitladder.options import Options, table
 from bitladder.plan import FeedbackOptions, PlanDecoding, PlanOptions, PriceOptions
 
@@ -32,17 +33,21 @@ ELSEWHERE = {
 }
 
 
+DECODING_CLASSES = (Decoding, MeasureOptions, PlanDecoding)
+
+
 @pytest.fixture(scope="module")
 def seen(tiny_gguf, tmp_path_factory):
     """Steps of a whole run, each with the fields and the algorithms that it used."""
     steps = {}
-    reads: set[tuple[str, str]] | None = None
+    reads: set[tuple[str, str, str]] | None = None
     get = object.__getattribute__
 
     def noticing(self, name):
+        value = get(self, name)
         if reads is not None and not name.startswith("_") and name in {field.name for field in table(type(self))}:
-            reads.add((type(self).__name__, name))
-        return get(self, name)
+            reads.add((type(self).__name__, name, "" if isinstance(value, Options) else repr(value)))
+        return value
 
     do = Run.do
 
@@ -104,12 +109,13 @@ QUICK = {
 
 
 def keyed(step):
-    """The fields of options that are in the key of a step."""
-    fields = set()
+    """The fields of options that are in the key of a step, and the values that are in it by field."""
+    fields, values = set(), set()
 
     def add(value):
         if isinstance(value, Options):
             cls = type(value)
+            values.update(repr(getattr(value, field.name)) for field in table(cls) if not field.nested)
             whole = cls.deciding is not Options.deciding  # it says by itself what of it decides
             names = value.deciding().keys()
             fields.update(
@@ -123,15 +129,28 @@ def keyed(step):
 
     for name, value in step.decides().items():
         fields.add(("RunOptions", name))
+        values.add(repr(value))
         for part in value if isinstance(value, (list, tuple)) else (value,):
             add(part)
-    # Options of speed tests have the fields of Decoding that decide a speed. Smoothing and prices decode with values
-    # that their algorithm sets.
-    if step.verb in ("bench", "smooth", "price"):
-        fields |= {("Decoding", field.name) for field in table(Decoding)}
     if step.verb in ("smooth", "score"):  # whether there are moments, which are in the key; and a word in the scores
         fields.add(("RoundingOptions", "method"))
-    return fields
+    return fields, values
+
+
+# Steps make options of decoding of their own. Such a value is in the key, under whatever name, or it is the default,
+# for which the version of the algorithm stands: the run has other values than the defaults.
+DECODINGS = {cls.__name__: {field.name: repr(field.default) for field in table(cls)} for cls in DECODING_CLASSES}
+# Other values of these: a step derives them from what is in its key, or its algorithm sets them.
+DERIVED = {
+    ("bench", "n_ctx"): "as many tokens as the test has",
+    ("bench", "threads"): "as many as the machine has",
+    ("measure", "n_ctx"): "as many tokens as the questions have",
+    ("naive", "n_ctx"): "as many tokens as the questions have",
+    ("smooth", "n_ctx"): "the algorithm decodes chunks of random tokens",
+    ("smooth", "n_batch"): "the algorithm decodes chunks of random tokens",
+    ("price", "n_ctx"): "the engine decodes a few tokens to find the tensors",
+    ("price", "chunks"): "the chunks of all measurements of a plan",
+}
 
 
 def every_class(cls):
@@ -152,11 +171,17 @@ def test_every_option_that_a_step_reads_is_in_its_key(seen):
     neutral = {(RunOptions.__name__, field.name) for field in table(RunOptions) if not field.option.decides}
     missing = {}
     for name, (step, reads, _) in seen.items():
-        left = reads - keyed(step) - nested - neutral - ELSEWHERE.keys()
-        # A measurement's own settings are made of options that are in the key.
-        left = {(cls, field) for cls, field in left if cls != "Settings"}
+        fields, values = keyed(step)
+        excused = fields | nested | neutral | ELSEWHERE.keys()
+        left = sorted(
+            (cls, field, value)
+            for cls, field, value in reads
+            if (cls, field) not in excused
+            and not (cls in DECODINGS and (value in values or value == DECODINGS[cls][field]))
+            and (step.verb, field) not in DERIVED
+        )
         if left:
-            missing[name] = sorted(left)
+            missing[name] = left
     assert not missing, str(missing)
 
 

@@ -8,14 +8,9 @@ import random
 import pytest
 
 from bitladder.errors import BitladderError
-from bitladder.plan.allocate import (
-    Problem,
-    TypeOption,
-    greedy,
-    neighbours,
-    smallest_bytes,
-    smallest_cost,
-)
+from bitladder.plan.allocate.allocation import greedy, smallest_bytes, smallest_cost
+from bitladder.plan.allocate.neighbours import neighbours
+from bitladder.plan.allocate.problem import Problem, TypeOption
 from bitladder.units import bpw_bytes
 
 BPW = {"iq2_s": 2.5625, "iq3_s": 3.4375, "iq4_xs": 4.25, "q4_K": 4.5, "q5_K": 5.5, "q6_K": 6.5625, "q8_0": 8.5}

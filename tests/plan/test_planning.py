@@ -12,10 +12,9 @@ from bitladder import evaluate as ev
 from bitladder.calibrate import collect_imatrix
 from bitladder.cli import invoke
 from bitladder.convert import convert
+from bitladder.engine import Decoding, type_by_name
 from bitladder.engine.activations import rounded
-from bitladder.engine.decoding import Decoding
 from bitladder.engine.matvec import input_type
-from bitladder.engine.types import type_by_name
 from bitladder.errors import UsageError
 from bitladder.ladder import run
 from bitladder.plan import (
@@ -31,13 +30,12 @@ from bitladder.plan import (
     load_prices,
 )
 from bitladder.plan.options import LawOptions
-from bitladder.plan.prices import measured_speeds, menu_types, within_speed
+from bitladder.plan.prices.menu import measured_speeds, menu_types, within_speed
 from bitladder.quantize import quantize
 from bitladder.recipe import read_recipe
-from bitladder.text import excerpts
-from bitladder.text.texts import builtin_text, load_text
+from bitladder.text import builtin_text, excerpts, load_text
 
-SETTINGS = ev.Settings(n_ctx=64, chunks=3, threads=1)
+SETTINGS = ev.MeasureOptions(n_ctx=64, chunks=3, threads=1)
 DECODING = PlanDecoding(n_ctx=64, threads=1)
 
 

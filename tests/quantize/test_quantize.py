@@ -6,12 +6,10 @@ from moe import write_moe
 from quantize_reference import library_quantize, make_imatrix, make_model, same_metadata, same_tensors
 
 from bitladder.calibrate import collect_imatrix
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.presets import Request, preset_number, preset_types, presets
-from bitladder.gguf.reader import GgufFile
+from bitladder.engine import Decoding, Request, preset_number, preset_types, presets
+from bitladder.gguf import GgufFile
 from bitladder.quantize import RUNGS, QuantizeOptions, prepare, quantize, write
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import load_text
+from bitladder.text import Reading, load_text
 
 
 @pytest.fixture(scope="module")

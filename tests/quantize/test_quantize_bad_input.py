@@ -16,7 +16,7 @@ from quantize_reference import make_imatrix, make_model
 from bitladder.calibrate import read_imatrix, write_imatrix
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError, UsageError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.quantize import QuantizeOptions, quantize
 
 

@@ -8,9 +8,8 @@ from conftest import Tools
 from quantize_reference import make_imatrix, make_model, reference, same_metadata, same_tensors
 
 from bitladder.cli import invoke
-from bitladder.engine.presets import storable
-from bitladder.engine.types import all_types
-from bitladder.gguf.reader import GgufFile
+from bitladder.engine import all_types, storable
+from bitladder.gguf import GgufFile
 from bitladder.recipe import recipe_sha256
 
 TWQ = r"attn_v=q6_k"

@@ -5,10 +5,9 @@ import time
 import pytest
 from quantize_reference import make_model
 
-from bitladder.engine.presets import Request, preset_types
-from bitladder.engine.types import type_by_name
+from bitladder.engine import Request, preset_types, type_by_name
 from bitladder.errors import UsageError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.quantize import QuantizeOptions, prepare
 from bitladder.recipe import exact_patterns, match_patterns, parse_tensor_type, read_tensor_types
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from bitladder.cli import invoke
-from bitladder.engine.types import type_by_name
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.writer import GgufWriter, TensorPlan
+from bitladder.engine import type_by_name
+from bitladder.gguf import GgufFile, GgufWriter, TensorPlan
 from bitladder.quantize import QuantizeOptions, preflight, prepare, write
 
 

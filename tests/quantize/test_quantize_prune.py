@@ -10,11 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from bitladder.calibrate import read_imatrix, write_imatrix
 from bitladder.convert import convert
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name
 from bitladder.errors import UsageError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile, GgufWriter, TensorPlan
 from bitladder.gguf.values import ARRAY, BOOL, F32, U32, Value, scalar, string, strings, u32
-from bitladder.gguf.writer import GgufWriter, TensorPlan
 from bitladder.quantize import QuantizeOptions, prepare, quantize
 from bitladder.quantize.prune import plan_pruning, pruned_entries, pruned_metadata
 

@@ -8,9 +8,9 @@ from conftest import Tools
 from quantize_reference import make_imatrix, make_model, reference, same_tensors
 
 from bitladder.cli import invoke
-from bitladder.engine.presets import preset_number
+from bitladder.engine import preset_number
 from bitladder.errors import UsageError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.quantize import QuantizeOptions, prepare, quantize
 from bitladder.recipe import Recipe, extract, recipe_sha256, write_recipe
 

@@ -10,11 +10,9 @@ import pytest
 
 from bitladder.calibrate import collect_imatrix, read_imatrix
 from bitladder.cli import invoke
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.presets import storable
-from bitladder.engine.types import all_types, quantize_rows, type_by_name
+from bitladder.engine import Decoding, all_types, quantize_rows, storable, type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import (
     ImatrixUsed,
@@ -28,8 +26,7 @@ from bitladder.recipe import (
     recipe_toml,
     write_recipe,
 )
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import load_text
+from bitladder.text import Reading, load_text
 
 
 @pytest.fixture(scope="module")

@@ -19,19 +19,15 @@ from bitladder.calibrate import (
 )
 from bitladder.cli import invoke
 from bitladder.convert import convert
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
-from bitladder.evaluate import Settings, load_or_compute_base
-from bitladder.evaluate.noise import noise_floor
-from bitladder.gguf.reader import GgufFile
+from bitladder.engine import Context, Decoding, Model
+from bitladder.evaluate import MeasureOptions, load_or_compute_base, noise_floor
+from bitladder.gguf import GgufFile
 from bitladder.progress import SILENT
 from bitladder.quantize import quantize
 from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
-from bitladder.refine.smooth import order_for_blocks, smoothed_moments
-from bitladder.refine.smooth.order import find_order
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import load_text
+from bitladder.refine.smooth.changes import smoothed_moments
+from bitladder.refine.smooth.order import find_order, order_for_blocks
+from bitladder.text import Reading, load_text
 
 WIDE = {"hidden_size": 512, "tie_word_embeddings": True, "initializer_range": 0.05}
 
@@ -124,7 +120,7 @@ def test_what_rounding_inputs_costs_gets_less(tmp_path, text, ordinary):
     smooth(path, imatrix, tmp_path / "o.gguf", tmp_path / "oi.gguf", scales=False)
     floors = []
     for model in (path, tmp_path / "o.gguf"):
-        settings = Settings(n_ctx=64, chunks=4)
+        settings = MeasureOptions(n_ctx=64, chunks=4)
         with load_or_compute_base(model, text, settings, path=tmp_path / f"{model.stem}.base") as base:
             floors.append(noise_floor(base, 4, settings).activations_k.value)
     assert floors[1] < 0.9 * floors[0]

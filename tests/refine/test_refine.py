@@ -6,14 +6,14 @@ from calibrated import calibrate
 
 from bitladder.calibrate import Moment, MomentsFile, MomentShape, Provenance, model_sha256, writing_moments
 from bitladder.cli import invoke
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.errors import BitladderError
-from bitladder.evaluate import Settings, evaluate
-from bitladder.gguf.reader import GgufFile
+from bitladder.evaluate import MeasureOptions, evaluate
+from bitladder.gguf import GgufFile
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, quantize_rounded, verify
 from bitladder.rounding import RoundingOptions
-from bitladder.text.texts import Text, load_text
+from bitladder.text import Text, load_text
 
 PRESET = "Q3_K_S"
 
@@ -51,7 +51,7 @@ def test_same_types_and_bytes_less_divergence_elsewhere(tiny_gguf, prepared, rou
     # Neither the calibration's text nor the guard's.
     words = load_text("pydoc:test").text
     text = Text("the rest", words[len(words) // 2 :], "0" * 64)
-    settings = Settings(n_ctx=256, chunks=6)
+    settings = MeasureOptions(n_ctx=256, chunks=6)
     klds = [
         evaluate(one.path, text, settings, base=tiny_gguf, base_file=prepared / "rest.base").kld.value
         for one in (stock, rounded.result)

@@ -19,17 +19,18 @@ from bitladder.calibrate import (
 )
 from bitladder.cli import invoke
 from bitladder.convert import convert
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
+from bitladder.engine import Context, Decoding, Model
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.progress import SILENT
 from bitladder.quantize import quantize
 from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
-from bitladder.refine.smooth import KEY, balance, links_of, smoothed_model, smoothed_moments
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import load_text
+from bitladder.refine.smooth import smoothed_model
+from bitladder.refine.smooth.balance import balance
+from bitladder.refine.smooth.changes import smoothed_moments
+from bitladder.refine.smooth.links import links_of
+from bitladder.refine.smooth.smoothed_model import KEY
+from bitladder.text import Reading, load_text
 
 LLAMA_KINDS = ["attn_norm", "ffn_norm", "attn_v", "ffn_up"]
 

@@ -7,21 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from bitladder.calibrate import UnfinishedWork, collect_imatrix
-from bitladder.calibrate.gradients.forward import TorchModel
+from bitladder.calibrate import TorchModel, UnfinishedWork, collect_imatrix
 from bitladder.cli import invoke
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
-from bitladder.engine.types import dequantize_into, quantize_rows, type_by_name
+from bitladder.engine import Decoding, Model, dequantize_into, quantize_rows, type_by_name
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import Settings, evaluate
-from bitladder.gguf.reader import GgufFile
+from bitladder.evaluate import MeasureOptions, evaluate
+from bitladder.gguf import GgufFile
 from bitladder.quantize import quantize
 from bitladder.refine import TuneOptions, tune, verify
 from bitladder.refine.tune.student import FreeScales, Student
 from bitladder.rounding import TYPES as ROUNDED_TYPES
-from bitladder.text.chunks import Reading
-from bitladder.text.texts import Text, load_text
+from bitladder.text import Reading, Text, load_text
 
 TYPES = list(ROUNDED_TYPES)
 
@@ -128,7 +124,9 @@ def test_same_types_and_bytes_less_divergence_elsewhere(tiny_gguf, prepared, tun
     words = load_text("pydoc:test").text
     text = Text("the rest", words[len(words) // 2 :], "0" * 64)
     klds = [
-        evaluate(path, text, Settings(n_ctx=256, chunks=6), base=tiny_gguf, base_file=prepared / "rest.base").kld.value
+        evaluate(
+            path, text, MeasureOptions(n_ctx=256, chunks=6), base=tiny_gguf, base_file=prepared / "rest.base"
+        ).kld.value
         for path in (prepared / "quant.gguf", out)
     ]
     assert klds[1] < 0.95 * klds[0]

@@ -10,11 +10,11 @@ from bitladder.errors import BitladderError
 from bitladder.evaluate import FIVE, Figure, RunScores
 from bitladder.evaluate.scores import TaskScore
 from bitladder.evaluate.several import task_fields
-from bitladder.evaluate.tasks import BENCHMARKS, parse_specs, task_meanings, task_names
-from bitladder.ladder.manifest import Manifest, OutputFile, RunRecord, StepRecord
+from bitladder.evaluate.tasks.load import BENCHMARKS, parse_specs, task_meanings, task_names
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
 from bitladder.report import gigabytes, percent, render_card, with_error, worth_their_size, write_card
 from bitladder.report.tables import METRICS
+from bitladder.rundir import Manifest, OutputFile, RunRecord, StepRecord
 
 RUNGS = ("Q8_0", "IQ3_S", "Q4_K_M", "IQ4_NL")
 # bytes, bpw, KLD and its error, RMS Δp, ρ

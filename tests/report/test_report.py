@@ -18,12 +18,11 @@ from test_card import change_manifest, run_dir  # noqa: F401
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Figure
-from bitladder.gguf.reader import GgufFile
-from bitladder.report import render_card, render_report, write_report
+from bitladder.gguf import GgufFile
+from bitladder.report import read_run, render_card, render_report, write_report
 from bitladder.report.charts.common import LOOKS, log_ticks
 from bitladder.report.charts.predicted import PredictionPair, agreement
 from bitladder.report.page import make_charts
-from bitladder.report.rundir import read_run
 from bitladder.report.tensors import read_tensors
 
 COLOUR = "#123456"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bitladder.engine.types import dequantize_into, quantize_rows, type_by_name
+from bitladder.engine import dequantize_into, quantize_rows, type_by_name
 from bitladder.rounding import TYPES, can_round
 from bitladder.rounding.scalar_types import NONE, SCALAR_TYPES
 from bitladder.rounding.vector_types import VECTOR_TYPES

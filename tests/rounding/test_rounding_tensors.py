@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from rounding_cases import moments, stock_blocks
 
+from bitladder.engine import dequantize_into, type_by_name
 from bitladder.engine.native import ggml
-from bitladder.engine.types import dequantize_into, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.rounding import TYPES, RoundingOptions, round_tensor
 from bitladder.rounding import method as rounding_method

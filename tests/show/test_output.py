@@ -2,7 +2,7 @@
 
 import time
 
-from bitladder.show.output import Output
+from bitladder.show import Output
 
 
 def test_a_log_gets_a_line_a_minute(capsys, monkeypatch):

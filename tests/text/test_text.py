@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from bitladder.engine.model import Model
+from bitladder.engine import Model
 from bitladder.errors import BitladderError
 from bitladder.text import Reading, Text, excerpts, joined, load_text, set_apart, text_chunks
 

@@ -7,10 +7,10 @@ import pytest
 from bitladder import evaluate as ev
 from bitladder.cli import invoke
 from bitladder.quantize import QuantizeOptions, quantize
-from bitladder.text.texts import builtin_text, load_text
+from bitladder.text import builtin_text, load_text
 from bitladder.trial import blocks_left_out
 
-SETTINGS = ev.Settings(n_ctx=64, chunks=3, threads=1)
+SETTINGS = ev.MeasureOptions(n_ctx=64, chunks=3, threads=1)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_command(tiny_gguf, text, tmp_path, capsys):
 def test_chunks_that_are_given_are_taken(tiny_gguf, text, tmp_path, capsys):
     model = tmp_path / "model.gguf"
     model.symlink_to(tiny_gguf)
-    settings = ev.Settings(n_ctx=32, threads=1)
+    settings = ev.MeasureOptions(n_ctx=32, threads=1)
     arguments = ["plan", "-m", str(model), "-f", str(tmp_path / "text.txt"), "-c", "32", "-t", "1", "--suggest-prune"]
     with ev.load_or_compute_base(tiny_gguf, text, settings, path=tmp_path / "base") as base:
         # 12 is the default of a plan, 4 that of pruning.

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from bitladder.engine.types import quantize_rows, type_by_name
-from bitladder.gguf.reader import GgufFile
+from bitladder.engine import quantize_rows, type_by_name
+from bitladder.gguf import GgufFile
 from bitladder.trial import Renderer, render, render_all
 
 NAME, KIND = "blk.1.ffn_down.weight", type_by_name("q4_K")

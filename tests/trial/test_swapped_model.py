@@ -5,16 +5,16 @@ from calibrated import calibrate
 
 from bitladder import evaluate as ev
 from bitladder.calibrate import read_imatrix
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.keys import key_of
 from bitladder.plan import FeedbackOptions, PlanDecoding, PlanInputs, Planner, PlanOptions
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.refine import GuardOptions
-from bitladder.refine.round import Guard
-from bitladder.text.texts import builtin_text, load_text
+from bitladder.refine.round.guard import Guard
+from bitladder.text import builtin_text, load_text
 from bitladder.trial import Renderer, SwappedModel, measurement_inputs
 
-SETTINGS = ev.Settings(n_ctx=64, chunks=3, threads=1)
+SETTINGS = ev.MeasureOptions(n_ctx=64, chunks=3, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -1,33 +1,68 @@
 """From texts to what guides quantization: the importance matrix, and second moments of inputs."""
 
-from bitladder.calibrate.collect_imatrix import (
-    IMATRIX,
-    ImatrixOptions,
-    ImatrixResult,
-    collect_imatrix,
-    merge_imatrices,
-)
-from bitladder.calibrate.collect_moments import (
-    MOMENTS,
-    MomentsOptions,
-    MomentsResult,
-    RoundingMomentsOptions,
-    collect_for_rounding,
-    collect_moments,
-    merge_moments,
-    model_sha256,
-    usual_weighting,
-)
-from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
-from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
-from bitladder.calibrate.moments import Moment, MomentsFile, MomentShape, Provenance, writing_moments
-from bitladder.calibrate.unfinished import UnfinishedWork, job_key
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.calibrate.collect_imatrix import (
+        IMATRIX,
+        ImatrixOptions,
+        ImatrixResult,
+        collect_imatrix,
+        merge_imatrices,
+    )
+    from bitladder.calibrate.collect_moments import (
+        MOMENTS,
+        MomentsOptions,
+        MomentsResult,
+        RoundingMomentsOptions,
+        collect_for_rounding,
+        collect_moments,
+        merge_moments,
+        model_sha256,
+        usual_weighting,
+    )
+    from bitladder.calibrate.gradients.fisher import FISHER, FisherOptions, fisher_costs
+    from bitladder.calibrate.gradients.forward import TorchModel
+    from bitladder.calibrate.gradients.usable import (
+        CHECKED_TOKENS,
+        check_logits,
+        require_torch,
+        torch_threads,
+        why_no_gradients,
+    )
+    from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
+    from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
+    from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, MomentShape, Provenance, writing_moments
+    from bitladder.calibrate.statistics.compare_imatrices import (
+        ImatrixComparison,
+        TensorDifference,
+        compare_imatrices,
+        grouped_differences,
+    )
+    from bitladder.calibrate.statistics.figures import (
+        GroupStatistics,
+        TensorStatistics,
+        by_kind,
+        by_layer,
+        tensor_statistics,
+        weighted_mean,
+    )
+    from bitladder.calibrate.statistics.gaps import Gaps, find_gaps, listed
+    from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 
 __all__ = [
+    "CHECKED_TOKENS",
+    "FISHER",
     "IMATRIX",
     "MIN_CALIBRATION_CTX",
     "MOMENTS",
+    "FisherOptions",
+    "Gaps",
+    "GroupStatistics",
     "Imatrix",
+    "ImatrixComparison",
     "ImatrixEntry",
     "ImatrixOptions",
     "ImatrixResult",
@@ -38,17 +73,34 @@ __all__ = [
     "MomentsResult",
     "Provenance",
     "RoundingMomentsOptions",
+    "TensorDifference",
+    "TensorStatistics",
+    "TorchModel",
     "UnfinishedWork",
+    "by_kind",
+    "by_layer",
+    "check_logits",
     "collect_for_rounding",
     "collect_imatrix",
     "collect_moments",
+    "compare_imatrices",
+    "find_gaps",
+    "fisher_costs",
+    "grouped_differences",
     "job_key",
+    "listed",
     "merge_imatrices",
     "merge_moments",
     "model_sha256",
     "read_imatrix",
+    "require_torch",
+    "tensor_statistics",
+    "torch_threads",
     "usual_weighting",
     "watch_chunks",
+    "weighted_mean",
+    "why_no_gradients",
     "write_imatrix",
     "writing_moments",
 ]
+open_door(__name__)

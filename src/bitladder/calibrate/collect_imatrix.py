@@ -25,10 +25,7 @@ from bitladder.calibrate.inputs import (
     refuse_short,
 )
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model, Tokens
-from bitladder.engine.observe import Multiplication
+from bitladder.engine import Context, Decoding, Model, Multiplication, Tokens
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf import in_main_block
 from bitladder.keys import Algorithm

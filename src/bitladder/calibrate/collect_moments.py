@@ -24,9 +24,7 @@ from bitladder.calibrate.moments.moments_file import MomentsFile, Provenance
 from bitladder.calibrate.moments.passes import IMATRIX_FILE, CollectedMoments, run_passes
 from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, position_weights
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.devices import main_memory
-from bitladder.engine.model import Model, Tokens
+from bitladder.engine import Decoding, Model, Tokens, main_memory
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_file
 from bitladder.gguf import joined_sha256, shards_of

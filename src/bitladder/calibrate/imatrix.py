@@ -13,7 +13,7 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing
 from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, Value, string, strings, u32

@@ -7,10 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model, Tokens
-from bitladder.engine.observe import Multiplication, SatisfiedObserver, WatchingUntilSatisfied
+from bitladder.engine import Context, Decoding, Model, Multiplication, SatisfiedObserver, Tokens, WatchingUntilSatisfied
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf import in_main_block
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.native import versions
+from bitladder.engine import versions
 from bitladder.errors import BitladderError
 from bitladder.files import replacing, write_text
 from bitladder.gguf import GgufFile

@@ -9,8 +9,7 @@ from bitladder.cli.from_options import options_from
 from bitladder.errors import UsageError
 from bitladder.evaluate import SpeedChoice, SpeedError, SpeedOptions, SpeedRow, bench
 from bitladder.files import write_text
-from bitladder.show.output import Output, common_options
-from bitladder.show.speed_tables import FORMATS, render, speed_table
+from bitladder.show import FORMATS, Output, common_options, render, speed_table
 
 
 @click.command("bench")

@@ -4,13 +4,12 @@ import pathlib
 
 import click
 
-from bitladder.calibrate import MomentsOptions, collect_moments, merge_moments, usual_weighting
-from bitladder.calibrate.gradients import why_no_gradients
+from bitladder.calibrate import MomentsOptions, collect_moments, merge_moments, usual_weighting, why_no_gradients
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.errors import UsageError
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 from bitladder.text import Reading, load_text
 
 

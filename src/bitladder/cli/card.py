@@ -4,7 +4,7 @@ import pathlib
 
 import click
 
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 
 
 @click.command("card")
@@ -12,11 +12,11 @@ from bitladder.show.output import Output, common_options
 @common_options
 def command(run_dir: pathlib.Path, *, output: Output) -> None:
     """Write README.md and report.html of RUN_DIR again, from the files in it."""
-    # Imported here, so that --help does not wait for the native library.
-    from bitladder.report import RunPaths, write_card, write_report
+    from bitladder.report import write_card, write_report
+    from bitladder.rundir import Layout
 
-    paths = RunPaths(run_dir)
-    written = [(paths.card, write_card(run_dir)), (paths.page, write_report(run_dir))]
+    layout = Layout(run_dir)
+    written = [(layout.card, write_card(run_dir)), (layout.report, write_report(run_dir))]
     if output.json:
         output.print_json([{"path": str(path), "changed": changed} for path, changed in written])
         return

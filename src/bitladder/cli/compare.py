@@ -7,11 +7,10 @@ import click
 from bitladder.cli.from_options import options_from
 from bitladder.cli.options import json_file, kept_results
 from bitladder.compare import CompareOptions, compare_quants
-from bitladder.evaluate import Results, Settings
+from bitladder.evaluate import MeasureOptions, Results
 from bitladder.files import write_json
-from bitladder.show.comparison_tables import comparison_json, comparison_sections
-from bitladder.show.output import Output, common_options
-from bitladder.text.texts import load_text
+from bitladder.show import Output, common_options, comparison_json, comparison_sections
+from bitladder.text import load_text
 
 
 @click.command("compare")
@@ -27,7 +26,7 @@ from bitladder.text.texts import load_text
     help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration).",
 )
 @options_from(CompareOptions)
-@options_from(Settings, parameter="settings", leave_out=("n_batch", "n_ubatch"))
+@options_from(MeasureOptions, parameter="settings", leave_out=("n_batch", "n_ubatch"))
 @kept_results
 @json_file
 @common_options
@@ -39,7 +38,7 @@ def command(
     results: Results,
     *,
     options: CompareOptions,
-    settings: Settings,
+    settings: MeasureOptions,
     output: Output,
 ) -> None:
     """Compare quants of one model: sizes, types, KLD and perplexity with paired ±, and the winner at equal size.

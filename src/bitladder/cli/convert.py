@@ -5,7 +5,7 @@ import pathlib
 
 import click
 
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 
 
 @click.command("convert")
@@ -35,7 +35,6 @@ def command(
     model: str, out: pathlib.Path | None, outtype: str, converter: pathlib.Path | None, *, output: Output
 ) -> None:
     """Convert MODEL, a checkpoint's directory or a Hugging Face hub id, to GGUF."""
-    # Imported here, so that --help does not wait for gguf and numpy.
     from bitladder import convert as package
 
     target = out or pathlib.Path(package.default_name(model, outtype))

@@ -6,10 +6,9 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.options import json_file, kept_results
-from bitladder.evaluate import EvalOptions, Results, Settings, evaluate_files
+from bitladder.evaluate import EvalOptions, MeasureOptions, Results, evaluate_files
 from bitladder.files import write_json
-from bitladder.show.eval_tables import eval_tables
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options, eval_tables
 
 
 @click.command("eval")
@@ -23,7 +22,7 @@ from bitladder.show.output import Output, common_options
     help="A GGUF file; may be repeated.",
 )
 @options_from(EvalOptions)
-@options_from(Settings, parameter="settings", leave_out=("n_ctx",))
+@options_from(MeasureOptions, parameter="settings", leave_out=("n_ctx",))
 @kept_results
 @json_file
 @common_options
@@ -33,7 +32,7 @@ def command(
     results: Results,
     *,
     options: EvalOptions,
-    settings: Settings,
+    settings: MeasureOptions,
     output: Output,
 ) -> None:
     """Measure perplexity, divergence from the full-precision model (--base) and benchmarks (--tasks).

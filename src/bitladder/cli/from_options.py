@@ -78,7 +78,8 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
         shown += f"  [default: {about.unset}]" if about.unset else ""
     elif not (field.many and not default) and not more.get("is_flag"):
         more["show_default"] = True
-    if default is not None and default is not dataclasses.MISSING:
+    # None is handed on too: click takes False for a pair of flags without a default.
+    if default is not dataclasses.MISSING:
         more["default"] = default
     return click.option(*about.flags, field.name, help=shown, **more)
 

@@ -7,9 +7,9 @@ import click
 from bitladder.calibrate import ImatrixOptions, collect_imatrix, merge_imatrices
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.errors import UsageError
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 from bitladder.text import Reading, load_text
 
 

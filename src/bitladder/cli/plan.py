@@ -10,21 +10,13 @@ from bitladder.errors import UsageError
 from bitladder.plan import (
     FeedbackOptions,
     PlanDecoding,
-    PlanInputs,
-    Planner,
     PlanOptions,
-    PruneOptions,
     TargetOptions,
-    check_target,
-    planned_recipe,
-    rank_blocks,
-    target_of,
 )
-from bitladder.recipe import write_recipe
 from bitladder.rounding import RoundingOptions
-from bitladder.show import plan_tables
-from bitladder.show.output import Output, common_options
-from bitladder.text.texts import load_text
+from bitladder.show import Output, common_options
+from bitladder.text import load_text
+from bitladder.trial import PruneOptions
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 _OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
@@ -94,6 +86,11 @@ def command(
     Its recipes are measured, prices are corrected, and the problem is solved again. Measurements are kept in --work,
     so that another target takes little time.
     """
+    from bitladder.plan import PlanInputs, Planner, check_target, planned_recipe, target_of
+    from bitladder.recipe import write_recipe
+    from bitladder.show import plan_tables
+    from bitladder.trial import rank_blocks
+
     size = {} if n_ctx is None else {"n_ctx": n_ctx}
     amount = {} if chunks is None else {"chunks": chunks}
     if suggest_prune:

@@ -4,7 +4,7 @@ import pathlib
 
 import click
 
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 
 
 @click.command("push")
@@ -22,7 +22,6 @@ def command(
     Only files that belong to the run are sent. After an interruption, give the same command again: it continues. Log in
     first with `hf auth login`, or set HF_TOKEN.
     """
-    # Imported here, so that --help does not wait for the native library.
     from rich.table import Table
 
     from bitladder.errors import UsageError

@@ -2,33 +2,25 @@
 
 import dataclasses
 import pathlib
+from typing import TYPE_CHECKING
 
 import click
 
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
-from bitladder.quantize import (
-    Preflight,
-    PreparedQuant,
-    QuantizeOptions,
-    QuantizeResult,
-    check_room,
-    parse_layers,
-    preflight,
-    prepare,
-    refuse_target,
-    write,
-)
-from bitladder.recipe import read_recipe, read_tensor_types
-from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, RoundedQuant, quantize_rounded
+from bitladder.quantize import QuantizeOptions, parse_layers
+from bitladder.refine import GuardOptions, ModelFiles, RefineOptions
 from bitladder.rounding import RoundingOptions
-from bitladder.show import preflight_tables, rounding_tables
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 from bitladder.text import load_text
 from bitladder.units import parse_size
+
+if TYPE_CHECKING:
+    from bitladder.quantize import Preflight, PreparedQuant, QuantizeResult
+    from bitladder.refine import RoundedQuant
 
 _PATH = click.Path(path_type=pathlib.Path)
 
@@ -37,6 +29,8 @@ class _FilesInPlace(click.Command):
     """Puts the entries of --tensor-type-file where the file is named: the first pattern that matches decides."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from bitladder.recipe import read_tensor_types
+
         expanded, rest = list[str](), iter(args)
         for word in rest:
             name, equals, path = word.partition("=")
@@ -95,6 +89,11 @@ def command(
     llama-quantize, unless --rounding chooses better blocks of the same size. Its own form works too:
     bitladder quantize IN.gguf OUT.gguf PRESET [THREADS].
     """
+    from bitladder.quantize import check_room, preflight, prepare, refuse_target, write
+    from bitladder.recipe import read_recipe
+    from bitladder.refine import quantize_rounded
+    from bitladder.show import preflight_tables
+
     if len(words) > 1:
         source, out, words, threads = _as_llama_quantize(words, source, out, threads)
     if source is None:
@@ -153,7 +152,9 @@ def _as_llama_quantize(
     return pathlib.Path(words[0]), pathlib.Path(words[1]), (words[2],), threads
 
 
-def _show_preflight(output: Output, prepared: PreparedQuant, figures: Preflight) -> None:
+def _show_preflight(output: Output, prepared: "PreparedQuant", figures: "Preflight") -> None:
+    from bitladder.show import preflight_tables
+
     if output.json:
         output.print_json(preflight_tables.as_json(figures) | {"types": prepared.choice.types})
         return
@@ -163,7 +164,9 @@ def _show_preflight(output: Output, prepared: PreparedQuant, figures: Preflight)
         output.line(line)
 
 
-def _show_result(output: Output, result: QuantizeResult, rounded: RoundedQuant | None = None) -> None:
+def _show_result(output: Output, result: "QuantizeResult", rounded: "RoundedQuant | None" = None) -> None:
+    from bitladder.show import preflight_tables, rounding_tables
+
     if output.json:
         facts = dataclasses.asdict(result) | {"path": result.path.name, "sha256": sha256_file(result.path)}
         output.print_json(facts | ({} if rounded is None else rounding_tables.as_json(rounded)))

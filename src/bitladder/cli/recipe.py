@@ -8,10 +8,8 @@ from bitladder import recipe as recipes
 from bitladder.cli.typed import NamingGroup
 from bitladder.errors import BitladderError
 from bitladder.files import write_text
-from bitladder.gguf.reader import GgufFile
-from bitladder.show import recipe_tables
-from bitladder.show.output import Output, common_options
-from bitladder.show.recipe_diff_tables import difference
+from bitladder.gguf import GgufFile
+from bitladder.show import Output, common_options, difference, recipe_tables
 
 _FILE = click.Path(path_type=pathlib.Path)
 _model = click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF, for shapes and checks.")

@@ -3,8 +3,8 @@
 import click
 
 from bitladder.cli.from_options import options_from
-from bitladder.ladder.options import RunOptions
-from bitladder.show.output import Output, common_options
+from bitladder.ladder import RunOptions
+from bitladder.show import Output, common_options
 
 
 @click.command("run")
@@ -17,10 +17,9 @@ def command(*, output: Output, options: RunOptions) -> None:
     MODEL is a checkpoint's directory, a Hugging Face hub id, or a full-precision GGUF. Everything goes into the
     directory --out. The same command continues a run that was interrupted; what is complete is not made again.
     """
-    # Imported here, so that --help does not wait for the native library.
     from bitladder.ladder import run
     from bitladder.report import write_card, write_report
-    from bitladder.show.run_display import RunDisplay, result_table
+    from bitladder.show import RunDisplay, result_table
 
     output.tame_hub()
     display = RunDisplay(output)

@@ -4,7 +4,7 @@ import pathlib
 
 import click
 
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 
 
 @click.command("show")
@@ -19,9 +19,8 @@ def command(*, output: Output, folder: pathlib.Path, plot: bool, width: int | No
     Figures in bold are within noise of the best of their column. ▸ marks the Pareto front: no file of its size or
     smaller has less KLD.
     """
-    # Imported here, so that --help does not wait for the native library.
     from bitladder.report import read_run
-    from bitladder.show.ladder_tables import ladder_json, ladder_table, pareto_plot
+    from bitladder.show import ladder_json, ladder_table, pareto_plot
 
     run = read_run(folder)
     if output.json:

@@ -6,10 +6,10 @@ import pathlib
 import click
 
 from bitladder.cli.from_options import options_from
-from bitladder.engine.decoding import Decoding
-from bitladder.refine import ModelFiles, SmoothingOptions, smooth_model, try_smoothing
-from bitladder.show.output import Output, common_options
-from bitladder.text.texts import load_text
+from bitladder.engine import Decoding
+from bitladder.refine import ModelFiles, SmoothingOptions
+from bitladder.show import Output, common_options
+from bitladder.text import load_text
 
 _PATH = click.Path(path_type=pathlib.Path)
 
@@ -52,6 +52,8 @@ def command(
     logits are compared before and after. Quantize the new file with the new importance matrix. Adapters (LoRA) of the
     model do not fit the new one.
     """
+    from bitladder.refine import smooth_model, try_smoothing
+
     loaded = load_text(text) if text else None
     out = out or model.with_name(f"{model.stem}-smooth.gguf")
     imatrix_out = imatrix_out or out.with_name(f"{out.stem}.imatrix.gguf")

@@ -5,7 +5,7 @@ import pathlib
 import click
 
 from bitladder.errors import UsageError
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 
 _FILE = click.Path(path_type=pathlib.Path)
 
@@ -41,9 +41,7 @@ def command(
 
     Figures are those of llama-imatrix --show-statistics. With two files, tensors with the largest change come first.
     """
-    # Imported here, so that --help does not wait for the native library.
-    from bitladder.show.imatrix.imatrix_view import print_view, view_differences, view_statistics
-    from bitladder.show.imatrix.picture import check_target, write_plot
+    from bitladder.show import check_target, print_view, view_differences, view_statistics, write_plot
 
     form = "json" if output.json else form
     if statistic and not plot:

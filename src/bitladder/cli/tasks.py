@@ -6,11 +6,11 @@ import pathlib
 import click
 
 from bitladder.errors import UsageError
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 
 
 @click.command("tasks")
-@click.argument("spec", metavar="NAME[:SOURCE]")
+@click.argument("spec", metavar="[NAME[:SOURCE]]", required=False)
 @click.option(
     "-o",
     "--output",
@@ -24,26 +24,32 @@ from bitladder.show.output import Output, common_options
     help="Questions to draw, as `eval` draws them.  [default: all]",
 )
 @common_options
-def command(spec: str, out: pathlib.Path | None, task_count: int | None, *, output: Output) -> None:
+def command(spec: str | None, out: pathlib.Path | None, task_count: int | None, *, output: Output) -> None:
     """Read the benchmark NAME from SOURCE (a file, a folder, or by default the hub's data set), and show what it holds.
 
-    NAME is arc, hellaswag, mmlu, truthfulqa, winogrande, or continuation with a text as SOURCE.
+    Without NAME all benchmarks are listed.
     """
-    # Imported here, so that --help does not wait for the native library.
-    from bitladder.evaluate import tasks
+    from bitladder.evaluate import export_task, load_task, parse_specs, summarize, task_command, task_meanings
 
-    specs = tasks.parse_specs(spec)
+    if spec is None:
+        if output.json:
+            output.print_json(task_meanings())
+        else:
+            for name, meaning in task_meanings().items():
+                output.line(f"{name}: {meaning}")
+        return
+    specs = parse_specs(spec)
     if len(specs) != 1:
         raise UsageError("name one task at a time")
-    task = tasks.load_task(specs[0])
+    task = load_task(specs[0])
     for note in task.notes:
         output.progress.warn(note)
-    summary = tasks.summarize(task, task_count)
+    summary = summarize(task, task_count)
     if out:
-        tasks.export_task(task, out, task_count)
+        export_task(task, out, task_count)
     if output.json:
         output.print_json(dataclasses.asdict(summary))
         return
     output.line(str(summary))
     if out:
-        output.line(f"wrote {out}; {tasks.command_line(task, out, summary.count)}")
+        output.line(f"wrote {out}; {task_command(task, out, summary.count)}")

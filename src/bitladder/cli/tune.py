@@ -7,12 +7,12 @@ import click
 
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
-from bitladder.refine import TuneOptions, tune
-from bitladder.show.output import Output, common_options
-from bitladder.text.texts import load_text
+from bitladder.refine import TuneOptions
+from bitladder.show import Output, common_options
+from bitladder.text import load_text
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
@@ -41,6 +41,8 @@ def command(
     The F16 numbers of blocks move along the gradient of the KLD from the full-precision model; integers stay. Needs
     torch (pip install 'bitladder[torch]').
     """
+    from bitladder.refine import tune
+
     texts = [load_text(spec) for spec in files]
     held_out = None if guard == "none" else load_text(guard)
     if held_out is not None and held_out.sha256 in {text.sha256 for text in texts}:

@@ -7,8 +7,7 @@ import click
 
 from bitladder.cli import options
 from bitladder.errors import BitladderError
-from bitladder.refine import verify
-from bitladder.show.output import Output, common_options
+from bitladder.show import Output, common_options
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
@@ -34,6 +33,8 @@ def command(
     threads: int | None,
 ) -> None:
     """Derive every tensor of QUANT again and compare its bytes: exit code 1 if one differs."""
+    from bitladder.refine import verify
+
     verified = verify(quant, source, imatrix=imatrix, moments=moments, threads=threads, progress=output.progress)
     if output.json:
         output.print_json({"quant": quant.name, "tensors": verified.origins, "differing": verified.differing})

@@ -1,16 +1,21 @@
 """Compares GGUFs of one model: what each is made of, whether it is of that model, and which is best."""
 
-from bitladder.compare.comparison import (
-    ComparedModel,
-    CompareOptions,
-    QuantComparison,
-    compare_quants,
-    defeats,
-    perplexity_sign,
-    size_groups,
-)
-from bitladder.compare.same_weights import check_weights
-from bitladder.compare.structure import OriginFinding, check_structure, gravest
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.compare.comparison import (
+        ComparedModel,
+        CompareOptions,
+        QuantComparison,
+        compare_quants,
+        defeats,
+        perplexity_sign,
+        size_groups,
+    )
+    from bitladder.compare.same_weights import check_weights
+    from bitladder.compare.structure import OriginFinding, check_structure, gravest
 
 __all__ = [
     "CompareOptions",
@@ -25,3 +30,4 @@ __all__ = [
     "perplexity_sign",
     "size_groups",
 ]
+open_door(__name__)

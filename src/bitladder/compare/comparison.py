@@ -15,19 +15,18 @@ from bitladder.evaluate import (
     EvalRequest,
     Figure,
     Measurement,
+    MeasureOptions,
     Results,
-    Settings,
     compare_pair,
     measure_several,
     open_or_compute,
     paired_mean,
 )
-from bitladder.gguf.names import kind_of, reading_order
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile, kind_of, reading_order
 from bitladder.hub import Fetched
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
-from bitladder.text.texts import Text
+from bitladder.text import Text
 
 # A perplexity below the base's by more than this many standard errors is no accident of the text.
 SURE_PPL = 3.0
@@ -132,7 +131,7 @@ def compare_quants(
     models: Sequence[Fetched],
     base: pathlib.Path,
     text: Text,
-    settings: Settings,
+    settings: MeasureOptions,
     options: CompareOptions | None = None,
     *,
     results: Results | None = None,
@@ -171,7 +170,7 @@ def compare_quants(
     return QuantComparison(base.name, tuple(compared), tuple(groups))
 
 
-def _describe(fetched: Fetched, base: pathlib.Path, settings: Settings, progress: Progress) -> ComparedModel:
+def _describe(fetched: Fetched, base: pathlib.Path, settings: MeasureOptions, progress: Progress) -> ComparedModel:
     """All that is known of a file without running the model."""
     path = fetched.path
     with GgufFile(base) as reference, GgufFile(path) as file:

@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.compare.structure import OriginFinding
-from bitladder.engine.types import RowKernels, TensorType
+from bitladder.engine import RowKernels, TensorType
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile, TensorInfo
-from bitladder.gguf.names import kind_of
+from bitladder.gguf import GgufFile, TensorInfo, kind_of
 
 Floats = npt.NDArray[np.float32]
 

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from bitladder.files import sha256_bytes
-from bitladder.gguf.names import block_of, ranges
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile, block_of, ranges
 
 TOKENS = "tokenizer.ggml.tokens"
 # What decides how text becomes tokens. Quantizers sometimes correct token types and templates, but never these.

@@ -1,9 +1,9 @@
 """The only door to native code: libllama and libggml through llama-cpp-python's low-level bindings.
 
-Other packages import from its modules, because `decoding` must not load the native library and all others do:
+The library is loaded when the first of its functions is used, not by an import. The modules:
 
     decoding     options: tokens, batch sizes, threads, layers on a GPU
-    native       the loaded library: functions, structures, checks, log, versions
+    native       the library: functions, structures, checks, log, versions
     types        tensor types, and the kernels that quantize and dequantize rows
     presets      the type that llama-quantize gives each tensor
     model        a loaded model and its vocabulary
@@ -11,8 +11,114 @@ Other packages import from its modules, because `decoding` must not load the nat
     observe      callbacks that watch the computation
     activations  callbacks that round or disturb activations
     weights      the weights of a loaded model, read and replaced in place
-    devices      back ends, processors, thread pools, main memory
+    devices      back ends, processors, threads, main memory
     matvec       speed of the CPU's kernels, and the type to which they round inputs
     extras       whether special layouts of weights work on this processor
-    blas         threads of NumPy's matrix multiplication
 """
+
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.engine.activations import KernelInputs, NoisyOutputs
+    from bitladder.engine.context import FLASH_ATTN, Context, Floats, logit_differences, sequence_logits
+    from bitladder.engine.decoding import MIN_CTX, Decoding
+    from bitladder.engine.devices import (
+        ACCEL,
+        CPU,
+        GPU,
+        IGPU,
+        ThreadPool,
+        backend_names,
+        kernels,
+        main_memory,
+        processors,
+        single_threaded,
+    )
+    from bitladder.engine.matvec import bytes_per_second
+    from bitladder.engine.model import Model, Tokens
+    from bitladder.engine.native import library, log, versions
+    from bitladder.engine.observe import (
+        HiddenStates,
+        Multiplication,
+        Observer,
+        SatisfiedObserver,
+        WatchingUntilSatisfied,
+    )
+    from bitladder.engine.presets import (
+        ALIASES,
+        PresetTypes,
+        Request,
+        check_overrides,
+        kernel_needs_importance,
+        pattern_error,
+        plain_type,
+        preset_number,
+        preset_types,
+        presets,
+        storable,
+    )
+    from bitladder.engine.types import (
+        RowKernels,
+        TensorType,
+        all_types,
+        dequantize_into,
+        quantize_rows,
+        threads_available,
+        type_by_name,
+    )
+    from bitladder.engine.weights import Weights
+
+__all__ = [
+    "ACCEL",
+    "ALIASES",
+    "CPU",
+    "FLASH_ATTN",
+    "GPU",
+    "IGPU",
+    "MIN_CTX",
+    "Context",
+    "Decoding",
+    "Floats",
+    "HiddenStates",
+    "KernelInputs",
+    "Model",
+    "Multiplication",
+    "NoisyOutputs",
+    "Observer",
+    "PresetTypes",
+    "Request",
+    "RowKernels",
+    "SatisfiedObserver",
+    "TensorType",
+    "ThreadPool",
+    "Tokens",
+    "WatchingUntilSatisfied",
+    "Weights",
+    "all_types",
+    "backend_names",
+    "bytes_per_second",
+    "check_overrides",
+    "dequantize_into",
+    "kernel_needs_importance",
+    "kernels",
+    "library",
+    "log",
+    "logit_differences",
+    "main_memory",
+    "pattern_error",
+    "plain_type",
+    "preset_number",
+    "preset_types",
+    "presets",
+    "processors",
+    "quantize_rows",
+    "sequence_logits",
+    "single_threaded",
+    "storable",
+    "threads_available",
+    "type_by_name",
+    "versions",
+]
+open_door(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.matvec import input_type
-from bitladder.engine.native import MUL_MAT, MUL_MAT_ID, Tensor, ggml
+from bitladder.engine.native import Tensor, ggml
 from bitladder.engine.observe import OP_OFFSET, GraphCallback, tensor_values, weight_name
 from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, type_by_name
 from bitladder.errors import BitladderError
@@ -46,7 +46,7 @@ class KernelInputs(GraphCallback):
         if not ask and self._restore:
             self._restore()
             self._restore = None
-        if ask and ctypes.c_int.from_address(address + OP_OFFSET).value in (MUL_MAT, MUL_MAT_ID):
+        if ask and ctypes.c_int.from_address(address + OP_OFFSET).value in (ggml.MUL_MAT, ggml.MUL_MAT_ID):
             self._round(Tensor.from_address(address))
         return True
 
@@ -132,7 +132,7 @@ class NoisyOutputs(GraphCallback):
     def call(self, address: int, ask: bool) -> bool:
         """See `GraphCallback.call`."""
         op = ctypes.c_int.from_address(address + OP_OFFSET).value
-        if op not in (MUL_MAT, MUL_MAT_ID) or not (self._measure or self._deviations):
+        if op not in (ggml.MUL_MAT, ggml.MUL_MAT_ID) or not (self._measure or self._deviations):
             return not ask
         node = Tensor.from_address(address)
         weight = Tensor.from_address(node.src[0])

@@ -1,4 +1,4 @@
-"""The loaded library: functions, structures, the ABI check, and the library's log.
+"""The native library, loaded on first use: functions, structures, the ABI check, and the library's log.
 
 `llama_cpp`, a module of ctypes declarations, covers libllama. The ggml functions that it lacks are declared here from
 ggml.h. All declarations are checked against the loaded library before they are used.
@@ -35,9 +35,6 @@ def _import_bindings() -> Any:
             "pip install --force-reinstall --no-binary llama-cpp-python llama-cpp-python"
         ) from error
     return llama_cpp
-
-
-llama: Any = _import_bindings()
 
 
 class Tensor(ctypes.Structure):
@@ -135,13 +132,13 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 }
 
 
-def _declare() -> Any:
+def _declare(llama: Any) -> Any:
     """The ggml functions. On Windows libllama does not give the symbols that it links: ggml's files are opened too."""
     libraries = [llama._lib]
     for part in ("ggml-base", "ggml"):
         with contextlib.suppress(FileNotFoundError, RuntimeError):
             libraries.append(llama.load_shared_library(part, llama._base_path))
-    functions = type("ggml", (), {})
+    functions: Any = type("ggml", (), {})
     for name, (arguments, result) in _SIGNATURES.items():
         function = next((getattr(library, name) for library in libraries if hasattr(library, name)), None)
         if function is None:
@@ -152,17 +149,17 @@ def _declare() -> Any:
         # A new prototype leaves llama_cpp's declaration of the same symbol as it is.
         pointer = ctypes.cast(function, ctypes.c_void_p).value or 0
         setattr(functions, name, staticmethod(ctypes.CFUNCTYPE(result, *arguments)(pointer)))
+    functions.MUL_MAT = next(i for i in range(200) if functions.ggml_op_name(i) == b"MUL_MAT")
+    functions.MUL_MAT_ID = functions.MUL_MAT + 1
+    functions.vector_converters = _vector_converters(llama)
     return functions
 
 
-ggml: Any = _declare()
-GGML_TYPE_COUNT: int = llama.GGML_TYPE_COUNT
-MUL_MAT = next(i for i in range(200) if ggml.ggml_op_name(i) == b"MUL_MAT")
-MUL_MAT_ID = MUL_MAT + 1
+def _vector_converters(llama: Any) -> dict[int, Any]:
+    """The CPU back end's conversions to float32, by type number; empty if it is not a library of its own.
 
-
-def _vector_converters() -> dict[int, Any]:
-    """The CPU back end's conversions to float32, by type number; empty if it is not a library of its own."""
+    They are ten times as fast as the portable conversions of the type traits, with the same results.
+    """
     converters: dict[int, Any] = {}
     with contextlib.suppress(FileNotFoundError, RuntimeError):
         library = llama.load_shared_library("ggml-cpu", llama._base_path)
@@ -173,8 +170,44 @@ def _vector_converters() -> dict[int, Any]:
     return converters
 
 
-# These are ten times as fast as the portable conversions of the type traits, with the same results.
-vector_converters = _vector_converters()
+_lock = threading.RLock()
+_opened: dict[str, Any] = {}
+
+
+def _open() -> dict[str, Any]:
+    """The library, loaded and checked once: llama_cpp's module, and the functions declared here."""
+    with _lock:
+        if not _opened:
+            bindings = _import_bindings()
+            _opened.update(llama=bindings, ggml=_declare(bindings))
+            try:
+                install_log()
+                check_abi()
+            except BaseException:
+                _opened.clear()
+                raise
+        return _opened
+
+
+class _Library:
+    """Functions and constants of the library, which is loaded when the first of them is used.
+
+    Importing bitladder loads nothing native, so that `--help` is quick and options can be used without the library.
+    """
+
+    def __init__(self, part: str) -> None:
+        self._part = part
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.__dict__[name] = getattr(_open()[self._part], name)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return dir(_open()[self._part])
+
+
+llama: Any = _Library("llama")
+ggml: Any = _Library("ggml")
 
 
 def check_abi() -> None:
@@ -197,16 +230,19 @@ def check_abi() -> None:
         b"abi.weight",
     ):
         problems.append("ggml_tensor")
-    if product.op != MUL_MAT or tuple(product.src)[:2] != (first, second) or tuple(product.ne)[:2] != (5, 7):
+    if product.op != ggml.MUL_MAT or tuple(product.src)[:2] != (first, second) or tuple(product.ne)[:2] != (5, 7):
         problems.append("ggml_tensor.src")
     ggml.ggml_free(context)
-    if ggml.ggml_op_name(MUL_MAT_ID) != b"MUL_MAT_ID":
+    if ggml.ggml_op_name(ggml.MUL_MAT_ID) != b"MUL_MAT_ID":
         problems.append("ggml_op")
     traits = ggml.ggml_get_type_traits(1).contents
     if (traits.type_name, traits.blck_size, traits.type_size, traits.is_quantized) != (b"f16", 1, 2, False):
         problems.append("ggml_type_traits")
     quantize = llama.llama_model_quantize_default_params()
-    if (quantize.token_embedding_type, quantize.max_buf_size) != (GGML_TYPE_COUNT, 8 << 30) or quantize.prune_layers:
+    if (quantize.token_embedding_type, quantize.max_buf_size) != (
+        llama.GGML_TYPE_COUNT,
+        8 << 30,
+    ) or quantize.prune_layers:
         problems.append("llama_model_quantize_params")
     params = llama.llama_context_default_params()
     if (params.n_ctx, params.n_ubatch, params.type_k, params.no_perf, params.n_samplers) != (512, 512, 1, True, 0):
@@ -266,16 +302,16 @@ class NativeLog:
 
 
 log = NativeLog()
-_callback = llama.llama_log_callback(log.receive)
+
+
+@functools.cache
+def _callback() -> Any:
+    return llama.llama_log_callback(log.receive)
 
 
 def install_log() -> None:
     """Makes the library log to `log`."""
-    llama.llama_log_set(_callback, ctypes.c_void_p(0))
-
-
-install_log()
-check_abi()
+    llama.llama_log_set(_callback(), ctypes.c_void_p(0))
 
 
 @functools.cache

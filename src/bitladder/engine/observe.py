@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.native import MUL_MAT, MUL_MAT_ID, Tensor, ggml, llama
+from bitladder.engine.native import Tensor, ggml, llama
 
 Floats = npt.NDArray[np.float32]
 
@@ -154,14 +154,14 @@ class Watching(GraphCallback):
     def call(self, address: int, ask: bool) -> bool:
         """See `GraphCallback.call`."""
         op = ctypes.c_int.from_address(address + OP_OFFSET).value
-        if op not in (MUL_MAT, MUL_MAT_ID):
+        if op not in (ggml.MUL_MAT, ggml.MUL_MAT_ID):
             if self._skip_head and ctypes.string_at(address + _NAME_OFFSET, len(FINAL_NORM)) == FINAL_NORM:
                 return ask  # this ends the computation: only the head follows
             return not ask
         node = Tensor.from_address(address)
         weight = Tensor.from_address(node.src[0])
         inputs = Tensor.from_address(node.src[1])
-        experts = op == MUL_MAT_ID
+        experts = op == ggml.MUL_MAT_ID
         tokens = inputs.ne[2] if experts else inputs.ne[1]
         seen = Multiplication(weight_name(weight.name), tuple(weight.ne), tokens, experts, node.src[1])
         if ask:

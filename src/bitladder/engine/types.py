@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.native import GGML_TYPE_COUNT, ggml, vector_converters
+from bitladder.engine.native import ggml, llama
 from bitladder.errors import BitladderError, UsageError, did_you_mean
 
 Floats = npt.NDArray[np.float32]
@@ -49,7 +49,7 @@ class TensorType:
 def all_types() -> dict[int, TensorType]:
     """All types of the library by number."""
     types = {}
-    for number in range(GGML_TYPE_COUNT):
+    for number in range(llama.GGML_TYPE_COUNT):
         traits = ggml.ggml_get_type_traits(number).contents
         if traits.type_name and traits.blck_size > 0 and traits.type_size > 0:
             name = traits.type_name.decode()
@@ -151,7 +151,7 @@ def dequantize_into(data: Bytes, kind: TensorType, out: Floats) -> None:
     if kind.name == "f32":
         out[:] = data.view(np.float32).reshape(out.shape)
         return
-    to_float = vector_converters.get(kind.id) or ggml.ggml_get_type_traits(kind.id).contents.to_float
+    to_float = ggml.vector_converters.get(kind.id) or ggml.ggml_get_type_traits(kind.id).contents.to_float
     if not to_float:
         raise BitladderError(f"the library cannot expand {kind.name}")
     to_float(data.ctypes.data, out.ctypes.data, out.size)

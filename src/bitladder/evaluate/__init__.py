@@ -1,56 +1,58 @@
 """Measuring a model file: perplexity, divergence from the full-precision model, tasks and speed."""
 
-from bitladder.evaluate.base import (
-    BASE,
-    HiddenBase,
-    LogitsFile,
-    cache_path,
-    load_or_compute_base,
-    open_base,
-)
-from bitladder.evaluate.divergence import TokenScores, compare_with_base
-from bitladder.evaluate.figures import mean
-from bitladder.evaluate.identity import Identity, identify
-from bitladder.evaluate.logit_rows import Workers
-from bitladder.evaluate.measure import (
-    MEASURE,
-    Measurement,
-    Reference,
-    base_scores,
-    evaluate,
-    make_base,
-    measure,
-    measure_and_keep,
-    open_or_compute,
-)
-from bitladder.evaluate.noise import NOISE, noise_floor
-from bitladder.evaluate.paired import compare_pair, paired_mean, paired_task
-from bitladder.evaluate.results_cache import NoResults, ResultFolder, Results
-from bitladder.evaluate.scores import (
-    SCORES,
-    Divergence,
-    Figure,
-    NamedFile,
-    Noise,
-    Paired,
-    Role,
-    RunScores,
-    Scores,
-    read_document,
-    read_scores,
-)
-from bitladder.evaluate.settings import Settings
-from bitladder.evaluate.several import (
-    EvalOptions,
-    EvalRequest,
-    add_tasks,
-    evaluate_files,
-    evaluate_several,
-    measure_several,
-)
-from bitladder.evaluate.speed import BENCH, SpeedError, bench
-from bitladder.evaluate.speed_tests import SpeedChoice, SpeedOptions, SpeedRow, SpeedTest
-from bitladder.evaluate.tasks import FIVE, TASKS, QuestionSet, average_of_five, load_task, parse_specs
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.evaluate.base.cache import cache_path, load_or_compute_base, open_base
+    from bitladder.evaluate.base.hidden import BASE, HiddenBase
+    from bitladder.evaluate.base.logits_file import LogitsFile
+    from bitladder.evaluate.divergence import TokenScores, compare_with_base
+    from bitladder.evaluate.figures import mean
+    from bitladder.evaluate.identity import Identity, NoResults, ResultFolder, Results, identify
+    from bitladder.evaluate.logit_rows import Workers
+    from bitladder.evaluate.measure import (
+        MEASURE,
+        Measurement,
+        Reference,
+        base_scores,
+        evaluate,
+        make_base,
+        measure,
+        measure_and_keep,
+        open_or_compute,
+    )
+    from bitladder.evaluate.measure_options import MeasureOptions
+    from bitladder.evaluate.noise import NOISE, noise_floor
+    from bitladder.evaluate.paired import compare_pair, paired_mean, paired_task
+    from bitladder.evaluate.scores import (
+        SCORES,
+        Divergence,
+        Figure,
+        NamedFile,
+        Noise,
+        Paired,
+        Role,
+        RunScores,
+        Scores,
+        read_document,
+        read_scores,
+    )
+    from bitladder.evaluate.several import (
+        EvalOptions,
+        EvalRequest,
+        add_tasks,
+        evaluate_files,
+        evaluate_several,
+        measure_several,
+    )
+    from bitladder.evaluate.speed import BENCH, SpeedError, bench
+    from bitladder.evaluate.speed_tests import SpeedChoice, SpeedOptions, SpeedRow, SpeedTest
+    from bitladder.evaluate.tasks.answer import TASKS, summarize
+    from bitladder.evaluate.tasks.load import command_line as task_command
+    from bitladder.evaluate.tasks.load import export_task, load_task, parse_specs, task_meanings
+    from bitladder.evaluate.tasks.task import FIVE, QuestionSet, average_of_five
 
 __all__ = [
     "BASE",
@@ -67,6 +69,7 @@ __all__ = [
     "HiddenBase",
     "Identity",
     "LogitsFile",
+    "MeasureOptions",
     "Measurement",
     "NamedFile",
     "NoResults",
@@ -79,7 +82,6 @@ __all__ = [
     "Role",
     "RunScores",
     "Scores",
-    "Settings",
     "SpeedChoice",
     "SpeedError",
     "SpeedOptions",
@@ -97,6 +99,7 @@ __all__ = [
     "evaluate",
     "evaluate_files",
     "evaluate_several",
+    "export_task",
     "identify",
     "load_or_compute_base",
     "load_task",
@@ -113,4 +116,8 @@ __all__ = [
     "parse_specs",
     "read_document",
     "read_scores",
+    "summarize",
+    "task_command",
+    "task_meanings",
 ]
+open_door(__name__)

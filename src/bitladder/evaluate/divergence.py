@@ -6,10 +6,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.blas import single_threaded
-from bitladder.engine.context import Context
-from bitladder.evaluate.decode_chunks import decode
+from bitladder.engine import Context, single_threaded
 from bitladder.evaluate.logit_rows import PIECE, Workers, check_finite, score_rows
+from bitladder.evaluate.measure_options import decode
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Chunks
 

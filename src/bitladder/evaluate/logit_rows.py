@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
-from bitladder.engine.types import threads_available
+from bitladder.engine import threads_available
 from bitladder.errors import BitladderError
 
 Floats = npt.NDArray[np.float32]

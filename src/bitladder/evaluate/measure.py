@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.native import versions
+from bitladder.engine import versions
 from bitladder.errors import UsageError
 from bitladder.evaluate.base import hidden
 from bitladder.evaluate.base.basefile import is_base_file
@@ -21,12 +21,11 @@ from bitladder.evaluate.divergence import compare_with_base, token_nll
 from bitladder.evaluate.figures import divergence_figures, perplexity
 from bitladder.evaluate.identity import Identity, check_vocabularies, identify, unlike
 from bitladder.evaluate.logit_rows import Workers
+from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.scores import BaseModelName, NamedFile, Scores
-from bitladder.evaluate.settings import Settings
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
-from bitladder.text import text_chunks
-from bitladder.text.texts import Text
+from bitladder.text import Text, text_chunks
 
 MEASURE = Algorithm(
     "measure",
@@ -57,7 +56,7 @@ class Measurement:
 def evaluate(
     model: pathlib.Path,
     text: Text,
-    settings: Settings | None = None,
+    settings: MeasureOptions | None = None,
     *,
     base: pathlib.Path | Reference | None = None,
     base_file: pathlib.Path | None = None,
@@ -77,14 +76,14 @@ def evaluate(
     Raises:
         BitladderError: a file is missing or not a model, the text is too short, or a base or vocabulary does not fit.
     """
-    return measure(model, text, settings or Settings(), base=base, base_file=base_file, progress=progress).scores
+    return measure(model, text, settings or MeasureOptions(), base=base, base_file=base_file, progress=progress).scores
 
 
 def make_base(
     model: pathlib.Path,
     text: Text,
     out: pathlib.Path,
-    settings: Settings | None = None,
+    settings: MeasureOptions | None = None,
     progress: Progress = SILENT,
 ) -> None:
     """Runs the full-precision model over a text and writes its predictions to the base file `out`.
@@ -92,14 +91,14 @@ def make_base(
     Raises:
         BitladderError: as `base.hidden.make_base`.
     """
-    hidden.make_base(identify(model), text, out, settings or Settings(), progress)
+    hidden.make_base(identify(model), text, out, settings or MeasureOptions(), progress)
 
 
 @MEASURE.entry
 def measure(
     model: pathlib.Path | Identity,
     text: Text | None,
-    settings: Settings,
+    settings: MeasureOptions,
     *,
     base: pathlib.Path | Reference | None = None,
     base_file: pathlib.Path | None = None,
@@ -148,7 +147,7 @@ def measure(
 
 
 def measure_and_keep(
-    model: pathlib.Path, text: Text, out: pathlib.Path, settings: Settings, progress: Progress = SILENT
+    model: pathlib.Path, text: Text, out: pathlib.Path, settings: MeasureOptions, progress: Progress = SILENT
 ) -> Scores:
     """Measures the perplexity of a model and writes its log-probabilities to `out`, for llama-perplexity and others.
 
@@ -169,7 +168,7 @@ def _needed(text: Text | None) -> Text:
 
 
 @MEASURE.entry
-def base_scores(base: HiddenBase, text: Text, settings: Settings) -> Scores:
+def base_scores(base: HiddenBase, text: Text, settings: MeasureOptions) -> Scores:
     """The perplexity of the full-precision model, from its base. Nothing is decoded.
 
     Raises:
@@ -212,7 +211,7 @@ def open_or_compute(
     base: pathlib.Path,
     base_file: pathlib.Path | None,
     text: Text | None,
-    settings: Settings,
+    settings: MeasureOptions,
     model: pathlib.Path,
     progress: Progress = SILENT,
 ) -> Reference:

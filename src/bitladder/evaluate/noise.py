@@ -10,19 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.activations import KernelInputs
-from bitladder.engine.blas import single_threaded
-from bitladder.engine.context import Context
-from bitladder.engine.model import Model
-from bitladder.engine.types import type_by_name
+from bitladder.engine import Context, KernelInputs, Model, single_threaded, type_by_name
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
-from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.divergence import LogitBlocks, divergence
 from bitladder.evaluate.figures import mean
 from bitladder.evaluate.logit_rows import Workers, check_finite
+from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.evaluate.scores import Noise, NoiseFigure
-from bitladder.evaluate.settings import Settings
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 
@@ -35,7 +30,7 @@ SMALL_BLOCKS, LARGE_BLOCKS = "q8_0", "q6_K"
 MANY, FEW = 64, 8
 
 
-def other_ubatch(settings: Settings) -> int:
+def other_ubatch(settings: MeasureOptions) -> int:
     """An -ub for which the library takes other kernels than for that of the settings."""
     size = min(settings.n_ubatch, settings.n_batch, settings.n_ctx)
     if size >= MANY:
@@ -57,7 +52,7 @@ NOISE = Algorithm(
 
 
 @NOISE.entry
-def noise_floor(base: HiddenBase, chunks: int, settings: Settings, progress: Progress = SILENT) -> Noise:
+def noise_floor(base: HiddenBase, chunks: int, settings: MeasureOptions, progress: Progress = SILENT) -> Noise:
     """Measures how far the model of a base is from itself, over the first `chunks` chunks of the base.
 
     Another -ub takes other kernels, whose results differ in the last digits. A quant makes much more of that: the last
@@ -97,7 +92,7 @@ class _Passes:
     workers: Workers
     progress: Progress
 
-    def rounded(self, passes: Sequence[Settings], name: str) -> Sequence[NoiseFigure | None]:
+    def rounded(self, passes: Sequence[MeasureOptions], name: str) -> Sequence[NoiseFigure | None]:
         """`run` with inputs rounded as for weights of a type."""
         kind = type_by_name(name)
         with GgufFile(self.model.path) as file:
@@ -106,7 +101,7 @@ class _Passes:
         inputs.pretend(dict.fromkeys(wide, kind))
         return self.run(passes, inputs) if wide else [None] * len(passes)
 
-    def run(self, passes: Sequence[Settings], inputs: KernelInputs) -> list[NoiseFigure]:
+    def run(self, passes: Sequence[MeasureOptions], inputs: KernelInputs) -> list[NoiseFigure]:
         """The divergence of each pass from the pass before it, of the first from the base."""
         chunks, name = self.base.chunks, self.model.path.name
         kld = np.empty((len(passes), self.count, chunks.scored))
@@ -130,7 +125,7 @@ class _Passes:
             for figure, values in zip(figures, kld, strict=True)
         ]
 
-    def _context(self, settings: Settings, inputs: KernelInputs) -> Context:
+    def _context(self, settings: MeasureOptions, inputs: KernelInputs) -> Context:
         return Context(self.model, settings, callback=inputs)
 
 

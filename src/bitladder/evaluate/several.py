@@ -7,13 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from bitladder.engine.devices import kernels
-from bitladder.engine.model import Model
-from bitladder.engine.native import library
+from bitladder.engine import Model, kernels, library
 from bitladder.errors import UsageError
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.base.logits_file import LogitsFile
-from bitladder.evaluate.identity import Identity, identify
+from bitladder.evaluate.identity import Identity, NoResults, Results, identify
 from bitladder.evaluate.measure import (
     MEASURE,
     Measurement,
@@ -25,16 +23,17 @@ from bitladder.evaluate.measure import (
     open_or_compute,
     reference_name,
 )
+from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.noise import NOISE, noise_floor
 from bitladder.evaluate.paired import compare_pair
-from bitladder.evaluate.results_cache import NoResults, Results
 from bitladder.evaluate.scores import Noise, Scores, TaskScore
-from bitladder.evaluate.settings import Settings
-from bitladder.evaluate.tasks import TASKS, QuestionSet, average_of_five, load_task, parse_specs, score_task
+from bitladder.evaluate.tasks.answer import TASKS, score_task
+from bitladder.evaluate.tasks.load import load_task, parse_specs
+from bitladder.evaluate.tasks.task import QuestionSet, average_of_five
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
-from bitladder.text.texts import Text, load_text
+from bitladder.text import Text, load_text
 
 TEXT = "pydoc:test"
 TEXT_CTX, TASK_CTX = 512, 768
@@ -79,8 +78,7 @@ class EvalOptions(Options):
         "--tasks",
         metavar="NAME[:FILE],…",
         names="tasks",
-        help="Benchmarks: arc, hellaswag, mmlu, truthfulqa, winogrande (without FILE: from the hub) and "
-        "continuation:TEXT.",
+        help="Benchmarks by name (without FILE: from the hub), and continuation:TEXT. `bitladder tasks` lists them.",
     )
     task_count: int | None = option(
         None, "--task-count", least=1, metavar="N", help="Questions of each task, drawn at random.", unset="all"
@@ -117,7 +115,7 @@ class EvalOptions(Options):
 def evaluate_files(
     models: Sequence[pathlib.Path],
     options: EvalOptions,
-    settings: Settings,
+    settings: MeasureOptions,
     *,
     results: Results | None = None,
     progress: Progress = SILENT,
@@ -184,10 +182,10 @@ class EvalRequest:
     """
 
     text: Text | None
-    settings: Settings
+    settings: MeasureOptions
     base: Reference | None = None
     tasks: tuple[QuestionSet, ...] = ()
-    task_settings: Settings = dataclasses.field(default_factory=lambda: Settings(n_ctx=TASK_CTX))
+    task_settings: MeasureOptions = dataclasses.field(default_factory=lambda: MeasureOptions(n_ctx=TASK_CTX))
     task_count: int | None = None
     noise_chunks: int = 0
 
@@ -282,7 +280,7 @@ def add_tasks(
     scores: Scores,
     model: pathlib.Path,
     tasks: Sequence[QuestionSet],
-    settings: Settings,
+    settings: MeasureOptions,
     *,
     count: int | None = None,
     progress: Progress = SILENT,
@@ -319,7 +317,7 @@ def _noise(base: HiddenBase, request: EvalRequest, results: Results, progress: P
     return noise
 
 
-def _inputs(algorithm: Algorithm, model_sha256: str, settings: Settings) -> dict[str, Any]:
+def _inputs(algorithm: Algorithm, model_sha256: str, settings: MeasureOptions) -> dict[str, Any]:
     """What decides a result of any kind. Batch sizes and kernels show in the last digits, threads do not."""
     return {
         "algorithms": algorithm.versions(),

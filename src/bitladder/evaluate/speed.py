@@ -16,11 +16,22 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from bitladder.closing import Closing
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import MIN_CTX, Decoding
-from bitladder.engine.devices import ACCEL, CPU, GPU, IGPU, ThreadPool, backend_names, main_memory, processors
-from bitladder.engine.model import Model, Tokens
-from bitladder.engine.types import threads_available
+from bitladder.engine import (
+    ACCEL,
+    CPU,
+    GPU,
+    IGPU,
+    MIN_CTX,
+    Context,
+    Decoding,
+    Model,
+    ThreadPool,
+    Tokens,
+    backend_names,
+    main_memory,
+    processors,
+    threads_available,
+)
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate.identity import parts
 from bitladder.evaluate.speed_tests import SpeedOptions, SpeedRow, SpeedTest

@@ -5,29 +5,38 @@ quantizer passes metadata on as they are, so here a value stays bytes until it i
 opens in milliseconds, and a copied value cannot change.
 """
 
-from bitladder.gguf.header import DEFAULT_ALIGNMENT, TensorInfo
-from bitladder.gguf.names import (
-    around_block,
-    block_of,
-    block_prefix,
-    imatrix_order,
-    imatrix_place,
-    in_main_block,
-    in_previous_block,
-    kind_of,
-    name_in_block,
-    one_line,
-    ranges,
-    reading_order,
-)
-from bitladder.gguf.reader import GgufFile, refuse_other_model, refuse_other_vectors
-from bitladder.gguf.shards import joined_sha256, plain_path, shard_path, shards_of, stem
-from bitladder.gguf.split_writer import group_as, group_by_size, output_paths, split_sizes, writing
-from bitladder.gguf.values import Value, i32, scalar, string, strings, u16, u32
-from bitladder.gguf.writer import GgufWriter, TensorPlan, file_size, padded
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.gguf.header import DEFAULT_ALIGNMENT, TensorInfo
+    from bitladder.gguf.names import (
+        around_block,
+        block_of,
+        block_prefix,
+        imatrix_order,
+        imatrix_place,
+        in_main_block,
+        in_previous_block,
+        kind_of,
+        name_in_block,
+        one_line,
+        ranges,
+        reading_order,
+    )
+    from bitladder.gguf.reader import GgufFile, refuse_other_model, refuse_other_vectors
+    from bitladder.gguf.shards import joined_sha256, plain_path, shard_path, shards_of, stem
+    from bitladder.gguf.split_writer import group_as, group_by_size, output_paths, split_sizes, writing
+    from bitladder.gguf.values import ARRAY, BOOL, F32, SCALARS, Value, i32, scalar, string, strings, u16, u32
+    from bitladder.gguf.writer import GgufWriter, TensorPlan, file_size, padded
 
 __all__ = [
+    "ARRAY",
+    "BOOL",
     "DEFAULT_ALIGNMENT",
+    "F32",
+    "SCALARS",
     "GgufFile",
     "GgufWriter",
     "TensorInfo",
@@ -66,3 +75,4 @@ __all__ = [
     "u32",
     "writing",
 ]
+open_door(__name__)

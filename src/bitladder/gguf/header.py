@@ -14,7 +14,7 @@ import stat
 import struct
 from typing import Any, BinaryIO, NoReturn
 
-from bitladder.engine.types import TensorType, all_types
+from bitladder.engine import TensorType, all_types
 from bitladder.errors import BitladderError
 from bitladder.gguf.values import ARRAY, SCALARS, STRING, U32, Value
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.types import TensorType
+from bitladder.engine import TensorType
 from bitladder.errors import BitladderError
 from bitladder.gguf.header import DEFAULT_ALIGNMENT as ALIGNMENT
 from bitladder.gguf.values import Value, string

@@ -1,7 +1,12 @@
 """The Hugging Face hub: which file of a repository a name means, fetching files, and uploading them."""
 
-from bitladder.hub.names import PRESET, HubName, parse, pick, shards, side_word
-from bitladder.hub.transfer import Fetched, fetch, fetch_checkpoint, hub_id, upload
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.hub.names import PRESET, HubName, parse, pick, shards, side_word
+    from bitladder.hub.transfer import Fetched, fetch, fetch_checkpoint, hub_id, upload
 
 __all__ = [
     "PRESET",
@@ -16,3 +21,4 @@ __all__ = [
     "side_word",
     "upload",
 ]
+open_door(__name__)

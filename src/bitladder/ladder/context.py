@@ -7,8 +7,6 @@ from typing import Any
 
 from bitladder import evaluate
 from bitladder.closing import Closing
-from bitladder.ladder.layout import Layout
-from bitladder.ladder.manifest import StepRecord
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.others import Other
 from bitladder.ladder.source import Source
@@ -18,6 +16,7 @@ from bitladder.ladder.tracker import Tracker
 from bitladder.plan import PlanInputs, Planner
 from bitladder.recipe import TextUsed
 from bitladder.refine import ModelFiles
+from bitladder.rundir import Layout, StepRecord
 from bitladder.text import Text, joined
 
 BASE = "base"
@@ -125,10 +124,10 @@ class Run(Closing):
         """Whether a rung is made of the smoothed model."""
         return bool(self.facts(f"trial {rung}").get("smoothed"))
 
-    def settings(self) -> evaluate.Settings:
+    def settings(self) -> evaluate.MeasureOptions:
         """How models are measured."""
         decoding = self.options.decoding
-        return evaluate.Settings(
+        return evaluate.MeasureOptions(
             n_ctx=decoding.n_ctx,
             n_ubatch=decoding.n_ubatch,
             threads=decoding.threads,

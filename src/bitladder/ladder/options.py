@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from bitladder.calibrate import RoundingMomentsOptions
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.errors import UsageError, did_you_mean
 from bitladder.options import Options, option, words
 from bitladder.plan import PlanOptions

@@ -36,7 +36,7 @@ def extent_of(
     """
 
     def tokens(texts: Sequence[Text], chunks: int | None) -> int:
-        counts = [len(one.text) // CHARACTERS for one in texts]
+        counts = [len(text.text) // CHARACTERS for text in texts]
         return sum(min(count, chunks * options.decoding.n_ctx) if chunks else count for count in counts)
 
     return Extent(
@@ -103,7 +103,7 @@ class Pace:
                 done = self._part.amount * self._share
                 _add(seen, self._part.kind, done, elapsed)
                 rest += (self._part.amount - done) * elapsed / done
-        amount, seconds = (sum(one[place] for one in seen.values()) for place in (0, 1))
+        amount, seconds = (sum(kind[place] for kind in seen.values()) for place in (0, 1))
         if not amount:
             return None
         if self._part is not None and not self._share:

@@ -6,29 +6,31 @@ import pathlib
 from typing import Any
 
 from bitladder import evaluate, quantize
-from bitladder.ladder.checks import check_options, refuse_other_model
+from bitladder.ladder.checks import check_options, check_room, check_texts, parameters_of, refuse_other_model
 from bitladder.ladder.context import BASE, Run, read_json
-from bitladder.ladder.layout import Layout, naive
-from bitladder.ladder.manifest import RunRecord
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
 from bitladder.ladder.others import Other, find_others
 from bitladder.ladder.pace import Pace, extent_of
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import Source, locate
-from bitladder.ladder.space import check_room, parameters_of
-from bitladder.ladder.steps.step import Step
+from bitladder.ladder.steps.step import Step, TextsOfRun
 from bitladder.ladder.store import open_store
 from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.progress import SILENT, Progress
+from bitladder.rundir import Layout, RunRecord, naive
 from bitladder.text import load_text
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What a run leaves.
+    """The result of a run.
 
-    `made` names the steps that were really done. `scores` has the Scores JSON of each of `labels`: "base", the rungs,
-    and files of somebody else. `rungs` names the rungs among them.
+    Parameters:
+        folder: the run directory.
+        made: names of the steps that did work. A step that was complete did none.
+        labels: "base", the rungs, and the names of files of somebody else.
+        rungs: names of the rungs.
+        scores: the Scores JSON of each label.
     """
 
     folder: pathlib.Path
@@ -39,25 +41,25 @@ class RunResult:
 
 
 def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None = None) -> RunResult:
-    """Makes the ladder that `options` describe, or completes it.
+    """Makes the ladder that the options describe, or completes it.
 
-    What the run directory has already is not made again. What was complete when something goes wrong stays.
+    A step that is complete is not made again. After an error the complete steps stay.
 
     Parameters:
-        options: all that a run can be told.
-        progress: who listens.
-        watch: is told of every moment: the step, the time left, and the best so far.
+        options: the options of the run.
+        progress: gets bars and remarks.
+        watch: gets the state of the run when it changes.
 
     Raises:
-        UsageError: an option that no stage can use, before any work.
-        BitladderError: anything else, before the work starts wherever that is possible.
+        UsageError: a step cannot use an option or a text. This is found before any work.
+        BitladderError: anything else. It is found before the work where that is possible.
     """
     rungs = choose_rungs(options.rungs, known=tuple(quantize.preset_names()), default=quantize.RUNGS)
     options = options.replace(rungs=rungs)
     source = locate(options.model)
     text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
     check_options(options, source, text, calibration, progress)
-    parameters = parameters_of(source)  # what is no model is refused before a directory is made
+    parameters = parameters_of(source)  # refuses what is not a model before a directory is made
     tasks = [evaluate.load_task(spec) for spec in evaluate.parse_specs(options.tasks)] if options.tasks else []
     others = find_others(options.compare, (BASE, *quantize.preset_names()))
     steps = steps_of(options, [other.name for other in others])
@@ -66,6 +68,8 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
     pace = Pace({step.name: step.parts(extent) for step in steps})
     tracker = Tracker(pace, len(steps), rungs, progress, watch)
     keep = source.path if source.is_gguf else None
+    if source.is_gguf:
+        check_texts(steps, TextsOfRun(text, calibration, source.path))
     with open_store(options.out, keep=keep, progress=progress) as store:
         refuse_other_model(options, source, store)
         check_room(options, source, store.present())
@@ -85,6 +89,8 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
                 with tracker.step(step.name, made=functools.partial(store.made.__contains__, step.name)):
                     context.do(step)
                     tell(tracker, step, context.layout)
+                if step.verb == "convert" and not source.is_gguf:  # the vocabulary is known from here on
+                    check_texts(steps, TextsOfRun(text, calibration, context.full))
         store.finish()
         labels = (BASE, *rungs, *(other.name for other in others))
         scores = [read_json(context.layout.scores(label)) for label in labels]
@@ -92,7 +98,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
 
 
 def tell(tracker: Tracker, step: Step, layout: Layout) -> None:
-    """Lets those who watch know what a rung has reached."""
+    """Reports the figures of a rung to those who watch."""
     if step.rung and step.verb == "measure":
         tracker.rung_scored(step.rung, read_json(layout.measured(step.rung)))
     elif step.rung and step.verb == "naive":
@@ -100,7 +106,7 @@ def tell(tracker: Tracker, step: Step, layout: Layout) -> None:
 
 
 def run_record(options: RunOptions, source: Source, others: list[Other]) -> RunRecord:
-    """What was asked for, as the manifest keeps it."""
+    """The record of this run for the manifest."""
     return RunRecord(
         command=command_line(options, source.name, quantize.RUNGS),
         model=source.name,

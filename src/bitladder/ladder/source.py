@@ -1,4 +1,4 @@
-"""The model a run starts from: where it is, what it is called, and the hash of all that conversion reads."""
+"""The model that a run starts from: its place, its name, and the hashes of all files that conversion reads."""
 
 import dataclasses
 import pathlib
@@ -10,14 +10,13 @@ import gguf
 
 from bitladder import hub
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.shards import plain_path
+from bitladder.gguf import GgufFile, plain_path
 from bitladder.ladder.store import Store
 
-# What a converter may read of a checkpoint's directory; .bin files count only where there is no safetensors file.
+# Files of a checkpoint that a converter can read. The .bin files count only if there is no safetensors file.
 READ = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "README.md", "*/*.jinja")
 READ_OLD = "pytorch_model*.bin"
-# Where a GGUF may say which repository it was made from.
+# Metadata that can name the repository of the model.
 ORIGINS = ("general.source.repo_url", "general.source.url", "general.repo_url", "general.url")
 _HUB_URL = re.compile(r"^https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?$")
 _ENCODING = re.compile(r"-(BF16|F16|F32)$", re.IGNORECASE)
@@ -25,9 +24,12 @@ _ENCODING = re.compile(r"-(BF16|F16|F32)$", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`path` is the checkpoint's directory or the GGUF file (of a split model the first shard).
+    """The model that a run starts from.
 
-    `name` has no path in it; `model_id` is the hub's.
+    Parameters:
+        path: the directory of the checkpoint, or the GGUF file (the first shard of a split model).
+        name: the name in reports, without a path.
+        model_id: the id of the hub, or None.
     """
 
     path: pathlib.Path
@@ -36,17 +38,17 @@ class Source:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether there is nothing to convert."""
+        """Whether the model is a GGUF already."""
         return self.path.is_file()
 
     def files(self) -> dict[str, pathlib.Path]:
-        """The files whose contents decide what the model becomes, by their name in the directory."""
+        """The files that decide the converted model, by their name in the directory."""
         if self.is_gguf:
             return {self.path.name: self.path}
-        found = {path for pattern in READ for path in self.path.glob(pattern) if path.is_file()}
-        if not any(path.suffix == ".safetensors" for path in found):
-            found |= set(self.path.glob(READ_OLD))
-        return {path.relative_to(self.path).as_posix(): path for path in sorted(found)}
+        paths = {path for pattern in READ for path in self.path.glob(pattern) if path.is_file()}
+        if not any(path.suffix == ".safetensors" for path in paths):
+            paths |= set(self.path.glob(READ_OLD))
+        return {path.relative_to(self.path).as_posix(): path for path in sorted(paths)}
 
     def digest(self, store: Store) -> dict[str, Any]:
         """The model's name (converters put it into the file) and the content hashes of its files."""
@@ -55,9 +57,13 @@ class Source:
 
 
 def locate(model: str) -> Source:
-    """Find MODEL: a GGUF file, a checkpoint's directory, or a repository or a GGUF of the hub, which is downloaded.
+    """Finds the model, and downloads it if it is of the hub.
 
-    Raises BitladderError if it is none of these.
+    Parameters:
+        model: a GGUF file, the directory of a checkpoint, or a repository or a GGUF of the hub.
+
+    Raises:
+        BitladderError: `model` is none of these.
     """
     path = pathlib.Path(model)
     name = hub.parse(model)
@@ -76,10 +82,13 @@ def locate(model: str) -> Source:
 
 
 def describe(path: pathlib.Path) -> dict[str, Any]:
-    """What later steps and the card need to know of the full-precision GGUF, as JSON.
+    """Facts of the full-precision GGUF for later steps and the card, as JSON.
 
-    `path` may be the first shard of a split model; `bytes` counts all of them. Raises BitladderError if the model is
-    quantized already, or has no weights.
+    Parameters:
+        path: the file, or the first shard of a split model. The value "bytes" counts all shards.
+
+    Raises:
+        BitladderError: the model is quantized already, or has no weights.
     """
     with GgufFile(path) as file:
         weights: dict[str, int] = {}
@@ -109,7 +118,9 @@ def describe(path: pathlib.Path) -> dict[str, Any]:
 def file_stem(general: Mapping[str, Any], fallback: str) -> str:
     """The first part of all file names, by GGUF's naming convention: Base-Size-Finetune-Version.
 
-    `general` holds the general.* metadata; a model without a name is called `fallback`, less its encoding.
+    Parameters:
+        general: the general.* metadata.
+        fallback: the stem of a model without a name, which gets no encoding at its end.
     """
     general = {key: value for key, value in general.items() if isinstance(value, str)}
     if not (general.get("general.basename") or general.get("general.name")):
@@ -117,7 +128,7 @@ def file_stem(general: Mapping[str, Any], fallback: str) -> str:
     keys = {"name": "model_name", "basename": "base_name", "finetune": "finetune_string", "version": "version_string"}
     parts = {parameter: general.get(f"general.{key}") for key, parameter in keys.items()}
     stem: str = gguf.naming_convention(**parts, size_label=general.get("general.size_label"), output_type=None)
-    # A finetune or version may hold what no file name can.
+    # A finetune or a version can have characters that a file name cannot have.
     return re.sub(r"[^\w.+-]+", "-", stem).lstrip(".-")
 
 

@@ -18,20 +18,19 @@ from typing import Any
 
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_file
-from bitladder.gguf.shards import joined_sha256, shards_of
+from bitladder.gguf import joined_sha256, shards_of
 from bitladder.keys import key_of
-from bitladder.ladder.layout import Layout
-from bitladder.ladder.manifest import CachedHash, Manifest, OutputFile, RunRecord, StepRecord, load_manifest
 from bitladder.ladder.steps.step import Product
 from bitladder.progress import SILENT, Progress
+from bitladder.rundir import CachedHash, Layout, Manifest, OutputFile, RunRecord, StepRecord, load_manifest
 
 
 class Store:
     """An open run directory; `made` names the steps that were really done since it was opened. See `open_store`."""
 
-    def __init__(self, folder: pathlib.Path, found: Manifest, progress: Progress) -> None:
+    def __init__(self, folder: pathlib.Path, manifest: Manifest, progress: Progress) -> None:
         self.folder = folder
-        self.manifest = found
+        self.manifest = manifest
         self.made: list[str] = []
         self._progress = progress
         self._changed = False
@@ -169,13 +168,13 @@ def open_store(
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from error
     with locked(folder):
-        found = load_manifest(folder)
-        if found is None:
+        manifest = load_manifest(folder)
+        if manifest is None:
             _refuse_strangers(folder, keep)
-            found = Manifest()
-            found.save(folder)
+            manifest = Manifest()
+            manifest.save(folder)
         _sweep(folder)
-        yield Store(folder, found, progress)
+        yield Store(folder, manifest, progress)
 
 
 def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:

@@ -1,4 +1,4 @@
-"""What a run is doing, for whoever watches: the step, the time left, and the best so far of each rung."""
+"""The state of a run for those who watch it: the step, the time left, and the best so far of each rung."""
 
 import contextlib
 import dataclasses
@@ -12,9 +12,13 @@ from bitladder.progress import Bar, Progress
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best that there is of a rung so far.
+    """The best recipe or file of a rung so far.
 
-    `name` says how its types were chosen, if there is a choice; `kld` is its mean KLD in nats per token, `error` the ±.
+    Parameters:
+        name: how its types were chosen, or empty.
+        bytes: size of the file.
+        kld: mean KLD, nats per token.
+        error: standard error of `kld`.
     """
 
     name: str
@@ -25,9 +29,16 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """A moment of a run: step `number` of `count`, by its name, and the best so far by rung.
+    """The state of a run.
 
-    `working` says that there was something to do in this step; what is complete from before passes without.
+    Parameters:
+        step: name of the step.
+        number: number of the step, from 1 on.
+        count: number of steps.
+        seconds_left: estimate of the time left, or None.
+        working: whether the step has work to do. A step that is complete has none.
+        rungs: the rungs of the run.
+        best: the best so far, by rung.
     """
 
     step: str
@@ -43,7 +54,16 @@ Watch = Callable[[Status], None]
 
 
 class Tracker:
-    """A Progress that hands on to another one, and tells `watch` of steps and their advance."""
+    """A Progress that passes everything on to another one, and reports the state of the run.
+
+    Parameters:
+        pace: learns how long parts of steps take.
+        count: number of steps.
+        rungs: the rungs of the run.
+        progress: gets all bars and remarks.
+        watch: gets the state when it changes, or None.
+        clock: the time in seconds.
+    """
 
     def __init__(
         self,
@@ -63,7 +83,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def step(self, name: str, made: Callable[[], bool]) -> Iterator[None]:
-        """A step is under way; `made` says afterwards whether it was really done."""
+        """The context of a step. `made` says at its end whether the step did any work."""
         self._step, self._number, self._working = name, self._number + 1, False
         self._pace.begin(name, self._clock())
         self._tell()
@@ -72,19 +92,19 @@ class Tracker:
         self._tell()
 
     def rung_tried(self, rung: str, best: Best) -> None:
-        """A candidate of a rung was measured: told if it is the first, or has less KLD than the best so far."""
+        """Keeps the measured recipe or file of a rung if it has the least KLD so far."""
         if rung not in self._best or best.kld < self._best[rung].kld:
             self._best[rung] = best
             self._tell()
 
     def rung_scored(self, rung: str, scores: Mapping[str, Any], name: str = "") -> None:
-        """As `rung_tried`, from a Scores JSON."""
+        """The same as `rung_tried`, from a Scores JSON."""
         if kld := scores.get("kld"):
             self.rung_tried(rung, Best(name, scores["bytes"], kld["value"], kld["error"]))
 
     @contextlib.contextmanager
     def task(self, label: str, total: float) -> Iterator[Bar]:
-        """A piece of work. The outermost one stands for a part of the step."""
+        """A progress bar. The outermost bar is a part of the step."""
         self._depth += 1
         if self._depth == 1:
             self._pace.bar(label, self._clock())
@@ -98,11 +118,11 @@ class Tracker:
             self._depth -= 1
 
     def info(self, text: str) -> None:
-        """Handed on."""
+        """Passes a remark on."""
         self._progress.info(text)
 
     def warn(self, text: str) -> None:
-        """Handed on."""
+        """Passes a warning on."""
         self._progress.warn(text)
 
     def _advance(self, share: float) -> None:

@@ -1,22 +1,29 @@
 """From prices to a recipe: a target, an exact allocation, and measured feedback."""
 
-from bitladder.plan.feedback import PLANNING, FeedbackResult, TriedRecipe
-from bitladder.plan.options import (
-    Constraints,
-    FeedbackOptions,
-    PlanDecoding,
-    PlanOptions,
-    PriceOptions,
-    RivalOptions,
-    TargetOptions,
-)
-from bitladder.plan.planner import PlanInputs, Planner
-from bitladder.plan.prices import FISHER_PRICES, PRICES, TypePrices, Window, load_prices
-from bitladder.plan.prune import PruneOptions, rank_blocks
-from bitladder.plan.result import MovedTensors, PlanResult, Share, moved_tensors, planned_recipe, shares
-from bitladder.plan.rungs import RungMode, candidates, plan_rung, price_rungs
-from bitladder.plan.subject import Preset, Subject
-from bitladder.plan.target import Target, check_target, target_of
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.plan.feedback import PLANNING, FeedbackResult, TriedRecipe
+    from bitladder.plan.options import (
+        Constraints,
+        FeedbackOptions,
+        PlanDecoding,
+        PlanOptions,
+        PriceOptions,
+        RivalOptions,
+        TargetOptions,
+    )
+    from bitladder.plan.planner import PlanInputs, Planner, planning_text
+    from bitladder.plan.prices.document import TypePrices, load_prices
+    from bitladder.plan.prices.fisher_prices import FISHER_PRICES
+    from bitladder.plan.prices.menu import Window
+    from bitladder.plan.prices.price import PRICES
+    from bitladder.plan.result import MovedTensors, PlanResult, Share, moved_tensors, planned_recipe, shares
+    from bitladder.plan.rungs import RungMode, candidates, plan_rung, price_rungs
+    from bitladder.plan.subject import Preset, Subject
+    from bitladder.plan.target import Target, check_target, target_of
 
 __all__ = [
     "FISHER_PRICES",
@@ -33,7 +40,6 @@ __all__ = [
     "Planner",
     "Preset",
     "PriceOptions",
-    "PruneOptions",
     "RivalOptions",
     "RungMode",
     "Share",
@@ -49,8 +55,9 @@ __all__ = [
     "moved_tensors",
     "plan_rung",
     "planned_recipe",
+    "planning_text",
     "price_rungs",
-    "rank_blocks",
     "shares",
     "target_of",
 ]
+open_door(__name__)

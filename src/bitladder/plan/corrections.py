@@ -99,16 +99,20 @@ class _Terms:
             name: (kind, -1 if layer is None else 3 * layer // count) for name, (kind, layer) in places.items()
         }
         cells = sorted(
-            {(kind, one, third) for name, (kind, third) in self._place.items() for one in prices.get(name, {})}
+            {
+                (kind, type_name, third)
+                for name, (kind, third) in self._place.items()
+                for type_name in prices.get(name, {})
+            }
         )
         self._cell = {cell: index for index, cell in enumerate(cells)}
         columns: dict[tuple[str, ...], float] = {}
         members: list[list[tuple[str, ...]]] = []
-        for kind, one, third in cells:
+        for kind, type_name, third in cells:
             spreads = {
                 ("all",): options.spread_all,
                 ("kind", kind): options.spread_kind,
-                ("type", kind, one): options.spread_type,
+                ("type", kind, type_name): options.spread_type,
                 ("third", kind, str(third)): options.spread_third,
             }
             columns |= spreads
@@ -122,10 +126,10 @@ class _Terms:
     def row(self, types: Mapping[str, str]) -> Doubles:
         """A recipe's price in each cell, shape [cells]."""
         sums = np.zeros(len(self._cell))
-        for name, one in types.items():
-            if one in self._prices.get(name, {}):
+        for name, type_name in types.items():
+            if type_name in self._prices.get(name, {}):
                 kind, third = self._place[name]
-                sums[self._cell[kind, one, third]] += self._prices[name][one]
+                sums[self._cell[kind, type_name, third]] += self._prices[name][type_name]
         return sums
 
     def features(self, row: Doubles) -> Doubles:
@@ -138,5 +142,5 @@ class _Terms:
         factors: dict[str, dict[str, float]] = {}
         for name, menu in self._prices.items():
             kind, third = self._place[name]
-            factors[name] = {one: float(by_cell[self._cell[kind, one, third]]) for one in menu}
+            factors[name] = {type_name: float(by_cell[self._cell[kind, type_name, third]]) for type_name in menu}
         return factors

@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from bitladder.keys import Algorithm
-from bitladder.plan.allocate import ALLOCATION, Allocation, Problem, neighbours
+from bitladder.plan.allocate.allocation import ALLOCATION
+from bitladder.plan.allocate.neighbours import neighbours
+from bitladder.plan.allocate.problem import Allocation, Problem
 from bitladder.plan.corrections import Correction, Places, correct
-from bitladder.plan.measurements import Measurements
 from bitladder.plan.options import FeedbackOptions
 from bitladder.plan.problem import Prices
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Bar, Progress
-from bitladder.trial import SWAPPED_KLD, Measurement
+from bitladder.trial import SWAPPED_KLD, Measurement, Measurements
 
 PLANNING = Algorithm(
     "planning",
@@ -131,7 +132,7 @@ class Feedback:
                     near = random_moves(problem, self._best().types, places, options.random_recipes, seed=turn)
                     self._teach("parts of kinds", near, task)
                 correction, problem, allocation = self._again()
-                seen = any(one.types == allocation.types for one in self._tried)
+                seen = any(tried.types == allocation.types for tried in self._tried)
                 predicted = allocation.cost + correction.offset
                 self._try(f"corrected, round {turn + 1}", allocation.types, predicted, task)
                 if seen and turn > 1:
@@ -156,11 +157,11 @@ class Feedback:
         The text that decides teaches nothing: its chunks are left out.
         """
         least = self._options.whole_share * len(self._planned.places)
-        recipes = [one for one in self._measurements.all() if len(one.types) >= least]
-        return [one.part(0, self._options.chunks) for one in recipes]
+        recipes = [recipe for recipe in self._measurements.all() if len(recipe.types) >= least]
+        return [recipe.part(0, self._options.chunks) for recipe in recipes]
 
     def _ranked(self) -> list[TriedRecipe]:
-        return sorted(self._tried, key=lambda one: self._target.rank(one.measured, one.bytes))
+        return sorted(self._tried, key=lambda recipe: self._target.rank(recipe.measured, recipe.bytes))
 
     def _best(self) -> TriedRecipe:
         return self._ranked()[0]
@@ -169,22 +170,22 @@ class Feedback:
         """The best of finalists and rivals on text to which nothing was fitted."""
         options, ranked = self._options, self._ranked()
         finalists = ranked[: options.finalists]
-        finalists += [one for one in ranked[options.finalists :] if one.name in rivals]
+        finalists += [recipe for recipe in ranked[options.finalists :] if recipe.name in rivals]
         judged = []
-        for one in finalists:
-            task.note(f"judge {one.name}")
-            whole = self._measure(one.types, options.text_chunks, one.name)
-            recipe = dataclasses.replace(one, judged=whole.part(options.chunks, options.text_chunks))
-            self._tried[self._tried.index(one)] = recipe
+        for finalist in finalists:
+            task.note(f"judge {finalist.name}")
+            whole = self._measure(finalist.types, options.text_chunks, finalist.name)
+            recipe = dataclasses.replace(finalist, judged=whole.part(options.chunks, options.text_chunks))
+            self._tried[self._tried.index(finalist)] = recipe
             judged.append(recipe)
         target = self._target
         if target.max_kld is not None:
             # The text that decides may be harder or easier than the text that the goal is stated on.
-            ratios = [one.figure.kld / one.measured.kld for one in judged if one.measured.kld > 0]
+            ratios = [finalist.figure.kld / finalist.measured.kld for finalist in judged if finalist.measured.kld > 0]
             target = dataclasses.replace(
                 target, max_kld=target.max_kld * float(np.mean(ratios)) if ratios else target.max_kld
             )
-        return min(judged, key=lambda one: target.rank(one.figure, one.bytes))
+        return min(judged, key=lambda finalist: target.rank(finalist.figure, finalist.bytes))
 
     def _measure(self, types: Mapping[str, str], chunks: int, label: str) -> Measurement:
         swapped = {name: kind for name, kind in types.items() if kind != self._planned.full[name]}
@@ -194,7 +195,7 @@ class Feedback:
         task.note(name)
         measured = self._measure(types, self._options.chunks, name)
         recipe = TriedRecipe(name, dict(types), self._bytes(types), predicted, measured)
-        if all(one.types != recipe.types for one in self._tried):
+        if all(tried.types != recipe.types for tried in self._tried):
             self._tried.append(recipe)
         task.note(f"{name}: KLD {measured.kld:.5f}")
         task.advance()
@@ -214,7 +215,7 @@ class Feedback:
         menus = {name: {option.type: option for option in menu} for name, menu in problem.options.items()}
         used = [menus[name][kind] for name, kind in types.items() if kind in menus[name]]
         solved = self._target.solve(problem)
-        cost = float(sum(one.cost for one in used))
+        cost = float(sum(option.cost for option in used))
         return dataclasses.replace(solved, types=dict(types), bytes=self._bytes(types), cost=cost)
 
     def _exchange(self, task: Bar) -> None:
@@ -226,8 +227,8 @@ class Feedback:
                 return  # a rival leads whose types have no price
             allocation = self._allocation(problem, best.types)
             near = neighbours(problem, allocation, options.exchange_candidates, self._target.max_bytes)
-            recipes = (best.types | one.types for one in near)
-            types = next((one for one in recipes if all(one != tried.types for tried in self._tried)), None)
+            recipes = (best.types | exchange.types for exchange in near)
+            types = next((types for types in recipes if all(types != tried.types for tried in self._tried)), None)
             if types is None:
                 return
             recipe = self._try(f"exchange {turn + 1}", types, None, task)

@@ -6,8 +6,8 @@ Names of fields are unique among all these classes, because the command line fil
 import dataclasses
 from typing import Literal
 
-from bitladder.calibrate.gradients import FisherOptions
-from bitladder.engine.decoding import Decoding
+from bitladder.calibrate import FisherOptions
+from bitladder.engine import Decoding
 from bitladder.options import Options, option
 
 

@@ -11,42 +11,27 @@ from typing import Any
 
 from bitladder.calibrate import MomentsFile
 from bitladder.closing import Closing
-from bitladder.engine.native import versions
-from bitladder.engine.types import TensorType, type_by_name
+from bitladder.engine import TensorType, type_by_name, versions
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import HiddenBase, Settings
+from bitladder.evaluate import HiddenBase, MeasureOptions
 from bitladder.keys import key_of, versions_of
-from bitladder.plan.allocate import Problem
+from bitladder.plan.allocate.problem import Problem
 from bitladder.plan.feedback import Feedback, PlanProblem
-from bitladder.plan.measurements import Measurements
 from bitladder.plan.options import PlanOptions
-from bitladder.plan.prices import (
-    FISHER_PRICES,
-    PRICES,
-    PricedFrom,
-    PriceSource,
-    TypePrices,
-    Window,
-    load_prices,
-    measured_speeds,
-    menu_types,
-    price,
-    price_by_gradients,
-    tensor_menu,
-    within_speed,
-)
-from bitladder.plan.prices.menu import in_order
+from bitladder.plan.prices.document import PricedFrom, TypePrices, load_prices
+from bitladder.plan.prices.fisher_prices import FISHER_PRICES, price_by_gradients
+from bitladder.plan.prices.menu import Window, in_order, measured_speeds, menu_types, tensor_menu, within_speed
+from bitladder.plan.prices.price import PRICES, PriceSource, price
 from bitladder.plan.problem import Prices, limits_of, menus_of
 from bitladder.plan.result import PlanResult
 from bitladder.plan.rivals import prices_of
 from bitladder.plan.subject import Preset, Subject
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Progress
-from bitladder.refine.round import OutputRounding, refuse_other_moments
+from bitladder.refine import OutputRounding, refuse_other_moments
 from bitladder.rounding import RoundingOptions
-from bitladder.text import excerpts
-from bitladder.text.texts import Text
-from bitladder.trial import Journal, Renderer, SwappedModel, kept_base, measurement_inputs
+from bitladder.text import Text, excerpts
+from bitladder.trial import Journal, Measurements, Renderer, SwappedModel, kept_base, measurement_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +55,11 @@ class PlanInputs:
     work: pathlib.Path | None = None
 
 
+def planning_text(text: Text, options: PlanOptions) -> Text:
+    """The passages of a text on which recipes are measured."""
+    return excerpts(text, options.chunks, options.decoding.n_ctx)
+
+
 class Planner(Closing):
     """Plans for one model: prices once, then any number of targets.
 
@@ -85,8 +75,8 @@ class Planner(Closing):
     def __init__(self, inputs: PlanInputs, options: PlanOptions, progress: Progress = SILENT) -> None:
         self.options, self.progress = options, progress
         decoding = dataclasses.asdict(options.decoding)
-        self._settings = Settings(**decoding, chunks=options.chunks)
-        self.text = excerpts(inputs.text, options.chunks, options.decoding.n_ctx)
+        self._settings = MeasureOptions(**decoding, chunks=options.chunks)
+        self.text = planning_text(inputs.text, options)
         self.work = inputs.model.with_name(f"{inputs.model.stem}.plan") if inputs.work is None else inputs.work
         with contextlib.ExitStack() as opened:
             self.subject = opened.enter_context(Subject(inputs.model, inputs.imatrix))

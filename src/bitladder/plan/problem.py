@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name
 from bitladder.errors import UsageError, did_you_mean
-from bitladder.plan.allocate import Problem, TypeOption
+from bitladder.plan.allocate.problem import Problem, TypeOption
 from bitladder.plan.options import Constraints
 from bitladder.plan.subject import Subject
 from bitladder.recipe import match_patterns, parse_tensor_type, target_type

@@ -3,23 +3,23 @@
 import collections
 from collections.abc import Callable, Mapping
 
-from bitladder.calibrate import Imatrix
-from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
-from bitladder.engine.types import type_by_name
-from bitladder.plan.allocate import Problem, greedy
+from bitladder.calibrate import Imatrix, TensorStatistics, tensor_statistics
+from bitladder.engine import type_by_name
+from bitladder.plan.allocate.allocation import greedy
+from bitladder.plan.allocate.problem import Problem
 from bitladder.plan.corrections import Places
 from bitladder.plan.options import RivalOptions
-from bitladder.plan.prices import TypePrices
+from bitladder.plan.prices.document import TypePrices
 from bitladder.plan.problem import Prices
 from bitladder.plan.subject import Preset, Subject
 from bitladder.plan.target import Target
 
 # What tables call a statistic, and its value: tensors with larger values are taken to matter more.
 STATISTICS: dict[str, Callable[[TensorStatistics], float | None]] = {
-    "Σ(Act²)": lambda one: one.sum,
-    "ZD": lambda one: one.zd,
+    "Σ(Act²)": lambda tensor: tensor.sum,
+    "ZD": lambda tensor: tensor.zd,
     # A tensor matters more whose input is unlike the previous block's.
-    "CosSim": lambda one: None if one.cossim is None else -one.cossim,
+    "CosSim": lambda tensor: None if tensor.cossim is None else -tensor.cossim,
 }
 
 
@@ -94,7 +94,7 @@ def moved_presets(
     statistics = list(tensor_statistics(imatrix))
     recipes = {}
     for label, statistic in STATISTICS.items():
-        values = {one.tensor: value for one in statistics if (value := statistic(one)) is not None}
+        values = {tensor.tensor: value for tensor in statistics if (value := statistic(tensor)) is not None}
         recipes[label] = _moved(problem, preset, values, places, options)
     return recipes
 
@@ -125,8 +125,8 @@ def _moved(
 def _neighbour(problem: Problem, name: str, kind: str, bpw: float) -> str:
     """The nearest type of a menu that is at least `bpw` bits per weight larger (or, if negative, smaller)."""
     gaps = {option.type: _bpw(option.type) - _bpw(kind) for option in problem.options[name]}
-    menu = [one for one, gap in gaps.items() if (gap >= bpw if bpw > 0 else gap <= bpw)]
-    return min(menu, key=lambda one: (abs(gaps[one]), one)) if menu else kind
+    menu = [type_name for type_name, gap in gaps.items() if (gap >= bpw if bpw > 0 else gap <= bpw)]
+    return min(menu, key=lambda type_name: (abs(gaps[type_name]), type_name)) if menu else kind
 
 
 def _bpw(kind: str) -> float:

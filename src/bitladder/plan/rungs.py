@@ -7,11 +7,11 @@ from typing import Any, Literal
 from bitladder.errors import BitladderError
 from bitladder.plan.feedback import TriedRecipe
 from bitladder.plan.planner import Planner
-from bitladder.plan.prices import TypePrices
+from bitladder.plan.prices.document import TypePrices
 from bitladder.plan.result import bits_per_weight
 from bitladder.plan.rivals import rivals
 from bitladder.plan.target import Target
-from bitladder.refine.smooth import KEY as SMOOTHED_KEY
+from bitladder.refine import SMOOTHED_KEY
 
 RungMode = Literal["quality", "size"]
 
@@ -60,8 +60,10 @@ def plan_rung(planner: Planner, rung: str, mode: RungMode, prices: TypePrices) -
         "chunks": planner.options.feedback.judging_chunks,
         "types": result.types,
         "candidates": [
-            _row(one, rung, bits_per_weight(subject, result.types | one.types), one.types == feedback.best.types)
-            for one in feedback.tried
+            _row(
+                recipe, rung, bits_per_weight(subject, result.types | recipe.types), recipe.types == feedback.best.types
+            )
+            for recipe in feedback.tried
         ],
     }
 
@@ -77,19 +79,19 @@ def candidates(plans: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "text": first["text"],
         "n_ctx": first["n_ctx"],
         "chunks": first["chunks"],
-        "candidates": [one for part in parts for one in part["candidates"]],
+        "candidates": [candidate for part in parts for candidate in part["candidates"]],
     }
 
 
-def _row(one: TriedRecipe, rung: str, bpw: float, chosen: bool) -> dict[str, Any]:
+def _row(recipe: TriedRecipe, rung: str, bpw: float, chosen: bool) -> dict[str, Any]:
     row = {
         "rung": rung,
-        "name": one.name,
-        "bytes": one.bytes,
+        "name": recipe.name,
+        "bytes": recipe.bytes,
         "bpw": bpw,
-        "kld": {"value": one.figure.kld, "error": one.figure.error},
-        "types": dict(collections.Counter(one.types.values()).most_common()),
-        "naive": one.name == f"preset {rung}",
+        "kld": {"value": recipe.figure.kld, "error": recipe.figure.error},
+        "types": dict(collections.Counter(recipe.types.values()).most_common()),
+        "naive": recipe.name == f"preset {rung}",
         "chosen": chosen,
     }
-    return row if one.predicted is None else row | {"predicted_kld": one.predicted}
+    return row if recipe.predicted is None else row | {"predicted_kld": recipe.predicted}

@@ -9,13 +9,10 @@ import numpy.typing as npt
 
 from bitladder.calibrate import Imatrix, read_imatrix
 from bitladder.closing import Closing
-from bitladder.engine.presets import Request, preset_types, storable
-from bitladder.engine.types import TensorType, all_types, type_by_name
+from bitladder.engine import Request, TensorType, all_types, preset_types, storable, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_file
-from bitladder.gguf.names import block_of, kind_of
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.writer import TensorPlan, file_size, padded
+from bitladder.gguf import GgufFile, TensorPlan, block_of, file_size, kind_of, padded
 from bitladder.progress import SILENT
 from bitladder.quantize import RUNGS, VERSION_KEY, QuantizeOptions, prepare
 from bitladder.recipe import changeable, exact_patterns

@@ -4,12 +4,10 @@ import dataclasses
 import math
 import re
 
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import MIN_CTX, Decoding
-from bitladder.engine.model import Model
-from bitladder.engine.native import log
+from bitladder.engine import MIN_CTX, Context, Decoding, Model, log
 from bitladder.errors import BitladderError, UsageError
-from bitladder.plan.allocate import Allocation, Problem, smallest_bytes, smallest_cost
+from bitladder.plan.allocate.allocation import smallest_bytes, smallest_cost
+from bitladder.plan.allocate.problem import Allocation, Problem
 from bitladder.plan.options import PlanDecoding, TargetOptions
 from bitladder.plan.subject import Preset, Subject
 from bitladder.trial import Measurement
@@ -50,11 +48,11 @@ class Target:
         # Where the offset alone is above the target, the best allocation may still measure below it.
         return smallest_bytes(problem, max(self.max_kld - offset, self.max_kld * 0.02))
 
-    def rank(self, one: Measurement, nbytes: int) -> tuple[bool, float]:
+    def rank(self, measurement: Measurement, nbytes: int) -> tuple[bool, float]:
         """The key by which measured recipes are sorted, the best first."""
         if self.max_kld is None:
-            return self.max_bytes is not None and nbytes > self.max_bytes, one.kld
-        return one.kld > self.max_kld, float(nbytes) if one.kld <= self.max_kld else one.kld
+            return self.max_bytes is not None and nbytes > self.max_bytes, measurement.kld
+        return measurement.kld > self.max_kld, float(nbytes) if measurement.kld <= self.max_kld else measurement.kld
 
 
 def check_target(options: TargetOptions) -> str:

@@ -1,33 +1,15 @@
 """One quant: a GGUF and a type for each tensor in, a GGUF out."""
 
-from bitladder.engine.presets import presets
-from bitladder.quantize.preflight import Fallback, Preflight, check_room, preflight
-from bitladder.quantize.prepare import PreparedQuant, prepare
-from bitladder.quantize.quant_metadata import DROPPED, TUNE_KEY, VERSION_KEY
-from bitladder.quantize.quantize_options import QuantizeOptions, parse_layers
-from bitladder.quantize.write_quant import QUANTIZE, QuantizeResult, quantize, refuse_target, write
+from typing import TYPE_CHECKING
 
-# The ladder, from the smallest to the largest.
-RUNGS = (
-    "IQ3_S",
-    "IQ3_M",
-    "Q3_K_S",
-    "Q3_K_M",
-    "Q3_K_L",
-    "IQ4_NL",
-    "Q4_K_S",
-    "Q4_K_M",
-    "Q5_K_S",
-    "Q5_K_M",
-    "Q6_K",
-    "Q8_0",
-)
+from bitladder.doors import open_door
 
-
-def preset_names() -> list[str]:
-    """The names of all presets of the library."""
-    return sorted(presets())
-
+if TYPE_CHECKING:
+    from bitladder.quantize.preflight import Fallback, Preflight, check_room, preflight
+    from bitladder.quantize.prepare import PreparedQuant, prepare
+    from bitladder.quantize.quant_metadata import DROPPED, TUNE_KEY, VERSION_KEY
+    from bitladder.quantize.quantize_options import RUNGS, QuantizeOptions, parse_layers, preset_names
+    from bitladder.quantize.write_quant import QUANTIZE, QuantizeResult, quantize, refuse_target, write
 
 __all__ = [
     "DROPPED",
@@ -49,3 +31,4 @@ __all__ = [
     "refuse_target",
     "write",
 ]
+open_door(__name__)

@@ -8,8 +8,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping
 
-from bitladder.engine.presets import PresetTypes, Request, check_overrides, plain_type, preset_types
-from bitladder.engine.types import TensorType, all_types
+from bitladder.engine import PresetTypes, Request, TensorType, all_types, check_overrides, plain_type, preset_types
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.quantize.prune import Pruning, plan_pruning
@@ -113,11 +112,11 @@ def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> Chosen
     if options.types is not None:
         answer, unnamed = _exactly(file, recipe, request, answer, sources)
         remarks = _unnamed(options, unnamed)
-    given = _reasons(options, recipe, matches)
+    reasons = _reasons(options, recipe, matches)
     tensors = []
     for name, kind in answer.types.items():
         source, wanted = sources[name], answer.misfits.get(name, kind)
-        reason, asked = given.get(name, ("", None))
+        reason, asked = reasons.get(name, ("", None))
         if not reason or asked not in (wanted, kind):
             reason = "kept" if kind == source.type else f"preset {options.preset or ''}".strip()
         tensors.append(TensorChoice(name, source, kind, wanted, reason))
@@ -187,7 +186,7 @@ def _special(
     if name is None:
         return None, {}
     kind = target_type(name, option)
-    present = [one for one in tensors if one in sources]
+    present = [name for name in tensors if name in sources]
     if all(sources[one].width % kind.block == 0 for one in present):
         return kind, {}
     return None, dict.fromkeys(present, kind)
@@ -239,18 +238,18 @@ def _reasons(
     options: QuantizeOptions, recipe: Mapping[str, TensorType], matches: tuple[PatternMatch, ...]
 ) -> dict[str, tuple[str, TensorType]]:
     """Tensor → the option that names it, and its type."""
-    given = {name: ("recipe", kind) for name, kind in recipe.items()}
+    reasons = {name: ("recipe", kind) for name, kind in recipe.items()}
     for match in matches:
-        given |= dict.fromkeys(match.first, (f"--tensor-type {match.pattern}", match.type))
+        reasons |= dict.fromkeys(match.first, (f"--tensor-type {match.pattern}", match.type))
     for option, text, names in (
         ("--token-embedding-type", options.token_embedding_type, EMBEDDINGS),
         ("--output-tensor-type", options.output_tensor_type, OUTPUT),
     ):
         if text is not None:
             # A pattern that names the table of per-layer embeddings takes precedence over the option.
-            fixed = [name for name in names if not (name == EMBEDDINGS[1] and name in given)]
-            given |= dict.fromkeys(fixed, (option, target_type(text, option)))
-    return given
+            fixed = [name for name in names if not (name == EMBEDDINGS[1] and name in reasons)]
+            reasons |= dict.fromkeys(fixed, (option, target_type(text, option)))
+    return reasons
 
 
 def _use(match: PatternMatch, tensors: list[TensorChoice]) -> PatternUse:

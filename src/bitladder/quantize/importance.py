@@ -7,8 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import Imatrix
-from bitladder.engine.presets import kernel_needs_importance, plain_type, preset_types
-from bitladder.engine.types import type_by_name
+from bitladder.engine import kernel_needs_importance, plain_type, preset_types, type_by_name
 from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress
 from bitladder.quantize.choose_types import BASE, EMBEDDINGS, OUTPUT, ChosenTypes, TensorChoice
@@ -55,18 +54,18 @@ def importance_of(
         BitladderError: the imatrix belongs to another model, or has no entry where a type needs one.
     """
     changing = [tensor for tensor in choice.tensors if tensor.changes]
-    found: dict[str, Floats] = {}
+    weighted: dict[str, Floats] = {}
     if imatrix is not None:
         if not imatrix.entries.keys() & {tensor.source.name for tensor in choice.tensors}:
             some = next(iter(imatrix.entries))
             raise BitladderError(f"the imatrix belongs to another model: {path} has no tensor {some}")
         entries = imatrix.entries if choice.pruning is None else pruned_entries(imatrix.entries, choice.pruning)
         used = dataclasses.replace(imatrix, entries=entries)
-        found = {tensor.name: columns for tensor in changing if (columns := _columns(tensor, used)) is not None}
-        _warn(found, changing, used, progress)
-    if imatrix is not None or choice.needs_imatrix or any(kernel_needs_importance(one.type) for one in changing):
-        _refuse_unweighted(path, choice, [tensor for tensor in changing if tensor.name not in found], imatrix)
-    return found
+        weighted = {tensor.name: columns for tensor in changing if (columns := _columns(tensor, used)) is not None}
+        _warn(weighted, changing, used, progress)
+    if imatrix is not None or choice.needs_imatrix or any(kernel_needs_importance(tensor.type) for tensor in changing):
+        _refuse_unweighted(path, choice, [tensor for tensor in changing if tensor.name not in weighted], imatrix)
+    return weighted
 
 
 def _columns(tensor: TensorChoice, imatrix: Imatrix) -> Floats | None:
@@ -80,14 +79,14 @@ def _columns(tensor: TensorChoice, imatrix: Imatrix) -> Floats | None:
     return columns
 
 
-def _warn(found: dict[str, Floats], changing: list[TensorChoice], imatrix: Imatrix, progress: Progress) -> None:
+def _warn(weighted: dict[str, Floats], changing: list[TensorChoice], imatrix: Imatrix, progress: Progress) -> None:
     # Embeddings and head have no entry in most matrices. Types that are not quantized are never weighted.
     usual = (*EMBEDDINGS, *OUTPUT)
-    without = [t.name for t in changing if t.name not in found and t.name not in usual and t.type.quantized]
+    without = [t.name for t in changing if t.name not in weighted and t.name not in usual and t.type.quantized]
     if without:
         progress.warn(f"the imatrix has no entry for {len(without)} tensors ({without[0]}, …): quantized unweighted")
     for name, experts in imatrix.gaps().items():
-        if name in found:
+        if name in weighted:
             progress.warn(f"{name}: no data for experts {experts[:8]}{'…' if len(experts) > 8 else ''}")
 
 

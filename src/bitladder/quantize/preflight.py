@@ -7,10 +7,9 @@ import os
 import pathlib
 import shutil
 
-from bitladder.engine.types import threads_available
+from bitladder.engine import threads_available
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import name_in_block
-from bitladder.gguf.split_writer import split_sizes
+from bitladder.gguf import name_in_block, split_sizes
 from bitladder.quantize.prepare import PreparedQuant
 from bitladder.quantize.stream import AHEAD, PIECE
 
@@ -130,15 +129,15 @@ def _kinds(prepared: PreparedQuant) -> tuple[KindRow, ...]:
 
 
 def _fallbacks(prepared: PreparedQuant) -> tuple[Fallback, ...]:
-    found = []
+    fallbacks = []
     for tensor in prepared.choice.tensors:
         if tensor.wanted == tensor.type:
             continue
         source = tensor.source
         used = tensor.type.row_bytes(source.width) * source.rows
         extra = used - math.ceil(source.elements * tensor.wanted.bpw / 8)
-        found.append(Fallback(tensor.name, source.width, tensor.wanted.name, tensor.type.name, extra))
-    return tuple(found)
+        fallbacks.append(Fallback(tensor.name, source.width, tensor.wanted.name, tensor.type.name, extra))
+    return tuple(fallbacks)
 
 
 def _memory(prepared: PreparedQuant, threads: int) -> int:

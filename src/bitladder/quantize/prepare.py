@@ -7,11 +7,7 @@ from collections.abc import Mapping
 
 from bitladder.calibrate import read_imatrix
 from bitladder.closing import Closing
-from bitladder.gguf.names import block_of
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.split_writer import group_as, group_by_size, split_sizes
-from bitladder.gguf.values import Value
-from bitladder.gguf.writer import TensorPlan
+from bitladder.gguf import GgufFile, TensorPlan, Value, block_of, group_as, group_by_size, split_sizes
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize.choose_types import ChosenTypes, choose
 from bitladder.quantize.importance import Floats, importance_of, selected
@@ -106,10 +102,10 @@ def prepare(
 
 
 def _groups(options: QuantizeOptions, choice: ChosenTypes) -> tuple[tuple[TensorPlan, ...], ...]:
-    plans = [TensorPlan(one.name, one.source.shape, one.type) for one in choice.tensors]
+    plans = [TensorPlan(tensor.name, tensor.source.shape, tensor.type) for tensor in choice.tensors]
     groups = [plans]
     if options.keep_split:
-        groups = group_as(plans, {one.name: one.source for one in choice.tensors})
+        groups = group_as(plans, {tensor.name: tensor.source for tensor in choice.tensors})
     elif options.split_max_bytes is not None:
         groups = group_by_size(plans, options.split_max_bytes)
     return tuple(map(tuple, groups))

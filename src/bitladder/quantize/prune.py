@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from bitladder.errors import BitladderError, UsageError
-from bitladder.gguf.names import block_of, block_prefix, in_main_block, name_in_block
-from bitladder.gguf.values import ARRAY, SCALARS, Value, scalar
+from bitladder.gguf import ARRAY, SCALARS, Value, block_of, block_prefix, in_main_block, name_in_block, scalar
 
 T = TypeVar("T")
 # {arch}.KEY, from llama.cpp's llama-arch.cpp and the loaders in src/models.

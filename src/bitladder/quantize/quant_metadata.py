@@ -6,11 +6,9 @@ import pathlib
 from collections.abc import Mapping
 
 from bitladder.calibrate import Imatrix
-from bitladder.engine.presets import Request, preset_number, preset_types, presets
-from bitladder.engine.types import TensorType
+from bitladder.engine import Request, TensorType, preset_number, preset_types, presets
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.values import BOOL, F32, Value, scalar, string, u32
+from bitladder.gguf import BOOL, F32, GgufFile, Value, scalar, string, u32
 from bitladder.quantize.choose_types import ChosenTypes
 from bitladder.quantize.prune import pruned_metadata
 from bitladder.quantize.quantize_options import QuantizeOptions

@@ -5,11 +5,26 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bitladder.engine.presets import preset_number
+from bitladder.engine import preset_number, presets
 from bitladder.errors import UsageError
 from bitladder.options import Options, option
 
 COPY = "COPY"
+# The ladder, from the smallest to the largest.
+RUNGS = (
+    "IQ3_S",
+    "IQ3_M",
+    "Q3_K_S",
+    "Q3_K_M",
+    "Q3_K_L",
+    "IQ4_NL",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "Q8_0",
+)
 # llama_model_kv_override has 128 bytes for a key and for a string, each with its final zero.
 _LIMIT = 127
 _F32_MAX = float(np.finfo(np.float32).max)
@@ -114,3 +129,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in parts):
         raise UsageError(f"--prune-layers {text}: write block numbers with commas, such as 3,7,11")
     return tuple(sorted({int(part) for part in parts}))
+
+
+def preset_names() -> list[str]:
+    """The names of all presets of the library."""
+    return sorted(presets())

@@ -14,8 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.presets import storable
-from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, threads_available
+from bitladder.engine import TensorType, dequantize_into, quantize_rows, storable, threads_available
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.progress import Bar

@@ -8,7 +8,7 @@ import os
 import pathlib
 
 from bitladder.errors import BitladderError
-from bitladder.gguf.split_writer import output_paths, writing
+from bitladder.gguf import output_paths, writing
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize.prepare import PreparedQuant, prepare

@@ -1,20 +1,34 @@
 """Recipes: the type of every tensor of a quant. Read, written, extracted, compared, checked and exported."""
 
-from bitladder.recipe.check_recipe import RecipeCheck, RecipeFinding, changeable, check
-from bitladder.recipe.diff import RecipeDiff, diff
-from bitladder.recipe.export import Export, export, export_command, export_lines
-from bitladder.recipe.extract import RECIPE_KEY, extract, joined_shapes, open_recipe
-from bitladder.recipe.patterns import (
-    PatternMatch,
-    exact_patterns,
-    match_patterns,
-    parse_tensor_type,
-    read_tensor_types,
-    target_type,
-)
-from bitladder.recipe.schema import FileUsed, ImatrixUsed, Recipe, TextUsed, recipe_sha256
-from bitladder.recipe.sizes import Shapes, Size, block_size, size_of
-from bitladder.recipe.toml import read_recipe, recipe_toml, write_recipe
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.recipe.check_recipe import RecipeCheck, RecipeFinding, changeable, check
+    from bitladder.recipe.diff import RecipeDiff, diff
+    from bitladder.recipe.export import Export, export, export_command, export_lines
+    from bitladder.recipe.extract import RECIPE_KEY, extract, joined_shapes, open_recipe
+    from bitladder.recipe.patterns import (
+        PatternMatch,
+        exact_patterns,
+        match_patterns,
+        parse_tensor_type,
+        read_tensor_types,
+        target_type,
+    )
+    from bitladder.recipe.schema import (
+        FileUsed,
+        ImatrixUsed,
+        Recipe,
+        Shapes,
+        Size,
+        TextUsed,
+        block_size,
+        recipe_sha256,
+        size_of,
+    )
+    from bitladder.recipe.toml import read_recipe, recipe_toml, write_recipe
 
 __all__ = [
     "RECIPE_KEY",
@@ -50,3 +64,4 @@ __all__ = [
     "target_type",
     "write_recipe",
 ]
+open_door(__name__)

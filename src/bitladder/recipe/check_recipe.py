@@ -6,15 +6,21 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from bitladder.engine.presets import PresetTypes, Request, kernel_needs_importance, preset_types, storable
-from bitladder.engine.types import TensorType, all_types, type_by_name
+from bitladder.engine import (
+    PresetTypes,
+    Request,
+    TensorType,
+    all_types,
+    kernel_needs_importance,
+    preset_types,
+    storable,
+    type_by_name,
+)
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import block_of, kind_of, one_line, ranges, reading_order
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile, block_of, kind_of, one_line, ranges, reading_order
 from bitladder.recipe.extract import shapes_of
 from bitladder.recipe.patterns import exact_patterns, preset_and_pairs
-from bitladder.recipe.schema import Recipe
-from bitladder.recipe.sizes import Size, size_of
+from bitladder.recipe.schema import Recipe, Size, size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +103,7 @@ class _Findings:
     def grouped(self) -> tuple[RecipeFinding, ...]:
         """Problems first, in reading order. Tensors of a kind with the same text are together."""
         groups: dict[tuple[bool, str, bool, str], list[str]] = collections.defaultdict(list)
-        for problem, name, text in sorted(self._rows, key=lambda one: (not one[0], reading_order(one[1]))):
+        for problem, name, text in sorted(self._rows, key=lambda row: (not row[0], reading_order(row[1]))):
             groups[problem, kind_of(name), block_of(name) is None, text].append(name)
         return tuple(RecipeFinding(problem, tuple(names), text) for (problem, _, _, text), names in groups.items())
 
@@ -187,14 +193,14 @@ def _compare(name: str, kind: TensorType, file: GgufFile, answer: PresetTypes, f
 
     Returns whether `bitladder quantize` makes the recipe's type and llama-quantize does not.
     """
-    given, have = answer.types[name], file.tensors[name].type
+    library_kind, have = answer.types[name], file.tensors[name].type
     if name in answer.misfits:
-        findings.problem(name, f"{_misfit(name, kind, file)}; {given.name} would be used instead")
-    elif given != kind and not kind.quantized and not have.quantized and len(file.tensors[name].shape) > 1:
-        findings.note(name, f"llama-quantize leaves it {given.name}; only bitladder makes it {kind.name}")
+        findings.problem(name, f"{_misfit(name, kind, file)}; {library_kind.name} would be used instead")
+    elif library_kind != kind and not kind.quantized and not have.quantized and len(file.tensors[name].shape) > 1:
+        findings.note(name, f"llama-quantize leaves it {library_kind.name}; only bitladder makes it {kind.name}")
         return True
-    elif given != kind:
-        findings.problem(name, f"it cannot be {kind.name}: it is never quantized, and stays {given.name}")
+    elif library_kind != kind:
+        findings.problem(name, f"it cannot be {kind.name}: it is never quantized, and stays {library_kind.name}")
     elif kind != have and have.quantized:
         findings.problem(name, f"it is {have.name} in {file.path.name}; for {kind.name} take an F16, BF16 or F32 model")
     return False

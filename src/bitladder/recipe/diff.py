@@ -5,10 +5,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from bitladder.engine.types import type_by_name
-from bitladder.gguf.names import block_of, kind_of, reading_order
-from bitladder.recipe.schema import Recipe
-from bitladder.recipe.sizes import Shapes, Size, size_of, tensor_bytes
+from bitladder.engine import type_by_name
+from bitladder.gguf import block_of, kind_of, reading_order
+from bitladder.recipe.schema import Recipe, Shapes, Size, size_of, tensor_bytes
 
 Direction = Literal["up", "down", "level"]
 
@@ -150,4 +149,4 @@ def _group(kind: str, moves: list[TypeMove]) -> TypeMoveGroup:
 
 def _total(moves: Iterable[TypeMove]) -> int | None:
     gained = [move.bytes for move in moves]
-    return None if None in gained else sum(one for one in gained if one is not None)
+    return None if None in gained else sum(bytes_gained for bytes_gained in gained if bytes_gained is not None)

@@ -4,10 +4,10 @@ import dataclasses
 import shlex
 from collections.abc import Collection
 
-from bitladder.engine.presets import presets
+from bitladder.engine import presets
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.recipe.check_recipe import changeable, check
 from bitladder.recipe.patterns import base_preset, preset_and_pairs, preset_name
 from bitladder.recipe.schema import Recipe
@@ -46,7 +46,9 @@ def export(recipe: Recipe, types: str, model: PathLike | None = None) -> Export:
         return _export(recipe, types, export_lines(recipe))
     with GgufFile(model) as file:
         checked = check(recipe, file)
-        against = [one for one in checked.findings if one.problem or set(one.tensors) & set(checked.ours)]
+        against = [
+            finding for finding in checked.findings if finding.problem or set(finding.tensors) & set(checked.ours)
+        ]
         if against:
             more = f" (and {len(against) - 1} more; see `bitladder recipe check`)" if len(against) > 1 else ""
             raise BitladderError(f"llama-quantize cannot make this of {model}: {against[0].text_line()}{more}")

@@ -5,13 +5,11 @@ import os
 import pathlib
 from typing import Any
 
-from bitladder.engine.presets import presets
+from bitladder.engine import presets
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike, sha256_file
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.shards import joined_sha256
-from bitladder.recipe.schema import ImatrixUsed, Recipe
-from bitladder.recipe.sizes import Shapes
+from bitladder.gguf import GgufFile, joined_sha256
+from bitladder.recipe.schema import ImatrixUsed, Recipe, Shapes
 from bitladder.recipe.toml import read_recipe
 
 RECIPE_KEY = "bitladder.recipe.sha256"

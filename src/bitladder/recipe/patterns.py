@@ -21,10 +21,19 @@ from collections.abc import Mapping, Sequence
 
 import regex
 
-from bitladder.engine.presets import ALIASES, pattern_error, plain_type, preset_number, presets, storable
-from bitladder.engine.types import TensorType, all_types, type_by_name
+from bitladder.engine import (
+    ALIASES,
+    TensorType,
+    all_types,
+    pattern_error,
+    plain_type,
+    preset_number,
+    presets,
+    storable,
+    type_by_name,
+)
 from bitladder.errors import BitladderError, UsageError, did_you_mean
-from bitladder.gguf.names import around_block, reading_order
+from bitladder.gguf import around_block, reading_order
 
 _NOT_MADE = {"NVFP4"}  # a name for converted files: llama_model_quantize refuses it
 _PLAIN = set(string.ascii_lowercase + string.digits + "_-/")
@@ -97,7 +106,8 @@ def _pattern(before: str, layers: list[str], after: str) -> str:
 def _escaped(text: str) -> str:
     """A pattern for these characters that survives being put in lower case and cut at "=" and whitespace."""
     return "".join(
-        one if one in _PLAIN or not one.isascii() else "\\." if one == "." else f"\\x{ord(one):02x}" for one in text
+        char if char in _PLAIN or not char.isascii() else "\\." if char == "." else f"\\x{ord(char):02x}"
+        for char in text
     )
 
 
@@ -171,14 +181,14 @@ def match_patterns(
     """
     wanted_types = [target_type(kind, f"--tensor-type {pattern}={kind}") for pattern, kind in tensor_types]
     compiled = _compiled(path, [pattern for pattern, _ in tensor_types])
-    taken: set[str] = set()
+    matched: set[str] = set()
     matches = []
     for (pattern, kind), wanted in zip(tensor_types, wanted_types, strict=True):
-        found = _search(compiled[pattern], pattern, names)
-        if not found:
+        hits = _search(compiled[pattern], pattern, names)
+        if not hits:
             raise UsageError(f"--tensor-type {pattern}={kind}: the pattern matches no tensor of {os.fspath(path)}")
-        matches.append(PatternMatch(pattern, wanted, found, tuple(name for name in found if name not in taken)))
-        taken.update(found)
+        matches.append(PatternMatch(pattern, wanted, hits, tuple(name for name in hits if name not in matched)))
+        matched.update(hits)
     return tuple(matches)
 
 
@@ -221,16 +231,16 @@ def _refuse_syntax(path: str | os.PathLike[str], lower: Mapping[str, bytes]) -> 
 
 def _search(compiled: "regex.Pattern[bytes]", pattern: str, names: Sequence[str]) -> tuple[str, ...]:
     end = time.monotonic() + SECONDS
-    found = []
+    hits = []
     for name in names:
         try:
             if compiled.search(name.encode(), timeout=max(end - time.monotonic(), 1e-3)):
-                found.append(name)
+                hits.append(name)
         except (TimeoutError, MemoryError) as error:
             raise UsageError(
                 f"--tensor-type pattern {pattern!r} backtracks too long on {name}; write it without nested repetition"
             ) from error
-    return tuple(found)
+    return tuple(hits)
 
 
 def _refuse_dialects(pattern: str, where: str) -> None:

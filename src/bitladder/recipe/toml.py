@@ -12,7 +12,7 @@ import tomli_w
 
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike, write_text
-from bitladder.gguf.names import kind_of, one_line, reading_order
+from bitladder.gguf import kind_of, one_line, reading_order
 from bitladder.recipe.schema import Recipe
 
 
@@ -33,7 +33,9 @@ def recipe_toml(recipe: Recipe) -> str:
     for kind, members in kinds.items():
         if len(members) > 1:
             counts = collections.Counter(members.values()).most_common()
-            parts.append("\n" + _comment(f"{kind}: {', '.join(f'{count} × {one}' for one, count in counts)}"))
+            parts.append(
+                "\n" + _comment(f"{kind}: {', '.join(f'{count} × {type_name}' for type_name, count in counts)}")
+            )
         parts.append(tomli_w.dumps(members))
     return "".join(parts)
 
@@ -69,7 +71,7 @@ def read_recipe(path: PathLike) -> Recipe:
         return Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         # An unknown key is often the reason why another one is missing.
-        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         place = [str(part) for part in first["loc"]]
         line = _line_of(text, place)
         raise BitladderError(f"{path}{f':{line}' if line else ''}: {_complaint(first, place)}") from error
@@ -117,7 +119,7 @@ def _line_of(text: str, place: list[str]) -> int | None:
     """The line of the key at `place`; None if it cannot be found."""
     table, key = [part for part in place[:-1] if not part.isdecimal()], place[-1]
     name = ".".join(place[1:]) if place[0] == "tensors" else key
-    wanted = re.compile(rf"\s*(\[+\s*)?[\"']?{re.escape(name)}[\"']?\s*[\]=.]")
+    key_line = re.compile(rf"\s*(\[+\s*)?[\"']?{re.escape(name)}[\"']?\s*[\]=.]")
     header = re.compile(r"\s*\[+\s*([\w.-]+)\s*\]+")
     current: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -125,6 +127,6 @@ def _line_of(text: str, place: list[str]) -> int | None:
         if opened:
             current = opened[1].split(".")
         inside = current == ([place[0]] if place[0] == "tensors" else table)
-        if wanted.match(line) and (inside or (opened and current[-1:] == [key])):
+        if key_line.match(line) and (inside or (opened and current[-1:] == [key])):
             return number
     return None

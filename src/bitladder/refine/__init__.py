@@ -1,35 +1,27 @@
 """What makes a quant better at the same bytes: smoothing before, rounding, and tuning after; and its verification."""
 
-from bitladder.refine.model_files import ModelFiles
-from bitladder.refine.options import GuardOptions, RefineOptions, SmoothingOptions, TuneOptions
-from bitladder.refine.round import (
-    GUARD,
-    OUTPUT_ROUNDING,
-    ROUNDED_QUANT,
-    GuardReport,
-    GuardTrial,
-    RoundedQuant,
-    guard_json,
-    guard_text,
-    quantize_rounded,
-)
-from bitladder.refine.smooth import (
-    SMOOTHING,
-    SMOOTHING_TRIAL,
-    SmoothingError,
-    SmoothingTrial,
-    SmoothResult,
-    smooth_model,
-    trial_text,
-    try_smoothing,
-)
-from bitladder.refine.tune import TUNING, TunedQuant, tune, tune_in_place
-from bitladder.refine.verify import VerifiedQuant, verify
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.refine.model_files import ModelFiles
+    from bitladder.refine.options import GuardOptions, RefineOptions, SmoothingOptions, TuneOptions
+    from bitladder.refine.round.guard import GUARD, GuardReport, GuardTrial, guard_json
+    from bitladder.refine.round.output_rounding import OUTPUT_ROUNDING, OutputRounding, refuse_other_moments
+    from bitladder.refine.round.quantize_rounded import ROUNDED_QUANT, RoundedQuant, guard_text, quantize_rounded
+    from bitladder.refine.smooth.links import SmoothingError
+    from bitladder.refine.smooth.smoothed_model import KEY as SMOOTHED_KEY
+    from bitladder.refine.smooth.smoothed_model import SMOOTHING, SmoothResult, smooth_model
+    from bitladder.refine.smooth.smoothing_trial import SMOOTHING_TRIAL, SmoothingTrial, trial_text, try_smoothing
+    from bitladder.refine.tune.tune_quant import TUNING, TunedQuant, tune, tune_in_place
+    from bitladder.refine.verify import VerifiedQuant, verify
 
 __all__ = [
     "GUARD",
     "OUTPUT_ROUNDING",
     "ROUNDED_QUANT",
+    "SMOOTHED_KEY",
     "SMOOTHING",
     "SMOOTHING_TRIAL",
     "TUNING",
@@ -37,6 +29,7 @@ __all__ = [
     "GuardReport",
     "GuardTrial",
     "ModelFiles",
+    "OutputRounding",
     "RefineOptions",
     "RoundedQuant",
     "SmoothResult",
@@ -49,6 +42,7 @@ __all__ = [
     "guard_json",
     "guard_text",
     "quantize_rounded",
+    "refuse_other_moments",
     "smooth_model",
     "trial_text",
     "try_smoothing",
@@ -56,3 +50,4 @@ __all__ = [
     "tune_in_place",
     "verify",
 ]
+open_door(__name__)

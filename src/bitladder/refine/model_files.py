@@ -7,12 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.types import dequantize_into
+from bitladder.engine import dequantize_into
 from bitladder.errors import BitladderError
-from bitladder.gguf.header import TensorInfo
-from bitladder.gguf.reader import GgufFile
-from bitladder.gguf.values import string
-from bitladder.gguf.writer import GgufWriter, TensorPlan
+from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, string
 from bitladder.progress import SILENT, Bar, Progress
 from bitladder.quantize import DROPPED
 

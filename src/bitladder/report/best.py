@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from bitladder.evaluate import FIVE, Figure, RunScores, average_of_five, paired_task
-from bitladder.report.rundir import RunModel
+from bitladder.report.finished_run import RunModel
 
 # A difference of less than this many standard errors counts as noise.
 NOISE = 2.0

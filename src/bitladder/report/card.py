@@ -8,14 +8,14 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate import RunScores
-from bitladder.evaluate.tasks import task_meanings
+from bitladder.evaluate import RunScores, task_meanings
 from bitladder.files import write_text
 from bitladder.recipe import Recipe, recipe_sha256
 from bitladder.report import tables
 from bitladder.report.best import recommendations
+from bitladder.report.finished_run import FinishedRun, RunModel, read_run
 from bitladder.report.numbers import gigabytes, with_error
-from bitladder.report.rundir import Run, RunModel, RunPaths, read_run
+from bitladder.rundir import Layout
 
 # The speed in the table of choices: in a chat the user waits for generated tokens.
 GENERATION = "tg128"
@@ -35,7 +35,7 @@ def write_card(folder: pathlib.Path) -> bool:
     Raises:
         BitladderError: the directory has no finished run, or a file of it cannot be read.
     """
-    return write_if_changed(RunPaths(folder).card, render_card(folder))
+    return write_if_changed(Layout(folder).card, render_card(folder))
 
 
 def write_if_changed(path: pathlib.Path, text: str) -> bool:
@@ -60,7 +60,7 @@ def render_card(folder: pathlib.Path) -> str:
     return environment.get_template("card.md.jinja").render(front=front_matter(run), **facts(run))
 
 
-def facts(run: Run) -> dict[str, Any]:
+def facts(run: FinishedRun) -> dict[str, Any]:
     """What the card and the HTML report say of a run, by the names that their templates use."""
     recommended = recommendations(run.rungs)
     labels = {choice.model.label for choice in recommended}
@@ -181,7 +181,7 @@ def _versions(used: Sequence[dict[str, str]]) -> str:
     return ", ".join(parts)
 
 
-def _credits(run: Run) -> dict[str, Any]:
+def _credits(run: FinishedRun) -> dict[str, Any]:
     """The texts and files of others that were used."""
     names = [run.base.scores.text.name, *_calibration_names(run)]
     return {
@@ -196,7 +196,7 @@ def _cell(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
-def front_matter(run: Run) -> str:
+def front_matter(run: FinishedRun) -> str:
     """The YAML at the top of the card, as the hub reads it, without fences. What is not known is left out."""
     values: dict[str, Any] = {}
     if run.origin:
@@ -213,7 +213,7 @@ def front_matter(run: Run) -> str:
     return str(ModelCardData(**values).to_yaml(original_order=list(values))).rstrip("\n")
 
 
-def datasets(run: Run) -> list[str]:
+def datasets(run: FinishedRun) -> list[str]:
     """Hub ids of the data sets of the calibration text: those that were named, and WikiText by the names of files."""
     names = list(run.record.datasets)
     if any(name.startswith("wiki.") for name in _calibration_names(run)) and WIKITEXT not in names:
@@ -221,5 +221,5 @@ def datasets(run: Run) -> list[str]:
     return names
 
 
-def _calibration_names(run: Run) -> list[str]:
+def _calibration_names(run: FinishedRun) -> list[str]:
     return [text["name"] for text in run.manifest.steps["imatrix"].facts.get("texts", [])]

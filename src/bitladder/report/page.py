@@ -16,10 +16,13 @@ import markupsafe
 
 from bitladder.report import tables
 from bitladder.report.card import facts, write_if_changed
-from bitladder.report.charts import agreement, pareto, percentiles, predicted, prediction_pairs, speed, task_bars
+from bitladder.report.charts.bars import percentiles, speed, task_bars
+from bitladder.report.charts.pareto import pareto
+from bitladder.report.charts.predicted import agreement, predicted, prediction_pairs
+from bitladder.report.finished_run import FinishedRun, read_run
 from bitladder.report.numbers import gigabytes, with_error
-from bitladder.report.rundir import Run, RunPaths, read_run
 from bitladder.report.tensors import PRICED_MODELS, read_tensors
+from bitladder.rundir import Layout
 
 STYLES = ("report.css",)
 SCRIPTS = ("theme.js", "charts.js", "tables.js", "tensors.js", "main.js")
@@ -31,7 +34,7 @@ def write_report(folder: pathlib.Path) -> bool:
     Raises:
         BitladderError: the directory has no finished run, or a file of it cannot be read.
     """
-    return write_if_changed(RunPaths(folder).page, render_report(folder))
+    return write_if_changed(Layout(folder).report, render_report(folder))
 
 
 def render_report(folder: pathlib.Path) -> str:
@@ -64,7 +67,7 @@ def render_report(folder: pathlib.Path) -> str:
     )
 
 
-def make_charts(run: Run) -> dict[str, dict[str, Any]]:
+def make_charts(run: FinishedRun) -> dict[str, dict[str, Any]]:
     """Every chart that the run has figures for: section → name of the choice → figure of plotly.js."""
     charts: dict[str, dict[str, Any]] = {}
     if chart := pareto(run):
@@ -81,7 +84,7 @@ def make_charts(run: Run) -> dict[str, dict[str, Any]]:
     return charts
 
 
-def _other_text(run: Run) -> str | None:
+def _other_text(run: FinishedRun) -> str | None:
     """The text on which candidates were measured, if it is not that of the scores."""
     tried = run.tried
     if not tried or not tried.text or not any(recipe.kld for recipe in tried.candidates):

@@ -15,8 +15,8 @@ import yaml
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import read_scores
 from bitladder.hub import PRESET, pick, side_word
-from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
-from bitladder.report.rundir import RunPaths, price_paths
+from bitladder.report.finished_run import price_paths
+from bitladder.rundir import Layout, Manifest, RunRecord, complete_manifest, naive
 
 # The start of a path of this machine: /home/…, ~/…, ./…, C:\…, \\server, file:…
 _LOCAL = re.compile(r"(/|~|\.{1,2}[/\\]|[A-Za-z]:[\\/]|\\\\|file:)")
@@ -53,11 +53,11 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
         BitladderError: the run is not finished, or a file is missing or was changed after the run.
     """
     manifest, run = complete_manifest(folder)
-    paths = RunPaths(folder)
+    layout = Layout(folder)
     recorded = {output.path: output.bytes for step in manifest.steps.values() for output in step.outputs}
     files: dict[str, PublishedFile] = {}
-    for path, rung in _paths(paths, manifest, run):
-        name = paths.name(path)
+    for path, rung in _paths(layout, manifest, run):
+        name = layout.name(path)
         if not path.is_file():
             raise BitladderError(f"{path} is missing; give the `bitladder run` command again")
         size = path.stat().st_size
@@ -68,7 +68,7 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
         excluded = fnmatch.filter(files, pattern)
         if not excluded:
             raise UsageError(f"--exclude {pattern} matches none of {', '.join(files)}")
-        if paths.name(paths.card) in excluded:
+        if layout.name(layout.card) in excluded:
             raise UsageError(f"--exclude {pattern} leaves the card out, without which the hub shows nothing")
         for name in excluded:
             del files[name]
@@ -82,30 +82,30 @@ def groups(entries: Sequence[PublishedFile]) -> list[tuple[str, list[str]]]:
     return [(message, names) for message, names in (("Quants", models), ("Card, scores and recipes", rest)) if names]
 
 
-def _paths(paths: RunPaths, manifest: Manifest, run: RunRecord) -> Iterator[tuple[pathlib.Path, str | None]]:
+def _paths(layout: Layout, manifest: Manifest, run: RunRecord) -> Iterator[tuple[pathlib.Path, str | None]]:
     """Paths of the files and, for models, their labels."""
     convert = manifest.steps["convert"]
     for output in convert.outputs:  # there are none if the run started from a GGUF, which belongs to the user
-        yield paths.model(output.path), str(convert.facts["encoding"])
-    rungs = {rung: read_scores(paths.scores(rung)) for rung in run.rungs}
+        yield layout.model(output.path), str(convert.facts["encoding"])
+    rungs = {rung: read_scores(layout.scores(rung)) for rung in run.rungs}
     for rung, scores in rungs.items():
-        yield paths.model(scores.model), rung
-    for path in (paths.page, paths.imatrix, paths.candidates, *price_paths(paths, list(rungs.values())).values()):
+        yield layout.model(scores.model), rung
+    for path in (layout.report, layout.imatrix, layout.candidates, *price_paths(layout, list(rungs.values())).values()):
         if path.is_file():
             yield path, None
     for label in ("base", *run.rungs, *run.compared):
-        yield paths.scores(label), None
+        yield layout.scores(label), None
     for rung in run.rungs:
-        yield paths.recipe(rung), None
-        for path in (paths.scores(f"{rung}.naive"), paths.recipe(f"{rung}.naive")):
+        yield layout.recipe(rung), None
+        for path in (layout.scores(naive(rung)), layout.recipe(naive(rung))):
             if path.is_file():
                 yield path, None
-    yield paths.card, None
+    yield layout.card, None
 
 
 def front_matter(folder: pathlib.Path) -> dict[str, Any]:
     """The YAML at the top of the card. Raises BitladderError if it is missing or is not a mapping."""
-    path = RunPaths(folder).card
+    path = Layout(folder).card
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -126,7 +126,7 @@ def check_private(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> Non
     Raises:
         BitladderError: there is such a path; the error names file and key.
     """
-    card = RunPaths(folder).card
+    card = Layout(folder).card
     for key, value in _strings(front_matter(folder)):
         if _LOCAL.match(value):
             raise BitladderError(
@@ -146,7 +146,7 @@ def check_private(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> Non
 def warnings(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> list[str]:
     """What is wrong for a reader of the published page, a line each."""
     lines = []
-    card = RunPaths(folder).card.name
+    card = Layout(folder).card.name
     front = front_matter(folder)
     base = front.get("base_model")
     if not base:
@@ -161,8 +161,8 @@ def warnings(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> list[str
             continue
         if word := side_word(entry.name):
             lines.append(f'{entry.name}: llama.cpp takes no file with "{word}" in its name for a model')
-        elif (taken := pick(names, entry.rung)) != entry.name:
-            lines.append(f"{entry.name}: -hf REPO:{entry.rung} takes {taken}")
+        elif (picked := pick(names, entry.rung)) != entry.name:
+            lines.append(f"{entry.name}: -hf REPO:{entry.rung} takes {picked}")
         if entry.bytes > MOST_BYTES:
             lines.append(
                 f"{entry.name} has {entry.bytes / 1e9:.0f} GB: llama.cpp cannot download more than 50 in one file"

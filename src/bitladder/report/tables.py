@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from bitladder.evaluate import Figure, Role, RunScores
 from bitladder.report import best
+from bitladder.report.finished_run import FinishedRun, RunModel
 from bitladder.report.numbers import gigabytes, percent, with_error
-from bitladder.report.rundir import Run, RunModel
 
 DASH = "–"
 GAIN = "KLD − preset's"  # heading of the column
@@ -87,7 +87,7 @@ def label(model: RunModel) -> str:
     return model.label + MARKS[model.role]
 
 
-def quality(run: Run) -> Table:
+def quality(run: FinishedRun) -> Table:
     """PPL, ρPPL, KLD, RMS Δp and same top token, the full precision first; with presets, the difference from them."""
     columns = [
         _figures(run, "PPL", lambda s: s.ppl, best.perplexity),
@@ -101,7 +101,7 @@ def quality(run: Run) -> Table:
     return _table(run, columns)
 
 
-def tasks(run: Run) -> Table | None:
+def tasks(run: FinishedRun) -> Table | None:
     """The accuracy in each task and the average of the five benchmarks, full precision first; None without tasks."""
     names = list(dict.fromkeys(name for model in run.models for name in model.scores.tasks))
     if not names:
@@ -112,12 +112,12 @@ def tasks(run: Run) -> Table | None:
     return _table(run, columns)
 
 
-def speed_tests(run: Run) -> list[str]:
+def speed_tests(run: FinishedRun) -> list[str]:
     """The names of the speed tests, in the order in which they were measured."""
     return list(dict.fromkeys(row.test for model in [*run.quants, run.base] for row in model.scores.bench))
 
 
-def speeds(run: Run) -> Table | None:
+def speeds(run: FinishedRun) -> Table | None:
     """Tokens per second of each test; None if no speed was measured."""
     tests = speed_tests(run)
     if not tests:
@@ -125,7 +125,7 @@ def speeds(run: Run) -> Table | None:
     return _table(run, [_figures(run, t, _speed(t), best.independent(_speed(t)), higher=True) for t in tests])
 
 
-def sizes(run: Run) -> Table:
+def sizes(run: FinishedRun) -> Table:
     """Size in GB and bits per weight; if there are presets by themselves, theirs and the share that is saved."""
     lines = []
     heads: tuple[str, ...] = ("Size (GB)", "Bits per weight")
@@ -155,7 +155,7 @@ def count_text(counts: "collections.Counter[str] | dict[str, int]") -> str:
 _Column = tuple[str, list[Cell]]
 
 
-def _table(run: Run, columns: Sequence[_Column]) -> Table:
+def _table(run: FinishedRun, columns: Sequence[_Column]) -> Table:
     """The columns side by side. A model of which nothing was measured has no row."""
     cells = zip(*(column for _, column in columns), strict=True)
     lines = [
@@ -167,7 +167,7 @@ def _table(run: Run, columns: Sequence[_Column]) -> Table:
 
 
 def _figures(
-    run: Run,
+    run: FinishedRun,
     head: str,
     figure: Callable[[RunScores], Figure | None],
     difference: best.Difference,
@@ -185,13 +185,15 @@ def _figures(
     ]
 
 
-def _plain(run: Run, head: str, value: Callable[[RunScores], float | None], text: Callable[[float], str]) -> _Column:
+def _plain(
+    run: FinishedRun, head: str, value: Callable[[RunScores], float | None], text: Callable[[float], str]
+) -> _Column:
     """A column of figures without ±. Without an error none can be called the best."""
     values = [value(model.scores) for model in run.models]
     return head, [Cell(DASH) if figure is None else Cell(text(figure), figure) for figure in values]
 
 
-def _gained(run: Run) -> _Column:
+def _gained(run: FinishedRun) -> _Column:
     """The KLD of each rung less that of its preset."""
     cells = []
     for model in run.models:
@@ -201,12 +203,12 @@ def _gained(run: Run) -> _Column:
     return GAIN, cells
 
 
-def _preset(run: Run, model: RunModel) -> RunModel | None:
+def _preset(run: FinishedRun, model: RunModel) -> RunModel | None:
     """The preset by itself that a rung stands beside."""
     return run.naive.get(model.label) if model.role == "rung" else None
 
 
-def all_paired(run: Run) -> bool:
+def all_paired(run: FinishedRun) -> bool:
     """Whether every rung was compared with its preset token by token."""
     return all(best.paired_kld(rung.scores, naive.scores) for rung in run.rungs if (naive := _preset(run, rung)))
 

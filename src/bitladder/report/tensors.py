@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bitladder.calibrate.statistics import TensorStatistics
-from bitladder.engine.types import type_by_name
+from bitladder.calibrate import TensorStatistics
+from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import block_of, kind_of, reading_order
-from bitladder.report.rundir import Run, read_importance, read_shapes
+from bitladder.gguf import block_of, kind_of, reading_order
+from bitladder.report.finished_run import FinishedRun, read_importance, read_shapes
 
 # What the prices of a file are of, by whether it is made of the smoothed model.
 PRICED_MODELS = {True: "the smoothed model", False: "the model as it is"}
@@ -51,7 +51,7 @@ class Tensors:
         return dataclasses.asdict(self)
 
 
-def read_tensors(run: Run) -> Tensors:
+def read_tensors(run: FinishedRun) -> Tensors:
     """Reads what the directory has. Raises BitladderError if the importance matrix or a GGUF is damaged."""
     files = {model.label: _types(model.recipe.tensors) for model in run.quants if model.recipe}
     names = sorted({name for types in files.values() for name in types}, key=reading_order)
@@ -95,7 +95,7 @@ def _types(tensors: Mapping[str, str]) -> dict[str, str]:
     return {name: canonical(kind) for name, kind in tensors.items()}
 
 
-def _prices(run: Run, name: str) -> dict[str, dict[str, float]]:
+def _prices(run: FinishedRun, name: str) -> dict[str, dict[str, float]]:
     """The prices of a tensor, by the model that was priced and the type."""
     return {
         PRICED_MODELS[smoothed]: {canonical(kind): price for kind, price in prices.tensors[name].kld.items()}

@@ -1,8 +1,13 @@
 """Which integers the blocks of a tensor hold: chosen for the output of the layer, not for each weight by itself."""
 
-from bitladder.rounding.block_types import Blocks, BlockType
-from bitladder.rounding.method import ROUNDING, TYPES, Rounded, can_round, round_tensor, same_integers
-from bitladder.rounding.options import Method, RoundingOptions
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.rounding.block_types import Blocks, BlockType
+    from bitladder.rounding.method import ROUNDING, TYPES, Rounded, can_round, round_tensor, same_integers
+    from bitladder.rounding.options import Method, RoundingOptions
 
 __all__ = [
     "ROUNDING",
@@ -16,3 +21,4 @@ __all__ = [
     "round_tensor",
     "same_integers",
 ]
+open_door(__name__)

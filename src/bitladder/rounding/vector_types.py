@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.types import dequantize_into, type_by_name
+from bitladder.engine import dequantize_into, type_by_name
 from bitladder.rounding.block_types import (
     Blocks,
     BlockType,

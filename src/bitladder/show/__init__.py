@@ -1,4 +1,39 @@
-"""Every table and plot of the terminal.
+"""Every table and plot of the terminal, and the one place that prints."""
 
-Only commands use these modules, each the one it needs, so this door is empty: `bitladder --help` loads none of them.
-"""
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.show.comparison_tables import comparison_json, comparison_sections
+    from bitladder.show.eval_tables import eval_tables
+    from bitladder.show.imatrix.imatrix_view import print_view, view_differences, view_statistics
+    from bitladder.show.imatrix.picture import check_target, write_plot
+    from bitladder.show.ladder_tables import ladder_json, ladder_table, pareto_plot
+    from bitladder.show.output import Output, common_options
+    from bitladder.show.recipe_tables import difference
+    from bitladder.show.run_display import RunDisplay, result_table
+    from bitladder.show.speed_tables import FORMATS, render, speed_table
+
+__all__ = [
+    "FORMATS",
+    "Output",
+    "RunDisplay",
+    "check_target",
+    "common_options",
+    "comparison_json",
+    "comparison_sections",
+    "difference",
+    "eval_tables",
+    "ladder_json",
+    "ladder_table",
+    "pareto_plot",
+    "print_view",
+    "render",
+    "result_table",
+    "speed_table",
+    "view_differences",
+    "view_statistics",
+    "write_plot",
+]
+open_door(__name__)

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitladder.evaluate import Figure, Scores
-    from bitladder.evaluate.scores import Noise
+    from bitladder.evaluate import Figure, Noise, Scores
 
 Cell = tuple[str, float | None]  # the text, and the value by which a row is judged: the lowest is the best
 

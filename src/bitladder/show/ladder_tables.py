@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitladder.evaluate import RunScores
-from bitladder.report import Run, RunModel, by_size, gigabytes, percent, tables, with_error
+from bitladder.report import FinishedRun, RunModel, by_size, gigabytes, percent, tables, with_error
 from bitladder.show.scatter import Point, scatter
 
 MARKS = {"rung": "●", "naive": "◇", "third-party": "†"}
@@ -24,7 +24,7 @@ ON_FRONT = "▸"
 WITH_SPEEDS, WITH_ALL = 160, 110
 
 
-def ladder_table(run: Run, width: int = 240) -> Table:
+def ladder_table(run: FinishedRun, width: int = 240) -> Table:
     """A table of the full precision and every quant from the smallest to the largest.
 
     Figures within noise of the best are bold. "▸" marks the models on the Pareto front.
@@ -66,7 +66,7 @@ def ladder_table(run: Run, width: int = 240) -> Table:
     return table
 
 
-def pareto_plot(run: Run, *, width: int, height: int) -> list[str]:
+def pareto_plot(run: FinishedRun, *, width: int, height: int) -> list[str]:
     """Lines that plot size against KLD, both logarithmic; empty if no model has a KLD above 0.
 
     Parameters:
@@ -104,7 +104,7 @@ def front(models: Sequence[RunModel]) -> list[RunModel]:
     return best
 
 
-def ladder_json(run: Run) -> dict[str, Any]:
+def ladder_json(run: FinishedRun) -> dict[str, Any]:
     """The Scores JSON of each model, with its label, its role, and whether it is on the Pareto front."""
     best = front(run.quants)
     models = [
@@ -151,8 +151,8 @@ def ladder_rows(measured: Sequence[dict[str, Any]], labels: Sequence[str]) -> li
         measured: the scores of each model.
         labels: the label of each model.
     """
-    scores = [(label, RunScores.model_validate(one)) for label, one in zip(labels, measured, strict=True)]
-    return [ladder_row(label, one) for label, one in [scores[0], *by_size(scores[1:])]]
+    scores = [(label, RunScores.model_validate(document)) for label, document in zip(labels, measured, strict=True)]
+    return [ladder_row(label, model) for label, model in [scores[0], *by_size(scores[1:])]]
 
 
 def _kld(model: RunModel) -> float:

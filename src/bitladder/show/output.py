@@ -36,7 +36,7 @@ class Output:
         self._bars = _Bars(self._stderr, quiet)
         self.progress: Progress = self._bars
         if verbose:
-            from bitladder.engine.native import log
+            from bitladder.engine import log
 
             log.verbose = True
 

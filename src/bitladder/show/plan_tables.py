@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bitladder.gguf.names import ranges
+from bitladder.gguf import ranges
 from bitladder.plan import MovedTensors, PlanResult, Share, Target, TriedRecipe, moved_tensors, shares
 from bitladder.trial import BlockLoss, Measurement
 from bitladder.units import size_text
@@ -72,7 +72,7 @@ def lines(result: PlanResult, target: Target) -> Iterator[str]:
     if result.feedback is not None:
         best = result.feedback.best
         yield f"measured KLD {_figure(best.figure)} on {result.text} ({best.name})"
-        preset = next((one for one in result.feedback.tried if one.name.startswith("preset ")), None)
+        preset = next((recipe for recipe in result.feedback.tried if recipe.name.startswith("preset ")), None)
         if preset is not None:
             yield (
                 f"{preset.name} by itself: {preset.bytes:,} bytes, KLD {_figure(preset.figure)}; the plan has "
@@ -105,13 +105,15 @@ def as_json(result: PlanResult, places: Places, target: Target) -> dict[str, Any
         "moves": [vars(row) | {"direction": row.direction, "rate": row.rate} for row in moved_tensors(result, places)],
         "tried": [
             {
-                "name": one.name,
-                "bytes": one.bytes,
-                "predicted_kld": one.predicted,
-                "kld": {"value": one.measured.kld, "error": one.measured.error},
-                "judged_kld": None if one.judged is None else {"value": one.judged.kld, "error": one.judged.error},
+                "name": recipe.name,
+                "bytes": recipe.bytes,
+                "predicted_kld": recipe.predicted,
+                "kld": {"value": recipe.measured.kld, "error": recipe.measured.error},
+                "judged_kld": None
+                if recipe.judged is None
+                else {"value": recipe.judged.kld, "error": recipe.judged.error},
             }
-            for one in (result.feedback.tried if result.feedback else ())
+            for recipe in (result.feedback.tried if result.feedback else ())
         ],
         "check": result.prices.check.model_dump() if result.prices.check else None,
         "types": result.types,
@@ -125,7 +127,7 @@ def next_step(recipe: pathlib.Path) -> str:
 
 def prune_json(ranked: list[BlockLoss]) -> list[dict[str, Any]]:
     """Blocks as JSON: KLD in nats per token, sizes in bytes."""
-    return [{"block": one.block, "kld": one.kld.model_dump(), "bytes": one.bytes} for one in ranked]
+    return [{"block": loss.block, "kld": loss.kld.model_dump(), "bytes": loss.bytes} for loss in ranked]
 
 
 def prune_line(ranked: list[BlockLoss]) -> str:
@@ -141,8 +143,8 @@ def prune_table(ranked: list[BlockLoss]) -> Table:
     table = Table("block", "KLD, nats", "size in MB")
     for column in table.columns:
         column.justify = "right"
-    for one in ranked:
-        table.add_row(str(one.block), f"{one.kld.value:.5f} ± {one.kld.error:.5f}", f"{one.bytes / 1e6:.2f}")
+    for loss in ranked:
+        table.add_row(str(loss.block), f"{loss.kld.value:.5f} ± {loss.kld.error:.5f}", f"{loss.bytes / 1e6:.2f}")
     return table
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from bitladder.gguf.names import block_of, name_in_block, ranges
+from bitladder.gguf import block_of, name_in_block, ranges
 from bitladder.quantize import Fallback, Preflight, QuantizeResult
 
 SHOWN = 6  # names in a cell; of the others only their number is shown
@@ -60,12 +60,14 @@ def _kinds(figures: Preflight) -> Table:
 def _fallbacks(figures: Preflight) -> list[tuple[str, ...]]:
     """Tensors that get another type, by kind and blocks."""
     groups: dict[tuple[str, int, str, str], list[Fallback]] = {}
-    for one in figures.fallbacks:
-        groups.setdefault((name_in_block(one.tensor), one.width, one.wanted, one.used), []).append(one)
+    for fallback in figures.fallbacks:
+        groups.setdefault((name_in_block(fallback.tensor), fallback.width, fallback.wanted, fallback.used), []).append(
+            fallback
+        )
     rows: list[tuple[str, ...]] = []
     for (kind, width, wanted, used), members in groups.items():
-        blocks = ranges([block for one in members if (block := block_of(one.tensor)) is not None])
-        rows.append((kind, blocks, str(width), wanted, used, f"{sum(one.extra_bytes for one in members):+,}"))
+        blocks = ranges([block for fallback in members if (block := block_of(fallback.tensor)) is not None])
+        rows.append((kind, blocks, str(width), wanted, used, f"{sum(fallback.extra_bytes for fallback in members):+,}"))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A recipe as tables for the terminal."""
+"""Recipes, and the difference of two, as tables for the terminal."""
 
 import collections
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import block_of, kind_of, one_line, ranges, reading_order
-from bitladder.recipe import RECIPE_KEY, Recipe, Shapes, Size, block_size, recipe_sha256, size_of
+from bitladder.gguf import block_of, kind_of, one_line, ranges, reading_order
+from bitladder.recipe import RECIPE_KEY, Recipe, RecipeDiff, Shapes, Size, block_size, recipe_sha256, size_of
 
 
 def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
@@ -43,7 +43,7 @@ def kinds_table(recipe: Recipe, shapes: Shapes) -> Table:
     table = table_of("kind", "tensors", "types", *(("bytes", "bpw") if whole else ()))
     for kind, names in _by_kind(recipe.tensors).items():
         counts = collections.Counter(recipe.tensors[name] for name in names).most_common()
-        types = ", ".join(f"{count} × {one}" if len(names) > 1 else one for one, count in counts)
+        types = ", ".join(f"{count} × {type_name}" if len(names) > 1 else type_name for type_name, count in counts)
         size = whole and size_of(recipe.tensors, shapes, names)
         table.add_row(cell(kind), str(len(names)), cell(types), *_cells(size))
     table.add_section()
@@ -61,14 +61,16 @@ def layers_table(recipe: Recipe) -> Table | None:
         kind: {layer: recipe.tensors[name] for name in names if (layer := block_of(name)) is not None}
         for kind, names in _by_kind(recipe.tensors).items()
     }
-    kinds = {kind: types for kind, types in kinds.items() if {one.lower() for one in types.values()} - {"f32"}}
+    kinds = {
+        kind: types for kind, types in kinds.items() if {type_name.lower() for type_name in types.values()} - {"f32"}
+    }
     layers = sorted({layer for types in kinds.values() for layer in types})
     if not layers:
         return None
     table = table_of("layer", *(one_line(kind).replace("_", "\n", 1) for kind in kinds))
     usual = {kind: collections.Counter(types.values()).most_common(1)[0][0] for kind, types in kinds.items()}
     for run, row in _runs(layers, [[types.get(layer, "") for types in kinds.values()] for layer in layers]):
-        cells = [cell(one, _style(one, usual[kind])) for one, kind in zip(row, kinds, strict=True)]
+        cells = [cell(text, _style(text, usual[kind])) for text, kind in zip(row, kinds, strict=True)]
         table.add_row(ranges(run), *cells)
     return table
 
@@ -125,3 +127,57 @@ def _style(kind: str, usual: str) -> str:
 
 def _cells(size: Size | None) -> list[str]:
     return [f"{size.bytes:,}", f"{size.bpw:.3f}"] if size else []
+
+
+_ARROWS = {"up": ("▲", "green"), "down": ("▼", "red"), "level": ("=", "")}
+
+
+def difference(changes: RecipeDiff) -> Iterator[str | Table]:
+    """Lines and tables, in the order in which they are printed."""
+    for name, size in (("A", changes.size_a), ("B", changes.size_b)):
+        if size:
+            yield f"{name}: {size_text(size)}"
+    if changes.size_a and changes.size_b:
+        gained = changes.size_b.bytes - changes.size_a.bytes
+        yield f"B has {gained:+,} bytes ({100 * gained / changes.size_a.bytes:+.2f} %)"
+    for name, only in (("A", changes.only_a), ("B", changes.only_b)):
+        for tensor, kind in only.items():
+            yield one_line(f"only in {name}: {tensor} ({kind})")
+    if changes.moves:
+        yield ""
+        yield _moves(changes)
+        yield ""
+        yield _kinds(changes)
+    count = len(changes.moves)
+    yield f"{count} tensor{' differs' if count == 1 else 's differ'}, {changes.same} are the same"
+
+
+def _moves(changes: RecipeDiff) -> Table:
+    """The tensors with another type, by kind and types, with their layers and the bytes that B has more."""
+    sized = None not in changes.bytes_by_kind().values()
+    table = table_of("kind", "", "A → B", "tensors", "layers", *(("bytes",) if sized else ()))
+    for group in changes.groups():
+        arrow, colour = _ARROWS[group.direction]
+        cells = [f"{group.before} → {group.after}", str(group.count), ranges(group.layers), _gain(group.bytes)]
+        table.add_row(cell(group.kind), cell(arrow, colour), *(cells if sized else cells[:-1]))
+    return table
+
+
+def _kinds(changes: RecipeDiff) -> Table:
+    """How many tensors of each kind went up and down, and the bytes that B has more."""
+    gains = changes.bytes_by_kind()
+    moved: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in gains}
+    for move in changes.moves:
+        moved[kind_of(move.name)][move.direction] += 1
+    table = table_of("kind", "up", "down", "bytes")
+    for kind, gain in gains.items():
+        table.add_row(cell(kind), str(moved[kind]["up"]), str(moved[kind]["down"]), _gain(gain))
+    known = [gain for gain in gains.values() if gain is not None]
+    total = sum(moved.values(), collections.Counter())
+    table.add_section()
+    table.add_row("all", str(total["up"]), str(total["down"]), _gain(sum(known) if len(known) == len(gains) else None))
+    return table
+
+
+def _gain(gain: int | None) -> str:
+    return "–" if gain is None else f"{gain:+,}"

@@ -4,7 +4,7 @@ import collections
 from typing import Any
 
 from bitladder.evaluate import Figure
-from bitladder.gguf.names import in_main_block, kind_of
+from bitladder.gguf import in_main_block, kind_of
 from bitladder.refine import GuardTrial, RoundedQuant, guard_json
 
 

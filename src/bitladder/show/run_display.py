@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bitladder.show.output import Output
 
 if TYPE_CHECKING:
-    from bitladder.ladder import RunResult
-    from bitladder.ladder.tracker import Best, Status
+    from bitladder.ladder import Best, RunResult, Status
 
 
 class RunDisplay:

@@ -101,7 +101,7 @@ def _write_label(row: list[str], column: int, label: str) -> None:
     for start in (column + 2, column - 1 - size):
         stop = start + size
         around = row[max(0, start - 1) : stop + 1] if start > column else row[max(0, start - 1) : stop]
-        if label and start >= 0 and stop <= len(row) and all(one == " " for one in around):
+        if label and start >= 0 and stop <= len(row) and all(character == " " for character in around):
             row[start:stop] = label
             return
 

@@ -7,8 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bitladder.engine.context import FLASH_ATTN
-from bitladder.engine.native import versions
+from bitladder.engine import FLASH_ATTN, versions
 from bitladder.evaluate import SpeedOptions, SpeedRow
 
 LEFT = {"model", "file", "backend"}  # columns that are aligned to the left

@@ -17,9 +17,10 @@ from bitladder.options import Options, option
 from bitladder.text.texts import Text
 
 if TYPE_CHECKING:  # texts need no native library
-    from bitladder.engine.model import Model
+    from bitladder.engine import Model
 
 Tokens = npt.NDArray[np.int32]
+MIN_CHUNKS = 2  # of a text, as llama-perplexity has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +97,13 @@ def text_chunks(
         BitladderError: the text has fewer than two chunks, or fewer than two are left behind `from_chunk`.
     """
     tokens = model.tokenize(text.text, parse_special=parse_special)
-    if len(tokens) < 2 * n_ctx:
+    if len(tokens) < MIN_CHUNKS * n_ctx:
         raise BitladderError(
-            f"the text {text.name} has {len(tokens)} tokens, but chunks of {n_ctx} tokens need at least {2 * n_ctx}; "
-            "take a longer text or a smaller --ctx-size (-c)"
+            f"the text {text.name} has {len(tokens)} tokens, but chunks of {n_ctx} tokens need at least "
+            f"{MIN_CHUNKS * n_ctx}; take a longer text or a smaller --ctx-size (-c)"
         )
     available = len(tokens) // n_ctx - from_chunk
-    if from_chunk and (from_chunk + 2) * n_ctx >= len(tokens):
+    if from_chunk and (from_chunk + MIN_CHUNKS) * n_ctx >= len(tokens):
         raise BitladderError(
             f"the text {text.name} has {len(tokens) // n_ctx} chunks of {n_ctx} tokens; "
             f"--from-chunk {from_chunk} leaves too few"

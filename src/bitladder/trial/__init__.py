@@ -1,9 +1,14 @@
 """What a change to a model costs: tensors rendered in other types, swapped into a loaded model, and measured there."""
 
-from bitladder.trial.blocks_left_out import BlockLoss, blocks_left_out
-from bitladder.trial.journal import Journal, Measurement, Measures, recipe_key
-from bitladder.trial.render import RENDERING, Renderer, RoundingMethod, StockRounding, render_all
-from bitladder.trial.swapped_model import SWAPPED_KLD, Rendered, SwappedModel, kept_base, measurement_inputs
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.trial.blocks_left_out import BlockLoss, PruneOptions, blocks_left_out, rank_blocks
+    from bitladder.trial.journal import Journal, Measurement, Measurements, Measures, recipe_key
+    from bitladder.trial.render import RENDERING, Renderer, RoundingMethod, StockRounding, render_all
+    from bitladder.trial.swapped_model import SWAPPED_KLD, Rendered, SwappedModel, kept_base, measurement_inputs
 
 __all__ = [
     "RENDERING",
@@ -11,7 +16,9 @@ __all__ = [
     "BlockLoss",
     "Journal",
     "Measurement",
+    "Measurements",
     "Measures",
+    "PruneOptions",
     "Rendered",
     "Renderer",
     "RoundingMethod",
@@ -20,6 +27,8 @@ __all__ = [
     "blocks_left_out",
     "kept_base",
     "measurement_inputs",
+    "rank_blocks",
     "recipe_key",
     "render_all",
 ]
+open_door(__name__)

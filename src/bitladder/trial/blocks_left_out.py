@@ -6,13 +6,15 @@ on, as if it were pruned. The model is neither written nor loaded again.
 
 import collections
 import dataclasses
+import pathlib
 
-from bitladder.engine.decoding import Decoding
+from bitladder.engine import Decoding
 from bitladder.errors import BitladderError
-from bitladder.evaluate import Figure, HiddenBase, mean
-from bitladder.gguf.names import block_of, name_in_block
-from bitladder.gguf.reader import GgufFile
+from bitladder.evaluate import Figure, HiddenBase, MeasureOptions, load_or_compute_base, mean
+from bitladder.gguf import GgufFile, block_of, name_in_block
+from bitladder.options import option
 from bitladder.progress import SILENT, Progress
+from bitladder.text import Text
 from bitladder.trial.render import Renderer
 from bitladder.trial.swapped_model import SwappedModel, Zeros
 
@@ -33,6 +35,32 @@ class BlockLoss:
     block: int
     kld: Figure
     bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneOptions(MeasureOptions):
+    """How the model without a block is measured: on less text than a quant, because the losses are large."""
+
+    chunks: int | None = option(4, "--chunks", least=1, metavar="N", help="Chunks of the text that are measured.")
+
+
+def rank_blocks(
+    model: pathlib.Path, text: Text, options: PruneOptions, *, progress: Progress = SILENT
+) -> list[BlockLoss]:
+    """Measures the model without each of its blocks, and sorts them by KLD, the least first.
+
+    Parameters:
+        model: path of a GGUF.
+        text: what is measured on.
+        options: how much of it, and how the model is decoded.
+        progress: where work is shown.
+
+    Raises:
+        BitladderError: the blocks of the architecture cannot be left out here.
+    """
+    with load_or_compute_base(model, text, options, progress=progress) as base:
+        losses = blocks_left_out(base, options, chunks=options.chunks, progress=progress)
+    return sorted(losses, key=lambda loss: loss.kld.value)
 
 
 def blocks_left_out(

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
-from bitladder.engine.native import versions
-from bitladder.engine.types import RowKernels, TensorType, quantize_rows, type_by_name
+from bitladder.engine import RowKernels, TensorType, quantize_rows, type_by_name, versions
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.keys import Algorithm, key_of

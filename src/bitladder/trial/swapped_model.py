@@ -15,15 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
-from bitladder.engine.activations import KernelInputs
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
-from bitladder.engine.native import versions
-from bitladder.engine.types import TensorType, type_by_name
-from bitladder.engine.weights import Weights
+from bitladder.engine import Context, Decoding, KernelInputs, Model, TensorType, Weights, type_by_name, versions
 from bitladder.errors import BitladderError
-from bitladder.evaluate import HiddenBase, Settings, Workers, compare_with_base, identify, load_or_compute_base
+from bitladder.evaluate import HiddenBase, MeasureOptions, Workers, compare_with_base, identify, load_or_compute_base
 from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text
@@ -162,7 +156,7 @@ class SwappedModel(Closing):
 
 
 def kept_base(
-    folder: pathlib.Path, model: pathlib.Path, text: Text, settings: Settings, progress: Progress = SILENT
+    folder: pathlib.Path, model: pathlib.Path, text: Text, settings: MeasureOptions, progress: Progress = SILENT
 ) -> HiddenBase:
     """The full-precision predictions of a text, kept in a folder under the hash of all that decides them.
 

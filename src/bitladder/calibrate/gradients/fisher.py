@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from bitladder.calibrate.gradients.usable import CHECKED_TOKENS, check_logits, require_torch, torch_threads
 from bitladder.calibrate.gradients.weighted_moments import choose_matrices, chunk_generator
-from bitladder.engine.context import Floats
-from bitladder.engine.model import Tokens
+from bitladder.engine import Floats, Tokens
 from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option

@@ -15,8 +15,7 @@ from bitladder.calibrate.gradients.hyperparameters import read_hyperparameters
 from bitladder.calibrate.gradients.layers import Layers, Tap, nothing, rope_tables
 from bitladder.calibrate.gradients.torch_weights import TorchWeights
 from bitladder.closing import Closing
-from bitladder.engine.context import Floats
-from bitladder.engine.model import Tokens
+from bitladder.engine import Floats, Tokens
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, block_of
 

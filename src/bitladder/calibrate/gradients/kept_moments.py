@@ -10,7 +10,7 @@ from bitladder.calibrate.gradients.usable import torch_threads
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions, weighted_moments
 from bitladder.calibrate.moments.moments_file import Floats, MomentShape, Provenance, pack_triangle
 from bitladder.calibrate.unfinished import UnfinishedWork
-from bitladder.engine.model import Tokens
+from bitladder.engine import Tokens
 from bitladder.progress import Progress
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from bitladder.closing import Closing
-from bitladder.engine.types import RowKernels
+from bitladder.engine import RowKernels
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
 

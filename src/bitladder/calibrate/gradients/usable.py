@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitladder.calibrate.gradients.hyperparameters import read_hyperparameters
-from bitladder.engine.context import logit_differences, sequence_logits
-from bitladder.engine.model import Tokens
-from bitladder.engine.types import threads_available
+from bitladder.engine import Tokens, logit_differences, sequence_logits, threads_available
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
 

@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.gradients.usable import CHECKED_TOKENS, check_logits, require_torch, torch_threads
-from bitladder.engine.context import Floats
-from bitladder.engine.model import Tokens
+from bitladder.engine import Floats, Tokens
 from bitladder.errors import UsageError
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option

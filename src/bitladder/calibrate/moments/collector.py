@@ -11,7 +11,7 @@ from bitladder.calibrate.collect_imatrix import ImatrixCollector
 from bitladder.calibrate.inputs import Experts, Floats, WeightInput, refuse_not_finite
 from bitladder.calibrate.moments.entries import EntryPart
 from bitladder.calibrate.moments.sums import MomentSums, WeightedSums, add_tokens
-from bitladder.engine.observe import Multiplication
+from bitladder.engine import Multiplication
 from bitladder.errors import BitladderError
 
 

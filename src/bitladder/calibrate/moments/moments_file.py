@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
-from bitladder.engine.types import type_by_name
+from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing, sha256_file
 from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, Value, string, strings, u32

@@ -12,8 +12,7 @@ from bitladder.calibrate.moments.collector import MomentCollector, MomentsAndIma
 from bitladder.calibrate.moments.entries import EntryPart, MomentEntry
 from bitladder.calibrate.moments.moments_file import MomentShape, Provenance, triangle
 from bitladder.calibrate.unfinished import UnfinishedWork
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model, Tokens
+from bitladder.engine import Decoding, Model, Tokens
 from bitladder.files import sha256_bytes
 from bitladder.progress import Progress
 

@@ -17,10 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.inputs import Floats, decode_columns
-from bitladder.engine.activations import NoisyOutputs
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model, Tokens
+from bitladder.engine import Context, Decoding, Model, NoisyOutputs, Tokens
 from bitladder.gguf import block_of, kind_of
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option

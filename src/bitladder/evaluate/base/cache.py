@@ -4,15 +4,15 @@ import pathlib
 import re
 from typing import Any
 
-from bitladder.engine.native import versions
+from bitladder.engine import versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader
 from bitladder.evaluate.base.hidden import BASE, HiddenBase, make_base
 from bitladder.evaluate.identity import Identity, identify
-from bitladder.evaluate.settings import Settings
+from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.keys import key_of
 from bitladder.progress import SILENT, Progress
-from bitladder.text.texts import Text
+from bitladder.text import Text
 
 
 def cache_path(model: pathlib.Path, text: Text, n_ctx: int) -> pathlib.Path:
@@ -21,7 +21,7 @@ def cache_path(model: pathlib.Path, text: Text, n_ctx: int) -> pathlib.Path:
     return model.with_name(f"{model.stem}.{words}.{n_ctx}.base")
 
 
-def differences(header: BaseHeader, model: Identity, text: Text, settings: Settings) -> list[str]:
+def differences(header: BaseHeader, model: Identity, text: Text, settings: MeasureOptions) -> list[str]:
     """What keeps a base from serving a request, in words; empty if it serves."""
     requested: dict[str, Any] = {
         "model": model.sha256,
@@ -47,7 +47,7 @@ def _same_name(kept: str, requested: str) -> str:
     return " (same name, other content)" if kept == requested else ""
 
 
-def open_base(path: pathlib.Path, text: Text, settings: Settings, model: Identity | None = None) -> HiddenBase:
+def open_base(path: pathlib.Path, text: Text, settings: MeasureOptions, model: Identity | None = None) -> HiddenBase:
     """Opens a base file that must fit. A base of more chunks than requested fits.
 
     Parameters:
@@ -82,7 +82,7 @@ def open_base(path: pathlib.Path, text: Text, settings: Settings, model: Identit
     return base
 
 
-def check_fits(base: HiddenBase, text: Text, settings: Settings) -> None:
+def check_fits(base: HiddenBase, text: Text, settings: MeasureOptions) -> None:
     """Raises BitladderError that names every difference between what a base was made of and what is requested."""
     differing = differences(base.header, base.model, text, settings)
     if differing:
@@ -92,7 +92,7 @@ def check_fits(base: HiddenBase, text: Text, settings: Settings) -> None:
 def load_or_compute_base(
     model: pathlib.Path | Identity,
     text: Text,
-    settings: Settings,
+    settings: MeasureOptions,
     *,
     path: pathlib.Path | None = None,
     progress: Progress = SILENT,

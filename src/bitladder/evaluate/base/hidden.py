@@ -12,23 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
-from bitladder.engine.context import Context
-from bitladder.engine.native import versions
-from bitladder.engine.observe import HiddenStates
-from bitladder.engine.types import dequantize_into
+from bitladder.engine import Context, HiddenStates, dequantize_into, versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
-from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.divergence import BaseRows
 from bitladder.evaluate.identity import Identity
 from bitladder.evaluate.logit_rows import RowScores, Workers, score_rows
-from bitladder.evaluate.settings import Settings
+from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import replacing
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
-from bitladder.text import Chunks, text_chunks
-from bitladder.text.texts import Text
+from bitladder.text import Chunks, Text, text_chunks
 
 Floats = npt.NDArray[np.float32]
 
@@ -133,7 +128,9 @@ class HiddenBase(Closing):
 
 
 @BASE.entry
-def make_base(model: Identity, text: Text, out: pathlib.Path, settings: Settings, progress: Progress = SILENT) -> None:
+def make_base(
+    model: Identity, text: Text, out: pathlib.Path, settings: MeasureOptions, progress: Progress = SILENT
+) -> None:
     """Runs the full-precision model over a text and writes a base file.
 
     Parameters:

@@ -8,17 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
-from bitladder.engine.context import Context
-from bitladder.engine.model import Model
+from bitladder.engine import Context, Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.logits_file import Codes, Floats, Layout, LogitsFile
 from bitladder.evaluate.divergence import BaseRows, TokenScores, compare_with_base
 from bitladder.evaluate.logit_rows import Workers
-from bitladder.evaluate.settings import Settings
+from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.files import sha256_file
 from bitladder.progress import SILENT, Progress
-from bitladder.text import Chunks
-from bitladder.text.texts import Text
+from bitladder.text import Chunks, Text
 
 Doubles = npt.NDArray[np.float64]
 
@@ -156,7 +154,7 @@ def compare_logits(
     return dataclasses.replace(scores, kld=mass * (scores.kld + np.log(mass)))
 
 
-def open_logits(path: pathlib.Path, text: Text | None, settings: Settings, model: pathlib.Path) -> LogitsBase:
+def open_logits(path: pathlib.Path, text: Text | None, settings: MeasureOptions, model: pathlib.Path) -> LogitsBase:
     """Opens a file of log-probabilities that must fit.
 
     Parameters:
@@ -178,7 +176,7 @@ def open_logits(path: pathlib.Path, text: Text | None, settings: Settings, model
     return base
 
 
-def check_logits(base: LogitsBase, model: Model, text: Text | None, settings: Settings) -> None:
+def check_logits(base: LogitsBase, model: Model, text: Text | None, settings: MeasureOptions) -> None:
     """Raises BitladderError that says what differs if the file does not fit a model, a text and settings.
 
     The file names neither its model nor its text, so the tokens of the text must be those in the file. Without a text

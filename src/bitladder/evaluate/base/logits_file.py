@@ -16,15 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
-from bitladder.engine.decoding import MIN_CTX
+from bitladder.engine import MIN_CTX
 from bitladder.errors import BitladderError
-from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.logit_rows import Workers, score_rows
-from bitladder.evaluate.settings import Settings
+from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import replacing
 from bitladder.progress import SILENT, Progress
-from bitladder.text import text_chunks
-from bitladder.text.texts import Text
+from bitladder.text import Text, text_chunks
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -161,7 +159,7 @@ class LogitsFile(Closing):
 
 
 def write_logits_file(
-    model: pathlib.Path, text: Text, out: pathlib.Path, settings: Settings, progress: Progress = SILENT
+    model: pathlib.Path, text: Text, out: pathlib.Path, settings: MeasureOptions, progress: Progress = SILENT
 ) -> Doubles:
     """Runs the full-precision model over a text and writes its log-probabilities.
 

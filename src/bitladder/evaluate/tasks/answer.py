@@ -2,16 +2,16 @@
 
 import collections
 import dataclasses
+from collections.abc import Iterator
 
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import MIN_CTX
-from bitladder.engine.model import Model
+import numpy as np
+
+from bitladder.engine import MIN_CTX, Context, Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.logit_rows import Workers
-from bitladder.evaluate.settings import Settings
+from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.tasks.batch import batches, choice_means
-from bitladder.evaluate.tasks.draw import draw
-from bitladder.evaluate.tasks.task import Answer, Question, QuestionSet, Skipped, TaskResult
+from bitladder.evaluate.tasks.task import Answer, Question, QuestionSet, Skipped, TaskKind, TaskResult
 from bitladder.evaluate.tasks.tokenized import TokenizedQuestion, tokenize_question
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
@@ -80,7 +80,7 @@ def summarize(task: QuestionSet, count: int | None = None) -> QuestionSummary:
 
 @TASKS.entry
 def score_task(
-    model: Model, task: QuestionSet, settings: Settings, *, count: int | None = None, progress: Progress = SILENT
+    model: Model, task: QuestionSet, settings: MeasureOptions, *, count: int | None = None, progress: Progress = SILENT
 ) -> TaskResult:
     """Has a model answer questions of a task, drawn and scored as in llama-perplexity.
 
@@ -134,7 +134,7 @@ def _answer(
     questions: list[TokenizedQuestion],
     n_seq: int,
     capacity: int,
-    settings: Settings,
+    settings: MeasureOptions,
     progress: Progress,
 ) -> list[Answer]:
     planned = list(batches(questions, capacity, n_seq))
@@ -157,3 +157,57 @@ def _answer(
             bar.note(f"{right / len(answers):.1%}")
             bar.advance(len(batch))
     return answers
+
+
+SEED = 1
+_BITS = 32
+
+
+def draw(kind: TaskKind, available: int, count: int | None) -> list[int]:
+    """Indices of the questions to score, in llama-perplexity's order.
+
+    Parameters:
+        kind: how the questions are drawn.
+        available: number of questions.
+        count: questions to draw; None or a larger number draws all.
+
+    Example:
+        >>> draw(TaskKind.MULTIPLE_CHOICE, 3, None)
+        [0, 1, 2]
+    """
+    number = available if count is None else min(count, available)
+    numbers = mersenne_twister(SEED)
+    if kind is TaskKind.HELLASWAG:
+        left = list(range(available))
+        return [left.pop(below(len(left), numbers)) for _ in range(number)]
+    if number == available:
+        return list(range(available))
+    return _draw_scaled(available, number, numbers)
+
+
+def mersenne_twister(seed: int) -> Iterator[int]:
+    """The endless numbers of std::mt19937(seed), 32 bits each."""
+    state = np.random.RandomState(seed)  # has the seeding of C++, and its stream never changes (NEP 19)
+    while True:
+        yield from state.randint(0, 1 << _BITS, 1024, dtype=np.uint32).tolist()
+
+
+def below(limit: int, numbers: Iterator[int]) -> int:
+    """A whole number in 0 … limit−1 with equal probabilities, from 32-bit numbers (Lemire)."""
+    threshold = (1 << _BITS) % limit
+    while True:
+        product = next(numbers) * limit
+        if product % (1 << _BITS) >= threshold:
+            return product >> _BITS
+
+
+def _draw_scaled(available: int, count: int, numbers: Iterator[int]) -> list[int]:
+    left, drawn = list(range(available)), []
+    scale = np.float32(2.0**-_BITS)
+    for _ in range(count):
+        # Each product is rounded to float32, as in C++. It can round up to the length, which is beyond the last place.
+        place = min(int(scale * np.float32(next(numbers)) * np.float32(len(left))), len(left) - 1)
+        drawn.append(left[place])
+        left[place] = left[-1]
+        left.pop()
+    return drawn

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.context import Context
+from bitladder.engine import Context
 from bitladder.evaluate.logit_rows import Workers, score_rows
 from bitladder.evaluate.tasks.tokenized import TokenizedQuestion
 

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks.draw import below, mersenne_twister
+from bitladder.evaluate.tasks.answer import below, mersenne_twister
 from bitladder.evaluate.tasks.task import Question, QuestionSet, TaskKind, question
-from bitladder.text.texts import load_text
+from bitladder.text import load_text
 
 NAME = "continuation"
 MEANING = (

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks import binary
-from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
-from bitladder.evaluate.tasks.question_files import QuestionFile, RecordReader, json_records
+from bitladder.evaluate.tasks.question_files import HubData, QuestionFile, RecordReader, json_records, parquet_records
 from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question
 
 _LINES, _ENDINGS = 6, 4

@@ -6,12 +6,12 @@ import pathlib
 from collections.abc import Callable
 
 from bitladder.errors import BitladderError, UsageError, did_you_mean
-from bitladder.evaluate.tasks import binary, continuation, hellaswag, hub_data, winogrande
+from bitladder.evaluate.tasks import binary, continuation, hellaswag, winogrande
 from bitladder.evaluate.tasks.answer import drawn_questions
 from bitladder.evaluate.tasks.arc import ARC
 from bitladder.evaluate.tasks.hellaswag import HELLASWAG
 from bitladder.evaluate.tasks.mmlu import MMLU
-from bitladder.evaluate.tasks.question_files import QuestionFile, find_files, open_file
+from bitladder.evaluate.tasks.question_files import QuestionFile, download, find_files, open_file
 from bitladder.evaluate.tasks.task import Benchmark, Question, QuestionSet, TaskKind
 from bitladder.evaluate.tasks.truthfulqa import TRUTHFULQA
 from bitladder.evaluate.tasks.winogrande import WINOGRANDE
@@ -85,7 +85,7 @@ def load_task(spec: TaskSpec) -> QuestionSet:
         return continuation.load(spec.source or "")
     benchmark = BENCHMARKS[spec.name]
     if spec.source is None:
-        return _from_files(benchmark, benchmark.hub.label, hub_data.download(benchmark.hub, spec.name))
+        return _from_files(benchmark, benchmark.hub.label, download(benchmark.hub, spec.name))
     path = pathlib.Path(spec.source)
     if path.is_dir():
         paths = find_files(path, benchmark.layouts)

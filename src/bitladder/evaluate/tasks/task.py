@@ -10,8 +10,7 @@ import numpy as np
 from bitladder.errors import BitladderError
 from bitladder.evaluate.figures import share
 from bitladder.evaluate.scores import Figure, SkippedRecord, TaskScore
-from bitladder.evaluate.tasks.hub_data import HubData
-from bitladder.evaluate.tasks.question_files import QuestionFile
+from bitladder.evaluate.tasks.question_files import HubData, QuestionFile
 
 MAX_CHOICES = 100  # the limit of llama-perplexity
 # The benchmarks of the average. Other tasks are no part of it.

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.model import Model, Tokens
+from bitladder.engine import Model, Tokens
 from bitladder.evaluate.tasks.task import Question, TaskKind
 
 Integers = npt.NDArray[np.int64]

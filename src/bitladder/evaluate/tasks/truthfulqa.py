@@ -4,8 +4,14 @@ from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks import binary
-from bitladder.evaluate.tasks.hub_data import HubData, parquet_records
-from bitladder.evaluate.tasks.question_files import QuestionFile, QuestionRecord, csv_records, json_records
+from bitladder.evaluate.tasks.question_files import (
+    HubData,
+    QuestionFile,
+    QuestionRecord,
+    csv_records,
+    json_records,
+    parquet_records,
+)
 from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, asked, question
 
 

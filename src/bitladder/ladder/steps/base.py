@@ -5,7 +5,7 @@ from typing import Any
 
 from bitladder import evaluate
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
 
 
 class Base(Step):
@@ -26,6 +26,10 @@ class Base(Step):
     def parts(self, extent: Extent) -> list[Part]:
         """Every token is decoded."""
         return [Part("base", extent.text)]
+
+    def cuts(self, texts: TextsOfRun) -> list[CutText]:
+        """The text that all models are measured on."""
+        return [CutText("--text", texts.text, self.options.decoding.n_ctx)]
 
     def make(self, run: Run) -> Product:
         """Computes the base."""

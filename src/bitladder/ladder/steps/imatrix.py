@@ -5,7 +5,7 @@ from typing import Any
 
 from bitladder import calibrate
 from bitladder.ladder.context import Run, text_used
-from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
 from bitladder.text import Reading
 
 MATRIX = calibrate.ImatrixOptions()
@@ -32,6 +32,10 @@ class CollectImatrix(Step):
     def parts(self, extent: Extent) -> list[Part]:
         """Every token is decoded."""
         return [Part("imatrix", extent.imatrix)]
+
+    def cuts(self, texts: TextsOfRun) -> list[CutText]:
+        """Each calibration text."""
+        return [CutText("--calibration", text, self.options.decoding.n_ctx) for text in texts.calibration]
 
     def make(self, run: Run) -> Product:
         """Collects the matrix."""

@@ -90,7 +90,9 @@ def with_tasks(run: Run, scores: evaluate.Scores, path: pathlib.Path) -> evaluat
     if not run.tasks:
         return scores
     decoding = run.options.decoding
-    settings = evaluate.Settings(n_ctx=run.options.task_ctx, threads=decoding.threads, gpu_layers=decoding.gpu_layers)
+    settings = evaluate.MeasureOptions(
+        n_ctx=run.options.task_ctx, threads=decoding.threads, gpu_layers=decoding.gpu_layers
+    )
     count = run.options.task_count
     return evaluate.add_tasks(scores, path, run.tasks, settings, count=count, progress=run.progress)
 

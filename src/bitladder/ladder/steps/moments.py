@@ -5,7 +5,7 @@ from typing import Any
 
 from bitladder import calibrate
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
 from bitladder.text import Reading
 
 GRADIENTS = 4.0  # tokens decoded in the time that the gradients of a token take
@@ -38,6 +38,10 @@ class CollectMoments(Step):
             Part("second moments", extent.plain_moments),
             Part("gradients", GRADIENTS * extent.moments),
         ]
+
+    def cuts(self, texts: TextsOfRun) -> list[CutText]:
+        """Each calibration text."""
+        return [CutText("--calibration", text, self.options.decoding.n_ctx) for text in texts.calibration]
 
     def make(self, run: Run) -> Product:
         """Collects both files."""

@@ -6,11 +6,11 @@ from typing import Any
 from bitladder import evaluate, quantize
 from bitladder.files import write_json
 from bitladder.ladder.context import Run
-from bitladder.ladder.layout import naive
 from bitladder.ladder.steps.measure import keep_tokens, measure, measured_with, scoring, task_parts
 from bitladder.ladder.steps.quantize import library_part, recipe_of
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 from bitladder.recipe import write_recipe
+from bitladder.rundir import naive
 
 
 class Naive(Step):

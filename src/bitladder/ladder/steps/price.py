@@ -6,10 +6,11 @@ from typing import Any
 from bitladder.evaluate import BASE
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.quantize import round_amount
-from bitladder.ladder.steps.step import Extent, Part, Product, Step
-from bitladder.plan import PRICES, price_rungs
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
+from bitladder.plan import PRICES, planning_text, price_rungs
 from bitladder.quantize import QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
+from bitladder.text import joined
 
 TYPES = 12  # that are rendered to price a ladder, about
 
@@ -41,6 +42,11 @@ class Price(Step):
             Part("swaps", prices.probe_tokens * share, "whole kinds"),
             Part("swaps", checked, "check single swaps"),
         ]
+
+    def cuts(self, texts: TextsOfRun) -> list[CutText]:
+        """Passages of the calibration texts, on which recipes are measured too."""
+        text = planning_text(joined(texts.calibration), self.options.planning)
+        return [CutText("--calibration", text, self.options.planning.decoding.n_ctx)]
 
     def make(self, run: Run) -> Product:
         """Prices the types of each material."""

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitladder import evaluate, quantize
-from bitladder.calibrate.gradients import why_no_gradients
+from bitladder.calibrate import why_no_gradients
 from bitladder.engine import native
 from bitladder.ladder.context import Run, read_json, text_used
 from bitladder.ladder.options import RunOptions
-from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, write_recipe
 from bitladder.refine import ROUNDED_QUANT, TUNING, guard_json, guard_text, quantize_rounded, tune_in_place
-from bitladder.text import Reading
+from bitladder.text import Reading, Text, set_apart
 
 # Tokens decoded in the time that the library quantizes all weights; i-quants search a codebook for every block.
 LIBRARY, LIBRARY_IQ = 1500, 6000
@@ -73,6 +73,17 @@ class Quantize(Step):
         ]
         return [*parts, Part("tune", TUNE * extent.tuned)] if self.options.tunes else parts
 
+    def cuts(self, texts: TextsOfRun) -> list[CutText]:
+        """Passages for the guard; for tuning each calibration text without its end, and the ends."""
+        options, n_ctx = self.options, self.options.decoding.n_ctx
+        used: list[Text] = []
+        if options.rounds:
+            used.append(guard_text(texts.calibration, options.refine.guard, n_ctx))
+        if options.tunes and why_no_gradients(texts.full) is None:
+            beginnings, ends = set_apart(texts.calibration, options.refine.tuning.held_out_share)
+            used += [*beginnings, ends]
+        return [CutText("--calibration", text, n_ctx) for text in used]
+
     def make(self, run: Run) -> Product:
         """Makes the file."""
         rung, options = self.label, self.options
@@ -103,8 +114,8 @@ class Quantize(Step):
             )
         recipe = recipe_of(run, result, out.name)
         if plan is not None:
-            made = f"bitladder run --mode {plan['mode']}: {plan['made']}"
-            recipe = recipe.model_copy(update={"budget": f"{plan['mode']}, like {rung}", "made": made})
+            origin = f"bitladder run --mode {plan['mode']}: {plan['made']}"
+            recipe = recipe.model_copy(update={"budget": f"{plan['mode']}, like {rung}", "made": origin})
         write_recipe(run.layout.recipe(rung), recipe)
         return Product([out, run.layout.recipe(rung)], {"bytes": result.bytes, "bpw": result.bpw, **facts})
 

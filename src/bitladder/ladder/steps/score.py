@@ -7,9 +7,9 @@ import numpy as np
 from bitladder import evaluate
 from bitladder.files import write_json
 from bitladder.ladder.context import Run, read_json
-from bitladder.ladder.layout import naive
 from bitladder.ladder.others import about
 from bitladder.ladder.steps.step import Product, Step
+from bitladder.rundir import naive
 
 
 class Score(Step):
@@ -55,16 +55,16 @@ class Score(Step):
     def _made(self, run: Run) -> dict[str, Any]:
         """How the rung was made, and how it differs from the preset by itself."""
         rung, options = self.label, self.options
-        made: dict[str, Any] = {"smoothed": run.smoothed(rung)}
+        fields: dict[str, Any] = {"smoothed": run.smoothed(rung)}
         if options.plans:
             plan = read_json(run.files(f"plan {rung}")[0])
-            made |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
+            fields |= {"role": "rung", "mode": plan["mode"], "predicted_kld": plan["predicted_kld"]}
         if options.rounds:
-            made["rounding"] = options.refine.rounding.method
-            made["tuned"] = bool(run.facts(f"quantize {rung}").get("tuned"))
+            fields["rounding"] = options.refine.rounding.method
+            fields["tuned"] = bool(run.facts(f"quantize {rung}").get("tuned"))
         if options.betters:
-            made["paired"] = paired_with_naive(run, rung)
-        return made
+            fields["paired"] = paired_with_naive(run, rung)
+        return fields
 
 
 def paired_with_naive(run: Run, rung: str) -> evaluate.Paired:

@@ -11,9 +11,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitladder.engine.native import library
+from bitladder.engine import library
 from bitladder.keys import Algorithm, settled, versions_of
 from bitladder.ladder.options import RunOptions
+from bitladder.text import Text
 
 if TYPE_CHECKING:
     from bitladder.ladder.context import Run
@@ -45,6 +46,36 @@ class Part:
     def bar(self) -> str:
         """What the label of the progress bar has in it."""
         return self.label or self.kind
+
+
+@dataclasses.dataclass(frozen=True)
+class TextsOfRun:
+    """The texts of a run.
+
+    Parameters:
+        text: what is measured with.
+        calibration: what is calibrated on.
+        full: the full-precision GGUF.
+    """
+
+    text: Text
+    calibration: Sequence[Text]
+    full: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class CutText:
+    """A text that a step cuts into chunks.
+
+    Parameters:
+        flag: the option that names the text.
+        text: the text, or the passages of it that the step uses.
+        n_ctx: tokens of a chunk.
+    """
+
+    flag: str
+    text: Text
+    n_ctx: int
 
 
 class Step(abc.ABC):
@@ -95,6 +126,11 @@ class Step(abc.ABC):
     def parts(self, extent: "Extent") -> list[Part]:
         """The work of the step, part by part. Work that takes no time to speak of has no part."""
         del extent
+        return []
+
+    def cuts(self, texts: TextsOfRun) -> list[CutText]:
+        """The texts that the step cuts into chunks. Before any work it is checked that they are long enough."""
+        del texts
         return []
 
     def completed(self, run: "Run") -> None:

@@ -7,7 +7,7 @@ from bitladder.evaluate import BASE
 from bitladder.files import write_json
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.quantize import library_amount
-from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
 from bitladder.quantize import QuantizeOptions
 from bitladder.refine import SMOOTHING_TRIAL, trial_text, try_smoothing
 
@@ -39,6 +39,11 @@ class SmoothingTrial(Step):
         """Two quants by the library, and two measurements."""
         tokens = 2 * self.options.refine.smoothing.trial_chunks * extent.chunk
         return [Part("trial", 2 * library_amount(self.label) + tokens, "as it is, and smoothed")]
+
+    def cuts(self, texts: TextsOfRun) -> list[CutText]:
+        """Passages of the calibration texts."""
+        n_ctx = self.options.decoding.n_ctx
+        return [CutText("--calibration", trial_text(texts.calibration, self.options.refine.smoothing, n_ctx), n_ctx)]
 
     def make(self, run: Run) -> Product:
         """Measures both, and writes which is better."""

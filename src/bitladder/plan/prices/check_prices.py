@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.plan.measurements import Measurements
 from bitladder.plan.options import PriceOptions
 from bitladder.plan.prices.document import PriceCheck
 from bitladder.progress import SILENT, Progress
+from bitladder.trial import Measurements
 
 
 def check_swaps(

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from bitladder.engine.types import TensorType
+from bitladder.engine import TensorType
 
 
 def probe_type(menu: Sequence[TensorType], bpw: float) -> TensorType:

@@ -10,9 +10,8 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.gradients import FISHER, fisher_costs
-from bitladder.engine.model import Tokens
-from bitladder.engine.types import TensorType
+from bitladder.calibrate import FISHER, fisher_costs
+from bitladder.engine import TensorType, Tokens
 from bitladder.keys import Algorithm
 from bitladder.plan.prices.check_prices import check_swaps
 from bitladder.plan.prices.document import TypePrices

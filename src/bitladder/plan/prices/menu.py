@@ -5,9 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from bitladder.engine.matvec import bytes_per_second
-from bitladder.engine.presets import kernel_needs_importance, storable
-from bitladder.engine.types import TensorType, all_types, type_by_name
+from bitladder.engine import TensorType, all_types, bytes_per_second, kernel_needs_importance, storable, type_by_name
 from bitladder.errors import BitladderError, UsageError, did_you_mean
 from bitladder.gguf import TensorInfo
 

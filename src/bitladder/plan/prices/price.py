@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Mapping
 
 from bitladder.keys import Algorithm
-from bitladder.plan.measurements import Measurements
 from bitladder.plan.options import PriceOptions
 from bitladder.plan.prices.check_prices import check_swaps
 from bitladder.plan.prices.design import first_groups, probe_type, pruned, spaced, split
@@ -19,7 +18,7 @@ from bitladder.plan.prices.document import GroupPrice, PricedFrom, TensorPrices,
 from bitladder.plan.prices.law import Probe, fit
 from bitladder.plan.prices.menu import Menus
 from bitladder.progress import SILENT, Bar, Progress
-from bitladder.trial import RENDERING, SWAPPED_KLD, Measurement, Renderer, render_all
+from bitladder.trial import RENDERING, SWAPPED_KLD, Measurement, Measurements, Renderer, render_all
 
 PRICES = Algorithm(
     "prices",

@@ -19,10 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.types import type_by_name
+from bitladder.engine import Decoding, type_by_name
 from bitladder.evaluate import Figure, HiddenBase, mean
-from bitladder.gguf.names import block_of, kind_of
+from bitladder.gguf import block_of, kind_of
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.options import GuardOptions

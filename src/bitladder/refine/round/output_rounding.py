@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import Moment, MomentsFile, model_sha256
-from bitladder.engine.types import TensorType
+from bitladder.engine import TensorType
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
 from bitladder.rounding import ROUNDING, Rounded, RoundingOptions, can_round, round_tensor

@@ -9,9 +9,8 @@ import tempfile
 from collections.abc import Sequence
 
 from bitladder.calibrate import MomentsFile
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.types import type_by_name
-from bitladder.evaluate import Settings
+from bitladder.engine import Decoding, type_by_name
+from bitladder.evaluate import MeasureOptions
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import PreparedQuant, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
@@ -151,7 +150,7 @@ def _try(
     work: pathlib.Path,
     progress: Progress,
 ) -> GuardReport:
-    settings = Settings(**dataclasses.asdict(trial.decoding) | {"chunks": trial.options.guard_chunks})
+    settings = MeasureOptions(**dataclasses.asdict(trial.decoding) | {"chunks": trial.options.guard_chunks})
     with (
         kept_base(work, stock.file.path, trial.text, settings, progress) as base,
         Guard(base, stock, rounded, types, trial.options, trial.decoding) as guard,

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from bitladder.calibrate import Imatrix
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.progress import Progress
 from bitladder.refine.model_files import Doubles, Floats, column_squares
 from bitladder.refine.options import SmoothingOptions

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from bitladder.calibrate import Imatrix, Moment, MomentsFile, writing_moments
-from bitladder.engine.types import quantize_rows
+from bitladder.engine import quantize_rows
 from bitladder.errors import BitladderError
-from bitladder.gguf.header import TensorInfo
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.refine.model_files import PIECE, Bytes, Floats, Indices, row_pieces
 from bitladder.refine.smooth.links import Link
 from bitladder.refine.smooth.order import Order

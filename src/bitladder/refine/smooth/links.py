@@ -15,8 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from bitladder.errors import BitladderError
-from bitladder.gguf.names import block_of, block_prefix
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile, block_of, block_prefix
 
 
 class SmoothingError(BitladderError):

@@ -12,11 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import watch_chunks
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model
-from bitladder.engine.observe import Multiplication
-from bitladder.gguf.names import name_in_block
-from bitladder.gguf.reader import GgufFile
+from bitladder.engine import Decoding, Model, Multiplication
+from bitladder.gguf import GgufFile, name_in_block
 from bitladder.refine.model_files import Doubles, Floats, Indices, column_squares
 from bitladder.refine.options import SmoothingOptions
 from bitladder.refine.smooth.links import FLOATS

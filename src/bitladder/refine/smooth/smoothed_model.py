@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
-from bitladder.engine.context import logit_differences, sequence_logits
+from bitladder.engine import logit_differences, sequence_logits
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing, sha256_file
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.model_files import Floats, ModelFiles, copy_model

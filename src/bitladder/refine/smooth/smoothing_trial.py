@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.decoding import Decoding
-from bitladder.evaluate import HiddenBase, Settings, paired_mean
+from bitladder.engine import Decoding
+from bitladder.evaluate import HiddenBase, MeasureOptions, paired_mean
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import QuantizeOptions, prepare
@@ -83,7 +83,7 @@ def try_smoothing(
         BitladderError: the preset cannot be made, or a model does not decode.
     """
     chunks = (options or SmoothingOptions()).trial_chunks
-    settings = Settings(**dataclasses.asdict(decoding) | {"chunks": chunks})
+    settings = MeasureOptions(**dataclasses.asdict(decoding) | {"chunks": chunks})
     with (
         tempfile.TemporaryDirectory(
             dir=plain.model.parent if work is None else work, prefix=".trial.", suffix=".tmp"

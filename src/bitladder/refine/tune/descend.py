@@ -6,9 +6,8 @@ import math
 import numpy as np
 import torch
 
-from bitladder.calibrate import UnfinishedWork
-from bitladder.calibrate.gradients.forward import TorchModel
-from bitladder.engine.model import Tokens
+from bitladder.calibrate import TorchModel, UnfinishedWork
+from bitladder.engine import Tokens
 from bitladder.errors import BitladderError
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.options import TuneOptions

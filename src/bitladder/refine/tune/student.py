@@ -5,11 +5,11 @@ import os
 import numpy as np
 import torch
 
-from bitladder.calibrate.gradients.forward import TorchModel
+from bitladder.calibrate import TorchModel
 from bitladder.closing import Closing
-from bitladder.engine.model import Tokens
+from bitladder.engine import Tokens
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 from bitladder.refine.model_files import Bytes
 from bitladder.rounding import TYPES, can_round
 

@@ -6,18 +6,18 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 
-from bitladder.calibrate import UnfinishedWork, job_key
-from bitladder.calibrate.gradients import (
+from bitladder.calibrate import (
     CHECKED_TOKENS,
+    UnfinishedWork,
     check_logits,
+    job_key,
     require_torch,
     torch_threads,
     why_no_gradients,
 )
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.model import Model, Tokens
+from bitladder.engine import Decoding, Model, Tokens
 from bitladder.errors import UsageError
-from bitladder.evaluate import Figure, Settings, mean, measure, paired_mean
+from bitladder.evaluate import Figure, MeasureOptions, mean, measure, paired_mean
 from bitladder.files import replacing, sha256_file
 from bitladder.gguf import GgufFile, refuse_other_model, refuse_other_vectors
 from bitladder.keys import Algorithm
@@ -25,8 +25,7 @@ from bitladder.progress import SILENT, Progress
 from bitladder.quantize import TUNE_KEY
 from bitladder.refine.model_files import Bytes, copy_model
 from bitladder.refine.options import TuneOptions
-from bitladder.text import Text, set_apart
-from bitladder.text.chunks import Reading
+from bitladder.text import Reading, Text, set_apart
 from bitladder.trial import kept_base
 
 TUNING = Algorithm("tuning", ("F16 numbers of blocks move by gradients of the KLD of the whole model",))
@@ -116,7 +115,7 @@ def tune(
         _write(quant, temporary, blocks, remark)
         before = after = difference = None
         if held_out is not None:
-            settings = Settings(**dataclasses.asdict(decoding) | {"chunks": options.tune_guard_chunks})
+            settings = MeasureOptions(**dataclasses.asdict(decoding) | {"chunks": options.tune_guard_chunks})
             before, after, difference = _try(_Files(full, quant, temporary), held_out, settings, progress)
         kept = difference is None or difference.value < 0
         if not kept:
@@ -164,7 +163,7 @@ def tune_in_place(
     return tuned.kept
 
 
-def _try(files: _Files, text: Text, settings: Settings, progress: Progress) -> tuple[Figure, Figure, Figure]:
+def _try(files: _Files, text: Text, settings: MeasureOptions, progress: Progress) -> tuple[Figure, Figure, Figure]:
     """KLD of the quant as it was and tuned, and their paired difference."""
     with (
         tempfile.TemporaryDirectory(dir=files.out.parent, prefix=".tune.", suffix=".tmp") as folder,
@@ -186,7 +185,7 @@ def _descend(
     progress: Progress,
 ) -> tuple[dict[str, Bytes], list[float]]:
     """Blocks by tensor after the descent, and the KLD of each chunk before its step."""
-    from bitladder.calibrate.gradients.forward import TorchModel
+    from bitladder.calibrate import TorchModel
     from bitladder.refine.tune.descend import descend
     from bitladder.refine.tune.student import Student
 

@@ -4,8 +4,8 @@ import html
 
 from bitladder.evaluate import Figure, RunScores
 from bitladder.report.charts.common import LOOKS, Chart, axis, errors, figure
+from bitladder.report.finished_run import FinishedRun, RunModel
 from bitladder.report.numbers import gigabytes, with_error
-from bitladder.report.rundir import Run, RunModel
 from bitladder.report.tables import label
 
 ROW, FRAME = 26, 120  # height of a row and of what surrounds the rows, pixels
@@ -21,7 +21,7 @@ PERCENTILES = (
 )
 
 
-def task_bars(run: Run, name: str) -> Chart:
+def task_bars(run: FinishedRun, name: str) -> Chart:
     """The accuracy in a task in percent ("average": of the five benchmarks). A line shows what guessing gets."""
     models = [model for model in run.models if _accuracy(model.scores, name)]
     data = []
@@ -61,7 +61,7 @@ def _bars(models: list[RunModel], role: str, name: str) -> Chart:
     }
 
 
-def percentiles(run: Run) -> Chart | None:
+def percentiles(run: FinishedRun) -> Chart | None:
     """Percentiles of the KLD over tokens, a row for each model; None if no model has a KLD."""
     models = [model for model in run.quants if model.scores.kld]
     if not models:
@@ -113,7 +113,7 @@ def _guessing(share: float, names: list[str]) -> Chart:
     }
 
 
-def speed(run: Run, test: str) -> Chart:
+def speed(run: FinishedRun, test: str) -> Chart:
     """Tokens per second of a test against the size of the file, with error bars."""
     models = [model for model in [*run.quants, run.base] if model.scores.speed(test)]
     data = [_speeds(models, role, test) for role in ("base", "rung", "naive", "third-party")]

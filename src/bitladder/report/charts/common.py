@@ -1,4 +1,8 @@
-"""What the charts have in common: looks by role, logarithmic axes with round ticks, and texts for hovering."""
+"""What the charts have in common: looks by role, logarithmic axes with round ticks, and texts for hovering.
+
+A chart is a figure of plotly.js as a value: data and layout. Nothing is drawn here. Colours are names such as "@rung".
+The page replaces them by the colours of its light or dark theme.
+"""
 
 import collections
 import html
@@ -7,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bitladder.evaluate import Figure
-from bitladder.gguf.names import kind_of, reading_order
+from bitladder.gguf import kind_of, reading_order
 from bitladder.recipe import Recipe
+from bitladder.report.finished_run import RunModel
 from bitladder.report.numbers import gigabytes, with_error
-from bitladder.report.rundir import RunModel
 
 Chart = dict[str, Any]
 # Role → name in the legend, colour and symbol. Groups differ by symbol too, for readers who cannot tell the colours.

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from bitladder.report.best import worth_their_size
 from bitladder.report.charts.common import LOOKS, Chart, axis, describe, errors, figure
+from bitladder.report.finished_run import FinishedRun, RunModel, TriedRecipe
 from bitladder.report.numbers import gigabytes, with_error
-from bitladder.report.rundir import Run, RunModel, TriedRecipe
 from bitladder.report.tables import count_text
 
 
-def pareto(run: Run) -> Chart | None:
+def pareto(run: FinishedRun) -> Chart | None:
     """The chart; None if no divergence was measured. The `meta` of a trace names its group."""
     quants = [model for model in run.quants if model.scores.kld]
     tried = [recipe for recipe in run.tried.candidates if recipe.kld] if run.tried else []

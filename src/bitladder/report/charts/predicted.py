@@ -8,7 +8,7 @@ import numpy.typing as npt
 from bitladder.evaluate import Figure
 from bitladder.report.charts.common import LOOKS, Chart, axis, describe, errors, figure
 from bitladder.report.charts.pareto import describe_tried
-from bitladder.report.rundir import Run
+from bitladder.report.finished_run import FinishedRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,18 @@ class Agreement:
     spread: tuple[float, float]
 
 
-def prediction_pairs(run: Run) -> list[PredictionPair]:
+def prediction_pairs(run: FinishedRun) -> list[PredictionPair]:
     """All recipes that were predicted and measured. A logarithmic axis has room for positive figures only."""
     pairs = [
-        PredictionPair("candidate", f"{one.rung}: {one.name}", one.predicted_kld, one.kld, describe_tried(one))
-        for one in (run.tried.candidates if run.tried else [])
-        if one.kld and one.predicted_kld is not None
+        PredictionPair(
+            "candidate",
+            f"{candidate.rung}: {candidate.name}",
+            candidate.predicted_kld,
+            candidate.kld,
+            describe_tried(candidate),
+        )
+        for candidate in (run.tried.candidates if run.tried else [])
+        if candidate.kld and candidate.predicted_kld is not None
     ]
     pairs += [
         PredictionPair("rung", rung.label, rung.scores.predicted_kld, rung.scores.kld, describe(rung))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from bitladder.calibrate.statistics import TensorDifference, TensorStatistics, weighted_mean
+from bitladder.calibrate import TensorDifference, TensorStatistics, weighted_mean
 from bitladder.errors import BitladderError
 from bitladder.show.imatrix.tables import DASH, FigureColumn
 

@@ -6,10 +6,10 @@ import pathlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from bitladder.calibrate import Imatrix, read_imatrix
-from bitladder.calibrate.statistics import (
+from bitladder.calibrate import (
     Gaps,
     GroupStatistics,
+    Imatrix,
     ImatrixComparison,
     TensorDifference,
     TensorStatistics,
@@ -19,6 +19,7 @@ from bitladder.calibrate.statistics import (
     find_gaps,
     grouped_differences,
     listed,
+    read_imatrix,
     tensor_statistics,
 )
 from bitladder.errors import UsageError, did_you_mean
@@ -177,7 +178,7 @@ def _side_notes(comparison: ImatrixComparison) -> list[str]:
 
 def _gap_notes(gaps: Sequence[Gaps]) -> list[str]:
     """The gaps of both. A gap that both have is one line."""
-    a, b = (one.lines() for one in gaps)
+    a, b = (gap.lines() for gap in gaps)
     shared = [line for line in a if line in b]
     return shared + [f"{side}: {line}" for side, lines in (("A", a), ("B", b)) for line in lines if line not in shared]
 

@@ -1,4 +1,4 @@
-"""ladder.json, the manifest of a run directory: what was asked for, what is complete, and what it was made from."""
+"""ladder.json, the manifest of a run directory: the options of the run, complete steps, and their inputs."""
 
 import pathlib
 from typing import Any, Literal
@@ -7,11 +7,11 @@ import pydantic
 
 from bitladder.errors import BitladderError
 from bitladder.files import write_json
-from bitladder.ladder.layout import Layout
+from bitladder.rundir.layout import Layout
 
 
 class OutputFile(pydantic.BaseModel):
-    """A file that a step made. `path` is relative to the run directory, with forward slashes; `bytes` its size."""
+    """A file that a step wrote. `path` is relative to the run directory, with forward slashes."""
 
     path: str
     bytes: int
@@ -19,10 +19,14 @@ class OutputFile(pydantic.BaseModel):
 
 
 class StepRecord(pydantic.BaseModel):
-    """A step that is complete: all it depends on (`inputs`), their hash (`key`), what it made, and what it found out.
+    """A complete step. It is not made again while its key and its outputs are as recorded.
 
-    Its presence, with the right key and the outputs as recorded, means that the step need not be done again. `seconds`
-    is the time that it took; nothing depends on it.
+    Parameters:
+        key: hash of the inputs.
+        inputs: everything that the result depends on.
+        outputs: the files.
+        facts: for later steps and the report.
+        seconds: time that the step took. Nothing depends on it.
     """
 
     key: str
@@ -33,7 +37,7 @@ class StepRecord(pydantic.BaseModel):
 
 
 class CachedHash(pydantic.BaseModel):
-    """A file's content hash, good as long as size, time of change and inode stay as they were."""
+    """The content hash of a file. It is valid while size, time of change and inode are the same."""
 
     bytes: int
     mtime_ns: int
@@ -42,11 +46,19 @@ class CachedHash(pydantic.BaseModel):
 
 
 class RunRecord(pydantic.BaseModel):
-    """What the last run was asked for, as far as a reader of the results needs it. No paths, names only.
+    """What a reader of the results must know of the last run. It has names and no paths.
 
-    `mode` says how the types of the rungs were chosen (None: the presets by themselves), `compared` names the
-    scores/NAME.json of files of somebody else, `datasets` the hub's data sets that the calibration text is from.
-    `complete` says that every step of that run is done, so that the files belong together.
+    Parameters:
+        command: the command line that repeats the run.
+        model: name of the model.
+        model_id: its id of the hub, or None.
+        rungs: names of the rungs.
+        n_ctx: tokens of a chunk.
+        quantized_by: who made the quants.
+        mode: how the types of the rungs were chosen; None for the presets by themselves.
+        compared: names of files of somebody else, whose scores are in scores/NAME.json.
+        datasets: data sets of the hub that the calibration text is from.
+        complete: whether every step is complete, so that the files belong together.
     """
 
     command: str
@@ -62,7 +74,13 @@ class RunRecord(pydantic.BaseModel):
 
 
 class Manifest(pydantic.BaseModel):
-    """The whole file. `steps` are by name ("convert", "quantize Q4_K_M", …); `hashes` by a file's name in the run."""
+    """The whole file.
+
+    Parameters:
+        run: the last run.
+        steps: complete steps by name: "convert", "quantize Q4_K_M".
+        hashes: content hashes by the name of the file in the run.
+    """
 
     schema_version: Literal[1] = 1
     run: RunRecord | None = None
@@ -70,12 +88,12 @@ class Manifest(pydantic.BaseModel):
     hashes: dict[str, CachedHash] = {}
 
     def save(self, folder: pathlib.Path) -> None:
-        """Write ladder.json in one step."""
+        """Writes ladder.json in one step."""
         write_json(Layout(folder).manifest, self.model_dump(mode="json"))
 
 
 def load_manifest(folder: pathlib.Path) -> Manifest | None:
-    """The manifest of a run directory, or None if it has none. Raises BitladderError if it cannot be understood."""
+    """The manifest of a run directory, or None. Raises BitladderError if it is damaged."""
     path = Layout(folder).manifest
     try:
         return Manifest.model_validate_json(path.read_bytes())
@@ -94,7 +112,7 @@ def load_manifest(folder: pathlib.Path) -> Manifest | None:
 def complete_manifest(folder: pathlib.Path) -> tuple[Manifest, RunRecord]:
     """The manifest of a finished run, and its run record.
 
-    Raises BitladderError if the directory holds no run, or one that was cut short.
+    Raises BitladderError if the directory has no run, or an unfinished one.
     """
     manifest = load_manifest(folder)
     if manifest is None:

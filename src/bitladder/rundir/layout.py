@@ -81,6 +81,14 @@ class Layout:
         """The smoothed model and what belongs to it."""
         return Smoothed(self.work)
 
+    def model(self, file: str) -> pathlib.Path:
+        """A model file, by its name."""
+        return self.folder / file
+
+    def name(self, path: pathlib.Path) -> str:
+        """A path relative to the run directory, with forward slashes."""
+        return path.relative_to(self.folder).as_posix()
+
     def full(self, stem: str, encoding: str) -> pathlib.Path:
         """The full-precision model."""
         return self.folder / f"{stem}-{encoding}.gguf"

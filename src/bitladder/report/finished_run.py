@@ -1,4 +1,4 @@
-"""A run directory as the report reads it. This is the only place of the report that knows paths of a run directory."""
+"""A finished run as the report reads it from the run directory."""
 
 import dataclasses
 import pathlib
@@ -7,61 +7,13 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from bitladder.calibrate import read_imatrix
-from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
+from bitladder.calibrate import TensorStatistics, read_imatrix, tensor_statistics
 from bitladder.evaluate import Figure, NamedFile, Role, RunScores, read_document, read_scores
-from bitladder.gguf.reader import GgufFile
-from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
+from bitladder.gguf import GgufFile
 from bitladder.recipe import Recipe, read_recipe
+from bitladder.rundir import Layout, Manifest, RunRecord, complete_manifest, naive
 
 D = TypeVar("D", bound=pydantic.BaseModel)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunPaths:
-    """The paths of a run directory that the report reads and writes."""
-
-    folder: pathlib.Path
-
-    @property
-    def card(self) -> pathlib.Path:
-        """The model card."""
-        return self.folder / "README.md"
-
-    @property
-    def page(self) -> pathlib.Path:
-        """The HTML report."""
-        return self.folder / "report.html"
-
-    @property
-    def imatrix(self) -> pathlib.Path:
-        """The importance matrix."""
-        return self.folder / "imatrix.gguf"
-
-    @property
-    def candidates(self) -> pathlib.Path:
-        """Every recipe that was tried."""
-        return self.folder / "candidates.json"
-
-    def prices(self, *, smoothed: bool, both: bool) -> pathlib.Path:
-        """The prices of the smoothed model, or of the model as it is; `both`: the rungs are made of both."""
-        return self.folder / ("sensitivity-plain.json" if both and not smoothed else "sensitivity.json")
-
-    def model(self, file: str) -> pathlib.Path:
-        """A model file, by its name."""
-        return self.folder / file
-
-    def scores(self, name: str) -> pathlib.Path:
-        """The scores of a rung, of "RUNG.naive", of "base" or of somebody else's file."""
-        return self.folder / "scores" / f"{name}.json"
-
-    def recipe(self, name: str) -> pathlib.Path:
-        """The recipe of a rung, of "RUNG.naive" or of somebody else's file."""
-        return self.folder / "recipes" / f"{name}.toml"
-
-    def name(self, path: pathlib.Path) -> str:
-        """A path relative to the run directory, with forward slashes."""
-        return path.relative_to(self.folder).as_posix()
 
 
 class TriedRecipe(pydantic.BaseModel):
@@ -131,11 +83,11 @@ class RunModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run.
 
     Parameters:
-        paths: the run directory.
+        layout: the paths of the run directory.
         manifest: ladder.json.
         record: what the run was asked for.
         full: facts of the full-precision model (`ladder.source.describe`).
@@ -147,7 +99,7 @@ class Run:
         prices: prices of the smoothed model (True) and of the model as it is (False), as far as there are any.
     """
 
-    paths: RunPaths
+    layout: Layout
     manifest: Manifest
     record: RunRecord
     full: dict[str, Any]
@@ -180,70 +132,70 @@ class Run:
         return [self.base, *self.quants]
 
 
-def read_run(folder: pathlib.Path) -> Run:
+def read_run(folder: pathlib.Path) -> FinishedRun:
     """Reads a run directory, except for the shapes of tensors and the importance matrix.
 
     Raises:
         BitladderError: the directory has no finished run, or a file of it is missing or has a wrong form.
     """
-    paths = RunPaths(folder)
+    layout = Layout(folder)
     manifest, record = complete_manifest(folder)
     full = manifest.steps["convert"].facts
     rungs = [
-        RunModel(rung, "rung", read_scores(paths.scores(rung)), read_recipe(paths.recipe(rung)))
+        RunModel(rung, "rung", read_scores(layout.scores(rung)), read_recipe(layout.recipe(rung)))
         for rung in record.rungs
     ]
-    naive = {
-        rung: _model(paths, f"{rung} preset", "naive", f"{rung}.naive")
+    presets = {
+        rung: _model(layout, f"{rung} preset", "naive", naive(rung))
         for rung in record.rungs
-        if paths.scores(f"{rung}.naive").is_file()
+        if layout.scores(naive(rung)).is_file()
     }
-    return Run(
-        paths=paths,
+    return FinishedRun(
+        layout=layout,
         manifest=manifest,
         record=record,
         full=full,
-        base=RunModel(full["encoding"], "base", read_scores(paths.scores("base"))),
+        base=RunModel(full["encoding"], "base", read_scores(layout.scores("base"))),
         rungs=tuple(sorted(rungs, key=lambda model: model.size_order)),
-        naive=naive,
-        others=tuple(_model(paths, name, "third-party", name) for name in record.compared),
-        tried=_optional(paths.candidates, TriedRecipes),
+        naive=presets,
+        others=tuple(_model(layout, name, "third-party", name) for name in record.compared),
+        tried=_optional(layout.candidates, TriedRecipes),
         prices={
             smoothed: prices
-            for smoothed, path in price_paths(paths, [model.scores for model in rungs]).items()
+            for smoothed, path in price_paths(layout, [model.scores for model in rungs]).items()
             if (prices := _optional(path, Prices))
         },
     )
 
 
-def price_paths(paths: RunPaths, rungs: Sequence[RunScores]) -> dict[bool, pathlib.Path]:
+def price_paths(layout: Layout, rungs: Sequence[RunScores]) -> dict[bool, pathlib.Path]:
     """Where the prices of the smoothed model (True) and of the model as it is (False) are.
 
     A run prices the models that its rungs are made of. If all are made of one model there is one file of prices.
     """
     made_of = {scores.smoothed for scores in rungs}
-    return {smoothed: paths.prices(smoothed=smoothed, both=len(made_of) > 1) for smoothed in sorted(made_of)}
+    return {smoothed: layout.sensitivity(plain=len(made_of) > 1 and not smoothed) for smoothed in sorted(made_of)}
 
 
-def read_shapes(run: Run) -> dict[str, tuple[int, ...]]:
+def read_shapes(run: FinishedRun) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in GGUF order, from the header of a model file; empty if there is no such file."""
     for name in [run.full["file"], *(model.scores.model for model in run.rungs)]:
-        path = run.paths.model(name)
+        path = run.layout.model(name)
         if path.is_file():
             with GgufFile(path) as file:
                 return {tensor.name: tuple(tensor.shape) for tensor in file.tensors.values()}
     return {}
 
 
-def read_importance(run: Run) -> list[TensorStatistics]:
+def read_importance(run: FinishedRun) -> list[TensorStatistics]:
     """The statistics of the importance matrix; empty without one. Raises BitladderError if it is damaged."""
-    path = run.paths.imatrix
+    path = run.layout.imatrix
     return tensor_statistics(read_imatrix(path)) if path.is_file() else []
 
 
-def _model(paths: RunPaths, label: str, role: Role, name: str) -> RunModel:
-    recipe = paths.recipe(name)
-    return RunModel(label, role, read_scores(paths.scores(name)), read_recipe(recipe) if recipe.is_file() else None)
+def _model(layout: Layout, label: str, role: Role, name: str) -> RunModel:
+    recipe = layout.recipe(name)
+    return RunModel(label, role, read_scores(layout.scores(name)), read_recipe(recipe) if recipe.is_file() else None)
 
 
 def _optional(path: pathlib.Path, kind: type[D]) -> D | None:

@@ -1,19 +1,20 @@
-"""How a model is measured."""
+"""How a model is measured: the options, the loaded model, and the decoding of a chunk as in llama-perplexity."""
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
-from bitladder.engine.devices import main_memory
-from bitladder.engine.model import Model
-from bitladder.engine.observe import Observer
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.engine import Context, Decoding, Model, Observer, main_memory
 from bitladder.evaluate.identity import parts
 from bitladder.options import option
+from bitladder.text import Chunks
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Decoding):
+class MeasureOptions(Decoding):
     """How a model is measured: how it is decoded, and on how much of a text.
 
     Raises:
@@ -46,3 +47,26 @@ class Settings(Decoding):
         """A context for one chunk at a time."""
         # Logits of several chunks at once need several times the memory and save no time: one sequence is enough.
         return Context(model, self, observer=observer)
+
+
+Floats = npt.NDArray[np.float32]
+
+
+def decode(context: Context, chunks: Chunks, chunk: int) -> Iterator[tuple[int, Floats]]:
+    """Decodes a chunk from an empty context, in batches of the context's n_batch.
+
+    Yields:
+        For each batch with scored positions, the number of scored rows before it and its logits, float32
+        [rows, n_vocab]. The logits are a view of native memory, valid until the next step.
+    """
+    context.clear()
+    inputs = chunks.inputs(chunk)
+    positions = np.arange(chunks.n_ctx, dtype=np.int32)
+    outputs = (positions >= chunks.first) & (positions < chunks.n_ctx - 1)
+    for start in range(0, chunks.n_ctx, context.n_batch):
+        stop = min(start + context.n_batch, chunks.n_ctx)
+        part = slice(start, stop)
+        count = int(outputs[part].sum())
+        context.decode(inputs[part], positions[part], np.zeros(stop - start, np.int32), outputs[part])
+        if count:
+            yield max(start - chunks.first, 0), context.logits()

@@ -1,0 +1,32 @@
+"""The directory of a run: every path of it, and the manifest that says what is complete. A run writes it, the report
+reads it."""
+
+from typing import TYPE_CHECKING
+
+from bitladder.doors import open_door
+
+if TYPE_CHECKING:
+    from bitladder.rundir.layout import NAIVE, Layout, naive
+    from bitladder.rundir.manifest import (
+        CachedHash,
+        Manifest,
+        OutputFile,
+        RunRecord,
+        StepRecord,
+        complete_manifest,
+        load_manifest,
+    )
+
+__all__ = [
+    "NAIVE",
+    "CachedHash",
+    "Layout",
+    "Manifest",
+    "OutputFile",
+    "RunRecord",
+    "StepRecord",
+    "complete_manifest",
+    "load_manifest",
+    "naive",
+]
+open_door(__name__)

@@ -1,1 +1,0 @@
-"""Tables, maps and pictures of importance matrices."""

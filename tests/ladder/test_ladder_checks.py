@@ -1,0 +1,73 @@
+"""Texts that are too short are refused before any work, whichever step they are too short for."""
+
+import pytest
+from plain_options import plain_options
+
+from bitladder.engine import Model
+from bitladder.errors import UsageError
+from bitladder.ladder import run
+from bitladder.ladder.checks import check_texts
+from bitladder.ladder.plan import steps_of
+from bitladder.ladder.steps.step import TextsOfRun
+from bitladder.rundir import load_manifest
+from bitladder.text import Text
+
+N_CTX = 64
+WORD = " language"  # of nine bytes and few tokens: a text of such words has enough bytes and not enough tokens
+
+
+def words(count):
+    return Text.of(f"{count}-words.txt", WORD * count)
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_gguf):
+    with Model(tiny_gguf, vocab_only=True) as model:
+        yield lambda text: len(model.tokenize(text.text))
+
+
+def test_a_short_text_is_refused_before_the_directory_of_the_run_is_made(tiny_gguf, tokens, tmp_path):
+    short, long = words(2 * N_CTX // 5), words(1000)
+    assert tokens(short) < 2 * N_CTX <= len(short.text)
+    for text in (short, long):
+        (tmp_path / text.name).write_text(text.text)
+    for flag, field in (("--text", "text"), ("--calibration", "calibration")):
+        names = {"text": long.name, "calibration": long.name} | {field: short.name}
+        paths = {key: str(tmp_path / name) for key, name in names.items()}
+        paths["calibration"] = (paths["calibration"],)
+        options = plain_options(model=str(tiny_gguf), out=tmp_path / "out", rungs=("Q8_0",), n_ctx=N_CTX, **paths)
+        with pytest.raises(UsageError, match=f"{flag} {short.name} has {tokens(short)} tokens; .* needs {2 * N_CTX}"):
+            run(options)
+        assert not options.out.exists()
+
+
+def test_of_a_checkpoint_the_text_is_refused_when_it_is_converted(tiny_checkpoint, tokens, tmp_path):
+    if not any(tiny_checkpoint.glob("*.safetensors")):
+        pytest.skip("the embedded model is not there")
+    short = words(2 * N_CTX // 5)
+    (tmp_path / short.name).write_text(short.text)
+    options = plain_options(
+        model=str(tiny_checkpoint), out=tmp_path / "out", rungs=("Q8_0",), n_ctx=N_CTX, text=str(tmp_path / short.name)
+    )
+    with pytest.raises(UsageError, match=f"--text {short.name} has"):
+        run(options)
+    assert list(load_manifest(options.out).steps) == ["convert"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed", "step"),
+    [
+        ({}, 2 * N_CTX, "imatrix"),
+        ({"mode": "quality"}, 2 * 256, "price"),  # recipes are measured in chunks of their own length
+        ({"method": "best", "held_out_share": 0.1}, 10 * 2 * N_CTX, "quantize Q8_0"),  # the end of the text
+    ],
+)
+def test_each_step_says_which_texts_it_cuts(changes, needed, step, tiny_gguf, tokens):
+    pytest.importorskip("torch")
+    steps = steps_of(plain_options(rungs=("Q8_0",), n_ctx=N_CTX, **changes))
+    enough, long = needed, words(10_000)
+    while tokens(words(enough)) > needed:
+        enough -= 1
+    check_texts(steps, TextsOfRun(long, [words(enough + needed // 8)], tiny_gguf))
+    with pytest.raises(UsageError, match=f"the step {step} needs"):
+        check_texts(steps, TextsOfRun(long, [words(enough - needed // 8)], tiny_gguf))
