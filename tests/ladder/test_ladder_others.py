@@ -90,7 +90,9 @@ def test_a_file_of_another_model_is_refused_before_the_work(options, tmp_path):
     tiny_models.llama(source)
     convert(source, tmp_path / "llama.gguf", outtype="f16")
     asked = options.replace(compare=(str(tmp_path / "llama.gguf"),), out=tmp_path / "new")
-    with pytest.raises(BitladderError, match=r"--compare llama\.gguf is no quant of this model: another architecture"):
+    with pytest.raises(
+        BitladderError, match=r"--compare llama\.gguf is not a quant of this model: another architecture"
+    ):
         run(asked)
     assert list(load_manifest(tmp_path / "new").steps) == ["convert"]
 

@@ -14,20 +14,20 @@ VERBS = {
     "run": "Make the whole ladder: convert, measure, calibrate, quantize, score, and write the card.",
     "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
     "imatrix": "Compute an importance matrix from calibration texts.",
-    "calibrate": "Collect second moments, which rounding for the output needs, and an importance matrix beside.",
-    "smooth": "Balance a model's channels, so that blocks of it lose less.",
+    "calibrate": "Collect the calibration statistics that --rounding needs, and an imatrix.",
+    "smooth": "Rescale channels: the same model, less quantization loss.",
     "quantize": "Quantize a GGUF to a preset or a recipe.",
-    "tune": "Tune a quant's scales for the whole model's predictions.",
-    "plan": "Choose the type of each tensor from measured costs, or the blocks to leave out.",
-    "recipe": "Show, check, extract, compare and export which type each tensor of a quant has.",
+    "tune": "Tune the scales of a quant: same size, lower KLD.",
+    "plan": "Choose the type of each tensor from measured costs, or rank blocks for pruning.",
+    "recipe": "Show, check, extract, compare and export recipes: the type of each tensor.",
     "stats": "Show what an importance matrix holds, or how two of them differ.",
     "eval": "Measure perplexity and divergence from the full-precision model.",
-    "compare": "Compare quants of one model, whoever made them: quality, types, origin, winner at equal size.",
-    "verify": "Derive a quant's tensors again from the full-precision model and compare bytes.",
+    "compare": "Compare quants of one model from any maker: quality, types, origin, winner at equal size.",
+    "verify": "Make the tensors of a quant again from the full-precision model, and compare the bytes.",
     "bench": "Measure prompt processing and text generation in tokens per second.",
     "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
     "show": "Show the ladder of a run, with a small plot.",
-    "card": "Write the model card of a run again.",
+    "card": "Write the model card and the report of a run again.",
     "push": "Upload a finished run to the Hugging Face hub.",
 }
 
@@ -70,7 +70,7 @@ def invoke(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        message, code = "interrupted; nothing half-written was kept, the same command starts again or goes on", 130
+        message, code = "interrupted; run the same command to continue", 130
     except BitladderError as error:
         message, code = str(error), error.code
     except BrokenPipeError:

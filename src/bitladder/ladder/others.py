@@ -35,7 +35,7 @@ def find_others(specs: Sequence[str], taken: Iterable[str]) -> list[Other]:
         file = fetch(spec, "--compare")
         with GgufFile(file.path) as opened:
             if not opened.tensors or opened.get("general.type", "model") != "model":
-                raise BitladderError(f"--compare {spec} is no model")
+                raise BitladderError(f"--compare {spec} is not a model")
         name = _free_name(file, names)
         names.add(name.lower())
         found.append(Other(name, file.path, file.source))
@@ -47,7 +47,9 @@ def check_headers(other: Other, full: pathlib.Path) -> None:
     with GgufFile(full) as base, GgufFile(other.path) as file:
         for one in check_structure(base, file):
             if one.gravity == "other":
-                raise BitladderError(f"--compare {other.path.name} is no quant of this model: {one.text}; leave it out")
+                raise BitladderError(
+                    f"--compare {other.path.name} is not a quant of this model: {one.text}; leave it out"
+                )
 
 
 def doubts(other: Other, full: pathlib.Path, scores: Scores, threads: int | None, progress: Progress) -> list[str]:

@@ -135,7 +135,7 @@ def _pair_rows(models: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]
         ("KLD mean", lambda s: (_pm(s.paired.kld, 6, sign="+"), None)),
     ]
     for name in models[0].tasks:
-        rows.append((f"{name} (only it : only the other right)", functools.partial(_pair_task, name)))
+        rows.append((f"{name} (right only here : only in the first)", functools.partial(_pair_task, name)))
     rows.append(("average of the five", lambda s: (_pm(s.paired.tasks_average, 2, 100, " %", "+"), None)))
     return rows
 

@@ -33,7 +33,7 @@ def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
     }
     kept = recipe.metadata.get(RECIPE_KEY)
     if kept not in (None, fields["recipe"]):
-        fields["note"] = f"the file names recipe {kept}: its types have been changed since"
+        fields["note"] = f"the file was written with recipe {kept}; its types were changed later"
     return [f"{label:<10} {one_line(str(value))}" for label, value in fields.items() if value]
 
 
