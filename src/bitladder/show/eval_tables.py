@@ -73,7 +73,8 @@ def _noise(noise: "Noise") -> str:
 
 def _pair_title(models: "list[Scores]") -> str:
     per = next((scores.paired.per for scores in models if scores.paired), None)
-    return f"Difference from {models[0].model}, paired" + (f" by {per}" if per else "") + " and question"
+    pairs = [*([per] if per else []), *(["question"] if models[0].tasks else [])]
+    return f"Difference from {models[0].model}, paired by {' and '.join(pairs)}"
 
 
 def _pm(figure: "Figure | None", digits: int, scale: float = 1, unit: str = "", sign: str = "") -> str:
