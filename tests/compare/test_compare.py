@@ -190,7 +190,7 @@ def test_command(folder, capsys, tmp_path):
     assert run(folder, *quants, "-o", tmp_path / "out.json") == 0
     shown = capsys.readouterr().out
     assert "another vocabulary" in shown and "doubtful" in shown
-    assert "base-Q4_0.gguf wins: KLD of far-Q4_0.gguf is +" in shown
+    assert "base-Q4_0.gguf wins: KLD of far-Q4_0.gguf differs by +" in shown
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["base"] == "base.gguf"
     by_name = {one["model"]: one for one in data["models"]}

@@ -82,12 +82,12 @@ def test_the_command_tells_before_it_works(narrow, tmp_path, capsys):
     common = ["quantize", "-m", str(narrow), "Q4_K_M", "--tensor-type", "attn_v=q6_k"]
     assert invoke([*common, "--dry-run"]) == 0
     dry = capsys.readouterr().out
-    for words in ("attn_v.weight", "width does not hold it", "found in", "disk needed"):
+    for words in ("attn_v.weight", "type does not fit", "found in", "disk needed"):
         assert words in dry
     assert invoke([*common, "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert invoke([*common, "-o", str(tmp_path / "q.gguf")]) == 0
     captured = capsys.readouterr()
-    assert "width does not hold it" in captured.err
+    assert "type does not fit" in captured.err
     assert f"{told['bytes']} bytes" in captured.out
     assert (tmp_path / "q.gguf").stat().st_size == told["bytes"] == sum(told["files"])

@@ -193,7 +193,7 @@ def test_the_command(tiny_gguf, prepared, tmp_path, capsys):
     assert said["difference"]["value"] == pytest.approx(said["after"]["value"] - said["before"]["value"], abs=1e-9)
     assert out.is_file()
     assert invoke([*arguments, "-f", "pydoc:test"]) == 2
-    assert "is a text that is tuned on" in capsys.readouterr().err
+    assert "is also a calibration text" in capsys.readouterr().err
 
 
 def test_wrong_inputs(tiny_gguf, prepared, tuned, tmp_path):

@@ -170,10 +170,10 @@ def test_how_it_was_made_is_said(run_dir):
 
 
 def test_a_measurement_on_the_calibration_text_says_so(run_dir):
-    assert "this very text" not in render_card(run_dir)
+    assert "computed on the same text" not in render_card(run_dir)
     for path in (run_dir / "recipes").iterdir():
         path.write_text(path.read_text().replace("cc" * 32, "ee" * 32))
-    assert "this very text" in render_card(run_dir)
+    assert "computed on the same text" in render_card(run_dir)
 
 
 def test_benchmarks_stand_side_by_side_with_their_average(run_dir):
@@ -293,18 +293,18 @@ def test_the_preset_by_itself_and_files_of_others_stand_in_the_same_tables(run_d
     ]
     gained = {row[0]: row[-1] for row in table(card, "Quality")}
     assert gained["Q4_K_M"] == "−0.01230 ± 0.00040"
-    assert "as if both had been measured" not in card
+    assert "were measured on different texts" not in card
     rewrite(run_dir, "Q4_K_M", paired=None)
     rewrite(run_dir, "Q4_K_M.naive", kld=figure(0.03, 0.0005) | {"max": 3.0} | PERCENTILES)
     unpaired = {row[0]: row[-1] for row in table(render_card(run_dir), "Quality")}
     value, error = map(float, unpaired["Q4_K_M"].replace("−", "-").split(" ± "))
     assert (value, error) == (pytest.approx(0.02345 - 0.03), pytest.approx((0.00034**2 + 0.0005**2) ** 0.5, rel=0.02))
-    assert "as if both had been measured" in render_card(run_dir)
+    assert "were measured on different texts" in render_card(run_dir)
     assert {gained[name] for name in gained if name != "Q4_K_M"} == {"–"}
-    assert "◇ the preset by itself" in card and "† made by somebody else (someone/X-GGUF)" in card
+    assert "◇ the plain preset" in card and "† made by others (someone/X-GGUF)" in card
     assert "Compared with: `someone/X-GGUF`" in card
     assert "| a plan for size; rounding: best |" in card
-    assert "someone-Q4_K_M † can be of another checkpoint: PPL is below the full precision's." in card
+    assert "someone-Q4_K_M † may be from another checkpoint: PPL is below the full precision's." in card
 
 
 def test_what_noise_cannot_part_from_the_best_is_bold_with_it(run_dir):

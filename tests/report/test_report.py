@@ -240,7 +240,7 @@ def test_the_command_writes_card_and_report(run_dir):  # noqa: F811
     assert (run_dir / "README.md").read_text() == render_card(run_dir)
     assert (run_dir / "report.html").read_text() == render_report(run_dir)
     done = CliRunner().invoke(command, [str(run_dir)], catch_exceptions=False)
-    assert done.stdout.count("as it was") == 2
+    assert done.stdout.count("unchanged") == 2
 
 
 @pytest.mark.parametrize("name", ["candidates.json", "sensitivity.json"])

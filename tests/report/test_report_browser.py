@@ -124,7 +124,7 @@ def test_nothing_offers_to_send_the_charts_anywhere(page):
 
 def test_groups_and_axes_of_the_plot(page):
     everything = page.traces("chart-pareto")
-    assert set(everything) == {"candidates", "worth their size", "presets by themselves", "by others", "rungs"}
+    assert set(everything) == {"candidates", "better than every smaller file", "plain presets", "by others", "rungs"}
     box = page.find("[data-group=candidate]")
     box.click()
     page.wait("!document.getElementById('chart-pareto').data.some(t => t.name === 'candidates')")

@@ -47,7 +47,7 @@ def test_table_and_plot(folder, capsys):
     assert [line[:1] for line in (lines["Q4_K_M"], lines["Q4_K_M preset ◇"], lines["owner_X †"])] == ["▸", " ", "▸"]
     # Only Q8_0 was timed, and the others' rows do not slip.
     assert lines["Q8_0"].endswith("321.5 ± 2.5") and lines["owner_X †"].rstrip().endswith("–")
-    assert "● Q8_0" in shown and "† somebody else's" in shown
+    assert "● Q8_0" in shown and "† by others" in shown
     assert invoke(["show", str(folder), "--no-plot"]) == 0
     assert "●" not in capsys.readouterr().out
 

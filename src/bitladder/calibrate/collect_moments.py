@@ -240,7 +240,7 @@ class RoundingMomentsOptions(Options):
         "--moments-chunks",
         least=1,
         metavar="N",
-        help="Chunks of each calibration text, from all over it, on which second moments are collected.",
+        help="Chunks of each calibration text, spread over it, for second moments.",
     )
     plain_share: int = option(
         2, least=1, help="Moments in which all tokens count alike are of so many times the chunks."

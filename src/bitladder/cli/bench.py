@@ -20,7 +20,7 @@ from bitladder.show import FORMATS, Output, common_options, render, speed_table
     type=click.Path(path_type=pathlib.Path),
     multiple=True,
     required=True,
-    help="A GGUF file; several take turns, repetition by repetition.",
+    help="A GGUF file. Several files take turns, one repetition each.",
 )
 @options_from(SpeedChoice, parameter="choice")
 @options_from(SpeedOptions)
@@ -29,7 +29,7 @@ from bitladder.show import FORMATS, Output, common_options, render, speed_table
     "--output",
     "out",
     type=click.Path(dir_okay=False, path_type=pathlib.Path),
-    help="Write the rows to this file as well, as its suffix says: .md, .csv, .jsonl, otherwise JSON.",
+    help="Also write the rows to this file. Its suffix sets the format: .md, .csv, .jsonl, otherwise JSON.",
 )
 @click.option("--format", "form", type=click.Choice(["table", *FORMATS]), default="table", show_default=True)
 @common_options

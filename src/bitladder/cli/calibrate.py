@@ -19,7 +19,7 @@ from bitladder.text import Reading, load_text
     "-o", "--output", "out", default="moments.gguf", show_default=True, type=click.Path(path_type=pathlib.Path)
 )
 @click.option(
-    "--imatrix", type=click.Path(path_type=pathlib.Path), help="Write the importance matrix of the same chunks too."
+    "--imatrix", type=click.Path(path_type=pathlib.Path), help="Also write the importance matrix of the same chunks."
 )
 @options_from(MomentsOptions, leave_out=("form",))
 @options_from(Reading, parameter="reading")
@@ -29,7 +29,7 @@ from bitladder.text import Reading, load_text
     "in_files",
     multiple=True,
     type=click.Path(path_type=pathlib.Path),
-    help="Moments to add; may be repeated. Without -f they are only merged.",
+    help="Moments to add; may be repeated. Without -f, they are only merged.",
 )
 @common_options
 def command(
@@ -43,17 +43,17 @@ def command(
     decoding: Decoding,
     in_files: tuple[pathlib.Path, ...],
 ) -> None:
-    """Collect second moments from calibration texts, or merge several files of them.
+    """Collect the calibration statistics that --rounding needs, or merge several files of them.
 
-    Second moments, E[w xxᵀ] of the inputs of every weight, are what rounding for the output needs. Tokens are weighted
-    by what an error there costs: an error at an attention sink reaches every later token. The same command continues an
-    interrupted run.
+    The statistics are second moments: E[w xxᵀ] of the inputs x of every weight. The weight w of a token is the cost of
+    an error there: an error at an attention sink reaches every later token. --imatrix also writes an importance matrix.
+    The same command continues an interrupted run.
     """
     if imatrix and imatrix.resolve() == out.resolve():
         raise UsageError("-o and --imatrix name the same file")
     if not files:
         if imatrix:
-            raise UsageError("an imatrix beside the moments needs a text (-f)")
+            raise UsageError("--imatrix needs a text: pass -f")
         result = merge_moments(out, in_files, progress=output.progress)
     elif model is None:
         raise UsageError("a text needs a model: pass -m")

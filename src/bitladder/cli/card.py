@@ -21,4 +21,4 @@ def command(run_dir: pathlib.Path, *, output: Output) -> None:
         output.print_json([{"path": str(path), "changed": changed} for path, changed in written])
         return
     for path, changed in written:
-        output.line(f"{path}: {'written' if changed else 'as it was'}")
+        output.line(f"{path}: {'written' if changed else 'unchanged'}")

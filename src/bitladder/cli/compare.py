@@ -43,8 +43,8 @@ def command(
 ) -> None:
     """Compare quants of one model: sizes, types, KLD and perplexity with paired ±, and the winner at equal size.
 
-    MODEL is a GGUF file, or one of the hub: OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf. Files that were made from another
-    model or checkpoint than --base are found and named.
+    MODEL is a GGUF file, or one of the hub: OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf. The table marks files that were
+    made from another model or checkpoint than --base.
     """
     output.tame_hub()
     # Imported here, after the bars of the hub were hidden.

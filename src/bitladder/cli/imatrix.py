@@ -26,7 +26,7 @@ from bitladder.text import Reading, load_text
     "in_files",
     multiple=True,
     type=click.Path(path_type=pathlib.Path),
-    help="Matrix to add; may be repeated. Without -f they are only merged.",
+    help="Matrix to add; may be repeated. Without -f, they are only merged.",
 )
 @common_options
 def command(

@@ -43,7 +43,7 @@ def guard(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         default="pydoc:test",
         show_default=True,
         metavar="TEXT",
-        help=f"Text on which {what}: neither calibration's nor the one to judge by; none skips it.",
+        help=f"Text on which {what}. Use neither a calibration text nor your evaluation text. none: no check.",
     )
 
 
@@ -75,9 +75,9 @@ def kept_results(command: Callable[..., Any]) -> Callable[..., Any]:
     folder = click.option(
         "--cache",
         type=click.Path(file_okay=False, path_type=pathlib.Path),
-        help="Folder of results, kept by content.  [default: the user's cache folder]",
+        help="Folder where results are kept.  [default: the user's cache folder]",
     )
-    none = click.option("--no-cache", is_flag=True, help="Measure everything again and keep nothing.")
+    none = click.option("--no-cache", is_flag=True, help="Measure everything again, and keep no results.")
     return folder(none(wrapper))
 
 
@@ -86,5 +86,5 @@ json_file = click.option(
     "--output",
     "out",
     type=click.Path(dir_okay=False, path_type=pathlib.Path),
-    help="Write the JSON to this file as well.",
+    help="Also write the JSON to this file.",
 )

@@ -27,18 +27,18 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 @click.command("plan")
 @click.option("-m", "--model", required=True, type=_FILE, help="Full-precision GGUF.")
 @click.option("--imatrix", type=_FILE, help="Importance matrix of the same model.")
-@click.option("-o", "--output", "out", type=_OUT, help="Recipe to write.  [default: MODEL-TARGET.toml, here]")
+@click.option("-o", "--output", "out", type=_OUT, help="Recipe to write.  [default: MODEL-TARGET.toml]")
 @options_from(TargetOptions, parameter="aim")
 @click.option(
     "--moments",
     type=_FILE,
     multiple=True,
-    help="Second moments (bitladder calibrate): price the blocks of quantize --rounding instead of the library's.",
+    help="Second moments (from bitladder calibrate). Types are then priced with the blocks of quantize --rounding.",
 )
 @click.option(
     "--rounding",
     type=click.Choice(["feedback", "descent", "best"]),
-    help="How those blocks are chosen; needs --moments.  [default: best]",
+    help="Rounding of these blocks; needs --moments.  [default: best]",
 )
 @click.option("--sensitivity", type=_FILE, help="Prices from an earlier plan; with --no-feedback nothing is measured.")
 @options_from(PlanOptions, leave_out=("n_ctx", "chunks"))
@@ -58,8 +58,12 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
     metavar="TOKENS",
     help=f"Tokens of a chunk.  [default: {PlanDecoding().n_ctx}; to prune {PruneOptions().n_ctx}]",
 )
-@click.option("--work", type=click.Path(file_okay=False, path_type=pathlib.Path), help="Folder for what is kept.")
-@click.option("--suggest-prune", is_flag=True, help="Measure the model without each of its blocks instead.")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    help="Folder for measurements and rendered blocks.  [default: MODEL.plan]",
+)
+@click.option("--suggest-prune", is_flag=True, help="Instead, measure what the model loses without each block.")
 @click.option("-f", "--file", "text", help=f"Text to measure on.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]")
 @common_options
 def command(
@@ -81,10 +85,10 @@ def command(
 ) -> None:
     """Choose a type for each tensor: least KLD for a size, or least size for a KLD.
 
-    Every tensor is rendered in every type of the menu and swapped into the loaded model, and the KLD is measured on a
-    text that should be neither the one of the imatrix nor the one to judge by. An exact solver then spends the bytes.
-    Its recipes are measured, prices are corrected, and the problem is solved again. Measurements are kept in --work,
-    so that another target takes little time.
+    The command renders tensors in the types of the menu, swaps them into the loaded model, and measures the KLD on a
+    text. Use neither the calibration text nor your evaluation text. An exact solver then allocates the bytes. Its
+    recipes are measured, the prices are corrected, and the problem is solved again. Measurements are kept in --work, so
+    another target takes little time.
     """
     from bitladder.plan import PlanInputs, Planner, check_target, planned_recipe, target_of
     from bitladder.recipe import write_recipe
@@ -102,7 +106,7 @@ def command(
         if output.json:
             output.print_json(plan_tables.prune_json(ranked))
             return
-        output.line(f"{model.name} without one block, {prune.chunks} chunks of {loaded.name}; the least loss first")
+        output.line(f"{model.name} without one block, {prune.chunks} chunks of {loaded.name}; smallest loss first")
         output.print(plan_tables.prune_table(ranked))
         output.line(plan_tables.prune_line(ranked))
         return

@@ -46,9 +46,9 @@ class _FilesInPlace(click.Command):
 @click.command("quantize", cls=_FilesInPlace)
 @click.argument("words", nargs=-1, metavar="[PRESET]")
 @click.option("-m", "--model", "source", type=_PATH, help="F16, BF16 or F32 GGUF.")
-@click.option("-o", "--output", "out", type=_PATH, help="File to write; one that exists is replaced.")
+@click.option("-o", "--output", "out", type=_PATH, help="File to write. An existing file is replaced.")
 @click.option("--imatrix", type=_PATH, help="Importance matrix of the same model.")
-@click.option("--recipe", type=_PATH, help="Recipe (TOML): the type of each tensor. PRESET then decides the rest only.")
+@click.option("--recipe", type=_PATH, help="Recipe (TOML): the type of each tensor. PRESET decides the others.")
 @click.option("--tensor-type-file", metavar="FILE", help="Entries of --tensor-type in a file, separated by whitespace.")
 @options_from(QuantizeOptions)
 @click.option("--prune-layers", metavar="L0,L1,…", help="Blocks to leave out.")
@@ -58,11 +58,11 @@ class _FilesInPlace(click.Command):
     "--moments",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
-    help="Second moments of the same model, from bitladder calibrate; of several files the mean counts.",
+    help="Second moments of the same model, from bitladder calibrate. Several files are averaged.",
 )
 @shared.guard("rounded blocks must lower KLD")
 @options_from(GuardOptions, parameter="trying")
-@click.option("--dry-run", is_flag=True, help="Show types and the exact size, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the types and the exact size. Write nothing.")
 @shared.threads
 @common_options
 def command(

@@ -104,7 +104,7 @@ def diff(output: Output, a: pathlib.Path, b: pathlib.Path, model: pathlib.Path |
 @command.command("export", short_help="Export for llama-quantize.")
 @click.argument("recipe", type=_FILE)
 @click.option("-o", "--output", "out", type=_FILE, help="File to write the lines to.  [default: print them]")
-@click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF: checks, and leaves out idle lines.")
+@click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF. Lines without effect are left out.")
 @common_options
 def export(output: Output, recipe: pathlib.Path, out: pathlib.Path | None, model: pathlib.Path | None) -> None:
     """Export RECIPE as lines for llama-quantize --tensor-type-file, and show the command that uses them.

@@ -16,23 +16,21 @@ _PATH = click.Path(path_type=pathlib.Path)
 
 @click.command("smooth")
 @click.option("-m", "--model", required=True, type=_PATH, help="Full-precision GGUF: F32, F16, BF16.")
-@click.option(
-    "--imatrix", required=True, type=_PATH, help="Importance matrix of that model: how large its channels are."
-)
+@click.option("--imatrix", required=True, type=_PATH, help="Importance matrix of that model.")
 @click.option("-o", "--output", "out", type=_PATH, help="GGUF to write.  [default: MODEL-smooth.gguf]")
 @click.option(
     "--imatrix-out",
     type=_PATH,
-    help="Importance matrix of the new file, which it needs instead.  [default: beside -o, as NAME.imatrix.gguf]",
+    help="Importance matrix to write for the new file.  [default: NAME.imatrix.gguf in the folder of -o]",
 )
 @click.option(
     "--moments",
     multiple=True,
     type=_PATH,
-    help="Second moments of the model: those of the new file are written beside -o, as NAME.MOMENTS. Can be repeated.",
+    help="Second moments of the model. Those of the new file are written as NAME.MOMENTS. Can be repeated.",
 )
 @options_from(SmoothingOptions)
-@click.option("-f", "--file", "text", help="Text to try it on: the KLD of a Q4_K_M before and after is printed.")
+@click.option("-f", "--file", "text", help="Text for a trial: prints the KLD of Q4_K_M before and after.")
 @options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch"))
 @common_options
 def command(
@@ -46,11 +44,11 @@ def command(
     text: str | None,
     decoding: Decoding,
 ) -> None:
-    """Balance a model's channels before it is quantized: it computes the same, and blocks of it lose less.
+    """Rescale the channels of a model before it is quantized: the same model, less quantization loss.
 
-    Scales move between norms, v, up and the weights behind them, by powers of two, and channels change places. The
-    logits are compared before and after. Quantize the new file with the new importance matrix. Adapters (LoRA) of the
-    model do not fit the new one.
+    Powers of two move between norms, v, up and the weights that read them, and channels are reordered. The logits are
+    compared before and after. Quantize the new file with the new importance matrix. LoRA adapters of the model do not
+    fit the new file.
     """
     from bitladder.refine import smooth_model, try_smoothing
 
@@ -75,9 +73,9 @@ def command(
         f"{out}: {', '.join(done)}; logits moved by {result.moved:.1e} of their range. Its imatrix: {imatrix_out}"
     )
     for path in smoothed.moments:
-        output.line(f"{path}: its second moments")
+        output.line(f"{path}: second moments of the new file")
     if trial is not None:
         output.line(
-            f"{trial.preset} on {trial.tokens} tokens: KLD {trial.before:.5f} as it is, {trial.after:.5f} smoothed "
+            f"{trial.preset} on {trial.tokens} tokens: KLD {trial.before:.5f} original, {trial.after:.5f} smoothed "
             f"(difference ± {trial.error:.5f})"
         )

@@ -14,7 +14,13 @@ _FILE = click.Path(path_type=pathlib.Path)
 @click.argument("imatrix", type=_FILE)
 @click.argument("other", type=_FILE, required=False, metavar="[IMATRIX2]")
 @click.option("-m", "--model", type=_FILE, help="The model's GGUF: lists its weights without an entry.")
-@click.option("--by", type=click.Choice(["tensor", "layer", "kind"]), default="tensor", show_default=True)
+@click.option(
+    "--by",
+    type=click.Choice(["tensor", "layer", "kind"]),
+    default="tensor",
+    show_default=True,
+    help="Rows: each tensor, or averages by layer or kind.",
+)
 @click.option(
     "--sort", metavar="COLUMN", help="Sort by a column, largest first; -COLUMN reverses the order.  [default: by layer]"
 )
@@ -47,7 +53,7 @@ def command(
     if statistic and not plot:
         raise UsageError("--statistic chooses what --plot draws: add --plot FILE")
     if heatmap and form != "table":
-        raise UsageError(f"--heatmap is for the terminal: leave --format {form} away, or use --plot FILE")
+        raise UsageError(f"--heatmap is for the terminal: leave out --format {form}, or use --plot FILE")
     if plot:
         check_target(plot)
     if other:

@@ -19,7 +19,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
 @click.command("tune")
 @click.argument("quant", type=_FILE)
-@click.option("-m", "--model", required=True, type=_FILE, help="The full-precision GGUF it was made from.")
+@click.option("-m", "--model", required=True, type=_FILE, help="The full-precision GGUF that QUANT was made from.")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=pathlib.Path), help="GGUF to write.")
 @click.option("-f", "--file", "files", multiple=True, required=True, help="Calibration text; may be repeated.")
 @options_from(TuneOptions)
@@ -36,17 +36,17 @@ def command(
     guard: str,
     decoding: Decoding,
 ) -> None:
-    """Tune QUANT's scales for the whole model's predictions: same types and bytes, lower KLD.
+    """Tune the scales of QUANT for the predictions of the whole model: same types and size, lower KLD.
 
-    The F16 numbers of blocks move along the gradient of the KLD from the full-precision model; integers stay. Needs
-    torch (pip install 'bitladder[torch]').
+    The F16 numbers of blocks move along the gradient of the KLD from the full-precision model. The integers do not
+    change. Needs torch (pip install 'bitladder[torch]').
     """
     from bitladder.refine import tune
 
     texts = [load_text(spec) for spec in files]
     held_out = None if guard == "none" else load_text(guard)
     if held_out is not None and held_out.sha256 in {text.sha256 for text in texts}:
-        raise UsageError(f"--guard {guard} is a text that is tuned on; name another one")
+        raise UsageError(f"--guard {guard} is also a calibration text; name another text")
     tuned = tune(model, quant, out, texts, held_out, options, decoding, output.progress)
     if output.json:
         facts = dataclasses.asdict(tuned) | {"path": out.name, "sha256": sha256_file(out)}
@@ -63,6 +63,6 @@ def command(
             f"tuned (difference {gap.value:+.5f} ± {gap.error:.5f}, paired)"
         )
     else:
-        output.line("not tried on held-out text (--guard none)")
+        output.line("not checked on held-out text (--guard none)")
     if not tuned.kept:
-        output.line("that is no gain: the file is QUANT as it was")
+        output.line("no gain: the file is a copy of QUANT")

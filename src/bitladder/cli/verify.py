@@ -14,13 +14,15 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
 @click.command("verify")
 @click.argument("quant", type=_FILE)
-@click.option("-m", "--model", "source", required=True, type=_FILE, help="The full-precision GGUF it was made from.")
-@click.option("--imatrix", type=_FILE, help="The importance matrix it was made with.")
+@click.option(
+    "-m", "--model", "source", required=True, type=_FILE, help="The full-precision GGUF that QUANT was made from."
+)
+@click.option("--imatrix", type=_FILE, help="The importance matrix that QUANT was made with.")
 @click.option(
     "--moments",
     type=_FILE,
     multiple=True,
-    help="The second moments it was made with, if it was rounded for the output.",
+    help="The second moments that QUANT was made with, if it was made with --rounding.",
 )
 @options.threads
 @common_options
@@ -32,7 +34,7 @@ def command(
     moments: tuple[pathlib.Path, ...],
     threads: int | None,
 ) -> None:
-    """Derive every tensor of QUANT again and compare its bytes: exit code 1 if one differs."""
+    """Make every tensor of QUANT again, and compare the bytes. The exit code is 1 if a tensor differs."""
     from bitladder.refine import verify
 
     verified = verify(quant, source, imatrix=imatrix, moments=moments, threads=threads, progress=output.progress)
@@ -44,6 +46,6 @@ def command(
     if verified.differing:
         some = ", ".join(verified.differing[:4]) + (", …" if len(verified.differing) > 4 else "")
         raise BitladderError(
-            f"{len(verified.differing)} tensors of {quant} cannot be derived from {source} and these files ({some}); "
+            f"{len(verified.differing)} tensors of {quant} cannot be made from {source} and these files ({some}); "
             "another imatrix, other options or another version of the library made them"
         )

@@ -208,16 +208,16 @@ def perplexity_sign(gap: Figure, kld: float, doubted: bool) -> list[OriginFindin
     if gap.value >= -SURE_PPL * gap.error or not gap.error:
         return []
     ratio = math.exp(gap.value)
-    lower = f"its perplexity is below the base's, by {100 * (1 - ratio):.2f} ± {100 * ratio * gap.error:.2f} %"
+    lower = f"its perplexity is below that of the base by {100 * (1 - ratio):.2f} ± {100 * ratio * gap.error:.2f} %"
     if doubted:
-        return [OriginFinding("sign", "perplexity", f"{lower}: rounding does not do that; another checkpoint does")]
+        return [OriginFinding("sign", "perplexity", f"{lower}: rounding cannot cause that; another checkpoint can")]
     if -gap.value > kld:
         text = (
-            f"{lower}, which is more than its KLD of {kld:.4f}: rounding does not do that; another checkpoint does, "
-            "one so near that rounding to these types hides the difference of the weights"
+            f"{lower}, which is more than its KLD of {kld:.4f}: rounding cannot cause that; another checkpoint can, "
+            "if it is so similar that rounding to these types hides the difference of the weights"
         )
         return [OriginFinding("sign", "perplexity", text)]
-    text = f"{lower}: rounding can flatten a model that is too sure of itself on this text; judge it by its KLD"
+    text = f"{lower}: rounding can do that to a model that is overconfident on this text; judge it by its KLD"
     return [OriginFinding("note", "perplexity", text)]
 
 

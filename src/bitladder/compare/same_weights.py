@@ -119,9 +119,10 @@ def judge(measured: WeightDistances) -> list[OriginFinding]:
             OriginFinding(
                 "sign",
                 "weights",
-                f"its weights are not the base's, rounded: {kind} in {type_name} is {farthest.share:.2%} away, and "
-                f"rounding to that type makes {farthest.expected:.2%} ({len(far)} of {len(measured.matrices)} kinds "
-                "are too far); it was made from another checkpoint, or changed on purpose",
+                f"its weights are not rounded weights of the base: {kind} in {type_name} differs by "
+                f"{farthest.share:.2%}, and rounding to that type gives {farthest.expected:.2%} ({len(far)} of "
+                f"{len(measured.matrices)} kinds differ too much); it was made from another checkpoint, or changed on "
+                "purpose",
             )
         )
     moved = {kind: norms.share for kind, norms in measured.vectors.items() if norms.share > VECTOR_LIMIT}
@@ -131,7 +132,7 @@ def judge(measured: WeightDistances) -> list[OriginFinding]:
             OriginFinding(
                 "sign",
                 "weights",
-                f"norms or biases, which quantizers keep, differ from the base's (most of all {kind}, by "
+                f"norms or biases, which quantizers keep, differ from those of the base (mostly {kind}, by "
                 f"{moved[kind]:.2%}): it was made from another checkpoint, or tuned afterwards",
             )
         )

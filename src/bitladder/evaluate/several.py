@@ -47,7 +47,7 @@ class EvalOptions(Options):
         None,
         "--base",
         metavar="FILE",
-        help="The full-precision GGUF to compare with, whose predictions are kept, or a file of its predictions.",
+        help="The full-precision GGUF to compare with (its predictions are kept), or a file of its predictions.",
     )
     base_file: pathlib.Path | None = option(
         None,
@@ -61,7 +61,7 @@ class EvalOptions(Options):
         None,
         "--kl-divergence-base",
         metavar="FILE",
-        help="llama-perplexity's file of log-probabilities: written from the model, or read with --kl-divergence.",
+        help="Log-probabilities in llama-perplexity's format: written from the model, or read with --kl-divergence.",
     )
     read_logits: bool = option(False, "--kl-divergence", help="Compare with --kl-divergence-base.")
     text: str | None = option(
@@ -71,7 +71,7 @@ class EvalOptions(Options):
         metavar="TEXT",
         names="text",
         help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration).",
-        unset=f"{TEXT}; no text if there is nothing but --tasks",
+        unset=f"{TEXT}; no text if only --tasks is used",
     )
     tasks: str | None = option(
         None,

@@ -52,9 +52,9 @@ def check_options(
                 "Use a longer text or a smaller --ctx-size"
             )
     if source.is_gguf and (options.outtype != "auto" or options.converter):
-        progress.warn("MODEL is a GGUF already: --outtype and --converter have no effect")
+        progress.warn("MODEL is already a GGUF: --outtype and --converter have no effect")
     if text.sha256 in {calibrated.sha256 for calibrated in calibration}:
-        progress.warn(f"{text.name} is measured with and calibrated on: the figures will be better than on other text")
+        progress.warn(f"{text.name} is used to calibrate and to measure: the figures will be better than on other text")
 
 
 def refuse_other_model(options: RunOptions, source: Source, store: Store) -> None:

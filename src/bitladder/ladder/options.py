@@ -34,7 +34,7 @@ class RunOptions(Options):
         "--out",
         names="file",
         metavar="DIR",
-        help="Directory for everything. A run that was interrupted continues there.",
+        help="Directory of the run. An interrupted run continues there.",
     )
     replace_model: bool = option(
         False,
@@ -53,7 +53,7 @@ class RunOptions(Options):
         metavar="TEXT",
         help="Text to calibrate on: a file, or a built-in text.",
     )
-    text: str = option(BUILTIN[1], "--text", names="text", metavar="TEXT", help="Text to measure with.")
+    text: str = option(BUILTIN[1], "--text", names="text", metavar="TEXT", help="Text to measure on.")
     chunks: int | None = option(
         None, "--chunks", least=1, metavar="N", unset="all", help="Measure on at most N chunks of the text."
     )
@@ -68,8 +68,8 @@ class RunOptions(Options):
     mode: Mode = option(
         "quality",
         "--mode",
-        help="quality: best file at the size of the preset; size: smallest file at the KLD of the preset; naive: the "
-        "types of the preset.",
+        help="quality: best file at the preset's size; size: smallest file at the preset's quality; naive: the "
+        "preset's types.",
     )
     moments: RoundingMomentsOptions = option(RoundingMomentsOptions)
     refine: RefineOptions = option(RefineOptions)
@@ -77,7 +77,7 @@ class RunOptions(Options):
     smooth: bool | None = option(
         None,
         "--smooth/--no-smooth",
-        unset="yes, but for --mode naive --rounding stock",
+        unset="yes, except with --mode naive --rounding stock",
         help="Rescale channels first: the same model, less quantization loss.",
     )
     tasks: str | None = option(
@@ -88,7 +88,7 @@ class RunOptions(Options):
         help="Benchmarks to score with, as for eval: NAME:FILE,… or continuation:TEXT.",
     )
     task_count: int | None = option(
-        None, "--task-count", least=1, metavar="N", unset="all", help="Questions of each task, drawn."
+        None, "--task-count", least=1, metavar="N", unset="all", help="Questions of each task, drawn at random."
     )
     task_ctx: int = 768
     compare: tuple[str, ...] = option(
@@ -96,7 +96,7 @@ class RunOptions(Options):
         "--compare",
         names="model",
         metavar="MODEL",
-        help="A GGUF of somebody else to measure beside the ladder: a file, OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf.",
+        help="GGUF of another maker to measure with the ladder: a file, OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf.",
     )
     bench: bool = option(True, "--bench/--no-bench", help="Measure tokens per second.")
     bench_tests: tuple[tuple[int, int], ...] = ((512, 0), (0, 128), (1024, 1024))
@@ -113,7 +113,7 @@ class RunOptions(Options):
         help="Convert with this script (convert_hf_to_gguf.py of llama.cpp), for models that bitladder does not know.",
     )
     quantized_by: str | None = option(
-        None, "--quantized-by", metavar="NAME", decides=False, help="Who made the quants, for the card."
+        None, "--quantized-by", metavar="NAME", decides=False, help="Name of the maker of the quants, for the card."
     )
     model_id: str | None = option(
         None, "--base-model", metavar="ID", decides=False, help="Hub id of MODEL, for the card of a local model."

@@ -46,7 +46,7 @@ def find_others(specs: Sequence[str], reserved: Iterable[str]) -> list[Other]:
         file = fetch(spec, "--compare")
         with GgufFile(file.path) as opened:
             if not opened.tensors or opened.get("general.type", "model") != "model":
-                raise BitladderError(f"--compare {spec} is not a model; name a quant of the model that is run")
+                raise BitladderError(f"--compare {spec} is not a model")
         name = _free_name(file, names)
         names.add(name.lower())
         others.append(Other(name, file.path, file.source))

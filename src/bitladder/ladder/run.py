@@ -102,7 +102,7 @@ def tell(tracker: Tracker, step: Step, layout: Layout) -> None:
     if step.rung and step.verb == "measure":
         tracker.rung_scored(step.rung, read_json(layout.measured(step.rung)))
     elif step.rung and step.verb == "naive":
-        tracker.rung_scored(step.rung, read_json(layout.scores(naive(step.rung))), "the preset by itself")
+        tracker.rung_scored(step.rung, read_json(layout.scores(naive(step.rung))), "plain preset")
 
 
 def run_record(options: RunOptions, source: Source, others: list[Other]) -> RunRecord:

@@ -122,7 +122,7 @@ class Store:
             if not path.is_file():
                 return f"{output.path} is missing"
             if path.stat().st_size != output.bytes or self.sha256(path, output.path) != output.sha256:
-                return f"{output.path} is not as it was written"
+                return f"{output.path} was changed after it was written"
         return None
 
     def _tell_left_over(self, last: StepRecord | None, record: StepRecord) -> None:
@@ -130,7 +130,7 @@ class Store:
         names = {output.path for output in record.outputs}
         for output in last.outputs if last and names else []:
             if output.path not in names and self.path(output).exists():
-                self._progress.info(f"{output.path} is left from before and no longer part of the ladder")
+                self._progress.info(f"{output.path} is from an earlier run and no longer part of the ladder")
 
     def _save(self) -> None:
         self.manifest.save(self.folder)
@@ -183,7 +183,7 @@ def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
         for path in sorted(folder.glob(pattern)):
             if not any(part.exists() and path.samefile(part) for part in kept):
                 raise UsageError(
-                    f"--out {folder} already has {path.name}, which no run has made; name another directory"
+                    f"--out {folder} already has {path.name}, which bitladder run did not make; name another directory"
                 )
 
 
@@ -228,7 +228,7 @@ def _open_lock(folder: pathlib.Path) -> int:
         if not _lock(descriptor):
             holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(descriptor)
-            raise BitladderError(f"another bitladder is at work in {folder} (process {holder}); wait until it is done")
+            raise BitladderError(f"another bitladder runs in {folder} (process {holder}); wait until it ends")
         # The last holder may have removed the file after it was opened here: then the lock is on no name any more.
         if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
             return descriptor

@@ -51,8 +51,8 @@ class Constraints(Options):
 class LawOptions(Options):
     """How the law through the measured swaps is fitted (`prices.law`)."""
 
-    least_exponent: float = option(0.5, least=0, help="Smallest exponent of the error that is believed.")
-    most_exponent: float = option(2.0, least=0, help="Largest exponent of the error that is believed.")
+    least_exponent: float = option(0.5, least=0, help="Smallest exponent of the error that is accepted.")
+    most_exponent: float = option(2.0, least=0, help="Largest exponent of the error that is accepted.")
     exponent_damping: float = option(
         1.0,
         least=0,

@@ -220,7 +220,7 @@ class Planner(Closing):
         if kept is not None:
             menus = self.menus(self.window(bpw), *presets)
             if kept.covers({name: [kind.name for kind in menu] for name, menu in menus.items()}):
-                self.progress.info(f"prices of {path.name}: nothing is measured again for them")
+                self.progress.info(f"prices are those of {path.name} and are not measured again")
                 return kept
         prices = self.price(self.window(bpw), *presets)
         prices.save(path)

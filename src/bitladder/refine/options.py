@@ -14,19 +14,21 @@ from bitladder.text import HELD_OUT
 class SmoothingOptions(Options):
     """How channels are balanced and ordered, and how that is tried."""
 
-    scales: bool = option(True, "--scales/--no-scales", help="Balance channels.")
+    scales: bool = option(True, "--scales/--no-scales", help="Rescale channels.")
     order: bool = option(
         True,
         "--order/--no-order",
-        help="Order channels, where the head is the token embedding and so has no scales to move.",
+        help="Reorder channels, if the head is the token embedding (it then has no scales to move).",
     )
     most_powers: int = option(6, least=0, help="Powers of two by which a channel may be scaled, to either side.")
     # Products are the same but for what F16 rounds, which leaves 0.002 in 30 blocks. A wrong scale in one left 0.1.
     tolerance: float = option(0.01, least=0, help="How far logits may move, as a share of their range.")
     outliers: int = option(64, least=0, help="Channels at most that are examined as the large ones of a block.")
     order_chunks: int = option(16, least=1, help="Chunks of random tokens that show which channels are large.")
-    trial_chunks: int = option(8, "--trial-chunks", least=1, metavar="N", help="Chunks on which smoothing is tried.")
-    trial_offset: float = option(0.25, least=0, most=1, help="Where in a calibration text these passages begin.")
+    trial_chunks: int = option(8, "--trial-chunks", least=1, metavar="N", help="Chunks for the trial of smoothing.")
+    trial_offset: float = option(
+        0.25, least=0, most=1, help="Where in a calibration text these passages begin (0 to 1)."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +36,13 @@ class GuardOptions(Options):
     """How rounded blocks are tried."""
 
     guard_chunks: int = option(
-        8, "--guard-chunks", least=1, metavar="N", help="Chunks of held-out text on which blocks are tried."
+        8, "--guard-chunks", least=1, metavar="N", help="Chunks of held-out text on which rounded blocks are checked."
     )
-    guard_offset: float = option(0.5, least=0, most=1, help="Where in a calibration text these passages begin.")
+    guard_offset: float = option(
+        0.5, least=0, most=1, help="Where in a calibration text these passages begin (0 to 1)."
+    )
     unclear: int = option(
-        4, least=0, help="Layers (or groups of layers) that are examined at most though they do no harm as a whole."
+        4, least=0, help="Most layers (or groups of layers) that are examined although they do no harm as a whole."
     )
     single_layers: int = option(3, least=0, help="With more layers than this, groups of layers are examined first.")
 
@@ -52,12 +56,12 @@ class TuneOptions(Options):
         "--tune-chunks",
         least=0,
         metavar="N",
-        help="Chunks of each calibration text, from all over it, on which scales are tuned. 0 turns tuning off.",
+        help="Chunks of each calibration text for tuning. For run: 0 turns tuning off; ignored with --rounding stock.",
     )
     tune_rate: float = option(
-        3e-4, "--tune-rate", least=1e-12, most=0.1, help="How far one chunk moves a scale at most, as a share of it."
+        3e-4, "--tune-rate", least=1e-12, most=0.1, help="Largest change of a scale by one chunk, as a share of it."
     )
-    tune_seed: int = option(0, "--tune-seed", least=0, help="Of the order of chunks.")
+    tune_seed: int = option(0, "--tune-seed", least=0, help="Seed of the order of chunks.")
     warm_up: int = option(10, least=1, help="Steps over which the rate grows; then it falls along half a cosine.")
     mean_decay: float = option(0.9, least=0, most=1, help="Of the mean of gradients (β₁).")
     square_decay: float = option(0.98, least=0, most=1, help="Of the mean of their squares (β₂).")

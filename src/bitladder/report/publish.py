@@ -69,7 +69,7 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
         if not excluded:
             raise UsageError(f"--exclude {pattern} matches none of {', '.join(files)}")
         if layout.name(layout.card) in excluded:
-            raise UsageError(f"--exclude {pattern} leaves the card out, without which the hub shows nothing")
+            raise UsageError(f"--exclude {pattern} leaves out the card, which the hub needs")
         for name in excluded:
             del files[name]
     return list(files.values())
@@ -139,7 +139,7 @@ def check_private(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> Non
             text = (folder / entry.name).read_text(encoding="utf-8", errors="replace")
             if len(here) > 1 and here in text:
                 raise BitladderError(
-                    f"{folder / entry.name} contains the path {here}; take it out, or make the file again"
+                    f"{folder / entry.name} contains the path {here}; remove it, or make the file again"
                 )
 
 
@@ -150,7 +150,7 @@ def warnings(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> list[str
     front = front_matter(folder)
     base = front.get("base_model")
     if not base:
-        lines.append(f"{card} names no base_model: the hub will not show whose quants these are (--base-model of run)")
+        lines.append(f"{card} names no base_model: the hub will not show the source model (--base-model of run)")
     elif not all(_ID.fullmatch(str(name)) for name in (base if isinstance(base, list) else [base])):
         lines.append(f"{card}: base_model {base} is not a hub id (OWNER/NAME)")
     if not front.get("license"):
@@ -160,7 +160,7 @@ def warnings(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> list[str
         if entry.rung is None:
             continue
         if word := side_word(entry.name):
-            lines.append(f'{entry.name}: llama.cpp takes no file with "{word}" in its name for a model')
+            lines.append(f'{entry.name}: llama.cpp does not load a file with "{word}" in its name as a model')
         elif (picked := pick(names, entry.rung)) != entry.name:
             lines.append(f"{entry.name}: -hf REPO:{entry.rung} takes {picked}")
         if entry.bytes > MOST_BYTES:

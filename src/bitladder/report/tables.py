@@ -34,8 +34,8 @@ METRICS = {
         "many percentage points such a probability typically changes."
     ),
     "Same top token": (
-        "The share of places at which quant and full precision have the same likeliest token. At all other places "
-        "greedy decoding takes another token."
+        "The share of positions at which quant and full precision have the same likeliest token. At all other "
+        "positions greedy decoding takes another token."
     ),
 }
 SPEED = (

@@ -13,7 +13,7 @@ from bitladder.gguf import block_of, kind_of, reading_order
 from bitladder.report.finished_run import FinishedRun, read_importance, read_shapes
 
 # What the prices of a file are of, by whether it is made of the smoothed model.
-PRICED_MODELS = {True: "the smoothed model", False: "the model as it is"}
+PRICED_MODELS = {True: "the smoothed model", False: "the original model"}
 # Field of the statistics, its heading, and whether it is shown in percent.
 STATISTICS = (
     ("sum", "Σ(Act²)", False),
@@ -29,7 +29,7 @@ class Tensors:
 
     Parameters:
         tensors: name, place, size, statistics and prices of each tensor, in reading order. A price is found by the
-            model that was priced ("the smoothed model", "the model as it is") and the type.
+            model that was priced ("the smoothed model", "the original model") and the type.
         files: by label, the type of each tensor in that order; "" if the file does not have the tensor.
         made_of: by label, the model that the prices of the file are of.
         presets: by rung, the label of the preset by itself.

@@ -19,7 +19,8 @@ class RoundingOptions(Options):
     method: Method = option(
         "best",
         "--rounding",
-        help="How blocks are chosen: by the library's kernels (stock), or for the output of the layer.",
+        help="stock: llama.cpp's rounding; best: lower loss, hours for large models; feedback, descent: simpler "
+        "forms of best.",
     )
     damping: float = option(0.1, least=0, help="Added to the diagonals of second moments, as a share of their mean.")
     shrinkage: float = option(

@@ -21,7 +21,7 @@ def comparison_sections(comparison: "QuantComparison") -> list[tuple[str, Any]]:
         for finding in model.findings
     ]
     if odd:
-        sections.append(("\nWhat they are", odd))
+        sections.append(("\nFindings", odd))
     if verdicts := _verdicts(comparison, labels):
         sections.append(("\nAt equal size", verdicts))
     sections.append(("\nTypes by kind", _type_table(comparison, labels)))
@@ -91,7 +91,7 @@ def _model_table(comparison: "QuantComparison", labels: list[str]) -> Any:
     table.add_column("model", overflow="fold")
     for head in ("GB", "bpw", "PPL", "PPL vs base", "KLD", "RMS Δp", "same top"):
         table.add_column(head, justify="right")
-    table.add_column("is")
+    table.add_column("finding")
     table.add_column("beaten by", overflow="fold")
     labelled = zip(labels, comparison.models, strict=True)
     for label, model in sorted(labelled, key=lambda pair: pair[1].bytes):
@@ -139,8 +139,8 @@ def _verdicts(comparison: "QuantComparison", labels: list[str]) -> list[str]:
     for group in comparison.groups:
         first, second = labels[group.members[0]], labels[group.members[1]]
         sizes = " and ".join(f"{comparison.models[index].bytes:,}" for index in group.members[:2])
-        gap = f"KLD of {second} is {_gap(group.gaps[0])} from it"
-        verdict = f"{first} wins" if group.sure else f"{first} and {second} are level within noise"
+        gap = f"KLD of {second} differs by {_gap(group.gaps[0])}"
+        verdict = f"{first} wins" if group.sure else f"{first} and {second} tie within noise"
         lines.append(f"{verdict}: {gap} ({sizes} bytes)")
         for index, figure in zip(group.members[2:], group.gaps[1:], strict=True):
             lines.append(f"  then {labels[index]}: {_gap(figure)}")

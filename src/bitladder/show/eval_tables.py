@@ -72,7 +72,8 @@ def _noise(noise: "Noise") -> str:
 
 def _pair_title(models: "list[Scores]") -> str:
     per = next((scores.paired.per for scores in models if scores.paired), None)
-    return f"Difference from {models[0].model}, paired" + (f" by {per}" if per else "") + " and question"
+    pairs = [*([per] if per else []), *(["question"] if models[0].tasks else [])]
+    return f"Difference from {models[0].model}, paired by {' and '.join(pairs)}"
 
 
 def _pm(figure: "Figure | None", digits: int, scale: float = 1, unit: str = "", sign: str = "") -> str:
@@ -134,7 +135,7 @@ def _pair_rows(models: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]
         ("KLD mean", lambda s: (_pm(s.paired.kld, 6, sign="+"), None)),
     ]
     for name in models[0].tasks:
-        rows.append((f"{name} (only it : only the other right)", functools.partial(_pair_task, name)))
+        rows.append((f"{name} (right only here : only in the first)", functools.partial(_pair_task, name)))
     rows.append(("average of the five", lambda s: (_pm(s.paired.tasks_average, 2, 100, " %", "+"), None)))
     return rows
 

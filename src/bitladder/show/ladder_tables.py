@@ -14,8 +14,8 @@ from bitladder.show.scatter import Point, scatter
 MARKS = {"rung": "●", "naive": "◇", "third-party": "†"}
 LEGEND = {
     "rung": "● a rung",
-    "naive": "◇ the preset by itself",
-    "third-party": "† somebody else's",
+    "naive": "◇ a plain preset",
+    "third-party": "† by others",
 }
 # Columns of the report's table → their headings in the terminal.
 COLUMNS = {"PPL": "PPL", "ρPPL": "ρPPL", "KLD": "KLD", "RMS Δp": "RMS Δp", "Same top token": "same top"}

@@ -205,8 +205,8 @@ def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --json, --quiet and -v to a command, and gives it an `output`."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on stdout.")
-    @click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks; warnings and errors stay.")
-    @click.option("-v", "--verbose", is_flag=True, help="Show what the native library logs.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print no progress and no remarks, only warnings and errors.")
+    @click.option("-v", "--verbose", is_flag=True, help="Show the log of the native library.")
     @functools.wraps(function)
     def wrapper(*args: Any, as_json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
         return function(*args, output=Output(json=as_json, quiet=quiet, verbose=verbose), **kwargs)

@@ -35,7 +35,7 @@ def _shares(label: str, rows: list[Share]) -> Table:
 
 
 def _moved(rows: list[MovedTensors]) -> Table:
-    table = _table("against the preset", "", "tensors", "KB", "KLD, nats", "nats/MB", "layers")
+    table = _table("change from the preset", "", "tensors", "KB", "KLD, nats", "nats/MB", "layers")
     arrows = {"up": "▲", "down": "▼", "level": "="}
     for row in rows:
         kld = "" if row.kld is None else f"{row.kld:+.5f}"
@@ -67,7 +67,7 @@ def lines(result: PlanResult, target: Target) -> Iterator[str]:
     cost = result.allocation
     yield (
         f"predicted KLD {result.predicted_kld:.5f} nats; price {cost.price * 1e6:.6f} nats per MB; "
-        + ("proved optimal by these prices" if cost.gap <= 1e-6 else f"within {100 * cost.gap:.4f} % of the optimum")
+        + ("proved optimal for these prices" if cost.gap <= 1e-6 else f"within {100 * cost.gap:.4f} % of the optimum")
     )
     if result.feedback is not None:
         best = result.feedback.best
@@ -75,13 +75,13 @@ def lines(result: PlanResult, target: Target) -> Iterator[str]:
         preset = next((recipe for recipe in result.feedback.tried if recipe.name.startswith("preset ")), None)
         if preset is not None:
             yield (
-                f"{preset.name} by itself: {preset.bytes:,} bytes, KLD {_figure(preset.figure)}; the plan has "
+                f"{preset.name}: {preset.bytes:,} bytes, KLD {_figure(preset.figure)}; the KLD of the plan is "
                 f"{best.figure.kld / preset.figure.kld:.3f} × that"
             )
     if check is not None:
         yield (
-            f"prices ({prices.method}, {prices.tokens:,} tokens): rank correlation with {check.pairs} single swaps "
-            f"that were held out {check.rank_correlation:.3f}, median measured/predicted {check.median_ratio:.2f}"
+            f"prices ({prices.method}, {prices.tokens:,} tokens): rank correlation with {check.pairs} held-out "
+            f"swaps {check.rank_correlation:.3f}, median measured/predicted {check.median_ratio:.2f}"
         )
     if prices.exponents:
         parts = ", ".join(f"{kind} {p:.2f}" for kind, p in prices.exponents.items())
@@ -122,7 +122,7 @@ def as_json(result: PlanResult, places: Places, target: Target) -> dict[str, Any
 
 def next_step(recipe: pathlib.Path) -> str:
     """The command that carries out a recipe."""
-    return f"wrote {recipe}; bitladder quantize -m MODEL --imatrix IMATRIX --recipe {recipe} -o OUT.gguf"
+    return f"wrote {recipe}; next: bitladder quantize -m MODEL --imatrix IMATRIX --recipe {recipe} -o OUT.gguf"
 
 
 def prune_json(ranked: list[BlockLoss]) -> list[dict[str, Any]]:
@@ -133,8 +133,8 @@ def prune_json(ranked: list[BlockLoss]) -> list[dict[str, Any]]:
 def prune_line(ranked: list[BlockLoss]) -> str:
     """The command that leaves out the block of least loss."""
     return (
-        f"least loss: bitladder quantize … --prune-layers {ranked[0].block} (two blocks cost more than the sum of "
-        "their losses: prune one, and measure again)"
+        f"smallest loss: bitladder quantize … --prune-layers {ranked[0].block} (two blocks cost more than the sum of "
+        "their losses: prune one, then measure again)"
     )
 
 

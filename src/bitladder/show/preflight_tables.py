@@ -29,7 +29,7 @@ def tables(figures: Preflight) -> list[Table]:
         ]
         parts.append(_table(("--tensor-type", "type", "found in", "decides", "tensors"), uses, right=(2, 3)))
     if figures.fallbacks:
-        heads = ("width does not hold it", "blocks", "width", "wanted", "used", "bytes more")
+        heads = ("type does not fit", "blocks", "width", "requested", "used", "extra bytes")
         parts.append(_table(heads, _fallbacks(figures), right=(2, 5)))
     return parts
 
@@ -38,13 +38,13 @@ def lines(figures: Preflight) -> list[str]:
     """Coverage of the imatrix, size, room."""
     text = []
     if figures.weighted or figures.unweighted:
-        text.append(f"imatrix: {figures.weighted} tensors weighted, {len(figures.unweighted)} quantized without data")
+        text.append(f"imatrix: {figures.weighted} tensors weighted, {len(figures.unweighted)} quantized unweighted")
         if figures.unweighted:
             text[-1] += f" ({_names(figures.unweighted)})"
     shards = f" in {len(figures.files)} shards" if len(figures.files) > 1 else ""
     text.append(
         f"{figures.bytes} bytes{shards}, {figures.bpw:.4f} bpw ({figures.bpw_blocks:.4f} in the blocks); disk needed "
-        f"{figures.bytes / 1e6:,.1f} MB, memory about {figures.memory / 1e6:,.0f} MB beside the program"
+        f"{figures.bytes / 1e6:,.1f} MB, memory about {figures.memory / 1e6:,.0f} MB besides the program"
     )
     return text
 

@@ -33,7 +33,7 @@ def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
     }
     kept = recipe.metadata.get(RECIPE_KEY)
     if kept not in (None, fields["recipe"]):
-        fields["note"] = f"the file names recipe {kept}: its types have been changed since"
+        fields["note"] = f"the file was written with recipe {kept}; its types were changed later"
     return [f"{label:<10} {one_line(str(value))}" for label, value in fields.items() if value]
 
 
@@ -139,7 +139,7 @@ def difference(changes: RecipeDiff) -> Iterator[str | Table]:
             yield f"{name}: {size_text(size)}"
     if changes.size_a and changes.size_b:
         gained = changes.size_b.bytes - changes.size_a.bytes
-        yield f"B has {gained:+,} bytes ({100 * gained / changes.size_a.bytes:+.2f} %)"
+        yield f"B less A: {gained:+,} bytes ({100 * gained / changes.size_a.bytes:+.2f} %)"
     for name, only in (("A", changes.only_a), ("B", changes.only_b)):
         for tensor, kind in only.items():
             yield one_line(f"only in {name}: {tensor} ({kind})")

@@ -17,22 +17,22 @@ def lines(quant: RoundedQuant) -> list[str]:
         by_kind[kind_of(name)][1] += after
     ratios = [f"{kind} {after / before:.3f}" for kind, (before, after) in by_kind.items() if before > 0]
     if ratios:
-        shown.append(f"output error as a share of the library's, on the second moments themselves: {', '.join(ratios)}")
+        shown.append(f"output error relative to stock blocks, on the calibration moments: {', '.join(ratios)}")
     if quant.guard is None:
-        shown.append("not tried on held-out text (--guard none)")
+        shown.append("not checked on held-out text (--guard none)")
         return shown
     guard = quant.guard
     shown.append(
-        f"held-out text ({guard.tokens} tokens): KLD {_text(guard.before)} with the library's blocks, "
-        f"{_text(guard.after)} with rounded ones (difference {_text(guard.difference)}, paired)"
+        f"held-out text ({guard.tokens} tokens): KLD {_text(guard.before)} with stock blocks, "
+        f"{_text(guard.after)} with rounded blocks (difference {_text(guard.difference)}, paired)"
     )
     kept = f"{guard.tried - len(guard.stock)} of {guard.tried} tensors have rounded blocks"
     refused = [trial for trial in (*guard.trials, *guard.removals) if not trial.kept]
-    shown.append(kept + "".join(f"; {_trial(trial)} with those of {_names(trial)}" for trial in refused))
+    shown.append(kept + "".join(f"; refused for {_names(trial)}: {_trial(trial)}" for trial in refused))
     layers = [trial for trial in guard.removals if in_main_block(trial.kind)]
     if layers:
         least = max(layers, key=lambda trial: trial.change.value)
-        shown.append(f"the layer that gains least: {least.kind}, {_trial(least)}")
+        shown.append(f"the layer with the smallest gain: {least.kind}, {_trial(least)}")
     return shown
 
 

@@ -136,7 +136,7 @@ class Reading(Options):
         0, "--from-chunk", "--chunk", least=0, metavar="N", help="Chunks that are skipped at the start of each text."
     )
     spread: bool = option(
-        True, "--spread/--no-spread", help="Take the chunks from all over the text, not from its beginning."
+        True, "--spread/--no-spread", help="Spread the chunks over the text. Do not take them from its beginning."
     )
     parse_special: bool = option(
         False, "--parse-special", help='Read "<|im_end|>" and the like in the text as the tokens they name.'

@@ -15,7 +15,7 @@ from bitladder.text import load_text
 
 NAME = "continuation"
 MEANING = (
-    "Which of four passages follows a passage of the text. It needs no data set, and says little of a model beyond "
+    "Which of four passages follows a passage of the text. It needs no data set, and says little about a model beyond "
     "its own quants."
 )
 PASSAGE, NEXT, CHOICES = 48, 24, 4

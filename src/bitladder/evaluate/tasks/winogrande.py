@@ -120,7 +120,7 @@ def _question(where: str, sentence: str, first: str, second: str, answer: str) -
 
 WINOGRANDE = Benchmark(
     name="winogrande",
-    meaning=("Which of two names fills the blank of a sentence (WinoGrande). Grammar does not tell, the meaning does."),
+    meaning="Which of two names fills the blank of a sentence (WinoGrande). The meaning decides, not the grammar.",
     kind=TaskKind.WINOGRANDE,
     readers={".csv": read_csv, ".jsonl": read_json, ".parquet": read_parquet},
     default=".csv",

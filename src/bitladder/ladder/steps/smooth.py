@@ -45,6 +45,6 @@ class Smooth(Step):
             )
         except SmoothingError as error:
             out.model.unlink(missing_ok=True)  # of another model that was here before
-            run.progress.warn(f"rungs are made of the model as it is: {error}")
+            run.progress.warn(f"the model is not smoothed: {error}")
             return Product([], source)
         return Product([paths.model, paths.imatrix, *moments], source | {"links": result.links})

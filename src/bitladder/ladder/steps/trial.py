@@ -38,7 +38,7 @@ class SmoothingTrial(Step):
     def parts(self, extent: Extent) -> list[Part]:
         """Two quants by the library, and two measurements."""
         tokens = 2 * self.options.refine.smoothing.trial_chunks * extent.chunk
-        return [Part("trial", 2 * library_amount(self.label) + tokens, "as it is, and smoothed")]
+        return [Part("trial", 2 * library_amount(self.label) + tokens, "original and smoothed")]
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages of the calibration texts."""
@@ -63,9 +63,8 @@ class SmoothingTrial(Step):
                 progress=run.progress,
             )
             verdict = {"smoothed": trial.helps, "before": trial.before, "after": trial.after, "error": trial.error}
-            helped = "the smoothed model is used" if trial.helps else "smoothing did not help; the original is used"
-            run.progress.info(
-                f"{self.label}: {helped} (KLD of the preset {trial.after:.5f} smoothed, {trial.before:.5f} original)"
-            )
+            helped, used = ("helped", "smoothed model") if trial.helps else ("did not help", "original")
+            klds = f"KLD {trial.after:.5f} against {trial.before:.5f}"
+            run.progress.info(f"{self.label}: smoothing {helped} ({klds}); using the {used}")
         write_json(out, verdict)
         return Product([out], {"smoothed": verdict["smoothed"]})

@@ -68,8 +68,8 @@ def links_of(file: GgufFile) -> list[Link]:
         links.append(_of_norm(file, "output_norm", ["output.weight"]))
     if not links:
         raise SmoothingError(
-            f"{file.path}: no norm, v or up whose scale could move ({file.architecture or 'no architecture'}); "
-            "work without smoothing"
+            f"{file.path}: no norm, v or up whose scale can move ({file.architecture or 'no architecture'}); "
+            "use it without smoothing"
         )
     return links
 

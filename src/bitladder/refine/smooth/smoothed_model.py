@@ -102,7 +102,8 @@ def smooth_model(
                 neutral = [name for name in parts.names() if attempt.moved(parts.only([name])) <= options.tolerance]
                 parts = parts.only(neutral)
                 progress.warn(
-                    f"{file.path.name} reads channels elsewhere too: only {', '.join(neutral) or 'nothing'} can change"
+                    f"{file.path.name} has other tensors that read channels: only {', '.join(neutral) or 'nothing'} "
+                    "can change"
                 )
                 moved = attempt.moved(parts, progress)
             if not parts.names() or moved > options.tolerance:

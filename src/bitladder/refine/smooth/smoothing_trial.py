@@ -89,7 +89,7 @@ def try_smoothing(
             dir=plain.model.parent if work is None else work, prefix=".trial.", suffix=".tmp"
         ) as temporary,
         kept_base(work or pathlib.Path(temporary), plain.model, text, settings, progress) as base,
-        progress.task(f"{preset} as it is, and smoothed", 2) as task,
+        progress.task(f"{preset} original and smoothed", 2) as task,
     ):
         klds = []
         for files in (plain, smoothed):

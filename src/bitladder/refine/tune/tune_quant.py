@@ -159,7 +159,7 @@ def tune_in_place(
     finally:
         out.unlink(missing_ok=True)
     if not tuned.kept:
-        progress.info(f"{quant.name}: tuned scales lose more on held-out text; the quant stays as it was")
+        progress.info(f"{quant.name}: tuned scales increase the KLD on held-out text; the quant is not changed")
     return tuned.kept
 
 

@@ -34,7 +34,7 @@ def task_bars(run: FinishedRun, name: str) -> Chart:
         data.append(_guessing(100 * chance, [label(model) for model in models]))
     return figure(
         data,
-        x=axis("questions answered rightly, %", rangemode="tozero"),
+        x=axis("correct answers, %", rangemode="tozero"),
         y=_models_axis(models),
         height=FRAME + ROW * len(models),
         bargap=0.35,

@@ -20,7 +20,7 @@ Chart = dict[str, Any]
 # Role → name in the legend, colour and symbol. Groups differ by symbol too, for readers who cannot tell the colours.
 LOOKS = {
     "rung": ("rungs", "@rung", "circle"),
-    "naive": ("presets by themselves", "@naive", "diamond"),
+    "naive": ("plain presets", "@naive", "diamond"),
     "third-party": ("by others", "@other", "square"),
     "candidate": ("candidates", "@candidate", "circle-open"),
 }
@@ -116,4 +116,4 @@ def recipe_lines(recipe: Recipe, most: int = 12) -> list[str]:
         alone = counts.total() == 1
         types = ", ".join(name if alone else f"{count} {name}" for name, count in counts.most_common())
         lines.append(html.escape(f"{kind}: {types}"))
-    return [*lines[:most], f"… and {len(lines) - most} kinds more"] if len(lines) > most else lines
+    return [*lines[:most], f"… and {len(lines) - most} more kinds"] if len(lines) > most else lines

@@ -63,7 +63,7 @@ def _front(quants: Sequence[RunModel]) -> Chart:
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": "worth their size",
+        "name": "better than every smaller file",
         "meta": "front",
         "x": [model.scores.bytes / 1e9 for model in models],
         "y": [model.scores.kld.value for model in models if model.scores.kld],
