@@ -24,7 +24,7 @@ from bitladder.gguf.reader import GgufFile
         (["run", "x", "--out", "y", "--ladder", "Q4_KM"], "--ladder: no preset Q4_KM; did you mean Q4_K_M?"),
         (["quantize", "q4km", "-m", "MODEL", "-o", "y.gguf"], "unknown preset 'q4km'; did you mean Q4_K_M?"),
         (["plan", "-m", "MODEL", "--like", "Q4_KM"], "unknown preset 'Q4_KM'; did you mean Q4_K_M?"),
-        (["plan", "-m", "MODEL", "--size", "9M", "--menu", "q5_x"], "--menu q5_x: no such type; did you mean q5_K?"),
+        (["plan", "-m", "MODEL", "--size", "9M", "--menu", "q5_x"], "no such type; did you mean q5_0 or q5_1 or q5_K?"),
         (["eval", "-m", "MODEL", "--tasks", "helaswag:x"], "no task 'helaswag'; did you mean hellaswag?"),
         (["quantize", "Q4_K_M", "-m", "MODEL", "-o", "y.gguf", "--tensor-type", "attn_v=q6k"], "did you mean q6_K?"),
     ],

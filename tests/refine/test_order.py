@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from moe import write_moe
+from smoothing import converted_with_imatrix, logits, smooth
 
 from bitladder.calibrate import (
     MomentsFile,
@@ -18,30 +19,16 @@ from bitladder.calibrate import (
     write_imatrix,
 )
 from bitladder.cli import invoke
-from bitladder.convert import convert
-from bitladder.engine import Context, Decoding, Model
+from bitladder.engine import Decoding
 from bitladder.evaluate import MeasureOptions, load_or_compute_base, noise_floor
 from bitladder.gguf import GgufFile
-from bitladder.progress import SILENT
 from bitladder.quantize import quantize
-from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
+from bitladder.refine import SmoothingError, SmoothingOptions
 from bitladder.refine.smooth.changes import smoothed_moments
 from bitladder.refine.smooth.order import find_order, order_for_blocks
-from bitladder.text import Reading, load_text
+from bitladder.text import Reading
 
 WIDE = {"hidden_size": 512, "tie_word_embeddings": True, "initializer_range": 0.05}
-
-
-def smooth(path, imatrix, out, imatrix_out, progress=SILENT, **options):
-    source, smoothed = ModelFiles(path, imatrix), ModelFiles(out, imatrix_out)
-    return smooth_model(source, smoothed, SmoothingOptions(**options), progress=progress)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny_models.TEXT * 6)
-    return load_text(str(path))
 
 
 def wide(folder, text, **config):
@@ -55,23 +42,13 @@ def wide(folder, text, **config):
         for name, bias in model.named_parameters():
             if name.endswith("bias"):
                 bias.normal_(0, 0.1)
-    model.save_pretrained(source)
-    convert(source, folder / "f.gguf", outtype="f16")
-    collect_imatrix(folder / "f.gguf", [text], folder / "i.gguf", decoding=Decoding(n_ctx=64))
-    return folder / "f.gguf", folder / "i.gguf", model
+    return *converted_with_imatrix(folder, model, text, "f16"), model
 
 
 @pytest.fixture(scope="module")
 def ordinary(tmp_path_factory, text):
     """Such a model, its imatrix, and the transformers model."""
     return wide(tmp_path_factory.mktemp("wide"), text)
-
-
-def logits(path, tokens):
-    count = len(tokens)
-    with Model(path, repack=False) as model, Context(model, Decoding(n_ctx=count, n_batch=count)) as context:
-        context.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
-        return context.logits().copy()
 
 
 def test_near_the_best_of_all_orders():

@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from moe import write_moe
+from smoothing import converted_with_imatrix, logits, smooth
 
 from bitladder.calibrate import (
     ImatrixOptions,
@@ -18,33 +19,20 @@ from bitladder.calibrate import (
     write_imatrix,
 )
 from bitladder.cli import invoke
-from bitladder.convert import convert
-from bitladder.engine import Context, Decoding, Model
+from bitladder.engine import Decoding
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
 from bitladder.progress import SILENT
 from bitladder.quantize import quantize
-from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
+from bitladder.refine import SmoothingError
 from bitladder.refine.smooth import smoothed_model
 from bitladder.refine.smooth.balance import balance
 from bitladder.refine.smooth.changes import smoothed_moments
 from bitladder.refine.smooth.links import links_of
 from bitladder.refine.smooth.smoothed_model import KEY
-from bitladder.text import Reading, load_text
+from bitladder.text import Reading
 
 LLAMA_KINDS = ["attn_norm", "ffn_norm", "attn_v", "ffn_up"]
-
-
-def smooth(path, imatrix, out, imatrix_out, progress=SILENT, **options):
-    source, smoothed = ModelFiles(path, imatrix), ModelFiles(out, imatrix_out)
-    return smooth_model(source, smoothed, SmoothingOptions(**options), progress=progress)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny_models.TEXT * 6)
-    return load_text(str(path))
 
 
 def outliers(model):
@@ -63,23 +51,7 @@ def made(folder, build, text, outtype="f32", **config):
     source = folder / "checkpoint"
     tiny_models.train_byte_level(source)
     model = outliers(build(source, **config))
-    model.save_pretrained(source)
-    convert(source, folder / "f.gguf", outtype=outtype)
-    collect_imatrix(
-        folder / "f.gguf",
-        [text],
-        folder / "i.gguf",
-        decoding=Decoding(n_ctx=64),
-        options=ImatrixOptions(process_output=True),
-    )
-    return folder / "f.gguf", folder / "i.gguf", model
-
-
-def logits(path, tokens):
-    count = len(tokens)
-    with Model(path, repack=False) as model, Context(model, Decoding(n_ctx=count, n_batch=count)) as context:
-        context.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
-        return context.logits().copy()
+    return *converted_with_imatrix(folder, model, text, outtype, process_output=True), model
 
 
 @pytest.mark.parametrize(

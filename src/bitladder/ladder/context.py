@@ -26,14 +26,14 @@ class Run(Closing):
     """A run at work.
 
     Parameters:
-        options: what was asked for.
-        source: the model, as it was given.
+        options: the options of the run.
+        source: the model that the run starts from.
         store: the open run directory.
         text: the text to measure with.
         calibration: the texts to calibrate on.
         tasks: the benchmarks to score with.
         others: files of somebody else.
-        progress: who listens.
+        progress: gets bars and remarks.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class Run(Closing):
         step.completed(self)
 
     def facts(self, step: str) -> Mapping[str, Any]:
-        """What an earlier step noted; nothing if this run has no such step."""
+        """The facts of an earlier step; empty if this run has no such step."""
         record = self._records.get(step)
         return record.facts if record else {}
 
     def files(self, step: str) -> list[pathlib.Path]:
-        """The files that an earlier step wrote, in the order of its product."""
+        """The files of an earlier step, in the order of its product."""
         record = self._records.get(step)
         return [self.store.path(output) for output in record.outputs] if record else []
 
@@ -143,7 +143,7 @@ class Run(Closing):
         return self._open_base
 
     def material(self, *, smoothed: bool) -> ModelFiles:
-        """What rungs are made of: the model as it is or the smoothed one, its imatrix and its second moments."""
+        """The files that rungs are made of: a model, smoothed or not, its imatrix and its second moments."""
         if smoothed:
             model, imatrix, *moments = self.files("smooth")
         else:
@@ -151,7 +151,7 @@ class Run(Closing):
         return ModelFiles(model, imatrix, tuple(moments))
 
     def planner(self, *, smoothed: bool) -> Planner:
-        """The planner of one of the two materials. One is open at a time, because it holds a loaded model."""
+        """The planner of one of the two materials. Only one is open, because it holds a loaded model."""
         if self._open_planner is None or self._open_planner[0] != smoothed:
             self._close_planner()
             files, options = self.material(smoothed=smoothed), self.options

@@ -1,4 +1,4 @@
-"""All that a run can be told."""
+"""The options of a run."""
 
 import dataclasses
 import pathlib
@@ -22,9 +22,9 @@ ALL_RUNGS = ("all",)
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions(Options):
-    """All that a run can be told. Raises UsageError for a value outside its limits.
+    """The options of a run. Raises UsageError for a value outside its limits.
 
-    `model` is a checkpoint's directory, a hub id or a full-precision GGUF file.
+    `model` is the directory of a checkpoint, an id of the hub, or a full-precision GGUF file.
     """
 
     model: str
@@ -138,7 +138,7 @@ class RunOptions(Options):
 
     @property
     def smooths(self) -> bool:
-        """Whether a smoothed model is tried: unless all is to be as llama-quantize makes it."""
+        """Whether a smoothed model is tried. The default is yes, unless all blocks are those of llama-quantize."""
         return self.plans or self.rounds if self.smooth is None else self.smooth
 
     @property
@@ -148,14 +148,20 @@ class RunOptions(Options):
 
     @property
     def betters(self) -> bool:
-        """Whether rungs differ from the presets, so that these are measured beside them."""
+        """Whether rungs differ from the presets. Then the presets are measured too."""
         return self.plans or self.rounds or self.smooths
 
 
 def choose_rungs(rungs: tuple[str, ...], *, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
-    """The presets that `rungs` names, in any case and each once; ("all",) names the default ones.
+    """The presets that `rungs` names, each once.
 
-    Raises UsageError for a name that is not among the `known` presets: it names the closest one, or lists them.
+    Parameters:
+        rungs: names in upper or lower case; ("all",) stands for `default`.
+        known: the presets of the library.
+        default: the usual ladder.
+
+    Raises:
+        UsageError: a name is not a preset that quantizes; the error names the closest ones, or lists all.
 
     Example:
         >>> choose_rungs(("q6_k", "Q6_K"), known=("Q6_K", "Q8_0"), default=("Q8_0",))
@@ -173,7 +179,7 @@ def choose_rungs(rungs: tuple[str, ...], *, known: tuple[str, ...], default: tup
 
 
 def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]) -> str:
-    """The command that repeats a run, for the card: names instead of paths, defaults left out."""
+    """The command that repeats a run, for the card. It has names instead of paths, and no defaults."""
     rungs = ALL_RUNGS if options.rungs == default_rungs else options.rungs
     shown: Mapping[str, Callable[[Any], Any]] = {
         "file": _last_part,

@@ -1,10 +1,9 @@
-"""The run directory as a store of steps: what is complete is not done again, what is cut short is never taken for it.
+"""The run directory as a store of steps. A complete step is not done again.
 
-A step is keyed by a hash of everything it depends on: the contents of the files it reads, the options that decide
-its result, the versions of its algorithms, the library. Files are written under a temporary name and renamed; the
-manifest's entry comes after them. So whenever a run is killed, either the entry is there and the files are whole, or
-the step is done again.
-Paths are in no key: a run directory can be moved.
+A step has a key: a hash of the contents of the files that it reads, the options that decide its result, the versions of
+its algorithms, and the library. Files are written under a temporary name and renamed. The entry in the manifest comes
+after them. If a run is killed, either the entry is there and the files are whole, or the step is done again. No key has
+a path in it, so a run directory can be moved.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from bitladder.rundir import CachedHash, Layout, Manifest, OutputFile, RunRecord
 
 
 class Store:
-    """An open run directory; `made` names the steps that were really done since it was opened. See `open_store`."""
+    """An open run directory (`open_store`). `made` names the steps that did work since it was opened."""
 
     def __init__(self, folder: pathlib.Path, manifest: Manifest, progress: Progress) -> None:
         self.folder = folder
@@ -36,14 +35,14 @@ class Store:
         self._changed = False
 
     def begin(self, run: RunRecord) -> None:
-        """Note what this run is asked for. Until `finish`, the directory counts as incomplete if anything changed."""
+        """Records the run. If its record differs from the last one, the directory is incomplete until `finish`."""
         last = self.manifest.run
         if last is None or last.model_copy(update={"complete": False}) != run:
             self.manifest.run = run
             self._save()
 
     def finish(self) -> None:
-        """All steps of the run are done."""
+        """Records that all steps of the run are complete."""
         run = self.manifest.run
         if run is not None and not run.complete:
             self.manifest.run = run.model_copy(update={"complete": True})
@@ -52,7 +51,16 @@ class Store:
             self._save()
 
     def ensure(self, name: str, inputs: Mapping[str, Any], work: Callable[[], Product]) -> StepRecord:
-        """The record of step `name`, after doing `work` if it is not complete with exactly these `inputs` (JSON)."""
+        """Does a step unless it is complete with the same inputs.
+
+        Parameters:
+            name: name of the step.
+            inputs: everything that the result depends on, as JSON.
+            work: does the step.
+
+        Returns:
+            The record of the step.
+        """
         inputs = {"step": name, **inputs}
         key = key_of(inputs)
         last = self.manifest.steps.get(name)
@@ -77,19 +85,21 @@ class Store:
         return record
 
     def present(self) -> list[str]:
-        """The steps whose files are all there, made of whatever."""
+        """The names of the steps whose files are all there, whatever their inputs were."""
         steps = self.manifest.steps.items()
         return [name for name, step in steps if all(self.path(output).is_file() for output in step.outputs)]
 
     def path(self, output: OutputFile) -> pathlib.Path:
-        """Where a recorded file is."""
+        """The path of a recorded file."""
         return self.folder / output.path
 
     def sha256(self, path: pathlib.Path, label: str) -> str:
-        """The content hash of a file, read again only if its size, time of change or inode differ from last time.
+        """The content hash of a file. The file is read again only if its size, time of change or inode changed.
 
-        `label` names the file in the cache: a path relative to the run directory, or a name for one outside of it.
-        The first shard of a split model stands for all of them (see shards.joined_sha256).
+        Parameters:
+            path: the file. The first shard of a split model stands for all shards (`gguf.joined_sha256`).
+            label: the name of the file in the cache: a path relative to the run directory, or a name for a file
+                outside of it.
         """
         parts = shards_of(path)
         if len(parts) > 1:
@@ -114,7 +124,7 @@ class Store:
         return OutputFile(path=label, bytes=path.stat().st_size, sha256=self.sha256(path, label))
 
     def _why_again(self, last: StepRecord, key: str, inputs: Mapping[str, Any]) -> str | None:
-        """Why a recorded step does not count, in words; None if it does."""
+        """The reason why a recorded step is not valid; None if it is valid."""
         if last.key != key:
             return f"{' and '.join(_differing(last.inputs, inputs)) or 'its key'} changed"
         for output in last.outputs:
@@ -126,7 +136,7 @@ class Store:
         return None
 
     def _tell_left_over(self, last: StepRecord | None, record: StepRecord) -> None:
-        """Files that an earlier form of the step made under other names are the user's to keep or delete."""
+        """Names the files that the step wrote before under other names. The user can delete them."""
         names = {output.path for output in record.outputs}
         for output in last.outputs if last and names else []:
             if output.path not in names and self.path(output).exists():
@@ -138,7 +148,7 @@ class Store:
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names of inputs that differ; of options and versions, their own names."""
+    """The names of inputs that differ. Of options and versions these are the names within them."""
     names: list[str] = []
     for name in dict.fromkeys((*before, *now)):
         old, new = before.get(name), now.get(name)
@@ -155,11 +165,16 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def open_store(
     folder: pathlib.Path, *, keep: pathlib.Path | None = None, progress: Progress = SILENT
 ) -> Iterator[Store]:
-    """Open (or create) a run directory under its lock, without what a killed run left half-written.
+    """Opens or creates a run directory under its lock, and removes temporary files of a killed run.
 
-    `keep` is a file that may lie there beforehand (the model itself, with all its shards). Raises UsageError if the
-    directory holds files that no run has made, BitladderError if another run is at work there or the manifest is
-    damaged.
+    Parameters:
+        folder: the directory.
+        keep: a file that can be there beforehand: the model, with all its shards.
+        progress: gets remarks.
+
+    Raises:
+        UsageError: the directory has files that are not of a run.
+        BitladderError: another run is at work there, or the manifest is damaged.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,9 +215,9 @@ def _sweep(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Hold the directory's lock. The system gives it back when the process ends, however it ends.
+    """Holds the lock of the directory. The system releases it when the process ends.
 
-    Raises BitladderError, with the number of the process that holds it, if another run is at work there.
+    Raises BitladderError with the number of the process if another run is at work there.
     """
     descriptor = _open_lock(folder)
     try:
@@ -211,7 +226,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Nobody else can hold it now; a killed run leaves the file, which does no harm.
+            # A killed run leaves the file, which does no harm.
             Layout(folder).lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
@@ -229,7 +244,7 @@ def _open_lock(folder: pathlib.Path) -> int:
             holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(descriptor)
             raise BitladderError(f"another bitladder runs in {folder} (process {holder}); wait until it ends")
-        # The last holder may have removed the file after it was opened here: then the lock is on no name any more.
+        # If the last holder removed the file after it was opened here, the lock is on a file without a name.
         if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
             return descriptor
         os.close(descriptor)
@@ -245,6 +260,6 @@ def _lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        # Some network file systems have no locks at all: better without one than not to run there.
+        # Some network file systems have no locks. The run works there without one.
         return True
     return True

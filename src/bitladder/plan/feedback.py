@@ -246,7 +246,7 @@ def step(problem: Problem, name: str, kind: str, direction: int) -> str:
     """The next type of a tensor on the lower hull of its (bytes, cost): up (+1) or down (−1). At the end its own type.
 
     Example:
-        >>> from bitladder.plan.allocate import TypeOption
+        >>> from bitladder.plan.allocate.problem import TypeOption
         >>> menu = (TypeOption("q3_K", 10, 5.0), TypeOption("q4_0", 12, 4.9), TypeOption("q4_K", 14, 1.0))
         >>> step(Problem({"attn_v": menu}), "attn_v", "q3_K", 1)
         'q4_K'

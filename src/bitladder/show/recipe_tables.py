@@ -27,8 +27,8 @@ def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
         "imatrix": imatrix and imatrix.name + (f", {imatrix.chunks} chunks" if imatrix.chunks else ""),
         "versions": ", ".join(f"{name} {version}" for name, version in recipe.versions.items()),
         "file size": recipe.bytes and f"{recipe.bytes:,} bytes",
-        "tensors": size_text(size_of(recipe.tensors, shapes)) or (recipe.bpw and f"{recipe.bpw:.4f} bpw"),
-        "blocks": size_text(block_size(recipe.tensors, shapes)),
+        "tensors": tensors_size(size_of(recipe.tensors, shapes)) or (recipe.bpw and f"{recipe.bpw:.4f} bpw"),
+        "blocks": tensors_size(block_size(recipe.tensors, shapes)),
         "recipe": recipe_sha256(recipe.tensors),
     }
     kept = recipe.metadata.get(RECIPE_KEY)
@@ -82,8 +82,8 @@ def to_json(recipe: Recipe, shapes: Shapes) -> dict[str, Any]:
     return recipe.model_dump(mode="json") | {"recipe_sha256": recipe_sha256(recipe.tensors), "sizes": known}
 
 
-def size_text(size: Size | None) -> str | None:
-    """A size in words; None for an unknown one."""
+def tensors_size(size: Size | None) -> str | None:
+    """The size of tensors in words; None for an unknown size."""
     return f"{size.bytes:,} bytes, {size.bpw:.4f} bpw" if size else None
 
 
@@ -136,7 +136,7 @@ def difference(changes: RecipeDiff) -> Iterator[str | Table]:
     """Lines and tables, in the order in which they are printed."""
     for name, size in (("A", changes.size_a), ("B", changes.size_b)):
         if size:
-            yield f"{name}: {size_text(size)}"
+            yield f"{name}: {tensors_size(size)}"
     if changes.size_a and changes.size_b:
         gained = changes.size_b.bytes - changes.size_a.bytes
         yield f"B less A: {gained:+,} bytes ({100 * gained / changes.size_a.bytes:+.2f} %)"

@@ -52,7 +52,7 @@ class Bench(Step):
         tests = [evaluate.SpeedTest(*test) for test in self.options.bench_tests]
         paths = [run.model(label) for label in labels]
         rows = evaluate.bench(paths, tests, self._speed(), run.progress)
-        # A file of somebody else may be called as one of ours is, so rows are told apart by their place.
+        # A file of somebody else can have the name of one of ours, so rows are matched by their place.
         by_label = {
             label: [row.bench_row().model_dump() for row in rows[place * len(tests) : (place + 1) * len(tests)]]
             for place, label in enumerate(labels)

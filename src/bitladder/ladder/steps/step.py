@@ -95,7 +95,7 @@ class Step(abc.ABC):
 
     @property
     def name(self) -> str:
-        """How the manifest and messages call the step."""
+        """The name of the step in the manifest and in messages."""
         return f"{self.verb} {self.label}".strip()
 
     @property
@@ -114,7 +114,7 @@ class Step(abc.ABC):
         return {}
 
     def surroundings(self, run: "Run") -> Mapping[str, Any]:
-        """What decides the result and is no option: what is installed, for one."""
+        """What decides the result beside options and files, such as which packages are installed."""
         del run
         return {}
 
@@ -124,7 +124,7 @@ class Step(abc.ABC):
         return library()
 
     def parts(self, extent: "Extent") -> list[Part]:
-        """The work of the step, part by part. Work that takes no time to speak of has no part."""
+        """The work of the step, part by part. Work of less than a second has no part."""
         del extent
         return []
 

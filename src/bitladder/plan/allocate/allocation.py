@@ -36,7 +36,7 @@ def smallest_cost(problem: Problem, max_bytes: int | None, gap: float = GAP) -> 
             and the constraints that keep it from being smaller.
 
     Example:
-        >>> from bitladder.plan.allocate import Problem, TypeOption
+        >>> from bitladder.plan.allocate.problem import Problem, TypeOption
         >>> menu = (TypeOption("q4_K", 45, 0.10), TypeOption("q6_K", 66, 0.01))
         >>> smallest_cost(Problem({"attn_v": menu, "ffn_up": menu}), 111).bytes
         111
