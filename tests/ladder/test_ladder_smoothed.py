@@ -96,6 +96,7 @@ def test_smoothing_is_planned_unless_all_is_stock(tiny_gguf, tmp_path):
     best = options.replace(mode="quality", method="best", smooth=None)
     steps = {step.name: step for step in steps_of(best)}
     assert "moments" in steps["smooth"].needs
-    assert all("trial Q4_K_M" in steps[name].needs for name in ("price", "plan Q4_K_M", "quantize Q4_K_M"))
+    assert all("trial Q4_K_M" in steps[name].needs for name in ("plan Q4_K_M", "quantize Q4_K_M"))
+    assert "smooth" in steps["price smoothed"].needs and "smooth" not in steps["price original"].needs
     assert "smooth" not in command_line(best, "m.gguf", RUNGS)
     assert "--no-smooth" in command_line(best.replace(smooth=False), "m.gguf", RUNGS)

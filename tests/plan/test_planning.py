@@ -273,11 +273,11 @@ def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path):
     for mode in ("quality", "size"):
         asked = plain_options(model=model, out=out, rungs=("Q4_0",), mode=mode, **options)
         done = run(asked)
-        assert ("price" in done.made) == (mode == "quality")  # prices serve every mode
+        assert ("price original" in done.made) == (mode == "quality")  # prices serve every mode
         assert run(asked).made == ()
         tried = json.loads((out / "candidates.json").read_text())
         names = {one["name"] for one in tried["candidates"]}
-        assert {"preset Q4_0", "exact", "greedy", "weighted error"} <= names
+        assert {"preset Q4_0", "greedy", "weighted error"} <= names  # "exact" only if it differs from all of them
         chosen = [one for one in tried["candidates"] if one["chosen"]]
         naive = json.loads((out / "scores" / "Q4_0.naive.json").read_text())
         score = json.loads((out / "scores" / "Q4_0.json").read_text())
@@ -289,6 +289,12 @@ def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path):
         recipe = read_recipe(out / "recipes" / "Q4_0.toml")
         assert recipe.bytes == score["bytes"] == next(out.glob("*-Q4_0.gguf")).stat().st_size
     assert load_prices(out / "sensitivity.json").tensors
+    # Another rung, and one that the usual ladder has, change nothing of what is there.
+    before = {path: path.read_bytes() for path in [*out.glob("*.gguf"), out / "planned" / "Q4_0.json"]}
+    more = run(plain_options(model=model, out=out, rungs=("Q4_0", "Q5_K_M"), mode="size", **options))
+    assert not {"price original", "plan Q4_0", "quantize Q4_0", "measure Q4_0", "naive Q4_0"} & set(more.made)
+    assert {"plan Q5_K_M", "quantize Q5_K_M"} <= set(more.made)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_menus():

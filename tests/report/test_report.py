@@ -134,22 +134,22 @@ def test_sizes_of_tensors_are_those_of_the_file(folder):
 
 
 def test_each_file_has_the_prices_of_the_model_that_it_is_made_of(folder, tmp_path):
-    """Q8_0 is made of the smoothed model and the others of the model as it is, whose prices are in another file."""
+    """Q8_0 is made of the smoothed model, whose prices are in a file of their own, and the others of the original."""
     mixed = shutil.copytree(folder, tmp_path / "mixed")
     scores = mixed / "scores" / "Q8_0.json"
     scores.write_text(json.dumps(json.loads(scores.read_text()) | {"smoothed": True}))
     prices = json.loads((mixed / "sensitivity.json").read_text())
     for tensor in prices["tensors"].values():
         tensor["kld"] = {kind: 3 * price for kind, price in tensor["kld"].items()}
-    (mixed / "sensitivity-plain.json").write_text(json.dumps(prices | {"check": CHECK | {"pairs": 12}}))
+    (mixed / "sensitivity-smoothed.json").write_text(json.dumps(prices | {"check": CHECK | {"pairs": 12}}))
     page = render_report(mixed)
     data = json.loads(Parser(page).texts["data"])["tensors"]
     expected = {}
-    for name in ("sensitivity.json", "sensitivity-plain.json"):
+    for name in ("sensitivity.json", "sensitivity-smoothed.json"):
         document = json.loads((mixed / name).read_text())["tensors"]
         expected[name] = {tensor: entry["kld"] for tensor, entry in document.items()}
     for label in data["files"]:
-        own = expected["sensitivity.json" if label == "Q8_0" else "sensitivity-plain.json"]
+        own = expected["sensitivity-smoothed.json" if label == "Q8_0" else "sensitivity.json"]
         shown = {one["name"]: one["prices"][data["made_of"][label]] for one in data["tensors"] if "prices" in one}
         assert shown == own
     assert "12 measured swaps" in page and "24 measured swaps" in page

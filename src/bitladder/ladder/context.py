@@ -93,6 +93,10 @@ class Run(Closing):
             self._digests[step.name] = {output.path: output.sha256 for output in record.outputs}
         step.completed(self)
 
+    def digest(self, name: str) -> Any:
+        """The content hashes of what an earlier step wrote, or of an input of the run."""
+        return self._digests[name]
+
     def facts(self, step: str) -> Mapping[str, Any]:
         """The facts of an earlier step; empty if this run has no such step."""
         record = self._records.get(step)

@@ -12,7 +12,7 @@ from bitladder.ladder.steps.measure import Measure
 from bitladder.ladder.steps.moments import CollectMoments
 from bitladder.ladder.steps.naive import Naive
 from bitladder.ladder.steps.plan import PlanRung
-from bitladder.ladder.steps.price import Price
+from bitladder.ladder.steps.price import Price, priced_models
 from bitladder.ladder.steps.quantize import Quantize
 from bitladder.ladder.steps.score import Score
 from bitladder.ladder.steps.smooth import Smooth
@@ -29,7 +29,11 @@ def steps_of(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
     if options.smooths:
         steps += [Smooth(options), *(SmoothingTrial(options, rung) for rung in rungs)]
     if options.plans:
-        steps += [Price(options), *(PlanRung(options, rung) for rung in rungs), Candidates(options)]
+        steps += [
+            *(Price(options, model) for model in priced_models(options)),
+            *(PlanRung(options, rung) for rung in rungs),
+            Candidates(options),
+        ]
     if options.betters:
         steps += [Naive(options, rung) for rung in rungs]
     for rung in rungs:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import pydantic
@@ -162,19 +161,10 @@ def read_run(folder: pathlib.Path) -> FinishedRun:
         tried=_optional(layout.candidates, TriedRecipes),
         prices={
             smoothed: prices
-            for smoothed, path in price_paths(layout, [model.scores for model in rungs]).items()
-            if (prices := _optional(path, Prices))
+            for smoothed in sorted({model.scores.smoothed for model in rungs})
+            if (prices := _optional(layout.sensitivity(smoothed=smoothed), Prices))
         },
     )
-
-
-def price_paths(layout: Layout, rungs: Sequence[RunScores]) -> dict[bool, pathlib.Path]:
-    """Where the prices of the smoothed model (True) and of the model as it is (False) are.
-
-    A run prices the models that its rungs are made of. If all are made of one model there is one file of prices.
-    """
-    made_of = {scores.smoothed for scores in rungs}
-    return {smoothed: layout.sensitivity(plain=len(made_of) > 1 and not smoothed) for smoothed in sorted(made_of)}
 
 
 def read_shapes(run: FinishedRun) -> dict[str, tuple[int, ...]]:

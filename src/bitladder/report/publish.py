@@ -15,7 +15,6 @@ import yaml
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import read_scores
 from bitladder.hub import PRESET, pick, side_word
-from bitladder.report.finished_run import price_paths
 from bitladder.rundir import Layout, Manifest, RunRecord, complete_manifest, naive
 
 # The start of a path of this machine: /home/…, ~/…, ./…, C:\…, \\server, file:…
@@ -90,7 +89,12 @@ def _paths(layout: Layout, manifest: Manifest, run: RunRecord) -> Iterator[tuple
     rungs = {rung: read_scores(layout.scores(rung)) for rung in run.rungs}
     for rung, scores in rungs.items():
         yield layout.model(scores.model), rung
-    for path in (layout.report, layout.imatrix, layout.candidates, *price_paths(layout, list(rungs.values())).values()):
+    for path in (
+        layout.report,
+        layout.imatrix,
+        layout.candidates,
+        *(layout.sensitivity(smoothed=smoothed) for smoothed in (False, True)),
+    ):
         if path.is_file():
             yield path, None
     for label in ("base", *run.rungs, *run.compared):

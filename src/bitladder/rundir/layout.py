@@ -121,10 +121,9 @@ class Layout:
         """The plan of a rung: its types, and the recipes that were tried."""
         return self.folder / "planned" / f"{rung}.json"
 
-    def sensitivity(self, *, plain: bool = False) -> pathlib.Path:
-        """What each type of each tensor costs. `plain`: of the model as it is, where other rungs are made of the
-        smoothed one."""
-        return self.folder / ("sensitivity-plain.json" if plain else "sensitivity.json")
+    def sensitivity(self, *, smoothed: bool) -> pathlib.Path:
+        """What each type of each tensor of the original or the smoothed model costs."""
+        return self.folder / ("sensitivity-smoothed.json" if smoothed else "sensitivity.json")
 
     def material_work(self, *, smoothed: bool) -> pathlib.Path:
         """Rendered blocks, prices and measurements of one of the two materials."""

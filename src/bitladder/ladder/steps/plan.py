@@ -6,7 +6,7 @@ from typing import Any
 from bitladder.evaluate import BASE
 from bitladder.files import write_json
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.price import planned_from, planning
+from bitladder.ladder.steps.price import ORIGINAL, SMOOTHED, planned_from, planning
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 from bitladder.plan import PLANNING, load_prices, plan_rung
 from bitladder.quantize import QuantizeOptions
@@ -22,8 +22,14 @@ class PlanRung(Step):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The prices, and what they are prices of."""
-        return ("price", *planned_from(self, (self.label,)))
+        """The text, and which model the rung is made of."""
+        return ("calibration", *((f"trial {self.label}",) if self.options.smooths else ()))
+
+    def surroundings(self, run: Run) -> Mapping[str, Any]:
+        """The model that the rung is made of, and its prices."""
+        smoothed = run.smoothed(self.label)
+        parts = (f"price {SMOOTHED if smoothed else ORIGINAL}", *planned_from(self, smoothed=smoothed))
+        return {part: run.digest(part) for part in parts}
 
     def decides(self) -> Mapping[str, Any]:
         """The target, how recipes are measured, and how blocks are rounded."""
@@ -42,7 +48,6 @@ class PlanRung(Step):
         rung, out = self.label, run.layout.plan(self.label)
         smoothed, mode = run.smoothed(rung), self.options.mode
         assert mode != "naive"  # such a run has no step that plans
-        materials = {run.smoothed(other) for other in self.options.rungs}
-        prices = load_prices(run.layout.sensitivity(plain=len(materials) > 1 and not smoothed))
+        prices = load_prices(run.layout.sensitivity(smoothed=smoothed))
         write_json(out, plan_rung(run.planner(smoothed=smoothed), rung, mode, prices))
         return Product([out])

@@ -1,35 +1,52 @@
-"""The step that prices every type that a rung may need."""
+"""The steps that price every type that a rung may need: of the original model, and of the smoothed one.
+
+Prices are of all types that the usual ladder may need, whichever rungs a run has, so that another rung changes none.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from bitladder.evaluate import BASE
 from bitladder.ladder.context import Run
+from bitladder.ladder.options import RunOptions
 from bitladder.ladder.steps.quantize import round_amount
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
 from bitladder.plan import PRICES, planning_text, price_rungs
-from bitladder.quantize import QuantizeOptions
+from bitladder.quantize import RUNGS, QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.text import joined
 
 TYPES = 12  # that are rendered to price a ladder, about
+ORIGINAL, SMOOTHED = "original", "smoothed"
 
 
 class Price(Step):
-    """models, imatrices, moments, calibration text → what each type of each tensor costs in KLD."""
+    """model, imatrix, moments, calibration text → what each type of each tensor costs in KLD.
+
+    The label is "smoothed" or "original": the model that is priced. Nothing is made if no rung is made of it.
+    """
 
     verb = "price"
     algorithms = (PRICES, OUTPUT_ROUNDING, BASE)
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What rungs are made of."""
-        return planned_from(self, self.options.rungs)
+        """The model that is priced."""
+        return planned_from(self, smoothed=self.label == SMOOTHED)
 
     def decides(self) -> Mapping[str, Any]:
-        """Which rungs there are, how swaps are measured, and how blocks are rounded."""
-        presets = [QuantizeOptions(rung) for rung in sorted(self.options.rungs)]
-        return {"presets": presets, **planning(self)}
+        """The presets whose types are priced, how swaps are measured, and how blocks are rounded."""
+        return {"presets": [QuantizeOptions(preset) for preset in self._presets()], **planning(self)}
+
+    def surroundings(self, run: Run) -> Mapping[str, Any]:
+        """Whether a rung is made of the model."""
+        return {"used": self._used(run)}
+
+    def _presets(self) -> tuple[str, ...]:
+        return (*RUNGS, *sorted(set(self.options.rungs) - set(RUNGS)))
+
+    def _used(self, run: Run) -> bool:
+        return (self.label == SMOOTHED) in {run.smoothed(rung) for rung in self.options.rungs}
 
     def parts(self, extent: Extent) -> list[Part]:
         """Every type is rendered; then single tensors and whole kinds are swapped and measured."""
@@ -49,24 +66,25 @@ class Price(Step):
         return [CutText("--calibration", text, self.options.planning.decoding.n_ctx)]
 
     def make(self, run: Run) -> Product:
-        """Prices the types of each material."""
-        files = []
-        materials = {run.smoothed(rung) for rung in self.options.rungs}
-        for smoothed in sorted(materials, reverse=True):
-            rungs = [rung for rung in self.options.rungs if run.smoothed(rung) == smoothed]
-            out = run.layout.sensitivity(plain=len(materials) > 1 and not smoothed)
-            price_rungs(run.planner(smoothed=smoothed), rungs).save(out)
-            files.append(out)
-        return Product(files)
+        """Prices the types."""
+        if not self._used(run):
+            return Product([])
+        smoothed = self.label == SMOOTHED
+        out = run.layout.sensitivity(smoothed=smoothed)
+        price_rungs(run.planner(smoothed=smoothed), self._presets()).save(out)
+        return Product([out])
 
 
-def planned_from(step: Step, rungs: tuple[str, ...]) -> tuple[str, ...]:
-    """What a plan of some rungs reads."""
-    options = step.options
-    needs = ["convert", "imatrix", "calibration"]
-    needs += ["moments"] if options.rounds else []
-    needs += ["smooth", *(f"trial {rung}" for rung in rungs)] if options.smooths else []
-    return tuple(needs)
+def priced_models(options: RunOptions) -> tuple[str, ...]:
+    """The labels of the steps that price."""
+    return (ORIGINAL, SMOOTHED) if options.smooths else (ORIGINAL,)
+
+
+def planned_from(step: Step, *, smoothed: bool) -> tuple[str, ...]:
+    """What prices and plans of one of the two models read."""
+    if smoothed:
+        return ("smooth", "calibration")
+    return ("convert", "imatrix", "calibration", *(("moments",) if step.options.rounds else ()))
 
 
 def planning(step: Step) -> dict[str, Any]:
