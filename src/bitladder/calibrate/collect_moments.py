@@ -46,8 +46,8 @@ class MomentsOptions(Options):
     weighting: Weighting | None = option(
         None,
         "--weighting",
-        help="What a token counts: what an error there costs by gradients (needs torch) or by its position, found by "
-        "trying; or 1.",
+        help="Weight of a token: the cost of an error there, by gradients (needs torch) or by its position (measured "
+        "with noise); or 1.",
         unset="gradients if torch is installed and knows the architecture, else positions",
     )
     memory: float | None = option(

@@ -22,7 +22,10 @@ class TargetOptions(Options):
     bpw: float | None = option(None, "--bpw", metavar="BITS", help="Least KLD in at most this many bits per weight.")
     kld: float | None = option(None, "--kld", least=0, metavar="NATS", help="Smallest file of at most this KLD.")
     vram: str | None = option(
-        None, "--vram", metavar="SIZE", help="Least KLD in a file that fits beside KV cache and buffers of --context."
+        None,
+        "--vram",
+        metavar="SIZE",
+        help="Least KLD in a file that fits this memory with KV cache and buffers of --context.",
     )
     context: int = option(4096, "--context", least=1, metavar="TOKENS", help="Tokens of the context for --vram.")
 

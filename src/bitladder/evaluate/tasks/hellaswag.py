@@ -64,8 +64,8 @@ def clean(text: str) -> str:
 HELLASWAG = Benchmark(
     name="hellaswag",
     meaning=(
-        "Which of four endings continues a description of everyday events (HellaSwag). Wrong endings were written by "
-        "models and sound right, so that it takes common sense to tell."
+        "Which of four endings continues a description of everyday events (HellaSwag). Models wrote the wrong "
+        "endings, which sound right, so it takes common sense."
     ),
     kind=TaskKind.HELLASWAG,
     readers={".txt": read_text, ".bin": binary.read, ".jsonl": read_json, ".parquet": read_parquet},

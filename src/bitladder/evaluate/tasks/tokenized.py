@@ -76,7 +76,7 @@ def tokenize_question(model: Model, kind: TaskKind, record: int, question: Quest
         known = tuple(len(model.tokenize(beginning)) for beginning in question.beginnings)
         choices = _winogrande(sequences, prefix, known)
         if choices is None:
-            return "the tokens of its choices do not end where the sentence goes on"
+            return "the tokens of its choices do not end where the sentence continues"
     else:
         choices = _tails(sequences, prefix)
     return TokenizedQuestion(record, question.correct, kind, sequences, prefix, choices)

@@ -62,7 +62,7 @@ def smallest_bytes(problem: Problem, max_cost: float, gap: float = GAP) -> Alloc
         BitladderError: the problem is wrong, or no allocation is that good. The error then gives the lowest cost.
     """
     if not math.isfinite(max_cost):
-        raise BitladderError(f"a KLD of {max_cost} is no possible target")
+        raise BitladderError(f"a KLD of {max_cost} is not a possible target")
     choices = choices_of(problem)
     solution = solve(
         choices,
