@@ -21,6 +21,20 @@ from bitladder.gguf import GgufFile
 WRITABLE = ["f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq4_nl"]
 
 
+@pytest.mark.parametrize("layers", [0, 99])
+def test_without_gpu_layers_nothing_is_given_to_a_gpu(tiny_gguf, monkeypatch, layers):
+    asked = []
+    init = native.llama.llama_init_from_model
+    monkeypatch.setattr(
+        native.llama,
+        "llama_init_from_model",
+        lambda model, params: [asked.append(params.op_offload), init(model, params)][1],
+    )
+    with Model(tiny_gguf, gpu_layers=layers) as model, Context(model, Decoding(n_ctx=64)):
+        pass
+    assert asked == [layers > 0]
+
+
 @pytest.fixture(scope="module")
 def kernels():
     kernels = RowKernels(2)

@@ -66,6 +66,8 @@ class Context(Closing):
         params.kv_unified = kv_unified
         params.flash_attn_type = FLASH_ATTN[flash_attn]
         params.swa_full = swa_full
+        # By default a library with a GPU gives large products to it even if all layers are the CPU's.
+        params.op_offload = model.gpu_layers != 0
         self._callback = Watching(observer, skip_head=skip_head) if observer else callback
         if self._callback:
             params.cb_eval = self._callback.callback

@@ -54,6 +54,7 @@ class Model(Closing):
         if not self._model:
             raise BitladderError(f"{path} does not load: {log.last_error() or 'no reason given by the library'}")
         self._vocab = llama.llama_model_get_vocab(self._model)
+        self.gpu_layers = gpu_layers
         self.replaceable = not mmap and not repack
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_embd: int = llama.llama_model_n_embd(self._model)
