@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bitladder.compare import check_structure, check_weights, perplexity_sign
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Scores
+from bitladder.files import file_name
 from bitladder.gguf.reader import GgufFile
 from bitladder.gguf.shards import plain_path
 from bitladder.hub import Fetched, fetch
@@ -74,7 +74,7 @@ def about(other: Other, doubted: list[str]) -> dict[str, Any]:
 
 
 def _free_name(file: Fetched, names: set[str]) -> str:
-    stem = re.sub(r"[^\w.+-]+", "-", plain_path(file.path).name.removesuffix(".gguf"))
+    stem = file_name(plain_path(file.path).name.removesuffix(".gguf"))
     if file.source:
         stem = f"{file.source.split('/')[0]}_{stem}"
     # "X.naive" would be taken for the preset of rung X by itself.
