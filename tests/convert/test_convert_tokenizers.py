@@ -10,12 +10,13 @@ from typing import Any
 import gguf
 import pytest
 import tiny_models
+from heard import Heard
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import Qwen2Tokenizer
 
 from bitladder.convert import bpe, pretokenizers, sentencepiece
-from bitladder.convert.tokenizer import read_vocabulary
-from bitladder.convert.vocabulary import Kind, write_vocabulary
+from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
+from bitladder.convert.vocabulary import Kind
 from bitladder.errors import BitladderError
 from bitladder.progress import SILENT
 
@@ -29,19 +30,6 @@ Tokenize = Callable[..., list[int]]
 @llama_cpp.llama_log_callback
 def _quiet(level: int, text: bytes, data: object) -> None:
     pass
-
-
-class Heard:
-    """A Progress that keeps the warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    task = SILENT.task
-    info = SILENT.info
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture
