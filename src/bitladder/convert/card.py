@@ -6,13 +6,14 @@ from typing import Any
 
 import yaml
 
-from bitladder.convert.config import brief
+from bitladder.convert.config import plain
 from bitladder.progress import Progress
 
 # A path on a machine, and no id of a repository.
 LOCAL_PATH = re.compile(r"^([/~.\\]|[A-Za-z]:[\\/])")
-# Bytes of the front matter. YAML is slow to read; a card with many results has some hundred thousand.
-LONGEST = 1 << 20
+# Bytes of a card that are looked at, and characters of what is read as YAML, which is slow. What matters of a card has
+# some hundred characters, and no brackets within brackets within brackets.
+LONGEST, LONGEST_YAML, DEEPEST = 1 << 22, 1 << 15, 16
 # Characters of a value. The longest that makes sense is a description.
 LONGEST_VALUE = 4000
 # What the gguf package looks for, as a text or as a list of texts.
@@ -28,6 +29,7 @@ LISTS = frozenset({"tags", "pipeline_tag", "language", "languages", "license"})
 # Models and data sets, each an id or an object with these keys.
 ORIGINS = frozenset({"base_model", "base_models", "base_model_sources", "datasets", "dataset", "dataset_sources"})
 ORIGIN_KEYS = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
+_KEY = re.compile(r"""["']?([A-Za-z_][\w-]*)["']?\s*:(?:\s|$)""")
 Value = str | list[str | dict[str, str]]
 
 
@@ -93,7 +95,7 @@ def _front_matter(path: pathlib.Path, progress: Progress) -> dict[Any, Any]:
         return {}
     try:
         with path.open("rb") as stream:
-            data = stream.read(LONGEST + 1)
+            data = stream.read(LONGEST)
     except OSError as error:
         progress.warn(f"cannot read {path}: {error.strerror}; nothing of it goes into the GGUF")
         return {}
@@ -102,20 +104,43 @@ def _front_matter(path: pathlib.Path, progress: Progress) -> dict[Any, Any]:
     if not lines or lines[0].rstrip() != "---":
         return {}
     end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() in ("---", "...")), None)
+    # Tabs, which YAML forbids, are in some cards.
+    text = "\n".join(_wanted(lines[1:end])).replace("\t", "  ")
     try:
-        if end is None and len(data) > LONGEST:
-            raise ValueError(f"it is longer than {LONGEST} bytes")
-        # Tabs, which YAML forbids, are in some cards. The loader takes nothing but plain values: no objects.
-        card = yaml.load("\n".join(lines[1:end]).replace("\t", "  "), Loader=_Texts)
+        if len(text) > LONGEST_YAML:
+            raise ValueError(f"it has more than {LONGEST_YAML} characters")
+        _check_depth(text)
+        card = yaml.load(text, Loader=_Texts)
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = (
-            "it is nested too deeply" if isinstance(error, RecursionError) else brief(" ".join(str(error).split()), 200)
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        progress.warn(
+            f"{path}: the front matter cannot be read ({plain(reason, 200)}); nothing of it goes into the GGUF"
         )
-        progress.warn(f"{path}: the front matter is not valid YAML ({reason}); nothing of it goes into the GGUF")
         return {}
     if card is not None and not isinstance(card, dict):
         progress.warn(f"{path}: the front matter is no list of names and values; nothing of it goes into the GGUF")
     return card if isinstance(card, dict) else {}
+
+
+def _wanted(lines: list[str]) -> list[str]:
+    """The lines of the keys that are looked for. Results of benchmarks can have a hundred thousand others."""
+    kept, wanted = [], True
+    for line in lines:
+        key = _KEY.match(line)
+        if key:
+            wanted = key[1] in TEXTS | LISTS | ORIGINS
+        if wanted:
+            kept.append(line)
+    return kept
+
+
+def _check_depth(text: str) -> None:
+    """Raises ValueError for brackets within too many brackets."""
+    depth = 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if depth > DEEPEST:
+            raise ValueError("it is nested too deeply")
 
 
 def _text(value: Any) -> str | None:
