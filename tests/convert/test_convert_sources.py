@@ -201,6 +201,21 @@ def test_biases_follow_the_config(folder: pathlib.Path) -> None:
     assert same_as_transformers(folder) == []  # the biases that are missing are zero
 
 
+def test_saved_without_its_head(folder: pathlib.Path) -> None:
+    """Names without "model.", and a tied head."""
+    configure(folder, tie_word_embeddings=True)
+    change(
+        folder,
+        lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != HEAD},
+    )
+    assert same_as_transformers(folder) == []
+
+
+def test_saved_within_another_model(folder: pathlib.Path) -> None:
+    change(folder, lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items()})
+    assert same_as_transformers(folder) == []
+
+
 def shard(folder: pathlib.Path, edit: Callable[[dict[str, str]], dict[str, Any]] = dict) -> None:
     """Splits model.safetensors into a.safetensors and b.safetensors with an index."""
     tensors = safetensors.load_file(folder / "model.safetensors")
@@ -218,6 +233,15 @@ def test_single_file_beside_an_old_index(folder: pathlib.Path) -> None:
     shard(folder)
     (folder / "new").rename(folder / "model.safetensors")
     assert any("index.json and its shards are ignored" in warning for warning in same_as_transformers(folder))
+
+
+def test_files_that_no_index_names(folder: pathlib.Path) -> None:
+    """Mistral's own format, shards of an older upload, variants and adapters lie beside the weights."""
+    shard(folder)
+    other = {name: tensor * 1.5 for name, tensor in safetensors.load_file(folder / "b.safetensors").items()}
+    for file in ("consolidated", "model-00001-of-00009", "model-21", "model.fp16", "adapter_model"):
+        safetensors.save_file(other, folder / f"{file}.safetensors", metadata={"format": "pt"})
+    assert same_as_transformers(folder) == []
 
 
 def test_weights_of_another_name(folder: pathlib.Path) -> None:

@@ -139,6 +139,22 @@ def test_sentencepiece(tmp_path: pathlib.Path, native: Any) -> None:
         assert tokenize(text) == [1, *reference.encode(text)]
 
 
+def test_added_tokens_json_beside_tokenizer_model(tmp_path: pathlib.Path) -> None:
+    """It often names the model's own control tokens again, or tokens that the embeddings have no rows for."""
+    tiny_models.train_sentencepiece(tmp_path)
+    alone = read_vocabulary(tmp_path, 400)
+    again = {"</s>": 2, "<s>": 1, "<unk>": 0}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(again))
+    assert read_vocabulary(tmp_path, 400) == alone
+    (tmp_path / "added_tokens.json").write_text(json.dumps({**again, "<pad>": 400, "<more>": 401}))
+    heard = Heard()
+    assert read_vocabulary(tmp_path, 400, heard) == alone
+    assert "2 tokens have ids beyond the model's 400 embeddings" in heard.warnings[0]
+    padded = read_vocabulary(tmp_path, 410)
+    assert padded.tokens[400:] == ["<pad>", "<more>", *(f"[PAD{i}]" for i in range(402, 410))]
+    assert padded.types[400:402] == [Kind.USER_DEFINED] * 2
+
+
 def test_byte_fallback_tokenizer_json(tmp_path: pathlib.Path, native: Any) -> None:
     """transformers' form of the same vocabulary, without tokenizer.model: the same tokens again."""
     model = tiny_models.train_sentencepiece(tmp_path)

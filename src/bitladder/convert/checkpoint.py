@@ -1,5 +1,6 @@
 """Reading a Hugging Face checkpoint: its config.json, and its safetensors tensors one at a time."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -43,7 +44,7 @@ class Checkpoint:
         self.folder = folder
         self.config = Config(read_json(folder / "config.json"), folder / "config.json")
         self.quantization = Quantization(folder, self.config)
-        self._stored = _all_tensors(folder, self.config, progress)
+        self._stored = _with_prefix(_all_tensors(folder, self.config, progress))
         beside = fp8.scales(self._stored)
         self.tensors = {name: tensor for name, tensor in self._stored.items() if name not in beside}
 
@@ -112,6 +113,24 @@ def _all_tensors(folder: pathlib.Path, config: Config, progress: Progress) -> di
     raise BitladderError(
         f"{folder} has neither {SINGLE} nor {INDEX} ({hint}save the model with transformers' save_pretrained)"
     )
+
+
+def _with_prefix(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors by the names that a model with a head has, model.*, and the head's.
+
+    transformers also loads files in which the model was saved without its head (no prefix) or within another one.
+    """
+    for prefix in ("", "model.model."):
+        if f"{prefix}embed_tokens.weight" in tensors and "model.embed_tokens.weight" not in tensors:
+            outer = prefix.removesuffix("model.")
+            renamed = {}
+            for name, tensor in tensors.items():
+                inner = name.removeprefix(prefix) if name.startswith(prefix) else ""
+                head = name.removeprefix(outer) == "lm_head.weight"
+                new = "lm_head.weight" if head else f"model.{inner}" if inner else name
+                renamed[new] = dataclasses.replace(tensor, name=new)
+            return renamed
+    return tensors
 
 
 def _shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, StoredTensor]:

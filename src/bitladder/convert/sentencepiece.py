@@ -230,8 +230,8 @@ def _merge_added(
     added = added_tokens(folder)
     tokens, types = lay_out(size, texts, added, folder=folder, progress=progress)
     for i, kind in enumerate(kinds[:size]):
-        # The unknown piece keeps its type, although transformers adds it as a special token.
-        if i not in added or kind == Kind.UNKNOWN:
+        # Pieces of the model that added tokens name again keep their types, the unknown piece among them.
+        if i not in added or kind in (Kind.UNKNOWN, Kind.CONTROL):
             types[i] = kind
     for i, kind in enumerate(types):
         if kind == Kind.USER_DEFINED:
