@@ -112,6 +112,11 @@ ROPES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
         ("rope_parameters",),
         "",
     ),
+    "yarn, betas": (
+        {"rope_scaling": {**YARN, TOP: 64, "beta_fast": 8, "beta_slow": 2.5}},
+        ("rope_parameters",),
+        "",
+    ),
     "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ("rope_parameters",), "up to 256 tokens"),
     "no eps": ({}, ("rms_norm_eps", "max_position_embeddings"), ""),
 }

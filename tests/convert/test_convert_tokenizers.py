@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 from heard import Heard
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from bitladder.convert import bpe, pretokenizers, sentencepiece
 from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
@@ -155,9 +155,8 @@ def test_added_tokens_json_beside_tokenizer_model(tmp_path: pathlib.Path) -> Non
     assert padded.types[400:402] == [Kind.USER_DEFINED] * 2
 
 
-def test_byte_fallback_tokenizer_json(tmp_path: pathlib.Path, native: Any) -> None:
-    """transformers' form of the same vocabulary, without tokenizer.model: the same tokens again."""
-    model = tiny_models.train_sentencepiece(tmp_path)
+def as_tokenizer_json(folder: pathlib.Path, model: Any) -> tuple[Tokenizer, dict[str, int], list[tuple[str, str]]]:
+    """transformers' form of a SentencePiece model, written to tokenizer.json; its vocabulary and merges."""
     vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
     pairs = [
         (model.get_score(vocab[text]), (text[:cut], text[cut:]))
@@ -167,10 +166,33 @@ def test_byte_fallback_tokenizer_json(tmp_path: pathlib.Path, native: Any) -> No
         if text[:cut] in vocab and text[cut:] in vocab
     ]
     merges = [pair for _, pair in sorted(pairs, key=lambda scored: -scored[0])]
-    reference = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    reference.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    reference.add_special_tokens(["<unk>", "<s>", "</s>"])
-    reference.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer, vocab, merges
+
+
+@pytest.mark.parametrize("files", ["both", "tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("flag", [None, False, True])
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_space_before_a_text(files: str, flag: bool | None, kind: str, tmp_path: pathlib.Path, native: Any) -> None:
+    if kind != "LlamaTokenizer" and files == "tokenizer.model":
+        pytest.skip("transformers reads tokenizer.model alone with Llama's class")
+    as_tokenizer_json(tmp_path, tiny_models.train_sentencepiece(tmp_path))
+    if files != "both":
+        (tmp_path / ("tokenizer.model" if files == "tokenizer.json" else "tokenizer.json")).unlink()
+    config = {"tokenizer_class": kind, "add_prefix_space": flag, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    expected = reference("fox a", add_special_tokens=False).input_ids
+    assert native(tmp_path, 400)("fox a", special=False) == expected
+
+
+def test_byte_fallback_tokenizer_json(tmp_path: pathlib.Path, native: Any) -> None:
+    """transformers' form of the same vocabulary, without tokenizer.model: the same tokens again."""
+    reference, vocab, merges = as_tokenizer_json(tmp_path, tiny_models.train_sentencepiece(tmp_path))
     (tmp_path / "tokenizer.model").unlink()
     heard = Heard()
     tokenize = native(tmp_path, 420, heard)

@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from bitladder.convert.config import Config, brief, read_json
+from bitladder.convert.config import Config, brief, plain, read_json
 from bitladder.convert.fp8 import FP8
 from bitladder.convert.safetensors import Shape, StoredTensor
 from bitladder.errors import BitladderError
@@ -53,7 +53,7 @@ class Quantization:
                 inner = content.get("quantization")
                 self.values, self.where = (inner if isinstance(inner, dict) else content), str(folder / name)
         method = self.values.get("quant_method") or self.values.get("quant_algo") or self.values.get("quant_type")
-        self.method = method.lower() if isinstance(method, str) else ("unnamed method" if self.values else None)
+        self.method = plain(method.lower()) if isinstance(method, str) else ("unnamed method" if self.values else None)
         self.block = self._block()
 
     def _block(self) -> Shape | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from bitladder.convert.config import LFS_POINTER, brief, parse_json, plain
 from bitladder.errors import BitladderError
 
 Shape = tuple[int, ...]
+_DTYPE = re.compile(r"[A-Z0-9_]{1,20}")
 # Types as safetensors names them, and how numpy reads them: a bfloat16 as its bits, since numpy does not have it, and
 # so an 8-bit float.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -81,12 +83,15 @@ def _tensor(name: str, entry: Any, path: pathlib.Path, start: int, size: int) ->
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise BitladderError(f"{path} is not a safetensors file: tensor {plain(name)} is not described") from error
-    numbers = (*shape, begin, end)
-    if not isinstance(dtype, str) or not all(type(number) is int and 0 <= number <= size for number in (*shape, begin)):
-        raise BitladderError(f"{path} is damaged: tensor {plain(name)} has the shape and place {brief(numbers)}")
-    if type(end) is not int or start + end > size:
+    whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype) or not whole or max((*shape, begin)) > size:
         raise BitladderError(
-            f"{path} is truncated: tensor {plain(name)} should end at byte {start + end}, the file has {size}"
+            f"{path} is damaged: tensor {plain(name)} is {brief(dtype)} of the shape {brief(shape)} at"
+            f" {brief([begin, end])}"
+        )
+    if start + end > size:
+        raise BitladderError(
+            f"{path} is truncated: tensor {plain(name)} should end at byte {brief(start + end)}, the file has {size}"
         )
     tensor = StoredTensor(name, dtype, shape, path, start + begin)
     if end < begin or (dtype in DTYPES and end - begin != tensor.elements * DTYPES[dtype].itemsize):

@@ -76,7 +76,7 @@ def read_sentencepiece(folder: pathlib.Path, size: int, progress: Progress) -> V
         tokens,
         types,
         scores=(scores + [PADDING_SCORE] * size)[:size],
-        add_space_prefix=_config_prefix(folder, bool(normalizer.get(3, [1])[0])),
+        add_space_prefix=_space_prefix(folder, bool(normalizer.get(3, [1])[0])),
         ids=_trainer_ids(trainer, len(texts)),
     )
 
@@ -160,7 +160,7 @@ def read_byte_fallback(folder: pathlib.Path, tokenizer: dict[str, Any], size: in
         tokens,
         types,
         scores=(scores + [PADDING_SCORE] * size)[:size],
-        add_space_prefix=prefix,
+        add_space_prefix=_space_prefix(folder, prefix),
         ids={} if unknown is None else {"unk": unknown},
     )
 
@@ -256,10 +256,20 @@ def _kind(text: str | None) -> Kind:
     return Kind.BYTE if BYTE.fullmatch(text) else Kind.NORMAL
 
 
-def _config_prefix(folder: pathlib.Path, default: bool) -> bool:
-    path = folder / "tokenizer_config.json"
-    value = read_json(path).get("add_prefix_space") if path.is_file() else None
-    return value if isinstance(value, bool) else default
+def _space_prefix(folder: pathlib.Path, default: bool) -> bool:
+    """Whether a space goes before a text: what transformers takes of three places, or the default.
+
+    Llama's class goes by `add_prefix_space` of tokenizer_config.json, other classes by tokenizer.json.
+    """
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    described = folder / "tokenizer.json"
+    flag, kind = config.get("add_prefix_space"), config.get("tokenizer_class")
+    if isinstance(flag, bool) and (not described.is_file() or kind in (None, "LlamaTokenizer", "LlamaTokenizerFast")):
+        return flag
+    try:
+        return _prefix_of(read_json(described), described) if described.is_file() else default
+    except BitladderError:  # tokenizer.model is taken, whatever form tokenizer.json has
+        return default
 
 
 def _prefix_of(tokenizer: dict[str, Any], path: pathlib.Path) -> bool:
