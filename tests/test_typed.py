@@ -13,7 +13,7 @@ from bitladder.cli import invoke
 from bitladder.cli.recipe import command as recipe_command
 from bitladder.cli.run import command as run_command
 from bitladder.cli.typed import joined_lists
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf import GgufFile
 
 
 @pytest.mark.parametrize(

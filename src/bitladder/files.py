@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,27 @@ from typing import Any
 from bitladder.errors import BitladderError
 
 PathLike = str | os.PathLike[str]
+# Bytes of a file name that `file_name` makes. File systems allow 255; names of rungs and temporary files are longer.
+LONGEST_NAME = 160
+
+
+def file_name(text: str, ending: str = "") -> str:
+    """A file name from a text that somebody else wrote, such as the name in a model card.
+
+    Letters, digits and the signs . _ + - stay. Anything else, such as a path separator, a space or a control
+    character, becomes "-". The name does not begin with "." or "-".
+
+    Parameters:
+        text: the text.
+        ending: what the name ends in, such as ".gguf". It stays as it is.
+
+    Returns:
+        A name of at most 160 bytes; "model" and the ending if nothing of the text is left.
+    """
+    stem = re.sub(r"[^\w.+-]+", "-", text).lstrip(".-")
+    room = LONGEST_NAME - len(ending.encode())
+    stem = stem.encode("utf-8", "ignore")[:room].decode("utf-8", "ignore").rstrip(".-")
+    return (stem or "model") + ending
 
 
 @contextlib.contextmanager

@@ -10,10 +10,9 @@ import tiny_models
 import torch
 from transformers import LlamaForCausalLM, Olmo2ForCausalLM
 
-from bitladder.calibrate import TorchModel
+from bitladder.calibrate import TorchModel, check_logits
 from bitladder.calibrate.gradients import usable
 from bitladder.calibrate.gradients.families import TorchLlama
-from bitladder.calibrate.gradients.usable import check_logits
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions, chunk_generator, weighted_moments
 from bitladder.convert import convert
 from bitladder.errors import BitladderError, UsageError

@@ -10,12 +10,13 @@ from typing import Any
 import gguf
 import pytest
 import tiny_models
+from heard import Heard
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from bitladder.convert import bpe, pretokenizers, sentencepiece
-from bitladder.convert.tokenizer import read_vocabulary
-from bitladder.convert.vocabulary import Kind, write_vocabulary
+from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
+from bitladder.convert.vocabulary import Kind
 from bitladder.errors import BitladderError
 from bitladder.progress import SILENT
 
@@ -29,19 +30,6 @@ Tokenize = Callable[..., list[int]]
 @llama_cpp.llama_log_callback
 def _quiet(level: int, text: bytes, data: object) -> None:
     pass
-
-
-class Heard:
-    """A Progress that keeps the warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    task = SILENT.task
-    info = SILENT.info
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture
@@ -151,9 +139,24 @@ def test_sentencepiece(tmp_path: pathlib.Path, native: Any) -> None:
         assert tokenize(text) == [1, *reference.encode(text)]
 
 
-def test_byte_fallback_tokenizer_json(tmp_path: pathlib.Path, native: Any) -> None:
-    """transformers' form of the same vocabulary, without tokenizer.model: the same tokens again."""
-    model = tiny_models.train_sentencepiece(tmp_path)
+def test_added_tokens_json_beside_tokenizer_model(tmp_path: pathlib.Path) -> None:
+    """It often names the model's own control tokens again, or tokens that the embeddings have no rows for."""
+    tiny_models.train_sentencepiece(tmp_path)
+    alone = read_vocabulary(tmp_path, 400)
+    again = {"</s>": 2, "<s>": 1, "<unk>": 0}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(again))
+    assert read_vocabulary(tmp_path, 400) == alone
+    (tmp_path / "added_tokens.json").write_text(json.dumps({**again, "<pad>": 400, "<more>": 401}))
+    heard = Heard()
+    assert read_vocabulary(tmp_path, 400, heard) == alone
+    assert "2 tokens have ids beyond the model's 400 embeddings" in heard.warnings[0]
+    padded = read_vocabulary(tmp_path, 410)
+    assert padded.tokens[400:] == ["<pad>", "<more>", *(f"[PAD{i}]" for i in range(402, 410))]
+    assert padded.types[400:402] == [Kind.USER_DEFINED] * 2
+
+
+def as_tokenizer_json(folder: pathlib.Path, model: Any) -> tuple[Tokenizer, dict[str, int], list[tuple[str, str]]]:
+    """transformers' form of a SentencePiece model, written to tokenizer.json; its vocabulary and merges."""
     vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
     pairs = [
         (model.get_score(vocab[text]), (text[:cut], text[cut:]))
@@ -163,10 +166,33 @@ def test_byte_fallback_tokenizer_json(tmp_path: pathlib.Path, native: Any) -> No
         if text[:cut] in vocab and text[cut:] in vocab
     ]
     merges = [pair for _, pair in sorted(pairs, key=lambda scored: -scored[0])]
-    reference = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    reference.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    reference.add_special_tokens(["<unk>", "<s>", "</s>"])
-    reference.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer, vocab, merges
+
+
+@pytest.mark.parametrize("files", ["both", "tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("flag", [None, False, True])
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_space_before_a_text(files: str, flag: bool | None, kind: str, tmp_path: pathlib.Path, native: Any) -> None:
+    if kind != "LlamaTokenizer" and files == "tokenizer.model":
+        pytest.skip("transformers reads tokenizer.model alone with Llama's class")
+    as_tokenizer_json(tmp_path, tiny_models.train_sentencepiece(tmp_path))
+    if files != "both":
+        (tmp_path / ("tokenizer.model" if files == "tokenizer.json" else "tokenizer.json")).unlink()
+    config = {"tokenizer_class": kind, "add_prefix_space": flag, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    expected = reference("fox a", add_special_tokens=False).input_ids
+    assert native(tmp_path, 400)("fox a", special=False) == expected
+
+
+def test_byte_fallback_tokenizer_json(tmp_path: pathlib.Path, native: Any) -> None:
+    """transformers' form of the same vocabulary, without tokenizer.model: the same tokens again."""
+    reference, vocab, merges = as_tokenizer_json(tmp_path, tiny_models.train_sentencepiece(tmp_path))
     (tmp_path / "tokenizer.model").unlink()
     heard = Heard()
     tokenize = native(tmp_path, 420, heard)

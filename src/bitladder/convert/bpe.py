@@ -5,7 +5,8 @@ import pathlib
 from typing import Any
 
 from bitladder.convert import pretokenizers
-from bitladder.convert.vocabulary import Vocabulary, added_tokens, lay_out
+from bitladder.convert.config import brief
+from bitladder.convert.vocabulary import Vocabulary, added_tokens, base_tokens, encodes, lay_out
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
 
@@ -29,17 +30,19 @@ def read_bpe(folder: pathlib.Path, tokenizer: dict[str, Any], size: int, progres
     """
     path = folder / "tokenizer.json"
     model = tokenizer["model"]
+    if not model.get("merges"):
+        raise BitladderError(f"{path}: the BPE model has no merges, which llama.cpp needs")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise BitladderError(f"{path}: a BPE model with {key} {model[key]!r} is not supported by llama.cpp")
+            raise BitladderError(f"{path}: a BPE model with {key} {brief(model[key])} is not supported by llama.cpp")
     _check_normalizer(tokenizer.get("normalizer"), path, progress)
     if pretokenizers.adds_prefix_space(tokenizer["pre_tokenizer"]):
         progress.warn("the tokenizer puts a space before the text; llama.cpp does not with this kind of vocabulary")
+    base = base_tokens(model["vocab"], path)
     merges = read_merges(model.get("merges", []), path)
     pre = _choose(tokenizer, model["vocab"], merges, path)
     if pre.approximate:
         progress.warn(f"llama.cpp's pre-tokenizer {pre.name!r} differs from the original for letters beyond a–z, A–Z")
-    base = {i: text for text, i in model["vocab"].items()}
     tokens, types = lay_out(size, base, added_tokens(folder), folder=folder, progress=progress)
     return Vocabulary("gpt2", pre.name, tokens, types, merges=[" ".join(pair) for pair in merges])
 
@@ -50,10 +53,14 @@ def read_merges(merges: list[Any], path: pathlib.Path) -> list[tuple[str, str]]:
     Raises BitladderError for an entry that is neither.
     """
     pairs = []
+    if not isinstance(merges, list):
+        raise BitladderError(f"{path}: merges should be a list, not {brief(merges)}")
     for merge in merges:
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
-            raise BitladderError(f"{path}: {merge!r} is not a merge of two tokens")
+        if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) and p for p in parts):
+            raise BitladderError(f"{path}: {brief(merge)} is not a merge of two tokens")
+        if not encodes(parts[0] + parts[1]):
+            raise BitladderError(f"{path}: the merge {brief(merge)} cannot be written as UTF-8")
         # GGUF writes a merge as "a b": a space inside a token would end it.
         pairs.append((parts[0].replace(" ", SPACE), parts[1].replace(" ", SPACE)))
     return pairs
@@ -106,4 +113,4 @@ def _check_normalizer(normalizer: dict[str, Any] | None, path: pathlib.Path, pro
     elif normalizer.get("type") == "NFC":
         progress.warn("the tokenizer brings text to Unicode NFC first, which llama.cpp does not: give it NFC text")
     else:
-        raise BitladderError(f"{path}: the normalizer {normalizer.get('type')} is not supported by llama.cpp")
+        raise BitladderError(f"{path}: the normalizer {brief(normalizer.get('type'))} is not supported by llama.cpp")

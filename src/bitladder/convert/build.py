@@ -15,16 +15,22 @@ from numpy.typing import NDArray
 from bitladder.convert import model_metadata
 from bitladder.convert.checkpoint import Checkpoint
 from bitladder.convert.families import Family, family_for
+from bitladder.convert.quantized import check_quantization
 from bitladder.convert.tensors import OUTTYPES, TensorCopy, check_finite, choose_outtype, encode, plan_copies
-from bitladder.convert.tokenizer import read_vocabulary
-from bitladder.convert.vocabulary import write_vocabulary
+from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing
 from bitladder.hub import fetch_checkpoint
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 
-CONVERT = Algorithm("convert", ("tensors, vocabulary and metadata as convert_hf_to_gguf.py writes them",))
+CONVERT = Algorithm(
+    "convert",
+    (
+        "tensors, vocabulary and metadata as convert_hf_to_gguf.py writes them",
+        "where places of a checkpoint differ, the one that transformers takes; all end tokens; FP8 is dequantized",
+    ),
+)
 TAIL = 5  # lines of a converter's messages that an error shows
 
 
@@ -79,12 +85,13 @@ def convert(
             architecture, tensors = _run_converter(converter, folder, temporary, outtype, progress)
         return ConvertResult(pathlib.Path(out), architecture, outtype, tensors, pathlib.Path(out).stat().st_size)
     with _gguf_warnings(progress):
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, progress)
         family = family_for(checkpoint.config)
+        check_quantization(checkpoint.quantization, checkpoint.tensors, progress)
         decided = choose_outtype(checkpoint, outtype)
         if outtype == "auto":
             progress.info(f"outtype {decided}, by the checkpoint's weights")
-        copies = plan_copies(checkpoint, family, decided)
+        copies = plan_copies(checkpoint, family, decided, progress)
         with replacing(out) as temporary:
             tensors = _write(temporary, checkpoint, family, copies, outtype=decided, progress=progress)
     name = gguf.MODEL_ARCH_NAMES[family.arch]
@@ -99,8 +106,8 @@ def default_name(model: str | pathlib.Path, outtype: str = "auto") -> str:
     folder = fetch_checkpoint(model)
     checkpoint = Checkpoint(folder)
     decided = choose_outtype(checkpoint, outtype)
-    parameters = sum(tensor.elements for tensor in checkpoint.tensors.values())
-    return model_metadata.file_name(model_metadata.read_metadata(folder, checkpoint.config, parameters), decided)
+    metadata = model_metadata.read_metadata(folder, checkpoint.config, checkpoint.parameters, SILENT)
+    return model_metadata.default_file_name(metadata, decided)
 
 
 def _write(
@@ -117,8 +124,10 @@ def _write(
     try:
         parameters = sum(checkpoint.tensors[source].elements for source in {copy.source for copy in copies})
         writer.add_type(gguf.GGUFType.MODEL)
-        model_metadata.read_metadata(checkpoint.folder, checkpoint.config, parameters).set_gguf_meta_model(writer)
-        extra = family.describe(writer)
+        model_metadata.read_metadata(checkpoint.folder, checkpoint.config, parameters, progress).set_gguf_meta_model(
+            writer
+        )
+        extra = family.describe(writer, progress)
         writer.add_file_type(OUTTYPES[outtype][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         write_vocabulary(

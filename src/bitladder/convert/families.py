@@ -4,18 +4,23 @@ A new architecture is a subclass of `Family` in `FAMILIES`.
 """
 
 import abc
+from collections.abc import Iterator
 from typing import ClassVar
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.convert.checkpoint import Config, Raw, Shape
-from bitladder.convert.rope_config import describe_rope
+from bitladder.convert.checkpoint import Raw
+from bitladder.convert.config import Config, brief, plain
+from bitladder.convert.rope_config import DEFAULT_CONTEXT, describe_rope
+from bitladder.convert.safetensors import Shape
 from bitladder.errors import BitladderError
+from bitladder.progress import Progress
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 
 
 class Family(abc.ABC):
@@ -24,8 +29,11 @@ class Family(abc.ABC):
     Raises BitladderError for a config.json that llama.cpp's graph of the architecture cannot run.
     """
 
-    # The class names in config.json's `architectures`.
+    # The class names in config.json's `architectures`, and its `model_type`, by which transformers chooses the class.
     names: ClassVar[tuple[str, ...]]
+    model_type: ClassVar[str]
+    # transformers' default of rms_norm_eps.
+    default_eps: ClassVar[float]
     arch: ClassVar[gguf.MODEL_ARCH]
     # Whether llama.cpp's graph divides the rotary frequencies by `rope_freqs.weight`.
     takes_rope_factors: ClassVar[bool]
@@ -41,16 +49,27 @@ class Family(abc.ABC):
         self.heads = config.integer("num_attention_heads")
         self.kv_heads = config.integer("num_key_value_heads", self.heads)
         self.head_dim = config.integer("head_dim", self.width // self.heads)
-        self.tied = bool(config.get("tie_word_embeddings", False))
+        self.tied = config.boolean("tie_word_embeddings")
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise BitladderError(f"{config.path}: hidden_act {config.get('hidden_act')!r} is not supported, only silu")
+            raise BitladderError(
+                f"{config.path}: hidden_act {brief(config.get('hidden_act'))} is not supported, only silu"
+            )
+        self.epsilon = config.number("rms_norm_eps", self.default_eps)
+        if self.epsilon < 0:
+            raise config.wrong("rms_norm_eps", "0 or more", self.epsilon)
+        if self.heads % self.kv_heads:
+            raise BitladderError(
+                f"{config.path}: num_attention_heads {self.heads} is no multiple of num_key_value_heads {self.kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise BitladderError(f"{config.path}: heads of {self.head_dim} values cannot be rotated in pairs")
 
     @abc.abstractmethod
     def block_shapes(self) -> dict[str, Shape]:
         """The tensors that every block must have, by the name after `model.layers.N.`."""
 
     def optional_block_shapes(self) -> dict[str, Shape]:
-        """The tensors that a block may have (biases)."""
+        """The tensors that a block may have (biases). transformers takes those that are missing for zero."""
         return {}
 
     def arrange(self, name: str, raw: Raw) -> Raw:
@@ -71,39 +90,44 @@ class Family(abc.ABC):
             "mlp.down_proj.weight": (self.width, self.inner),
         }
 
-    def required(self) -> dict[str, Shape]:
-        """The tensors that the checkpoint must have, in the order of the GGUF. A tied head is not among them."""
-        shapes: dict[str, Shape] = {EMBEDDING: (self.vocab, self.width)}
+    def required(self) -> Iterator[tuple[str, Shape]]:
+        """The tensors that the checkpoint must have, in the order of the GGUF. A tied head is not among them.
+
+        They are made one by one, because config.json can say any number of blocks.
+        """
+        yield EMBEDDING, (self.vocab, self.width)
         for block in range(self.blocks):
-            shapes |= {f"model.layers.{block}.{name}": shape for name, shape in self.block_shapes().items()}
-        shapes["model.norm.weight"] = (self.width,)
+            for name, shape in self.block_shapes().items():
+                yield f"model.layers.{block}.{name}", shape
+        yield "model.norm.weight", (self.width,)
         if not self.tied:
-            shapes[HEAD] = (self.vocab, self.width)
-        return shapes
+            yield HEAD, (self.vocab, self.width)
 
-    def optional(self) -> dict[str, Shape]:
+    def optional(self) -> Iterator[tuple[str, Shape]]:
         """The tensors that the checkpoint may have besides."""
-        return {
-            f"model.layers.{block}.{name}": shape
-            for block in range(self.blocks)
-            for name, shape in self.optional_block_shapes().items()
-        }
+        if self.tied:
+            yield HEAD, (self.vocab, self.width)
+        for block in range(self.blocks):
+            for name, shape in self.optional_block_shapes().items():
+                yield f"model.layers.{block}.{name}", shape
 
-    def describe(self, writer: gguf.GGUFWriter) -> dict[str, NDArray[np.float32]]:
+    def describe(self, writer: gguf.GGUFWriter, progress: Progress) -> dict[str, NDArray[np.float32]]:
         """Writes the hyper-parameters. Returns the tensors that only the GGUF has, by their names there."""
         writer.add_block_count(self.blocks)
-        writer.add_context_length(self.config.integer("max_position_embeddings"))
+        writer.add_context_length(self.config.integer("max_position_embeddings", DEFAULT_CONTEXT))
         writer.add_embedding_length(self.width)
         writer.add_feed_forward_length(self.inner)
         writer.add_head_count(self.heads)
         writer.add_head_count_kv(self.kv_heads)
-        writer.add_layer_norm_rms_eps(self.config.number("rms_norm_eps"))
+        writer.add_layer_norm_rms_eps(self.epsilon)
         writer.add_vocab_size(self.vocab)
         writer.add_rope_dimension_count(self.head_dim)
         if self.config.get("head_dim") is not None:
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
-        divisors = describe_rope(self.config, writer, self.head_dim, takes_factors=self.takes_rope_factors)
+        divisors = describe_rope(
+            self.config, writer, self.head_dim, takes_factors=self.takes_rope_factors, progress=progress
+        )
         return {} if divisors is None else {"rope_freqs.weight": divisors}
 
 
@@ -115,6 +139,8 @@ class LlamaFamily(Family):
     """
 
     names = ("LlamaForCausalLM", "LLaMAForCausalLM")
+    model_type = "llama"
+    default_eps = 1e-6
     arch = gguf.MODEL_ARCH.LLAMA
     takes_rope_factors = True
     shares_embeddings = True
@@ -128,8 +154,13 @@ class LlamaFamily(Family):
         }
 
     def optional_block_shapes(self) -> dict[str, Shape]:
-        """See `Family.optional_block_shapes`. Each matrix can have a bias (attention_bias, mlp_bias)."""
-        return {name.replace(".weight", ".bias"): (shape[0],) for name, shape in self.attention_shapes().items()}
+        """See `Family.optional_block_shapes`. The matrices have biases by attention_bias and mlp_bias."""
+        biased = [part for part, key in BIASES.items() if self.config.boolean(key)]
+        return {
+            name.replace(".weight", ".bias"): (shape[0],)
+            for name, shape in self.attention_shapes().items()
+            if name.partition(".")[0] in biased
+        }
 
     def arrange(self, name: str, raw: Raw) -> Raw:
         """See `Family.arrange`. The halves of each query and key head are interleaved."""
@@ -147,6 +178,8 @@ class Olmo2Family(Family):
     """
 
     names = ("Olmo2ForCausalLM",)
+    model_type = "olmo2"
+    default_eps = 1e-5
     arch = gguf.MODEL_ARCH.OLMO2
     takes_rope_factors = False
     shares_embeddings = False
@@ -155,6 +188,8 @@ class Olmo2Family(Family):
         super().__init__(config)
         if self.head_dim * self.heads != self.width:
             raise BitladderError(f"{config.path}: llama.cpp's olmo2 needs head_dim = hidden_size / num_attention_heads")
+        if config.boolean("attention_bias"):
+            raise BitladderError(f"{config.path}: attention_bias is true, but llama.cpp's olmo2 has no biases")
 
     def block_shapes(self) -> dict[str, Shape]:
         """See `Family.block_shapes`."""
@@ -171,16 +206,48 @@ FAMILIES: tuple[type[Family], ...] = (LlamaFamily, Olmo2Family)
 
 
 def family_for(config: Config) -> Family:
-    """The family of a model, with its sizes. Raises BitladderError if no family has the architecture."""
+    """The family of a model, with its sizes.
+
+    transformers chooses the class by `model_type`. `architectures` must name the same; each may be missing.
+
+    Raises BitladderError if no family has the architecture, or if two places say different things.
+    """
     names = config.get("architectures", [])
+    names = [names] if isinstance(names, str) else names
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    kind = config.get("model_type")
     for family in FAMILIES:
-        if isinstance(names, list) and any(name in family.names for name in names):
-            return family(config)
+        named = any(name in family.names for name in names)
+        if not named and (names or kind != family.model_type):
+            continue
+        if kind not in (None, family.model_type):
+            raise BitladderError(
+                f"{config.path}: architectures names {brief(', '.join(names))}, but model_type, which transformers"
+                f" goes by, is {brief(kind)}; correct the one that is wrong"
+            )
+        _check_nested(config)
+        return family(config)
     known = ", ".join(name for family in FAMILIES for name in family.names[:1])
+    given = ", ".join(names) or (f"of model_type {kind}" if isinstance(kind, str) else "not given")
     raise BitladderError(
-        f"{config.path}: architecture {', '.join(map(str, names)) or 'not given'} is not one that bitladder converts"
+        f"{config.path}: architecture {plain(given)} is not one that bitladder converts"
         f" ({known}); --converter PATH runs llama.cpp's own convert_hf_to_gguf.py instead"
     )
+
+
+def _check_nested(config: Config) -> None:
+    """Raises BitladderError if `text_config`, where models of several kinds keep such values, says something else."""
+    nested = config.get("text_config")
+    if nested is None:
+        return
+    if not isinstance(nested, dict):
+        raise config.wrong("text_config", "an object", nested)
+    for key, value in nested.items():
+        if key != "model_type" and value is not None and value != config.get(key):
+            raise BitladderError(
+                f"{config.path}: text_config.{plain(key)} is {brief(value)}, but {plain(key)} is"
+                f" {brief(config.get(key))}; a text model has these values at the top"
+            )
 
 
 def interleave(raw: Raw, heads: int) -> Raw:

@@ -6,66 +6,49 @@ import re
 from typing import Any
 
 import gguf
-import yaml
 
-from bitladder.convert.checkpoint import Config
-from bitladder.errors import BitladderError
+from bitladder.convert.card import LOCAL_PATH, clean, read_card
+from bitladder.convert.config import Config
+from bitladder.convert.sampling import read_sampling
+from bitladder.files import file_name
 from bitladder.hub import hub_id
+from bitladder.progress import Progress
 
-# A path on a machine, and no id of a repository.
-LOCAL_PATH = re.compile(r"^([/~.\\]|[A-Za-z]:[\\/])")
+_SIZE = re.compile(r"[\w.-]{1,40}")
 
 
-def read_metadata(folder: pathlib.Path, config: Config, parameters: int) -> gguf.Metadata:
-    """The metadata that the gguf package's heuristics find, without local paths.
+def read_metadata(folder: pathlib.Path, config: Config, parameters: int, progress: Progress) -> gguf.Metadata:
+    """The metadata that the gguf package's heuristics find, without local paths, and the sampling defaults.
 
     Parameters:
         folder: directory of the checkpoint.
         config: its config.json.
         parameters: number of weights.
-
-    Raises:
-        BitladderError: the front matter of the model card is not valid YAML.
+        progress: gets a warning of what is left out.
     """
     identity = hub_id(folder)
-    values = {key: value for key, value in config.values.items() if key != "_name_or_path"}
-    written = config.get("_name_or_path", "")
-    if identity or (isinstance(written, str) and not LOCAL_PATH.match(written)):
-        values["_name_or_path"] = identity or written or None
-    try:
-        card = {key: _without_paths(value) for key, value in gguf.Metadata.load_model_card(folder).items()}
-        loaded = gguf.Metadata.load(None, folder, None, parameters)
-    except yaml.YAMLError as error:
-        raise BitladderError(f"{folder / 'README.md'}: the front matter is not valid YAML ({_line(error)})") from error
-    # Of load(), which reads config.json with its paths, only the sampling defaults (generation_config.json) are used.
-    sampling = {
-        field.name: getattr(loaded, field.name)
-        for field in dataclasses.fields(loaded)
-        if field.name.startswith("sampling_")
-    }
+    written = config.get("_name_or_path")
+    written = clean(written) if isinstance(written, str) and not LOCAL_PATH.match(written) else None
+    card: dict[str, Any] = dict(read_card(folder, progress))
     place = None if identity else folder.resolve()
-    metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(**sampling), card, values, place, parameters)
+    metadata = gguf.Metadata.apply_metadata_heuristic(
+        read_sampling(folder, progress), card, {"_name_or_path": identity or written or None}, place, parameters
+    )
+    for field in dataclasses.fields(metadata):
+        value = getattr(metadata, field.name)
+        if isinstance(value, str):
+            setattr(metadata, field.name, clean(value) or None)
     if metadata.name is None:
-        metadata.name = folder.resolve().name
-    if metadata.size_label is None:
+        metadata.name = clean(folder.resolve().name) or "model"
+    if metadata.size_label is None or not _SIZE.fullmatch(metadata.size_label):
         metadata.size_label = gguf.size_label(parameters, parameters, 0, 0)
     return metadata
 
 
-def file_name(metadata: gguf.Metadata, outtype: str) -> str:
-    """A file name by GGUF's naming convention, such as Tiny-15M-F16.gguf."""
+def default_file_name(metadata: gguf.Metadata, outtype: str) -> str:
+    """A file name by GGUF's naming convention, such as Tiny-15M-F16.gguf. It is no path, whatever the metadata are."""
+    encoding = f"-{outtype.upper()}.gguf"
     stem = gguf.naming_convention(
-        metadata.name, metadata.basename, metadata.finetune, metadata.version, metadata.size_label, outtype
+        metadata.name, metadata.basename, metadata.finetune, metadata.version, metadata.size_label, None
     )
-    return f"{stem}.gguf"
-
-
-def _without_paths(value: Any) -> Any:
-    """A value of the front matter without strings that are local paths."""
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value if not (isinstance(item, str) and LOCAL_PATH.match(item))]
-    return None if isinstance(value, str) and LOCAL_PATH.match(value) else value
-
-
-def _line(error: yaml.YAMLError) -> str:
-    return " ".join(str(error).split())
+    return file_name(stem, encoding)

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from bitladder.convert.config import brief, plain
 from bitladder.errors import BitladderError
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -75,10 +76,10 @@ def find(description: dict[str, Any], path: pathlib.Path) -> tuple[PreTokenizer,
     regexes = split_regexes(description)
     if regexes is not None and regexes in KNOWN:
         return KNOWN[regexes]
-    shown = " then ".join(regexes) if regexes else repr(description)
+    shown = " then ".join(regexes) if regexes else brief(description, 400)
     raise BitladderError(
-        f"{path}: llama.cpp's pre-tokenizer for this description is not known: {shown} — --converter PATH runs"
-        " llama.cpp's own convert_hf_to_gguf.py, which may know the tokenizer by its hash"
+        f"{path}: llama.cpp's pre-tokenizer for this description is not known: {plain(shown, 1000)} — --converter PATH"
+        " runs llama.cpp's own convert_hf_to_gguf.py, which may know the tokenizer by its hash"
     )
 
 

@@ -10,14 +10,63 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.convert.checkpoint import Config
+from bitladder.convert.config import Config, brief, plain
 from bitladder.errors import BitladderError
+from bitladder.progress import Progress
 
 DEFAULT_THETA = 10000.0
+# What config.json can say of the rope outside its object.
+AT_THE_TOP = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+DEFAULT_CONTEXT = 2048  # transformers' default of max_position_embeddings
+
+
+def read_rope(config: Config) -> Config:
+    """The parameters of the rope, from the places where transformers looks for them.
+
+    `rope_scaling` comes before `rope_parameters`, and `rope_theta` in it before `rope_theta` at the top of config.json;
+    but `original_max_position_embeddings` at the top comes before that in it. Source: transformers,
+    modeling_rope_utils.
+
+    Raises BitladderError if they are no object, or differ from block to block.
+    """
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    values = config.get(key, {})
+    if not isinstance(values, dict):
+        raise config.wrong(key, "an object", values)
+    nested = next((name for name, value in values.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise BitladderError(
+            f"{config.path}: {key} has values for {brief(nested)} alone; only one rope for all blocks is supported"
+        )
+    above = {name: config.get(name) for name in AT_THE_TOP}
+    merged = _stated(above) | _stated(values)
+    context = "original_max_position_embeddings"
+    return Config(merged | _stated({context: above[context]}), config.path)
+
+
+def compare_ropes(config: Config, progress: Progress) -> None:
+    """Warns of each value of the rope in config.json that is not used, because another place says something else."""
+    used = read_rope(config).values
+    places = {key: config.get(key, {}) for key in ("rope_scaling", "rope_parameters")}
+    places["its top level"] = {name: config.get(name) for name in AT_THE_TOP}
+    for place, values in places.items():
+        for name, value in _stated(values).items() if isinstance(values, dict) else ():
+            if value != used.get(name):
+                progress.warn(
+                    f"{config.path}: {plain(name)} is {brief(value)} in {place}; transformers takes"
+                    f" {brief(used.get(name, 'the default'))} from elsewhere in the file, and so does bitladder"
+                )
+
+
+def _stated(values: dict[str, Any]) -> dict[str, Any]:
+    """The values that are not null, with the kind of rope as `rope_type`."""
+    stated = {name: value for name, value in values.items() if value is not None}
+    kind = stated.pop("type", None)
+    return stated if kind is None else {"rope_type": kind} | stated
 
 
 def describe_rope(
-    config: Config, writer: gguf.GGUFWriter, head_dim: int, *, takes_factors: bool
+    config: Config, writer: gguf.GGUFWriter, head_dim: int, *, takes_factors: bool, progress: Progress
 ) -> NDArray[np.float32] | None:
     """Writes the metadata of the rope.
 
@@ -26,44 +75,50 @@ def describe_rope(
         writer: gets the metadata.
         head_dim: values of a head.
         takes_factors: whether llama.cpp's graph of the architecture uses a `rope_freqs` tensor.
+        progress: gets warnings.
 
     Returns:
         The divisors of the frequencies of a llama3 rope, float32, shape [head_dim / 2]; None for other ropes.
 
     Raises:
-        BitladderError: llama.cpp cannot reproduce the rope type.
+        BitladderError: llama.cpp cannot reproduce the rope.
     """
-    values = config.get("rope_parameters", config.get("rope_scaling", {}))
-    where = f"{config.path}: rope_parameters" if config.get("rope_parameters") else f"{config.path}: rope_scaling"
-    if not isinstance(values, dict):
-        raise BitladderError(f"{where} should be an object, not {values!r}")
-    rope = Config(values, config.path)
-    theta = rope.number("rope_theta", config.number("rope_theta", DEFAULT_THETA))
-    if rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise BitladderError(f"{where}: a partial_rotary_factor other than 1 is not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    compare_ropes(config, progress)
+    rope = read_rope(config)
+    theta = rope.positive("rope_theta", DEFAULT_THETA)
+    if rope.number("partial_rotary_factor", 1.0) != 1.0:
+        raise BitladderError(f"{config.path}: a partial_rotary_factor other than 1 is not supported")
+    kind = rope.get("rope_type", "default")
     writer.add_rope_freq_base(theta)
+    context = config.integer("max_position_embeddings", DEFAULT_CONTEXT)
     if kind == "default":
         return None
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope.number("factor"))
+        writer.add_rope_scaling_factor(rope.positive("factor"))
+        return None
+    if kind == "dynamic":
+        rope.positive("factor")
+        progress.warn(
+            f"the rope is dynamic: in llama.cpp the model is right up to {context} tokens (max_position_embeddings),"
+            " and is not stretched beyond them"
+        )
         return None
     if kind == "yarn":
-        _describe_yarn(config, rope, writer)
+        _describe_yarn(rope, writer, context)
         return None
     if kind == "llama3" and takes_factors:
         return llama3_divisors(
             head_dim,
             theta,
-            factor=rope.number("factor"),
-            low=rope.number("low_freq_factor"),
-            high=rope.number("high_freq_factor"),
-            context=rope.number("original_max_position_embeddings"),
+            factor=rope.positive("factor"),
+            low=rope.positive("low_freq_factor"),
+            high=rope.positive("high_freq_factor"),
+            context=rope.positive("original_max_position_embeddings", context),
         )
-    known = "linear, yarn and llama3" if takes_factors else "linear and yarn"
+    known = "linear, dynamic, yarn and llama3" if takes_factors else "linear, dynamic and yarn"
     raise BitladderError(
-        f"{where}: rope type {kind!r} is not supported for this architecture (only {known});"
+        f"{config.path}: rope type {brief(kind)} is not supported for this architecture (only {known});"
         " --converter PATH runs llama.cpp's own convert_hf_to_gguf.py"
     )
 
@@ -96,19 +151,22 @@ def llama3_divisors(
     return divisors
 
 
-def _describe_yarn(config: Config, rope: Config, writer: gguf.GGUFWriter) -> None:
-    """Writes YaRN (arXiv 2309.00071), with an attention factor relative to llama.cpp's, which follows from `factor`."""
-    if rope.get("truncate", True) is not True:
-        raise BitladderError(f"{config.path}: a yarn rope with truncate = false is not supported by llama.cpp")
-    factor = rope.number("factor")
+def _describe_yarn(rope: Config, writer: gguf.GGUFWriter, longest: int) -> None:
+    """Writes YaRN (arXiv 2309.00071), with an attention factor relative to llama.cpp's, which follows from `factor`.
+
+    `longest` is max_position_embeddings.
+    """
+    if not rope.boolean("truncate", True):
+        raise BitladderError(f"{rope.path}: a yarn rope with truncate = false is not supported by llama.cpp")
+    context = rope.integer("original_max_position_embeddings", longest)
+    factor = rope.positive("factor", longest / context)
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(factor)
-    context = rope.integer("original_max_position_embeddings", config.integer("max_position_embeddings"))
     writer.add_rope_scaling_orig_ctx_len(context)
     if rope.get("beta_fast"):
-        writer.add_rope_scaling_yarn_beta_fast(rope.number("beta_fast"))
+        writer.add_rope_scaling_yarn_beta_fast(rope.positive("beta_fast"))
     if rope.get("beta_slow"):
-        writer.add_rope_scaling_yarn_beta_slow(rope.number("beta_slow"))
+        writer.add_rope_scaling_yarn_beta_slow(rope.positive("beta_slow"))
     attention = _yarn_attention(rope, factor) / _mscale(factor, 1.0)
     # llama.cpp overrides `yarn_attn_factor` and multiplies by `attn_factor`.
     if not math.isclose(attention, 1.0):
@@ -118,11 +176,9 @@ def _describe_yarn(config: Config, rope: Config, writer: gguf.GGUFWriter) -> Non
 def _yarn_attention(rope: Config, factor: float) -> float:
     """The factor of the cosines and sines, as transformers chooses it."""
     if rope.get("attention_factor") is not None:
-        return rope.number("attention_factor")
-    above: Any = rope.get("mscale")
-    below: Any = rope.get("mscale_all_dim")
-    if above and below:
-        return _mscale(factor, float(above)) / _mscale(factor, float(below))
+        return rope.positive("attention_factor")
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return _mscale(factor, rope.positive("mscale")) / _mscale(factor, rope.positive("mscale_all_dim"))
     return _mscale(factor, 1.0)
 
 

@@ -4,6 +4,7 @@ llama.cpp joins the neighbours whose joined token has the highest score, so it n
 protocol buffer (sentencepiece_model.proto). The few fields that are needed are read without the sentencepiece package.
 """
 
+import math
 import pathlib
 import re
 import struct
@@ -11,8 +12,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from bitladder.convert.bpe import read_merges
-from bitladder.convert.checkpoint import read_json
-from bitladder.convert.vocabulary import Kind, Vocabulary, added_tokens, lay_out
+from bitladder.convert.config import brief, read_json
+from bitladder.convert.vocabulary import (
+    LONGEST,
+    Kind,
+    Vocabulary,
+    added_tokens,
+    base_tokens,
+    lay_out,
+    refuse_duplicates,
+)
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
 
@@ -41,9 +50,11 @@ def read_sentencepiece(folder: pathlib.Path, size: int, progress: Progress) -> V
     try:
         model = parse_message(path.read_bytes())
         pieces = [parse_message(piece) for piece in model[1]]
-        texts = [piece[1][0].decode("utf-8") for piece in pieces]
+        texts = _texts(pieces)
         trainer, normalizer = (parse_message(model.get(field, [b""])[0]) for field in (2, 3))
         scores = [struct.unpack("<f", piece[2][0])[0] if 2 in piece else 0.0 for piece in pieces]
+        if not all(map(math.isfinite, scores)):
+            raise ValueError("a score is not finite")
         # The numbers of ModelProto.SentencePiece.Type are those of GGUF's token types; NORMAL is the default.
         kinds = [int(Kind(piece.get(3, [1])[0])) for piece in pieces]
     except OSError as error:
@@ -58,17 +69,49 @@ def read_sentencepiece(folder: pathlib.Path, size: int, progress: Progress) -> V
         raise BitladderError(f"{path} has no byte pieces (byte_fallback), which llama.cpp's llama tokenizer needs")
     if normalizer.get(2, [b""])[0] or normalizer.get(4, [1])[0]:
         progress.warn("the tokenizer normalizes text (Unicode forms, repeated spaces) first; llama.cpp does not")
-    tokens, types = _merge_added(size, texts, kinds, folder=folder, progress=progress)
+    tokens, types = _merge_added(size, dict(enumerate(texts)), kinds, folder=folder, progress=progress)
     return Vocabulary(
         "llama",
         "default",
         tokens,
         types,
         scores=(scores + [PADDING_SCORE] * size)[:size],
-        add_space_prefix=_config_prefix(folder, bool(normalizer.get(3, [1])[0])),
-        add_bos=True,
+        add_space_prefix=_space_prefix(folder, bool(normalizer.get(3, [1])[0])),
         ids=_trainer_ids(trainer, len(texts)),
     )
+
+
+def has_pieces(folder: pathlib.Path, tokenizer: dict[str, Any], progress: Progress) -> bool:
+    """Whether tokenizer.model has the tokens of tokenizer.json, which transformers goes by.
+
+    Raises BitladderError if they differ and tokenizer.json has no bytes for unknown letters, without which it cannot be
+    taken instead. If it can, the user is told.
+    """
+    path = folder / "tokenizer.model"
+    try:
+        texts = _texts([parse_message(piece) for piece in parse_message(path.read_bytes())[1]])
+    except OSError as error:
+        raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise BitladderError(f"{path} is not a SentencePiece model") from error
+    vocab = base_tokens(tokenizer["model"]["vocab"], folder / "tokenizer.json")
+    added = added_tokens(folder)
+    differ = [i for i, text in enumerate(texts) if vocab.get(i, text) != text]
+    differ += [i for i in vocab if i >= len(texts) and i not in added]
+    if not differ:
+        return True
+    what = f"{path} and tokenizer.json have different tokens (the first is {differ[0]})"
+    if not tokenizer["model"].get("byte_fallback"):
+        raise BitladderError(f"{what}; remove the one that does not belong to the model")
+    progress.warn(f"{what}; tokenizer.json is taken, as in transformers")
+    return False
+
+
+def _texts(pieces: list[Message]) -> list[str]:
+    texts = [piece[1][0].decode("utf-8") for piece in pieces]
+    if any(len(text) > LONGEST for text in texts):
+        raise ValueError("a piece is too long")
+    return texts
 
 
 def read_byte_fallback(folder: pathlib.Path, tokenizer: dict[str, Any], size: int, progress: Progress) -> Vocabulary:
@@ -87,6 +130,7 @@ def read_byte_fallback(folder: pathlib.Path, tokenizer: dict[str, Any], size: in
     """
     path = folder / "tokenizer.json"
     model = tokenizer["model"]
+    by_id = base_tokens(model["vocab"], path)
     prefix = _prefix_of(tokenizer, path)
     merges = read_merges(model.get("merges", []), path)
     rank: dict[str, int] = {}
@@ -99,15 +143,16 @@ def read_byte_fallback(folder: pathlib.Path, tokenizer: dict[str, Any], size: in
             "transformers puts a space before a text that has none, and only there; llama.cpp before every text and"
             " after every special token"
         )
-    by_id = {i: text for text, i in model["vocab"].items()}
-    texts = [by_id.get(i, f"[PAD{i}]") for i in range(max(by_id) + 1)]
-    kinds = [int(_kind(by_id.get(i))) for i in range(len(texts))]
+    # A token beyond the embeddings is left out: its id can be any number.
+    texts = [by_id.get(i) for i in range(min(max(by_id) + 1, size))]
+    kinds = [int(_kind(text)) for text in texts]
     if int(Kind.BYTE) not in kinds:
         raise BitladderError(f"{path} has no byte tokens <0x00> … <0xFF>, which llama.cpp's llama tokenizer needs")
     unknown = model["vocab"].get(model.get("unk_token"))
+    unknown = unknown if unknown is not None and unknown < len(texts) else None
     if unknown is not None:
         kinds[unknown] = int(Kind.UNKNOWN)
-    tokens, types = _merge_added(size, texts, kinds, folder=folder, progress=progress)
+    tokens, types = _merge_added(size, by_id, kinds, folder=folder, progress=progress)
     scores = [float(-rank[text]) if text in rank else LOWEST for text in texts]
     return Vocabulary(
         "llama",
@@ -115,7 +160,7 @@ def read_byte_fallback(folder: pathlib.Path, tokenizer: dict[str, Any], size: in
         tokens,
         types,
         scores=(scores + [PADDING_SCORE] * size)[:size],
-        add_space_prefix=prefix,
+        add_space_prefix=_space_prefix(folder, prefix),
         ids={} if unknown is None else {"unk": unknown},
     )
 
@@ -169,11 +214,13 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 0x80:
             return value, at
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
 
 
 def _merge_added(
     size: int,
-    texts: list[str],
+    texts: dict[int, str],
     kinds: list[int],
     *,
     folder: pathlib.Path,
@@ -181,14 +228,15 @@ def _merge_added(
 ) -> tuple[list[str], list[int]]:
     """As `lay_out`, but pieces keep their types, and user-defined tokens get spaces for U+2581."""
     added = added_tokens(folder)
-    tokens, types = lay_out(size, dict(enumerate(texts)), added, folder=folder, progress=progress)
+    tokens, types = lay_out(size, texts, added, folder=folder, progress=progress)
     for i, kind in enumerate(kinds[:size]):
-        # The unknown piece keeps its type, although transformers adds it as a special token.
-        if i not in added or kind == Kind.UNKNOWN:
+        # Pieces of the model that added tokens name again keep their types, the unknown piece among them.
+        if i not in added or kind in (Kind.UNKNOWN, Kind.CONTROL):
             types[i] = kind
     for i, kind in enumerate(types):
         if kind == Kind.USER_DEFINED:
             tokens[i] = tokens[i].replace(META, " ")
+    refuse_duplicates(tokens, folder)
     return tokens, types
 
 
@@ -197,7 +245,7 @@ def _trainer_ids(trainer: Message, count: int) -> dict[str, int]:
     ids = {}
     for name, field, default in (("unk", 40, 0), ("bos", 41, 1), ("eos", 42, 2), ("pad", 43, -1)):
         value = trainer.get(field, [default])[0]
-        if 0 <= value < count:
+        if isinstance(value, int) and 0 <= value < count:
             ids[name] = value
     return ids
 
@@ -208,10 +256,20 @@ def _kind(text: str | None) -> Kind:
     return Kind.BYTE if BYTE.fullmatch(text) else Kind.NORMAL
 
 
-def _config_prefix(folder: pathlib.Path, default: bool) -> bool:
-    path = folder / "tokenizer_config.json"
-    value = read_json(path).get("add_prefix_space") if path.is_file() else None
-    return value if isinstance(value, bool) else default
+def _space_prefix(folder: pathlib.Path, default: bool) -> bool:
+    """Whether a space goes before a text: what transformers takes of three places, or the default.
+
+    Llama's class goes by `add_prefix_space` of tokenizer_config.json, other classes by tokenizer.json.
+    """
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    described = folder / "tokenizer.json"
+    flag, kind = config.get("add_prefix_space"), config.get("tokenizer_class")
+    if isinstance(flag, bool) and (not described.is_file() or kind in (None, "LlamaTokenizer", "LlamaTokenizerFast")):
+        return flag
+    try:
+        return _prefix_of(read_json(described), described) if described.is_file() else default
+    except BitladderError:  # tokenizer.model is taken, whatever form tokenizer.json has
+        return default
 
 
 def _prefix_of(tokenizer: dict[str, Any], path: pathlib.Path) -> bool:
@@ -228,6 +286,7 @@ def _prefix_of(tokenizer: dict[str, Any], path: pathlib.Path) -> bool:
         if before.get("replacement") == META and not before.get("split", True):
             return bool(scheme != "never")
     raise BitladderError(
-        f"{path}: llama.cpp's llama tokenizer cannot reproduce the normalizer {tokenizer.get('normalizer')} with the"
-        f" pre-tokenizer {before}; --converter PATH runs llama.cpp's own convert_hf_to_gguf.py"
+        f"{path}: llama.cpp's llama tokenizer cannot reproduce the normalizer"
+        f" {brief(tokenizer.get('normalizer'), 200)} with the pre-tokenizer {brief(before, 200)};"
+        " --converter PATH runs llama.cpp's own convert_hf_to_gguf.py"
     )

@@ -12,9 +12,13 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.convert.checkpoint import Checkpoint, Raw, Shape
-from bitladder.convert.families import EMBEDDING, HEAD, Family
+from bitladder.convert.checkpoint import Checkpoint, Raw
+from bitladder.convert.config import brief, plain
+from bitladder.convert.families import BIASES, EMBEDDING, HEAD, Family
+from bitladder.convert.fp8 import FP8
+from bitladder.convert.safetensors import Shape
 from bitladder.errors import BitladderError, UsageError
+from bitladder.progress import Progress
 
 Type = gguf.GGMLQuantizationType
 OUTTYPES = {
@@ -23,6 +27,7 @@ OUTTYPES = {
     "f32": (Type.F32, gguf.LlamaFileType.ALL_F32),
 }
 # Constants that old checkpoints hold beside the weights.
+_BLOCK = re.compile(r"model\.layers\.(\d{1,9})\.")
 IGNORED = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias)$")
 # The largest finite value of each type. A larger one would become infinite.
 LARGEST = {Type.F32: float(np.finfo(np.float32).max), Type.F16: 65504.0, Type.BF16: float.fromhex("0x1.fep127")}
@@ -61,7 +66,7 @@ class TensorCopy:
 
 
 def choose_outtype(checkpoint: Checkpoint, outtype: str) -> str:
-    """The outtype that "auto" means: bf16 if most weights of the checkpoint are bfloat16, otherwise f16.
+    """The outtype that "auto" means: bf16 if most weights of the checkpoint are bfloat16 or FP8, otherwise f16.
 
     Another outtype is returned as it is. Raises UsageError for an unknown one.
     """
@@ -72,40 +77,83 @@ def choose_outtype(checkpoint: Checkpoint, outtype: str) -> str:
     weights: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
         weights[tensor.dtype] = weights.get(tensor.dtype, 0) + tensor.elements
-    return "bf16" if max(weights, key=lambda dtype: weights[dtype]) == "BF16" else "f16"
+    if not weights:
+        raise BitladderError(f"{checkpoint.folder}: the checkpoint holds no tensors")
+    return "bf16" if max(weights, key=lambda dtype: weights[dtype]) in ("BF16", *FP8) else "f16"
 
 
-def plan_copies(checkpoint: Checkpoint, family: Family, outtype: str) -> list[TensorCopy]:
+def plan_copies(checkpoint: Checkpoint, family: Family, outtype: str, progress: Progress) -> list[TensorCopy]:
     """The tensors of the GGUF that come from the checkpoint, in order.
 
-    Matrices get `outtype`. Vectors (norms, biases) are F32. Raises BitladderError that names a tensor which is missing,
-    unexpected or of the wrong shape.
+    Matrices get `outtype`. Vectors (norms, biases) are F32. Where the head is tied, and the checkpoint has a head all
+    the same, transformers uses it if it differs from the embeddings; so it is written then.
+
+    Parameters:
+        checkpoint: the checkpoint.
+        family: its architecture and sizes.
+        outtype: f16, bf16 or f32.
+        progress: gets warnings.
+
+    Raises:
+        BitladderError: a tensor is missing, unexpected or of the wrong shape; the message names it.
     """
-    required, optional = family.required(), family.optional()
-    for name, shape in required.items():
-        if name not in checkpoint.tensors:
-            hint = " (tie_word_embeddings is false)" if name == HEAD else ""
-            raise BitladderError(f"{checkpoint.folder}: the checkpoint has no tensor {name} {list(shape)}{hint}")
-    sources = []
-    for name in [*required, *(name for name in optional if name in checkpoint.tensors)]:
-        expected, shape = (required.get(name) or optional[name]), checkpoint.tensors[name].shape
-        if shape != expected:
+    stored = checkpoint.tensors
+    embedding = HEAD if family.tied and EMBEDDING not in stored and HEAD in stored else EMBEDDING
+    expected: dict[str, Shape] = {}
+    for name, shape in family.required():
+        source = embedding if name == EMBEDDING else name
+        if source not in stored:
+            raise BitladderError(f"{checkpoint.folder}: {_absence(checkpoint, family, name, shape)}")
+        expected[source] = shape
+    expected |= {name: shape for name, shape in family.optional() if name in stored}
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
             raise BitladderError(
-                f"{checkpoint.tensors[name].file}: tensor {name} has the shape {list(shape)}; by config.json it"
-                f" should be {list(expected)}"
+                f"{stored[name].file}: tensor {name} has the shape {brief(list(stored[name].shape))}; by config.json it"
+                f" should be {list(shape)}"
             )
-        sources.append(name)
-    _refuse_others(checkpoint, family, set(sources))
+    _refuse_others(checkpoint, family, set(expected))
+    tied = family.tied and not _has_own_head(checkpoint, progress)
+    if tied and embedding != HEAD:
+        expected.pop(HEAD, None)
     names = gguf.get_tensor_name_map(family.arch, family.blocks)
     copies = []
-    for source in sources:
-        target = names.get_name(source, try_suffixes=(".weight", ".bias"))
+    for source in expected:
+        target = names.get_name(EMBEDDING if source == embedding else source, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise BitladderError(f"the gguf package has no name for tensor {source}; it is too old")
         copies.append(_copy(source, target, checkpoint, outtype))
-    if family.tied and not family.shares_embeddings:
-        copies.append(_copy(EMBEDDING, "output.weight", checkpoint, outtype))
+    if tied and not family.shares_embeddings:
+        copies.append(_copy(embedding, "output.weight", checkpoint, outtype))
     return copies
+
+
+def _absence(checkpoint: Checkpoint, family: Family, name: str, shape: Shape) -> str:
+    """Why a tensor is missed: config.json says something else than the files hold."""
+    numbers = {int(match[1]) for match in map(_BLOCK.match, checkpoint.tensors) if match}
+    block = _BLOCK.match(name)
+    if block and int(block[1]) not in numbers and numbers:
+        return (
+            f"the checkpoint has no tensor {name}: config.json says num_hidden_layers {family.blocks}, the files hold"
+            f" blocks {min(numbers)} to {max(numbers)}"
+        )
+    hint = " (tie_word_embeddings is false)" if name == HEAD else ""
+    return f"the checkpoint has no tensor {name} {list(shape)}{hint}"
+
+
+def _has_own_head(checkpoint: Checkpoint, progress: Progress) -> bool:
+    """Whether a checkpoint with a tied head holds a head that differs from the embeddings. The user is told of it."""
+    if HEAD not in checkpoint.tensors or EMBEDDING not in checkpoint.tensors:
+        return False
+    head, embeddings = (checkpoint.read(name) for name in (HEAD, EMBEDDING))
+    pairs = zip(_slabs(head), _slabs(embeddings), strict=True)
+    if all(np.array_equal(first, second) for (_, first), (_, second) in pairs):
+        return False
+    progress.warn(
+        f"{checkpoint.config.path}: tie_word_embeddings is true, but the checkpoint has a tensor {HEAD} that differs"
+        " from the embeddings; it is used, as transformers does"
+    )
+    return True
 
 
 def _copy(source: str, name: str, checkpoint: Checkpoint, outtype: str) -> TensorCopy:
@@ -116,12 +164,17 @@ def _copy(source: str, name: str, checkpoint: Checkpoint, outtype: str) -> Tenso
 def _refuse_others(checkpoint: Checkpoint, family: Family, used: set[str]) -> None:
     """Raises BitladderError for a tensor that would be lost: better no file than a wrong model."""
     for name, tensor in checkpoint.tensors.items():
-        if name in used or IGNORED.search(name) or (name == HEAD and family.tied):
+        if name in used or IGNORED.search(name):
             continue
+        key = next((key for part, key in BIASES.items() if name.endswith(".bias") and f".{part}." in name), None)
+        if key and not family.config.boolean(key):
+            raise BitladderError(
+                f"{tensor.file}: there is a tensor {plain(name)}, but {key} is not true in config.json"
+            )
         arch = gguf.MODEL_ARCH_NAMES[family.arch]
         raise BitladderError(
-            f"{tensor.file}: tensor {name} has no place in llama.cpp's {arch}; --converter PATH runs llama.cpp's own"
-            " convert_hf_to_gguf.py"
+            f"{tensor.file}: tensor {plain(name)} has no place in llama.cpp's {arch}; --converter PATH runs"
+            " llama.cpp's own convert_hf_to_gguf.py"
         )
 
 

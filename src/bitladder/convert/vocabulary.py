@@ -2,15 +2,18 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Set
 from typing import Any
 
 import gguf
 
-from bitladder.convert.checkpoint import read_json
+from bitladder.convert.config import MAX_INTEGER, brief, read_json
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
 
 Kind = gguf.TokenType
+# Letters of a token. The longest of known vocabularies have some hundred.
+LONGEST = 4096
 
 
 @dataclasses.dataclass
@@ -25,7 +28,8 @@ class Vocabulary:
         scores: scores of the tokens, for SentencePiece BPE.
         merges: merges "a b", for byte-level BPE.
         add_space_prefix: whether a space goes before a text; None if the tokenizer does not say.
-        add_bos: whether BOS goes before a text. tokenizer_config.json overrides it.
+        before: tokens that go before each text, by the tokenizer; None leaves it to tokenizer_config.json.
+        after: tokens that go after each text, likewise.
         ids: special tokens by role (bos, eos, …). tokenizer_config.json overrides them.
     """
 
@@ -36,7 +40,8 @@ class Vocabulary:
     scores: list[float] | None = None
     merges: list[str] = dataclasses.field(default_factory=list)
     add_space_prefix: bool | None = None
-    add_bos: bool = False
+    before: list[int] | None = None
+    after: list[int] | None = None
     ids: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -58,30 +63,70 @@ class Added:
 
 
 def added_tokens(folder: pathlib.Path) -> dict[int, Added]:
-    """The added tokens by id, from tokenizer.json, or from tokenizer_config.json and added_tokens.json.
+    """The added tokens by id, from tokenizer.json, tokenizer_config.json and added_tokens.json.
+
+    As in transformers, the id of tokenizer.json counts for a text that several of them have, and of the rest
+    tokenizer_config.json's `added_tokens_decoder`; without it added_tokens.json.
 
     Raises BitladderError if one of the files is malformed.
     """
-    entries: dict[int, dict[str, Any]] = {}
-    try:
-        if (folder / "added_tokens.json").is_file():
-            entries |= {int(i): {"content": text} for text, i in read_json(folder / "added_tokens.json").items()}
-        if (folder / "tokenizer_config.json").is_file():
-            decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-            entries |= {int(i): entry for i, entry in decoder.items()}
-        if (folder / "tokenizer.json").is_file():
-            entries = {int(e["id"]): e for e in read_json(folder / "tokenizer.json").get("added_tokens") or []}
-        return {
-            i: Added(
-                i,
-                entry["content"],
-                bool(entry.get("special")),
-                any(entry.get(key) for key in ("lstrip", "rstrip", "single_word")),
+    tokens: dict[str, Added] = {}
+    if (folder / "tokenizer.json").is_file():
+        path = folder / "tokenizer.json"
+        listed = read_json(path).get("added_tokens") or []
+        if not isinstance(listed, list):
+            raise BitladderError(f"{path}: added_tokens should be a list, not {brief(listed)}")
+        for entry in listed:
+            token = _added(entry, entry.get("id") if isinstance(entry, dict) else None, path)
+            tokens.setdefault(token.text, token)
+    decoder = None
+    if (folder / "tokenizer_config.json").is_file():
+        path = folder / "tokenizer_config.json"
+        decoder = read_json(path).get("added_tokens_decoder")
+        if not isinstance(decoder, dict | None):
+            raise BitladderError(f"{path}: added_tokens_decoder should be an object, not {brief(decoder)}")
+        for number, entry in (decoder or {}).items():
+            token = _added(entry, number, path)
+            if token.text in tokens:
+                token = dataclasses.replace(token, id=tokens[token.text].id)
+            tokens[token.text] = token
+    if decoder is None and (folder / "added_tokens.json").is_file():
+        path = folder / "added_tokens.json"
+        for text, number in read_json(path).items():
+            token = _added({"content": text}, number, path)
+            tokens.setdefault(token.text, token)
+    return {token.id: token for token in sorted(tokens.values(), key=lambda token: token.id)}
+
+
+def _added(entry: Any, number: Any, path: pathlib.Path) -> Added:
+    """An added token of a file. Raises BitladderError if its text or id cannot be."""
+    text = entry.get("content") if isinstance(entry, dict) else None
+    if isinstance(number, str) and number.isdecimal() and len(number) < 10:
+        number = int(number)
+    if not isinstance(text, str) or type(number) is not int or not 0 <= number <= MAX_INTEGER or not encodes(text):
+        raise BitladderError(f"{path}: an added token has the text {brief(text)} and the id {brief(number)}")
+    strips = any(entry.get(key) for key in ("lstrip", "rstrip", "single_word"))
+    return Added(number, text, bool(entry.get("special")), strips)
+
+
+def base_tokens(vocab: Any, path: pathlib.Path) -> dict[int, str]:
+    """The texts of a `vocab` {text: id} by id. Raises BitladderError if one cannot be, or two have the same id."""
+    if not isinstance(vocab, dict) or not vocab:
+        raise BitladderError(f"{path}: vocab should be an object with tokens, not {brief(vocab)}")
+    tokens: dict[int, str] = {}
+    for text, number in vocab.items():
+        if type(number) is not int or not 0 <= number <= MAX_INTEGER or not encodes(text) or len(text) > LONGEST:
+            raise BitladderError(f"{path}: the token {brief(text)} has the id {brief(number)}")
+        if tokens.setdefault(number, text) != text:
+            raise BitladderError(
+                f"{path}: the tokens {brief(tokens[number])} and {brief(text)} both have the id {number}"
             )
-            for i, entry in sorted(entries.items())
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BitladderError(f"{folder}: the added tokens cannot be read: {error!r}") from error
+    return tokens
+
+
+def encodes(text: str) -> bool:
+    """Whether a text can be written as UTF-8. JSON can hold half of a surrogate pair, which cannot."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def lay_out(
@@ -102,46 +147,47 @@ def lay_out(
     Raises:
         BitladderError: two ids have the same text, with which llama.cpp fails.
     """
-    tokens = [f"[PAD{i}]" for i in range(size)]
-    types = [int(Kind.UNUSED)] * size
+    ids = {text: i for i, text in base.items()}
+    for i, token in added.items():
+        if ids.get(token.text, i) != i:
+            progress.warn(
+                f"the token {brief(token.text)} has the ids {ids[token.text]} and {i}; transformers uses the first, and"
+                " the second is written as unused"
+            )
+    added = {ids.get(token.text, i): token for i, token in added.items()}
     beyond = [i for i in (base.keys() | added.keys()) if i >= size]
     if beyond:
         progress.warn(f"{len(beyond)} tokens have ids beyond the model's {size} embeddings and are left out")
     if any(token.strips for token in added.values()):
         first = next(token.text for token in added.values() if token.strips)
         progress.warn(f"added tokens such as {first!r} take in the white space beside them; llama.cpp does not do that")
+    taken = ids.keys() | {token.text for token in added.values()}
+    tokens = [_placeholder(i, taken) for i in range(size)]
+    types = [int(Kind.UNUSED)] * size
     for i, text in base.items():
         if i < size:
             tokens[i], types[i] = text, int(Kind.NORMAL)
     for i, token in added.items():
         if i < size:
             tokens[i], types[i] = token.text, int(Kind.CONTROL if token.special else Kind.USER_DEFINED)
-    seen: dict[str, int] = {}
-    for i, text in enumerate(tokens):
-        if seen.setdefault(text, i) != i:
-            raise BitladderError(f"{folder}: the tokens {seen[text]} and {i} are both {text!r}")
+    refuse_duplicates(tokens, folder)
     return tokens, types
 
 
-def write_vocabulary(vocabulary: Vocabulary, folder: pathlib.Path, writer: gguf.GGUFWriter, progress: Progress) -> None:
-    """Writes tokenizer.* with the special tokens and the chat template of the checkpoint."""
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    if vocabulary.scores is not None:
-        writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.add_space_prefix is not None:
-        writer.add_add_space_prefix(vocabulary.add_space_prefix)
-    special = gguf.SpecialVocab(folder, load_merges=False, n_vocab=len(vocabulary.tokens))
-    special.merges = vocabulary.merges
-    for name, token in vocabulary.ids.items():
-        special.special_token_ids.setdefault(name, token)
-    # The flags are always written, because llama.cpp's defaults depend on the name of the pre-tokenizer.
-    special.add_special_token.setdefault("bos", vocabulary.add_bos)
-    special.add_special_token.setdefault("eos", False)
-    for name in ("bos", "eos", "sep"):
-        if special.add_special_token.get(name) and name not in special.special_token_ids:
-            progress.warn(f"the tokenizer adds a {name} token but does not say which; none will be added")
-            special.add_special_token[name] = False
-    special.add_to_gguf(writer, quiet=True)
+def refuse_duplicates(tokens: list[str], folder: pathlib.Path) -> None:
+    """Raises BitladderError if llama.cpp sees two tokens with the same text, which ends its process.
+
+    It cuts a text at a zero character, and names an empty one [EMPTY_N].
+    """
+    seen: dict[str, int] = {}
+    for i, text in enumerate(tokens):
+        if seen.setdefault(text.partition("\0")[0] or f"[EMPTY_{i}]", i) != i:
+            first = seen[text.partition("\0")[0] or f"[EMPTY_{i}]"]
+            raise BitladderError(f"{folder}: the tokens {first} and {i} are both {brief(text)} to llama.cpp")
+
+
+def _placeholder(number: int, taken: Set[str]) -> str:
+    text = f"[PAD{number}]"
+    while text in taken:
+        text = f"[{text}]"
+    return text

@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bitladder.compare import check_structure, check_weights, perplexity_sign
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Scores
+from bitladder.files import file_name
 from bitladder.gguf import GgufFile, plain_path
 from bitladder.hub import Fetched, fetch
 from bitladder.progress import Progress
@@ -106,7 +106,7 @@ def about(other: Other, signs: list[str]) -> dict[str, Any]:
 
 
 def _free_name(file: Fetched, names: set[str]) -> str:
-    stem = re.sub(r"[^\w.+-]+", "-", plain_path(file.path).name.removesuffix(".gguf"))
+    stem = file_name(plain_path(file.path).name.removesuffix(".gguf"))
     if file.source:
         stem = f"{file.source.split('/')[0]}_{stem}"
     # "X.naive" is the label of the preset of rung X by itself.

@@ -10,6 +10,7 @@ import gguf
 
 from bitladder import hub
 from bitladder.errors import BitladderError
+from bitladder.files import file_name
 from bitladder.gguf import GgufFile, plain_path
 from bitladder.ladder.store import Store
 
@@ -128,8 +129,7 @@ def file_stem(general: Mapping[str, Any], fallback: str) -> str:
     keys = {"name": "model_name", "basename": "base_name", "finetune": "finetune_string", "version": "version_string"}
     parts = {parameter: general.get(f"general.{key}") for key, parameter in keys.items()}
     stem: str = gguf.naming_convention(**parts, size_label=general.get("general.size_label"), output_type=None)
-    # A finetune or a version can have characters that a file name cannot have.
-    return re.sub(r"[^\w.+-]+", "-", stem).lstrip(".-")
+    return file_name(stem)
 
 
 def _origin(general: Mapping[str, Any]) -> str | None:

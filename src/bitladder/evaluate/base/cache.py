@@ -1,7 +1,6 @@
 """Finds a base that was made before, and says what differs if it does not fit."""
 
 import pathlib
-import re
 from typing import Any
 
 from bitladder.engine import versions
@@ -9,7 +8,7 @@ from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader
 from bitladder.evaluate.base.hidden import BASE, HiddenBase, make_base
 from bitladder.evaluate.identity import Identity, identify
-from bitladder.evaluate.measure_options import MeasureOptions
+from bitladder.files import file_name
 from bitladder.keys import key_of
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text
@@ -17,8 +16,7 @@ from bitladder.text import Text
 
 def cache_path(model: pathlib.Path, text: Text, n_ctx: int) -> pathlib.Path:
     """Where a model's base over a text is kept: beside the model, with a name that says what it is."""
-    words = re.sub(r"[^\w.+-]+", "-", text.name)
-    return model.with_name(f"{model.stem}.{words}.{n_ctx}.base")
+    return model.with_name(f"{model.stem}.{file_name(text.name)}.{n_ctx}.base")
 
 
 def differences(header: BaseHeader, model: Identity, text: Text, settings: MeasureOptions) -> list[str]:
