@@ -8,6 +8,7 @@ from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader
 from bitladder.evaluate.base.hidden import BASE, HiddenBase, make_base
 from bitladder.evaluate.identity import Identity, identify
+from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.files import file_name
 from bitladder.keys import key_of
 from bitladder.progress import SILENT, Progress
