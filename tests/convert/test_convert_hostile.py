@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 import shutil
 import struct
 import tracemalloc
@@ -134,6 +135,57 @@ def test_safetensors_that_are_none(data: bytes, tmp_path: pathlib.Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(BitladderError, match="nested too deeply"):
         read_header(tmp_path / "model.safetensors")
+
+
+VALUES = [
+    None,
+    True,
+    -1,
+    1 << 31,
+    10**30,
+    1.5,
+    float("nan"),
+    "",
+    "x",
+    "\ud800",
+    "a\0b",
+    "\x1b[31m",
+    [],
+    [1],
+    {},
+    {"a": 1},
+]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_random_values_of_other_types(name: str, folder: pathlib.Path) -> None:
+    """Each is converted or refused in one line."""
+    chance, path, out = random.Random(name), folder / name, folder.parent / "out.gguf"
+    data = path.read_bytes()
+    start = 8 if name == "model.safetensors" else 0
+    end = 8 + int.from_bytes(data[:8], "little") if start else len(data)
+    counts = {"converted": 0, "refused": 0}
+    for _ in range(60):
+        content = json.loads(data[start:end])
+        inner, keys = content, list(content)
+        while True:
+            key = chance.choice(keys)
+            if not isinstance(inner[key], dict | list) or not inner[key] or chance.random() < 0.2:
+                break
+            inner = inner[key]
+            keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
+        inner[key] = chance.choice(VALUES)
+        changed = json.dumps(content).encode()
+        path.write_bytes((struct.pack("<Q", len(changed)) if start else b"") + changed + data[end:])
+        heard = Heard()
+        try:
+            convert(folder, out, outtype="f32", progress=heard)
+            counts["converted"] += 1
+        except BitladderError as error:
+            counts["refused"] += 1
+            assert str(error).isprintable()
+        assert all(warning.isprintable() for warning in heard.warnings)
+    assert counts["converted"] > 2
 
 
 def test_adapter_alone(folder: pathlib.Path) -> None:

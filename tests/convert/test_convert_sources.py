@@ -112,11 +112,14 @@ ROPES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
         ("rope_parameters",),
         "",
     ),
-    "yarn, betas": (
-        {"rope_scaling": {**YARN, TOP: 64, "beta_fast": 8, "beta_slow": 2.5}},
+    "yarn, fast": ({"rope_scaling": {**YARN, TOP: 256, "beta_fast": 8}}, ("rope_parameters",), ""),
+    "yarn, slow": ({"rope_scaling": {**YARN, TOP: 64, "beta_slow": 2.5}}, ("rope_parameters",), ""),
+    "yarn, both and attention": (
+        {"rope_scaling": {**YARN, TOP: 64, "beta_fast": 9, "beta_slow": 3, "attention_factor": 1.3}},
         ("rope_parameters",),
         "",
     ),
+    "yarn, not truncated": ({"rope_scaling": {**YARN, TOP: 64, "truncate": False}}, ("rope_parameters",), ""),
     "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ("rope_parameters",), "up to 256 tokens"),
     "no eps": ({}, ("rms_norm_eps", "max_position_embeddings"), ""),
 }
@@ -139,7 +142,9 @@ def test_ropes(case: str, folder: pathlib.Path) -> None:
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor should be a finite number"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor should be a number above 0"),
         ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor should be a finite number"),
-        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate"),
+        ({"rope_scaling": {**YARN, "truncate": "no"}}, "truncate"),
+        ({"rope_scaling": {**YARN, "beta_slow": -1}}, "beta_slow"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0, "rope_parameters": None}, "rope_theta"),
         ({"rope_scaling": {**YARN, "mscale": "x", "mscale_all_dim": 1}}, "mscale should be"),
         ({"rope_theta": 1e300, "rope_parameters": None}, "rope_theta should be a finite number"),
         ({"rope_theta": 10**4000, "rope_parameters": None}, "rope_theta should be a finite number"),
@@ -160,6 +165,15 @@ def test_what_cannot_be_right_is_refused(values: dict[str, Any], words: str, fol
     message = refusal(folder)
     assert words in message
     assert "config.json" in message
+
+
+@pytest.mark.parametrize("changed", [{"beta_slow": 2.5}, {"truncate": False}])
+def test_yarn_that_llama_cpp_does_not_read(changed: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    """olmo2's graph has no divisors of the frequencies."""
+    folder = tmp_path / "Tiny"
+    tiny_models.olmo2(folder, rope_parameters={**YARN, TOP: 64, "rope_theta": 1e4, **changed})
+    tiny_models.train_byte_level(folder)
+    assert "beta_fast, beta_slow and truncate" in refusal(folder)
 
 
 def test_architecture_in_other_forms(folder: pathlib.Path) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bitladder.convert import model_metadata
 from bitladder.convert.checkpoint import Checkpoint
+from bitladder.convert.config import plain
 from bitladder.convert.families import Family, family_for
 from bitladder.convert.quantized import check_quantization
 from bitladder.convert.tensors import OUTTYPES, TensorCopy, check_finite, choose_outtype, encode, plan_copies
@@ -173,14 +174,17 @@ def _run_converter(
     if process.returncode != 0:
         lines = [line.strip() for line in (process.stderr or process.stdout).splitlines() if line.strip()]
         raise BitladderError(
-            f"{script.name} failed ({process.returncode}): {' / '.join(lines[-TAIL:]) or 'no message'}"
+            f"{script.name} failed ({process.returncode}): {plain(' / '.join(lines[-TAIL:]), 2000) or 'no message'}"
         )
     with target.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise BitladderError(f"{script.name} ended well but wrote no GGUF")
-    reader = gguf.GGUFReader(target)
-    field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
-    return (str(field.contents()) if field else "unknown"), len(reader.tensors)
+    try:
+        reader = gguf.GGUFReader(target)
+        field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
+        return plain(str(field.contents()) if field else "unknown"), len(reader.tensors)
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise BitladderError(f"{script.name} ended well, but its GGUF cannot be read: {plain(str(error))}") from error
 
 
 @contextlib.contextmanager

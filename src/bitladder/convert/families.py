@@ -20,6 +20,21 @@ from bitladder.progress import Progress
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+# The keys of config.json that decide what the model computes.
+READ = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *(
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+        "hidden_act",
+        "rms_norm_eps",
+        "attention_bias",
+        "mlp_bias",
+    ),
+    *("max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    *("original_max_position_embeddings", "bos_token_id", "eos_token_id"),
+)
 BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 
 
@@ -242,11 +257,11 @@ def _check_nested(config: Config) -> None:
         return
     if not isinstance(nested, dict):
         raise config.wrong("text_config", "an object", nested)
-    for key, value in nested.items():
-        if key != "model_type" and value is not None and value != config.get(key):
+    for key in READ:
+        if nested.get(key) is not None and nested[key] != config.get(key):
             raise BitladderError(
-                f"{config.path}: text_config.{plain(key)} is {brief(value)}, but {plain(key)} is"
-                f" {brief(config.get(key))}; a text model has these values at the top"
+                f"{config.path}: text_config.{key} is {brief(nested[key])}, but {key} at the top is"
+                f" {brief(config.get(key))}; a text model has its values at the top"
             )
 
 

@@ -3,11 +3,11 @@
 import pathlib
 from typing import Any
 
-from bitladder.convert.config import Config, brief, plain, read_json
+from bitladder.convert.config import Config, brief, plain, read_optional
 from bitladder.convert.fp8 import FP8
 from bitladder.convert.safetensors import Shape, StoredTensor
 from bitladder.errors import BitladderError
-from bitladder.progress import Progress
+from bitladder.progress import SILENT, Progress
 
 # Where tools write how they quantized: in config.json, or in a file of their own.
 KEYS = ("quantization_config", "compression_config")
@@ -49,7 +49,7 @@ class Quantization:
                 self.values, self.where = holder[key], f"{config.path}: {key}"
         for name in FILES:
             if not self.values and (folder / name).is_file():
-                content = read_json(folder / name)
+                content = read_optional(folder / name, SILENT)
                 inner = content.get("quantization")
                 self.values, self.where = (inner if isinstance(inner, dict) else content), str(folder / name)
         method = self.values.get("quant_method") or self.values.get("quant_algo") or self.values.get("quant_type")

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.convert.config import Config, brief, plain
+from bitladder.convert.rope_divisors import llama3_divisors, yarn_divisors
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
 
 DEFAULT_THETA = 10000.0
+BETA_FAST, BETA_SLOW = 32.0, 1.0  # transformers' and llama.cpp's
 # What config.json can say of the rope outside its object.
 AT_THE_TOP = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 DEFAULT_CONTEXT = 2048  # transformers' default of max_position_embeddings
@@ -105,8 +107,7 @@ def describe_rope(
         )
         return None
     if kind == "yarn":
-        _describe_yarn(rope, writer, context)
-        return None
+        return _describe_yarn(rope, writer, head_dim, theta, longest=context, takes_factors=takes_factors)
     if kind == "llama3" and takes_factors:
         return llama3_divisors(
             head_dim,
@@ -123,54 +124,43 @@ def describe_rope(
     )
 
 
-def llama3_divisors(
-    head_dim: int, theta: float, *, factor: float, low: float, high: float, context: float
-) -> NDArray[np.float32]:
-    """The divisors of the rotary frequencies in Llama 3.1's rope.
-
-    A wavelength below context / high stays. A wavelength above context / low is stretched by `factor`. Between the two
-    the frequency is interpolated. Source: transformers, modeling_rope_utils.
-
-    Parameters:
-        head_dim: values of a head.
-        theta: base of the frequencies.
-        factor: factor of the longest wavelengths.
-        low: low_freq_factor of config.json.
-        high: high_freq_factor of config.json.
-        context: tokens of context of the original model.
-
-    Returns:
-        float32, shape [head_dim / 2].
-    """
-    if high <= low:
-        raise BitladderError(f"rope: high_freq_factor {high:g} should be above low_freq_factor {low:g}")
-    frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelength = 2 * math.pi / frequency
-    kept = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
-    divisors: NDArray[np.float32] = (1.0 / ((1.0 - kept) / factor + kept)).astype(np.float32)
-    return divisors
-
-
-def _describe_yarn(rope: Config, writer: gguf.GGUFWriter, longest: int) -> None:
+def _describe_yarn(
+    rope: Config, writer: gguf.GGUFWriter, head_dim: int, theta: float, *, longest: int, takes_factors: bool
+) -> NDArray[np.float32] | None:
     """Writes YaRN (arXiv 2309.00071), with an attention factor relative to llama.cpp's, which follows from `factor`.
 
-    `longest` is max_position_embeddings.
+    llama.cpp reads `beta_fast` and `beta_slow` for other architectures only, and has no `truncate`. Values other than
+    its own become divisors of the frequencies. `longest` is max_position_embeddings.
     """
-    if not rope.boolean("truncate", True):
-        raise BitladderError(f"{rope.path}: a yarn rope with truncate = false is not supported by llama.cpp")
     context = rope.integer("original_max_position_embeddings", longest)
     factor = rope.positive("factor", longest / context)
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-    writer.add_rope_scaling_factor(factor)
-    writer.add_rope_scaling_orig_ctx_len(context)
-    if rope.get("beta_fast"):
-        writer.add_rope_scaling_yarn_beta_fast(rope.positive("beta_fast"))
-    if rope.get("beta_slow"):
-        writer.add_rope_scaling_yarn_beta_slow(rope.positive("beta_slow"))
-    attention = _yarn_attention(rope, factor) / _mscale(factor, 1.0)
+    fast = rope.positive("beta_fast") if rope.get("beta_fast") else BETA_FAST
+    slow = rope.positive("beta_slow") if rope.get("beta_slow") else BETA_SLOW
+    attention = _yarn_attention(rope, factor)
+    if theta == 1:
+        raise rope.wrong("rope_theta", "another number than 1 for a yarn rope", theta)
+
+    def divisors(fast: float, slow: float, truncate: bool) -> NDArray[np.float32]:
+        return yarn_divisors(
+            head_dim, theta, factor=factor, context=context, beta_fast=fast, beta_slow=slow, truncate=truncate
+        )
+
+    exact = divisors(fast, slow, rope.boolean("truncate", True))
+    native = np.array_equal(exact, divisors(BETA_FAST, BETA_SLOW, True))
+    if native:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(factor)
+        writer.add_rope_scaling_orig_ctx_len(context)
+        attention /= _mscale(factor, 1.0)
+    elif not takes_factors:
+        raise BitladderError(
+            f"{rope.path}: llama.cpp does not read beta_fast, beta_slow and truncate of a yarn rope for this"
+            " architecture"
+        )
     # llama.cpp overrides `yarn_attn_factor` and multiplies by `attn_factor`.
     if not math.isclose(attention, 1.0):
         writer.add_rope_scaling_attn_factors(attention)
+    return None if native else exact
 
 
 def _yarn_attention(rope: Config, factor: float) -> float:
