@@ -20,7 +20,7 @@ WALLS = {
     "gguf": {"engine"},
     "hub": set(),
     "text": {"engine"},
-    "convert": {"hub"},
+    "convert": {"engine", "gguf", "hub"},
     "recipe": {"engine", "gguf"},
     "rounding": {"engine"},
     "calibrate": {"engine", "gguf", "text"},

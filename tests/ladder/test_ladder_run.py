@@ -55,7 +55,7 @@ class Fakes:
                 stream.flush()
                 time.sleep(self.seconds / 8)
 
-    def convert(self, model, out, *, outtype, converter, progress):
+    def convert(self, model, out, *, outtype, progress, **others):
         weights = hashlib.sha256((model / "model.safetensors").read_bytes() + outtype.encode()).digest()
         metadata = {"general.architecture": string("llama"), "general.basename": string("Toy"),
                     "general.size_label": string("64"), "general.license": string("mit")}  # fmt: skip

@@ -5,6 +5,8 @@ import pathlib
 
 import click
 
+from bitladder.cli.from_options import options_from
+from bitladder.convert import ConvertOptions
 from bitladder.show import Output, common_options
 
 
@@ -17,28 +19,22 @@ from bitladder.show import Output, common_options
     type=click.Path(dir_okay=False, path_type=pathlib.Path),
     help="The GGUF file to write.  [default: named after the model, in the current directory]",
 )
-@click.option(
-    "--outtype",
-    type=click.Choice(["auto", "f16", "bf16", "f32"]),
-    default="auto",
-    show_default=True,
-    help="Type of the matrices (vectors stay F32); auto is bf16 for a bfloat16 checkpoint, otherwise f16.",
-)
-@click.option(
-    "--converter",
-    type=click.Path(path_type=pathlib.Path),
-    metavar="PATH",
-    help="Let this script (llama.cpp's convert_hf_to_gguf.py) convert, for models bitladder does not know.",
-)
+@options_from(ConvertOptions)
 @common_options
-def command(
-    model: str, out: pathlib.Path | None, outtype: str, converter: pathlib.Path | None, *, output: Output
-) -> None:
+def command(model: str, out: pathlib.Path | None, options: ConvertOptions, *, output: Output) -> None:
     """Convert MODEL, a checkpoint's directory or a Hugging Face hub id, to GGUF."""
     from bitladder import convert as package
 
-    target = out or pathlib.Path(package.default_name(model, outtype))
-    result = package.convert(model, target, outtype=outtype, converter=converter, progress=output.progress)
+    target = out or pathlib.Path(package.default_name(model, options.outtype))
+    result = package.convert(
+        model,
+        target,
+        outtype=options.outtype,
+        upstream=options.upstream,
+        converter=options.converter,
+        trust_remote_code=options.trust_remote_code,
+        progress=output.progress,
+    )
     if output.json:
         output.print_json(dataclasses.asdict(result) | {"path": str(result.path)})
     else:

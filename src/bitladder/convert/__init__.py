@@ -5,8 +5,20 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.convert.build import CONVERT, ConvertResult, convert, default_name
+    from bitladder.convert.build import CONVERT, ConvertResult, convert, default_name, uses_upstream
     from bitladder.convert.checkpoint import Checkpoint
+    from bitladder.convert.options import ConvertOptions
+    from bitladder.convert.upstream import converter_file, library_version
 
-__all__ = ["CONVERT", "Checkpoint", "ConvertResult", "convert", "default_name"]
+__all__ = [
+    "CONVERT",
+    "Checkpoint",
+    "ConvertOptions",
+    "ConvertResult",
+    "convert",
+    "converter_file",
+    "default_name",
+    "library_version",
+    "uses_upstream",
+]
 open_door(__name__)

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import gguf
@@ -13,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.convert import model_metadata
+from bitladder.convert.check_converted import check_converted
 from bitladder.convert.checkpoint import Checkpoint
-from bitladder.convert.config import plain
-from bitladder.convert.families import Family, family_for
+from bitladder.convert.config import Config, read_json
+from bitladder.convert.families import Family, architectures, family_for, named_family
 from bitladder.convert.quantized import check_quantization
 from bitladder.convert.tensors import OUTTYPES, TensorCopy, check_finite, choose_outtype, encode, plan_copies
 from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
-from bitladder.errors import BitladderError, UsageError
+from bitladder.convert.upstream import converter_at, refuse_code, run_converter
+from bitladder.errors import UsageError
 from bitladder.files import replacing
 from bitladder.hub import fetch_checkpoint
 from bitladder.keys import Algorithm
@@ -32,7 +32,6 @@ CONVERT = Algorithm(
         "where places of a checkpoint differ, the one that transformers takes; all end tokens; FP8 is dequantized",
     ),
 )
-TAIL = 5  # lines of a converter's messages that an error shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,9 @@ def convert(
     out: pathlib.Path,
     *,
     outtype: str = "auto",
+    upstream: bool | None = None,
     converter: pathlib.Path | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = SILENT,
 ) -> ConvertResult:
     """Writes a checkpoint as a GGUF file.
@@ -72,7 +73,10 @@ def convert(
         out: the file to write.
         outtype: type of the matrices, f16, bf16, f32, or auto: bf16 for a bfloat16 checkpoint, otherwise f16. Vectors
             are always F32.
-        converter: a script that converts instead, such as llama.cpp's convert_hf_to_gguf.py.
+        upstream: whether llama.cpp's own converter converts; None: only what bitladder does not convert itself.
+        converter: convert_hf_to_gguf.py, a folder with it, or llama-cpp-python's source archive, to use as llama.cpp's
+            converter instead of downloading it. A script runs with this Python.
+        trust_remote_code: whether llama.cpp's converter may run Python code that the checkpoint brings.
         progress: is told how much is done.
 
     Raises:
@@ -81,10 +85,16 @@ def convert(
     if outtype not in (*OUTTYPES, "auto"):
         raise UsageError(f"--outtype {outtype} is not one of {', '.join(OUTTYPES)}, auto")
     folder = fetch_checkpoint(model)
-    if converter is not None:
+    if uses_upstream(folder, upstream=upstream, converter=converter):
+        names = architectures(Config(read_json(folder / "config.json"), folder / "config.json"))
+        refuse_code(folder, names, trusted=trust_remote_code)
+        program = converter_at(converter, progress)
+        progress.info(f"{', '.join(names) or folder.name}: llama.cpp's converter ({program.script.name}) converts it")
         with replacing(out) as temporary:
-            architecture, tensors = _run_converter(converter, folder, temporary, outtype, progress)
-        return ConvertResult(pathlib.Path(out), architecture, outtype, tensors, pathlib.Path(out).stat().st_size)
+            run_converter(program, folder, temporary, outtype, progress)
+            made = check_converted(temporary, folder, progress)
+        size = pathlib.Path(out).stat().st_size
+        return ConvertResult(pathlib.Path(out), made.architecture, made.outtype, made.tensors, size)
     with _gguf_warnings(progress):
         checkpoint = Checkpoint(folder, progress)
         family = family_for(checkpoint.config)
@@ -97,6 +107,13 @@ def convert(
             tensors = _write(temporary, checkpoint, family, copies, outtype=decided, progress=progress)
     name = gguf.MODEL_ARCH_NAMES[family.arch]
     return ConvertResult(pathlib.Path(out), name, decided, tensors, pathlib.Path(out).stat().st_size)
+
+
+def uses_upstream(folder: pathlib.Path, *, upstream: bool | None, converter: pathlib.Path | None) -> bool:
+    """Whether llama.cpp's own converter converts a checkpoint. The parameters are those of `convert`."""
+    if converter is not None or upstream is not None:
+        return converter is not None or bool(upstream)
+    return named_family(Config(read_json(folder / "config.json"), folder / "config.json")) is None
 
 
 def default_name(model: str | pathlib.Path, outtype: str = "auto") -> str:
@@ -157,34 +174,6 @@ def _load(checkpoint: Checkpoint, family: Family, copy: TensorCopy) -> NDArray[n
     raw = checkpoint.read(copy.source)
     check_finite(copy.source, raw)
     return encode(copy.source, family.arrange(copy.source, raw), copy.type)
-
-
-def _run_converter(
-    script: pathlib.Path, folder: pathlib.Path, target: pathlib.Path, outtype: str, progress: Progress
-) -> tuple[str, int]:
-    """Runs `script FOLDER --outfile target --outtype T` with this Python. Returns architecture and number of tensors.
-
-    Raises BitladderError with the script's last lines if it fails or writes no GGUF.
-    """
-    if not script.is_file():
-        raise BitladderError(f"--converter {script}: no such file; name the script")
-    progress.info(f"running {script.name} on {folder.name}")
-    command = [sys.executable, str(script), str(folder), "--outfile", str(target), "--outtype", outtype]
-    process = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if process.returncode != 0:
-        lines = [line.strip() for line in (process.stderr or process.stdout).splitlines() if line.strip()]
-        raise BitladderError(
-            f"{script.name} failed ({process.returncode}): {plain(' / '.join(lines[-TAIL:]), 2000) or 'no message'}"
-        )
-    with target.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise BitladderError(f"{script.name} ended well but wrote no GGUF")
-    try:
-        reader = gguf.GGUFReader(target)
-        field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
-        return plain(str(field.contents()) if field else "unknown"), len(reader.tensors)
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
-        raise BitladderError(f"{script.name} ended well, but its GGUF cannot be read: {plain(str(error))}") from error
 
 
 @contextlib.contextmanager

@@ -227,27 +227,37 @@ def family_for(config: Config) -> Family:
 
     Raises BitladderError if no family has the architecture, or if two places say different things.
     """
+    family, names, kind = named_family(config), architectures(config), config.get("model_type")
+    if family is None:
+        known = ", ".join(name for family in FAMILIES for name in family.names[:1])
+        given = ", ".join(names) or (f"of model_type {kind}" if isinstance(kind, str) else "not given")
+        raise BitladderError(
+            f"{config.path}: architecture {plain(given)} is not one that bitladder converts"
+            f" ({known}); --upstream runs llama.cpp's own converter instead"
+        )
+    if kind not in (None, family.model_type):
+        raise BitladderError(
+            f"{config.path}: architectures names {brief(', '.join(names))}, but model_type, which transformers"
+            f" goes by, is {brief(kind)}; correct the one that is wrong"
+        )
+    _check_nested(config)
+    return family(config)
+
+
+def named_family(config: Config) -> type[Family] | None:
+    """The family that `architectures` names, or `model_type` if that is missing; None if bitladder does not know it."""
+    names = architectures(config)
+    for family in FAMILIES:
+        if any(name in family.names for name in names) or (not names and config.get("model_type") == family.model_type):
+            return family
+    return None
+
+
+def architectures(config: Config) -> list[str]:
+    """The class names in `architectures`."""
     names = config.get("architectures", [])
     names = [names] if isinstance(names, str) else names
-    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    kind = config.get("model_type")
-    for family in FAMILIES:
-        named = any(name in family.names for name in names)
-        if not named and (names or kind != family.model_type):
-            continue
-        if kind not in (None, family.model_type):
-            raise BitladderError(
-                f"{config.path}: architectures names {brief(', '.join(names))}, but model_type, which transformers"
-                f" goes by, is {brief(kind)}; correct the one that is wrong"
-            )
-        _check_nested(config)
-        return family(config)
-    known = ", ".join(name for family in FAMILIES for name in family.names[:1])
-    given = ", ".join(names) or (f"of model_type {kind}" if isinstance(kind, str) else "not given")
-    raise BitladderError(
-        f"{config.path}: architecture {plain(given)} is not one that bitladder converts"
-        f" ({known}); --converter PATH runs llama.cpp's own convert_hf_to_gguf.py instead"
-    )
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _check_nested(config: Config) -> None:

@@ -83,6 +83,27 @@ def upstream_converter(
     return Converter(home / SCRIPT, python)
 
 
+def converter_file(path: pathlib.Path) -> pathlib.Path:
+    """The file that --converter names: a script, the script in a folder, or a source archive.
+
+    Raises UsageError if there is none.
+    """
+    file = path / SCRIPT if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"--converter {path}: no such file; name {SCRIPT}, its folder, or a .tar.gz of {LIBRARY}")
+    return file
+
+
+def converter_at(path: pathlib.Path | None, progress: Progress) -> Converter:
+    """The converter that --converter names, or the library's own. Raises BitladderError as `upstream_converter`."""
+    if path is None:
+        return upstream_converter(progress=progress)
+    file = converter_file(path)
+    if file.name.endswith((".tar.gz", ".tgz")):
+        return upstream_converter(file, progress=progress)
+    return Converter(file, pathlib.Path(sys.executable))
+
+
 def unpack(archive: pathlib.Path, folder: pathlib.Path, version: str) -> None:
     """Unpacks the converter from a source archive.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bitladder.calibrate import MIN_CALIBRATION_CTX
-from bitladder.convert import Checkpoint
+from bitladder.convert import Checkpoint, ConvertOptions, converter_file
 from bitladder.engine import Model
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf import GgufFile
@@ -35,8 +35,9 @@ def check_options(
     Raises:
         UsageError: names the option, the value and what it must be.
     """
-    if options.converter is not None and not options.converter.is_file():
-        raise UsageError(f"--converter {options.converter}: no such file")
+    conversion = options.conversion
+    if conversion.converter is not None:
+        converter_file(conversion.converter)
     if not source.is_gguf and options.out.resolve() == source.path.resolve():
         raise UsageError(f"--out {options.out} is the directory of the checkpoint; name another one")
     n_ctx = options.decoding.n_ctx
@@ -51,8 +52,8 @@ def check_options(
                 f"{flag} {checked.name} has {size} bytes; {needed} tokens are needed with --ctx-size {n_ctx}. "
                 "Use a longer text or a smaller --ctx-size"
             )
-    if source.is_gguf and (options.outtype != "auto" or options.converter):
-        progress.warn("MODEL is already a GGUF: --outtype and --converter have no effect")
+    if source.is_gguf and conversion != ConvertOptions():
+        progress.warn("MODEL is already a GGUF: options of its conversion have no effect")
     if text.sha256 in {calibrated.sha256 for calibrated in calibration}:
         progress.warn(f"{text.name} is used to calibrate and to measure: the figures will be better than on other text")
 
@@ -143,9 +144,9 @@ def check_room(options: RunOptions, source: Source, present: Iterable[str]) -> N
     rungs = [rung for rung in options.rungs if f"quantize {rung}" not in done]
     convert = not source.is_gguf and "convert" not in done
     parameters = parameters_of(source)
-    needed = bytes_needed(parameters, rungs, options.outtype if convert else None)
+    needed = bytes_needed(parameters, rungs, options.conversion.outtype if convert else None)
     if options.smooths and "smooth" not in done:
-        needed += bytes_needed(parameters, (), options.outtype)
+        needed += bytes_needed(parameters, (), options.conversion.outtype)
     free = shutil.disk_usage(options.out).free
     if needed > free:
         raise BitladderError(

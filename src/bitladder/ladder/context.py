@@ -7,6 +7,7 @@ from typing import Any
 
 from bitladder import evaluate
 from bitladder.closing import Closing
+from bitladder.convert import converter_file
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.others import Other
 from bitladder.ladder.source import Source
@@ -66,9 +67,9 @@ class Run(Closing):
         }
         for other in self.others.values():
             digests[f"file {other.name}"] = self.store.sha256(other.path, f"file: {other.name}")
-        if self.options.converter:
-            label = f"converter: {self.options.converter.name}"
-            digests["converter"] = self.store.sha256(self.options.converter, label)
+        if self.options.conversion.converter:
+            script = converter_file(self.options.conversion.converter)
+            digests["converter"] = self.store.sha256(script, f"converter: {script.name}")
         return digests
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from bitladder.calibrate import RoundingMomentsOptions
+from bitladder.convert import ConvertOptions
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError, did_you_mean
 from bitladder.options import Options, option, words
@@ -101,17 +102,8 @@ class RunOptions(Options):
     bench: bool = option(True, "--bench/--no-bench", help="Measure tokens per second.")
     bench_tests: tuple[tuple[int, int], ...] = ((512, 0), (0, 128), (1024, 1024))
     bench_repetitions: int = 3
-    outtype: Literal["auto", "f16", "bf16", "f32"] = option(
-        "auto", "--outtype", help="Type of the matrices of the full-precision file."
-    )
+    conversion: ConvertOptions = option(ConvertOptions)
     decoding: Decoding = option(Decoding)
-    converter: pathlib.Path | None = option(
-        None,
-        "--converter",
-        names="file",
-        metavar="PATH",
-        help="Convert with this script (convert_hf_to_gguf.py of llama.cpp), for models that bitladder does not know.",
-    )
     quantized_by: str | None = option(
         None, "--quantized-by", metavar="NAME", decides=False, help="Name of the maker of the quants, for the card."
     )

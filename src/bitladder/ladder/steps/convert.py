@@ -19,11 +19,19 @@ class Convert(Step):
     @property
     def needs(self) -> tuple[str, ...]:
         """The checkpoint, and the script that converts it."""
-        return ("model", "converter") if self.options.converter else ("model",)
+        return ("model", "converter") if self.options.conversion.converter else ("model",)
 
     def decides(self) -> Mapping[str, Any]:
-        """The type of the matrices."""
-        return {"outtype": self.options.outtype}
+        """The type of the matrices, and whose converter is asked for."""
+        return {"outtype": self.options.conversion.outtype, "upstream": self.options.conversion.upstream}
+
+    def surroundings(self, run: Run) -> Mapping[str, Any]:
+        """The version of llama.cpp's own converter, if it converts."""
+        conversion, source = self.options.conversion, run.source
+        if source.is_gguf or conversion.converter is not None:
+            return {}
+        elsewhere = convert.uses_upstream(source.path, upstream=conversion.upstream, converter=None)
+        return {"converter library": convert.library_version()} if elsewhere else {}
 
     @property
     def library(self) -> str:
@@ -54,8 +62,10 @@ class Convert(Step):
             convert.convert(
                 run.source.path,
                 hidden,
-                outtype=self.options.outtype,
-                converter=self.options.converter,
+                outtype=self.options.conversion.outtype,
+                upstream=self.options.conversion.upstream,
+                converter=self.options.conversion.converter,
+                trust_remote_code=self.options.conversion.trust_remote_code,
                 progress=run.progress,
             )
             facts = describe(hidden)

@@ -1,0 +1,85 @@
+"""What another converter wrote is checked as our own output is: whole, finite, and loaded by the library."""
+
+import collections
+import dataclasses
+import pathlib
+
+import numpy as np
+import numpy.typing as npt
+
+from bitladder.convert.checkpoint import Checkpoint
+from bitladder.engine import Model
+from bitladder.errors import BitladderError
+from bitladder.gguf import GgufFile, TensorInfo
+from bitladder.progress import Progress
+
+SLAB = 1 << 22  # values that are looked at together
+# Bits of the exponent: all of them are set in an infinity or a NaN.
+EXPONENTS = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What a GGUF says of itself: its architecture, the type of most of its weights, and the number of its tensors."""
+
+    architecture: str
+    outtype: str
+    tensors: int
+
+
+def check_converted(path: pathlib.Path, checkpoint: pathlib.Path, progress: Progress) -> Converted:
+    """Checks a GGUF that another converter wrote.
+
+    Every value is finite, and the library loads the file, so no tensor that its architecture needs is missing. A
+    number of weights that differs from the checkpoint's is a warning: a vision part or further heads may be left out.
+
+    Parameters:
+        path: the GGUF file.
+        checkpoint: directory of the checkpoint.
+        progress: gets the warning.
+
+    Raises:
+        BitladderError: names the tensor that is not finite, or has the library's reason.
+    """
+    with GgufFile(path) as file:
+        weights = sum(tensor.elements for tensor in file.tensors.values())
+        with progress.task("Checking the converted weights", file.tensor_bytes) as bar:
+            for tensor in file.tensors.values():
+                bar.note(tensor.name)
+                refuse_not_finite(tensor, file.read(tensor))
+                bar.advance(tensor.nbytes)
+        converted = Converted(file.architecture, _outtype(file), len(file.tensors))
+    with Model(path):
+        pass
+    if list(checkpoint.glob("*.safetensors")):
+        own = Checkpoint(checkpoint).parameters
+        if weights < 0.98 * own:
+            progress.warn(
+                f"the GGUF has {weights:,} weights and the checkpoint {own:,}: llama.cpp's converter leaves parts out "
+                "(a vision part, prediction heads)"
+            )
+    return converted
+
+
+def _outtype(file: GgufFile) -> str:
+    """The type of most weights."""
+    counts: collections.Counter[str] = collections.Counter()
+    for tensor in file.tensors.values():
+        counts[tensor.type.name] += tensor.elements
+    return counts.most_common(1)[0][0] if counts else "f32"
+
+
+def refuse_not_finite(tensor: TensorInfo, data: npt.NDArray[np.uint8]) -> None:
+    """Raises BitladderError that names a tensor with a NaN or an infinity. Types of blocks are not looked at."""
+    if tensor.type.name not in EXPONENTS:
+        return
+    kind, exponent = EXPONENTS[tensor.type.name]
+    bits = data.reshape(-1).view(kind)
+    for start in range(0, bits.size, SLAB):
+        slab = bits[start : start + SLAB]
+        bad = (slab & exponent) == exponent
+        if bad.any():
+            raise BitladderError(
+                f"{tensor.name} has a value that {tensor.type.name} cannot hold, at index {start + int(bad.argmax())}; "
+                "use --outtype bf16, unless the checkpoint has it too"
+            )
