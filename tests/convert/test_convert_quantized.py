@@ -241,9 +241,14 @@ def test_said_in_a_file_of_its_own(file: str, folder: pathlib.Path) -> None:
     assert "gptq, 3 bits" in message
 
 
-def test_stale_config_after_a_merge(folder: pathlib.Path) -> None:
-    """Weights in full precision beside the quantization_config of a model that an adapter was trained on."""
-    configure(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+STALE = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+SPARSE = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}, "config_groups": {}}
+
+
+@pytest.mark.parametrize("said", [STALE, SPARSE])
+def test_full_precision_all_the_same(said: dict[str, Any], folder: pathlib.Path) -> None:
+    """After a merge with an adapter that was trained on quantized weights; and a sparse model."""
+    configure(folder, quantization_config=said)
     heard = Heard()
     convert(folder, folder.parent / "out.gguf", progress=heard)
     assert "but no weight is quantized" in heard.warnings[0]

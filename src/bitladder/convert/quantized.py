@@ -95,8 +95,10 @@ def check_quantization(said: Quantization, tensors: dict[str, StoredTensor], pro
         return
     if said.method is None:
         return
+    # compressed-tensors is also the name of a format for sparse models, whose weights are plain numbers.
+    harmless = said.method in HARMLESS or (said.method == "compressed-tensors" and not said.values.get("config_groups"))
     odd = next((t for t in tensors.values() if t.dtype not in ("F64", "F32", "F16", "BF16")), None)
-    if odd is not None or said.method not in HARMLESS:
+    if odd is not None or not harmless:
         what = f"tensor {odd.name} is {odd.dtype}" if odd else "its weights are rounded as the model runs"
         raise _refusal(f"{said.where} says that the checkpoint is quantized already ({said}); {what}")
     progress.warn(f"{said.where} says {said}, but no weight is quantized; all are converted as they are")
