@@ -243,9 +243,9 @@ def family_for(config: Config) -> Family:
         _check_nested(config)
         return family(config)
     known = ", ".join(name for family in FAMILIES for name in family.names[:1])
-    given = ", ".join(names) or (f"of model_type {kind}" if isinstance(kind, str) else "not given")
+    described = ", ".join(names) or (f"of model_type {kind}" if isinstance(kind, str) else "not given")
     raise BitladderError(
-        f"{config.path}: architecture {plain(given)} is not one that bitladder converts"
+        f"{config.path}: architecture {plain(described)} is not one that bitladder converts"
         f" ({known}); --converter PATH runs llama.cpp's own convert_hf_to_gguf.py instead"
     )
 

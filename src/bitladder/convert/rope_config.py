@@ -54,9 +54,10 @@ def compare_ropes(config: Config, progress: Progress) -> None:
     for place, values in places.items():
         for name, value in _stated(values).items() if isinstance(values, dict) else ():
             if value != used.get(name):
-                taken = brief(used[name]) if name in used else "its default"
+                value_used = brief(used[name]) if name in used else "its default"
                 progress.warn(
-                    f"{config.path}: {plain(name)} is {brief(value)} in {place}, but {taken} counts, as in transformers"
+                    f"{config.path}: {plain(name)} is {brief(value)} in {place}, but {value_used} counts, as in"
+                    " transformers"
                 )
 
 
