@@ -107,7 +107,7 @@ FORMS: dict[str, tuple[str, Any, str, Any, dict[str, Any]]] = {
 
 def quantize(folder: pathlib.Path, form: str) -> dict[str, Any]:
     """Replaces the matrices of all blocks by FP8. Returns the values that they have then."""
-    kind, dtype, name_of_scale, store, said = FORMS[form]
+    kind, dtype, name_of_scale, store, statement = FORMS[form]
     tensors = safetensors.load_file(folder / "model.safetensors")
     expected, stored = dict(tensors), dict(tensors)
     for name, weight in tensors.items():
@@ -124,7 +124,7 @@ def quantize(folder: pathlib.Path, form: str) -> dict[str, Any]:
         expected[name] = stored[name].float() * full
     stored["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(1.0)
     safetensors.save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    configure(folder, quantization_config=said)
+    configure(folder, quantization_config=statement)
     return expected
 
 
@@ -209,7 +209,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
 
 @pytest.mark.parametrize(
-    ("said", "suffix", "dtype", "words"),
+    ("statement", "suffix", "dtype", "words"),
     [
         (GPTQ, "qweight", torch.int32, "gptq, 4 bits"),
         ({"quant_method": "awq", "bits": 4}, "qweight", torch.int32, "awq, 4 bits"),
@@ -221,12 +221,12 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
         (None, "qweight", torch.int32, "GPTQ or AWQ"),
     ],
 )
-def test_others_are_named(said: Any, suffix: str, dtype: Any, words: str, folder: pathlib.Path) -> None:
+def test_others_are_named(statement: Any, suffix: str, dtype: Any, words: str, folder: pathlib.Path) -> None:
     tensors = safetensors.load_file(folder / "model.safetensors")
     for name in [name for name in tensors if "_proj.weight" in name]:
         tensors[name.replace("weight", suffix)] = tensors.pop(name).to(dtype)
     safetensors.save_file(tensors, folder / "model.safetensors")
-    configure(folder, quantization_config=said)
+    configure(folder, quantization_config=statement)
     message = refusal(folder)
     assert words in message
     assert "dequantize" in message
@@ -241,9 +241,14 @@ def test_said_in_a_file_of_its_own(file: str, folder: pathlib.Path) -> None:
     assert "gptq, 3 bits" in message
 
 
-def test_stale_config_after_a_merge(folder: pathlib.Path) -> None:
-    """Weights in full precision beside the quantization_config of a model that an adapter was trained on."""
-    configure(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+STALE = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+SPARSE = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}, "config_groups": {}}
+
+
+@pytest.mark.parametrize("statement", [STALE, SPARSE])
+def test_full_precision_all_the_same(statement: dict[str, Any], folder: pathlib.Path) -> None:
+    """After a merge with an adapter that was trained on quantized weights; and a sparse model."""
+    configure(folder, quantization_config=statement)
     heard = Heard()
     convert(folder, folder.parent / "out.gguf", progress=heard)
     assert "but no weight is quantized" in heard.warnings[0]

@@ -78,8 +78,8 @@ def native(folder: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Any]:
         return loaded[-1]
 
     yield load
-    for one in loaded:
-        llama_cpp.llama_model_free(one.model)
+    for vocabulary in loaded:
+        llama_cpp.llama_model_free(vocabulary.model)
 
 
 def write(folder: pathlib.Path, name: str, value: Any) -> None:
@@ -122,6 +122,8 @@ def test_end_tokens(case: str, folder: pathlib.Path, native: Any) -> None:
     write(folder, "generation_config.json", {"eos_token_id": generation})
     heard = Heard()
     assert native(heard).ends() == expected | {1}
+    by_name = 1 not in (config if isinstance(config, list) else [])
+    assert any("also ends answers at 1 '</s>'" in line for line in heard.lines) == by_name
     warnings = [warning for warning in heard.warnings if "end token" in warning or "eos" in warning]
     assert bool(warnings) == bool(word), warnings
     assert all(warning.isprintable() for warning in warnings)

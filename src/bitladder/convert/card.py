@@ -105,7 +105,7 @@ def _front_matter(path: pathlib.Path, progress: Progress) -> dict[Any, Any]:
         return {}
     end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() in ("---", "...")), None)
     # Tabs, which YAML forbids, are in some cards.
-    text = "\n".join(_wanted(lines[1:end])).replace("\t", "  ")
+    text = "\n".join(_needed(lines[1:end])).replace("\t", "  ")
     try:
         if len(text) > LONGEST_YAML:
             raise ValueError(f"it has more than {LONGEST_YAML} characters")
@@ -122,14 +122,14 @@ def _front_matter(path: pathlib.Path, progress: Progress) -> dict[Any, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def _wanted(lines: list[str]) -> list[str]:
+def _needed(lines: list[str]) -> list[str]:
     """The lines of the keys that are looked for. Results of benchmarks can have a hundred thousand others."""
-    kept, wanted = [], True
+    kept, keep = [], True
     for line in lines:
         key = _KEY.match(line)
         if key:
-            wanted = key[1] in TEXTS | LISTS | ORIGINS
-        if wanted:
+            keep = key[1] in TEXTS | LISTS | ORIGINS
+        if keep:
             kept.append(line)
     return kept
 

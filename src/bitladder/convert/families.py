@@ -230,9 +230,9 @@ def family_for(config: Config) -> Family:
     family, names, kind = named_family(config), architectures(config), config.get("model_type")
     if family is None:
         known = ", ".join(name for family in FAMILIES for name in family.names[:1])
-        given = ", ".join(names) or (f"of model_type {kind}" if isinstance(kind, str) else "not given")
+        described = ", ".join(names) or (f"of model_type {kind}" if isinstance(kind, str) else "not given")
         raise BitladderError(
-            f"{config.path}: architecture {plain(given)} is not one that bitladder converts"
+            f"{config.path}: architecture {plain(described)} is not one that bitladder converts"
             f" ({known}); --upstream runs llama.cpp's own converter instead"
         )
     if kind not in (None, family.model_type):

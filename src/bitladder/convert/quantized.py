@@ -78,7 +78,7 @@ class Quantization:
         return f"{self.method}, {brief(bits)} bits" if isinstance(bits, int) else f"{self.method}"
 
 
-def check_quantization(said: Quantization, tensors: dict[str, StoredTensor], progress: Progress) -> None:
+def check_quantization(quantization: Quantization, tensors: dict[str, StoredTensor], progress: Progress) -> None:
     """Tells the user that FP8 weights are dequantized, or that a quantization_config is stale.
 
     Raises BitladderError for weights that are quantized in another way.
@@ -86,20 +86,30 @@ def check_quantization(said: Quantization, tensors: dict[str, StoredTensor], pro
     for name, tensor in tensors.items():
         writer = PACKED.get(name.rpartition(".")[2])
         if writer:
-            how = f"{said.where}: {said}" if said.method else f"it looks like {writer}"
+            how = f"{quantization.where}: {quantization}" if quantization.method else f"it looks like {writer}"
             raise _refusal(f"{tensor.file}: tensor {name} holds quantized weights ({how})")
     quantized = next((tensor for tensor in tensors.values() if tensor.dtype in FP8), None)
     if quantized is not None:
-        by = f"{said.where} says {said}" if said.method else "config.json does not say how they were made"
+        by = (
+            f"{quantization.where} says {quantization}"
+            if quantization.method
+            else "config.json does not say how they were made"
+        )
         progress.info(f"weights in {quantized.dtype} are dequantized ({by})")
         return
-    if said.method is None:
+    if quantization.method is None:
         return
+    # compressed-tensors is also the name of a format for sparse models, whose weights are plain numbers.
+    harmless = quantization.method in HARMLESS or (
+        quantization.method == "compressed-tensors" and not quantization.values.get("config_groups")
+    )
     odd = next((t for t in tensors.values() if t.dtype not in ("F64", "F32", "F16", "BF16")), None)
-    if odd is not None or said.method not in HARMLESS:
+    if odd is not None or not harmless:
         what = f"tensor {odd.name} is {odd.dtype}" if odd else "its weights are rounded as the model runs"
-        raise _refusal(f"{said.where} says that the checkpoint is quantized already ({said}); {what}")
-    progress.warn(f"{said.where} says {said}, but no weight is quantized; all are converted as they are")
+        raise _refusal(f"{quantization.where} says that the checkpoint is quantized already ({quantization}); {what}")
+    progress.warn(
+        f"{quantization.where} says {quantization}, but no weight is quantized; all are converted as they are"
+    )
 
 
 def _refusal(what: str) -> BitladderError:

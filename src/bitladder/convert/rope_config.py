@@ -54,9 +54,10 @@ def compare_ropes(config: Config, progress: Progress) -> None:
     for place, values in places.items():
         for name, value in _stated(values).items() if isinstance(values, dict) else ():
             if value != used.get(name):
+                value_used = brief(used[name]) if name in used else "its default"
                 progress.warn(
-                    f"{config.path}: {plain(name)} is {brief(value)} in {place}; transformers takes"
-                    f" {brief(used.get(name, 'the default'))} from elsewhere in the file, and so does bitladder"
+                    f"{config.path}: {plain(name)} is {brief(value)} in {place}, but {value_used} counts, as in"
+                    " transformers"
                 )
 
 

@@ -165,6 +165,11 @@ class _Reader:
                 f"no end token is named ({TOKENIZER}, {GENERATION}, {CONFIG}); llama.cpp takes token {instead} for it,"
                 " and answers may not end"
             )
+        by_name = [token for text, token in self.texts.items() if text in KNOWN_ENDS and token not in ends]
+        if by_name:
+            self.progress.info(
+                f"llama.cpp also ends answers at {', '.join(map(self.shown, by_name))}, by the name alone"
+            )
         return ends
 
     def roles_of(self, ends: list[int]) -> dict[str, int]:

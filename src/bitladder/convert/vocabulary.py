@@ -161,8 +161,8 @@ def lay_out(
     if any(token.strips for token in added.values()):
         first = next(token.text for token in added.values() if token.strips)
         progress.warn(f"added tokens such as {first!r} take in the white space beside them; llama.cpp does not do that")
-    taken = ids.keys() | {token.text for token in added.values()}
-    tokens = [_placeholder(i, taken) for i in range(size)]
+    texts = ids.keys() | {token.text for token in added.values()}
+    tokens = [_placeholder(i, texts) for i in range(size)]
     types = [int(Kind.UNUSED)] * size
     for i, text in base.items():
         if i < size:
@@ -186,8 +186,8 @@ def refuse_duplicates(tokens: list[str], folder: pathlib.Path) -> None:
             raise BitladderError(f"{folder}: the tokens {first} and {i} are both {brief(text)} to llama.cpp")
 
 
-def _placeholder(number: int, taken: Set[str]) -> str:
+def _placeholder(number: int, texts: Set[str]) -> str:
     text = f"[PAD{number}]"
-    while text in taken:
+    while text in texts:
         text = f"[{text}]"
     return text
