@@ -13,6 +13,8 @@ from bitladder.quantize import QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.trial import RENDERING
 
+RECIPES = 1.8  # tokens decoded in the time that a token takes on which a recipe is measured
+
 
 class PlanRung(Step):
     """prices, calibration text → the types of a rung, and every recipe that was tried."""
@@ -35,7 +37,7 @@ class PlanRung(Step):
         feedback, n_ctx = self.options.planning.feedback, self.options.planning.decoding.n_ctx
         taught = feedback.random_recipes * feedback.teaching_chunks
         tried = (feedback.rounds + feedback.exchanges + feedback.finalists) * feedback.text_chunks
-        return [Part("recipes", (taught + tried) * n_ctx, "measure recipes")]
+        return [Part("recipes", RECIPES * (taught + tried) * n_ctx, "measure recipes")]
 
     def make(self, run: Run) -> Product:
         """Plans the rung."""

@@ -12,7 +12,8 @@ from bitladder.quantize import QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.text import joined
 
-TYPES = 12  # that are rendered to price a ladder, about
+MORE_TYPES, MOST_TYPES = 7, 15  # types that are rendered: about so many more than there are rungs, and at most
+SWAPPED = 0.25  # tokens decoded in the time that a token of the budget takes on which a swap is measured
 
 
 class Price(Step):
@@ -35,11 +36,13 @@ class Price(Step):
         """Every type is rendered; then single tensors and whole kinds are swapped and measured."""
         prices, share = self.options.planning.prices, self.options.planning.prices.group_share
         kind, amount = round_amount(self.options, extent)
-        checked = prices.check_pairs * prices.probe_chunks * self.options.planning.decoding.n_ctx
+        types = min(MORE_TYPES + len(self.options.rungs), MOST_TYPES)
+        tokens = SWAPPED * prices.probe_tokens
+        checked = SWAPPED * prices.check_pairs * prices.probe_chunks * self.options.planning.decoding.n_ctx
         return [
-            Part(kind, TYPES * amount, "render every tensor"),
-            Part("swaps", prices.probe_tokens * (1 - share), "probe tensors"),
-            Part("swaps", prices.probe_tokens * share, "whole kinds"),
+            Part(kind, types * amount, "render every tensor"),
+            Part("swaps", tokens * (1 - share), "probe tensors"),
+            Part("swaps", tokens * share, "whole kinds"),
             Part("swaps", checked, "check single swaps"),
         ]
 
