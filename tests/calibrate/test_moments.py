@@ -17,12 +17,12 @@ from bitladder.calibrate import (
     collect_imatrix,
     collect_moments,
     merge_moments,
+    position_weights,
     read_imatrix,
+    weighted_moments,
 )
-from bitladder.calibrate.gradients.weighted_moments import weighted_moments
 from bitladder.calibrate.moments import passes
 from bitladder.calibrate.moments.moments_file import pack_triangle, unpack_triangle
-from bitladder.calibrate.moments.positions import position_weights
 from bitladder.calibrate.moments.sums import sums_bytes
 from bitladder.cli import invoke
 from bitladder.convert import convert

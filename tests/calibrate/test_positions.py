@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from bitladder.calibrate.gradients.weighted_moments import GradientOptions, weighted_moments
-from bitladder.calibrate.moments.positions import PositionOptions, position_weights
+from bitladder.calibrate import GradientOptions, PositionOptions, position_weights, weighted_moments
 from bitladder.convert import convert
 from bitladder.engine import Context, Decoding, Model, NoisyOutputs
 

@@ -1,11 +1,17 @@
 """Time left and what a run tells while it works, on a clock of our own."""
 
+import json
+import pathlib
+import shlex
+
 import pytest
+from click.testing import CliRunner
 from plain_options import plain_options
 
+from bitladder.cli import application
 from bitladder.ladder.pace import Pace, extent_of
 from bitladder.ladder.plan import steps_of
-from bitladder.ladder.steps.step import Part
+from bitladder.ladder.steps.step import Extent, Part
 from bitladder.ladder.tracker import Best, Tracker
 from bitladder.progress import SILENT
 from bitladder.show.run_display import RunDisplay, duration, line
@@ -86,6 +92,49 @@ def test_every_step_that_takes_time_has_parts():
         amounts = {name: sum(part.amount for part in of_step) for name, of_step in parts.items()}
         assert extent.text == 8 * 512 and amounts["base"] == extent.text
         assert amounts["quantize IQ3_S"] > amounts["quantize Q8_0"] > 0
+
+
+# Runs on the embedded model, recorded by benchmarks/pace.py: the command, how much there was to do, and the CPU seconds
+# of each part. The amounts are those of today.
+RECORDED = sorted((pathlib.Path(__file__).parent / "pace").glob("*.json"))
+SLICES = 20
+
+
+def replayed(recording, options):
+    """(time, estimate of the time left) during a recorded run, and its whole time."""
+    extent = Extent(**recording["extent"])
+    pace = Pace({step.name: step.parts(extent) for step in steps_of(options)})
+    now, current, moments = 0.0, "", []
+    for part in recording["parts"]:
+        if part["step"] != current:
+            if current:
+                pace.end(now, made=True)
+            current = part["step"]
+            pace.begin(current, now)
+        if part["bar"]:
+            pace.bar(part["bar"], now)
+        for number in range(1, SLICES + 1):
+            now += part["seconds"] / SLICES
+            if part["bar"]:
+                pace.advance(number / SLICES)
+            moments.append((now, pace.left(now)))
+    return moments, now
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=[path.stem for path in RECORDED])
+def test_time_left_of_recorded_runs(path, monkeypatch):
+    recording, options = json.loads(path.read_text()), []
+    monkeypatch.setattr("bitladder.ladder.run", lambda options_of_run, **_: options.append(options_of_run))
+    CliRunner().invoke(application, shlex.split(recording["command"])[1:])
+    moments, total = replayed(recording, options[0])
+    for now, estimate in moments:
+        left = total - now
+        if now < 0.1 * total / 1.5:
+            assert estimate is None, f"{now:.1f} of {total:.1f} s"
+        elif estimate is None:
+            assert now < 0.1 * total * 1.5, f"nothing is said after {now:.1f} of {total:.1f} s"
+        elif now >= 0.1 * total:
+            assert left / 1.5 - 0.02 * total < estimate < left * 1.5 + 0.02 * total, f"{now:.1f} of {total:.1f} s"
 
 
 def test_tracker_tells_the_step_the_share_and_the_best():

@@ -32,9 +32,11 @@ if TYPE_CHECKING:
         torch_threads,
         why_no_gradients,
     )
+    from bitladder.calibrate.gradients.weighted_moments import GradientOptions, weighted_moments
     from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
     from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
     from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, MomentShape, Provenance, writing_moments
+    from bitladder.calibrate.moments.positions import PositionOptions, position_weights
     from bitladder.calibrate.statistics.compare_imatrices import (
         ImatrixComparison,
         TensorDifference,
@@ -60,6 +62,7 @@ __all__ = [
     "MOMENTS",
     "FisherOptions",
     "Gaps",
+    "GradientOptions",
     "GroupStatistics",
     "Imatrix",
     "ImatrixComparison",
@@ -71,6 +74,7 @@ __all__ = [
     "MomentsFile",
     "MomentsOptions",
     "MomentsResult",
+    "PositionOptions",
     "Provenance",
     "RoundingMomentsOptions",
     "TensorDifference",
@@ -92,6 +96,7 @@ __all__ = [
     "merge_imatrices",
     "merge_moments",
     "model_sha256",
+    "position_weights",
     "read_imatrix",
     "require_torch",
     "tensor_statistics",
@@ -99,6 +104,7 @@ __all__ = [
     "usual_weighting",
     "watch_chunks",
     "weighted_mean",
+    "weighted_moments",
     "why_no_gradients",
     "write_imatrix",
     "writing_moments",

@@ -2,7 +2,8 @@
 
 Each step has parts, each part an amount of work on one scale: the tokens that could be decoded in the same time. How
 long a part of a kind really takes is learnt from parts of that kind that were done, and until there is one, from all
-others. Amounts are coarse: that of rounding follows from the formula of docs/rounding.md, the others are estimates.
+others. The amount of rounding follows from the formula of docs/rounding.md. The others are fitted to runs that
+`benchmarks/pace.py` recorded (docs/run.md).
 """
 
 from collections.abc import Mapping, Sequence

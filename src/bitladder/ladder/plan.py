@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.steps.base import Base
 from bitladder.ladder.steps.bench import Bench
-from bitladder.ladder.steps.candidates import Candidates
 from bitladder.ladder.steps.convert import Convert
 from bitladder.ladder.steps.imatrix import CollectImatrix
 from bitladder.ladder.steps.measure import Measure
 from bitladder.ladder.steps.moments import CollectMoments
 from bitladder.ladder.steps.naive import Naive
-from bitladder.ladder.steps.plan import PlanRung
+from bitladder.ladder.steps.plan import Candidates, PlanRung
 from bitladder.ladder.steps.price import Price, priced_models
 from bitladder.ladder.steps.quantize import Quantize
 from bitladder.ladder.steps.score import Score

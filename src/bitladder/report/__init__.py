@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from bitladder.report.best import by_size, worth_their_size
     from bitladder.report.card import render_card, write_card
     from bitladder.report.finished_run import FinishedRun, RunModel, read_run
-    from bitladder.report.numbers import gigabytes, percent, with_error
     from bitladder.report.page import render_report, write_report
+    from bitladder.report.tables import gigabytes, percent, with_error
 
 __all__ = [
     "FinishedRun",

@@ -14,7 +14,7 @@ from bitladder.recipe import Recipe, recipe_sha256
 from bitladder.report import tables
 from bitladder.report.best import recommendations
 from bitladder.report.finished_run import FinishedRun, RunModel, read_run
-from bitladder.report.numbers import gigabytes, with_error
+from bitladder.report.tables import gigabytes, with_error
 from bitladder.rundir import Layout
 
 # The speed in the table of choices: in a chat the user waits for generated tokens.

@@ -20,7 +20,7 @@ from bitladder.report.charts.bars import percentiles, speed, task_bars
 from bitladder.report.charts.pareto import pareto
 from bitladder.report.charts.predicted import agreement, predicted, prediction_pairs
 from bitladder.report.finished_run import FinishedRun, read_run
-from bitladder.report.numbers import gigabytes, with_error
+from bitladder.report.tables import gigabytes, with_error
 from bitladder.report.tensors import PRICED_MODELS, read_tensors
 from bitladder.rundir import Layout
 

@@ -14,6 +14,7 @@ from bitladder.ladder.others import doubts
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 
 QUESTION = 0.5  # contexts that the choices of a question take
+COMPARED = 1.15  # tokens decoded in the time that a token takes whose predictions are compared
 
 
 class Measure(Step):
@@ -34,7 +35,7 @@ class Measure(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Every token is decoded, and every choice of a question."""
-        parts = [] if self.label == BASE else [Part("divergence", extent.text)]
+        parts = [] if self.label == BASE else [Part("divergence", COMPARED * extent.text)]
         return parts + task_parts(self, extent)
 
     def make(self, run: Run) -> Product:

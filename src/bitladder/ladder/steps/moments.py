@@ -8,7 +8,8 @@ from bitladder.ladder.context import Run
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
 from bitladder.text import Reading
 
-GRADIENTS = 4.0  # tokens decoded in the time that the gradients of a token take
+# Tokens decoded in the time that a token takes whose products are added up, and in that of the gradients of a token.
+PRODUCTS, GRADIENTS = 1.5, 7.0
 
 
 class CollectMoments(Step):
@@ -35,7 +36,7 @@ class CollectMoments(Step):
     def parts(self, extent: Extent) -> list[Part]:
         """Plain moments decode every token; weighted ones go back through the model too."""
         return [
-            Part("second moments", extent.plain_moments),
+            Part("second moments", PRODUCTS * extent.plain_moments),
             Part("gradients", GRADIENTS * extent.moments),
         ]
 

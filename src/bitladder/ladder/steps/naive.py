@@ -6,7 +6,7 @@ from typing import Any
 from bitladder import evaluate, quantize
 from bitladder.files import write_json
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.measure import keep_tokens, measure, measured_with, scoring, task_parts
+from bitladder.ladder.steps.measure import COMPARED, keep_tokens, measure, measured_with, scoring, task_parts
 from bitladder.ladder.steps.quantize import library_part, recipe_of
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 from bitladder.recipe import write_recipe
@@ -30,7 +30,7 @@ class Naive(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Quantization by the library, and a measurement."""
-        return [library_part(self.label), Part("divergence", extent.text), *task_parts(self, extent)]
+        return [library_part(self.label), Part("divergence", COMPARED * extent.text), *task_parts(self, extent)]
 
     def make(self, run: Run) -> Product:
         """Makes the file, measures it, and removes it."""

@@ -1,17 +1,19 @@
-"""The step that plans a rung: the type of each tensor."""
+"""The steps that plan a rung, the type of each tensor, and that join the plans of all rungs."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from bitladder.evaluate import BASE
 from bitladder.files import write_json
-from bitladder.ladder.context import Run
-from bitladder.ladder.steps.price import ORIGINAL, SMOOTHED, planned_from, planning
+from bitladder.ladder.context import Run, read_json
+from bitladder.ladder.steps.price import planned_from, planning
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
-from bitladder.plan import PLANNING, load_prices, plan_rung
+from bitladder.plan import PLANNING, candidates, load_prices, plan_rung
 from bitladder.quantize import QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.trial import RENDERING
+
+RECIPES = 1.8  # tokens decoded in the time that a token takes on which a recipe is measured
 
 
 class PlanRung(Step):
@@ -41,7 +43,7 @@ class PlanRung(Step):
         feedback, n_ctx = self.options.planning.feedback, self.options.planning.decoding.n_ctx
         taught = feedback.random_recipes * feedback.teaching_chunks
         tried = (feedback.rounds + feedback.exchanges + feedback.finalists) * feedback.text_chunks
-        return [Part("recipes", (taught + tried) * n_ctx, "measure recipes")]
+        return [Part("recipes", RECIPES * (taught + tried) * n_ctx, "measure recipes")]
 
     def make(self, run: Run) -> Product:
         """Plans the rung."""
@@ -51,3 +53,19 @@ class PlanRung(Step):
         prices = load_prices(run.layout.sensitivity(smoothed=smoothed))
         write_json(out, plan_rung(run.planner(smoothed=smoothed), rung, mode, prices))
         return Product([out])
+
+
+class Candidates(Step):
+    """plans → candidates.json."""
+
+    verb = "candidates"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The plans of all rungs."""
+        return tuple(f"plan {rung}" for rung in self.options.rungs)
+
+    def make(self, run: Run) -> Product:
+        """Joins the plans."""
+        write_json(run.layout.candidates, candidates(read_json(run.files(need)[0]) for need in self.needs))
+        return Product([run.layout.candidates])

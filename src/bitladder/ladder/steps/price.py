@@ -16,7 +16,8 @@ from bitladder.quantize import RUNGS, QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.text import joined
 
-TYPES = 12  # that are rendered to price a ladder, about
+TYPES = 15  # that are rendered, about
+SWAPPED = 0.25  # tokens decoded in the time that a token of the budget takes on which a swap is measured
 ORIGINAL, SMOOTHED = "original", "smoothed"
 
 
@@ -49,14 +50,20 @@ class Price(Step):
         return (self.label == SMOOTHED) in {run.smoothed(rung) for rung in self.options.rungs}
 
     def parts(self, extent: Extent) -> list[Part]:
-        """Every type is rendered; then single tensors and whole kinds are swapped and measured."""
+        """Every type is rendered; then single tensors and whole kinds are swapped and measured.
+
+        Before the trials nobody knows whether the original model is priced too. Mostly it is not.
+        """
+        if self.label == ORIGINAL and self.options.smooths:
+            return []
         prices, share = self.options.planning.prices, self.options.planning.prices.group_share
         kind, amount = round_amount(self.options, extent)
-        checked = prices.check_pairs * prices.probe_chunks * self.options.planning.decoding.n_ctx
+        tokens = SWAPPED * prices.probe_tokens
+        checked = SWAPPED * prices.check_pairs * prices.probe_chunks * self.options.planning.decoding.n_ctx
         return [
             Part(kind, TYPES * amount, "render every tensor"),
-            Part("swaps", prices.probe_tokens * (1 - share), "probe tensors"),
-            Part("swaps", prices.probe_tokens * share, "whole kinds"),
+            Part("swaps", tokens * (1 - share), "probe tensors"),
+            Part("swaps", tokens * share, "whole kinds"),
             Part("swaps", checked, "check single swaps"),
         ]
 

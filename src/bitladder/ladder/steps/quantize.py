@@ -14,11 +14,11 @@ from bitladder.refine import ROUNDED_QUANT, TUNING, guard_json, guard_text, quan
 from bitladder.text import Reading, Text, set_apart
 
 # Tokens decoded in the time that the library quantizes all weights; i-quants search a codebook for every block.
-LIBRARY, LIBRARY_IQ = 1500, 6000
-TUNE = 8  # tokens decoded in the time that a token of tuning takes
+LIBRARY, LIBRARY_IQ = 2000, 13_000
+TUNE = 5.6  # tokens decoded in the time that a token of tuning takes
 ROUND, ROUND_WIDTH = 35_000, 55
 # Evaluations of a guard, about: of kinds, of layers and their groups, and of single tensors.
-GUARD_KINDS, GUARD_LAYERS, GUARD_TENSORS = 9, 11, 8
+GUARD_KINDS, GUARD_LAYERS, GUARD_TENSORS = 13, 9, 10
 
 
 class Quantize(Step):
@@ -64,14 +64,18 @@ class Quantize(Step):
         if not self.options.rounds:
             return [library_part(self.label)]
         tokens = self.options.refine.guard.guard_chunks * extent.chunk
-        parts = [
-            Part(*round_amount(self.options, extent), "rounding"),
+        # A run that plans has rounded all tensors to price them, and keeps the blocks.
+        parts = [] if self.options.plans else [Part(*round_amount(self.options, extent), "rounding")]
+        parts += [
             Part("guard", GUARD_KINDS * tokens, "guard"),
             Part("guard", GUARD_LAYERS * tokens, "guard, layers"),
             Part("guard", GUARD_TENSORS * tokens, "guard, tensors"),
             library_part(self.label),
         ]
-        return [*parts, Part("tune", TUNE * extent.tuned)] if self.options.tunes else parts
+        if self.options.tunes:
+            tried = 2 * self.options.refine.tuning.tune_guard_chunks * extent.chunk
+            parts += [Part("tune", TUNE * extent.tuned), Part("divergence", tried)]
+        return parts
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages for the guard; for tuning each calibration text without its end, and the ends."""

@@ -1,16 +1,20 @@
-"""A quant as a torch model whose blocks keep their integers, and whose F16 numbers can move."""
+"""A quant as a torch model whose blocks keep their integers, whose F16 numbers can move, and their descent (Adam)."""
 
+import itertools
+import math
 import os
 
 import numpy as np
 import torch
 
-from bitladder.calibrate import TorchModel
+from bitladder.calibrate import TorchModel, UnfinishedWork
 from bitladder.closing import Closing
 from bitladder.engine import Tokens
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
+from bitladder.progress import SILENT, Progress
 from bitladder.refine.model_files import Bytes
+from bitladder.refine.options import TuneOptions
 from bitladder.rounding import TYPES, can_round
 
 # Positions whose logits are held at once: at 150,000 tokens of vocabulary some 80 MB for each of a few arrays.
@@ -132,3 +136,73 @@ class Student(Closing):
             # d KLD / d logits = q − p
             gradient[rows] = self.model.head_gradient(ours.exp_().sub_(probabilities))
         return total / len(hidden), gradient / len(hidden)
+
+
+def rates(options: TuneOptions, steps: int) -> list[float]:
+    """The rate of each step: it grows over the first steps, then falls to 0 along half a cosine.
+
+    Example:
+        >>> rates(TuneOptions(tune_rate=0.1, warm_up=2), 4)[0] == 0.1 / 2
+        True
+    """
+    return [
+        options.tune_rate * min(1, (step + 1) / options.warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
+        for step in range(steps)
+    ]
+
+
+def descend(
+    student: Student,
+    teacher: TorchModel,
+    chunks: Tokens,
+    options: TuneOptions,
+    *,
+    keep: UnfinishedWork | None = None,
+    progress: Progress = SILENT,
+) -> list[float]:
+    """Moves the parameters of a student towards a lower KLD from the teacher, a step for each chunk (Adam).
+
+    Parameters:
+        student: the quant.
+        teacher: the full-precision model.
+        chunks: int32 [chunks, n_ctx].
+        options: rates, and the order of chunks.
+        keep: saves the state each minute, and has the state of a descent that was interrupted.
+        progress: where work is shown.
+
+    Returns:
+        The KLD of each step, nats per token, as it was before the step.
+
+    Raises:
+        BitladderError: a KLD is not finite.
+    """
+    order = np.random.default_rng(options.tune_seed).permutation(len(chunks))
+    means: dict[Key, torch.Tensor] = {key: torch.zeros_like(move) for key, move in student.parameters.items()}
+    squares = {key: torch.zeros_like(move) for key, move in student.parameters.items()}
+    seen = np.zeros(len(order))
+    state = {"seen": seen} | {
+        f"{label}{index}": values.numpy()  # the same memory
+        for label, kept in (("move", student.parameters), ("mean", means), ("square", squares))
+        for index, values in enumerate(kept.values())
+    }
+    done = 0 if keep is None else keep.load_state("tune", state, progress)
+    student.put()
+    with progress.task("tune", len(order)) as bar:
+        bar.advance(done)
+        steps = enumerate(zip(order, rates(options, len(order)), strict=True), 1)
+        for step, (index, rate) in itertools.islice(steps, done, None):
+            divergence, slopes = student.backward(chunks[index], teacher)
+            if not math.isfinite(divergence):
+                raise BitladderError(f"the KLD of {student.model.path.name} is not finite in step {step}")
+            for key, slope in slopes.items():
+                mean = means[key].lerp_(slope, 1 - options.mean_decay)
+                square = squares[key].lerp_(slope.square_(), 1 - options.square_decay)
+                spread = (square / (1 - options.square_decay**step)).sqrt_().add_(options.epsilon)
+                student.parameters[key].addcdiv_(mean, spread, value=-rate / (1 - options.mean_decay**step))
+            student.put()
+            seen[step - 1] = divergence
+            bar.note(f"KLD {seen[max(0, step - 20) : step].mean():.5f}")
+            bar.advance()
+            if keep is not None and keep.due():
+                keep.save_state("tune", step, state)
+    return seen.tolist()

@@ -186,8 +186,7 @@ def _descend(
 ) -> tuple[dict[str, Bytes], list[float]]:
     """Blocks by tensor after the descent, and the KLD of each chunk before its step."""
     from bitladder.calibrate import TorchModel
-    from bitladder.refine.tune.descend import descend
-    from bitladder.refine.tune.student import Student
+    from bitladder.refine.tune.student import Student, descend
 
     with (
         torch_threads(threads),

@@ -5,8 +5,7 @@ import html
 from bitladder.evaluate import Figure, RunScores
 from bitladder.report.charts.common import LOOKS, Chart, axis, errors, figure
 from bitladder.report.finished_run import FinishedRun, RunModel
-from bitladder.report.numbers import gigabytes, with_error
-from bitladder.report.tables import label
+from bitladder.report.tables import gigabytes, label, with_error
 
 ROW, FRAME = 26, 120  # height of a row and of what surrounds the rows, pixels
 # Field of a divergence, its name, colour and symbol.

@@ -14,7 +14,7 @@ from bitladder.evaluate import Figure
 from bitladder.gguf import kind_of, reading_order
 from bitladder.recipe import Recipe
 from bitladder.report.finished_run import RunModel
-from bitladder.report.numbers import gigabytes, with_error
+from bitladder.report.tables import gigabytes, with_error
 
 Chart = dict[str, Any]
 # Role → name in the legend, colour and symbol. Groups differ by symbol too, for readers who cannot tell the colours.

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from bitladder.report.best import worth_their_size
 from bitladder.report.charts.common import LOOKS, Chart, axis, describe, errors, figure
 from bitladder.report.finished_run import FinishedRun, RunModel, TriedRecipe
-from bitladder.report.numbers import gigabytes, with_error
-from bitladder.report.tables import count_text
+from bitladder.report.tables import count_text, gigabytes, with_error
 
 
 def pareto(run: FinishedRun) -> Chart | None:
