@@ -87,7 +87,7 @@ def test_every_step_that_takes_time_has_parts():
         options = plain_options(rungs=("IQ3_S", "Q8_0"), mode=mode, method=method, chunks=8)
         extent = extent_of(options, 8_000_000, text, [text], {"arc": 40}, models=3)
         parts = {step.name: step.parts(extent) for step in steps_of(options)}
-        untimed = {"candidates", "score base", "score IQ3_S", "score Q8_0"}
+        untimed = {"candidates", "price original", "score base", "score IQ3_S", "score Q8_0"}
         assert {name for name, of_step in parts.items() if not of_step} == untimed & parts.keys()
         amounts = {name: sum(part.amount for part in of_step) for name, of_step in parts.items()}
         assert extent.text == 8 * 512 and amounts["base"] == extent.text

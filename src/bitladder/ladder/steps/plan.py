@@ -6,7 +6,7 @@ from typing import Any
 from bitladder.evaluate import BASE
 from bitladder.files import write_json
 from bitladder.ladder.context import Run, read_json
-from bitladder.ladder.steps.price import planned_from, planning
+from bitladder.ladder.steps.price import ORIGINAL, SMOOTHED, planned_from, planning
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 from bitladder.plan import PLANNING, candidates, load_prices, plan_rung
 from bitladder.quantize import QuantizeOptions
