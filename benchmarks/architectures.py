@@ -105,7 +105,8 @@ def make(name: str, tokenizer: pathlib.Path, folder: pathlib.Path) -> Any:
             elif "norm" in key and "bias" not in key:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)  # for tokenizer.json
+    shutil.copy(tokenizer / "tokenizer_config.json", folder)  # in the form that every version reads
     return model
 
 

@@ -1,15 +1,19 @@
 """llama.cpp's own converter: unpacked with care, asked what it needs, run with its messages shown."""
 
 import io
+import json
 import pathlib
+import shutil
 import sys
 import tarfile
 
 import pytest
 
-from bitladder.convert import upstream
+from bitladder.convert import convert, upstream, uses_upstream
+from bitladder.convert.check_converted import check_converted
 from bitladder.convert.upstream import Converter, refuse_code, requirements, run_converter, unpack, upstream_converter
 from bitladder.errors import BitladderError, UsageError
+from bitladder.gguf import GgufFile
 
 VERSION = "9.9.9"
 TOP = f"llama_cpp_python-{VERSION}"
@@ -150,3 +154,39 @@ def test_code_of_a_checkpoint_is_not_run_unasked(tmp_path):
     with pytest.raises(UsageError, match=r"modeling_x.py.*--trust-remote-code"):
         refuse_code(tmp_path, ["XForCausalLM"], trusted=False)
     refuse_code(tmp_path, ["XForCausalLM"], trusted=True)
+
+
+def test_what_it_writes_is_checked(tiny_gguf, tiny_checkpoint, tmp_path):
+    made = check_converted(tiny_gguf, tiny_checkpoint, Heard())
+    assert (made.architecture, made.outtype) == ("olmo2", "f16")
+    with GgufFile(tiny_gguf) as file:
+        tensor = file.tensors["blk.1.ffn_down.weight"]
+        data = bytearray(tiny_gguf.read_bytes())
+        raw = file.read(tensor).tobytes()
+    start = bytes(data).index(raw)
+    for bits in (b"\x00\x7c", b"\x01\xfc"):  # an infinity and a NaN of F16
+        data[start + 40 : start + 42] = bits
+        broken = tmp_path / "broken.gguf"
+        broken.write_bytes(data)
+        with pytest.raises(BitladderError, match=r"blk.1.ffn_down.weight has a value .*at index 20; .*--outtype bf16"):
+            check_converted(broken, tiny_checkpoint, Heard())
+
+
+def test_an_unknown_architecture_goes_to_it(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "Other"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert not uses_upstream(folder, upstream=None, converter=None)
+    assert uses_upstream(folder, upstream=True, converter=None)
+    for change in ({"architectures": ["OtherForCausalLM"]}, {"architectures": [], "model_type": "other"}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        assert uses_upstream(folder, upstream=None, converter=None)
+    with pytest.raises(BitladderError, match=r"other is not one that bitladder converts .*--upstream"):
+        convert(folder, tmp_path / "o.gguf", upstream=False)
+
+
+@pytest.mark.slow
+def test_the_real_one(tmp_path):
+    """Downloads the converter and makes its environment: minutes, and gigabytes where PyTorch has no CPU build."""
+    program = upstream_converter(progress=Heard())
+    assert program.script.is_file() and program.python.is_file()
