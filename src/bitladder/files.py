@@ -20,7 +20,7 @@ LONGEST_NAME = 160
 def file_name(text: str, ending: str = "") -> str:
     """A file name from a text that somebody else wrote, such as the name in a model card.
 
-    Letters, digits and the signs . _ + - stay. Anything else, such as a path separator, a space or a control
+    Letters, digits and the signs . _ + - stay. Anything else, such as a path separator, "..", a space or a control
     character, becomes "-". The name does not begin with "." or "-".
 
     Parameters:
@@ -30,7 +30,7 @@ def file_name(text: str, ending: str = "") -> str:
     Returns:
         A name of at most 160 bytes; "model" and the ending if nothing of the text is left.
     """
-    stem = re.sub(r"[^\w.+-]+", "-", text).lstrip(".-")
+    stem = re.sub(r"(?:[^\w.+-]|\.\.)+", "-", text).lstrip(".-")
     room = LONGEST_NAME - len(ending.encode())
     stem = stem.encode("utf-8", "ignore")[:room].decode("utf-8", "ignore").rstrip(".-")
     return (stem or "model") + ending

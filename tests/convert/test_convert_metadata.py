@@ -210,5 +210,6 @@ def test_file_names() -> None:
     assert file_name("Tiny-15M", ".gguf") == "Tiny-15M.gguf"
     assert file_name("../../etc/passwd") == "etc-passwd"
     assert file_name("a b\x1b\n\\c") == "a-b-c"
+    assert file_name("Base-x/../../NAME-v1.5") == "Base-x-NAME-v1.5"
     assert file_name("..", ".gguf") == "model.gguf"
     assert file_name("ü" * 200, ".gguf") == "ü" * ((LONGEST_NAME - 5) // 2) + ".gguf"
