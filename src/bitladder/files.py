@@ -6,10 +6,10 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, UsageError
 
 PathLike = str | os.PathLike[str]
 
@@ -60,6 +60,23 @@ def write_text(path: PathLike, text: str) -> None:
 def write_json(path: PathLike, value: Any) -> None:
     """Writes indented JSON in one step (see `replacing`). Raises ValueError for NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def same_file(a: PathLike, b: PathLike) -> bool:
+    """Whether two paths name one file: hard and symbolic links and other spellings included, also of no file yet."""
+    first, second = pathlib.Path(a), pathlib.Path(b)
+    try:
+        return first.samefile(second)
+    except OSError:
+        return first.resolve() == second.resolve()
+
+
+def refuse_inputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike]) -> None:
+    """Raises UsageError if one of the files to write is one of the files that are read."""
+    inputs = list(inputs)
+    for path in outputs:
+        if any(same_file(path, read) for read in inputs):
+            raise UsageError(f"{path} is an input; name another output")
 
 
 def sha256_file(path: PathLike) -> str:

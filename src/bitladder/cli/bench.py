@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath
 from bitladder.errors import UsageError
 from bitladder.evaluate import SpeedChoice, SpeedError, SpeedOptions, SpeedRow, bench
 from bitladder.files import write_text
@@ -13,7 +14,7 @@ from bitladder.show.output import Output, common_options
 from bitladder.show.speed_tables import FORMATS, render, speed_table
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
 @click.option(
     "-m",
     "--model",
@@ -29,7 +30,7 @@ from bitladder.show.speed_tables import FORMATS, render, speed_table
     "-o",
     "--output",
     "out",
-    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    type=OutputPath("speeds"),
     help="Write the rows to this file as well, as its suffix says: .md, .csv, .jsonl, otherwise JSON.",
 )
 @click.option("--format", "form", type=click.Choice(["table", *FORMATS]), default="table", show_default=True)

@@ -8,20 +8,25 @@ from bitladder.calibrate import MomentsOptions, collect_moments, merge_moments, 
 from bitladder.calibrate.gradients import why_no_gradients
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath
 from bitladder.engine.decoding import Decoding
 from bitladder.errors import UsageError
 from bitladder.show.output import Output, common_options
 from bitladder.text import Reading, load_text
 
 
-@click.command("calibrate")
+@click.command("calibrate", cls=Command)
 @shared.calibrating
 @click.option(
-    "-o", "--output", "out", default="moments.gguf", show_default=True, type=click.Path(path_type=pathlib.Path)
+    "-o",
+    "--output",
+    "out",
+    default="moments.gguf",
+    show_default=True,
+    type=OutputPath("moments", adds_to=("in_files",)),
+    help="File to write. It may be one of --in-file, which is then added to.",
 )
-@click.option(
-    "--imatrix", type=click.Path(path_type=pathlib.Path), help="Write the importance matrix of the same chunks too."
-)
+@click.option("--imatrix", type=OutputPath("imatrix"), help="Write the importance matrix of the same chunks too.")
 @options_from(MomentsOptions, leave_out=("form",))
 @options_from(Reading, parameter="reading")
 @options_from(Decoding, parameter="decoding", leave_out=("n_batch",))
@@ -50,8 +55,6 @@ def command(
     by what an error there costs: an error at an attention sink reaches every later token. The same command continues an
     interrupted run.
     """
-    if imatrix and imatrix.resolve() == out.resolve():
-        raise UsageError("-o and --imatrix name the same file")
     if not files:
         if imatrix:
             raise UsageError("an imatrix beside the moments needs a text (-f)")

@@ -5,16 +5,17 @@ import pathlib
 
 import click
 
+from bitladder.cli.outputs import Command, OutputPath, check_output
 from bitladder.show.output import Output, common_options
 
 
-@click.command("convert")
+@click.command("convert", cls=Command)
 @click.argument("model")
 @click.option(
     "-o",
     "--output",
     "out",
-    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    type=OutputPath("full model"),
     help="The GGUF file to write.  [default: named after the model, in the current directory]",
 )
 @click.option(
@@ -39,6 +40,7 @@ def command(
     from bitladder import convert as package
 
     target = out or pathlib.Path(package.default_name(model, outtype))
+    check_output(target, "full model")
     result = package.convert(model, target, outtype=outtype, converter=converter, progress=output.progress)
     if output.json:
         output.print_json(dataclasses.asdict(result) | {"path": str(result.path)})

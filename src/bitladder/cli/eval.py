@@ -6,13 +6,14 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.options import json_file, kept_results
+from bitladder.cli.outputs import Command
 from bitladder.evaluate import EvalOptions, Results, Settings, evaluate_files
 from bitladder.files import write_json
 from bitladder.show.eval_tables import eval_tables
 from bitladder.show.output import Output, common_options
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @click.option(
     "-m",
     "--model",
@@ -25,7 +26,7 @@ from bitladder.show.output import Output, common_options
 @options_from(EvalOptions)
 @options_from(Settings, parameter="settings", leave_out=("n_ctx",))
 @kept_results
-@json_file
+@json_file("scores")
 @common_options
 def command(
     models: tuple[pathlib.Path, ...],

@@ -6,6 +6,7 @@ import pathlib
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
 from bitladder.errors import UsageError
 from bitladder.plan import (
     FeedbackOptions,
@@ -27,15 +28,16 @@ from bitladder.show.output import Output, common_options
 from bitladder.text.texts import load_text
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
-_OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
 _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 
 
 # A parameter for each option that stands for itself.
-@click.command("plan")
+@click.command("plan", cls=Command)
 @click.option("-m", "--model", required=True, type=_FILE, help="Full-precision GGUF.")
 @click.option("--imatrix", type=_FILE, help="Importance matrix of the same model.")
-@click.option("-o", "--output", "out", type=_OUT, help="Recipe to write.  [default: MODEL-TARGET.toml, here]")
+@click.option(
+    "-o", "--output", "out", type=OutputPath("recipe"), help="Recipe to write.  [default: MODEL-TARGET.toml, here]"
+)
 @options_from(TargetOptions, parameter="aim")
 @click.option(
     "--moments",
@@ -66,7 +68,7 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
     metavar="TOKENS",
     help=f"Tokens of a chunk.  [default: {PlanDecoding().n_ctx}; to prune {PruneOptions().n_ctx}]",
 )
-@click.option("--work", type=click.Path(file_okay=False, path_type=pathlib.Path), help="Folder for what is kept.")
+@click.option("--work", type=OutputFolder(), help="Folder for what is kept.")
 @click.option("--suggest-prune", is_flag=True, help="Measure the model without each of its blocks instead.")
 @click.option("-f", "--file", "text", help=f"Text to measure on.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]")
 @common_options
@@ -117,9 +119,10 @@ def command(
     inputs = PlanInputs(model, imatrix, load_text(_TEXT if text is None else text), moments, how, work)
     with Planner(inputs, options, output.progress) as planner:
         target, preset = target_of(aim, planner.subject, options.decoding)
+        out = pathlib.Path(f"{model.stem}-{target.word}.toml") if out is None else out
+        check_output(out, "recipe")
         prices = planner.prices_for(target, preset) if sensitivity is None else planner.known(sensitivity)
         result = planner.plan(target, prices, preset)
-        out = pathlib.Path(f"{model.stem}-{target.word}.toml") if out is None else out
         write_recipe(out, planned_recipe(planner.subject, result, target))
         places = planner.subject.places
     if output.json:

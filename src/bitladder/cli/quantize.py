@@ -2,14 +2,18 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath, check_output, note_input
 from bitladder.engine.decoding import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
+from bitladder.gguf import output_paths, plain_path
 from bitladder.quantize import (
     Preflight,
     PreparedQuant,
@@ -19,7 +23,6 @@ from bitladder.quantize import (
     parse_layers,
     preflight,
     prepare,
-    refuse_target,
     write,
 )
 from bitladder.recipe import read_recipe, read_tensor_types
@@ -30,10 +33,11 @@ from bitladder.show.output import Output, common_options
 from bitladder.text import load_text
 from bitladder.units import parse_size
 
+_UNQUANTIZED = ("F16", "BF16", "F32", "ALL_F32", "COPY")
 _PATH = click.Path(path_type=pathlib.Path)
 
 
-class _FilesInPlace(click.Command):
+class _FilesInPlace(Command):
     """Puts the entries of --tensor-type-file where the file is named: the first pattern that matches decides."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -43,16 +47,23 @@ class _FilesInPlace(click.Command):
             if name != "--tensor-type-file" or (not equals and (path := next(rest, "")) == ""):
                 expanded.append(word)
                 continue
+            note_input(ctx, name, path)
             for entry in read_tensor_types(path):
                 expanded += ["--tensor-type", entry]
         return super().parse_args(ctx, expanded)
+
+
+def _written(params: Mapping[str, Any]) -> str:
+    """A preset without quantized types, or a recipe, can make a full-precision model."""
+    plain = (params["preset"] or "").upper() in _UNQUANTIZED
+    return "model" if plain or params["recipe"] is not None else "quant"
 
 
 # A parameter for each option that stands for itself.
 @click.command("quantize", cls=_FilesInPlace)
 @click.argument("preset", required=False)
 @click.option("-m", "--model", "source", required=True, type=_PATH, help="F16, BF16 or F32 GGUF.")
-@click.option("-o", "--output", "out", type=_PATH, help="File to write; one that exists is replaced.")
+@click.option("-o", "--output", "out", type=OutputPath(_written), help="File to write; one that exists is replaced.")
 @click.option("--imatrix", type=_PATH, help="Importance matrix of the same model.")
 @click.option("--recipe", type=_PATH, help="Recipe (TOML): the type of each tensor. PRESET then decides the rest only.")
 @click.option("--tensor-type-file", metavar="FILE", help="Entries of --tensor-type in a file, separated by whitespace.")
@@ -102,7 +113,7 @@ def command(
         split_max_bytes=None if split_max_size is None else parse_size(split_max_size, "--split-max-size"),
     )
     if out is not None:
-        refuse_target(source, out)
+        check_output(plain_path(out), _written({"preset": options.preset, "recipe": recipe}))
     elif not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if rounding.method != "stock" and not dry_run and out is not None:
@@ -128,6 +139,8 @@ def command(
             return
         for part in (*preflight_tables.tables(figures), *preflight_tables.lines(figures)):
             output.remark(part)
+        for path in output_paths(out, prepared.groups):
+            check_output(path, _written({"preset": options.preset, "recipe": recipe}))
         check_room(prepared, out)
         _show_result(output, write(prepared, out, threads=threads, progress=output.progress))
 

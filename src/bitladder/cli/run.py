@@ -3,11 +3,12 @@
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, check_folder
 from bitladder.ladder.options import RunOptions
 from bitladder.show.output import Output, common_options
 
 
-@click.command("run")
+@click.command("run", cls=Command)
 @click.argument("model")
 @options_from(RunOptions, arguments=("model",))
 @common_options
@@ -19,9 +20,11 @@ def command(*, output: Output, options: RunOptions) -> None:
     """
     # Imported here, so that --help does not wait for the native library.
     from bitladder.ladder import run
+    from bitladder.ladder.layout import Layout
     from bitladder.report import write_card, write_report
     from bitladder.show.run_display import RunDisplay, result_table
 
+    check_folder(options.out, Layout(options.out).written_by_runs(), but=("model",))
     output.tame_hub()
     display = RunDisplay(output)
     with display.shown():

@@ -6,7 +6,9 @@ import pathlib
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath, check_output
 from bitladder.engine.decoding import Decoding
+from bitladder.errors import UsageError
 from bitladder.refine import ModelFiles, SmoothingOptions, smooth_model, try_smoothing
 from bitladder.show.output import Output, common_options
 from bitladder.text.texts import load_text
@@ -14,15 +16,17 @@ from bitladder.text.texts import load_text
 _PATH = click.Path(path_type=pathlib.Path)
 
 
-@click.command("smooth")
+@click.command("smooth", cls=Command)
 @click.option("-m", "--model", required=True, type=_PATH, help="Full-precision GGUF: F32, F16, BF16.")
 @click.option(
     "--imatrix", required=True, type=_PATH, help="Importance matrix of that model: how large its channels are."
 )
-@click.option("-o", "--output", "out", type=_PATH, help="GGUF to write.  [default: MODEL-smooth.gguf]")
+@click.option(
+    "-o", "--output", "out", type=OutputPath("full model"), help="GGUF to write.  [default: MODEL-smooth.gguf]"
+)
 @click.option(
     "--imatrix-out",
-    type=_PATH,
+    type=OutputPath("imatrix"),
     help="Importance matrix of the new file, which it needs instead.  [default: beside -o, as NAME.imatrix.gguf]",
 )
 @click.option(
@@ -57,6 +61,14 @@ def command(
     imatrix_out = imatrix_out or out.with_name(f"{out.stem}.imatrix.gguf")
     source = ModelFiles(model, imatrix, moments)
     smoothed = ModelFiles(out, imatrix_out, tuple(out.with_name(f"{out.stem}.{path.name}") for path in moments))
+    for path, kind in (
+        (out, "full model"),
+        (imatrix_out, "imatrix"),
+        *((path, "moments") for path in smoothed.moments),
+    ):
+        check_output(path, kind)
+    if len({path.name for path in moments}) < len(moments):
+        raise UsageError("two of --moments have the same name, and so would their copies; rename one")
     result = smooth_model(source, smoothed, options, threads=decoding.threads, progress=output.progress)
     trial = None
     if loaded is not None:

@@ -6,6 +6,7 @@ import pathlib
 import click
 
 from bitladder.cli import options
+from bitladder.cli.outputs import Command
 from bitladder.errors import BitladderError
 from bitladder.refine import verify
 from bitladder.show.output import Output, common_options
@@ -13,7 +14,7 @@ from bitladder.show.output import Output, common_options
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @click.argument("quant", type=_FILE)
 @click.option("-m", "--model", "source", required=True, type=_FILE, help="The full-precision GGUF it was made from.")
 @click.option("--imatrix", type=_FILE, help="The importance matrix it was made with.")

@@ -43,6 +43,7 @@ class CompareOptions(Options):
         None,
         "--base-file",
         decides=False,
+        writes="base",
         metavar="FILE",
         help="Where the base's predictions are kept.",
         unset="beside the base",

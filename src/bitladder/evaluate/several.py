@@ -54,6 +54,7 @@ class EvalOptions(Options):
         None,
         "--base-file",
         decides=False,
+        writes="base",
         metavar="FILE",
         help="Where the base's predictions are kept.",
         unset="beside the base",
@@ -61,6 +62,7 @@ class EvalOptions(Options):
     logits: pathlib.Path | None = option(
         None,
         "--kl-divergence-base",
+        writes=lambda values: None if values["read_logits"] else "logits",
         metavar="FILE",
         help="llama-perplexity's file of log-probabilities: written from the model, or read with --kl-divergence.",
     )

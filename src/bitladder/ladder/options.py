@@ -33,6 +33,7 @@ class RunOptions(Options):
         "-o",
         "--out",
         names="file",
+        writes="folder",
         metavar="DIR",
         help="Directory for everything. A run that was interrupted continues there.",
     )

@@ -5,7 +5,7 @@ from bitladder.quantize.preflight import Fallback, Preflight, check_room, prefli
 from bitladder.quantize.prepare import PreparedQuant, prepare
 from bitladder.quantize.quant_metadata import DROPPED, TUNE_KEY, VERSION_KEY
 from bitladder.quantize.quantize_options import QuantizeOptions, parse_layers
-from bitladder.quantize.write_quant import QUANTIZE, QuantizeResult, quantize, refuse_target, write
+from bitladder.quantize.write_quant import QUANTIZE, QuantizeResult, quantize, write
 
 # The ladder, from the smallest to the largest.
 RUNGS = (
@@ -46,6 +46,5 @@ __all__ = [
     "prepare",
     "preset_names",
     "quantize",
-    "refuse_target",
     "write",
 ]

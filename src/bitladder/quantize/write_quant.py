@@ -7,7 +7,8 @@ import dataclasses
 import os
 import pathlib
 
-from bitladder.errors import BitladderError
+from bitladder.files import refuse_inputs
+from bitladder.gguf.shards import shards_of
 from bitladder.gguf.split_writer import output_paths, writing
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
@@ -71,7 +72,7 @@ def quantize(
     """
     if isinstance(options, str):
         options = QuantizeOptions(preset=options)
-    refuse_target(source, out)
+    refuse_inputs([out], [*shards_of(pathlib.Path(source)), *([] if imatrix is None else [imatrix])])
     with prepare(source, options, imatrix=imatrix, progress=progress) as prepared:
         return write(prepared, out, threads=threads, progress=progress)
 
@@ -98,9 +99,7 @@ def write(
         BitladderError: `out` cannot be written or is the source, or weights are not finite.
     """
     choice, paths = prepared.choice, output_paths(out, prepared.groups)
-    for path in paths:
-        for part in prepared.file.parts:
-            refuse_target(part, path)
+    refuse_inputs(paths, prepared.file.parts)
     label = prepared.options.preset or "recipe"
     total = sum(tensor.source.nbytes for tensor in choice.tensors)
     with (
@@ -116,12 +115,3 @@ def write(
         (prepared.options.preset or "").upper(),
         prepared.bpw_blocks,
     )
-
-
-def refuse_target(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Raises BitladderError if the output is a directory or the source itself."""
-    source, out = pathlib.Path(source), pathlib.Path(out)
-    if out.is_dir():
-        raise BitladderError(f"{out} is a directory; name a file (-o)")
-    if out.exists() and source.exists() and out.samefile(source):
-        raise BitladderError(f"{out} is the input; name another output (-o)")

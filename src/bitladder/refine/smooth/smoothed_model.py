@@ -10,7 +10,7 @@ import numpy as np
 from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
 from bitladder.engine.context import logit_differences, sequence_logits
 from bitladder.errors import BitladderError, UsageError
-from bitladder.files import replacing, sha256_file
+from bitladder.files import refuse_inputs, replacing, sha256_file
 from bitladder.gguf.reader import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
@@ -80,7 +80,7 @@ def smooth_model(
         raise UsageError("smoothing needs an importance matrix: pass --imatrix")
     matrix, digest = read_imatrix(source.imatrix), sha256_file(source.imatrix)
     with GgufFile(source.model) as file:
-        _refuse_inputs(file, source, out)
+        refuse_inputs([out.model, out.imatrix, *out.moments], [*file.parts, source.imatrix, *source.moments])
         if file.get(KEY):
             raise BitladderError(f"{file.path} is smoothed already")
         _refuse_other_imatrix(file, matrix, source.imatrix)
@@ -163,13 +163,6 @@ class _Attempt:
         )
         logits = sequence_logits(self._out, self._tokens, threads=self._threads)
         return float(logit_differences(logits, self._logits).max())
-
-
-def _refuse_inputs(file: GgufFile, source: ModelFiles, out: ModelFiles) -> None:
-    inputs = (*file.parts, source.imatrix, *source.moments)
-    for path in (out.model, out.imatrix, *out.moments):
-        if path is not None and path.exists() and any(read and path.samefile(read) for read in inputs):
-            raise UsageError(f"{path} is an input; name another output")
 
 
 def _refuse_other_imatrix(file: GgufFile, matrix: Imatrix, path: pathlib.Path) -> None:

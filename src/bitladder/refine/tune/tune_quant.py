@@ -18,8 +18,8 @@ from bitladder.engine.decoding import Decoding
 from bitladder.engine.model import Model, Tokens
 from bitladder.errors import UsageError
 from bitladder.evaluate import Figure, Settings, mean, measure, paired_mean
-from bitladder.files import replacing, sha256_file
-from bitladder.gguf import GgufFile, refuse_other_model, refuse_other_vectors
+from bitladder.files import refuse_inputs, replacing, sha256_file
+from bitladder.gguf import GgufFile, refuse_other_model, refuse_other_vectors, shards_of
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import TUNE_KEY
@@ -97,8 +97,7 @@ def tune(
     """
     require_torch()
     files = _Files(full, quant, out)
-    if out.exists() and any(out.samefile(path) for path in (full, quant)):
-        raise UsageError(f"{out} is an input; name another output")
+    refuse_inputs([out], [*shards_of(full), quant])
     if not texts:
         raise UsageError("tuning needs a text: pass -f")
     if not options.tune_chunks:
