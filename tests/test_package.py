@@ -71,7 +71,7 @@ WALLS = {
         "trial",
     },
 }
-SHARED = {"closing", "errors", "files", "keys", "options", "progress", "units"}
+SHARED = {"closing", "errors", "files", "keys", "options", "progress", "underflow", "units"}
 
 
 def imports(path):

@@ -18,7 +18,7 @@ from bitladder.calibrate.collect_moments import (
     model_sha256,
     usual_weighting,
 )
-from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
+from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix, zeros_in
 from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
 from bitladder.calibrate.moments import Moment, MomentsFile, MomentShape, Provenance, writing_moments
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
@@ -51,4 +51,5 @@ __all__ = [
     "watch_chunks",
     "write_imatrix",
     "writing_moments",
+    "zeros_in",
 ]

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import pathlib
 import struct
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,11 @@ class ImatrixEntry:
 
     def unreached(self) -> list[int]:
         """Experts without a single token."""
-        return [int(i) for i in np.flatnonzero(self.counts == 0)]
+        return [int(i) for i in np.flatnonzero(self.counts <= 0)]
+
+    def zero(self) -> list[int]:
+        """Matrices that tokens reached, but whose inputs were 0 throughout."""
+        return [int(i) for i in np.flatnonzero((self.counts > 0) & ~self.sums.reshape(len(self.counts), -1).any(1))]
 
 
 @dataclasses.dataclass
@@ -75,8 +80,15 @@ class Imatrix:
         """Experts that no token reached, by weight; weights without such experts are left out."""
         return {name: experts for name, entry in self.entries.items() if (experts := entry.unreached())}
 
+    def zeros(self) -> dict[str, list[int]]:
+        """Matrices whose importance is 0 throughout although tokens reached them, by weight."""
+        return {name: matrices for name, entry in self.entries.items() if (matrices := entry.zero())}
+
     def columns(self, name: str, tensor: TensorInfo) -> Floats | None:
         """The mean squared input of each column of a tensor.
+
+        A matrix whose importance is 0 throughout gets 1 everywhere, as one that no token reached: with 0 the kernels
+        of most types make it 0.
 
         Parameters:
             name: the tensor's name in the matrix.
@@ -88,7 +100,9 @@ class Imatrix:
         entry, matrices = self.entries.get(name), tensor.rows // tensor.rows_per_matrix
         if entry is None or entry.sums.size != tensor.width * matrices:
             return None
-        return entry.means().reshape(matrices, tensor.width)
+        columns = entry.means().reshape(matrices, tensor.width)
+        columns[~columns.any(axis=1)] = 1
+        return columns
 
     def add(self, other: "Imatrix") -> None:
         """Adds another matrix's sums and counts to this one.
@@ -117,12 +131,24 @@ class Imatrix:
         self.chunk_count = max((int(e.counts.max()) for e in self.entries.values()), default=0) // self.chunk_size
 
 
+def zeros_in(imatrix: Imatrix, names: Collection[str]) -> str | None:
+    """A warning of those of some weights whose importance is 0 in whole matrices; None if there is none."""
+    zeros = [name for name in imatrix.zeros() if name in names]
+    if not zeros:
+        return None
+    some = f"{', '.join(zeros[:4])}{', …' if len(zeros) > 4 else ''}"
+    return (
+        f"the importance of {len(zeros)} weights ({some}) is 0 in whole matrices although tokens reached them: all "
+        "columns of these count alike; calibrate on other text if that is not how the model is"
+    )
+
+
 def read_imatrix(path: str | os.PathLike[str], *, finite: bool = True) -> Imatrix:
     """Reads a file of either format.
 
     Parameters:
         path: the file.
-        finite: whether values that are not finite are refused. Statistics want to show them.
+        finite: whether values that are negative or not finite are refused. Statistics want to show them.
 
     Raises:
         BitladderError: the file is damaged, or no importance matrix.
@@ -134,7 +160,7 @@ def read_imatrix(path: str | os.PathLike[str], *, finite: bool = True) -> Imatri
         magic = stream.read(4)
     imatrix = _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
     if finite:
-        _refuse_not_finite(imatrix, path)
+        _refuse_impossible(imatrix, path)
     return imatrix
 
 
@@ -197,11 +223,14 @@ def _read_dat(path: pathlib.Path) -> Imatrix:
     return Imatrix(entries, datasets, chunks, 0, legacy=True)
 
 
-def _refuse_not_finite(imatrix: Imatrix, path: pathlib.Path) -> None:
+def _refuse_impossible(imatrix: Imatrix, path: pathlib.Path) -> None:
     for name, entry in imatrix.entries.items():
-        bad = np.flatnonzero(~np.isfinite(entry.sums.reshape(-1)))
+        sums = entry.sums.reshape(-1)
+        bad = np.flatnonzero(~((sums >= 0) & np.isfinite(sums)))
         if len(bad):
-            raise BitladderError(f"{path}: {name} has a value that is not finite at index {bad[0]}; compute it again")
+            value = sums[bad[0]]
+            what = f"the negative value {value:g}" if value < 0 else "a value that is not finite"
+            raise BitladderError(f"{path}: {name} has {what} at index {bad[0]}; compute it again")
 
 
 def write_imatrix(imatrix: Imatrix, path: str | os.PathLike[str], form: str = "gguf") -> None:

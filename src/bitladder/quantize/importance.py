@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate import Imatrix
+from bitladder.calibrate import Imatrix, zeros_in
 from bitladder.engine.presets import kernel_needs_importance, plain_type, preset_types
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError, UsageError
@@ -86,6 +86,8 @@ def _warn(found: dict[str, Floats], changing: list[TensorChoice], imatrix: Imatr
     without = [t.name for t in changing if t.name not in found and t.name not in usual and t.type.quantized]
     if without:
         progress.warn(f"the imatrix has no entry for {len(without)} tensors ({without[0]}, …): quantized unweighted")
+    if zeros := zeros_in(imatrix, found):
+        progress.warn(zeros)
     for name, experts in imatrix.gaps().items():
         if name in found:
             progress.warn(f"{name}: no data for experts {experts[:8]}{'…' if len(experts) > 8 else ''}")

@@ -6,7 +6,9 @@ With the same options, imatrix and library every tensor's bytes equal llama-quan
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 
+from bitladder.engine.presets import plain_type
 from bitladder.files import refuse_inputs
 from bitladder.gguf.shards import shards_of
 from bitladder.gguf.split_writer import output_paths, writing
@@ -15,6 +17,7 @@ from bitladder.progress import SILENT, Progress
 from bitladder.quantize.prepare import PreparedQuant, prepare
 from bitladder.quantize.quantize_options import QuantizeOptions
 from bitladder.quantize.stream import NO_BLOCKS, Blocks, stream_tensors
+from bitladder.underflow import lost_in
 
 QUANTIZE = Algorithm(
     "quantize",
@@ -22,6 +25,7 @@ QUANTIZE = Algorithm(
         "the library's kernels with the preset's types",
         "all of llama-quantize's options, recipes by exact names, metadata in its order",
         "a tensor's blocks may come from elsewhere, and its metadata says from where",
+        "a matrix whose importance is 0 throughout is quantized as if all its columns counted alike",
     ),
 )
 
@@ -92,7 +96,7 @@ def write(
         prepared: the quant.
         out: path of the file to write.
         threads: of the CPU; None for all.
-        progress: where work is shown.
+        progress: where work is shown, and warnings of tensors that lose weights at the small end.
         blocks: name → what makes the tensor's blocks, uint8, shape [rows, row bytes], instead of the library's kernels.
 
     Raises:
@@ -106,7 +110,8 @@ def write(
         writing(out, prepared.metadata, prepared.groups) as writer,
         progress.task(f"quantize {label}", total) as bar,
     ):
-        stream_tensors(writer, prepared.file, choice.tensors, prepared.importance, threads, bar, blocks)
+        lost = stream_tensors(writer, prepared.file, choice.tensors, prepared.importance, threads, bar, blocks)
+    _warn_of_lost(prepared, lost, progress)
     return QuantizeResult(
         paths[0],
         prepared.bytes,
@@ -115,3 +120,23 @@ def write(
         (prepared.options.preset or "").upper(),
         prepared.bpw_blocks,
     )
+
+
+def _warn_of_lost(prepared: PreparedQuant, lost: Mapping[str, int], progress: Progress) -> None:
+    for tensor in prepared.choice.tensors:
+        if tensor.name not in lost:
+            continue
+        kind, source = tensor.type, tensor.source
+        of, unit = (source.elements // kind.block, "blocks") if kind.quantized else (source.rows, "rows")
+        columns = prepared.importance.get(tensor.name)
+        if columns is not None and not columns.reshape(-1, kind.block).any(axis=1).all():
+            progress.warn(
+                f"{tensor.name}: {lost[tensor.name]} of {of} {unit} are lost in {kind.name}, because the importance of "
+                f"their columns is 0; --exclude-weights {tensor.name} quantizes the tensor without importance"
+            )
+            continue
+        other = "f32" if kind.name == "bf16" else "bf16"
+        remedy = f"keep it as {other}: --tensor-type {tensor.name}={other}"
+        if plain_type(prepared.options.preset or "Q8_0") is not None:
+            remedy = f"take the preset {other.upper()}"
+        progress.warn(lost_in(tensor.name, lost[tensor.name], of, kind.name, remedy, unit))
