@@ -15,3 +15,11 @@ class UsageError(BitladderError):
     """An option's value is wrong."""
 
     code = 2
+
+
+def overflow(what: str) -> BitladderError:
+    """The error of a result that is not finite ("the logits of X are"), with the usual cause and the way out."""
+    return BitladderError(
+        f"{what} not finite: activations overflow F16, or weights are damaged; convert the model with --outtype bf16 "
+        "or f32 and start from that file"
+    )

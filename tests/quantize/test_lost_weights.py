@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
+from rewritten import rewritten
 
 from bitladder.calibrate import read_imatrix, write_imatrix
 from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry
@@ -73,28 +74,6 @@ def test_rows_of_halves():
     kind = type_by_name("f16")
     data = weights.astype(np.float16).view(np.uint8)
     assert lost_units(weights, data, kind, None) == 2  # 1e-6 is 16.8 units, a loss of 5 %
-
-
-def rewritten(source, out, edit):
-    """The GGUF with F32 tensors that `edit` changed, written by the gguf package."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(out, "olmo2")
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            kind = field.types[0]
-            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
-    for tensor in reader.tensors:
-        shape = tuple(reversed(tensor.shape.tolist()))
-        writer.add_tensor(tensor.name, edit(tensor.name, np.array(tensor.data, np.float32).reshape(shape)))
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
-    return out
 
 
 @pytest.fixture(scope="module")

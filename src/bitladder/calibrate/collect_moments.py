@@ -24,6 +24,7 @@ from bitladder.calibrate.moments.moments_file import MomentsFile, Provenance
 from bitladder.calibrate.moments.passes import IMATRIX_FILE, CollectedMoments, run_passes
 from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, position_weights
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
+from bitladder.engine.context import sequence_logits
 from bitladder.engine.decoding import Decoding
 from bitladder.engine.devices import main_memory
 from bitladder.engine.model import Model, Tokens
@@ -224,6 +225,7 @@ def _position_weights(
 ) -> Mapping[str, Floats]:
     """What tokens count by their positions, measured or as it was kept; nothing where all count alike."""
     if options.weighting == "tokens":
+        sequence_logits(model, chunks[0], threads=decoding.threads)  # refuses a model that overflows
         return {}
     if not work.has("positions"):
         profiles = position_weights(model, chunks, options=options.positions, decoding=decoding, progress=progress)

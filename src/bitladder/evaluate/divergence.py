@@ -8,10 +8,13 @@ import numpy.typing as npt
 
 from bitladder.engine.blas import single_threaded
 from bitladder.engine.context import Context
+from bitladder.errors import BitladderError, overflow
 from bitladder.evaluate.decode_chunks import decode
 from bitladder.evaluate.logit_rows import PIECE, Workers, check_finite, score_rows
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Chunks
+
+_ALIKE = 1e-5  # nats: a smaller spread of the NLL of different tokens is rounding
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -120,6 +123,7 @@ def compare_with_base(
     with progress.task(f"Divergence of {name}", count) as task, single_threaded():
         for chunk in range(count):
             known, targets = base.rows(chunk), chunks.targets(chunk)
+            refuse_broken(known, "the base")
             nll_base[chunk] = known.nll
             for start, logits in decode(context, chunks, chunk):
                 part = slice(start, start + len(logits))
@@ -131,10 +135,24 @@ def compare_with_base(
                 shift = _quant_shift(logits, top, known.top[part])
                 kld[chunk, part], lse = divergence(predicted, logits, known.top_logit[part], shift, workers)
                 nll[chunk, part] = lse - logits[every, targets[part]]
+            if not np.isfinite(kld[chunk]).all():
+                raise overflow(f"the divergence of {name} from its base is")
             task.note(f"KLD {kld[: chunk + 1].mean():.6f}")
             task.advance()
     delta_p = np.exp(-nll) - np.exp(-nll_base)
     return TokenScores(nll.ravel(), nll_base.ravel(), kld.ravel(), delta_p.ravel(), same_top.ravel())
+
+
+def refuse_broken(rows: BaseRows, name: str) -> None:
+    """Raises BitladderError if a base's scores of a chunk are not finite, or if it predicts all tokens alike."""
+    if not (np.isfinite(rows.nll).all() and np.isfinite(rows.top_logit).all()):
+        raise overflow(f"the logits of {name} are")
+    # Of V tokens that are all alike, each costs ln V, which is 0.7 or more.
+    if len(rows.nll) > 1 and np.ptp(rows.nll) <= _ALIKE and rows.nll.min() > 0.5:
+        raise BitladderError(
+            f"{name} predicts every token alike, whatever the text: its weights are 0 or lost, and nothing can be "
+            "compared with it"
+        )
 
 
 def _quant_shift(logits: Floats, top: npt.NDArray[np.intp], base_top: Tokens) -> Floats:

@@ -21,7 +21,7 @@ from bitladder.engine.decoding import MIN_CTX, Decoding
 from bitladder.engine.devices import ACCEL, CPU, GPU, IGPU, ThreadPool, backend_names, main_memory, processors
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.types import threads_available
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, UsageError, overflow
 from bitladder.evaluate.identity import parts
 from bitladder.evaluate.speed_tests import SpeedOptions, SpeedRow, SpeedTest
 from bitladder.keys import Algorithm
@@ -178,6 +178,8 @@ class _Run(Closing):
         random = np.random.default_rng(0)
         self._process(self._tokens(random, self._test.n_prompt))
         self._generate(self._tokens(random, min(self._test.n_gen, 1)))
+        if not np.isfinite(self._context.logits()).all():
+            raise overflow(f"the logits of {self._model.path.name} are")
 
     def sample(self, repetition: int) -> int:
         """Times the test, in nanoseconds. The tokens depend only on the number of the repetition."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from bitladder.closing import Closing
 from bitladder.engine.types import type_by_name
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, overflow
 from bitladder.files import replacing, sha256_file
 from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, Value, string, strings, u32
 
@@ -199,9 +199,7 @@ class MomentsWriter:
 
     def _put(self, name: str, part: str, values: Floats) -> None:
         if not np.isfinite(values).all():
-            raise BitladderError(
-                f"the second moments of {name} are not finite: the model is damaged, or its activations overflow"
-            )
+            raise overflow(f"the second moments of {name} are")
         self._writer.write(name + part, np.ascontiguousarray(values, np.float32).view(np.uint8))
 
 

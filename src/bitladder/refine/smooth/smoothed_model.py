@@ -98,14 +98,14 @@ def smooth_model(
         with replacing(out.model) as temporary:
             attempt = _Attempt(file, digest, temporary, threads)
             moved = attempt.moved(parts, progress)
-            if moved > options.tolerance:
+            if not moved <= options.tolerance:
                 neutral = [name for name in parts.names() if attempt.moved(parts.only([name])) <= options.tolerance]
                 parts = parts.only(neutral)
                 progress.warn(
                     f"{file.path.name} reads channels elsewhere too: only {', '.join(neutral) or 'nothing'} can change"
                 )
                 moved = attempt.moved(parts, progress)
-            if not parts.names() or moved > options.tolerance:
+            if not parts.names() or not moved <= options.tolerance:
                 raise SmoothingError(f"{file.path}: no scale can move without changing the logits; do not smooth it")
     changes = parts.changes()
     write_imatrix(changed_imatrix(matrix, changes), out.imatrix)

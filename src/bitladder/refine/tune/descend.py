@@ -9,7 +9,7 @@ import torch
 from bitladder.calibrate import UnfinishedWork
 from bitladder.calibrate.gradients.forward import TorchModel
 from bitladder.engine.model import Tokens
-from bitladder.errors import BitladderError
+from bitladder.errors import overflow
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.options import TuneOptions
 from bitladder.refine.tune.student import Key, Student
@@ -70,7 +70,7 @@ def descend(
         for step, (index, rate) in itertools.islice(steps, done, None):
             divergence, slopes = student.backward(chunks[index], teacher)
             if not math.isfinite(divergence):
-                raise BitladderError(f"the KLD of {student.model.path.name} is not finite in step {step}")
+                raise overflow(f"in step {step} the KLD of {student.model.path.name} is")
             for key, slope in slopes.items():
                 mean = means[key].lerp_(slope, 1 - options.mean_decay)
                 square = squares[key].lerp_(slope.square_(), 1 - options.square_decay)
