@@ -201,6 +201,11 @@ def merge_moments(out: Path, in_files: Sequence[Path], *, progress: Progress = S
 def _write(out: pathlib.Path, sources: Sequence[MomentsSource], passes: int, progress: Progress) -> MomentsResult:
     """Writes what some sources hold together, and warns of experts without data."""
     provenance = write_sources(out, sources)
+    if len({source.provenance.model_sha256 for source in sources} - {""}) > 1:
+        progress.warn(
+            "the moments that were added are of different files. If these are not one model in several precisions, "
+            "their sum belongs to none of them"
+        )
     names, gaps = sources[0].names(), {}
     for name in names:
         counts = np.sum([source.counts(name) for source in sources], axis=0)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing
-from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, Value, string, strings, u32
+from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, Value, describe_kind, string, strings, u32
 
 Floats = npt.NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -108,8 +108,12 @@ class Imatrix:
         """Adds another matrix's sums and counts to this one.
 
         Chunks are counted as llama-imatrix does, from the largest token count. Raises BitladderError if a weight has
-        another shape there.
+        another shape there, or is in one of the two only: then they are of two models. The head may be in one only, and
+        experts, which some programs leave out if no token reached them.
         """
+        for name in self.entries.keys() ^ other.entries.keys() if self.entries else ():
+            if name != "output.weight" and "_exps" not in name:
+                raise BitladderError(f"cannot merge: only one of the matrices has {name}; these are of two models")
         scale = self.chunk_size if other.legacy else 1
         for name, theirs in other.entries.items():
             sums, counts = theirs.sums.astype(np.float64) * scale, theirs.counts * scale
@@ -167,7 +171,7 @@ def read_imatrix(path: str | os.PathLike[str], *, finite: bool = True) -> Imatri
 def _read_gguf(path: pathlib.Path) -> Imatrix:
     with GgufFile(path) as file:
         if file.get("general.type") != "imatrix":
-            raise BitladderError(f"{path} is a GGUF, but not an imatrix (general.type is {file.get('general.type')!r})")
+            raise BitladderError(f"{path} is not an imatrix but {describe_kind(file)}")
         missing = [k for k in ("datasets", "chunk_count", "chunk_size") if f"imatrix.{k}" not in file.metadata]
         if missing:
             raise BitladderError(f"{path} lacks imatrix.{missing[0]}: it is not a complete imatrix")

@@ -8,7 +8,7 @@ from bitladder import recipe as recipes
 from bitladder.cli.outputs import Command, OutputPath
 from bitladder.errors import BitladderError
 from bitladder.files import write_text
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.reader import open_model
 from bitladder.show import recipe_tables
 from bitladder.show.output import Output, common_options
 from bitladder.show.recipe_diff_tables import difference
@@ -52,7 +52,7 @@ def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
 
     Exits with 1 if there are problems.
     """
-    with GgufFile(model) as file:
+    with open_model(model) as file:
         checked = recipes.check(recipes.open_recipe(recipe).recipe, file)
     if output.json:
         output.print_json(checked.to_json())

@@ -23,7 +23,7 @@ from bitladder.evaluate import (
     paired_mean,
 )
 from bitladder.gguf.names import kind_of, reading_order
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.reader import open_model
 from bitladder.hub import Fetched
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
@@ -175,7 +175,7 @@ def compare_quants(
 def _describe(fetched: Fetched, base: pathlib.Path, settings: Settings, progress: Progress) -> ComparedModel:
     """All that is known of a file without running the model."""
     path = fetched.path
-    with GgufFile(base) as reference, GgufFile(path) as file:
+    with open_model(base) as reference, open_model(path) as file:
         findings = check_structure(reference, file)
         if gravest(findings) != "other":
             with progress.task(f"Weights of {path.name}", 1) as task:

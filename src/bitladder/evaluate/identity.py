@@ -5,7 +5,7 @@ import pathlib
 
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_bytes, sha256_file
-from bitladder.gguf import GgufFile, TensorInfo
+from bitladder.gguf import GgufFile, TensorInfo, open_model
 from bitladder.gguf.shards import joined_sha256, shards_of
 
 
@@ -50,7 +50,7 @@ def identify(path: pathlib.Path) -> Identity:
     """
     if not path.exists():
         raise BitladderError(f"no such model file: {path}")
-    with GgufFile(path) as file:
+    with open_model(path) as file:
         head, vocabulary = _head_and_vocabulary(file)
         digest = joined_sha256([sha256_file(part) for part in file.parts])
         return Identity(path, digest, file.size, file.bpw, file.architecture, vocabulary, head)
@@ -61,7 +61,7 @@ def check_vocabularies(model: pathlib.Path, base: pathlib.Path) -> None:
     for path in (model, base):
         if not path.exists():
             raise BitladderError(f"no such model file: {path}")
-    with GgufFile(model) as file, GgufFile(base) as base_file:
+    with open_model(model) as file, open_model(base) as base_file:
         head, vocabulary = _head_and_vocabulary(file)
         base_head, base_vocabulary = _head_and_vocabulary(base_file)
     if vocabulary != base_vocabulary or head.rows != base_head.rows:

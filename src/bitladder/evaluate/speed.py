@@ -24,6 +24,7 @@ from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError, UsageError, overflow
 from bitladder.evaluate.identity import parts
 from bitladder.evaluate.speed_tests import SpeedOptions, SpeedRow, SpeedTest
+from bitladder.gguf import open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Bar, Progress
 
@@ -68,7 +69,7 @@ def bench(
         raise UsageError(f"{len(models)} models, {len(tests)} tests: there is nothing to measure")
     models = list(dict.fromkeys(models))
     for path in models:
-        if not path.is_file():
+        if not path.exists():
             raise BitladderError(f"no such model file: {path}")
     options = options or SpeedOptions()
     threads = options.threads or threads_available()
@@ -105,6 +106,7 @@ class _Series:
             loaded: dict[pathlib.Path, Model] = {}
             for path in paths:
                 with self._noting(path):
+                    open_model(path).close()
                     loaded[path] = stack.enter_context(Model(path, gpu_layers=self.options.gpu_layers))
             for test in self.tests:
                 self._test(test, {path: model for path, model in loaded.items() if path not in self.failed})

@@ -20,7 +20,7 @@ from bitladder.gguf.names import (
     ranges,
     reading_order,
 )
-from bitladder.gguf.reader import GgufFile, refuse_other_model, refuse_other_vectors
+from bitladder.gguf.reader import GgufFile, describe_kind, open_model, refuse_other_model, refuse_other_vectors
 from bitladder.gguf.shards import joined_sha256, plain_path, shard_path, shards_of, stem
 from bitladder.gguf.split_writer import group_as, group_by_size, output_paths, split_sizes, writing
 from bitladder.gguf.values import Value, i32, scalar, string, strings, u16, u32
@@ -36,6 +36,7 @@ __all__ = [
     "around_block",
     "block_of",
     "block_prefix",
+    "describe_kind",
     "file_size",
     "group_as",
     "group_by_size",
@@ -48,6 +49,7 @@ __all__ = [
     "kind_of",
     "name_in_block",
     "one_line",
+    "open_model",
     "output_paths",
     "padded",
     "plain_path",

@@ -10,7 +10,7 @@ import gguf
 
 from bitladder import hub
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.reader import open_model
 from bitladder.gguf.shards import plain_path
 from bitladder.ladder.store import Store
 
@@ -81,7 +81,7 @@ def describe(path: pathlib.Path) -> dict[str, Any]:
     `path` may be the first shard of a split model; `bytes` counts all of them. Raises BitladderError if the model is
     quantized already, or has no weights.
     """
-    with GgufFile(path) as file:
+    with open_model(path) as file:
         weights: dict[str, int] = {}
         for tensor in file.tensors.values():
             if tensor.type.quantized:

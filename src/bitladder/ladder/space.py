@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from bitladder.convert import Checkpoint
 from bitladder.errors import BitladderError
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.reader import open_model
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Source
 
@@ -60,7 +60,7 @@ def bytes_needed(parameters: int, rungs: Iterable[str], outtype: str | None) -> 
 def parameters_of(source: Source) -> int:
     """How many weights the model has, from headers only. Raises BitladderError if it is no model."""
     if source.is_gguf:
-        with GgufFile(source.path) as file:
+        with open_model(source.path) as file:
             return sum(tensor.elements for tensor in file.tensors.values())
     old = [path for path in source.files().values() if path.suffix == ".bin"]
     if old:

@@ -14,7 +14,7 @@ from bitladder.engine.types import TensorType, all_types, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_file
 from bitladder.gguf.names import block_of, kind_of
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.reader import open_model
 from bitladder.gguf.writer import TensorPlan, file_size, padded
 from bitladder.progress import SILENT
 from bitladder.quantize import RUNGS, VERSION_KEY, QuantizeOptions, prepare
@@ -58,7 +58,7 @@ class Subject(Closing):
         self.path, self.imatrix_path = path, imatrix
         self.imatrix: Imatrix | None = read_imatrix(imatrix) if imatrix is not None else None
         self.imatrix_sha256 = sha256_file(imatrix) if imatrix is not None else None
-        self.file = GgufFile(path)
+        self.file = open_model(path)
         self._needy: dict[str, set[str]] = {}
         try:
             self.tensors = self._changeable()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from bitladder.calibrate import read_imatrix
 from bitladder.closing import Closing
 from bitladder.gguf.names import block_of
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.reader import GgufFile, open_model
 from bitladder.gguf.split_writer import group_as, group_by_size, split_sizes
 from bitladder.gguf.values import Value
 from bitladder.gguf.writer import TensorPlan
@@ -86,7 +86,7 @@ def prepare(
         BitladderError: the options, the imatrix or the source cannot be used.
     """
     check_options(options)
-    file = GgufFile(source)
+    file = open_model(source)
     try:
         used = selected(read_imatrix(imatrix) if imatrix is not None else None, options)
         if imatrix is None and (options.include_weights or options.exclude_weights):

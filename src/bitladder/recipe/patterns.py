@@ -133,10 +133,10 @@ def read_tensor_types(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     try:
         words = pathlib.Path(path).read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise UsageError(f"--tensor-type-file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--tensor-type-file {path} is not a text file") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise UsageError(f"--tensor-type-file {path} is not a text file") from error
+        raise UsageError(f"--tensor-type-file {path}: {getattr(error, 'strerror', None) or error}") from error
     for word in words:
         try:
             parse_tensor_type(word)

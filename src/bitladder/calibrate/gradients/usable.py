@@ -15,7 +15,7 @@ from bitladder.engine.context import logit_differences, sequence_logits
 from bitladder.engine.model import Tokens
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile
+from bitladder.gguf import open_model
 
 if TYPE_CHECKING:
     from bitladder.calibrate.gradients.forward import TorchModel
@@ -56,7 +56,7 @@ def why_no_gradients(model: str | os.PathLike[str]) -> str | None:
         return "torch is not installed (pip install 'bitladder[torch]')"
     from bitladder.calibrate.gradients.families import FAMILIES
 
-    with GgufFile(model) as file:
+    with open_model(model) as file:
         family = FAMILIES.get(file.architecture)
         if family is None:
             return f"the torch forward pass does not know the architecture {file.architecture!r}"

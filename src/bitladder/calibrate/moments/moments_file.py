@@ -22,7 +22,7 @@ from bitladder.closing import Closing
 from bitladder.engine.types import type_by_name
 from bitladder.errors import BitladderError, overflow
 from bitladder.files import replacing, sha256_file
-from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, Value, string, strings, u32
+from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, Value, describe_kind, string, strings, u32
 
 Floats = npt.NDArray[np.float32]
 _INPUTS, _COUNTS, _OUTPUTS = ".moments", ".counts", ".outputs"
@@ -99,8 +99,7 @@ class MomentsFile(Closing):
         file = self._file
         if file.get("general.type") != "moments":
             raise BitladderError(
-                f"{self.path} holds no second moments (general.type is {file.get('general.type')!r}); make them with "
-                "bitladder calibrate"
+                f"{self.path} holds no second moments, but is {describe_kind(file)}; make them with bitladder calibrate"
             )
         pairs = file.get("moments.shared", [])
         head = Provenance(

@@ -10,7 +10,7 @@ import numpy as np
 
 from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile, TensorInfo, imatrix_order, imatrix_place, ranges
+from bitladder.gguf import TensorInfo, imatrix_order, imatrix_place, open_model, ranges
 
 _WHY = {
     "token_embd": "looked up, not multiplied: it never has one",
@@ -147,9 +147,7 @@ def _zero_columns(entry: ImatrixEntry) -> int:
 
 
 def _weights(path: pathlib.Path) -> dict[str, TensorInfo]:
-    with GgufFile(path) as file:
-        if not file.architecture:
-            raise BitladderError(f"{path} is not a model: it has no general.architecture")
+    with open_model(path) as file:
         return dict(file.tensors)
 
 

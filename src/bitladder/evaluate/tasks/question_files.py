@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bitladder.errors import BitladderError
+from bitladder.text.plain import plain_text
 
 _UNPACK: dict[str, Callable[[bytes], bytes]] = {".bz2": bz2.decompress, ".gz": gzip.decompress, ".xz": lzma.decompress}
 
@@ -36,8 +37,8 @@ class QuestionFile:
 
     @property
     def text(self) -> str:
-        """The content as text, without a byte-order mark. Bytes that are not UTF-8 become surrogate escapes."""
-        return self.data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+        """The content as text, without a byte-order mark. Raises BitladderError if it is not UTF-8 text."""
+        return plain_text(self.data, self.name).removeprefix("\ufeff")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
 from bitladder.engine.context import logit_differences, sequence_logits
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import refuse_inputs, replacing, sha256_file
-from bitladder.gguf.reader import GgufFile
+from bitladder.gguf.reader import GgufFile, open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.model_files import Floats, ModelFiles, copy_model
@@ -79,7 +79,7 @@ def smooth_model(
     if source.imatrix is None or out.imatrix is None:
         raise UsageError("smoothing needs an importance matrix: pass --imatrix")
     matrix, digest = read_imatrix(source.imatrix), sha256_file(source.imatrix)
-    with GgufFile(source.model) as file:
+    with open_model(source.model) as file:
         refuse_inputs([out.model, out.imatrix, *out.moments], [*file.parts, source.imatrix, *source.moments])
         if file.get(KEY):
             raise BitladderError(f"{file.path} is smoothed already")

@@ -19,7 +19,7 @@ from bitladder.engine.model import Model, Tokens
 from bitladder.errors import UsageError
 from bitladder.evaluate import Figure, Settings, mean, measure, paired_mean
 from bitladder.files import refuse_inputs, replacing, sha256_file
-from bitladder.gguf import GgufFile, refuse_other_model, refuse_other_vectors, shards_of
+from bitladder.gguf import open_model, refuse_other_model, refuse_other_vectors, shards_of
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import TUNE_KEY
@@ -102,7 +102,7 @@ def tune(
         raise UsageError("tuning needs a text: pass -f")
     if not options.tune_chunks:
         raise UsageError("--tune-chunks is 0: nothing to tune on")
-    with GgufFile(full) as source, GgufFile(quant) as quantized:
+    with open_model(full) as source, open_model(quant) as quantized:
         refuse_other_model(quantized, source)
         refuse_other_vectors(quantized, source)
     with Model(full, vocab_only=True) as vocabulary:
@@ -200,7 +200,7 @@ def _descend(
 
 
 def _write(quant: pathlib.Path, out: pathlib.Path, blocks: dict[str, Bytes], remark: str) -> None:
-    with GgufFile(quant) as file:
+    with open_model(quant) as file:
         copy_model(
             file,
             out,
