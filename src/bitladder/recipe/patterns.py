@@ -192,12 +192,14 @@ def _compiled(path: str | os.PathLike[str], patterns: Sequence[str]) -> "dict[st
         lower[pattern] = pattern.encode().lower()  # of bytes, so that only ASCII letters change, as in llama-quantize
         _refuse_dialects(lower[pattern].decode(), _named(pattern))
     _refuse_syntax(path, lower)
-    try:
-        # Bytes, as std::regex sees them; version 0 is the behaviour of Python's re.
-        return {pattern: regex.compile(text, regex.VERSION0) for pattern, text in lower.items()}
-    except (regex.error, RecursionError) as error:
-        odd = getattr(error, "pattern", b"").decode()
-        raise UsageError(f"{_named(odd)} is not a regular expression: {error}") from error
+    compiled = {}
+    for pattern, text in lower.items():
+        try:
+            # Bytes, as std::regex sees them; version 0 is the behaviour of Python's re.
+            compiled[pattern] = regex.compile(text, regex.VERSION0)
+        except (regex.error, RecursionError) as error:
+            raise UsageError(f"{_named(pattern)} is not a regular expression: {error}") from error
+    return compiled
 
 
 def _named(pattern: str) -> str:

@@ -58,6 +58,8 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
     files: dict[str, PublishedFile] = {}
     for path, rung in _paths(paths, manifest, run):
         name = paths.name(path)
+        if ".." in path.parts or not path.resolve().is_relative_to(folder.resolve()):
+            raise BitladderError(f"{name} lies outside {folder}: the files of the run were tampered with")
         if not path.is_file():
             raise BitladderError(f"{path} is missing; give the `bitladder run` command again")
         size = path.stat().st_size
@@ -110,6 +112,8 @@ def front_matter(folder: pathlib.Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BitladderError(f"{path} is not UTF-8; `bitladder card` writes it again") from error
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     try:
         value = yaml.safe_load(match[1]) if match else None
