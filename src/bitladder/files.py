@@ -52,9 +52,9 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Writes a text file in one step (see `replacing`)."""
+    """Writes a text file in one step (see `replacing`). Of a file name that is not UTF-8, "?" stands for odd bytes."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: PathLike, value: Any) -> None:

@@ -1,12 +1,16 @@
 """The command line. One file per verb; each parses, calls and prints, and is imported only when it is used."""
 
+import contextlib
+import errno
 import importlib
+import os
 import sys
 from typing import Any
 
 import click
 
 from bitladder.errors import BitladderError
+from bitladder.show.plain import one_printable_line
 
 # Verb → first line of its help. The module of the same name is imported when the verb is used, so that
 # `bitladder --help` does not pay for the native library.
@@ -56,7 +60,18 @@ def application() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 an error in one line, 2 a wrong option, 130 interrupted."""
-    sys.exit(invoke(arguments))
+    code = invoke(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError as error:  # a full disk, or a reader that has gone
+            if not code and stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                _tell(f"cannot write the output: {error.strerror}")
+            code = code or 1
+            # Python would try again when it exits, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def invoke(arguments: list[str] | None = None) -> int:
@@ -67,7 +82,11 @@ def invoke(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            error.message = one_printable_line(error.message)
+            error.show()
+        else:
+            _tell(error.format_message())
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         message, code = "interrupted; nothing half-written was kept, the same command starts again or goes on", 130
@@ -75,7 +94,17 @@ def invoke(arguments: list[str] | None = None) -> int:
         message, code = str(error), error.code
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG):
+            raise
+        message, code = f"cannot write: {error.strerror}", 1
     except MemoryError:
         message, code = "not enough memory; close other programs, or use a smaller -b", 1
-    print(f"bitladder: {message}", file=sys.stderr)
+    _tell(message)
     return code
+
+
+def _tell(message: str) -> None:
+    """An error in one line. Nobody hears it without a standard error."""
+    with contextlib.suppress(OSError, AttributeError):
+        print(f"bitladder: {one_printable_line(message)}", file=sys.stderr)

@@ -113,10 +113,10 @@ class _SourceFacts(pydantic.BaseModel):
     stem: str
     architecture: str
     encoding: str
-    bytes: int
-    bpw: float
     parameters: int
     general: dict[str, Any]
+    bytes: int = 0
+    bpw: float = 0.0
     origin: str | None = None
 
 

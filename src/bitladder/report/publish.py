@@ -57,9 +57,9 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
     recorded = {output.path: output.bytes for step in manifest.steps.values() for output in step.outputs}
     files: dict[str, PublishedFile] = {}
     for path, rung in _paths(paths, manifest, run):
-        name = paths.name(path)
         if ".." in path.parts or not path.resolve().is_relative_to(folder.resolve()):
-            raise BitladderError(f"{name} lies outside {folder}: the files of the run were tampered with")
+            raise BitladderError(f"{path} lies outside {folder}: files of the run were tampered with; nothing is sent")
+        name = paths.name(path)
         if not path.is_file():
             raise BitladderError(f"{path} is missing; give the `bitladder run` command again")
         size = path.stat().st_size
