@@ -83,10 +83,9 @@ def invoke(arguments: list[str] | None = None) -> int:
         return stop.exit_code
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
-            error.message = one_printable_line(error.message)
-            error.show()
-        else:
-            _tell(error.format_message())
+            # click's own form: the usage, a hint, and the message.
+            click.echo(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} -h' for help.\n", err=True)
+        _tell(error.format_message(), "Error")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         message, code = "interrupted; nothing half-written was kept, the same command starts again or goes on", 130
@@ -104,7 +103,7 @@ def invoke(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _tell(message: str) -> None:
+def _tell(message: str, who: str = "bitladder") -> None:
     """An error in one line. Nobody hears it without a standard error."""
     with contextlib.suppress(OSError, AttributeError):
-        print(f"bitladder: {one_printable_line(message)}", file=sys.stderr)
+        print(f"{who}: {one_printable_line(message)}", file=sys.stderr)

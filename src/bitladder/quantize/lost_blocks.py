@@ -33,7 +33,7 @@ def lost_units(weights: Floats, data: Bytes, kind: TensorType, importance: Float
         return lost_rows(weights, stored)
     blocks = weights.reshape(len(weights), -1, kind.block)
     largest = np.abs(blocks).max(axis=2)
-    suspect = largest < _SAFE
+    suspect: npt.NDArray[np.bool_] = np.asarray(largest < _SAFE)
     if importance is not None:
         suspect |= ~importance.reshape(-1, kind.block).any(axis=1)
     suspect &= largest > 0
@@ -52,10 +52,12 @@ def lost_units(weights: Floats, data: Bytes, kind: TensorType, importance: Float
     least = np.square(stored.reshape(scaled.shape) - scaled).sum(axis=2, dtype=np.float64)
     error = np.square(now - scaled).sum(axis=2, dtype=np.float64)
     squares = np.square(scaled).sum(axis=2, dtype=np.float64)
-    return int((suspect[rows] & (error > _LOST * squares) & (error > 2 * least)).sum())
+    lost = (error > _LOST * squares) & (error > 2 * least)
+    return int(np.count_nonzero(np.take(suspect, rows, axis=0) & lost))
 
 
 def _alike(importance: Floats, block: int) -> Floats:
     """The importance with 1 in blocks where it is 0 throughout."""
     blocks = importance.reshape(-1, block)
-    return np.where(blocks.any(axis=1)[:, None], blocks, np.float32(1)).reshape(-1)
+    known = np.asarray(blocks.any(axis=1))
+    return np.where(known[:, None], blocks, np.float32(1)).reshape(-1)

@@ -37,7 +37,7 @@ class Output:
         self._stdout = Console(file=sys.stdout, highlight=False, width=width)
         self._stderr = Console(file=sys.stderr, highlight=False, stderr=True)
         for console in (self._stdout, self._stderr):
-            console.push_render_hook(Plain())
+            console.push_render_hook(Plain())  # type: ignore[arg-type]  # it has the methods of the base class
         self._bars = _Bars(self._stderr, quiet)
         self.progress: Progress = self._bars
         if verbose:

@@ -103,7 +103,7 @@ class MomentsFile(Closing):
             raise BitladderError(
                 f"{self.path} holds no second moments, but is {describe_kind(file)}; make them with bitladder calibrate"
             )
-        pairs = self._value("shared", [], str)
+        pairs: list[str] = self._value("shared", [], str)
         if len(pairs) % 2:
             raise BitladderError(f"{self.path}: moments.shared is not in pairs; collect the moments again")
         shared = dict(zip(pairs[::2], pairs[1::2], strict=True))
@@ -128,9 +128,10 @@ class MomentsFile(Closing):
     def _value(self, key: str, default: T, item: type | None = None) -> T:
         """A value of the metadata, of the type of the default; of a list, whose items have the type `item`."""
         value = self._file.get(f"moments.{key}", default)
-        if type(value) is not type(default) or (item and not all(type(one) is item for one in value)):
+        items = value if isinstance(value, list) else []
+        if type(value) is not type(default) or (item and not all(type(one) is item for one in items)):
             raise BitladderError(f"{self.path}: moments.{key} has a wrong type; collect the moments again")
-        return value  # type: ignore[no-any-return]
+        return value
 
     def _check_entry(self, name: str) -> None:
         """Raises BitladderError unless an entry has as many matrices as counts, each a whole triangle."""

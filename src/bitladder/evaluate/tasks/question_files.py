@@ -11,14 +11,14 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from bitladder.errors import BitladderError
 from bitladder.text.plain import plain_text
 
-_OPEN: dict[str, Callable[[io.BytesIO], BinaryIO]] = {
+_OPEN: dict[str, Callable[[io.BytesIO], Any]] = {
     ".bz2": bz2.BZ2File,
-    ".gz": lambda stream: gzip.GzipFile(fileobj=stream),  # type: ignore[dict-item,return-value]
+    ".gz": lambda stream: gzip.GzipFile(fileobj=stream),
     ".xz": lzma.LZMAFile,
 }
 # No benchmark comes near this, and so a small file cannot fill the memory.
