@@ -112,6 +112,9 @@ def test_no_divergence_from_a_base_that_predicts_nothing(tiny_gguf, folder, tmp_
     common = ["-f", str(folder / "t.txt"), *SMALL, "--chunks", "2", "--no-cache", "-q", "-t", "1"]
     assert invoke(["eval", "-m", str(tiny_gguf), "--base", str(flat), *common]) == 1
     assert "flat.gguf predicts every token alike" in capsys.readouterr().err
+    for base in ([], ["--base", str(tiny_gguf)]):  # nor are there figures of such a model
+        assert invoke(["eval", "-m", str(flat), *base, *common]) == 1
+        assert "flat.gguf predicts every token alike" in capsys.readouterr().err
     logits = str(tmp_path / "flat.logits")
     assert invoke(["eval", "-m", str(flat), "--kl-divergence-base", logits, *common]) == 0
     assert invoke(["eval", "-m", str(tiny_gguf), "--kl-divergence", "--kl-divergence-base", logits, *common]) == 1

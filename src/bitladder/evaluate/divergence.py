@@ -147,11 +147,16 @@ def refuse_broken(rows: BaseRows, name: str) -> None:
     """Raises BitladderError if a base's scores of a chunk are not finite, or if it predicts all tokens alike."""
     if not (np.isfinite(rows.nll).all() and np.isfinite(rows.top_logit).all()):
         raise overflow(f"the logits of {name} are")
+    refuse_alike(rows.nll, name)
+
+
+def refuse_alike(nll: Doubles, name: str) -> None:
+    """Raises BitladderError if a model predicts all tokens alike, by the NLL of some tokens, float64 [tokens]."""
     # Of V tokens that are all alike, each costs ln V, which is 0.7 or more.
-    if len(rows.nll) > 1 and np.ptp(rows.nll) <= _ALIKE and rows.nll.min() > 0.5:
+    if len(nll) > 1 and np.ptp(nll) <= _ALIKE and nll.min() > 0.5:
         raise BitladderError(
-            f"{name} predicts every token alike, whatever the text: its weights are 0 or lost, and nothing can be "
-            "compared with it"
+            f"{name} predicts every token alike, whatever the text: weights are 0 or lost, or activations overflow; "
+            "nothing can be said of it or compared with it"
         )
 
 

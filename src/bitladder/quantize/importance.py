@@ -113,7 +113,10 @@ def _refuse_unweighted(
             f"{refused.name} would become {refused.type.name}, which cannot be made without an importance matrix; "
             "pass --imatrix"
         )
-    raise BitladderError(f"the imatrix has no entry for {refused.name}, which would become {refused.type.name}")
+    raise BitladderError(
+        f"the imatrix has no entry for {refused.name}, which would become {refused.type.name}; calibrate this model, "
+        f"or give the tensor another type: --tensor-type {refused.name}=q4_K"
+    )
 
 
 def _needed(path: pathlib.Path, choice: ChosenTypes, tensors: list[TensorChoice]) -> bool:
