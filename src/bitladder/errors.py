@@ -41,3 +41,12 @@ def did_you_mean(word: str, known: Iterable[str], listed: str) -> str:
     if best < 0.6 or len(nearest) > 3:
         return f"; {listed} {', '.join(names)}"
     return f"; did you mean {' or '.join(nearest)}?"
+
+
+def overflow(what: str) -> BitladderError:
+    """The error of a result that is not finite ("the logits of X are"), with the usual cause and the way out."""
+    return BitladderError(
+        f"{what} not finite: activations overflow F16, or weights are damaged; convert the model with --outtype bf16 "
+        "or f32 and start from that file (if it is a quant of such a file already, take a K-quant: Q8_0, Q4_0 and the "
+        "like hold no inputs above 8e6)"
+    )

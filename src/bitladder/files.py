@@ -7,10 +7,10 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, UsageError
 
 PathLike = str | os.PathLike[str]
 # Bytes of a file name that `file_name` makes. File systems allow 255; names of rungs and temporary files are longer.
@@ -74,14 +74,31 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Writes a text file in one step (see `replacing`)."""
+    """Writes a text file in one step (see `replacing`). Of a file name that is not UTF-8, "?" stands for odd bytes."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: PathLike, value: Any) -> None:
     """Writes indented JSON in one step (see `replacing`). Raises ValueError for NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def same_file(a: PathLike, b: PathLike) -> bool:
+    """Whether two paths name one file: hard and symbolic links and other spellings included, also of no file yet."""
+    first, second = pathlib.Path(a), pathlib.Path(b)
+    try:
+        return first.samefile(second)
+    except OSError:
+        return first.resolve() == second.resolve()
+
+
+def refuse_inputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike]) -> None:
+    """Raises UsageError if one of the files to write is one of the files that are read."""
+    inputs = list(inputs)
+    for path in outputs:
+        if any(same_file(path, read) for read in inputs):
+            raise UsageError(f"{path} is an input; name another output")
 
 
 def sha256_file(path: PathLike) -> str:

@@ -27,6 +27,8 @@ class Option:
         most: the largest value, or None.
         decides: whether the value decides the result. A number of threads does not.
         names: what the value names ("model" is a file or an id of the hub). A card shows files without their folders.
+        writes: the kind of file that a path names for writing (`cli.file_kinds`), or what chooses it
+            by all values; "folder" for a directory.
         unset: what None means, for `--help`.
         commas: whether one flag names all items of a tuple, separated by commas.
         closed: whether options nested here have no flags: only Python sets them.
@@ -40,6 +42,7 @@ class Option:
     most: float | None = None
     decides: bool = True
     names: Literal["file", "text", "tasks", "model"] | None = None
+    writes: str | Callable[[Mapping[str, Any]], str | None] | None = None
     unset: str | None = None
     commas: bool = False
     closed: bool = False

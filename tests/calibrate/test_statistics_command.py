@@ -106,7 +106,7 @@ def test_gaps_against_another_model(moe, pair):
     wider = Imatrix(a.entries | {"blk.0.attn_v.weight": ImatrixEntry(np.ones((1, 512)), np.ones(1, int))}, [], 1, 128)
     with pytest.raises(BitladderError, match=r"attn_v.weight has 512 columns in the imatrix but 256 in"):
         find_gaps(wider, moe)
-    with pytest.raises(BitladderError, match=r"not a model: it has no general\.architecture"):
+    with pytest.raises(BitladderError, match="no model but an importance matrix"):
         find_gaps(a, "b.gguf")
     renamed = Imatrix({"other." + name: entry for name, entry in a.entries.items()}, [], 1, 128)
     with pytest.raises(BitladderError, match="has none of the weights"):

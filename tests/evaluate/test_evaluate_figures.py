@@ -70,7 +70,7 @@ def test_divergence_of_the_same_logits_is_nothing(logits):
 def test_logits_that_are_no_numbers(logits):
     broken = logits[0].copy()
     broken[3, 77] = np.nan
-    with Workers(1) as workers, pytest.raises(BitladderError, match=r"broken\.gguf gives logits that are not finite"):
+    with Workers(1) as workers, pytest.raises(BitladderError, match=r"logits of broken\.gguf are not finite"):
         score_rows(broken, logits[2], workers, what="broken.gguf")
 
 

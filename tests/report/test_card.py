@@ -3,6 +3,7 @@ import json
 import re
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
@@ -375,3 +376,48 @@ def test_every_metric_is_explained_in_two_sentences():
     assert set(meanings) == set(task_names())
     for text in (*METRICS.values(), *meanings.values()):
         assert len(re.findall(r"\.(?:\s|$)", text)) == 2, text
+
+
+EVIL = (
+    "Evil\x1b[2J\x07\u202e|`<script>alert(1)</script> <img src=x onerror=y> [click](http://phish.test) "
+    "![i](http://track.test/p) https://bare.test www.bare.test &lt;b&gt; ``` \n# heading\n---\n"
+)
+
+
+def test_names_of_strangers_are_nothing_but_text(run_dir):
+    """Judged by a renderer of Markdown: no HTML, no link, no heading but the card's own."""
+    plain = render_card(run_dir)
+    path = run_dir / "ladder.json"
+    value = json.loads(path.read_text())
+    value["run"]["command"] = f"bitladder run '{EVIL}' --out x"
+    facts = value["steps"]["convert"]["facts"]
+    facts["general"] |= {"name": EVIL, "license": EVIL, "license.name": EVIL}
+    facts["architecture"] = EVIL
+    for text in value["steps"]["imatrix"]["facts"].get("texts", []):
+        text["name"] = EVIL
+    path.write_text(json.dumps(value))
+    base = json.loads((run_dir / "scores" / "base.json").read_text())
+    base["text"]["name"] = EVIL
+    (run_dir / "scores" / "base.json").write_text(json.dumps(base))
+    card = render_card(run_dir)
+    assert not [letter for letter in card if (ord(letter) < 32 and letter != "\n") or 127 <= ord(letter) < 160]
+    assert "\u202e" not in card
+    front, body = card.split("\n---\n", 1)
+    assert yaml.safe_load(front.removeprefix("---\n"))["license"]
+
+    def seen(text):
+        tokens = MarkdownIt("commonmark").enable("table").parse(text)
+        flat = [inner for token in tokens for inner in [token, *(token.children or [])]]
+        return (
+            [token.content for token in flat if token.type in ("html_block", "html_inline", "image")],
+            {token.attrs["href"] for token in flat if token.type == "link_open"},
+            sum(token.type == "heading_open" for token in tokens),
+            sum(token.type == "fence" for token in tokens),
+            [token.content for token in flat if token.type == "text"],
+        )
+
+    html, links, headings, fences, texts = seen(body)
+    _, links_before, headings_before, fences_before, _ = seen(plain.split("\n---\n", 1)[1])
+    assert not html and links <= links_before and (headings, fences) == (headings_before, fences_before)
+    # Programs that link bare addresses find none.
+    assert not any(address in text for text in texts for address in ("https://bare", "http://phish", "www.bare"))

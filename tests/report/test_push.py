@@ -243,3 +243,51 @@ def test_shards_come_together(hub):
 )
 def test_the_file_that_is_taken(names, quant, taken):
     assert pick(names, quant) == taken
+
+
+@pytest.mark.parametrize("way", ["above", "absolute", "link", "scores"])
+def test_nothing_outside_the_run_is_sent(way, folder, tmp_path, capsys):
+    secret = tmp_path / "secret.gguf"
+    secret.write_bytes(b"GGUF secret")
+    manifest = json.loads((folder / "ladder.json").read_text())
+    if way == "scores":
+        path = folder / "scores" / "Q8_0.json"
+        scores = json.loads(path.read_text()) | {"model": "../secret.gguf"}
+        path.write_text(json.dumps(scores))
+        for step in manifest["steps"].values():
+            step["outputs"] = [one for one in step["outputs"] if one["path"] != "scores/Q8_0.json"]
+    elif way == "link":
+        (folder / "imatrix.gguf").unlink()
+        (folder / "imatrix.gguf").symlink_to(secret)
+    else:
+        output = manifest["steps"]["convert"]["outputs"][0]
+        output |= {"path": str(secret) if way == "absolute" else "../secret.gguf", "bytes": secret.stat().st_size}
+    (folder / "ladder.json").write_text(json.dumps(manifest))
+    assert invoke(["push", str(folder), REPO, "--dry-run"]) == 1
+    shown = capsys.readouterr()
+    assert not shown.out and len(shown.err.splitlines()) == 1, shown
+    assert "outside" in shown.err or "damaged" in shown.err
+
+
+@pytest.mark.parametrize("verb", ["push", "show", "card"])
+@pytest.mark.parametrize("damage", ["steps", "facts", "type", "utf8"])
+def test_a_damaged_run_is_named(verb, damage, folder, capsys):
+    path = folder / "ladder.json"
+    manifest = json.loads(path.read_text())
+    if damage == "steps":
+        manifest["steps"] = {}
+    elif damage == "facts":
+        del manifest["steps"]["convert"]["facts"]["general"]
+    elif damage == "type":
+        manifest["steps"]["convert"]["facts"]["bytes"] = "many"
+    path.write_bytes(b'{"run": "\xff"}' if damage == "utf8" else json.dumps(manifest).encode())
+    arguments = [verb, str(folder), *([REPO, "--dry-run"] if verb == "push" else [])]
+    assert invoke(arguments) == 1
+    error = capsys.readouterr().err
+    assert "ladder.json" in error and len(error.splitlines()) == 1
+
+
+def test_a_card_that_is_not_utf8(folder, capsys):
+    (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\ncaf\xe9\n")
+    assert invoke(["push", str(folder), REPO, "--dry-run"]) == 1
+    assert "README.md is not UTF-8" in capsys.readouterr().err

@@ -18,8 +18,11 @@ def raw_text():
 
 def test_a_text_is_known_by_its_bytes(tmp_path):
     assert raw_text().sha256 == hashlib.sha256(RAW).hexdigest()
-    (tmp_path / "raw").write_bytes(RAW)
-    assert load_text(str(tmp_path / "raw")) == raw_text()
+    data = RAW + b" and so on" * 20_000  # among so many bytes a stray one is kept
+    (tmp_path / "raw").write_bytes(data)
+    loaded = load_text(str(tmp_path / "raw"))
+    assert loaded.sha256 == hashlib.sha256(data).hexdigest()
+    assert loaded.text.encode("utf-8", "surrogateescape") == data.removesuffix(b"\n")
 
 
 def test_what_is_set_apart_and_what_is_left_make_up_the_texts():

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         why_no_gradients,
     )
     from bitladder.calibrate.gradients.weighted_moments import GradientOptions, weighted_moments
-    from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
+    from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix, zeros_in
     from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
     from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, MomentShape, Provenance, writing_moments
     from bitladder.calibrate.moments.positions import PositionOptions, position_weights
@@ -108,5 +108,6 @@ __all__ = [
     "why_no_gradients",
     "write_imatrix",
     "writing_moments",
+    "zeros_in",
 ]
 open_door(__name__)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
+from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix, zeros_in
 from bitladder.calibrate.inputs import (
     MIN_CALIBRATION_CTX,
     Experts,
@@ -212,6 +212,8 @@ def _write(imatrix: Imatrix, out: pathlib.Path, form: str, chunks: int, progress
             f"{experts} experts in {len(gaps)} weights were reached by no token; they would be quantized as if all "
             "their columns mattered alike. Use more, or more varied, calibration text"
         )
+    if zeros := zeros_in(imatrix, imatrix.entries):
+        progress.warn(zeros)
     return ImatrixResult(out, len(imatrix.entries), chunks, gaps)
 
 

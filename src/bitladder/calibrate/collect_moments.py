@@ -24,7 +24,7 @@ from bitladder.calibrate.moments.moments_file import MomentsFile, Provenance
 from bitladder.calibrate.moments.passes import IMATRIX_FILE, CollectedMoments, run_passes
 from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, position_weights
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
-from bitladder.engine import Decoding, Model, Tokens, main_memory
+from bitladder.engine import Decoding, Model, Tokens, main_memory, sequence_logits
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_file
 from bitladder.gguf import joined_sha256, shards_of
@@ -198,6 +198,11 @@ def merge_moments(out: Path, in_files: Sequence[Path], *, progress: Progress = S
 def _write(out: pathlib.Path, sources: Sequence[MomentsSource], passes: int, progress: Progress) -> MomentsResult:
     """Writes what some sources hold together, and warns of experts without data."""
     provenance = write_sources(out, sources)
+    if len({source.provenance.model_sha256 for source in sources} - {""}) > 1:
+        progress.warn(
+            "the moments that were added are of different files. If these are not one model in several precisions, "
+            "their sum belongs to none of them"
+        )
     names, gaps = sources[0].names(), {}
     for name in names:
         counts = np.sum([source.counts(name) for source in sources], axis=0)
@@ -222,6 +227,7 @@ def _position_weights(
 ) -> Mapping[str, Floats]:
     """What tokens count by their positions, measured or as it was kept; nothing where all count alike."""
     if options.weighting == "tokens":
+        sequence_logits(model, chunks[0], threads=decoding.threads)  # refuses a model that overflows
         return {}
     if not work.has("positions"):
         profiles = position_weights(model, chunks, options=options.positions, decoding=decoding, progress=progress)

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import pathlib
 import struct
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing
-from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, Value, string, strings, u32
+from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, Value, describe_kind, string, strings, u32
 
 Floats = npt.NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -50,7 +51,11 @@ class ImatrixEntry:
 
     def unreached(self) -> list[int]:
         """Experts without a single token."""
-        return [int(i) for i in np.flatnonzero(self.counts == 0)]
+        return [int(i) for i in np.flatnonzero(self.counts <= 0)]
+
+    def zero(self) -> list[int]:
+        """Matrices that tokens reached, but whose inputs were 0 throughout."""
+        return [int(i) for i in np.flatnonzero((self.counts > 0) & ~self.sums.reshape(len(self.counts), -1).any(1))]
 
 
 @dataclasses.dataclass
@@ -75,8 +80,15 @@ class Imatrix:
         """Experts that no token reached, by weight; weights without such experts are left out."""
         return {name: experts for name, entry in self.entries.items() if (experts := entry.unreached())}
 
+    def zeros(self) -> dict[str, list[int]]:
+        """Matrices whose importance is 0 throughout although tokens reached them, by weight."""
+        return {name: matrices for name, entry in self.entries.items() if (matrices := entry.zero())}
+
     def columns(self, name: str, tensor: TensorInfo) -> Floats | None:
         """The mean squared input of each column of a tensor.
+
+        A matrix whose importance is 0 throughout gets 1 everywhere, as one that no token reached: with 0 the kernels
+        of most types make it 0.
 
         Parameters:
             name: the tensor's name in the matrix.
@@ -88,14 +100,20 @@ class Imatrix:
         entry, matrices = self.entries.get(name), tensor.rows // tensor.rows_per_matrix
         if entry is None or entry.sums.size != tensor.width * matrices:
             return None
-        return entry.means().reshape(matrices, tensor.width)
+        columns = entry.means().reshape(matrices, tensor.width)
+        columns[~columns.any(axis=1)] = 1
+        return columns
 
     def add(self, other: "Imatrix") -> None:
         """Adds another matrix's sums and counts to this one.
 
         Chunks are counted as llama-imatrix does, from the largest token count. Raises BitladderError if a weight has
-        another shape there.
+        another shape there, or is in one of the two only: then they are of two models. The head may be in one only, and
+        experts, which some programs leave out if no token reached them.
         """
+        for name in self.entries.keys() ^ other.entries.keys() if self.entries else ():
+            if name != "output.weight" and "_exps" not in name:
+                raise BitladderError(f"cannot merge: only one of the matrices has {name}; these are of two models")
         scale = self.chunk_size if other.legacy else 1
         for name, theirs in other.entries.items():
             sums, counts = theirs.sums.astype(np.float64) * scale, theirs.counts * scale
@@ -117,12 +135,24 @@ class Imatrix:
         self.chunk_count = max((int(e.counts.max()) for e in self.entries.values()), default=0) // self.chunk_size
 
 
+def zeros_in(imatrix: Imatrix, names: Collection[str]) -> str | None:
+    """A warning of those of some weights whose importance is 0 in whole matrices; None if there is none."""
+    zeros = [name for name in imatrix.zeros() if name in names]
+    if not zeros:
+        return None
+    some = f"{', '.join(zeros[:4])}{', …' if len(zeros) > 4 else ''}"
+    return (
+        f"the importance of {len(zeros)} weights ({some}) is 0 in whole matrices although tokens reached them: all "
+        "columns of these count alike; calibrate on other text if that is not how the model is"
+    )
+
+
 def read_imatrix(path: str | os.PathLike[str], *, finite: bool = True) -> Imatrix:
     """Reads a file of either format.
 
     Parameters:
         path: the file.
-        finite: whether values that are not finite are refused. Statistics want to show them.
+        finite: whether values that are negative or not finite are refused. Statistics want to show them.
 
     Raises:
         BitladderError: the file is damaged, or no importance matrix.
@@ -134,14 +164,14 @@ def read_imatrix(path: str | os.PathLike[str], *, finite: bool = True) -> Imatri
         magic = stream.read(4)
     imatrix = _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
     if finite:
-        _refuse_not_finite(imatrix, path)
+        _refuse_impossible(imatrix, path)
     return imatrix
 
 
 def _read_gguf(path: pathlib.Path) -> Imatrix:
     with GgufFile(path) as file:
         if file.get("general.type") != "imatrix":
-            raise BitladderError(f"{path} is a GGUF, but not an imatrix (general.type is {file.get('general.type')!r})")
+            raise BitladderError(f"{path} is not an imatrix but {describe_kind(file)}")
         missing = [k for k in ("datasets", "chunk_count", "chunk_size") if f"imatrix.{k}" not in file.metadata]
         if missing:
             raise BitladderError(f"{path} lacks imatrix.{missing[0]}: it is not a complete imatrix")
@@ -197,11 +227,14 @@ def _read_dat(path: pathlib.Path) -> Imatrix:
     return Imatrix(entries, datasets, chunks, 0, legacy=True)
 
 
-def _refuse_not_finite(imatrix: Imatrix, path: pathlib.Path) -> None:
+def _refuse_impossible(imatrix: Imatrix, path: pathlib.Path) -> None:
     for name, entry in imatrix.entries.items():
-        bad = np.flatnonzero(~np.isfinite(entry.sums.reshape(-1)))
+        sums = entry.sums.reshape(-1)
+        bad = np.flatnonzero(~((sums >= 0) & np.isfinite(sums)))
         if len(bad):
-            raise BitladderError(f"{path}: {name} has a value that is not finite at index {bad[0]}; compute it again")
+            value = sums[bad[0]]
+            what = f"the negative value {value:g}" if value < 0 else "a value that is not finite"
+            raise BitladderError(f"{path}: {name} has {what} at index {bad[0]}; compute it again")
 
 
 def write_imatrix(imatrix: Imatrix, path: str | os.PathLike[str], form: str = "gguf") -> None:

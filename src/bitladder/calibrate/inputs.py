@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine import Context, Decoding, Model, Multiplication, SatisfiedObserver, Tokens, WatchingUntilSatisfied
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, UsageError, overflow
 from bitladder.gguf import in_main_block
 
 Floats = npt.NDArray[np.float32]
@@ -126,10 +126,7 @@ def decode_columns(context: Context, rows: Tokens, first: int, stop: int) -> Non
 def refuse_not_finite(seen: Multiplication, inputs: Floats) -> None:
     """Raises BitladderError that names the weight if its input has a value that is not finite."""
     if not np.isfinite(inputs).all():
-        raise BitladderError(
-            f"the input of {seen.weight} has values that are not finite: the model is damaged or overflows F16; "
-            "convert it with --outtype bf16 or f32"
-        )
+        raise overflow(f"the inputs of {seen.weight} are")
 
 
 def refuse_short(sizes: Mapping[str, int]) -> None:

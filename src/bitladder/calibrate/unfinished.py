@@ -14,7 +14,7 @@ import numpy.typing as npt
 from bitladder.engine import versions
 from bitladder.errors import BitladderError
 from bitladder.files import replacing, write_text
-from bitladder.gguf import GgufFile
+from bitladder.gguf import open_model
 from bitladder.keys import Algorithm, key_of, versions_of
 from bitladder.progress import Progress
 from bitladder.text import Text
@@ -34,7 +34,7 @@ def job_key(model: str | os.PathLike[str], texts: Sequence[Text], *algorithms: A
         algorithms: whose results the work is made of.
         settings: whatever else decides the result.
     """
-    with GgufFile(model) as file:
+    with open_model(model) as file:
         stats = [part.stat() for part in file.parts]
         header = [list(file.tensors), [[stat.st_size, stat.st_mtime_ns] for stat in stats]]
     return key_of(

@@ -1,6 +1,9 @@
 """The command line. One file per verb; each parses, calls and prints, and is imported only when it is used."""
 
+import contextlib
+import errno
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -10,6 +13,7 @@ import click
 
 from bitladder.cli.typed import NamingGroup
 from bitladder.errors import BitladderError
+from bitladder.show import one_printable_line
 
 # Verb → first line of its help. The module of the same name is imported when the verb is used, so that
 # `bitladder --help` does not pay for the native library.
@@ -61,7 +65,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 an error in one line, 2 a wrong option, 130 interrupted, 143 terminated."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(invoke(arguments))
+    code = invoke(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError as error:  # a full disk, or a reader that has gone
+            if not code and stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                _tell(f"cannot write the output: {error.strerror}")
+            code = code or 1
+            # Python would try again when it exits, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -80,7 +95,10 @@ def invoke(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            # click's own form: the usage, a hint, and the message.
+            click.echo(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} -h' for help.\n", err=True)
+        _tell(error.format_message(), "Error")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
         # click turns every KeyboardInterrupt into an Abort that has it as its context.
@@ -90,7 +108,17 @@ def invoke(arguments: list[str] | None = None) -> int:
         message, code = str(error), error.code
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG):
+            raise
+        message, code = f"cannot write: {error.strerror}", 1
     except MemoryError:
         message, code = "not enough memory; close other programs, or use a smaller -b", 1
-    print(f"bitladder: {message}", file=sys.stderr)
+    _tell(message)
     return code
+
+
+def _tell(message: str, who: str = "bitladder") -> None:
+    """An error in one line. Nobody hears it without a standard error."""
+    with contextlib.suppress(OSError, AttributeError):
+        print(f"{who}: {one_printable_line(message)}", file=sys.stderr)

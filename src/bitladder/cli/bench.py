@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath
 from bitladder.errors import UsageError
 from bitladder.evaluate import SpeedChoice, SpeedError, SpeedOptions, SpeedRow, bench
 from bitladder.files import write_text
 from bitladder.show import FORMATS, Output, common_options, render, speed_table
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
 @click.option(
     "-m",
     "--model",
@@ -28,7 +29,7 @@ from bitladder.show import FORMATS, Output, common_options, render, speed_table
     "-o",
     "--output",
     "out",
-    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    type=OutputPath("speeds"),
     help="Also write the rows to this file. Its suffix sets the format: .md, .csv, .jsonl, otherwise JSON.",
 )
 @click.option("--format", "form", type=click.Choice(["table", *FORMATS]), default="table", show_default=True)

@@ -7,20 +7,25 @@ import click
 from bitladder.calibrate import MomentsOptions, collect_moments, merge_moments, usual_weighting, why_no_gradients
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
 from bitladder.text import Reading, load_text
 
 
-@click.command("calibrate")
+@click.command("calibrate", cls=Command)
 @shared.calibrating
 @click.option(
-    "-o", "--output", "out", default="moments.gguf", show_default=True, type=click.Path(path_type=pathlib.Path)
+    "-o",
+    "--output",
+    "out",
+    default="moments.gguf",
+    show_default=True,
+    type=OutputPath("moments", adds_to=("in_files",)),
+    help="File to write. It may be one of --in-file, which is then added to.",
 )
-@click.option(
-    "--imatrix", type=click.Path(path_type=pathlib.Path), help="Also write the importance matrix of the same chunks."
-)
+@click.option("--imatrix", type=OutputPath("imatrix"), help="Write the importance matrix of the same chunks too.")
 @options_from(MomentsOptions, leave_out=("form",))
 @options_from(Reading, parameter="reading")
 @options_from(Decoding, parameter="decoding", leave_out=("n_batch",))
@@ -49,8 +54,6 @@ def command(
     an error there: an error at an attention sink reaches every later token. --imatrix also writes an importance matrix.
     The same command continues an interrupted run.
     """
-    if imatrix and imatrix.resolve() == out.resolve():
-        raise UsageError("-o and --imatrix name the same file")
     if not files:
         if imatrix:
             raise UsageError("--imatrix needs a text: pass -f")

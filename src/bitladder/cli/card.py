@@ -4,10 +4,11 @@ import pathlib
 
 import click
 
+from bitladder.cli.outputs import Command, check_output
 from bitladder.show import Output, common_options
 
 
-@click.command("card")
+@click.command("card", cls=Command, writes=True)
 @click.argument("run_dir", type=click.Path(path_type=pathlib.Path))
 @common_options
 def command(run_dir: pathlib.Path, *, output: Output) -> None:
@@ -16,6 +17,8 @@ def command(run_dir: pathlib.Path, *, output: Output) -> None:
     from bitladder.rundir import Layout
 
     layout = Layout(run_dir)
+    check_output(layout.card, "card")
+    check_output(layout.report, "report")
     written = [(layout.card, write_card(run_dir)), (layout.report, write_report(run_dir))]
     if output.json:
         output.print_json([{"path": str(path), "changed": changed} for path, changed in written])

@@ -6,6 +6,7 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.options import json_file, kept_results
+from bitladder.cli.outputs import Command
 from bitladder.compare import CompareOptions, compare_quants
 from bitladder.evaluate import MeasureOptions, Results
 from bitladder.files import write_json
@@ -13,7 +14,7 @@ from bitladder.show import Output, common_options, comparison_json, comparison_s
 from bitladder.text import load_text
 
 
-@click.command("compare")
+@click.command("compare", cls=Command)
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--base", required=True, metavar="MODEL", help="The full-precision GGUF, or a hub id of one.")
 @click.option(
@@ -28,7 +29,7 @@ from bitladder.text import load_text
 @options_from(CompareOptions)
 @options_from(MeasureOptions, parameter="settings", leave_out=("n_batch", "n_ubatch"))
 @kept_results
-@json_file
+@json_file("comparison")
 @common_options
 def command(
     models: tuple[str, ...],

@@ -6,17 +6,18 @@ import pathlib
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath, check_output
 from bitladder.convert import ConvertOptions
 from bitladder.show import Output, common_options
 
 
-@click.command("convert")
+@click.command("convert", cls=Command)
 @click.argument("model")
 @click.option(
     "-o",
     "--output",
     "out",
-    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    type=OutputPath("full model"),
     help="The GGUF file to write.  [default: named after the model, in the current directory]",
 )
 @options_from(ConvertOptions)
@@ -26,6 +27,7 @@ def command(model: str, out: pathlib.Path | None, options: ConvertOptions, *, ou
     from bitladder import convert as package
 
     target = out or pathlib.Path(package.default_name(model, options.outtype))
+    check_output(target, "full model")
     result = package.convert(
         model,
         target,

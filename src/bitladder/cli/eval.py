@@ -6,12 +6,13 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.options import json_file, kept_results
+from bitladder.cli.outputs import Command
 from bitladder.evaluate import EvalOptions, MeasureOptions, Results, evaluate_files
 from bitladder.files import write_json
 from bitladder.show import Output, common_options, eval_tables
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @click.option(
     "-m",
     "--model",
@@ -24,7 +25,7 @@ from bitladder.show import Output, common_options, eval_tables
 @options_from(EvalOptions)
 @options_from(MeasureOptions, parameter="settings", leave_out=("n_ctx",))
 @kept_results
-@json_file
+@json_file("scores")
 @common_options
 def command(
     models: tuple[pathlib.Path, ...],

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from bitladder.cli.outputs import OutputFolder, OutputPath
 from bitladder.options import OptionField, Options, build, flat
 
 Command = Callable[..., Any]
@@ -61,7 +62,7 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
     if field.choices:
         kind = click.Choice(field.choices)
     elif field.item is pathlib.Path:
-        kind = click.Path(path_type=pathlib.Path)
+        kind = _path_type(about.writes)
     elif field.item is int and about.least is not None:
         kind = _Whole(int(about.least), None if about.most is None else int(about.most))
     more: dict[str, Any] = {"type": kind, "metavar": about.metavar}
@@ -82,6 +83,12 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
     if default is not dataclasses.MISSING:
         more["default"] = default
     return click.option(*about.flags, field.name, help=shown, **more)
+
+
+def _path_type(writes: Any) -> click.Path:
+    if writes == "folder":
+        return OutputFolder()
+    return click.Path(path_type=pathlib.Path) if writes is None else OutputPath(writes)
 
 
 class _Whole(click.IntRange):

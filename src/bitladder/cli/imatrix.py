@@ -7,16 +7,23 @@ import click
 from bitladder.calibrate import ImatrixOptions, collect_imatrix, merge_imatrices
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
 from bitladder.text import Reading, load_text
 
 
-@click.command("imatrix")
+@click.command("imatrix", cls=Command)
 @shared.calibrating
 @click.option(
-    "-o", "--output", "out", default="imatrix.gguf", show_default=True, type=click.Path(path_type=pathlib.Path)
+    "-o",
+    "--output",
+    "out",
+    default="imatrix.gguf",
+    show_default=True,
+    type=OutputPath("imatrix", adds_to=("in_files",)),
+    help="File to write. It may be one of --in-file, which is then added to.",
 )
 @options_from(Reading, parameter="reading", spread=False)
 @options_from(Decoding, parameter="decoding")

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from bitladder.cli.outputs import OutputFolder, OutputPath
+
 threads = click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: all CPUs]")
 gpu_layers = click.option(
     "-ngl", "--gpu-layers", "--n-gpu-layers", "gpu_layers", default=0, show_default=True, help="Layers on the GPU."
@@ -74,17 +76,13 @@ def kept_results(command: Callable[..., Any]) -> Callable[..., Any]:
 
     folder = click.option(
         "--cache",
-        type=click.Path(file_okay=False, path_type=pathlib.Path),
+        type=OutputFolder(),
         help="Folder where results are kept.  [default: the user's cache folder]",
     )
     none = click.option("--no-cache", is_flag=True, help="Measure everything again, and keep no results.")
     return folder(none(wrapper))
 
 
-json_file = click.option(
-    "-o",
-    "--output",
-    "out",
-    type=click.Path(dir_okay=False, path_type=pathlib.Path),
-    help="Also write the JSON to this file.",
-)
+def json_file(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """-o of a command that prints JSON: a file of the kind (`cli.file_kinds`) to write the JSON to."""
+    return click.option("-o", "--output", "out", type=OutputPath(kind), help="Write the JSON to this file as well.")

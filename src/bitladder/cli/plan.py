@@ -6,6 +6,7 @@ import pathlib
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
 from bitladder.errors import UsageError
 from bitladder.plan import (
     FeedbackOptions,
@@ -19,15 +20,16 @@ from bitladder.text import load_text
 from bitladder.trial import PruneOptions
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
-_OUT = click.Path(dir_okay=False, path_type=pathlib.Path)
 _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 
 
 # A parameter for each option that stands for itself.
-@click.command("plan")
+@click.command("plan", cls=Command)
 @click.option("-m", "--model", required=True, type=_FILE, help="Full-precision GGUF.")
 @click.option("--imatrix", type=_FILE, help="Importance matrix of the same model.")
-@click.option("-o", "--output", "out", type=_OUT, help="Recipe to write.  [default: MODEL-TARGET.toml]")
+@click.option(
+    "-o", "--output", "out", type=OutputPath("recipe"), help="Recipe to write.  [default: MODEL-TARGET.toml, here]"
+)
 @options_from(TargetOptions, parameter="aim")
 @click.option(
     "--moments",
@@ -58,11 +60,7 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
     metavar="TOKENS",
     help=f"Tokens of a chunk.  [default: {PlanDecoding().n_ctx}; to prune {PruneOptions().n_ctx}]",
 )
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=pathlib.Path),
-    help="Folder for measurements and rendered blocks.  [default: MODEL.plan]",
-)
+@click.option("--work", type=OutputFolder(), help="Folder for measurements and rendered blocks.  [default: MODEL.plan]")
 @click.option("--suggest-prune", is_flag=True, help="Instead, measure what the model loses without each block.")
 @click.option("-f", "--file", "text", help=f"Text to measure on.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]")
 @common_options
@@ -120,9 +118,10 @@ def command(
         target, preset = target_of(aim, planner.subject, options.decoding)
         if sensitivity is None:
             planner.check_reachable(target, preset)
+        out = pathlib.Path(f"{model.stem}-{target.word}.toml") if out is None else out
+        check_output(out, "recipe")
         prices = planner.prices_for(target, preset) if sensitivity is None else planner.known(sensitivity)
         result = planner.plan(target, prices, preset)
-        out = pathlib.Path(f"{model.stem}-{target.word}.toml") if out is None else out
         write_recipe(out, planned_recipe(planner.subject, result, target))
         places = planner.subject.places
     if output.json:

@@ -4,10 +4,11 @@ import pathlib
 
 import click
 
+from bitladder.cli.outputs import Command
 from bitladder.show import Output, common_options
 
 
-@click.command("push")
+@click.command("push", cls=Command)
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
 @click.argument("repo", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Make the repository private, if it does not exist yet.")

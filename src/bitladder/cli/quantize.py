@@ -2,16 +2,20 @@
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath, check_output, note_input
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
+from bitladder.gguf import output_paths, plain_path
 from bitladder.quantize import QuantizeOptions, parse_layers
+from bitladder.recipe import read_recipe, read_tensor_types
 from bitladder.refine import GuardOptions, ModelFiles, RefineOptions
 from bitladder.rounding import RoundingOptions
 from bitladder.show import Output, common_options
@@ -22,14 +26,14 @@ if TYPE_CHECKING:
     from bitladder.quantize import Preflight, PreparedQuant, QuantizeResult
     from bitladder.refine import RoundedQuant
 
+_UNQUANTIZED = ("F16", "BF16", "F32", "ALL_F32", "COPY")
 _PATH = click.Path(path_type=pathlib.Path)
 
 
-class _FilesInPlace(click.Command):
+class _FilesInPlace(Command):
     """Puts the entries of --tensor-type-file where the file is named: the first pattern that matches decides."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        from bitladder.recipe import read_tensor_types
 
         expanded, rest = list[str](), iter(args)
         for word in rest:
@@ -37,16 +41,23 @@ class _FilesInPlace(click.Command):
             if name != "--tensor-type-file" or (not equals and (path := next(rest, "")) == ""):
                 expanded.append(word)
                 continue
+            note_input(ctx, name, path)
             for entry in read_tensor_types(path):
                 expanded += ["--tensor-type", entry]
         return super().parse_args(ctx, expanded)
+
+
+def _written(params: Mapping[str, Any]) -> str:
+    """A preset without quantized types, or a recipe, can make a full-precision model."""
+    plain = (params["preset"] or "").upper() in _UNQUANTIZED
+    return "model" if plain or params["recipe"] is not None else "quant"
 
 
 # A parameter for each option that stands for itself.
 @click.command("quantize", cls=_FilesInPlace)
 @click.argument("words", nargs=-1, metavar="[PRESET]")
 @click.option("-m", "--model", "source", type=_PATH, help="F16, BF16 or F32 GGUF.")
-@click.option("-o", "--output", "out", type=_PATH, help="File to write. An existing file is replaced.")
+@click.option("-o", "--output", "out", type=OutputPath(_written), help="File to write. An existing file is replaced.")
 @click.option("--imatrix", type=_PATH, help="Importance matrix of the same model.")
 @click.option("--recipe", type=_PATH, help="Recipe (TOML): the type of each tensor. PRESET decides the others.")
 @click.option("--tensor-type-file", metavar="FILE", help="Entries of --tensor-type in a file, separated by whitespace.")
@@ -89,9 +100,6 @@ def command(
     llama-quantize, unless --rounding chooses better blocks of the same size. Its own form works too:
     bitladder quantize IN.gguf OUT.gguf PRESET [THREADS].
     """
-    from bitladder.quantize import check_room, preflight, prepare, refuse_target, write
-    from bitladder.recipe import read_recipe
-    from bitladder.refine import quantize_rounded
     from bitladder.show import preflight_tables
 
     if len(words) > 1:
@@ -99,6 +107,9 @@ def command(
     if source is None:
         raise click.UsageError("Missing option '-m' / '--model'.")
     preset = words[0] if words else None
+    from bitladder.quantize import check_room, preflight, prepare, write
+    from bitladder.refine import quantize_rounded
+
     read = read_recipe(recipe) if recipe is not None else None
     options = options.replace(
         preset=read.preset if preset is None and read is not None else preset,
@@ -107,7 +118,7 @@ def command(
         split_max_bytes=None if split_max_size is None else parse_size(split_max_size, "--split-max-size"),
     )
     if out is not None:
-        refuse_target(source, out)
+        check_output(plain_path(out), _written({"preset": options.preset, "recipe": recipe}))
     elif not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if rounding.method != "stock" and not dry_run and out is not None:
@@ -133,6 +144,8 @@ def command(
             return
         for part in (*preflight_tables.tables(figures), *preflight_tables.lines(figures)):
             output.remark(part)
+        for path in output_paths(out, prepared.groups):
+            check_output(path, _written({"preset": options.preset, "recipe": recipe}))
         check_room(prepared, out)
         _show_result(output, write(prepared, out, threads=threads, progress=output.progress))
 

@@ -5,10 +5,11 @@ import pathlib
 import click
 
 from bitladder import recipe as recipes
+from bitladder.cli.outputs import Command, OutputPath
 from bitladder.cli.typed import NamingGroup
 from bitladder.errors import BitladderError
 from bitladder.files import write_text
-from bitladder.gguf import GgufFile
+from bitladder.gguf import open_model
 from bitladder.show import Output, common_options, difference, recipe_tables
 
 _FILE = click.Path(path_type=pathlib.Path)
@@ -23,7 +24,7 @@ def command() -> None:
     """
 
 
-@command.command("show", short_help="Show a recipe in tables.")
+@command.command("show", cls=Command, short_help="Show a recipe in tables.")
 @click.argument("recipe", type=_FILE)
 @_model
 @common_options
@@ -41,7 +42,7 @@ def show(output: Output, recipe: pathlib.Path, model: pathlib.Path | None) -> No
             output.print(table)
 
 
-@command.command("check", short_help="Check a recipe against its model.")
+@command.command("check", cls=Command, short_help="Check a recipe against its model.")
 @click.argument("recipe", type=_FILE)
 @click.option("-m", "--model", required=True, type=_FILE, help="The model's full-precision GGUF.")
 @common_options
@@ -50,7 +51,7 @@ def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
 
     Exits with 1 if there are problems.
     """
-    with GgufFile(model) as file:
+    with open_model(model) as file:
         checked = recipes.check(recipes.open_recipe(recipe).recipe, file)
     if output.json:
         output.print_json(checked.to_json())
@@ -63,9 +64,9 @@ def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
         raise BitladderError(f"{recipe}: {count} with {model.name}")
 
 
-@command.command("extract", short_help="Extract the recipe of a GGUF.")
+@command.command("extract", cls=Command, short_help="Extract the recipe of a GGUF.")
 @click.argument("gguf", type=_FILE)
-@click.option("-o", "--output", "out", type=_FILE, help="File to write.  [default: print it]")
+@click.option("-o", "--output", "out", type=OutputPath("recipe"), help="File to write.  [default: print it]")
 @common_options
 def extract(output: Output, gguf: pathlib.Path, out: pathlib.Path | None) -> None:
     """Extract the recipe of a GGUF of any maker."""
@@ -79,7 +80,7 @@ def extract(output: Output, gguf: pathlib.Path, out: pathlib.Path | None) -> Non
         output.line(recipes.recipe_toml(recipe).removesuffix("\n"))
 
 
-@command.command("diff", short_help="Compare two recipes.")
+@command.command("diff", cls=Command, short_help="Compare two recipes.")
 @click.argument("a", type=_FILE, metavar="RECIPE_A")
 @click.argument("b", type=_FILE, metavar="RECIPE_B")
 @_model
@@ -101,9 +102,11 @@ def diff(output: Output, a: pathlib.Path, b: pathlib.Path, model: pathlib.Path |
             output.print(part)
 
 
-@command.command("export", short_help="Export for llama-quantize.")
+@command.command("export", cls=Command, short_help="Export for llama-quantize.")
 @click.argument("recipe", type=_FILE)
-@click.option("-o", "--output", "out", type=_FILE, help="File to write the lines to.  [default: print them]")
+@click.option(
+    "-o", "--output", "out", type=OutputPath("types"), help="File to write the lines to.  [default: print them]"
+)
 @click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF. Lines without effect are left out.")
 @common_options
 def export(output: Output, recipe: pathlib.Path, out: pathlib.Path | None, model: pathlib.Path | None) -> None:

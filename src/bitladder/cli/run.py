@@ -3,11 +3,12 @@
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, check_folder
 from bitladder.ladder import RunOptions
 from bitladder.show import Output, common_options
 
 
-@click.command("run")
+@click.command("run", cls=Command)
 @click.argument("model")
 @options_from(RunOptions, arguments=("model",))
 @common_options
@@ -19,8 +20,10 @@ def command(*, output: Output, options: RunOptions) -> None:
     """
     from bitladder.ladder import run
     from bitladder.report import write_card, write_report
+    from bitladder.rundir import Layout
     from bitladder.show import RunDisplay, result_table
 
+    check_folder(options.out, Layout(options.out).written_by_runs(), but=("model",))
     output.tame_hub()
     display = RunDisplay(output)
     with display.shown():

@@ -4,10 +4,11 @@ import pathlib
 
 import click
 
+from bitladder.cli.outputs import Command
 from bitladder.show import Output, common_options
 
 
-@click.command("show")
+@click.command("show", cls=Command)
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
 @click.option("--plot/--no-plot", default=True, show_default=True, help="Draw KLD against size below the table.")
 @click.option("--width", type=click.IntRange(40), help="Width of the plot.  [default: the terminal's, at most 80]")

@@ -6,7 +6,9 @@ import pathlib
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath, check_output
 from bitladder.engine import Decoding
+from bitladder.errors import UsageError
 from bitladder.refine import ModelFiles, SmoothingOptions
 from bitladder.show import Output, common_options
 from bitladder.text import load_text
@@ -14,13 +16,14 @@ from bitladder.text import load_text
 _PATH = click.Path(path_type=pathlib.Path)
 
 
-@click.command("smooth")
+@click.command("smooth", cls=Command)
 @click.option("-m", "--model", required=True, type=_PATH, help="Full-precision GGUF: F32, F16, BF16.")
 @click.option("--imatrix", required=True, type=_PATH, help="Importance matrix of that model.")
-@click.option("-o", "--output", "out", type=_PATH, help="GGUF to write.  [default: MODEL-smooth.gguf]")
+@click.option(
+    "-o", "--output", "out", type=OutputPath("full model"), help="GGUF to write.  [default: MODEL-smooth.gguf]"
+)
 @click.option(
     "--imatrix-out",
-    type=_PATH,
     help="Importance matrix to write for the new file.  [default: NAME.imatrix.gguf in the folder of -o]",
 )
 @click.option(
@@ -50,13 +53,22 @@ def command(
     compared before and after. Quantize the new file with the new importance matrix. LoRA adapters of the model do not
     fit the new file.
     """
-    from bitladder.refine import smooth_model, try_smoothing
 
     loaded = load_text(text) if text else None
     out = out or model.with_name(f"{model.stem}-smooth.gguf")
     imatrix_out = imatrix_out or out.with_name(f"{out.stem}.imatrix.gguf")
     source = ModelFiles(model, imatrix, moments)
     smoothed = ModelFiles(out, imatrix_out, tuple(out.with_name(f"{out.stem}.{path.name}") for path in moments))
+    for path, kind in (
+        (out, "full model"),
+        (imatrix_out, "imatrix"),
+        *((path, "moments") for path in smoothed.moments),
+    ):
+        check_output(path, kind)
+    if len({path.name for path in moments}) < len(moments):
+        raise UsageError("two of --moments have the same name, and so would their copies; rename one")
+    from bitladder.refine import smooth_model, try_smoothing
+
     result = smooth_model(source, smoothed, options, threads=decoding.threads, progress=output.progress)
     trial = None
     if loaded is not None:

@@ -4,13 +4,14 @@ import pathlib
 
 import click
 
+from bitladder.cli.outputs import Command, OutputPath
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
 
 _FILE = click.Path(path_type=pathlib.Path)
 
 
-@click.command("stats")
+@click.command("stats", cls=Command)
 @click.argument("imatrix", type=_FILE)
 @click.argument("other", type=_FILE, required=False, metavar="[IMATRIX2]")
 @click.option("-m", "--model", type=_FILE, help="The model's GGUF: lists its weights without an entry.")
@@ -27,7 +28,7 @@ _FILE = click.Path(path_type=pathlib.Path)
 @click.option("--kind", "kinds", multiple=True, help="Only tensors of this kind, such as attn_v; may be repeated.")
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json", "md"]), default="table", show_default=True)
 @click.option("--heatmap", metavar="COLUMN", help="Show a column as a map of layers × kinds instead of the table.")
-@click.option("--plot", type=_FILE, help="Draw such a map to a .png (with bitladder[plot]) or .html file.")
+@click.option("--plot", type=OutputPath("plot"), help="Draw such a map to a .png (with bitladder[plot]) or .html file.")
 @click.option("--statistic", metavar="COLUMN", help="What --plot draws.  [default: sum; of two imatrices, change]")
 @common_options
 def command(

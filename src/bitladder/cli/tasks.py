@@ -5,17 +5,18 @@ import pathlib
 
 import click
 
+from bitladder.cli.outputs import Command, OutputPath
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
 
 
-@click.command("tasks")
+@click.command("tasks", cls=Command)
 @click.argument("spec", metavar="[NAME[:SOURCE]]", required=False)
 @click.option(
     "-o",
     "--output",
     "out",
-    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    type=OutputPath("questions"),
     help="Write the questions to this file, in llama-perplexity's format.",
 )
 @click.option(

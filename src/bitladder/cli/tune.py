@@ -7,6 +7,7 @@ import click
 
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command, OutputPath
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
@@ -17,10 +18,10 @@ from bitladder.text import load_text
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
 
-@click.command("tune")
+@click.command("tune", cls=Command)
 @click.argument("quant", type=_FILE)
 @click.option("-m", "--model", required=True, type=_FILE, help="The full-precision GGUF that QUANT was made from.")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=pathlib.Path), help="GGUF to write.")
+@click.option("-o", "--output", "out", required=True, type=OutputPath("quant"), help="GGUF to write.")
 @click.option("-f", "--file", "files", multiple=True, required=True, help="Calibration text; may be repeated.")
 @options_from(TuneOptions)
 @shared.guard("KLD must fall")

@@ -6,13 +6,14 @@ import pathlib
 import click
 
 from bitladder.cli import options
+from bitladder.cli.outputs import Command
 from bitladder.errors import BitladderError
 from bitladder.show import Output, common_options
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @click.argument("quant", type=_FILE)
 @click.option(
     "-m", "--model", "source", required=True, type=_FILE, help="The full-precision GGUF that QUANT was made from."

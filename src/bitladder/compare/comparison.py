@@ -22,7 +22,7 @@ from bitladder.evaluate import (
     open_or_compute,
     paired_mean,
 )
-from bitladder.gguf import GgufFile, kind_of, reading_order
+from bitladder.gguf import kind_of, open_model, reading_order
 from bitladder.hub import Fetched
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
@@ -42,6 +42,7 @@ class CompareOptions(Options):
         None,
         "--base-file",
         decides=False,
+        writes="base",
         metavar="FILE",
         help="Where the base's predictions are kept.",
         unset="beside the base",
@@ -173,7 +174,7 @@ def compare_quants(
 def _describe(fetched: Fetched, base: pathlib.Path, settings: MeasureOptions, progress: Progress) -> ComparedModel:
     """All that is known of a file without running the model."""
     path = fetched.path
-    with GgufFile(base) as reference, GgufFile(path) as file:
+    with open_model(base) as reference, open_model(path) as file:
         findings = check_structure(reference, file)
         if gravest(findings) != "other":
             with progress.task(f"Weights of {path.name}", 1) as task:

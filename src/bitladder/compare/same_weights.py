@@ -112,7 +112,7 @@ def distances(base: GgufFile, model: GgufFile, threads: int | None = None) -> We
 def judge(measured: WeightDistances) -> list[OriginFinding]:
     """The signs of another checkpoint in some distances."""
     signs = []
-    far = {key: distance for key, distance in measured.matrices.items() if distance.ratio > LIMIT}
+    far = {key: distance for key, distance in measured.matrices.items() if not distance.ratio <= LIMIT}
     if far:
         (kind, type_name), farthest = max(far.items(), key=lambda item: item[1].ratio)
         signs.append(
@@ -125,7 +125,7 @@ def judge(measured: WeightDistances) -> list[OriginFinding]:
                 "purpose",
             )
         )
-    moved = {kind: norms.share for kind, norms in measured.vectors.items() if norms.share > VECTOR_LIMIT}
+    moved = {kind: norms.share for kind, norms in measured.vectors.items() if not norms.share <= VECTOR_LIMIT}
     if moved:
         kind = max(moved, key=lambda name: moved[name])
         signs.append(

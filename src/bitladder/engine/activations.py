@@ -16,7 +16,7 @@ from bitladder.engine.matvec import input_type
 from bitladder.engine.native import Tensor, ggml
 from bitladder.engine.observe import OP_OFFSET, GraphCallback, tensor_values, weight_name
 from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, type_by_name
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, overflow
 
 Floats = npt.NDArray[np.float32]
 
@@ -62,10 +62,23 @@ class KernelInputs(GraphCallback):
         # Q, K and V multiply the same input one after the other, and so do gate and up: it is rounded once.
         last_kind, last_exact, last = self._last
         if last_kind != kind.name or not np.array_equal(last_exact, exact):
+            _refuse_too_large(weight_name(weight.name), exact, kind)
             last = rounded(exact.reshape(-1, inputs.ne[0]), kind).reshape(values.shape)
             self._last = kind.name, exact, last
         values[...] = last
         self._restore = lambda: np.copyto(values, exact)
+
+
+def _refuse_too_large(name: str, inputs: Floats, kind: TensorType) -> None:
+    """Raises BitladderError for inputs that are not finite, or whose scale no F16 can hold; q8_K has F32 scales."""
+    largest = float(np.abs(inputs).max(initial=0))
+    if not np.isfinite(largest):
+        raise overflow(f"the inputs of {name} are")
+    if kind.name != "q8_K" and not largest <= 127 * 65504.0:
+        raise BitladderError(
+            f"an input of {name} is {largest:.3g}, which blocks of {kind.name} cannot hold: types whose kernels round "
+            "inputs so give no finite result"
+        )
 
 
 def rounded(rows: Floats, kind: TensorType) -> Floats:

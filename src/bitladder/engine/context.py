@@ -16,7 +16,7 @@ from bitladder.engine.model import Model, Tokens
 from bitladder.engine.native import ggml, llama, log
 from bitladder.engine.observe import GraphCallback, Observer, Watching
 from bitladder.engine.types import threads_available
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, overflow
 
 Floats = npt.NDArray[np.float32]
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
@@ -177,14 +177,17 @@ def sequence_logits(path: str | os.PathLike[str], tokens: Tokens, *, threads: in
         float32, shape [positions, n_vocab].
 
     Raises:
-        BitladderError: the file does not load, or decoding fails.
+        BitladderError: the file does not load, decoding fails, or a logit is not finite.
     """
     count = len(tokens)
     size = max(count, MIN_CTX)
     decoding = Decoding(n_ctx=size, n_batch=size, threads=threads)
     with Model(path, repack=False) as model, Context(model, decoding) as context:
         context.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
-        return context.logits().copy()
+        logits = context.logits().copy()
+    if not np.isfinite(logits).all():
+        raise overflow(f"the logits of {model.path.name} are")
+    return logits
 
 
 def logit_differences(logits: Floats, expected: Floats) -> Floats:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.native import Tensor, ggml, llama
+from bitladder.errors import overflow
 
 Floats = npt.NDArray[np.float32]
 
@@ -143,7 +144,8 @@ class Watching(GraphCallback):
 
     Parameters:
         observer: the observer.
-        skip_head: whether each computation ends at the final norm, so that no logits are computed.
+        skip_head: whether each computation ends at the final norm, so that no logits are computed. An overflow in the
+            last block, which no input of a weight shows, is an error there.
     """
 
     def __init__(self, observer: Observer, *, skip_head: bool = False) -> None:
@@ -156,6 +158,8 @@ class Watching(GraphCallback):
         op = ctypes.c_int.from_address(address + OP_OFFSET).value
         if op not in (ggml.MUL_MAT, ggml.MUL_MAT_ID):
             if self._skip_head and ctypes.string_at(address + _NAME_OFFSET, len(FINAL_NORM)) == FINAL_NORM:
+                if not ask and not np.isfinite(tensor_values(Tensor.from_address(address))).all():
+                    raise overflow("the final hidden states are")
                 return ask  # this ends the computation: only the head follows
             return not ask
         node = Tensor.from_address(address)

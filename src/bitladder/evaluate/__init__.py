@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
+    from bitladder.evaluate.base.basefile import is_base_file
     from bitladder.evaluate.base.cache import cache_path, load_or_compute_base, open_base
     from bitladder.evaluate.base.hidden import BASE, HiddenBase
-    from bitladder.evaluate.base.logits_file import LogitsFile
+    from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file
     from bitladder.evaluate.divergence import TokenScores, compare_with_base
     from bitladder.evaluate.figures import mean
     from bitladder.evaluate.identity import Identity, NoResults, ResultFolder, Results, identify
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from bitladder.evaluate.speed_tests import SpeedChoice, SpeedOptions, SpeedRow, SpeedTest
     from bitladder.evaluate.tasks.answer import TASKS, summarize
     from bitladder.evaluate.tasks.load import command_line as task_command
-    from bitladder.evaluate.tasks.load import export_task, load_task, parse_specs, task_meanings
+    from bitladder.evaluate.tasks.load import export_task, is_task_file, load_task, parse_specs, task_meanings
     from bitladder.evaluate.tasks.task import FIVE, QuestionSet, average_of_five
 
 __all__ = [
@@ -101,6 +102,9 @@ __all__ = [
     "evaluate_several",
     "export_task",
     "identify",
+    "is_base_file",
+    "is_logits_file",
+    "is_task_file",
     "load_or_compute_base",
     "load_task",
     "make_base",

@@ -7,10 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine import Context, single_threaded
+from bitladder.errors import BitladderError, overflow
 from bitladder.evaluate.logit_rows import PIECE, Workers, check_finite, score_rows
 from bitladder.evaluate.measure_options import decode
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Chunks
+
+_ALIKE = 1e-5  # nats: a smaller spread of the NLL of different tokens is rounding
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -119,6 +122,7 @@ def compare_with_base(
     with progress.task(f"Divergence of {name}", count) as task, single_threaded():
         for chunk in range(count):
             known, targets = base.rows(chunk), chunks.targets(chunk)
+            refuse_broken(known, "the base")
             nll_base[chunk] = known.nll
             for start, logits in decode(context, chunks, chunk):
                 part = slice(start, start + len(logits))
@@ -130,10 +134,29 @@ def compare_with_base(
                 shift = _quant_shift(logits, top, known.top[part])
                 kld[chunk, part], lse = divergence(predicted, logits, known.top_logit[part], shift, workers)
                 nll[chunk, part] = lse - logits[every, targets[part]]
+            if not np.isfinite(kld[chunk]).all():
+                raise overflow(f"the divergence of {name} from its base is")
             task.note(f"KLD {kld[: chunk + 1].mean():.6f}")
             task.advance()
     delta_p = np.exp(-nll) - np.exp(-nll_base)
     return TokenScores(nll.ravel(), nll_base.ravel(), kld.ravel(), delta_p.ravel(), same_top.ravel())
+
+
+def refuse_broken(rows: BaseRows, name: str) -> None:
+    """Raises BitladderError if a base's scores of a chunk are not finite, or if it predicts all tokens alike."""
+    if not (np.isfinite(rows.nll).all() and np.isfinite(rows.top_logit).all()):
+        raise overflow(f"the logits of {name} are")
+    refuse_alike(rows.nll, name)
+
+
+def refuse_alike(nll: Doubles, name: str) -> None:
+    """Raises BitladderError if a model predicts all tokens alike, by the NLL of some tokens, float64 [tokens]."""
+    # Of V tokens that are all alike, each costs ln V, which is 0.7 or more.
+    if len(nll) > 1 and np.ptp(nll) <= _ALIKE and nll.min() > 0.5:
+        raise BitladderError(
+            f"{name} predicts every token alike, whatever the text: weights are 0 or lost, or activations overflow; "
+            "nothing can be said of it or compared with it"
+        )
 
 
 def _quant_shift(logits: Floats, top: npt.NDArray[np.intp], base_top: Tokens) -> Floats:

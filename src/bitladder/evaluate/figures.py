@@ -34,7 +34,7 @@ def mean(values: Doubles) -> Figure:
 
 def exp(figure: Figure) -> Figure:
     """e to the power of a figure. Raises BitladderError if the result is no finite number."""
-    if figure.value > 700:
+    if not figure.value <= 700:
         raise BitladderError(f"the mean negative log-likelihood is {figure.value:.4g}: the model is broken")
     value = math.exp(figure.value)
     return Figure(value=value, error=value * figure.error)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from bitladder.errors import BitladderError
 from bitladder.files import replacing, sha256_bytes, sha256_file
-from bitladder.gguf import GgufFile, TensorInfo, joined_sha256, shards_of
+from bitladder.gguf import GgufFile, TensorInfo, joined_sha256, open_model, shards_of
 from bitladder.keys import key_of
 
 
@@ -60,7 +60,7 @@ def identify(path: pathlib.Path) -> Identity:
     """
     if not path.exists():
         raise BitladderError(f"no such model file: {path}")
-    with GgufFile(path) as file:
+    with open_model(path) as file:
         head, vocabulary = _head_and_vocabulary(file)
         digest = joined_sha256([sha256_file(part) for part in file.parts])
         return Identity(path, digest, file.size, file.bpw, file.architecture, vocabulary, head)
@@ -71,7 +71,7 @@ def check_vocabularies(model: pathlib.Path, base: pathlib.Path) -> None:
     for path in (model, base):
         if not path.exists():
             raise BitladderError(f"no such model file: {path}")
-    with GgufFile(model) as file, GgufFile(base) as base_file:
+    with open_model(model) as file, open_model(base) as base_file:
         head, vocabulary = _head_and_vocabulary(file)
         base_head, base_vocabulary = _head_and_vocabulary(base_file)
     if vocabulary != base_vocabulary or head.rows != base_head.rows:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from bitladder.closing import Closing
 from bitladder.engine import threads_available
-from bitladder.errors import BitladderError
+from bitladder.errors import overflow
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -113,4 +113,4 @@ def score_rows(logits: Floats, targets: Tokens, workers: Workers, *, what: str) 
 def check_finite(top_logit: Floats, what: str) -> None:
     """Raises BitladderError if the highest logit of a row is not finite. NaN counts as highest."""
     if not np.isfinite(top_logit).all():
-        raise BitladderError(f"{what} gives logits that are not finite: the file is damaged, or its weights overflow")
+        raise overflow(f"the logits of {what} are")

@@ -17,7 +17,7 @@ from bitladder.evaluate.base.cache import check_fits, load_or_compute_base, open
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import is_logits_file, write_logits_file
-from bitladder.evaluate.divergence import compare_with_base, token_nll
+from bitladder.evaluate.divergence import compare_with_base, refuse_alike, token_nll
 from bitladder.evaluate.figures import divergence_figures, perplexity
 from bitladder.evaluate.identity import Identity, check_vocabularies, identify, unlike
 from bitladder.evaluate.logit_rows import Workers
@@ -143,6 +143,7 @@ def measure(
             tokens = run(context, base, len(chunks), workers, progress)  # type: ignore[arg-type]
             arrays = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
             figures = {**divergence_figures(tokens), "base": reference_name(base)}
+        refuse_alike(arrays["nll"], identity.name)
     return Measurement(_scores(identity, text, settings.n_ctx, len(chunks), began, figures), arrays)
 
 

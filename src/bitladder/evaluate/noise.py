@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine import Context, KernelInputs, Model, single_threaded, type_by_name
+from bitladder.errors import BitladderError
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
 from bitladder.evaluate.divergence import LogitBlocks, divergence
 from bitladder.evaluate.figures import mean
@@ -46,6 +47,7 @@ NOISE = Algorithm(
         "another -ub, and inputs rounded to Q8_0",
         "inputs rounded to Q8_K too",
         "another -ub on the other side of a kernel, with rounded inputs too",
+        "a rounding that cannot be had is left out, with the reason",
     ),
     uses=(BASE,),
 )
@@ -59,7 +61,8 @@ def noise_floor(base: HiddenBase, chunks: int, settings: MeasureOptions, progres
     digits decide how its kernels round their inputs. So another -ub is tried three times: on the model as it is, with
     the input of every multiplication by a weight rounded to Q8_0, as the CPU kernels of Q8_0, Q5_0 and the like round
     it, and rounded to Q8_K, as those of K-quants and most I-quants do. What each rounding costs by itself is measured
-    too. A rounding is left out if no weight is wide enough for it.
+    too. A rounding is left out if no weight is wide enough for it. It is left out with a reason if inputs cannot be
+    rounded so: on a GPU, or if they are too large for the type.
 
     Raises:
         BitladderError: the model does not load or decode.
@@ -71,6 +74,8 @@ def noise_floor(base: HiddenBase, chunks: int, settings: MeasureOptions, progres
         (batch,) = passes.run([other], KernelInputs())
         small, small_batch = passes.rounded([settings, other], SMALL_BLOCKS)
         large, large_batch = passes.rounded([settings, other], LARGE_BLOCKS)
+    if passes.reasons:
+        progress.warn(f"the noise floor has no figure with rounded inputs: {'; '.join(passes.reasons)}")
     return Noise(
         chunks=passes.count,
         n_ubatch=n_ubatch,
@@ -79,6 +84,7 @@ def noise_floor(base: HiddenBase, chunks: int, settings: MeasureOptions, progres
         activations_batch=small_batch,
         activations_k=large,
         activations_k_batch=large_batch,
+        left_out="; ".join(passes.reasons) or None,
     )
 
 
@@ -91,6 +97,7 @@ class _Passes:
     count: int
     workers: Workers
     progress: Progress
+    reasons: list[str] = dataclasses.field(default_factory=list)  # why roundings were left out
 
     def rounded(self, passes: Sequence[MeasureOptions], name: str) -> Sequence[NoiseFigure | None]:
         """`run` with inputs rounded as for weights of a type."""
@@ -99,7 +106,12 @@ class _Passes:
             wide = [name for name, tensor in file.tensors.items() if tensor.width % kind.block == 0]
         inputs = KernelInputs()
         inputs.pretend(dict.fromkeys(wide, kind))
-        return self.run(passes, inputs) if wide else [None] * len(passes)
+        try:
+            return self.run(passes, inputs) if wide else [None] * len(passes)
+        except BitladderError as error:
+            if str(error) not in self.reasons:
+                self.reasons.append(str(error))
+            return [None] * len(passes)
 
     def run(self, passes: Sequence[MeasureOptions], inputs: KernelInputs) -> list[NoiseFigure]:
         """The divergence of each pass from the pass before it, of the first from the base."""

@@ -159,7 +159,7 @@ class Noise(_Part):
 
     From the base: `batch` with -ub `n_ubatch`, `activations` with inputs of weights rounded to Q8_0, `activations_k` to
     Q8_K. From the same rounding without -ub `n_ubatch`: `activations_batch` and `activations_k_batch`. None where no
-    width can hold a type whose kernel rounds so.
+    width can hold a type whose kernel rounds so, or where inputs cannot be rounded so; `left_out` then says why.
     """
 
     chunks: int
@@ -169,6 +169,7 @@ class Noise(_Part):
     activations_batch: NoiseFigure | None = None
     activations_k: NoiseFigure | None = None
     activations_k_batch: NoiseFigure | None = None
+    left_out: str | None = None
 
 
 class PairedTask(_Part):

@@ -4,14 +4,16 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import pydantic
 
 from bitladder.engine import Model, kernels, library
 from bitladder.errors import UsageError
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.base.logits_file import LogitsFile
-from bitladder.evaluate.identity import Identity, NoResults, Results, identify
+from bitladder.evaluate.identity import Arrays, Identity, NoResults, Results, identify
 from bitladder.evaluate.measure import (
     MEASURE,
     Measurement,
@@ -35,6 +37,7 @@ from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text, load_text
 
+M = TypeVar("M", bound=pydantic.BaseModel)
 TEXT = "pydoc:test"
 TEXT_CTX, TASK_CTX = 512, 768
 
@@ -53,6 +56,7 @@ class EvalOptions(Options):
         None,
         "--base-file",
         decides=False,
+        writes="base",
         metavar="FILE",
         help="Where the base's predictions are kept.",
         unset="beside the base",
@@ -60,6 +64,7 @@ class EvalOptions(Options):
     logits: pathlib.Path | None = option(
         None,
         "--kl-divergence-base",
+        writes=lambda values: None if values["read_logits"] else "logits",
         metavar="FILE",
         help="Log-probabilities in llama-perplexity's format: written from the model, or read with --kl-divergence.",
     )
@@ -249,8 +254,10 @@ def _measure_text(identity: Identity, request: EvalRequest, results: Results, pr
         if isinstance(base, HiddenBase):
             inputs["base"] = {**base.header.inputs, "gpu": base.header.gpu}
         names["base"] = reference.model_dump()
-    if (kept := results.get(inputs)) is not None:
-        return Measurement(Scores.model_validate(kept[0] | names), kept[1])
+    if (kept := _kept(results, inputs, Scores, names)) is not None:
+        scores, arrays = kept
+        if all(values.shape == (scores.tokens_scored,) for values in arrays.values()) and "nll" in arrays:
+            return Measurement(scores, arrays)
     measured = measure(identity, text, request.settings, base=base, progress=progress)
     results.put(inputs, measured.scores.to_json(), measured.arrays)
     return measured
@@ -266,8 +273,8 @@ def _measure_tasks(
         for task in request.tasks:
             inputs = _inputs(TASKS, identity.sha256, settings)
             inputs |= {"task": task.name, "source": task.sha256, "count": request.task_count}
-            if (kept := results.get(inputs)) is not None:
-                scores[task.name] = TaskScore.model_validate(kept[0] | {"source": task.source})
+            if (kept := _kept(results, inputs, TaskScore, {"source": task.source})) is not None:
+                scores[task.name] = kept[0]
                 continue
             model = model or stack.enter_context(settings.load(identity.path))
             score = score_task(model, task, settings, count=request.task_count, progress=progress).to_score()
@@ -310,11 +317,24 @@ def add_tasks(
 def _noise(base: HiddenBase, request: EvalRequest, results: Results, progress: Progress) -> Noise:
     inputs = _inputs(NOISE, base.header.model_sha256, request.settings.replace(chunks=request.noise_chunks))
     inputs["text"] = base.header.text_sha256
-    if (kept := results.get(inputs)) is not None:
-        return Noise.model_validate(kept[0])
+    if (kept := _kept(results, inputs, Noise)) is not None:
+        return kept[0]
     noise = noise_floor(base, request.noise_chunks, request.settings, progress)
     results.put(inputs, noise.model_dump(mode="json"), {})
     return noise
+
+
+def _kept(
+    results: Results, inputs: Mapping[str, Any], kind: type[M], named: Mapping[str, Any] | None = None
+) -> tuple[M, Arrays] | None:
+    """A kept result with other names; None if there is none, or not in this form: then it is measured again."""
+    found = results.get(inputs)
+    if found is None or not isinstance(found[0], dict):
+        return None
+    try:
+        return kind.model_validate(found[0] | dict(named or {})), found[1]
+    except pydantic.ValidationError:
+        return None
 
 
 def _inputs(algorithm: Algorithm, model_sha256: str, settings: MeasureOptions) -> dict[str, Any]:

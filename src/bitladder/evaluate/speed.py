@@ -32,9 +32,10 @@ from bitladder.engine import (
     processors,
     threads_available,
 )
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, UsageError, overflow
 from bitladder.evaluate.identity import parts
 from bitladder.evaluate.speed_tests import SpeedOptions, SpeedRow, SpeedTest
+from bitladder.gguf import open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Bar, Progress
 
@@ -79,7 +80,7 @@ def bench(
         raise UsageError(f"{len(models)} models, {len(tests)} tests: there is nothing to measure")
     models = list(dict.fromkeys(models))
     for path in models:
-        if not path.is_file():
+        if not path.exists():
             raise BitladderError(f"no such model file: {path}")
     options = options or SpeedOptions()
     threads = options.threads or threads_available()
@@ -116,6 +117,7 @@ class _Series:
             loaded: dict[pathlib.Path, Model] = {}
             for path in paths:
                 with self._noting(path):
+                    open_model(path).close()
                     loaded[path] = stack.enter_context(Model(path, gpu_layers=self.options.gpu_layers))
             for test in self.tests:
                 self._test(test, {path: model for path, model in loaded.items() if path not in self.failed})
@@ -189,6 +191,8 @@ class _Run(Closing):
         random = np.random.default_rng(0)
         self._process(self._tokens(random, self._test.n_prompt))
         self._generate(self._tokens(random, min(self._test.n_gen, 1)))
+        if not np.isfinite(self._context.logits()).all():
+            raise overflow(f"the logits of {self._model.path.name} are")
 
     def sample(self, repetition: int) -> int:
         """Times the test, in nanoseconds. The tokens depend only on the number of the repetition."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.gguf.header import DEFAULT_ALIGNMENT, TensorInfo
+    from bitladder.gguf.header import DEFAULT_ALIGNMENT, TensorInfo, open_regular, read_header
     from bitladder.gguf.names import (
         around_block,
         block_of,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         ranges,
         reading_order,
     )
-    from bitladder.gguf.reader import GgufFile, refuse_other_model, refuse_other_vectors
+    from bitladder.gguf.reader import GgufFile, describe_kind, open_model, refuse_other_model, refuse_other_vectors
     from bitladder.gguf.shards import joined_sha256, plain_path, shard_path, shards_of, stem
     from bitladder.gguf.split_writer import group_as, group_by_size, output_paths, split_sizes, writing
     from bitladder.gguf.values import ARRAY, BOOL, F32, SCALARS, Value, i32, scalar, string, strings, u16, u32
@@ -45,6 +45,7 @@ __all__ = [
     "around_block",
     "block_of",
     "block_prefix",
+    "describe_kind",
     "file_size",
     "group_as",
     "group_by_size",
@@ -57,10 +58,13 @@ __all__ = [
     "kind_of",
     "name_in_block",
     "one_line",
+    "open_model",
+    "open_regular",
     "output_paths",
     "padded",
     "plain_path",
     "ranges",
+    "read_header",
     "reading_order",
     "refuse_other_model",
     "refuse_other_vectors",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from bitladder.closing import Closing
 from bitladder.errors import BitladderError
-from bitladder.gguf.header import GgufHeader, TensorInfo, open_regular, read_header
+from bitladder.gguf.header import GgufHeader, TensorInfo, open_regular, read_header, shown
 from bitladder.gguf.shards import join, rest_of
 
 
@@ -104,6 +104,32 @@ class GgufFile(Closing):
                 raise BitladderError(f"{self.parts[tensor.part]}: the file ends inside tensor {tensor.name}")
             view, position = view[count:], position + count
         return out
+
+
+# general.type → what such a file is; a model has "model", or nothing at all.
+_KINDS = {
+    "imatrix": "an importance matrix",
+    "moments": "second moments",
+    "adapter": "an adapter (LoRA), which must be merged into its model first",
+    "mmproj": "the projector of images or sounds beside a model",
+}
+
+
+def open_model(path: str | os.PathLike[str]) -> GgufFile:
+    """Opens a GGUF that must be a model. Raises BitladderError that says what it is otherwise, and as `GgufFile`."""
+    file = GgufFile(path)
+    kind = file.get("general.type", "model")
+    if kind == "model" and file.architecture:
+        return file
+    file.close()
+    what = _KINDS.get(str(kind), f"of the type {shown(str(kind))}" if kind != "model" else "without an architecture")
+    raise BitladderError(f"{path} is no model but {what}; name the model's GGUF")
+
+
+def describe_kind(file: GgufFile) -> str:
+    """What a GGUF is, in words, for an error: "a model (llama)", "an importance matrix"."""
+    kind = str(file.get("general.type", "model"))
+    return _KINDS.get(kind, f"a {shown(kind)} ({shown(file.architecture or 'of no architecture')})")
 
 
 def refuse_other_model(quant: GgufFile, original: GgufFile) -> None:

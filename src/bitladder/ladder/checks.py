@@ -9,7 +9,7 @@ from bitladder.calibrate import MIN_CALIBRATION_CTX
 from bitladder.convert import Checkpoint, ConvertOptions, converter_file
 from bitladder.engine import Model
 from bitladder.errors import BitladderError, UsageError
-from bitladder.gguf import GgufFile
+from bitladder.gguf import open_model
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Source
 from bitladder.ladder.steps.step import Step, TextsOfRun
@@ -172,7 +172,7 @@ def bytes_needed(parameters: int, rungs: Iterable[str], outtype: str | None) -> 
 def parameters_of(source: Source) -> int:
     """The number of weights of the model, from headers only. Raises BitladderError if it is not a model."""
     if source.is_gguf:
-        with GgufFile(source.path) as file:
+        with open_model(source.path) as file:
             return sum(tensor.elements for tensor in file.tensors.values())
     old = [path for path in source.files().values() if path.suffix == ".bin"]
     if old:

@@ -34,6 +34,7 @@ class RunOptions(Options):
         "-o",
         "--out",
         names="file",
+        writes="folder",
         metavar="DIR",
         help="Directory of the run. An interrupted run continues there.",
     )

@@ -11,7 +11,7 @@ import gguf
 from bitladder import hub
 from bitladder.errors import BitladderError
 from bitladder.files import file_name
-from bitladder.gguf import GgufFile, plain_path
+from bitladder.gguf import open_model, plain_path
 from bitladder.ladder.store import Store
 
 # Files of a checkpoint that a converter can read. The .bin files count only if there is no safetensors file.
@@ -91,7 +91,7 @@ def describe(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         BitladderError: the model is quantized already, or has no weights.
     """
-    with GgufFile(path) as file:
+    with open_model(path) as file:
         weights: dict[str, int] = {}
         for tensor in file.tensors.values():
             if tensor.type.quantized:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from bitladder.calibrate import MomentsFile
+from bitladder.calibrate import MomentsFile, zeros_in
 from bitladder.closing import Closing
 from bitladder.engine import TensorType, type_by_name, versions
 from bitladder.errors import BitladderError, UsageError
@@ -80,6 +80,8 @@ class Planner(Closing):
         self.work = inputs.model.with_name(f"{inputs.model.stem}.plan") if inputs.work is None else inputs.work
         with contextlib.ExitStack() as opened:
             self.subject = opened.enter_context(Subject(inputs.model, inputs.imatrix))
+            if self.subject.imatrix and (zeros := zeros_in(self.subject.imatrix, self.subject.tensors)):
+                progress.warn(zeros)
             rounding = None
             if inputs.moments and inputs.rounding.method != "stock":
                 moments = [opened.enter_context(MomentsFile(path)) for path in inputs.moments]

@@ -12,7 +12,7 @@ from bitladder.closing import Closing
 from bitladder.engine import Request, TensorType, all_types, preset_types, storable, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_file
-from bitladder.gguf import GgufFile, TensorPlan, block_of, file_size, kind_of, padded
+from bitladder.gguf import TensorPlan, block_of, file_size, kind_of, open_model, padded
 from bitladder.progress import SILENT
 from bitladder.quantize import RUNGS, VERSION_KEY, QuantizeOptions, prepare
 from bitladder.recipe import changeable, exact_patterns
@@ -55,7 +55,7 @@ class Subject(Closing):
         self.path, self.imatrix_path = path, imatrix
         self.imatrix: Imatrix | None = read_imatrix(imatrix) if imatrix is not None else None
         self.imatrix_sha256 = sha256_file(imatrix) if imatrix is not None else None
-        self.file = GgufFile(path)
+        self.file = open_model(path)
         self._needy: dict[str, set[str]] = {}
         try:
             self.tensors = self._changeable()

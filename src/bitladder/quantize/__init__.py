@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from bitladder.quantize.prepare import PreparedQuant, prepare
     from bitladder.quantize.quant_metadata import DROPPED, TUNE_KEY, VERSION_KEY
     from bitladder.quantize.quantize_options import RUNGS, QuantizeOptions, parse_layers, preset_names
-    from bitladder.quantize.write_quant import QUANTIZE, QuantizeResult, quantize, refuse_target, write
+    from bitladder.quantize.write_quant import QUANTIZE, QuantizeResult, quantize, write
 
 __all__ = [
     "DROPPED",
@@ -28,7 +28,6 @@ __all__ = [
     "prepare",
     "preset_names",
     "quantize",
-    "refuse_target",
     "write",
 ]
 open_door(__name__)

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate import Imatrix
+from bitladder.calibrate import Imatrix, zeros_in
 from bitladder.engine import kernel_needs_importance, plain_type, preset_types, type_by_name
 from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress
@@ -85,6 +85,8 @@ def _warn(weighted: dict[str, Floats], changing: list[TensorChoice], imatrix: Im
     without = [t.name for t in changing if t.name not in weighted and t.name not in usual and t.type.quantized]
     if without:
         progress.warn(f"the imatrix has no entry for {len(without)} tensors ({without[0]}, …): quantized unweighted")
+    if zeros := zeros_in(imatrix, weighted):
+        progress.warn(zeros)
     for name, experts in imatrix.gaps().items():
         if name in weighted:
             progress.warn(f"{name}: no data for experts {experts[:8]}{'…' if len(experts) > 8 else ''}")
@@ -110,7 +112,10 @@ def _refuse_unweighted(
             f"{refused.name} would become {refused.type.name}, which cannot be made without an importance matrix; "
             "pass --imatrix"
         )
-    raise BitladderError(f"the imatrix has no entry for {refused.name}, which would become {refused.type.name}")
+    raise BitladderError(
+        f"the imatrix has no entry for {refused.name}, which would become {refused.type.name}; calibrate this model, "
+        f"or give the tensor another type: --tensor-type {refused.name}=q4_K"
+    )
 
 
 def _needed(path: pathlib.Path, choice: ChosenTypes, tensors: list[TensorChoice]) -> bool:

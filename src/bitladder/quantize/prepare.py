@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from bitladder.calibrate import read_imatrix
 from bitladder.closing import Closing
-from bitladder.gguf import GgufFile, TensorPlan, Value, block_of, group_as, group_by_size, split_sizes
+from bitladder.gguf import GgufFile, TensorPlan, Value, block_of, group_as, group_by_size, open_model, split_sizes
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize.choose_types import ChosenTypes, choose
 from bitladder.quantize.importance import Floats, importance_of, selected
@@ -82,7 +82,7 @@ def prepare(
         BitladderError: the options, the imatrix or the source cannot be used.
     """
     check_options(options)
-    file = GgufFile(source)
+    file = open_model(source)
     try:
         used = selected(read_imatrix(imatrix) if imatrix is not None else None, options)
         if imatrix is None and (options.include_weights or options.exclude_weights):

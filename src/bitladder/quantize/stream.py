@@ -6,7 +6,6 @@ work at once, so that memory does not grow with the model, and no thread waits a
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -19,6 +18,7 @@ from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.progress import Bar
 from bitladder.quantize.choose_types import TensorChoice
+from bitladder.quantize.lost_blocks import lost_units
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -64,7 +64,7 @@ def stream_tensors(
     threads: int | None,
     bar: Bar,
     blocks: Blocks = NO_BLOCKS,
-) -> None:
+) -> dict[str, int]:
     """Writes every chosen tensor of `file`, in order.
 
     Parameters:
@@ -76,16 +76,24 @@ def stream_tensors(
         bar: where the bytes read are counted.
         blocks: name → what makes the tensor's blocks, uint8, shape [rows, row bytes], instead of the library's kernels.
 
+    Returns:
+        How many blocks of a tensor (rows, of a floating-point type) lose their weights, by name, if any do
+        (`lost_blocks`).
+
     Raises:
         BitladderError: weights are not finite, those of copied tensors included. No thread is left running.
     """
     count = threads or threads_available()
     pool = ThreadPoolExecutor(count)
-    waiting: collections.deque[tuple[_Piece, Future[Bytes]]] = collections.deque()
+    waiting: collections.deque[tuple[_Piece, Future[tuple[Bytes, int]]]] = collections.deque()
+    lost: dict[str, int] = {}
 
     def write_first() -> None:
         piece, future = waiting.popleft()
-        writer.write(piece.name, future.result())
+        data, units = future.result()
+        writer.write(piece.name, data)
+        if units:
+            lost[piece.name] = lost.get(piece.name, 0) + units
         bar.note(piece.name)
         bar.advance((piece.stop - piece.start) * piece.tensor.type.row_bytes(piece.tensor.width))
 
@@ -93,10 +101,10 @@ def stream_tensors(
         for piece in _pieces(tensors, importance, blocks):
             if len(waiting) >= AHEAD * count:
                 write_first()
-            make = blocks.get(piece.name) or functools.partial(_make, file, piece)
-            waiting.append((piece, pool.submit(make)))
+            waiting.append((piece, pool.submit(_make, file, piece, blocks.get(piece.name))))
         while waiting:
             write_first()
+        return lost
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -117,15 +125,32 @@ def _pieces(
                 yield _Piece(chosen.name, tensor, start, min(start + step, end), chosen.type, row)
 
 
-def _make(file: GgufFile, piece: _Piece) -> Bytes:
+def _make(file: GgufFile, piece: _Piece, elsewhere: Callable[[], Bytes] | None) -> tuple[Bytes, int]:
+    """The piece's bytes, and how many of its blocks lose their weights."""
+    if elsewhere is not None:
+        blocks, tensor = elsewhere(), piece.tensor
+        step = max(1, PIECE // tensor.width)
+        lost = 0
+        for start in range(piece.start, piece.stop, step):
+            data = file.read(tensor, start, min(start + step, piece.stop))
+            lost += lost_units(_expanded(data, tensor), blocks[start : start + len(data)], piece.kind, None)
+        return blocks, lost
     data = file.read(piece.tensor, piece.start, piece.stop)
-    copied = piece.kind == piece.tensor.type
-    if copied and not storable(piece.kind):
-        return data  # integers and the like
-    weights = np.empty((piece.stop - piece.start, piece.tensor.width), np.float32)
-    dequantize_into(data, piece.tensor.type, weights)
+    if piece.kind == piece.tensor.type and not storable(piece.kind):
+        return data, 0  # integers and the like
+    weights = _expanded(data, piece.tensor)
     _refuse_not_finite(weights, piece)
-    return data if copied else quantize_rows(weights, piece.kind, piece.importance)
+    if piece.kind == piece.tensor.type:
+        return data, 0
+    data = quantize_rows(weights, piece.kind, piece.importance)
+    return data, lost_units(weights, data, piece.kind, piece.importance)
+
+
+def _expanded(data: Bytes, tensor: TensorInfo) -> Floats:
+    """Rows as the file has them, uint8 [rows, row bytes], as float32 [rows, width]."""
+    weights = np.empty((len(data), tensor.width), np.float32)
+    dequantize_into(data, tensor.type, weights)
+    return weights
 
 
 def _refuse_not_finite(weights: Floats, piece: _Piece) -> None:

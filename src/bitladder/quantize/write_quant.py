@@ -6,14 +6,17 @@ With the same options, imatrix and library every tensor's bytes equal llama-quan
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 
-from bitladder.errors import BitladderError
-from bitladder.gguf import output_paths, writing
+from bitladder.engine import plain_type
+from bitladder.files import refuse_inputs
+from bitladder.gguf import output_paths, shards_of, writing
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize.prepare import PreparedQuant, prepare
 from bitladder.quantize.quantize_options import QuantizeOptions
 from bitladder.quantize.stream import NO_BLOCKS, Blocks, stream_tensors
+from bitladder.underflow import lost_in
 
 QUANTIZE = Algorithm(
     "quantize",
@@ -21,6 +24,7 @@ QUANTIZE = Algorithm(
         "the library's kernels with the preset's types",
         "all of llama-quantize's options, recipes by exact names, metadata in its order",
         "a tensor's blocks may come from elsewhere, and its metadata says from where",
+        "a matrix whose importance is 0 throughout is quantized as if all its columns counted alike",
     ),
 )
 
@@ -71,7 +75,7 @@ def quantize(
     """
     if isinstance(options, str):
         options = QuantizeOptions(preset=options)
-    refuse_target(source, out)
+    refuse_inputs([out], [*shards_of(pathlib.Path(source)), *([] if imatrix is None else [imatrix])])
     with prepare(source, options, imatrix=imatrix, progress=progress) as prepared:
         return write(prepared, out, threads=threads, progress=progress)
 
@@ -91,23 +95,22 @@ def write(
         prepared: the quant.
         out: path of the file to write.
         threads: of the CPU; None for all.
-        progress: where work is shown.
+        progress: where work is shown, and warnings of tensors that lose weights at the small end.
         blocks: name → what makes the tensor's blocks, uint8, shape [rows, row bytes], instead of the library's kernels.
 
     Raises:
         BitladderError: `out` cannot be written or is the source, or weights are not finite.
     """
     choice, paths = prepared.choice, output_paths(out, prepared.groups)
-    for path in paths:
-        for part in prepared.file.parts:
-            refuse_target(part, path)
+    refuse_inputs(paths, prepared.file.parts)
     label = prepared.options.preset or "recipe"
     total = sum(tensor.source.nbytes for tensor in choice.tensors)
     with (
         writing(out, prepared.metadata, prepared.groups) as writer,
         progress.task(f"quantize {label}", total) as bar,
     ):
-        stream_tensors(writer, prepared.file, choice.tensors, prepared.importance, threads, bar, blocks)
+        lost = stream_tensors(writer, prepared.file, choice.tensors, prepared.importance, threads, bar, blocks)
+    _warn_of_lost(prepared, lost, progress)
     return QuantizeResult(
         paths[0],
         prepared.bytes,
@@ -118,10 +121,21 @@ def write(
     )
 
 
-def refuse_target(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Raises BitladderError if the output is a directory or the source itself."""
-    source, out = pathlib.Path(source), pathlib.Path(out)
-    if out.is_dir():
-        raise BitladderError(f"{out} is a directory; name a file (-o)")
-    if out.exists() and source.exists() and out.samefile(source):
-        raise BitladderError(f"{out} is the input; name another output (-o)")
+def _warn_of_lost(prepared: PreparedQuant, lost: Mapping[str, int], progress: Progress) -> None:
+    for tensor in prepared.choice.tensors:
+        if tensor.name not in lost:
+            continue
+        kind, source = tensor.type, tensor.source
+        of, unit = (source.elements // kind.block, "blocks") if kind.quantized else (source.rows, "rows")
+        columns = prepared.importance.get(tensor.name)
+        if columns is not None and not columns.reshape(-1, kind.block).any(axis=1).all():
+            progress.warn(
+                f"{tensor.name}: {lost[tensor.name]} of {of} {unit} are lost in {kind.name}, because the importance of "
+                f"their columns is 0; --exclude-weights {tensor.name} quantizes the tensor without importance"
+            )
+            continue
+        other = "f32" if kind.name == "bf16" else "bf16"
+        remedy = f"keep it as {other}: --tensor-type {tensor.name}={other}"
+        if plain_type(prepared.options.preset or "Q8_0") is not None:
+            remedy = f"take the preset {other.upper()}"
+        progress.warn(lost_in(tensor.name, lost[tensor.name], of, kind.name, remedy, unit))

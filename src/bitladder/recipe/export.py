@@ -7,7 +7,7 @@ from collections.abc import Collection
 from bitladder.engine import presets
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike
-from bitladder.gguf import GgufFile
+from bitladder.gguf import open_model
 from bitladder.recipe.check_recipe import changeable, check
 from bitladder.recipe.patterns import base_preset, preset_and_pairs, preset_name
 from bitladder.recipe.schema import Recipe
@@ -44,7 +44,7 @@ def export(recipe: Recipe, types: str, model: PathLike | None = None) -> Export:
     """
     if model is None:
         return _export(recipe, types, export_lines(recipe))
-    with GgufFile(model) as file:
+    with open_model(model) as file:
         checked = check(recipe, file)
         against = [
             finding for finding in checked.findings if finding.problem or set(finding.tensors) & set(checked.ours)

@@ -8,7 +8,7 @@ from typing import Any
 from bitladder.engine import presets
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike, sha256_file
-from bitladder.gguf import GgufFile, joined_sha256
+from bitladder.gguf import GgufFile, joined_sha256, open_model
 from bitladder.recipe.schema import ImatrixUsed, Recipe, Shapes
 from bitladder.recipe.toml import read_recipe
 
@@ -35,12 +35,12 @@ def open_recipe(path: PathLike, model: PathLike | None = None) -> OpenedRecipe:
         BitladderError: the file is neither.
     """
     if _is_gguf(path):
-        with GgufFile(path) as file:
+        with open_model(path) as file:
             return OpenedRecipe(recipe_of(file), shapes_of(file))
     recipe = read_recipe(path)
     if model is None:
         return OpenedRecipe(recipe, {})
-    with GgufFile(model) as file:
+    with open_model(model) as file:
         return OpenedRecipe(recipe, shapes_of(file))
 
 
@@ -60,15 +60,13 @@ def extract(path: str | os.PathLike[str]) -> Recipe:
 
     The file (all shards of a split model) is read in full, for its hash. Raises BitladderError if it is not a model.
     """
-    with GgufFile(path) as file:
+    with open_model(path) as file:
         recipe = recipe_of(file)
         return recipe.model_copy(update={"sha256": joined_sha256([sha256_file(part) for part in file.parts])})
 
 
 def recipe_of(file: GgufFile) -> Recipe:
     """The recipe of an open GGUF, without its hash. Raises BitladderError if it is not a model."""
-    if file.get("general.type") == "imatrix":
-        raise BitladderError(f"{file.path} is an importance matrix; name the quant itself")
     if not file.tensors:
         raise BitladderError(f"{file.path} holds no tensors: there is no recipe in it")
     own = {key: file.get(key) for key in file.metadata if key.startswith(_OURS)}

@@ -144,10 +144,10 @@ def read_tensor_types(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     try:
         words = pathlib.Path(path).read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise UsageError(f"--tensor-type-file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--tensor-type-file {path} is not a text file") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise UsageError(f"--tensor-type-file {path} is not a text file") from error
+        raise UsageError(f"--tensor-type-file {path}: {getattr(error, 'strerror', None) or error}") from error
     for word in words:
         try:
             parse_tensor_type(word)
@@ -203,12 +203,14 @@ def _compiled(path: str | os.PathLike[str], patterns: Sequence[str]) -> "dict[st
         lower[pattern] = pattern.encode().lower()  # of bytes, so that only ASCII letters change, as in llama-quantize
         _refuse_dialects(lower[pattern].decode(), _named(pattern))
     _refuse_syntax(path, lower)
-    try:
-        # Bytes, as std::regex sees them; version 0 is the behaviour of Python's re.
-        return {pattern: regex.compile(text, regex.VERSION0) for pattern, text in lower.items()}
-    except (regex.error, RecursionError) as error:
-        odd = getattr(error, "pattern", b"").decode()
-        raise UsageError(f"{_named(odd)} is not a regular expression: {error}") from error
+    compiled = {}
+    for pattern, text in lower.items():
+        try:
+            # Bytes, as std::regex sees them; version 0 is the behaviour of Python's re.
+            compiled[pattern] = regex.compile(text, regex.VERSION0)
+        except (regex.error, RecursionError) as error:
+            raise UsageError(f"{_named(pattern)} is not a regular expression: {error}") from error
+    return compiled
 
 
 def _named(pattern: str) -> str:

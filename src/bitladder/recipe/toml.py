@@ -63,10 +63,12 @@ def read_recipe(path: PathLike) -> Recipe:
         raise BitladderError(f"{path} is neither a recipe (TOML) nor a GGUF file") from error
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        if isinstance(data.get("tensors"), dict):
+            data["tensors"] = _flattened(path, data["tensors"])
+    except RecursionError as error:
+        raise BitladderError(f"{path} has tables too deep in one another; it is no recipe") from error
+    except ValueError as error:  # TOMLDecodeError, or an integer of thousands of digits
         raise BitladderError(f"{path} is not TOML: {error}") from error
-    if isinstance(data.get("tensors"), dict):
-        data["tensors"] = _flattened(path, data["tensors"])
     try:
         return Recipe.model_validate(data)
     except pydantic.ValidationError as error:

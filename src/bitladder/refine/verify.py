@@ -13,7 +13,7 @@ import numpy as np
 
 from bitladder.calibrate import MomentsFile, read_imatrix
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile, TensorInfo, refuse_other_model
+from bitladder.gguf import GgufFile, TensorInfo, open_model, refuse_other_model
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import TUNE_KEY
 from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256
@@ -66,7 +66,7 @@ def verify(
         BitladderError: the two files are of different models, or the quant was made with other moments.
     """
     with contextlib.ExitStack() as opened:
-        file, full = opened.enter_context(GgufFile(quant)), opened.enter_context(GgufFile(source))
+        file, full = opened.enter_context(open_model(quant)), opened.enter_context(open_model(source))
         refuse_other_model(file, full)
         importance = {}
         if imatrix is not None:

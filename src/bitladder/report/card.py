@@ -1,6 +1,8 @@
 """The model card (README.md) of a run, made from the files of the run directory and nothing else."""
 
 import pathlib
+import re
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,8 +57,9 @@ def render_card(folder: pathlib.Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=lambda value: _CONTROL.sub("", value) if isinstance(value, str) else value,
     )
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "code": _code, "link": _link}
     return environment.get_template("card.md.jinja").render(front=front_matter(run), **facts(run))
 
 
@@ -191,9 +194,32 @@ def _credits(run: FinishedRun) -> dict[str, Any]:
     }
 
 
+# Control characters but for line breaks, and those that turn the direction of text.
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# What Markdown or HTML would take for more than text. An underscore within a word is none of it.
+_MARKUP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {letter: f"\\{letter}" for letter in "\\`*[]|~$"}
+
+
 def _cell(text: str) -> str:
-    """Text that cannot end the cell of a table, or its line."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    """A stranger's text as nothing but text, which cannot end the cell of a table or its line.
+
+    Example:
+        >>> _cell("a|b <b>[c](http://d)</b>")
+        'a\\\\|b &lt;b&gt;\\\\[c\\\\](http&#8203;://d)&lt;/b&gt;'
+    """
+    plain = "".join(_MARKUP.get(letter, letter) for letter in " ".join(str(text).split()))
+    # Programs that show Markdown make links of bare addresses.
+    return re.sub(r"(?i)(https?|ftp)(?=://)|(www)(?=\.)", r"\g<0>&#8203;", plain)
+
+
+def _code(text: str) -> str:
+    """A stranger's text within backquotes, which it cannot end."""
+    return " ".join(str(text).split()).replace("`", "'")
+
+
+def _link(name: str) -> str:
+    """The name of a file as the address of a link."""
+    return urllib.parse.quote(str(name))
 
 
 def front_matter(run: FinishedRun) -> str:

@@ -56,6 +56,8 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
     recorded = {output.path: output.bytes for step in manifest.steps.values() for output in step.outputs}
     files: dict[str, PublishedFile] = {}
     for path, rung in _paths(layout, manifest, run):
+        if ".." in path.parts or not path.resolve().is_relative_to(folder.resolve()):
+            raise BitladderError(f"{path} lies outside {folder}: files of the run were tampered with; nothing is sent")
         name = layout.name(path)
         if not path.is_file():
             raise BitladderError(f"{path} is missing; give the `bitladder run` command again")
@@ -114,6 +116,8 @@ def front_matter(folder: pathlib.Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BitladderError(f"{path} is not UTF-8; `bitladder card` writes it again") from error
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     try:
         value = yaml.safe_load(match[1]) if match else None

@@ -54,7 +54,7 @@ def damped(h: npt.NDArray[np.floating], damping: float) -> Doubles:
     """H [n, n], scaled to a mean diagonal of 1, with `damping` (at least LEAST_DAMPING) added to the diagonal, float64.
 
     Channels that no token reached get the damping alone: each of their weights is rounded by itself. A matrix of zeros
-    becomes the unit matrix. Raises BitladderError if H is not finite.
+    becomes the unit matrix. Raises BitladderError if H is not finite, or its diagonal is negative somewhere.
 
     Example:
         >>> damped(np.array([[3.0, 1.0], [1.0, 1.0]]), 0.5).tolist()
@@ -63,6 +63,8 @@ def damped(h: npt.NDArray[np.floating], damping: float) -> Doubles:
     full = np.asarray(h, np.float64)
     if not np.isfinite(full).all():
         raise BitladderError("second moments are not finite; collect them again")
+    if np.diag(full).min(initial=0) < 0:
+        raise BitladderError("second moments have a negative diagonal, which no squares have; collect them again")
     full = (full + full.T) / 2
     mean = float(np.trace(full)) / len(full)
     if mean <= 0:
@@ -75,7 +77,8 @@ def damped(h: npt.NDArray[np.floating], damping: float) -> Doubles:
 def upper_factor(h: Doubles) -> tuple[Doubles, Doubles]:
     """U [n, n], unit upper triangular, and D [n] with H = U diag(D) Uᵀ: Cholesky's factor of H turned upside down.
 
-    The diagonal of a matrix that rounding made indefinite is raised until the matrix is positive definite.
+    The diagonal of a matrix that rounding made indefinite is raised until the matrix is positive definite. Raises
+    BitladderError if that takes more than the matrix itself: it is then no matrix of second moments.
 
     Example:
         >>> upper, d = upper_factor(np.array([[2.0, 1.0], [1.0, 1.0]]))
@@ -83,13 +86,15 @@ def upper_factor(h: Doubles) -> tuple[Doubles, Doubles]:
         ([[1.0, 1.0], [0.0, 1.0]], [1.0, 1.0])
     """
     turned = h[::-1, ::-1]
-    extra = 0.0
-    while True:
+    size = float(np.abs(np.diag(h)).mean()) or 1.0
+    for extra in (0.0, *(10.0**power * size for power in range(-10, 1))):
         try:
             lower = np.linalg.cholesky(turned + extra * np.eye(len(h)))
             break
         except np.linalg.LinAlgError:
-            extra = max(10 * extra, 1e-10 * float(np.trace(h)) / len(h))
+            continue
+    else:
+        raise BitladderError("second moments are far from positive definite: the file is damaged; collect them again")
     upper = lower[::-1, ::-1]
     root = np.diag(upper)
     return upper / root, root**2

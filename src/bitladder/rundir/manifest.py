@@ -120,4 +120,34 @@ def complete_manifest(folder: pathlib.Path) -> tuple[Manifest, RunRecord]:
         raise BitladderError(f"{folder} is not a run directory: it has no {name}; bitladder run --out makes one")
     if manifest.run is None or not manifest.run.complete:
         raise BitladderError(f"the run in {folder} is not finished; give its `bitladder run` command again first")
+    _check_source(folder, manifest)
     return manifest, manifest.run
+
+
+class _SourceFacts(pydantic.BaseModel):
+    """What the step "convert" found out of the full-precision model, as far as readers of a run need it."""
+
+    file: str = pydantic.Field(pattern=r"^[^/\\\x00]+$")
+    stem: str
+    architecture: str
+    encoding: str
+    parameters: int
+    general: dict[str, Any]
+    bytes: int = 0
+    bpw: float = 0.0
+    origin: str | None = None
+
+
+def _check_source(folder: pathlib.Path, manifest: Manifest) -> None:
+    """Raises BitladderError if the manifest of a finished run lacks what every reader needs."""
+    path = Layout(folder).manifest
+    convert = manifest.steps.get("convert")
+    if convert is None:
+        raise BitladderError(f"{path} is damaged: it has no step convert; give the `bitladder run` command again")
+    try:
+        _SourceFacts.model_validate(convert.facts)
+    except pydantic.ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise BitladderError(
+            f"{path} is damaged (convert: {where}); delete the file and give the `bitladder run` command again"
+        ) from error

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bitladder.show.imatrix.picture import check_target, write_plot
     from bitladder.show.ladder_tables import ladder_json, ladder_table, pareto_plot
     from bitladder.show.output import Output, common_options
+    from bitladder.show.plain import one_printable_line
     from bitladder.show.recipe_tables import difference
     from bitladder.show.run_display import RunDisplay, result_table
     from bitladder.show.speed_tables import FORMATS, render, speed_table
@@ -27,6 +28,7 @@ __all__ = [
     "eval_tables",
     "ladder_json",
     "ladder_table",
+    "one_printable_line",
     "pareto_plot",
     "print_view",
     "render",

@@ -67,6 +67,8 @@ def _noise(noise: "Noise") -> str:
         if rounded and batch:
             inputs = f"{rounded.value:.2g} with inputs rounded to {kind}"
             lines.append(f"{inputs}, {batch.value:.2g} between that and the same with {other}")
+    if noise.left_out:
+        lines.append(f"no figure with rounded inputs: {noise.left_out}")
     return "\n".join(lines)
 
 

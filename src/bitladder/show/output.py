@@ -7,11 +7,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from bitladder.progress import Bar, Progress
+from bitladder.show.plain import Plain, printable
 
 _LOG_SECONDS = 60  # between lines of a log
 
@@ -30,9 +31,13 @@ class Output:
 
         self.json, self.quiet, self.verbose = json, quiet, verbose
         # A file or a pipe has no width unless COLUMNS gives one, so its tables are as wide as necessary.
+        # Without a standard output (>&-) there is nobody to print to.
+        sys.stdout, sys.stderr = sys.stdout or _null(), sys.stderr or _null()
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
         self._stdout = Console(file=sys.stdout, highlight=False, width=width)
         self._stderr = Console(file=sys.stderr, highlight=False, stderr=True)
+        for console in (self._stdout, self._stderr):
+            console.push_render_hook(Plain())  # type: ignore[arg-type]  # it has the methods of the base class
         self._bars = _Bars(self._stderr, quiet)
         self.progress: Progress = self._bars
         if verbose:
@@ -66,11 +71,11 @@ class Output:
 
     def print_json(self, value: Any) -> None:
         """Prints a value as indented JSON on stdout."""
-        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        self.line(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
     def line(self, text: str) -> None:
         """Prints a line of data on stdout."""
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(printable(text) + "\n")
 
     def print(self, renderable: Any) -> None:
         """Prints a rich table or another renderable on stdout."""
@@ -80,6 +85,10 @@ class Output:
         """Prints a rich table or a line on stderr unless quiet, for a person who watches the work."""
         if not self.quiet:
             self._stderr.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
+
+
+def _null() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")  # it is open as long as the process
 
 
 class _Bars:
@@ -144,9 +153,9 @@ def _with_header(console: Any, header: Callable[[], Any]) -> Any:
 
     class Headed(bars.Progress):
         def get_renderables(self) -> Iterator[Any]:
-            if (above := header()) is not None:
-                yield above
-            yield self.make_tasks_table(self.tasks)
+            # Live areas pass the console's hooks by.
+            parts = [header(), self.make_tasks_table(self.tasks)]
+            yield from Plain().process_renderables([part for part in parts if part is not None])
 
     return Headed(
         bars.TextColumn("{task.description}", markup=False),

@@ -6,6 +6,7 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.text.chunks import MIN_CHUNKS, Chunks, Reading, spread_evenly, text_chunks
+    from bitladder.text.plain import plain_text
     from bitladder.text.texts import BUILTIN, HELD_OUT, Text, builtin_text, excerpts, joined, load_text, set_apart
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "excerpts",
     "joined",
     "load_text",
+    "plain_text",
     "set_apart",
     "spread_evenly",
     "text_chunks",

@@ -14,6 +14,7 @@ from typing import Self
 
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_bytes
+from bitladder.text.plain import plain_text
 
 BUILTIN = ("pydoc:calibration", "pydoc:test")
 CHARACTERS = 8  # of a token: passages of so many characters for each token hold enough tokens
@@ -44,7 +45,7 @@ class Text:
 def load_text(spec: str) -> Text:
     """Loads "pydoc:calibration", "pydoc:test" or a file.
 
-    Raises BitladderError if there is no such file or text, or if it is empty.
+    Raises BitladderError if there is no such file or text, or if it is empty or not text.
     """
     if spec in BUILTIN:
         text = builtin_text(spec.removeprefix("pydoc:"))
@@ -52,12 +53,12 @@ def load_text(spec: str) -> Text:
     path = pathlib.Path(spec)
     try:
         data = path.read_bytes()
-    except OSError as error:
-        known = " or ".join(BUILTIN)
-        raise BitladderError(f"cannot read the text {spec}: {error.strerror} (a file, {known})") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        known, reason = " or ".join(BUILTIN), getattr(error, "strerror", None) or error
+        raise BitladderError(f"cannot read the text {spec}: {reason} (a file, {known})") from error
     if not data.strip():
         raise BitladderError(f"the text {spec} is empty")
-    text = data.decode("utf-8", "surrogateescape").removesuffix("\n")
+    text = plain_text(data, f"the text {spec}").removesuffix("\n")
     return Text(path.name, text, sha256_bytes(data))
 
 

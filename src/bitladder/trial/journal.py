@@ -5,10 +5,11 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pydantic
 
 from bitladder.errors import BitladderError
 from bitladder.keys import key_of
@@ -57,6 +58,26 @@ class Measures(Protocol):
         """KLD of each token, nats, float64 [chunks, scored]."""
 
 
+class _Line(pydantic.BaseModel):
+    """A line of the file. A line that lacks something, or holds what no measurement gives, does not count."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+    context: str
+    key: str
+    label: str
+    kld: tuple[float, ...] = pydantic.Field(min_length=1)
+    squares: tuple[float, ...]
+    tokens: int = pydantic.Field(ge=1)
+    types: dict[str, str]
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> "_Line":
+        if len(self.kld) != len(self.squares) or min(self.kld) < 0:
+            raise ValueError("no measurement")
+        return self
+
+
 class Journal:
     """Measurements in a file, a line for each.
 
@@ -75,19 +96,19 @@ class Journal:
             self._read(path)
 
     def _read(self, path: pathlib.Path) -> None:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+        for line in lines:
             try:
-                entry: dict[str, Any] = json.loads(line)
-                if entry["context"] == self._context:
-                    self.measurements[entry["key"]] = Measurement(
-                        entry["types"],
-                        tuple(entry["kld"]),
-                        tuple(entry["squares"]),
-                        entry["tokens"],
-                        entry["label"],
-                    )
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a process that was killed
+                entry = _Line.model_validate_json(line)
+            except pydantic.ValidationError:
+                continue  # damaged, or the last line of a process that was killed: it is measured again
+            if entry.context == self._context and recipe_key(entry.types) == entry.key:
+                self.measurements[entry.key] = Measurement(
+                    entry.types, entry.kld, entry.squares, entry.tokens, entry.label
+                )
 
     @property
     def tokens(self) -> int:

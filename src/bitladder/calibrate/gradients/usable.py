@@ -13,7 +13,7 @@ import numpy as np
 from bitladder.calibrate.gradients.hyperparameters import read_hyperparameters
 from bitladder.engine import Tokens, logit_differences, sequence_logits, threads_available
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile
+from bitladder.gguf import open_model
 
 if TYPE_CHECKING:
     from bitladder.calibrate.gradients.forward import TorchModel
@@ -54,7 +54,7 @@ def why_no_gradients(model: str | os.PathLike[str]) -> str | None:
         return "torch is not installed (pip install 'bitladder[torch]')"
     from bitladder.calibrate.gradients.families import FAMILIES
 
-    with GgufFile(model) as file:
+    with open_model(model) as file:
         family = FAMILIES.get(file.architecture)
         if family is None:
             return f"the torch forward pass does not know the architecture {file.architecture!r}"

@@ -14,17 +14,19 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
 from bitladder.engine import type_by_name
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, overflow
 from bitladder.files import replacing, sha256_file
-from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, Value, string, strings, u32
+from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, Value, describe_kind, string, strings, u32
 
 Floats = npt.NDArray[np.float32]
+T = TypeVar("T")
 _INPUTS, _COUNTS, _OUTPUTS = ".moments", ".counts", ".outputs"
 
 
@@ -99,18 +101,46 @@ class MomentsFile(Closing):
         file = self._file
         if file.get("general.type") != "moments":
             raise BitladderError(
-                f"{self.path} holds no second moments (general.type is {file.get('general.type')!r}); make them with "
-                "bitladder calibrate"
+                f"{self.path} holds no second moments, but is {describe_kind(file)}; make them with bitladder calibrate"
             )
-        pairs = file.get("moments.shared", [])
+        pairs: list[str] = self._value("shared", [], str)
+        if len(pairs) % 2:
+            raise BitladderError(f"{self.path}: moments.shared is not in pairs; collect the moments again")
+        shared = dict(zip(pairs[::2], pairs[1::2], strict=True))
         head = Provenance(
-            list(file.get("moments.datasets", [])),
-            int(file.get("moments.chunk_count", 0)),
-            int(file.get("moments.chunk_size", 0)),
-            str(file.get("moments.weighting", "tokens")),
-            str(file.get("moments.model_sha256", "")),
+            self._value("datasets", [], str),
+            self._value("chunk_count", 0),
+            self._value("chunk_size", 0),
+            self._value("weighting", "tokens"),
+            self._value("model_sha256", ""),
         )
-        return head, dict(zip(pairs[::2], pairs[1::2], strict=True))
+        own = {name.removesuffix(_INPUTS) for name in file.tensors if name.endswith(_INPUTS)}
+        for name in own:
+            self._check_entry(name)
+        if missing := sorted(set(shared.values()) - own):
+            raise BitladderError(
+                f"{self.path} has no entry {missing[0]}, which others share; collect the moments again"
+            )
+        if not own:
+            raise BitladderError(f"{self.path} has no entry at all; collect the moments again")
+        return head, shared
+
+    def _value(self, key: str, default: T, item: type | None = None) -> T:
+        """A value of the metadata, of the type of the default; of a list, whose items have the type `item`."""
+        value = self._file.get(f"moments.{key}", default)
+        items = value if isinstance(value, list) else []
+        if type(value) is not type(default) or (item and not all(type(one) is item for one in items)):
+            raise BitladderError(f"{self.path}: moments.{key} has a wrong type; collect the moments again")
+        return value
+
+    def _check_entry(self, name: str) -> None:
+        """Raises BitladderError unless an entry has as many matrices as counts, each a whole triangle."""
+        inputs, counts = self._file.tensors[name + _INPUTS], self._file.tensors.get(name + _COUNTS)
+        outputs = self._file.tensors.get(name + _OUTPUTS)
+        sizes = [inputs.width] if outputs is None else [inputs.width, outputs.width]
+        fits = counts is not None and counts.elements == inputs.rows
+        if not fits or any(triangle(width_of(size)) != size for size in sizes):
+            raise BitladderError(f"{self.path}: the entry {name} is not whole; collect the moments again")
 
     def close(self) -> None:
         """Close the file."""
@@ -199,9 +229,7 @@ class MomentsWriter:
 
     def _put(self, name: str, part: str, values: Floats) -> None:
         if not np.isfinite(values).all():
-            raise BitladderError(
-                f"the second moments of {name} are not finite: the model is damaged, or its activations overflow"
-            )
+            raise overflow(f"the second moments of {name} are")
         self._writer.write(name + part, np.ascontiguousarray(values, np.float32).view(np.uint8))
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from bitladder.calibrate.inputs import Floats, decode_columns
 from bitladder.engine import Context, Decoding, Model, NoisyOutputs, Tokens
+from bitladder.errors import overflow
 from bitladder.gguf import block_of, kind_of
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option
@@ -187,6 +188,8 @@ class _NoiseTrial:
         self._context.clear()
         decode_columns(self._context, self._tokens, 0, self._length)
         logits = self._context.logits().reshape(self.count, self._length, -1)[:, self._compared]
+        if not np.isfinite(logits).all():
+            raise overflow(f"the logits of {self._context.model.path.name} are")
         logits -= logits.max(axis=-1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         return logits

@@ -1,4 +1,4 @@
-"""Gaps of an imatrix: experts that no token reached, weights without an entry, values that are not finite."""
+"""Gaps of an imatrix: experts that no token reached, weights without an entry, values that cannot be or are all 0."""
 
 import dataclasses
 import os
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bitladder.calibrate.imatrix import Imatrix
+from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile, TensorInfo, imatrix_order, imatrix_place, ranges
+from bitladder.gguf import TensorInfo, imatrix_order, imatrix_place, open_model, ranges
 
 _WHY = {
     "token_embd": "looked up, not multiplied: it never has one",
@@ -28,6 +28,9 @@ class Gaps:
             token a mean of exactly 1. It is empty without a model, which has the number of experts.
         no_data: entries without a single token.
         not_finite: how many values are NaN or infinite.
+        negative: how many values are negative, which no sum of squares is.
+        zero_columns: how many columns of the other matrices that tokens reached are 0.
+        zero: matrices whose values are all 0 although tokens reached them, and the number of all matrices.
         without_entry: weights of the model with at least two dimensions but no entry; None without a model.
         not_in_model: entries without a weight in the model; None without a model.
     """
@@ -36,6 +39,9 @@ class Gaps:
     perhaps_unreached: dict[str, tuple[list[int], int]]
     no_data: list[str]
     not_finite: dict[str, int]
+    negative: dict[str, int]
+    zero: dict[str, tuple[list[int], int]]
+    zero_columns: dict[str, int]
     without_entry: list[str] | None = None
     not_in_model: list[str] | None = None
 
@@ -53,7 +59,7 @@ class Gaps:
     def to_json(self) -> dict[str, Any]:
         """As JSON: experts as {"count", "of", "experts"}, the rest as it is."""
         document = dataclasses.asdict(self)
-        for field in ("unreached", "perhaps_unreached"):
+        for field in ("unreached", "perhaps_unreached", "zero"):
             document[field] = {
                 name: {"count": len(experts), "of": of, "experts": experts}
                 for name, (experts, of) in getattr(self, field).items()
@@ -66,6 +72,17 @@ class Gaps:
         lines += _expert_lines(self.perhaps_unreached, "perhaps never reached (all their means are exactly 1)")
         for name, count in self.not_finite.items():
             lines.append(f"{name}: {count} value{_s(count)} not finite; compute it again")
+        for name, count in self.negative.items():
+            lines.append(f"{name}: {count} value{_s(count)} negative, which no sum of squares is; compute it again")
+        alike = [name for name, (_, of) in self.zero.items() if of == 1]
+        if alike:
+            lines.append(f"all 0 although tokens reached them, so that columns count alike: {listed(alike)}")
+        experts = {name: what for name, what in self.zero.items() if what[1] > 1}
+        lines += _expert_lines(experts, "reached, but with inputs of 0")
+        if self.zero_columns:
+            columns = [f"{name} {count}" for name, count in self.zero_columns.items()]
+            more = f", and {len(columns) - 8} more" if len(columns) > 8 else ""
+            lines.append(f"columns that are 0 on this text, and cost nothing there: {', '.join(columns[:8])}{more}")
         if self.no_data:
             lines.append("entries without a single token: " + listed(self.no_data))
         if self.without_entry:
@@ -96,6 +113,9 @@ def find_gaps(imatrix: Imatrix, model: str | os.PathLike[str] | None = None) -> 
         perhaps_unreached={},
         no_data=empty,
         not_finite={name: count for name, count in bad.items() if count},
+        negative={name: count for name, entry in entries.items() if (count := int((entry.sums < 0).sum()))},
+        zero_columns={name: count for name, entry in entries.items() if (count := _zero_columns(entry))},
+        zero={name: (zero, len(entry.counts)) for name, entry in entries.items() if (zero := entry.zero())},
     )
     if model is None:
         return gaps
@@ -120,10 +140,14 @@ def find_gaps(imatrix: Imatrix, model: str | os.PathLike[str] | None = None) -> 
     return gaps
 
 
+def _zero_columns(entry: ImatrixEntry) -> int:
+    sums = entry.sums.reshape(len(entry.counts), -1)
+    counted = (entry.counts > 0) & sums.any(axis=1)
+    return int((sums[counted] == 0).sum())
+
+
 def _weights(path: pathlib.Path) -> dict[str, TensorInfo]:
-    with GgufFile(path) as file:
-        if not file.architecture:
-            raise BitladderError(f"{path} is not a model: it has no general.architecture")
+    with open_model(path) as file:
         return dict(file.tensors)
 
 

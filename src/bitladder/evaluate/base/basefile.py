@@ -44,7 +44,7 @@ class BaseHeader(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[2] = 2
-    model: str
+    model: str = pydantic.Field(pattern=r"^[^/\\\x00]+$")
     model_sha256: str
     architecture: str
     vocabulary: str
@@ -54,8 +54,8 @@ class BaseHeader(pydantic.BaseModel):
     chunks: int = pydantic.Field(ge=1)
     chunks_in_text: int
     bos: int | None
-    n_vocab: int
-    n_embd: int
+    n_vocab: int = pydantic.Field(ge=1)
+    n_embd: int = pydantic.Field(ge=1)
     head: str
     head_type: str
     dtype: Dtype

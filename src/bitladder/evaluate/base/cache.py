@@ -5,7 +5,7 @@ from typing import Any
 
 from bitladder.engine import versions
 from bitladder.errors import BitladderError
-from bitladder.evaluate.base.basefile import BaseFile, BaseHeader
+from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, is_base_file
 from bitladder.evaluate.base.hidden import BASE, HiddenBase, make_base
 from bitladder.evaluate.identity import Identity, identify
 from bitladder.evaluate.measure_options import MeasureOptions
@@ -116,8 +116,8 @@ def load_or_compute_base(
         try:
             return open_base(target, text, settings, model)
         except BitladderError as error:
-            if path is not None:
-                raise
+            if path is not None or not is_base_file(target):
+                raise  # a file of another kind is somebody else's
             progress.info(f"making the base again: {error}")
     make_base(model, text, target, settings, progress)
     return open_base(target, text, settings, model)

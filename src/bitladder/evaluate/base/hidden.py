@@ -15,7 +15,7 @@ from bitladder.closing import Closing
 from bitladder.engine import Context, HiddenStates, dequantize_into, versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
-from bitladder.evaluate.divergence import BaseRows
+from bitladder.evaluate.divergence import BaseRows, refuse_broken
 from bitladder.evaluate.identity import Identity
 from bitladder.evaluate.logit_rows import RowScores, Workers, score_rows
 from bitladder.evaluate.measure_options import MeasureOptions, decode
@@ -195,9 +195,10 @@ class _Maker:
                     f"{self.model.head.name}; no divergence can be measured against a model of this architecture "
                     f"({self.model.architecture})"
                 )
+            # Scored first: logits that are not finite are named as such, not as those of another head.
+            scores.append(score_rows(logits, targets[start : start + len(logits)], self.workers, what=self.model.name))
             if chunk == 0 and difference is None:
                 difference = self._check(unpack(pack(hidden, dtype), dtype), logits)
-            scores.append(score_rows(logits, targets[start : start + len(logits)], self.workers, what=self.model.name))
             states.append(hidden)
         if difference is not None:
             write_header(stream, self._header(dtype, difference), self.chunks.tokens)
@@ -206,6 +207,7 @@ class _Maker:
             np.concatenate([part.top for part in scores]),
             np.concatenate([part.top_logit for part in scores]),
         )
+        refuse_broken(rows, self.model.name)
         write_record(stream, pack(np.concatenate(states), dtype), rows)
         return float(rows.nll.mean())
 
@@ -218,7 +220,7 @@ class _Maker:
         for index in range(product.count):
             first, block = product.block(index, 0)
             block -= logits[:rows, first : first + block.shape[1]]
-            difference = max(difference, float(np.abs(block).max()))
+            difference = float(np.maximum(difference, np.abs(block).max()))  # which keeps a NaN
         tolerance = _TOLERANCE if self.model.head.type.quantized else _TOLERANCE_EXACT
         if not difference <= tolerance * span:
             raise BitladderError(

@@ -29,12 +29,18 @@ def read(file: QuestionFile) -> Iterator[Question]:
         raise BitladderError(
             f"{file.name}: ends before its table of {count} records: it is truncated, or not such a file"
         )
+    taken = 0
     for record in range(1, count + 1):
         where = f"{file.name}, record {record}"
-        reader = _Reader(file.data, where, table.number())
+        place = table.number()
+        reader = _Reader(file.data, where, place)
         text = reader.text()
         choices, labels = reader.answers()
         reader.answers()
+        # Many records at one place would be far more than the file.
+        taken += reader.offset - place
+        if taken > len(file.data):
+            raise BitladderError(f"{where}: the records overlap: the file is damaged, or not such a file")
         if labels.count(1) != 1:
             raise BitladderError(f"{where}: {labels.count(1)} right answers; there must be one")
         yield question(where, text, choices, labels.index(1))

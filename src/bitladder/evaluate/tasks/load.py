@@ -1,5 +1,6 @@
 """Reads the questions of a task specification ("mmlu:mmlu-test.bin"), and writes them for llama-perplexity."""
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -151,3 +152,12 @@ def command_line(task: QuestionSet, path: PathLike, count: int) -> str:
     Without --no-escape llama-perplexity turns each "\\n" of the file into a line break, in binary files too.
     """
     return "llama-perplexity " + _COMMANDS[task.kind].format(path=pathlib.Path(path), count=count)
+
+
+def is_task_file(path: pathlib.Path) -> bool:
+    """Whether a file has questions in one of llama-perplexity's formats."""
+    for read in (binary.read, hellaswag.read_text, winogrande.read_csv):
+        with contextlib.suppress(BitladderError):
+            if list(read(open_file(path))):
+                return True
+    return False

@@ -9,13 +9,21 @@ import io
 import json
 import lzma
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from bitladder.errors import BitladderError
+from bitladder.text import plain_text
 
-_UNPACK: dict[str, Callable[[bytes], bytes]] = {".bz2": bz2.decompress, ".gz": gzip.decompress, ".xz": lzma.decompress}
+_OPEN: dict[str, Callable[[io.BytesIO], Any]] = {
+    ".bz2": bz2.BZ2File,
+    ".gz": lambda stream: gzip.GzipFile(fileobj=stream),
+    ".xz": lzma.LZMAFile,
+}
+# No benchmark comes near this, and so a small file cannot fill the memory.
+_MOST = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +45,8 @@ class QuestionFile:
 
     @property
     def text(self) -> str:
-        """The content as text, without a byte-order mark. Bytes that are not UTF-8 become surrogate escapes."""
-        return self.data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+        """The content as text, without a byte-order mark. Raises BitladderError if it is not UTF-8 text."""
+        return plain_text(self.data, self.name).removeprefix("\ufeff")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +86,28 @@ class QuestionRecord:
     def index(self, name: str, first: int = 0) -> int:
         """A field that is a whole number counted from `first`, as an index counted from 0."""
         value = self.text(name)
-        if not value.lstrip("-").isdecimal():
+        if not re.fullmatch(r"-?[0-9]{1,18}", value):
             raise BitladderError(f"{self.where}: {name} is {value!r}, not a whole number")
         return int(value) - first
 
 
 def open_file(path: pathlib.Path) -> QuestionFile:
-    """Reads a file. Raises BitladderError if it cannot be read or unpacked."""
+    """Reads a file. Raises BitladderError if it cannot be read or unpacked, or holds more than _MOST bytes."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as stream:
+            data = stream.read(_MOST + 1)
     except OSError as error:
         raise BitladderError(f"cannot read {path}: {error.strerror}") from error
-    unpack = _UNPACK.get(path.suffix.lower())
-    try:
-        return QuestionFile(path, unpack(data) if unpack else data)
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise BitladderError(f"{path} is damaged: {error}") from error
+    unpack = _OPEN.get(path.suffix.lower())
+    if unpack and len(data) <= _MOST:
+        try:
+            with unpack(io.BytesIO(data)) as packed:
+                data = packed.read(_MOST + 1)
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+            raise BitladderError(f"{path} is damaged: {error}") from error
+    if len(data) > _MOST:
+        raise BitladderError(f"{path} holds more than {_MOST >> 20} MiB, and so is no file of questions")
+    return QuestionFile(path, data)
 
 
 def find_files(folder: pathlib.Path, layouts: tuple[tuple[str, ...], ...]) -> list[pathlib.Path]:
@@ -132,7 +146,7 @@ def json_records(file: QuestionFile) -> Iterator[QuestionRecord]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
         raise BitladderError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from error
 
 
@@ -163,7 +177,7 @@ def csv_records(file: QuestionFile) -> Iterator[QuestionRecord]:
 
 
 def _inner(path: pathlib.Path) -> pathlib.Path:
-    return path.with_suffix("") if path.suffix.lower() in _UNPACK else path
+    return path.with_suffix("") if path.suffix.lower() in _OPEN else path
 
 
 @dataclasses.dataclass(frozen=True)

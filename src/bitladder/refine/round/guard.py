@@ -182,7 +182,7 @@ class Guard(Closing):
             for tensor in tensors:
                 change, without = self._without(tensor.names, now)
                 removals.append(GuardTrial(tensor.label, tensor.names, change, kept=change.value <= 0))
-                if change.value > 0:
+                if not change.value <= 0:
                     self._in.difference_update(tensor.names)
                     now = without
                 bar.advance()
@@ -205,7 +205,7 @@ class Guard(Closing):
         return [
             inner
             for place, (change, part) in enumerate(gains)
-            if not place or change.value > (-change.error if place < self._options.unclear else 0)
+            if not place or not change.value <= (-change.error if place < self._options.unclear else 0)
             for inner in part.inside
         ]
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from bitladder.calibrate import MomentsFile
 from bitladder.engine import Decoding, type_by_name
 from bitladder.evaluate import MeasureOptions
+from bitladder.files import refuse_inputs
+from bitladder.gguf import shards_of
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize import PreparedQuant, QuantizeOptions, QuantizeResult, prepare, refuse_target, write
+from bitladder.quantize import PreparedQuant, QuantizeOptions, QuantizeResult, prepare, write
 from bitladder.refine.model_files import ModelFiles
 from bitladder.refine.options import GuardOptions, RefineOptions
 from bitladder.refine.round.guard import GUARD, Guard, GuardReport
@@ -89,7 +91,7 @@ def quantize_rounded(
     Raises:
         BitladderError: files do not fit together; nothing is written then.
     """
-    refuse_target(files.model, out)
+    refuse_inputs([out], [*shards_of(files.model), *files.moments, *([files.imatrix] if files.imatrix else [])])
     with contextlib.ExitStack() as opened:
         moments = [opened.enter_context(MomentsFile(path)) for path in files.moments]
         rounding = OutputRounding(moments, refine.rounding)

@@ -78,7 +78,7 @@ def changed_rows(file: GgufFile, tensor: TensorInfo, change: Change) -> Iterator
             np.multiply(weights, change.columns[matrix], out=weights)
         if rows is not None:
             np.multiply(weights, rows[numbers], out=weights)
-        if tensor.type.name == "f16" and np.abs(weights).max() > np.finfo(np.float16).max:
+        if tensor.type.name == "f16" and not np.abs(weights).max() <= np.finfo(np.float16).max:
             raise BitladderError(f"{tensor.name}: scaled weights overflow F16; convert with --outtype bf16 or f32")
         placed = weights if change.column_order is None else np.ascontiguousarray(weights[:, change.column_order])
         yield quantize_rows(placed, tensor.type, None)

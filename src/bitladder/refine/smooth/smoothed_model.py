@@ -10,8 +10,8 @@ import numpy as np
 from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
 from bitladder.engine import logit_differences, sequence_logits
 from bitladder.errors import BitladderError, UsageError
-from bitladder.files import replacing, sha256_file
-from bitladder.gguf import GgufFile
+from bitladder.files import refuse_inputs, replacing, sha256_file
+from bitladder.gguf import GgufFile, open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.model_files import Floats, ModelFiles, copy_model
@@ -79,8 +79,8 @@ def smooth_model(
     if source.imatrix is None or out.imatrix is None:
         raise UsageError("smoothing needs an importance matrix: pass --imatrix")
     matrix, digest = read_imatrix(source.imatrix), sha256_file(source.imatrix)
-    with GgufFile(source.model) as file:
-        _refuse_inputs(file, source, out)
+    with open_model(source.model) as file:
+        refuse_inputs([out.model, out.imatrix, *out.moments], [*file.parts, source.imatrix, *source.moments])
         if file.get(KEY):
             raise BitladderError(f"{file.path} is smoothed already")
         _refuse_other_imatrix(file, matrix, source.imatrix)
@@ -98,7 +98,7 @@ def smooth_model(
         with replacing(out.model) as temporary:
             attempt = _Attempt(file, digest, temporary, threads)
             moved = attempt.moved(parts, progress)
-            if moved > options.tolerance:
+            if not moved <= options.tolerance:
                 neutral = [name for name in parts.names() if attempt.moved(parts.only([name])) <= options.tolerance]
                 parts = parts.only(neutral)
                 progress.warn(
@@ -106,7 +106,7 @@ def smooth_model(
                     "can change"
                 )
                 moved = attempt.moved(parts, progress)
-            if not parts.names() or moved > options.tolerance:
+            if not parts.names() or not moved <= options.tolerance:
                 raise SmoothingError(f"{file.path}: no scale can move without changing the logits; do not smooth it")
     changes = parts.changes()
     write_imatrix(changed_imatrix(matrix, changes), out.imatrix)
@@ -164,13 +164,6 @@ class _Attempt:
         )
         logits = sequence_logits(self._out, self._tokens, threads=self._threads)
         return float(logit_differences(logits, self._logits).max())
-
-
-def _refuse_inputs(file: GgufFile, source: ModelFiles, out: ModelFiles) -> None:
-    inputs = (*file.parts, source.imatrix, *source.moments)
-    for path in (out.model, out.imatrix, *out.moments):
-        if path is not None and path.exists() and any(read and path.samefile(read) for read in inputs):
-            raise UsageError(f"{path} is an input; name another output")
 
 
 def _refuse_other_imatrix(file: GgufFile, matrix: Imatrix, path: pathlib.Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from bitladder.calibrate import TorchModel, UnfinishedWork
 from bitladder.closing import Closing
 from bitladder.engine import Tokens
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, overflow
 from bitladder.gguf import GgufFile
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.model_files import Bytes
@@ -193,7 +193,7 @@ def descend(
         for step, (index, rate) in itertools.islice(steps, done, None):
             divergence, slopes = student.backward(chunks[index], teacher)
             if not math.isfinite(divergence):
-                raise BitladderError(f"the KLD of {student.model.path.name} is not finite in step {step}")
+                raise overflow(f"in step {step} the KLD of {student.model.path.name} is")
             for key, slope in slopes.items():
                 mean = means[key].lerp_(slope, 1 - options.mean_decay)
                 square = squares[key].lerp_(slope.square_(), 1 - options.square_decay)

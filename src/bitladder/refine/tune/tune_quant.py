@@ -18,8 +18,8 @@ from bitladder.calibrate import (
 from bitladder.engine import Decoding, Model, Tokens
 from bitladder.errors import UsageError
 from bitladder.evaluate import Figure, MeasureOptions, mean, measure, paired_mean
-from bitladder.files import replacing, sha256_file
-from bitladder.gguf import GgufFile, refuse_other_model, refuse_other_vectors
+from bitladder.files import refuse_inputs, replacing, sha256_file
+from bitladder.gguf import open_model, refuse_other_model, refuse_other_vectors, shards_of
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import TUNE_KEY
@@ -96,13 +96,12 @@ def tune(
     """
     require_torch()
     files = _Files(full, quant, out)
-    if out.exists() and any(out.samefile(path) for path in (full, quant)):
-        raise UsageError(f"{out} is an input; name another output")
+    refuse_inputs([out], [*shards_of(full), quant])
     if not texts:
         raise UsageError("tuning needs a text: pass -f")
     if not options.tune_chunks:
         raise UsageError("--tune-chunks is 0: nothing to tune on")
-    with GgufFile(full) as source, GgufFile(quant) as quantized:
+    with open_model(full) as source, open_model(quant) as quantized:
         refuse_other_model(quantized, source)
         refuse_other_vectors(quantized, source)
     with Model(full, vocab_only=True) as vocabulary:
@@ -199,7 +198,7 @@ def _descend(
 
 
 def _write(quant: pathlib.Path, out: pathlib.Path, blocks: dict[str, Bytes], remark: str) -> None:
-    with GgufFile(quant) as file:
+    with open_model(quant) as file:
         copy_model(
             file,
             out,

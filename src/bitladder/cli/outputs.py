@@ -1,0 +1,177 @@
+"""The rule of outputs, for all commands: no output is an input, and none overwrites a file of another kind.
+
+A parameter that names an output has the type `OutputPath`. Whatever else on the command line names a file is an input.
+`Command` applies the rule before a command begins, and gives it --force. A command that chooses the name of an output
+itself calls `check_output`.
+
+What is allowed on purpose:
+
+- A file of the kind that the command writes is replaced: the same command again makes the same file again.
+- Importance matrices and second moments may be added to themselves (`imatrix --in-file X -o X`): the sum of what was
+  read replaces it. `OutputPath.adds_to` names such inputs.
+- `eval --base-file` and the like name what is written at first and read afterwards.
+- --force overwrites a file of another kind, never an input.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import click
+
+from bitladder.cli.file_kinds import KINDS
+from bitladder.errors import UsageError
+from bitladder.files import same_file
+
+_FORCE, _READ = "bitladder.force", "bitladder.read"
+
+
+class OutputPath(click.Path):
+    """The type of a parameter that names a file to write.
+
+    Parameters:
+        kind: what is written, a key of `KINDS`; a function chooses it by the command's parameters, None of it writes
+            nothing.
+        adds_to: parameters whose files may be the output.
+    """
+
+    def __init__(self, kind: str | Callable[[Mapping[str, Any]], str | None], *, adds_to: tuple[str, ...] = ()) -> None:
+        super().__init__(path_type=pathlib.Path)
+        self._kind = kind
+        self.adds_to = adds_to
+
+    def kind(self, params: Mapping[str, Any]) -> str | None:
+        """What is written with these parameters; None if the parameter then names an input."""
+        return self._kind(params) if callable(self._kind) else self._kind
+
+
+class OutputFolder(click.Path):
+    """The type of a parameter that names a directory in which a command keeps files of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=pathlib.Path)
+
+
+class Command(click.Command):
+    """A command that refuses an output that is an input or a file of another kind.
+
+    `writes` says that a command without an `OutputPath` writes files, and so has --force.
+    """
+
+    def __init__(self, *args: Any, writes: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if writes or any(isinstance(param.type, OutputPath) for param in self.params):
+            help = "Overwrite a file of another kind too, if it is no input."
+            force = click.Option(["--force"], is_flag=True, expose_value=False, callback=_note_force, help=help)
+            self.params.insert(max(0, len(self.params) - 3), force)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Applies the rule and calls the command."""
+        chosen = list(_outputs(ctx))
+        for index, (param, path, kind) in enumerate(chosen):
+            check_output(path, kind, adds_to=param.type.adds_to)  # type: ignore[attr-defined]
+            for other, theirs, _ in chosen[:index]:
+                if same_file(path, theirs):
+                    raise UsageError(f"{param.opts[0]} and {other.opts[0]} name the same file")
+        return super().invoke(ctx)
+
+
+def check_output(path: pathlib.Path, kind: str, *, adds_to: tuple[str, ...] = ()) -> None:
+    """Applies the rule to an output of the command that runs.
+
+    Parameters:
+        path: the file to write.
+        kind: what is written, a key of `KINDS`.
+        adds_to: parameters whose files may be the output.
+
+    Raises:
+        UsageError: the output is a directory, an input, or a file of another kind without --force.
+    """
+    context = click.get_current_context()
+    words, is_kind = KINDS[kind]
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; name a file")
+    for flag, given in _inputs(context, adds_to):
+        inside = given.is_dir() and path.exists() and not is_kind(path) and _holds(given, path)
+        if inside or (not given.is_dir() and any(same_file(path, part) for part in _parts(given))):
+            raise UsageError(f"{path} is an input ({flag}); name another output")
+    if context.meta.get(_FORCE) or not path.is_file() or path.stat().st_size == 0:
+        return
+    if not is_kind(path):
+        raise UsageError(f"{path} is there and is not {words}; name another output, or overwrite it with --force")
+
+
+def check_folder(folder: pathlib.Path, patterns: Iterable[str], *, but: tuple[str, ...] = ()) -> None:
+    """Raises UsageError if an input lies in a directory where the command that runs writes files of that name.
+
+    Parameters:
+        folder: the directory.
+        patterns: what is written in it; a directory stands for all that it holds.
+        but: parameters whose files may lie there.
+    """
+    written = [path.resolve() for pattern in patterns for path in folder.glob(pattern)]
+    for flag, given in _inputs(click.get_current_context(), but):
+        if any(given.resolve().is_relative_to(path) or same_file(given, path) for path in written):
+            raise UsageError(f"{given} is an input ({flag}) among the files that {folder} gets; copy it elsewhere")
+
+
+def note_input(context: click.Context, flag: str, path: str) -> None:
+    """Notes a file that a command read before its parameters were known."""
+    context.meta.setdefault(_READ, []).append((flag, pathlib.Path(path)))
+
+
+def _note_force(context: click.Context, _param: click.Parameter, value: bool) -> None:
+    context.meta[_FORCE] = value
+
+
+def _outputs(context: click.Context) -> Iterator[tuple[click.Parameter, pathlib.Path, str]]:
+    for param in context.command.params:
+        value = context.params.get(param.name or "")
+        if isinstance(param.type, OutputPath) and value is not None:
+            kind = param.type.kind(context.params)
+            if kind is not None:
+                yield param, value, kind
+
+
+def _inputs(context: click.Context, but: tuple[str, ...]) -> Iterator[tuple[str, pathlib.Path]]:
+    """Whatever on the command line names a file that is there, and directories among the arguments."""
+    written = {id(param) for param, _, _ in _outputs(context)}
+    yield from context.meta.get(_READ, ())
+    for param in context.command.params:
+        is_path = isinstance(param.type, click.Path | click.types.StringParamType)
+        if not is_path or id(param) in written or isinstance(param.type, OutputFolder) or param.name in but:
+            continue
+        value = context.params.get(param.name or "")
+        for item in value if isinstance(value, list | tuple) else (value,):
+            for path in _named(item):
+                if path.is_file() or (path.is_dir() and isinstance(param, click.Argument)):
+                    yield _flag(param), path
+
+
+def _named(value: Any) -> Iterator[pathlib.Path]:
+    """The paths that a value may name: itself, or the sources in a list NAME:SOURCE,NAME:SOURCE."""
+    if isinstance(value, pathlib.Path):
+        yield value
+    elif isinstance(value, str) and "\0" not in value:
+        words = {value, *value.split(",")}
+        for word in words | {word.partition(":")[2] for word in words}:
+            if 0 < len(word) < 4096:
+                yield pathlib.Path(word.strip())
+
+
+def _parts(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """The file, or all shards of a model."""
+    from bitladder.gguf import shards_of
+
+    return shards_of(path)
+
+
+def _holds(folder: pathlib.Path, path: pathlib.Path) -> bool:
+    """Whether a directory holds a file, whatever the spellings, links included."""
+    if path.resolve().is_relative_to(folder.resolve()):
+        return True
+    return any(same_file(path, inner) for inner in folder.iterdir() if inner.is_file())
+
+
+def _flag(param: click.Parameter) -> str:
+    return param.opts[0] if isinstance(param, click.Option) else param.human_readable_name

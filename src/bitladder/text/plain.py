@@ -1,0 +1,60 @@
+"""Bytes of a file as text: what is UTF-8 is read, what is not is recognised and named."""
+
+from bitladder.errors import BitladderError
+
+# How a file begins → what it is.
+_BEGINNINGS = {
+    b"GGUF": "a GGUF file",
+    b"\x1f\x8b": "compressed (gzip); unpack it",
+    b"BZh": "compressed (bzip2); unpack it",
+    b"\xfd7zXZ": "compressed (xz); unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd); unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "a Parquet file; export its text",
+    b"%PDF": "a PDF; export its text",
+    b"BLBASE": "a base file",
+    b"_logits_": "a file of log-probabilities",
+    b"\xff\xfe\x00\x00": "UTF-32; convert it: iconv -f UTF-32 -t UTF-8",
+    b"\x00\x00\xfe\xff": "UTF-32; convert it: iconv -f UTF-32 -t UTF-8",
+    b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+}
+# Stray bytes of this share are kept as they are, as llama.cpp's tools keep them. More are another encoding.
+_STRAY = 1e-4
+_CUT = 3  # bytes of a character that is cut off at the start or the end
+
+
+def plain_text(data: bytes, name: str) -> str:
+    """The text of a file. Bytes that are not UTF-8 become surrogate escapes, if they are few.
+
+    Parameters:
+        data: the content of the file.
+        name: the file, for the error.
+
+    Raises:
+        BitladderError: the content is no text, or not UTF-8; the error says what it is, as far as it can be told.
+
+    Example:
+        >>> plain_text(b"ab\\xc3", "cut.txt") == "ab" + chr(0xdcc3)
+        True
+    """
+    for beginning, what in _BEGINNINGS.items():
+        if data.startswith(beginning):
+            raise BitladderError(f"{name} is not UTF-8 text: it is {what}")
+    zero = data.find(b"\0")
+    if zero >= 0:
+        text16 = len(data) > 3 and (data[1:200:2].count(0) > len(data[:200]) // 3 or data[:200:2].count(0) > 30)
+        what = "UTF-16; convert it: iconv -f UTF-16LE -t UTF-8" if text16 else "binary"
+        raise BitladderError(f"{name} is not UTF-8 text: it has a zero byte at {zero}, so it seems to be {what}")
+    text = data.decode("utf-8", "surrogateescape")
+    if data.isascii():
+        return text
+    stray = [index for index, letter in enumerate(text) if "\udc80" <= letter <= "\udcff"]
+    inside = [index for index in stray if _CUT <= index < len(text) - _CUT]
+    if len(inside) > _STRAY * len(data):
+        raise BitladderError(
+            f"{name} is not UTF-8 text: {len(stray)} of its {len(data)} bytes fit into no character, the first is "
+            f"{ord(text[stray[0]]) - 0xDC00:#x}; if it is Latin-1 or Windows-1252, convert it: "
+            "iconv -f WINDOWS-1252 -t UTF-8"
+        )
+    return text
