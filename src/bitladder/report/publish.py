@@ -15,7 +15,7 @@ import yaml
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import read_scores
 from bitladder.hub import PRESET, pick, side_word
-from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
+from bitladder.ladder.manifest import Manifest, RunRecord, check_source, complete_manifest
 from bitladder.report.rundir import RunPaths, price_paths
 
 # The start of a path of this machine: /home/…, ~/…, ./…, C:\…, \\server, file:…
@@ -53,6 +53,7 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
         BitladderError: the run is not finished, or a file is missing or was changed after the run.
     """
     manifest, run = complete_manifest(folder)
+    check_source(folder, manifest)
     paths = RunPaths(folder)
     recorded = {output.path: output.bytes for step in manifest.steps.values() for output in step.outputs}
     files: dict[str, PublishedFile] = {}

@@ -11,7 +11,7 @@ from bitladder.calibrate import read_imatrix
 from bitladder.calibrate.statistics import TensorStatistics, tensor_statistics
 from bitladder.evaluate import Figure, NamedFile, Role, RunScores, read_document, read_scores
 from bitladder.gguf.reader import GgufFile
-from bitladder.ladder.manifest import Manifest, RunRecord, complete_manifest
+from bitladder.ladder.manifest import Manifest, RunRecord, check_source, complete_manifest
 from bitladder.recipe import Recipe, read_recipe
 
 D = TypeVar("D", bound=pydantic.BaseModel)
@@ -188,6 +188,7 @@ def read_run(folder: pathlib.Path) -> Run:
     """
     paths = RunPaths(folder)
     manifest, record = complete_manifest(folder)
+    check_source(folder, manifest)
     full = manifest.steps["convert"].facts
     rungs = [
         RunModel(rung, "rung", read_scores(paths.scores(rung)), read_recipe(paths.recipe(rung)))
