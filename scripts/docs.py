@@ -23,9 +23,9 @@ HEAD = """\
 Data goes to stdout, messages and progress to stderr. Exit codes: 0 done, 1 an error, 2 a wrong option, 130 interrupted,
 143 terminated.
 
-No command overwrites a file that it reads, by whatever path, or a file of another kind than it writes. It replaces files
-of its own kind. `--force` replaces a file of another kind too. `imatrix` and `calibrate` may add to a file (`--in-file`
-and `-o` name the same one), and the model of `run` may lie in its directory.
+No command overwrites a file that it reads, by whatever path, or a file of another kind than it writes. It replaces
+files of its own kind. `--force` replaces a file of another kind too. `imatrix` and `calibrate` may add to a file
+(`--in-file` and `-o` name the same one), and the model of `run` may lie in its directory.
 """
 # Options of all commands, said once.
 COMMON = ("as_json", "quiet", "verbose", "help")

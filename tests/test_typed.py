@@ -69,6 +69,14 @@ def test_the_form_of_llama_quantize(tiny_gguf, tmp_path):
         assert any(tensor.type.name == "q4_0" for tensor in file.tensors.values())
 
 
+def test_the_form_of_llama_quantize_overwrites_no_input(tiny_gguf, tmp_path, capsys):
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(tiny_gguf.read_bytes())
+    assert invoke(["quantize", str(copy), str(copy), "Q4_0"]) == 2
+    assert "is an input" in capsys.readouterr().err
+    assert copy.read_bytes() == tiny_gguf.read_bytes()
+
+
 @pytest.mark.parametrize("words", [["IN", "OUT"], ["IN", "OUT", "Q4_0", "many"], ["IN", "OUT", "Q4_0", "-t", "1", "2"]])
 def test_other_forms_are_refused(words, tiny_gguf, tmp_path, capsys):
     out = tmp_path / "out.gguf"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_models
 from click.testing import CliRunner
+from heard import Heard
 
 from bitladder.cli.convert import command
 from bitladder.convert import checkpoint, convert, default_name, safetensors, tensors
@@ -105,6 +106,20 @@ def test_f16_overflow(folder: pathlib.Path) -> None:
     assert convert(folder, folder.parent / "out.gguf", outtype="f16").outtype == "f16"
 
 
+def test_f16_underflow_is_named(folder: pathlib.Path) -> None:
+    for row in (0, 7):
+        for column in range(safetensors.read_header(shard_of(folder))[NAME].shape[1]):
+            spoil(folder, 1e-9, (row, column))
+    heard = Heard()
+    convert(folder, folder.parent / "f16.gguf", outtype="f16", progress=heard)
+    assert [line for line in heard.warnings if NAME in line] == [
+        f"{NAME}: 2 of 96 rows are lost, because f16 has no numbers as small; convert with --outtype bf16"
+    ]
+    heard = Heard()
+    convert(folder, folder.parent / "bf16.gguf", outtype="bf16", progress=heard)
+    assert not [line for line in heard.warnings if NAME in line]
+
+
 def test_bf16_rounds_to_nearest_even() -> None:
     torch: Any = pytest.importorskip("torch")
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
@@ -115,9 +130,9 @@ def test_bf16_rounds_to_nearest_even() -> None:
 
 def test_unknown_architecture(folder: pathlib.Path) -> None:
     configure(folder, architectures=["MambaForCausalLM"])
-    message = refusal(folder)
+    message = refusal(folder, upstream=False)
     assert "MambaForCausalLM" in message
-    assert "--converter PATH" in message
+    assert "--upstream" in message
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,13 @@ _UNQUANTIZED = ("F16", "BF16", "F32", "ALL_F32", "COPY")
 _PATH = click.Path(path_type=pathlib.Path)
 
 
-class _FilesInPlace(Command):
-    """Puts the entries of --tensor-type-file where the file is named: the first pattern that matches decides."""
+class _Quantize(Command):
+    """Puts the entries of --tensor-type-file where the file is named: the first pattern that matches decides.
+
+    IN OUT PRESET [THREADS], the form of llama-quantize, becomes options.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-
         expanded, rest = list[str](), iter(args)
         for word in rest:
             name, equals, path = word.partition("=")
@@ -44,17 +46,21 @@ class _FilesInPlace(Command):
             note_input(ctx, name, path)
             for entry in read_tensor_types(path):
                 expanded += ["--tensor-type", entry]
-        return super().parse_args(ctx, expanded)
+        left = super().parse_args(ctx, expanded)
+        words = ctx.params["words"]
+        if len(words) > 1 and not ctx.resilient_parsing:
+            ctx.params |= _as_llama_quantize(words, ctx.params)
+        return left
 
 
 def _written(params: Mapping[str, Any]) -> str:
     """A preset without quantized types, or a recipe, can make a full-precision model."""
-    plain = (params["preset"] or "").upper() in _UNQUANTIZED
+    plain = "".join(params["words"]).upper() in _UNQUANTIZED
     return "model" if plain or params["recipe"] is not None else "quant"
 
 
 # A parameter for each option that stands for itself.
-@click.command("quantize", cls=_FilesInPlace)
+@click.command("quantize", cls=_Quantize)
 @click.argument("words", nargs=-1, metavar="[PRESET]")
 @click.option("-m", "--model", "source", type=_PATH, help="F16, BF16 or F32 GGUF.")
 @click.option("-o", "--output", "out", type=OutputPath(_written), help="File to write. An existing file is replaced.")
@@ -83,7 +89,7 @@ def command(
     out: pathlib.Path | None,
     imatrix: pathlib.Path | None,
     recipe: pathlib.Path | None,
-    tensor_type_file: None,  # _FilesInPlace has read it
+    tensor_type_file: None,  # _Quantize has read it
     options: QuantizeOptions,
     prune_layers: str | None,
     split_max_size: str | None,
@@ -100,16 +106,13 @@ def command(
     llama-quantize, unless --rounding chooses better blocks of the same size. Its own form works too:
     bitladder quantize IN.gguf OUT.gguf PRESET [THREADS].
     """
+    from bitladder.quantize import check_room, preflight, prepare, write
+    from bitladder.refine import quantize_rounded
     from bitladder.show import preflight_tables
 
-    if len(words) > 1:
-        source, out, words, threads = _as_llama_quantize(words, source, out, threads)
     if source is None:
         raise click.UsageError("Missing option '-m' / '--model'.")
     preset = words[0] if words else None
-    from bitladder.quantize import check_room, preflight, prepare, write
-    from bitladder.refine import quantize_rounded
-
     read = read_recipe(recipe) if recipe is not None else None
     options = options.replace(
         preset=read.preset if preset is None and read is not None else preset,
@@ -118,7 +121,7 @@ def command(
         split_max_bytes=None if split_max_size is None else parse_size(split_max_size, "--split-max-size"),
     )
     if out is not None:
-        check_output(plain_path(out), _written({"preset": options.preset, "recipe": recipe}))
+        check_output(plain_path(out), _written({"words": words, "recipe": recipe}))
     elif not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if rounding.method != "stock" and not dry_run and out is not None:
@@ -145,24 +148,23 @@ def command(
         for part in (*preflight_tables.tables(figures), *preflight_tables.lines(figures)):
             output.remark(part)
         for path in output_paths(out, prepared.groups):
-            check_output(path, _written({"preset": options.preset, "recipe": recipe}))
+            check_output(path, _written({"words": words, "recipe": recipe}))
         check_room(prepared, out)
         _show_result(output, write(prepared, out, threads=threads, progress=output.progress))
 
 
-def _as_llama_quantize(
-    words: tuple[str, ...], source: pathlib.Path | None, out: pathlib.Path | None, threads: int | None
-) -> tuple[pathlib.Path, pathlib.Path, tuple[str, ...], int | None]:
-    """Model, output, preset and threads of IN OUT PRESET [THREADS]. Raises UsageError if they are given twice."""
-    if source is not None or out is not None or len(words) not in (3, 4) or (len(words) == 4 and threads is not None):
-        raise UsageError(
-            f"{' '.join(words)}: write PRESET -m IN.gguf -o OUT.gguf, or IN.gguf OUT.gguf PRESET [THREADS]"
-        )
-    if len(words) == 4:
-        if not words[3].isdecimal() or int(words[3]) < 1:
-            raise UsageError(f"{words[3]} is no number of threads; write IN.gguf OUT.gguf PRESET [THREADS]")
-        threads = int(words[3])
-    return pathlib.Path(words[0]), pathlib.Path(words[1]), (words[2],), threads
+def _as_llama_quantize(words: tuple[str, ...], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that IN OUT PRESET [THREADS] means. Raises UsageError if some are options too."""
+    options = ("source", "out", *(("threads",) if len(words) == 4 else ()))
+    if len(words) not in (3, 4) or any(params[name] is not None for name in options):
+        forms = "PRESET -m IN.gguf -o OUT.gguf, or IN.gguf OUT.gguf PRESET [THREADS]"
+        raise UsageError(f"{' '.join(words)}: write {forms}")
+    values = {"source": pathlib.Path(words[0]), "out": pathlib.Path(words[1]), "words": (words[2],)}
+    if len(words) == 3:
+        return values
+    if not words[3].isdecimal() or int(words[3]) < 1:
+        raise UsageError(f"{words[3]} is no number of threads; write IN.gguf OUT.gguf PRESET [THREADS]")
+    return values | {"threads": int(words[3])}
 
 
 def _show_preflight(output: Output, prepared: "PreparedQuant", figures: "Preflight") -> None:

@@ -53,6 +53,7 @@ def command(
     compared before and after. Quantize the new file with the new importance matrix. LoRA adapters of the model do not
     fit the new file.
     """
+    from bitladder.refine import smooth_model, try_smoothing
 
     loaded = load_text(text) if text else None
     out = out or model.with_name(f"{model.stem}-smooth.gguf")
@@ -67,8 +68,6 @@ def command(
         check_output(path, kind)
     if len({path.name for path in moments}) < len(moments):
         raise UsageError("two of --moments have the same name, and so would their copies; rename one")
-    from bitladder.refine import smooth_model, try_smoothing
-
     result = smooth_model(source, smoothed, options, threads=decoding.threads, progress=output.progress)
     trial = None
     if loaded is not None:

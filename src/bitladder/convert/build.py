@@ -16,7 +16,15 @@ from bitladder.convert.checkpoint import Checkpoint
 from bitladder.convert.config import Config, read_json
 from bitladder.convert.families import Family, architectures, family_for, named_family
 from bitladder.convert.quantized import check_quantization
-from bitladder.convert.tensors import OUTTYPES, TensorCopy, check_finite, choose_outtype, encode, plan_copies
+from bitladder.convert.tensors import (
+    OUTTYPES,
+    TensorCopy,
+    check_finite,
+    choose_outtype,
+    encode,
+    plan_copies,
+    small_end_loss,
+)
 from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
 from bitladder.convert.upstream import converter_at, refuse_code, run_converter
 from bitladder.errors import UsageError
@@ -163,17 +171,22 @@ def _write(
                 writer.write_tensor_data(values)
             for copy in copies:
                 bar.note(copy.name)
-                writer.write_tensor_data(_load(checkpoint, family, copy))
+                writer.write_tensor_data(_load(checkpoint, family, copy, progress))
                 bar.advance(copy.bytes)
     finally:
         writer.close()
     return len(extra) + len(copies)
 
 
-def _load(checkpoint: Checkpoint, family: Family, copy: TensorCopy) -> NDArray[np.generic]:
+def _load(checkpoint: Checkpoint, family: Family, copy: TensorCopy, progress: Progress) -> NDArray[np.generic]:
     raw = checkpoint.read(copy.source)
     check_finite(copy.source, raw)
-    return encode(copy.source, family.arrange(copy.source, raw), copy.type)
+    raw = family.arrange(copy.source, raw)
+    stored = encode(copy.source, raw, copy.type)
+    loss = small_end_loss(copy.source, raw, stored, copy.type)
+    if loss is not None:
+        progress.warn(loss)
+    return stored
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from bitladder.convert.fp8 import FP8
 from bitladder.convert.safetensors import Shape
 from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress
+from bitladder.underflow import lost_in, lost_rows
 
 Type = gguf.GGMLQuantizationType
 OUTTYPES = {
@@ -207,13 +208,34 @@ def encode(name: str, raw: Raw, target: Type) -> NDArray[Any]:
     out = np.empty(raw.size, STORED[target])
     for start, slab in _slabs(raw):
         largest = np.abs(slab).argmax() if slab.size else 0
-        if slab.size and abs(slab[largest]) > LARGEST[target]:
+        if slab.size and not abs(slab[largest]) <= LARGEST[target]:
             raise BitladderError(
                 f"tensor {name} has the weight {slab[largest]:g}, which {target.name} cannot hold (at most"
                 f" {LARGEST[target]:g}); use --outtype {'bf16' if target == Type.F16 else 'f32'}"
             )
         out[start : start + slab.size] = _bfloat16(slab) if target == Type.BF16 else slab
     return out.reshape(raw.shape)
+
+
+def small_end_loss(name: str, raw: Raw, stored: NDArray[Any], target: Type) -> str | None:
+    """The warning of a matrix that loses rows because its weights are too small for a type; None if it loses none.
+
+    Parameters:
+        name: name of the tensor.
+        raw: the weights as the checkpoint has them, with two or more dimensions.
+        stored: what `encode` made of them.
+        target: F32, F16 or BF16.
+    """
+    if target != Type.F16 or raw.ndim < 2:  # BF16 has the exponents of F32
+        return None
+    rows, width = raw.reshape(-1, raw.shape[-1]), raw.shape[-1]
+    encoded, step = stored.reshape(-1, width), max(1, SLAB // width)
+    lost = 0
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        wide = np.concatenate([slab for _, slab in _slabs(part)]).reshape(part.shape)
+        lost += lost_rows(wide, encoded[start : start + step].astype(np.float32))
+    return lost_in(name, lost, len(rows), "f16", "convert with --outtype bf16") if lost else None
 
 
 def _slabs(raw: Raw) -> Iterator[tuple[int, NDArray[np.float32]]]:

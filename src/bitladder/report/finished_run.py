@@ -10,7 +10,7 @@ from bitladder.calibrate import TensorStatistics, read_imatrix, tensor_statistic
 from bitladder.evaluate import Figure, NamedFile, Role, RunScores, read_document, read_scores
 from bitladder.gguf import GgufFile
 from bitladder.recipe import Recipe, read_recipe
-from bitladder.rundir import Layout, Manifest, RunRecord, complete_manifest, naive
+from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, naive
 
 D = TypeVar("D", bound=pydantic.BaseModel)
 
@@ -139,6 +139,7 @@ def read_run(folder: pathlib.Path) -> FinishedRun:
     """
     layout = Layout(folder)
     manifest, record = complete_manifest(folder)
+    check_source(folder, manifest)
     full = manifest.steps["convert"].facts
     rungs = [
         RunModel(rung, "rung", read_scores(layout.scores(rung)), read_recipe(layout.recipe(rung)))

@@ -15,7 +15,7 @@ import yaml
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import read_scores
 from bitladder.hub import PRESET, pick, side_word
-from bitladder.rundir import Layout, Manifest, RunRecord, complete_manifest, naive
+from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, naive
 
 # The start of a path of this machine: /home/…, ~/…, ./…, C:\…, \\server, file:…
 _LOCAL = re.compile(r"(/|~|\.{1,2}[/\\]|[A-Za-z]:[\\/]|\\\\|file:)")
@@ -52,6 +52,7 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
         BitladderError: the run is not finished, or a file is missing or was changed after the run.
     """
     manifest, run = complete_manifest(folder)
+    check_source(folder, manifest)
     layout = Layout(folder)
     recorded = {output.path: output.bytes for step in manifest.steps.values() for output in step.outputs}
     files: dict[str, PublishedFile] = {}

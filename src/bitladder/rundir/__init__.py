@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         OutputFile,
         RunRecord,
         StepRecord,
+        check_source,
         complete_manifest,
         load_manifest,
     )
@@ -25,6 +26,7 @@ __all__ = [
     "OutputFile",
     "RunRecord",
     "StepRecord",
+    "check_source",
     "complete_manifest",
     "load_manifest",
     "naive",

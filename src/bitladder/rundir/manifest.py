@@ -120,7 +120,6 @@ def complete_manifest(folder: pathlib.Path) -> tuple[Manifest, RunRecord]:
         raise BitladderError(f"{folder} is not a run directory: it has no {name}; bitladder run --out makes one")
     if manifest.run is None or not manifest.run.complete:
         raise BitladderError(f"the run in {folder} is not finished; give its `bitladder run` command again first")
-    _check_source(folder, manifest)
     return manifest, manifest.run
 
 
@@ -138,7 +137,7 @@ class _SourceFacts(pydantic.BaseModel):
     origin: str | None = None
 
 
-def _check_source(folder: pathlib.Path, manifest: Manifest) -> None:
+def check_source(folder: pathlib.Path, manifest: Manifest) -> None:
     """Raises BitladderError if the manifest of a finished run lacks what every reader needs."""
     path = Layout(folder).manifest
     convert = manifest.steps.get("convert")
