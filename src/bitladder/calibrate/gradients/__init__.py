@@ -4,6 +4,7 @@ torch is imported when the first function is called, and not by importing this p
 """
 
 from bitladder.calibrate.gradients.fisher import FISHER, FisherCost, FisherOptions, fisher_costs
+from bitladder.calibrate.gradients.options import GradientOptions
 from bitladder.calibrate.gradients.usable import (
     CHECKED_TOKENS,
     LogitAgreement,
@@ -15,7 +16,6 @@ from bitladder.calibrate.gradients.usable import (
 from bitladder.calibrate.gradients.weighted_moments import (
     GRADIENT_MOMENTS,
     GradientMoments,
-    GradientOptions,
     weighted_moments,
 )
 

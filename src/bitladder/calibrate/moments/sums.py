@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bitladder.calibrate.moments.moments_file import Floats, triangle
+from bitladder.calibrate.moments.triangles import Floats, triangle
 
 PANEL = 256  # rows of H that are multiplied at once: half the work of a full product, and a small temporary
 
