@@ -93,13 +93,12 @@ class UnfinishedWork:
 
     def put_rows(self, name: str, shape: tuple[int, int], rows: Iterable[Floats]) -> None:
         """Keeps a float32 array of this shape, whose rows are made one after the other."""
-        with replacing(self.path(name)) as temporary:
-            # No memory map: where the disk is full, a write fails, and a map kills the process.
-            with temporary.open("wb") as stream:
-                head = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(stream, head)
-                for row in rows:
-                    stream.write(np.ascontiguousarray(row, np.float32).data)
+        # No memory map: where the disk is full, a write fails, but a map kills the process.
+        with replacing(self.path(name)) as temporary, temporary.open("wb") as stream:
+            head = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(stream, head)
+            for row in rows:
+                stream.write(np.ascontiguousarray(row, np.float32).data)
 
     def get(self, name: str) -> npt.NDArray[Any]:
         """An array that was kept, read from the file when it is used. Raises BitladderError if it is damaged."""
@@ -118,12 +117,15 @@ class UnfinishedWork:
         """Puts a float32 array at the end of a piece, after the first `index` of them. What is behind is cut off."""
         path = self.path(name)
         try:
-            with path.open("r+b" if path.exists() else "wb") as stream:
-                stream.truncate(index * row.nbytes)
-                stream.seek(index * row.nbytes)
-                stream.write(np.ascontiguousarray(row, np.float32).data)
+            self._write_row(path, index, row)
         except OSError as error:
             raise BitladderError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def _write_row(self, path: pathlib.Path, index: int, row: Floats) -> None:
+        with path.open("r+b" if path.exists() else "wb") as stream:
+            stream.truncate(index * row.nbytes)
+            stream.seek(index * row.nbytes)
+            stream.write(np.ascontiguousarray(row, np.float32).data)
 
     def read_row(self, name: str, index: int, shape: tuple[int, ...]) -> Floats:
         """The array number `index` of this shape in a piece."""

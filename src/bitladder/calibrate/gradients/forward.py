@@ -68,6 +68,16 @@ class TorchModel(Closing):
         self.weights.close()
         self._file.close()
 
+    @property
+    def half(self) -> bool:
+        """Whether products with weights are made in bfloat16."""
+        return self._layers.half
+
+    @half.setter
+    def half(self, half: bool) -> None:
+        self.weights.forget()
+        self._layers.half = half
+
     def shape(self, name: str) -> tuple[int, int]:
         """(n_out, n_in) of a weight."""
         return self.weights.shape(name)

@@ -1,7 +1,7 @@
 """Sums of outer products of rows, and how far a row stands out from such a sum (its leverage).
 
-A matrix of n × n numbers is kept whole, as the upper triangle in panels; or as equal diagonal blocks; or as its diagonal
-and its product with a few columns.
+A matrix of n × n numbers is kept whole, as the upper triangle in panels; or as equal diagonal blocks; or as its
+diagonal and its product with a few columns.
 """
 
 import numpy as np

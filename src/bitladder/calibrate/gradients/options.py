@@ -26,5 +26,5 @@ class GradientOptions(Options):
     half: bool | None = option(
         None,
         help="Products with weights in bfloat16.",
-        unset="where the CPU has instructions for them",
+        unset="where the CPU has instructions for them, and the logits stay within the tolerance",
     )

@@ -30,9 +30,14 @@ class TorchWeights(Closing):
 
     def close(self) -> None:
         """Frees the tensors."""
+        self.forget()
+        self._kernels.close()
+
+    def forget(self) -> None:
+        """Frees the expanded tensors. They are read again when they are needed."""
         self._kept.clear()
         self._halves.clear()
-        self._kernels.close()
+        self._room = self._memory
 
     def has(self, name: str) -> bool:
         """Whether the file has this tensor."""

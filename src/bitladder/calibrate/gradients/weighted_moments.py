@@ -31,6 +31,7 @@ from bitladder.calibrate.moments.triangles import unpack_blocks
 from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine.context import Floats
 from bitladder.engine.model import Tokens
+from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 
@@ -152,6 +153,12 @@ def gradient_pass(
     from bitladder.calibrate.gradients.segments import choose_matrices, fixed_bytes, plan_entries
 
     plans = plan_entries(model, choose_matrices(model, names), options)
-    check_logits(model.path, chunks[0, :CHECKED_TOKENS], threads=threads, ours=model)
+    try:
+        check_logits(model.path, chunks[0, :CHECKED_TOKENS], threads=threads, ours=model)
+    except BitladderError:
+        if options.half or not model.half:
+            raise
+        model.half = False  # bfloat16 alone can move the logits of a model too far
+        check_logits(model.path, chunks[0, :CHECKED_TOKENS], threads=threads, ours=model)
     room = memory - model.weights.most_bytes - fixed_bytes(model)
     return GradientPass(model, chunks, plans, options, room, work)

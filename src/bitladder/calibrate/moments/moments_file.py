@@ -52,8 +52,8 @@ class Moment:
     Parameters:
         inputs: the mean of w xxᵀ over tokens, float32 [matrices, n_in, n_in].
         counts: tokens that each matrix saw, int64 [matrices].
-        outputs: E[ggᵀ] of the gradients at the weight's output, float32 [n_out, n_out]; None if it is not known. Between
-            blocks that are kept apart it is 0.
+        outputs: E[ggᵀ] of the gradients at the weight's output, float32 [n_out, n_out]; None if it is not known.
+            Between blocks that are kept apart it is 0.
     """
 
     inputs: Floats
