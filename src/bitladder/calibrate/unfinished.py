@@ -52,7 +52,7 @@ def job_key(model: str | os.PathLike[str], texts: Sequence[Text], *algorithms: A
 class UnfinishedWork:
     """A folder OUT.parts beside an output: finished pieces, and the state of the piece that is being made.
 
-    The folder is emptied if it has another key. Saving takes at most an eighth of the time between two saves.
+    The folder is emptied if it has another key. Saving takes at most a sixth of the time between two saves.
 
     Parameters:
         out: path of the output.
@@ -150,7 +150,7 @@ class UnfinishedWork:
         with replacing(self.path("state")) as temporary, temporary.open("wb") as stream:
             np.savez(stream, label=label, done=done, **arrays)  # type: ignore[arg-type]
         ended = time.monotonic()
-        self._next = ended + max(self._seconds, 8 * (ended - begun))
+        self._next = ended + max(self._seconds, 5 * (ended - begun))
 
     def load_state(self, label: str, arrays: Arrays, progress: Progress) -> int:
         """Fills the arrays with the state of the piece `label`, if there is one. Returns the units of work in it."""
