@@ -42,7 +42,10 @@ Path = str | os.PathLike[str]
 
 MOMENTS = Algorithm(
     "moments",
-    ("means of w xxᵀ; each input is added up once", "added up in float32; kept as correlations in F16 and diagonals in F32"),
+    (
+        "means of w xxᵀ; each input is added up once",
+        "added up in float32; kept as correlations in F16 and diagonals in F32",
+    ),
     uses=(POSITIONS, GRADIENT_MOMENTS),
 )
 
@@ -64,8 +67,8 @@ class MomentsOptions(Options):
         least=1e-6,
         decides=False,
         metavar="GIB",
-        help="GiB for the work. By gradients, what does not fit is computed forward twice; else it takes another pass over "
-        "the text.",
+        help="GiB for the work. What does not fit is computed forward twice by gradients, and else takes another pass "
+        "over the text.",
         unset="a quarter of main memory",
     )
     positions: PositionOptions = option(PositionOptions)

@@ -146,7 +146,7 @@ class EntrySums:
     def by_position(self, name: str) -> Floats:
         """Mean of ‖g‖² at each position, divided by its mean over all, float32 [length]."""
         powers = self._powers[self.plan.names.index(name)]
-        return (powers / max(float(powers.mean()), np.finfo(np.float64).tiny)).astype(np.float32)
+        return np.asarray(powers / max(float(powers.mean()), np.finfo(np.float64).tiny), np.float32)
 
     def _total(self, which: int) -> float:
         return max(float(self._totals[which]), float(np.finfo(np.float32).tiny))

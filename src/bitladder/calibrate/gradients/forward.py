@@ -194,7 +194,7 @@ class TorchModel(Closing):
         step = len(hidden) if tap is not None else HEAD_ROWS
         parts = [
             self._label_gradients(rows, draws, tap)
-            for rows, draws in zip(hidden.split(step), random.split(step), strict=True)
+            for rows, draws in zip(torch.split(hidden, step), torch.split(random, step), strict=True)
         ]
         return torch.cat([down for down, _ in parts]), torch.cat([squares for _, squares in parts])
 

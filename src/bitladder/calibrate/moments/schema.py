@@ -166,8 +166,8 @@ class _Reading:
         return shared
 
     def _get(self, key: str, kind: type) -> Any:
-        value = self._file.get(key)
-        if type(value) is not kind or (kind is int and value < 0):
+        value: Any = self._file.get(key)
+        if type(value) is not kind or (type(value) is int and value < 0):
             self.fail(f"{key} is missing, or of a wrong type")
         return value
 

@@ -116,7 +116,7 @@ def _changed_outputs(outputs: Correlations | LowRank, change: Change) -> Correla
     values, diagonals = outputs.values, outputs.diagonals
     if change.rows is not None:
         # Correlations stay what they are.
-        diagonals = diagonals / np.square(change.rows.reshape(diagonals.shape))
+        diagonals = np.asarray(diagonals / np.square(change.rows.reshape(diagonals.shape)), np.float32)
     if change.row_order is None:
         return type(outputs)(values, diagonals)
     if isinstance(outputs, LowRank):
