@@ -147,7 +147,7 @@ class UnfinishedWork:
     def save_state(self, label: str, done: int, arrays: Arrays) -> None:
         """Keeps the state of the piece `label`: `done` units of work are in the arrays."""
         begun = time.monotonic()
-        with replacing(self.path("state")) as temporary, temporary.open("wb") as stream:
+        with replacing(self.path("state"), sync=False) as temporary, temporary.open("wb") as stream:
             np.savez(stream, label=label, done=done, **arrays)  # type: ignore[arg-type]
         ended = time.monotonic()
         self._next = ended + max(self._seconds, 5 * (ended - begun))

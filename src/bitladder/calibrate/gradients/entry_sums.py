@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bitladder.calibrate.gradients.grams import Gram, Leverage, LowRankGram
+from bitladder.calibrate.gradients.grams import PANEL, Gram, Leverage, LowRankGram
 from bitladder.calibrate.gradients.options import GradientOptions
 from bitladder.calibrate.moments.triangles import Correlations, Floats, LowRank
 
@@ -157,6 +157,6 @@ def sums_bytes(plan: EntryPlan, sketch: int) -> int:
     numbers = 0
     for shape in (OutputShape(plan.n_in, 1), *(shape for shape in plan.outputs if shape is not None)):
         size = shape.width * shape.blocks
-        whole = 0.6 * size * size if shape.blocks == 1 else size * shape.width
+        whole = (size + PANEL) * size / 2 if shape.blocks == 1 else size * shape.width
         numbers += size * min(sketch, shape.width) + (2 * size * shape.rank if shape.rank else int(whole))
     return 4 * numbers

@@ -11,7 +11,7 @@ import torch
 from bitladder.calibrate.moments.triangles import LowRank, triangle
 from bitladder.engine.context import Floats
 
-PANEL = 768  # rows of a whole matrix that are multiplied at once: little more than half of the work of a full product
+PANEL = 256  # rows of a whole matrix that are multiplied at once: half of the work of a full product
 
 
 class Gram:

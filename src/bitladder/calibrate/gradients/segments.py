@@ -105,8 +105,9 @@ def plan_segments(
 
 
 def fixed_bytes(model: "TorchModel") -> int:
-    """Bytes beside weights and sums: torch and the library themselves, and the logits of some positions."""
-    return BASE_BYTES + 5 * 4 * HEAD_ROWS * model.n_vocab
+    """Bytes beside weights and sums: torch and the library, some logits, and the matrix that is factored."""
+    widest = max(model.shape(name)[1] for name in model.matrices)
+    return BASE_BYTES + 5 * 4 * HEAD_ROWS * model.n_vocab + 3 * 4 * widest * widest
 
 
 def _graph_bytes(model: "TorchModel", length: int) -> int:
