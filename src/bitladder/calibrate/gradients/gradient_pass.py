@@ -68,6 +68,8 @@ class GradientPass:
             if cuts:
                 self._forward(cuts, bar)
             for segment in self._segments:
+                if cuts:
+                    self._model.weights.forget()  # so that those of this segment stay in memory
                 yield self._segment(segment, bar, progress)
                 self._work.put(NEXT_STOP, torch.tensor(segment.first).numpy())
                 self._work.drop(_gradient(segment.stop), _stream(segment.first))
