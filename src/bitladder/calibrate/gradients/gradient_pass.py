@@ -58,8 +58,7 @@ class GradientPass:
         stop = model.hyperparameters.blocks
         if work.has(NEXT_STOP):
             stop = int(work.get(NEXT_STOP))
-        self.finished = stop == 0
-        self._segments = [] if self.finished else plan_segments(model, plans, stop, memory, length, options.sketch)
+        self._segments = plan_segments(model, plans, stop, memory, length, options.sketch) if stop else []
 
     def run(self, progress: Progress) -> Iterator[list[EntrySums]]:
         """Yields the entries of each segment when they are complete. The next one begins when they were kept."""
@@ -70,7 +69,9 @@ class GradientPass:
             for segment in self._segments:
                 if cuts:
                     self._model.weights.forget()  # so that those of this segment stay in memory
-                yield self._segment(segment, bar, progress)
+                entries = self._segment(segment, bar, progress)
+                yield entries
+                entries.clear()  # whoever was given them holds the list: two segments do not fit into memory
                 self._work.put(NEXT_STOP, torch.tensor(segment.first).numpy())
                 self._work.drop(_gradient(segment.stop), _stream(segment.first))
 
