@@ -9,12 +9,10 @@ import struct
 import numpy as np
 import pytest
 
-from bitladder.calibrate import Moment, MomentsFile, MomentShape, Provenance, writing_moments
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError
 from bitladder.evaluate import ResultFolder, load_task, parse_specs
 from bitladder.evaluate.base.basefile import BaseHeader
-from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, i32, string, strings
 from bitladder.rounding.factors import damped, upper_factor
 from bitladder.trial import Journal
 
@@ -55,48 +53,6 @@ def test_damaged_lines_of_a_journal_are_measured_again(line, tmp_path):
     damaged = Journal(path, "c", 4)
     damaged.measure(formula, types, 2)
     assert formula.calls == 1
-
-
-def write(path, metadata, entry="w", counts=1, n=4):
-    """A file of moments with other metadata or another entry, which no writer of ours makes."""
-    from bitladder.engine import type_by_name
-
-    f32 = type_by_name("f32")
-    plans = [TensorPlan(f"{entry}.moments", (n, 1), f32), TensorPlan(f"{entry}.counts", (1, counts), f32)]
-    with path.open("wb") as stream:
-        writer = GgufWriter(stream, {"general.type": string("moments")} | metadata, plans)
-        writer.write(f"{entry}.moments", np.ones(n, np.float32).view(np.uint8))
-        writer.write(f"{entry}.counts", np.ones(counts, np.float32).view(np.uint8))
-        writer.finish()
-    return path
-
-
-@pytest.mark.parametrize(
-    ("metadata", "more", "says"),
-    [
-        ({"moments.chunk_count": string("many")}, {}, "chunk_count has a wrong type"),
-        ({"moments.datasets": string("t")}, {}, "datasets has a wrong type"),
-        ({"moments.datasets": i32(3)}, {}, "datasets has a wrong type"),
-        ({"moments.weighting": i32(3)}, {}, "weighting has a wrong type"),
-        ({"moments.shared": strings(["a"])}, {}, "shared is not in pairs"),
-        ({"moments.shared": strings(["a", "b"])}, {}, "no entry b"),
-        ({}, {"counts": 2}, "entry w is not whole"),
-        ({}, {"n": 4}, "entry w is not whole"),
-    ],
-)
-def test_damaged_moments_are_named(metadata, more, says, tmp_path):
-    path = write(tmp_path / "m.gguf", metadata, **({"n": 3} | more))
-    with pytest.raises(BitladderError, match=says) as caught:
-        MomentsFile(path)
-    assert str(path) in str(caught.value)
-
-
-def test_good_moments_are_read(tmp_path):
-    moment = Moment(np.eye(3, dtype=np.float32)[None], np.array([5]))
-    with writing_moments(tmp_path / "m.gguf", Provenance(["t"], 1, 64), {"w": MomentShape(1, 3)}, {"v": "w"}) as writer:
-        writer.write("w", moment)
-    with MomentsFile(tmp_path / "m.gguf") as file, GgufFile(tmp_path / "m.gguf"):
-        assert file.names() == ["v", "w"] and np.array_equal(file.read("v").inputs, moment.inputs)
 
 
 @pytest.mark.parametrize("name", ["", "a/b.gguf", "..\\x", "/etc/passwd", "x\0y"])

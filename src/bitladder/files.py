@@ -37,8 +37,10 @@ def file_name(text: str, ending: str = "") -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: PathLike) -> Iterator[pathlib.Path]:
+def replacing(path: PathLike, *, sync: bool = True) -> Iterator[pathlib.Path]:
     """Yields a temporary path in the folder of `path`. After success the file is synced and renamed to `path`.
+
+    Without `sync`, a crash of the machine (not of the process) can leave a damaged file: for what can be made again.
 
     After an exception, Ctrl-C included, the temporary file is removed and `path` stays as it was. Raises BitladderError
     that names `path` if a write fails for want of space or rights.
@@ -64,8 +66,9 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        if sync:
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
         raise BitladderError(f"cannot write {path}: {error.strerror or error}") from error

@@ -10,10 +10,11 @@ import tiny_models
 import torch
 from transformers import LlamaForCausalLM, Olmo2ForCausalLM
 
-from bitladder.calibrate import TorchModel, check_logits
+from bitladder.calibrate import GradientOptions, TorchModel, check_logits, weighted_moments
 from bitladder.calibrate.gradients import usable
 from bitladder.calibrate.gradients.families import TorchLlama
-from bitladder.calibrate.gradients.weighted_moments import GradientOptions, chunk_generator, weighted_moments
+from bitladder.calibrate.gradients.gradient_pass import chunk_generator
+from bitladder.calibrate.gradients.grams import Gram, Leverage
 from bitladder.convert import convert
 from bitladder.errors import BitladderError, UsageError
 
@@ -179,7 +180,18 @@ def weighted(rows, weights):
 
 def leverages(rows, moments):
     mean = np.trace(moments) / len(moments)
-    return np.einsum("ti,ij,tj->t", rows, np.linalg.inv(moments / mean + 0.1 * np.eye(len(moments))), rows)
+    return np.einsum("ti,ij,tj->t", rows, np.linalg.inv(moments + 0.1 * mean * np.eye(len(moments))), rows)
+
+
+def blocks_of(weight, size):
+    """Which numbers of an output are multiplied with each other: all, those of a head, or each by itself."""
+    part = weight.split(".")[-2]
+    width = {"attn_q": 16, "attn_k": 16}.get(part, size)
+    numbers = np.arange(size) // width
+    return numbers[:, None] == numbers
+
+
+SHARED = [("ffn_gate", "ffn_up"), ("attn_q",), ("attn_k",), ("attn_v",), ("attn_output",), ("ffn_down",)]
 
 
 @pytest.mark.parametrize("count", [3, 9])
@@ -187,35 +199,89 @@ def leverages(rows, moments):
 def test_moments_are_those_of_autograd_per_token(models, name, kind, count):
     chunks = np.random.default_rng(0).integers(2, 380, (count, 48)).astype(np.int32)
     path = models / f"{name}.gguf"
-    expected = pairs_by_autograd(path, kind, models / name, chunks, 5)
-    found = {moments.name: moments for moments in weighted_moments(path, chunks, options=GradientOptions(seed=5))}
-    assert found.keys() == expected.keys()
-    for weight, pairs in expected.items():
-        x, g = (np.concatenate(parts).astype(np.float64) for parts in zip(*pairs, strict=True))
-        power = np.square(g).sum(1)
-        moments = found[weight]
-        assert moments.tokens == chunks.size
-        profile = power.reshape(chunks.shape).mean(0) / power.mean()
-        np.testing.assert_allclose(moments.by_position, profile, rtol=2e-3, atol=1e-6, err_msg=weight)
-        if weight == "output.weight":
-            assert moments.outputs is None
-            wanted, outputs = weighted(x, power), None
-        elif count < 8:
-            wanted, outputs = weighted(x, power), g.T @ g / len(g)
-        else:
-            # Every fourth chunk tells what leverages the tokens of the others have.
-            pilots = np.repeat(np.arange(count) % 4 == 0, chunks.shape[1])
-            first = weighted(x[pilots], power[pilots]), g[pilots].T @ g[pilots] / pilots.sum()
-            x, g = x[~pilots], g[~pilots]
-            wanted = weighted(x, leverages(g, first[1]))
-            outputs = weighted(g, leverages(x, first[0]))
-        np.testing.assert_allclose(moments.inputs, wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=weight)
-        if outputs is None:
-            continue
-        if name == "llama" and weight.split(".")[2] in {"attn_q", "attn_k"}:  # llama.cpp's order of rows
-            order = np.arange(len(outputs)).reshape(-1, 2, 8).swapaxes(1, 2).reshape(-1)
-            outputs = outputs[np.ix_(order, order)]
-        np.testing.assert_allclose(moments.outputs, outputs, rtol=0, atol=5e-4 * np.abs(outputs).max(), err_msg=weight)
+    pairs = pairs_by_autograd(path, kind, models / name, chunks, 5)
+    options = GradientOptions(seed=5, half=False)
+    computed = {moments.name: moments for moments in weighted_moments(path, chunks, options=options)}
+    assert computed.keys() == pairs.keys()
+    # Every fourth chunk tells what leverages the tokens of the others have.
+    pilots = np.repeat((np.arange(count) % 4 == 0) & (count >= 8), chunks.shape[1])
+    entries = [
+        ("output.weight",),
+        *(tuple(f"blk.{b}.{part}.weight" for part in shared) for b in (0, 1) for shared in SHARED),
+    ]
+    for entry in entries:
+        weights, outputs = 0, {}
+        for weight in entry:
+            x, g = (np.concatenate(parts).astype(np.float64) for parts in zip(*pairs[weight], strict=True))
+            power = np.square(g).sum(1)
+            profile = power.reshape(chunks.shape).mean(0) / power.mean()
+            np.testing.assert_allclose(computed[weight].by_position, profile, rtol=2e-3, atol=1e-6, err_msg=weight)
+            assert computed[weight].tokens == chunks.size
+            if weight == "output.weight" or count < 8:
+                weights, kept, v = weights + power, np.ones(len(x), np.bool_), np.ones(len(x))
+            else:
+                # Of gate and up only the diagonal of O is used for leverages.
+                in_blocks = blocks_of(weight, g.shape[1]) if len(entry) == 1 else np.eye(g.shape[1])
+                first = weighted(x[pilots], pilot_powers(pairs, entry)[pilots]), g[pilots].T @ g[pilots] * in_blocks
+                kept = ~pilots
+                weights, v = weights + leverages(g, first[1]), leverages(x, first[0])
+            outputs[weight] = weighted(g[kept], v[kept]) * blocks_of(weight, g.shape[1])
+        wanted = weighted(x[kept], weights[kept])
+        for weight in entry:
+            moments = computed[weight]
+            np.testing.assert_allclose(moments.inputs, wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=weight)
+            if weight == "output.weight":
+                assert moments.outputs is None
+                continue
+            expected = outputs[weight]
+            if name == "llama" and weight.split(".")[2] in {"attn_q", "attn_k"}:  # llama.cpp's order of rows
+                order = np.arange(len(expected)).reshape(-1, 2, 8).swapaxes(1, 2).reshape(-1)
+                expected = expected[np.ix_(order, order)]
+            largest = np.abs(expected).max()
+            np.testing.assert_allclose(moments.outputs, expected, rtol=0, atol=5e-4 * largest, err_msg=weight)
+
+
+def pilot_powers(pairs, entry):
+    """The sum of ‖g‖² over the weights that share an input."""
+    return sum(np.square(np.concatenate([g for _, g in pairs[weight]]).astype(np.float64)).sum(1) for weight in entry)
+
+
+def test_a_wide_leverage_is_estimated(models):
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=(4000, 256)) @ np.diag(np.linspace(0.1, 3, 256))).astype(np.float32)
+    gram = Gram(256)
+    gram.add(torch.from_numpy(rows), torch.ones(len(rows)))
+    exact = leverages(rows[:500].astype(np.float64), (rows.T @ rows).astype(np.float64))
+    for sketch, error in ((64, (2 / 64) ** 0.5), (256, 1e-4)):
+        leverage = Leverage(256, 1, sketch)
+        leverage.learn(gram, 0.1)
+        ratio = leverage.of(torch.from_numpy(rows[:500])).numpy() / exact
+        # The relative standard error is sqrt(2 / sketch); with as many products as columns there is none.
+        assert abs(ratio.mean() - 1) < error and ratio.std() < 1.2 * error
+
+
+def test_products_in_bfloat16(models, monkeypatch):
+    rows = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32))
+    name = "blk.0.attn_output.weight"
+    with TorchModel(models / "llama.gguf") as exact, TorchModel(models / "llama.gguf", half=True) as rough:
+        for product in ("multiply", "back"):
+            wanted, rounded = (getattr(model._layers, product)(rows, name) for model in (exact, rough))
+            error = float((wanted - rounded).norm() / wanted.norm())
+            assert 1e-4 < error < 2**-8 and rounded.dtype == torch.float32  # each factor is rounded to 2⁻⁹ of itself
+    module = sys.modules["bitladder.calibrate.gradients.weighted_moments"]
+
+    def strict(path, tokens, *, threads, ours):
+        if ours.half:
+            raise BitladderError("too far")
+
+    monkeypatch.setattr(module, "check_logits", strict)
+    monkeypatch.setattr(module, "has_half_products", lambda: True)
+    first = {"names": ["blk.1.attn_v.weight"], "threads": 1}
+    fallen = next(weighted_moments(models / "llama.gguf", TOKENS, **first))
+    exact = next(weighted_moments(models / "llama.gguf", TOKENS, options=GradientOptions(half=False), **first))
+    np.testing.assert_array_equal(fallen.inputs, exact.inputs)
+    with pytest.raises(BitladderError, match="too far"):
+        next(weighted_moments(models / "llama.gguf", TOKENS, options=GradientOptions(half=True), **first))
 
 
 def test_memory_and_choice_change_nothing_but_the_passes(models):

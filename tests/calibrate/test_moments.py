@@ -22,8 +22,8 @@ from bitladder.calibrate import (
     weighted_moments,
 )
 from bitladder.calibrate.moments import passes
-from bitladder.calibrate.moments.moments_file import pack_triangle, unpack_triangle
 from bitladder.calibrate.moments.sums import sums_bytes
+from bitladder.calibrate.moments.triangles import pack_triangle, unpack_triangle
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine import Context, Decoding, Model
@@ -171,7 +171,7 @@ def test_experts_are_brute_force_and_positions_continue_in_the_next_computation(
             found = moments.read(name)
             assert found.counts.tolist() == counts[name]
             expected = np.stack(sums[name]) / np.maximum(counts[name], 1)[:, None, None]
-            assert np.abs(found.inputs - expected).max() < 1e-5 * expected.max()
+            assert np.abs(found.inputs - expected).max() < 5e-4 * expected.max()  # correlations are kept in F16
         assert counts["blk.1.ffn_up_exps.weight"][-1] == 0
 
 
@@ -254,7 +254,7 @@ def test_halves_merge_to_the_whole(moe, text, tmp_path):
         for name in whole.names():
             a, b = whole.read(name), merged.read(name)
             assert a.counts.tolist() == b.counts.tolist() and merged.entry(name) == whole.entry(name)
-            assert np.abs(a.inputs - b.inputs).max() <= 1e-6 * a.inputs.max()
+            assert np.abs(a.inputs - b.inputs).max() <= 1e-3 * a.inputs.max()
 
 
 def test_few_tokens_leave_a_low_rank_and_nothing_negative(tied, text, tmp_path):
@@ -263,8 +263,8 @@ def test_few_tokens_leave_a_low_rank_and_nothing_negative(tied, text, tmp_path):
     )
     with MomentsFile(tmp_path / "m") as moments:
         values = np.linalg.eigvalsh(moments.read("blk.1.ffn_down.weight").inputs[0].astype(np.float64))
-    assert len(values) == 96 and values.min() > -1e-6 * values.max()
-    assert np.count_nonzero(values > 1e-6 * values.max()) <= 32
+    assert len(values) == 96 and values.min() > -2e-4 * values.max()  # correlations are kept in F16
+    assert np.count_nonzero(values > 2e-4 * values.max()) <= 32
 
 
 def test_chunks_are_spread(tied, text):
@@ -292,9 +292,9 @@ def test_gradients_from_the_command_line(tied, text, tmp_path, capsys):
         assert {one.name for one in expected} == set(moments.names())
         for one in expected:
             found = moments.read(one.name)
-            assert np.allclose(found.inputs[0], one.inputs, rtol=1e-5, atol=1e-6 * one.inputs.max())
+            assert np.allclose(found.inputs[0], one.inputs, rtol=1e-5, atol=3e-4 * one.inputs.max())
             assert (found.outputs is None) == (one.outputs is None) == (one.name == "token_embd.weight")
-            assert found.outputs is None or np.allclose(found.outputs, one.outputs, atol=1e-5 * one.outputs.max())
+            assert found.outputs is None or np.allclose(found.outputs, one.outputs, atol=3e-4 * one.outputs.max())
             assert found.counts.tolist() == [128]
     collect_moments(
         tied[1],

@@ -10,6 +10,7 @@ from moe import write_moe
 from smoothing import converted_with_imatrix, logits, smooth
 
 from bitladder.calibrate import (
+    GradientOptions,
     ImatrixOptions,
     MomentsFile,
     MomentsOptions,
@@ -115,7 +116,7 @@ def test_moments_are_those_of_the_smoothed_model(tmp_path, text):
             weighted[label],
             reading=Reading(chunks=2),
             decoding=Decoding(n_ctx=64),
-            options=MomentsOptions(weighting="gradients"),
+            options=MomentsOptions(weighting="gradients", gradients=GradientOptions(half=False)),
         )
     for pair in (plain, weighted):
         smoothed_moments(pair["old"], result.changes, tmp_path / "m.gguf", "of the smoothed")
@@ -124,14 +125,14 @@ def test_moments_are_those_of_the_smoothed_model(tmp_path, text):
             for name in said.names():
                 ours, theirs = said.read(name), seen.read(name)
                 largest = np.abs(theirs.inputs).max()
-                # What a token counts for v and up is said by the gradients of their outputs, as they were.
-                if pair is plain or not name.endswith(("attn_v.weight", "ffn_up.weight")):
-                    np.testing.assert_allclose(ours.inputs, theirs.inputs, rtol=1e-3, atol=1e-5 * largest)
+                # What a token counts for v, gate and up is said by the gradients of outputs of v and up, as they were.
+                if pair is plain or not name.endswith(("attn_v.weight", "ffn_gate.weight", "ffn_up.weight")):
+                    np.testing.assert_allclose(ours.inputs, theirs.inputs, rtol=1e-3, atol=3e-4 * largest)
                 np.testing.assert_array_equal(ours.counts, theirs.counts)
                 assert (ours.outputs is None) == (theirs.outputs is None)
                 if ours.outputs is not None:
                     top = np.abs(theirs.outputs).max()
-                    np.testing.assert_allclose(ours.outputs, theirs.outputs, rtol=1e-3, atol=1e-5 * top)
+                    np.testing.assert_allclose(ours.outputs, theirs.outputs, rtol=1e-3, atol=3e-4 * top)
 
 
 def test_experts_have_scales_of_their_own(tmp_path, tiny_gguf, text):

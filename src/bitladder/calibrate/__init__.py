@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from bitladder.calibrate.gradients.fisher import FISHER, FisherOptions, fisher_costs
     from bitladder.calibrate.gradients.forward import TorchModel
+    from bitladder.calibrate.gradients.options import GradientOptions
     from bitladder.calibrate.gradients.usable import (
         CHECKED_TOKENS,
         check_logits,
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
         torch_threads,
         why_no_gradients,
     )
-    from bitladder.calibrate.gradients.weighted_moments import GradientOptions, weighted_moments
+    from bitladder.calibrate.gradients.weighted_moments import weighted_moments
     from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix, zeros_in
     from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
-    from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, MomentShape, Provenance, writing_moments
+    from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, writing_moments
     from bitladder.calibrate.moments.positions import PositionOptions, position_weights
+    from bitladder.calibrate.moments.schema import MomentShape, Provenance
+    from bitladder.calibrate.moments.triangles import Correlations, LowRank, pack_triangle
     from bitladder.calibrate.statistics.compare_imatrices import (
         ImatrixComparison,
         TensorDifference,
@@ -60,6 +63,7 @@ __all__ = [
     "IMATRIX",
     "MIN_CALIBRATION_CTX",
     "MOMENTS",
+    "Correlations",
     "FisherOptions",
     "Gaps",
     "GradientOptions",
@@ -69,6 +73,7 @@ __all__ = [
     "ImatrixEntry",
     "ImatrixOptions",
     "ImatrixResult",
+    "LowRank",
     "Moment",
     "MomentShape",
     "MomentsFile",
@@ -96,6 +101,7 @@ __all__ = [
     "merge_imatrices",
     "merge_moments",
     "model_sha256",
+    "pack_triangle",
     "position_weights",
     "read_imatrix",
     "require_torch",

@@ -14,15 +14,17 @@ import numpy as np
 
 from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixCollector, ImatrixOptions
 from bitladder.calibrate.gradients.kept_moments import moments_by_gradients
-from bitladder.calibrate.gradients.usable import require_torch, why_no_gradients
-from bitladder.calibrate.gradients.weighted_moments import GRADIENT_MOMENTS, GradientOptions
+from bitladder.calibrate.gradients.options import GradientOptions
+from bitladder.calibrate.gradients.usable import has_half_products, require_torch, why_no_gradients
+from bitladder.calibrate.gradients.weighted_moments import GRADIENT_MOMENTS
 from bitladder.calibrate.imatrix import read_imatrix, write_imatrix
 from bitladder.calibrate.inputs import Floats, model_inputs, refuse_short
 from bitladder.calibrate.moments.assemble import MomentsSource, write_sources
 from bitladder.calibrate.moments.entries import make_entries, plan_passes
-from bitladder.calibrate.moments.moments_file import MomentsFile, Provenance
+from bitladder.calibrate.moments.moments_file import MomentsFile
 from bitladder.calibrate.moments.passes import IMATRIX_FILE, CollectedMoments, run_passes
 from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, position_weights
+from bitladder.calibrate.moments.schema import Provenance
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 from bitladder.engine import Decoding, Model, Tokens, main_memory, sequence_logits
 from bitladder.errors import BitladderError, UsageError
@@ -36,7 +38,14 @@ from bitladder.text import Reading, Text
 Weighting = Literal["gradients", "positions", "tokens"]
 Path = str | os.PathLike[str]
 
-MOMENTS = Algorithm("moments", ("means of w xxᵀ; each input is added up once",), uses=(POSITIONS, GRADIENT_MOMENTS))
+MOMENTS = Algorithm(
+    "moments",
+    (
+        "means of w xxᵀ; each input is added up once",
+        "added up in float32; kept as correlations in F16 and diagonals in F32",
+    ),
+    uses=(POSITIONS, GRADIENT_MOMENTS),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +65,17 @@ class MomentsOptions(Options):
         least=1e-6,
         decides=False,
         metavar="GIB",
-        help="GiB for moments; what does not fit takes another pass over the text.",
+        help="GiB for the work. What does not fit is computed forward twice by gradients, and else takes another pass "
+        "over the text.",
         unset="a quarter of main memory",
     )
     positions: PositionOptions = option(PositionOptions)
     gradients: GradientOptions = option(GradientOptions)
     imatrix: ImatrixOptions = option(ImatrixOptions)
 
-    def memory_bytes(self, share: int) -> int:
-        """Bytes for moments: `memory`, or one part in `share` of main memory."""
-        return max(main_memory() // share, 1 << 28) if self.memory is None else int(self.memory * 2**30)
+    def memory_bytes(self) -> int:
+        """Bytes for the work: `memory`, or a quarter of main memory."""
+        return max(main_memory() // 4, 1 << 28) if self.memory is None else int(self.memory * 2**30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +152,7 @@ def collect_moments(
     weighting = options.weighting or usual_weighting(model)
     settings = [reading, decoding, decoding.n_ubatch, options, weighting, imatrix is not None]
     if weighting == "gradients":
-        settings.append(str(require_torch().__version__))
+        settings += [str(require_torch().__version__), has_half_products()]
     passes = 1
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(MomentsFile(path)) for path in in_files]
@@ -157,7 +167,7 @@ def collect_moments(
                 beside = ImatrixCollector(inputs, options.imatrix.process_output), datasets
             if weighting != "gradients":
                 weights = _position_weights(model, chunks, work, decoding, options, progress)
-                planned = plan_passes(make_entries(inputs, weights, decoding.n_ctx), options.memory_bytes(4))
+                planned = plan_passes(make_entries(inputs, weights, decoding.n_ctx), options.memory_bytes())
                 passes = len(planned)
                 if passes > 1:
                     progress.info(f"{passes} passes over the chunks; more memory (--memory) would need fewer")
@@ -166,9 +176,8 @@ def collect_moments(
             elif beside is not None:
                 run_passes(loaded, chunks, [[]], work, beside, decoding, progress)
         if weighting == "gradients":
-            # Half of the memory, because as much again is used for weights.
             source = moments_by_gradients(
-                model, chunks, work, provenance, options.gradients, options.memory_bytes(8), decoding.threads, progress
+                model, chunks, work, provenance, options.gradients, options.memory_bytes(), decoding.threads, progress
             )
         result = _write(out, [source, *others], passes, progress)
         if imatrix is not None:

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.gradients.usable import CHECKED_TOKENS, check_logits, require_torch, torch_threads
-from bitladder.calibrate.gradients.weighted_moments import choose_matrices, chunk_generator
 from bitladder.engine import Floats, Tokens
 from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
@@ -84,6 +83,8 @@ def fisher_costs(
     """
     require_torch()
     from bitladder.calibrate.gradients.forward import TorchModel
+    from bitladder.calibrate.gradients.gradient_pass import chunk_generator
+    from bitladder.calibrate.gradients.segments import choose_matrices
 
     options = options or FisherOptions()
     costs: dict[str, dict[str, FisherCost]] = {}

@@ -4,6 +4,7 @@ It knows the architectures that bitladder converts, and similar ones. Its logits
 it is used (`usable.check_logits`).
 """
 
+import dataclasses
 import os
 from collections.abc import Collection
 
@@ -13,6 +14,7 @@ import torch
 from bitladder.calibrate.gradients.families import FAMILIES
 from bitladder.calibrate.gradients.hyperparameters import read_hyperparameters
 from bitladder.calibrate.gradients.layers import Layers, Tap, nothing, rope_tables
+from bitladder.calibrate.gradients.segments import HEAD_ROWS
 from bitladder.calibrate.gradients.torch_weights import TorchWeights
 from bitladder.closing import Closing
 from bitladder.engine import Floats, Tokens
@@ -32,12 +34,15 @@ class TorchModel(Closing):
         path: the model.
         memory: bytes of expanded weights that are kept; the rest is read at each use.
         threads: threads that expand weights.
+        half: whether products with weights are made in bfloat16.
 
     Raises:
         BitladderError: the architecture, a key or a tensor is not known here.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, memory: int = 8 << 30, threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, memory: int = 8 << 30, threads: int | None = None, half: bool = False
+    ) -> None:
         self._file = GgufFile(path)
         self.path = self._file.path
         family = FAMILIES.get(self._file.architecture)
@@ -50,6 +55,7 @@ class TorchModel(Closing):
         self.hyperparameters = read_hyperparameters(self._file, interleaved=family.interleaved)
         self.weights = TorchWeights(self._file, memory, threads)
         self._layers = Layers(self.weights, self.hyperparameters)
+        self._layers.half = half
         self.head = HEAD if self.weights.has(HEAD) else EMBEDDING
         self.n_vocab = self.weights.shape(self.head)[0]
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -60,6 +66,16 @@ class TorchModel(Closing):
         """Forget the weights and close the file."""
         self.weights.close()
         self._file.close()
+
+    @property
+    def half(self) -> bool:
+        """Whether products with weights are made in bfloat16."""
+        return self._layers.half
+
+    @half.setter
+    def half(self, half: bool) -> None:
+        self.weights.forget()
+        self._layers.half = half
 
     def shape(self, name: str) -> tuple[int, int]:
         """(n_out, n_in) of a weight."""
@@ -93,18 +109,39 @@ class TorchModel(Closing):
             generator: draws the labels.
             draws: how many labels are drawn for each position.
         """
-        ids = torch.from_numpy(tokens.astype(np.int64))
         blocks = self.hyperparameters.blocks
         lowest = min((block for name in names if (block := block_of(name)) is not None), default=blocks)
-        self._layers.tapped, self._layers.tap = frozenset(names), tap
         with torch.no_grad():
-            stream = self._blocks(self._embed(ids), 0, lowest)
-        with torch.enable_grad():
-            hidden = self._blocks(stream.requires_grad_(), lowest, blocks, final=True)
+            stream = self.run(self.embed(tokens), 0, lowest)
+        part = self.differentiable(stream, lowest, blocks, names, tap)
         for draw in range(draws):
-            down = self._head_gradient(hidden.detach()[0], tap if self.head in names else None, generator)
+            tapped = tap if self.head in names else None
+            down, _ = self.head_backward(part.result.detach()[0], generator, tapped)
             if lowest < blocks:
-                hidden.backward(down[None], retain_graph=draw + 1 < draws)  # type: ignore[no-untyped-call]
+                part.backward(down[None], last=draw + 1 == draws)
+
+    def differentiable(
+        self, stream: torch.Tensor, first: int, stop: int, names: Collection[str], tap: Tap
+    ) -> "Differentiable":
+        """Blocks first…stop−1 over a residual stream [1, length, width], and the final norm behind the last one.
+
+        A backward pass from the result shows `tap` those of the weights `names` that are in these blocks.
+        """
+        self._layers.tapped, self._layers.tap = frozenset(names), tap
+        with torch.enable_grad():
+            leaf = stream.detach().requires_grad_()
+            return Differentiable(leaf, self.run(leaf, first, stop, final=stop == self.hyperparameters.blocks))
+
+    def embed(self, tokens: Tokens) -> torch.Tensor:
+        """The residual stream [1, length, width] before the first block."""
+        return self.weights.rows(EMBEDDING, torch.from_numpy(tokens.astype(np.int64)))[None]
+
+    def run(self, stream: torch.Tensor, first: int, stop: int, *, final: bool = False) -> torch.Tensor:
+        """Blocks first…stop−1, and the final norm, over a residual stream [1, length, width]."""
+        tables = self._rope(stream.shape[1])
+        for block in range(first, stop):
+            stream = self._family.block(self._layers, block, stream, tables)
+        return self._layers.norm(stream, "output_norm") if final else stream
 
     def states(self, tokens: Tokens, names: Collection[str] = (), tap: Tap = nothing) -> torch.Tensor:
         """The inputs of the head, [length, width], for one sequence, int32 [length].
@@ -113,30 +150,20 @@ class TorchModel(Closing):
         """
         self._layers.tapped, self._layers.tap = frozenset(names), tap
         with torch.set_grad_enabled(bool(names)):
-            stream = self._embed(torch.from_numpy(tokens.astype(np.int64)))
+            stream = self.embed(tokens)
             if names:
                 stream.requires_grad_()
-            return self._blocks(stream, 0, self.hyperparameters.blocks, final=True)[0]
+            return self.run(stream, 0, self.hyperparameters.blocks, final=True)[0]
 
     def head_logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [length, n_vocab] of final states [length, width]."""
-        logits = states @ self.weights.get(self.head).T
+        logits = self._layers.multiply(states, self.head)
         bias = self.head.replace(".weight", ".bias")
         return logits + self.weights.get(bias) if self.weights.has(bias) else logits
 
     def head_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """An objective's derivative by the final states, from that by the logits."""
-        return gradient @ self.weights.get(self.head)
-
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weights.rows(EMBEDDING, ids)[None]
-
-    def _blocks(self, stream: torch.Tensor, first: int, stop: int, *, final: bool = False) -> torch.Tensor:
-        """Blocks first…stop−1, and the final norm, over a residual stream [1, length, width]."""
-        tables = self._rope(stream.shape[1])
-        for block in range(first, stop):
-            stream = self._family.block(self._layers, block, stream, tables)
-        return self._layers.norm(stream, "output_norm") if final else stream
+        return self._layers.back(gradient, self.head)
 
     def _rope(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self._tables is None or len(self._tables[0]) < length:
@@ -148,15 +175,55 @@ class TorchModel(Closing):
         return self._tables[0][:length], self._tables[1][:length]
 
     @torch.no_grad()
-    def _head_gradient(self, hidden: torch.Tensor, tap: Tap | None, generator: torch.Generator) -> torch.Tensor:
-        """Draws labels, and returns the gradient of their log-probabilities with respect to `hidden`."""
-        gradient = torch.softmax(self.head_logits(hidden), -1)
+    def head_backward(
+        self, hidden: torch.Tensor, generator: torch.Generator, tap: Tap | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws labels, and differentiates the sum of their log-probabilities.
+
+        Parameters:
+            hidden: final states, [length, width].
+            generator: draws the labels.
+            tap: is shown the head, if it is wanted: then all logits are in memory at once.
+
+        Returns:
+            The derivative by `hidden`, [length, width], and the squared length of that by the logits, [length].
+        """
         # By the inverse of the distribution function: one random number per position is enough.
+        random = torch.rand(len(hidden), 1, generator=generator)
+        step = len(hidden) if tap is not None else HEAD_ROWS
+        parts = [
+            self._label_gradients(rows, draws, tap)
+            for rows, draws in zip(torch.split(hidden, step), torch.split(random, step), strict=True)
+        ]
+        return torch.cat([down for down, _ in parts]), torch.cat([squares for _, squares in parts])
+
+    def _label_gradients(
+        self, hidden: torch.Tensor, random: torch.Tensor, tap: Tap | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient = torch.softmax(self.head_logits(hidden), -1)
         sums = gradient.cumsum(-1)
-        random = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
-        labels = torch.searchsorted(sums, random, right=True).clamp_(max=self.n_vocab - 1)
+        labels = torch.searchsorted(sums, random * sums[:, -1:], right=True).clamp_(max=self.n_vocab - 1)
+        del sums
         # d log p(label) / d logits = onehot(label) − p
         gradient.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.float32))
         if tap is not None:
             tap(self.head, hidden, gradient)
-        return self.head_gradient(gradient)
+        return self.head_gradient(gradient), torch.linalg.vecdot(gradient, gradient)
+
+
+@dataclasses.dataclass(frozen=True)
+class Differentiable:
+    """Blocks of a model over one sequence, which can be differentiated.
+
+    Parameters:
+        stream: the residual stream before them, [1, length, width].
+        result: what they make of it, [1, length, width].
+    """
+
+    stream: torch.Tensor
+    result: torch.Tensor
+
+    def backward(self, gradient: torch.Tensor, *, last: bool = True) -> torch.Tensor:
+        """The derivative by the stream, from that by the result. After the `last` call the memory is free."""
+        (down,) = torch.autograd.grad(self.result, self.stream, gradient, retain_graph=not last)
+        return down

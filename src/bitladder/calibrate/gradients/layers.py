@@ -27,7 +27,7 @@ class _Multiply(torch.autograd.Function):
         ctx.tapped = name in layers.tapped
         if ctx.tapped:
             ctx.save_for_backward(inputs)
-        return inputs @ layers.weights.get(name).T
+        return layers.multiply(inputs, name)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
@@ -35,7 +35,7 @@ class _Multiply(torch.autograd.Function):
         if ctx.tapped:
             (inputs,) = ctx.saved_tensors
             layers.tap(ctx.name, inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
-        return (gradient @ layers.weights.get(ctx.name) if ctx.needs_input_grad[0] else None), None, None
+        return (layers.back(gradient, ctx.name) if ctx.needs_input_grad[0] else None), None, None
 
 
 class Layers:
@@ -46,7 +46,20 @@ class Layers:
         self.hyperparameters = hyperparameters
         self.tapped: Collection[str] = ()
         self.tap: Tap = nothing
+        self.half = False  # products with weights are made in bfloat16
         self.multiplied: dict[str, None] = {}  # weights in the order of their first use
+
+    def multiply(self, inputs: torch.Tensor, name: str) -> torch.Tensor:
+        """Inputs [..., n_in] times the transpose of a weight, float32."""
+        if not self.half:
+            return inputs @ self.weights.get(name).T
+        return (inputs.bfloat16() @ self.weights.get_half(name).T).float()
+
+    def back(self, gradient: torch.Tensor, name: str) -> torch.Tensor:
+        """The derivative by the inputs of a weight, from that by its outputs: `gradient` times the weight."""
+        if not self.half:
+            return gradient @ self.weights.get(name)
+        return (gradient.bfloat16() @ self.weights.get_half(name)).float()
 
     def linear(self, inputs: torch.Tensor, prefix: str) -> torch.Tensor:
         """Multiplies by PREFIX.weight and adds PREFIX.bias where the file has one."""

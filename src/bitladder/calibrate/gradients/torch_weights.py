@@ -17,15 +17,27 @@ class TorchWeights(Closing):
 
     def __init__(self, file: GgufFile, memory: int, threads: int | None = None) -> None:
         self._file = file
-        self._room = memory
+        self._memory = self._room = memory
         self._kept: dict[str, torch.Tensor] = {}
+        self._halves: dict[str, torch.Tensor] = {}
         self._kernels = RowKernels(threads)
         self.used: set[str] = set()
 
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that expanded weights take at most: all of the file in float32, or the memory for them."""
+        return min(self._memory, 4 * sum(tensor.elements for tensor in self._file.tensors.values()))
+
     def close(self) -> None:
         """Frees the tensors."""
-        self._kept.clear()
+        self.forget()
         self._kernels.close()
+
+    def forget(self) -> None:
+        """Frees the expanded tensors. They are read again when they are needed."""
+        self._kept.clear()
+        self._halves.clear()
+        self._room = self._memory
 
     def has(self, name: str) -> bool:
         """Whether the file has this tensor."""
@@ -42,17 +54,24 @@ class TorchWeights(Closing):
         """float32 [rows, width], or [width] for a vector. Raises BitladderError for a name that is not there."""
         self.used.add(name)
         kept = self._kept.get(name)
-        if kept is not None:
-            return kept
+        return self._keep(self._kept, name, self._read(name)) if kept is None else kept
+
+    def get_half(self, name: str) -> torch.Tensor:
+        """`get` in bfloat16. Values that `replace` put there do not count."""
+        self.used.add(name)
+        kept = self._halves.get(name)
+        return self._keep(self._halves, name, self._read(name).bfloat16()) if kept is None else kept
+
+    def _read(self, name: str) -> torch.Tensor:
         _, width = self.shape(name)
         tensor = self._file.tensors[name]
         values = torch.from_numpy(self._kernels.dequantize(self._file.read(tensor), tensor.type, width))
-        if len(tensor.shape) == 1:
-            values = values.reshape(width)
-        size = values.nbytes
-        if size <= self._room:
-            self._room -= size
-            self._kept[name] = values
+        return values.reshape(width) if len(tensor.shape) == 1 else values
+
+    def _keep(self, kept: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> torch.Tensor:
+        if values.nbytes <= self._room:
+            self._room -= values.nbytes
+            kept[name] = values
         return values
 
     def replace(self, name: str, values: torch.Tensor) -> None:

@@ -36,6 +36,11 @@ def require_torch() -> Any:
     return torch
 
 
+def has_half_products() -> bool:
+    """Whether the CPU has instructions for products in bfloat16. Without them they are slower than in float32."""
+    return bool(getattr(require_torch().cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
 @contextlib.contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
     """Inside the context torch computes with `threads` threads (None: every CPU that this process may use)."""

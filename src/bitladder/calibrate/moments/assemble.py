@@ -7,7 +7,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.moments.moments_file import Floats, MomentShape, Provenance, writing_moments
+from bitladder.calibrate.moments.moments_file import writing_moments
+from bitladder.calibrate.moments.schema import MomentShape, Provenance
+from bitladder.calibrate.moments.triangles import Correlations, Floats, LowRank
 from bitladder.errors import BitladderError
 
 
@@ -33,8 +35,8 @@ class MomentsSource(Protocol):
     def packed(self, name: str, matrix: int = 0) -> Floats:
         """The moments of one matrix of a weight: the upper triangle by rows, float32."""
 
-    def packed_outputs(self, name: str) -> Floats | None:
-        """E[ggᵀ] of a weight: the upper triangle by rows, float32; None if it is not known."""
+    def outputs(self, name: str) -> Correlations | LowRank | None:
+        """E[ggᵀ] of a weight; None if it is not known."""
 
 
 def write_sources(path: str | os.PathLike[str], sources: Sequence[MomentsSource]) -> Provenance:
@@ -64,18 +66,23 @@ def write_sources(path: str | os.PathLike[str], sources: Sequence[MomentsSource]
         owner = owners.setdefault(tuple(source.entry(name) for source in sources), name)
         if owner != name:
             shared[name] = owner
-    shapes = {}
-    for name in owners.values():
-        sizes = [source.shape(name) for source in sources]
-        if len({(shape.matrices, shape.n_in) for shape in sizes}) > 1:
-            raise BitladderError(f"cannot merge {name}: its sizes differ; these are of two models")
-        shapes[name] = MomentShape(sizes[0].matrices, sizes[0].n_in, min(shape.n_out for shape in sizes))
+    shapes = {name: _joined_shape(name, [source.shape(name) for source in sources]) for name in owners.values()}
+    shapes |= {name: _joined_shape(name, [source.shape(name) for source in sources]) for name in shared}
     with writing_moments(path, provenance, shapes, shared) as writer:
         for name, shape in shapes.items():
             counts = np.stack([source.counts(name) for source in sources])
-            gradients = _outputs(sources, name, counts) if shape.n_out else None
-            writer.write_packed(name, _matrices(sources, name, counts), counts.sum(axis=0), gradients)
+            if name not in shared:
+                writer.write_inputs(name, _matrices(sources, name, counts), counts.sum(axis=0))
+            if shape.n_out:
+                writer.write_outputs(name, _outputs(sources, name, counts))
     return provenance
+
+
+def _joined_shape(name: str, shapes: Sequence[MomentShape]) -> MomentShape:
+    """The shape of a mean: without outputs if they are not kept alike in all sources."""
+    if len({(shape.matrices, shape.n_in) for shape in shapes}) > 1:
+        raise BitladderError(f"cannot merge {name}: its sizes differ; these are of two models")
+    return shapes[0] if len(set(shapes)) == 1 else MomentShape(shapes[0].matrices, shapes[0].n_in)
 
 
 def _matrices(sources: Sequence[MomentsSource], name: str, counts: npt.NDArray[np.int64]) -> Iterator[Floats]:
@@ -83,9 +90,22 @@ def _matrices(sources: Sequence[MomentsSource], name: str, counts: npt.NDArray[n
         yield _mean([source.packed(name, matrix) for source in sources], counts[:, matrix])
 
 
-def _outputs(sources: Sequence[MomentsSource], name: str, counts: npt.NDArray[np.int64]) -> Floats:
-    outputs = [values for source in sources if (values := source.packed_outputs(name)) is not None]
-    return _mean(outputs, counts.sum(axis=1))
+def _outputs(sources: Sequence[MomentsSource], name: str, counts: npt.NDArray[np.int64]) -> Correlations | LowRank:
+    outputs = [values for source in sources if (values := source.outputs(name)) is not None]
+    tokens = counts.sum(axis=1)
+    if len(outputs) == 1:
+        return outputs[0]
+    low = [values for values in outputs if isinstance(values, LowRank)]
+    if not low:
+        return Correlations.of(
+            _mean([values.packed() for values in outputs if isinstance(values, Correlations)], tokens)
+        )
+    # The mean of F Fᵀ is that of all columns side by side, of which the largest directions stay.
+    shares = np.sqrt(tokens / max(int(tokens.sum()), 1)).astype(np.float32)
+    columns = np.concatenate([share * values.factors() for share, values in zip(shares, low, strict=True)], axis=1)
+    left, sizes, _ = np.linalg.svd(columns, full_matrices=False)
+    rank = low[0].values.shape[1]
+    return LowRank.of(left[:, :rank] * sizes[:rank], _mean([values.diagonals[0] for values in low], tokens))
 
 
 def _mean(values: Sequence[Floats], counts: npt.NDArray[np.int64]) -> Floats:

@@ -1,33 +1,48 @@
 """Second moments of inputs: what they are, and the file that keeps them.
 
 For each weight H = E[w xxᵀ] over its inputs x. With w = 1 its diagonal is the imatrix. With w what an error at that
-token costs (see gradients), it says what an error of the weight costs. A file is a GGUF with general.type "moments":
-NAME.moments holds the upper triangle of each matrix by rows, F32; NAME.counts the tokens that each saw; NAME.outputs
-the upper triangle of E[ggᵀ]. Weights that multiply the same input share one entry; `moments.shared` lists them in pairs
-(the weight, the weight under whose name its entry is kept).
+token costs (see gradients), it says what an error of the weight costs. A file is a GGUF with general.type "moments".
+Each symmetric matrix M is a diagonal, F32, and the upper triangle of M_ij / sqrt(M_ii M_jj) by rows, F16: NAME.diagonal
+and NAME.moments for each matrix of H, NAME.outputs.diagonal and NAME.outputs for each diagonal block of O = E[ggᵀ].
+Where O is near F Fᵀ for an F of few columns, NAME.outputs.factors are F_i / sqrt(O_ii), F16, in place of NAME.outputs.
+NAME.counts are the tokens that each matrix saw. Weights that multiply the same input share one entry; `moments.shared`
+lists them in pairs (the weight, the weight under whose name its entry is kept).
 """
 
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.calibrate.moments.schema import (
+    COUNTS,
+    INPUT_DIAGONALS,
+    INPUTS,
+    OUTPUT_DIAGONALS,
+    OUTPUT_FACTORS,
+    OUTPUTS,
+    MomentShape,
+    Provenance,
+    read_contents,
+)
+from bitladder.calibrate.moments.triangles import (
+    Correlations,
+    Floats,
+    LowRank,
+    pack_triangle,
+    triangle,
+    unpack_triangle,
+)
 from bitladder.closing import Closing
 from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError, overflow
 from bitladder.files import replacing, sha256_file
-from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, Value, describe_kind, string, strings, u32
-
-Floats = npt.NDArray[np.float32]
-T = TypeVar("T")
-_INPUTS, _COUNTS, _OUTPUTS = ".moments", ".counts", ".outputs"
+from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, Value, string, strings, u32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +53,7 @@ class Moment:
         inputs: the mean of w xxᵀ over tokens, float32 [matrices, n_in, n_in].
         counts: tokens that each matrix saw, int64 [matrices].
         outputs: E[ggᵀ] of the gradients at the weight's output, float32 [n_out, n_out]; None if it is not known.
+            Between blocks that are kept apart it is 0.
     """
 
     inputs: Floats
@@ -45,45 +61,11 @@ class Moment:
     outputs: Floats | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class MomentShape:
-    """How large an entry is.
-
-    Parameters:
-        matrices: experts, or 1.
-        n_in: numbers of an input.
-        n_out: numbers of an output; 0 if moments of outputs are not kept.
-    """
-
-    matrices: int
-    n_in: int
-    n_out: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Provenance:
-    """Where moments come from.
-
-    Parameters:
-        datasets: names of the texts.
-        chunk_count: chunks that were read.
-        chunk_size: tokens of a chunk.
-        weighting: what a token counts by: "tokens" (all alike), "positions" or "gradients".
-        model_sha256: hash of the file whose inputs these are.
-    """
-
-    datasets: list[str]
-    chunk_count: int
-    chunk_size: int
-    weighting: str = "tokens"
-    model_sha256: str = ""
-
-
 class MomentsFile(Closing):
     """An open file of moments. Entries are read when they are asked for.
 
     Raises:
-        BitladderError: the file holds no moments, or is not whole.
+        BitladderError: the file holds no moments, or is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -92,55 +74,15 @@ class MomentsFile(Closing):
             raise BitladderError(f"no such moments file: {path}")
         self._file = GgufFile(self.path)
         try:
-            self.provenance, self._shared = self._read_head()
+            self._contents = read_contents(self._file, self.path)
         except BaseException:
             self._file.close()
             raise
 
-    def _read_head(self) -> tuple[Provenance, dict[str, str]]:
-        file = self._file
-        if file.get("general.type") != "moments":
-            raise BitladderError(
-                f"{self.path} holds no second moments, but is {describe_kind(file)}; make them with bitladder calibrate"
-            )
-        pairs: list[str] = self._value("shared", [], str)
-        if len(pairs) % 2:
-            raise BitladderError(f"{self.path}: moments.shared is not in pairs; collect the moments again")
-        shared = dict(zip(pairs[::2], pairs[1::2], strict=True))
-        head = Provenance(
-            self._value("datasets", [], str),
-            self._value("chunk_count", 0),
-            self._value("chunk_size", 0),
-            self._value("weighting", "tokens"),
-            self._value("model_sha256", ""),
-        )
-        own = {name.removesuffix(_INPUTS) for name in file.tensors if name.endswith(_INPUTS)}
-        for name in own:
-            self._check_entry(name)
-        if missing := sorted(set(shared.values()) - own):
-            raise BitladderError(
-                f"{self.path} has no entry {missing[0]}, which others share; collect the moments again"
-            )
-        if not own:
-            raise BitladderError(f"{self.path} has no entry at all; collect the moments again")
-        return head, shared
-
-    def _value(self, key: str, default: T, item: type | None = None) -> T:
-        """A value of the metadata, of the type of the default; of a list, whose items have the type `item`."""
-        value = self._file.get(f"moments.{key}", default)
-        items = value if isinstance(value, list) else []
-        if type(value) is not type(default) or (item and not all(type(one) is item for one in items)):
-            raise BitladderError(f"{self.path}: moments.{key} has a wrong type; collect the moments again")
-        return value
-
-    def _check_entry(self, name: str) -> None:
-        """Raises BitladderError unless an entry has as many matrices as counts, each a whole triangle."""
-        inputs, counts = self._file.tensors[name + _INPUTS], self._file.tensors.get(name + _COUNTS)
-        outputs = self._file.tensors.get(name + _OUTPUTS)
-        sizes = [inputs.width] if outputs is None else [inputs.width, outputs.width]
-        fits = counts is not None and counts.elements == inputs.rows
-        if not fits or any(triangle(width_of(size)) != size for size in sizes):
-            raise BitladderError(f"{self.path}: the entry {name} is not whole; collect the moments again")
+    @property
+    def provenance(self) -> Provenance:
+        """The texts and the model."""
+        return self._contents.provenance
 
     def close(self) -> None:
         """Close the file."""
@@ -153,54 +95,64 @@ class MomentsFile(Closing):
 
     def names(self) -> list[str]:
         """Weights with moments, sorted. Those that share an entry are included."""
-        own = [name.removesuffix(_INPUTS) for name in self._file.tensors if name.endswith(_INPUTS)]
-        return sorted({*own, *self._shared})
+        return sorted({*self._contents.shapes, *self._contents.shared})
 
     def entry(self, name: str) -> str:
         """The weight under whose name a weight's entry is kept. Weights that share an entry have the same input."""
-        return self._shared.get(name, name)
+        return self._contents.shared.get(name, name)
 
     def __contains__(self, name: str) -> bool:
-        return self.entry(name) + _INPUTS in self._file.tensors
+        return name in self._contents.shapes
 
     def read(self, name: str) -> Moment:
         """The moments of a weight. Raises BitladderError if it has none, or they are damaged."""
-        counts = self.counts(name)
-        inputs = np.stack([unpack_triangle(self.packed(name, index)) for index in range(len(counts))])
-        outputs = self.packed_outputs(name)
-        return Moment(inputs, counts, None if outputs is None else unpack_triangle(outputs))
+        outputs = self.outputs(name)
+        return Moment(self.inputs(name), self.counts(name), None if outputs is None else outputs.matrix())
+
+    def inputs(self, name: str) -> Floats:
+        """The mean of w xxᵀ, float32 [matrices, n_in, n_in]."""
+        return np.stack([unpack_triangle(self.packed(name, index)) for index in range(self.shape(name).matrices)])
 
     def shape(self, name: str) -> MomentShape:
-        """How large a weight's entry is."""
-        counts, outputs = len(self.counts(name)), self._file.tensors.get(name + _OUTPUTS)
-        packed = self._file.tensors[self.entry(name) + _INPUTS]
-        return MomentShape(counts, width_of(packed.width), 0 if outputs is None else width_of(outputs.width))
+        """How large a weight's entry is. Raises BitladderError if it has none."""
+        shape = self._contents.shapes.get(name)
+        if shape is None:
+            raise BitladderError(f"{self.path} has no second moments for {name}; collect them for this model")
+        return shape
 
     def counts(self, name: str) -> npt.NDArray[np.int64]:
         """Tokens seen by each matrix of a weight, int64 [matrices]."""
-        return np.rint(self._values(name, _COUNTS).reshape(-1)).astype(np.int64)
+        self.shape(name)
+        counts = self._file.read(self._file.tensors[self.entry(name) + COUNTS]).view(np.float32)
+        return np.rint(counts.reshape(-1)).astype(np.int64)
 
     def packed(self, name: str, matrix: int = 0) -> Floats:
-        """The moments of one matrix (expert) of a weight as they are kept: see `unpack_triangle`."""
-        packed: Floats = self._values(name, _INPUTS, matrix)[0]
+        """The moments of one matrix (expert) of a weight: see `unpack_triangle`."""
+        self.shape(name)
+        values, diagonals = self._pair(self.entry(name), INPUTS, INPUT_DIAGONALS, matrix, matrix + 1)
+        packed: Floats = Correlations(values, diagonals).packed()[0]
         return packed
 
-    def packed_outputs(self, name: str) -> Floats | None:
-        """E[ggᵀ] as it is kept, or None."""
-        return self._values(name, _OUTPUTS)[0] if name + _OUTPUTS in self._file.tensors else None
+    def outputs(self, name: str) -> Correlations | LowRank | None:
+        """O = E[ggᵀ] as it is kept; None if it is not known."""
+        shape = self.shape(name)
+        if not shape.n_out:
+            return None
+        if shape.rank:
+            return LowRank(*self._pair(name, OUTPUT_FACTORS, OUTPUT_DIAGONALS))
+        return Correlations(*self._pair(name, OUTPUTS, OUTPUT_DIAGONALS))
 
-    def _values(self, name: str, part: str, row: int | None = None) -> Floats:
-        kept = name if part == _OUTPUTS else self.entry(name)
-        tensor = self._file.tensors.get(kept + part)
-        if tensor is None:
-            raise BitladderError(f"{self.path} has no second moments for {name}; collect them for this model")
-        if tensor.type.name != "f32":
-            raise BitladderError(f"{self.path}: {kept}{part} is not F32; the file is damaged, collect it again")
-        start, stop = (0, tensor.rows) if row is None else (row, row + 1)
-        values = self._file.read(tensor, start, stop).view(np.float32)
-        if not np.isfinite(values).all():
-            raise BitladderError(f"{self.path}: {name} has moments that are not finite; collect them again")
-        return values
+    def _pair(
+        self, name: str, part: str, diagonal: str, start: int = 0, stop: int | None = None
+    ) -> tuple[npt.NDArray[np.float16], Floats]:
+        values = self._file.read(self._file.tensors[name + part], start, stop).view(np.float16)
+        diagonals = self._file.read(self._file.tensors[name + diagonal], start, stop).view(np.float32)
+        if not (np.isfinite(diagonals).all() and (diagonals >= 0).all() and (np.abs(values) <= 1).all()):
+            raise BitladderError(
+                f"{self.path}: {name}{part} are no second moments: a value is not finite, a square is negative, or a "
+                "correlation is above 1; collect them again"
+            )
+        return values, diagonals
 
 
 class MomentsWriter:
@@ -210,27 +162,37 @@ class MomentsWriter:
         self._writer = writer
 
     def write(self, name: str, moment: Moment) -> None:
-        """Appends an entry, which must be the next one."""
-        outputs = None if moment.outputs is None else pack_triangle(moment.outputs)
-        self.write_packed(name, map(pack_triangle, moment.inputs), moment.counts, outputs)
+        """Appends an entry, which must be the next one, and its moments of outputs as a whole."""
+        self.write_inputs(name, map(pack_triangle, moment.inputs), moment.counts)
+        if moment.outputs is not None:
+            self.write_outputs(name, Correlations.of(pack_triangle(moment.outputs)[None]))
 
-    def write_packed(
-        self, name: str, matrices: Iterable[Floats], counts: npt.NDArray[np.int64], outputs: Floats | None = None
-    ) -> None:
-        """Appends an entry of packed matrices (see `pack_triangle`), which are read one after the other.
+    def write_inputs(self, name: str, matrices: Iterable[Floats], counts: npt.NDArray[np.int64]) -> None:
+        """Appends packed matrices (see `pack_triangle`), which are read one after the other.
 
         Raises BitladderError that names the weight if a value is not finite.
         """
+        diagonals = []
         for packed in matrices:
-            self._put(name, _INPUTS, packed)
-        self._put(name, _COUNTS, counts.astype(np.float32))
-        if outputs is not None:
-            self._put(name, _OUTPUTS, outputs)
+            self._refuse_not_finite(name, packed)
+            part = Correlations.of(packed[None])
+            self._put(name + INPUTS, part.values)
+            diagonals.append(part.diagonals)
+        self._put(name + INPUT_DIAGONALS, np.concatenate(diagonals))
+        self._put(name + COUNTS, counts.astype(np.float32))
 
-    def _put(self, name: str, part: str, values: Floats) -> None:
-        if not np.isfinite(values).all():
+    def write_outputs(self, name: str, outputs: Correlations | LowRank) -> None:
+        """Appends moments of outputs. Raises BitladderError that names the weight if a value is not finite."""
+        self._refuse_not_finite(name, outputs.diagonals, outputs.values)
+        self._put(name + (OUTPUT_FACTORS if isinstance(outputs, LowRank) else OUTPUTS), outputs.values)
+        self._put(name + OUTPUT_DIAGONALS, outputs.diagonals)
+
+    def _put(self, name: str, values: npt.NDArray[np.floating]) -> None:
+        self._writer.write(name, np.ascontiguousarray(values).view(np.uint8))
+
+    def _refuse_not_finite(self, name: str, *arrays: npt.NDArray[np.floating]) -> None:
+        if not all(np.isfinite(array).all() for array in arrays):
             raise overflow(f"the second moments of {name} are")
-        self._writer.write(name + part, np.ascontiguousarray(values, np.float32).view(np.uint8))
 
 
 @contextlib.contextmanager
@@ -242,16 +204,10 @@ def writing_moments(
     Parameters:
         path: the file.
         provenance: where the moments come from.
-        shapes: sizes of the entries, in the order in which they will be written.
+        shapes: sizes of the entries, in the order in which they will be written: first inputs, then outputs. Of a
+            weight that shares an entry only outputs are written.
         shared: the weight whose entry it has, by the name of a weight without its own.
     """
-    f32 = type_by_name("f32")
-    plans = []
-    for name, shape in shapes.items():
-        plans.append(TensorPlan(name + _INPUTS, (triangle(shape.n_in), shape.matrices), f32))
-        plans.append(TensorPlan(name + _COUNTS, (1, shape.matrices), f32))
-        if shape.n_out:
-            plans.append(TensorPlan(name + _OUTPUTS, (triangle(shape.n_out), 1), f32))
     metadata: dict[str, Value] = {
         "general.type": string("moments"),
         "moments.datasets": strings(provenance.datasets),
@@ -261,43 +217,22 @@ def writing_moments(
         "moments.model_sha256": string(provenance.model_sha256),
         "moments.shared": strings([part for pair in shared.items() for part in pair]),
     }
+    plans = [plan for name, shape in shapes.items() for plan in _plans(name, shape, name in shared)]
     with replacing(path) as temporary, temporary.open("wb") as stream:
         writer = GgufWriter(stream, metadata, plans)
         yield MomentsWriter(writer)
         writer.finish()
 
 
-def triangle(n: int) -> int:
-    """Numbers in the upper triangle of an n × n matrix, the diagonal included."""
-    return n * (n + 1) // 2
-
-
-def pack_triangle(matrix: npt.NDArray[np.floating]) -> Floats:
-    """The upper triangle by rows: [n, n] → float32 [n(n+1)/2].
-
-    Example:
-        >>> pack_triangle(np.array([[1.0, 2.0], [2.0, 3.0]])).tolist()
-        [1.0, 2.0, 3.0]
-    """
-    packed, start = np.empty(triangle(len(matrix)), np.float32), 0
-    for index, row in enumerate(matrix):
-        stop = start + len(row) - index
-        packed[start:stop] = row[index:]
-        start = stop
-    return packed
-
-
-def unpack_triangle(packed: Floats) -> Floats:
-    """The symmetric matrix, float32 [n, n], whose upper triangle is given. It undoes `pack_triangle`."""
-    n = width_of(packed.size)
-    full, start = np.empty((n, n), np.float32), 0
-    for index in range(n):
-        stop = start + n - index
-        full[index, index:] = full[index:, index] = packed[start:stop]
-        start = stop
-    return full
-
-
-def width_of(size: int) -> int:
-    """n of an n × n matrix whose triangle has so many numbers."""
-    return (math.isqrt(8 * size + 1) - 1) // 2
+def _plans(name: str, shape: MomentShape, shared: bool) -> Iterator[TensorPlan]:
+    half, single = type_by_name("f16"), type_by_name("f32")
+    if not shared:
+        yield TensorPlan(name + INPUTS, (triangle(shape.n_in), shape.matrices), half)
+        yield TensorPlan(name + INPUT_DIAGONALS, (shape.n_in, shape.matrices), single)
+        yield TensorPlan(name + COUNTS, (1, shape.matrices), single)
+    if shape.rank:
+        yield TensorPlan(name + OUTPUT_FACTORS, (shape.rank, shape.n_out), half)
+    elif shape.n_out:
+        yield TensorPlan(name + OUTPUTS, (triangle(shape.n_out // shape.blocks), shape.blocks), half)
+    if shape.n_out:
+        yield TensorPlan(name + OUTPUT_DIAGONALS, (shape.n_out // shape.blocks, shape.blocks), single)

@@ -10,7 +10,8 @@ from bitladder.calibrate.imatrix import write_imatrix
 from bitladder.calibrate.inputs import Floats, watch_chunks
 from bitladder.calibrate.moments.collector import MomentCollector, MomentsAndImatrix, PartSums
 from bitladder.calibrate.moments.entries import EntryPart, MomentEntry
-from bitladder.calibrate.moments.moments_file import MomentShape, Provenance, triangle
+from bitladder.calibrate.moments.schema import MomentShape, Provenance
+from bitladder.calibrate.moments.triangles import triangle
 from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine import Decoding, Model, Tokens
 from bitladder.files import sha256_bytes
@@ -136,6 +137,6 @@ class CollectedMoments:
             return sums.sums[index].packed(int(sums.counts[index]))
         return np.asarray(self._work.get(part.label)[index])
 
-    def packed_outputs(self, name: str) -> Floats | None:
+    def outputs(self, name: str) -> None:
         """See MomentsSource. Nothing is known of outputs."""
         return None

@@ -67,12 +67,20 @@ class OutputRounding:
             return stock
         try:
             with self._lock:
+                self._refuse_other_shape(name, weights)
                 moment = _mean([file.read(name) for file in self._moments if name in file])
             rounded = self._round(weights, stock, kind, moment)
         except BitladderError as error:
             raise BitladderError(f"{name} as {kind.name}: {error}") from error
         self.losses[name, kind.name] = sum(one.before for one in rounded), sum(one.after for one in rounded)
         return np.stack([one.data for one in rounded])
+
+    def _refuse_other_shape(self, name: str, weights: Floats) -> None:
+        """Raises BitladderError before moments of other shapes are expanded: a small file can make them huge."""
+        for file in self._moments:
+            shape = file.shape(name) if name in file else None
+            if shape is not None and (shape.n_in != weights.shape[2] or shape.n_out not in (0, weights.shape[1])):
+                raise BitladderError(f"{file.path} has second moments of another shape")
 
     def _round(self, weights: Floats, stock: Bytes, kind: TensorType, moment: Moment) -> list[Rounded]:
         if len(moment.inputs) != len(weights):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from bitladder.calibrate import Imatrix, Moment, MomentsFile, writing_moments
+from bitladder.calibrate import Correlations, Imatrix, LowRank, MomentsFile, MomentShape, pack_triangle, writing_moments
 from bitladder.engine import quantize_rows
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
@@ -99,24 +99,28 @@ def changed_imatrix(imatrix: Imatrix, changes: Mapping[str, Change]) -> Imatrix:
     return dataclasses.replace(imatrix, entries=entries)
 
 
-def changed_moment(moment: Moment, change: Change) -> Moment:
-    """The second moments of the new inputs and outputs.
-
-    Inputs are divided by the scales of a weight's columns, so E[w xxᵀ] is by their products; an output that is divided
-    by s has a gradient that is s times larger.
-    """
-    inputs, outputs = moment.inputs, moment.outputs
+def _changed_inputs(inputs: Floats, change: Change) -> Floats:
+    """E[w xxᵀ] of the new inputs, [matrices, n_in, n_in]: they are divided by the scales of a weight's columns."""
     if change.columns is not None:
         inverse = (1 / np.broadcast_to(change.columns, inputs.shape[:2])).astype(np.float32)
         inputs = inputs * inverse[:, :, None] * inverse[:, None, :]
     if change.column_order is not None:
         inputs = np.ascontiguousarray(inputs[:, change.column_order][:, :, change.column_order])
-    if change.rows is not None and outputs is not None:
-        inverse = (1 / change.rows).astype(np.float32)
-        outputs = outputs * inverse[:, None] * inverse[None, :]
-    if change.row_order is not None and outputs is not None:
-        outputs = np.ascontiguousarray(outputs[np.ix_(change.row_order, change.row_order)])
-    return Moment(inputs, moment.counts, outputs)
+    return inputs
+
+
+def _changed_outputs(outputs: Correlations | LowRank, change: Change) -> Correlations | LowRank:
+    """E[ggᵀ] of the new outputs: one that is divided by s has a gradient that is s times larger."""
+    values, diagonals = outputs.values, outputs.diagonals
+    if change.rows is not None:
+        # Correlations stay what they are.
+        diagonals = np.asarray(diagonals / np.square(change.rows.reshape(diagonals.shape)), np.float32)
+    if change.row_order is None:
+        return type(outputs)(values, diagonals)
+    if isinstance(outputs, LowRank):
+        return LowRank(values[change.row_order], diagonals[:, change.row_order])
+    matrix = Correlations(values, diagonals).matrix()[np.ix_(change.row_order, change.row_order)]
+    return Correlations.of(pack_triangle(matrix)[None])
 
 
 def smoothed_moments(
@@ -138,9 +142,20 @@ def smoothed_moments(
     """
     with MomentsFile(moments) as old:
         names = old.names()
-        own = [name for name in names if old.entry(name) == name]
         shared = {name: old.entry(name) for name in names if old.entry(name) != name}
         provenance = dataclasses.replace(old.provenance, model_sha256=model_sha256)
-        with writing_moments(out, provenance, {name: old.shape(name) for name in own}, shared) as writer:
-            for name in own:
-                writer.write(name, changed_moment(old.read(name), changes.get(name, Change())))
+        shapes = {name: _changed_shape(old.shape(name), changes.get(name, Change())) for name in names}
+        with writing_moments(out, provenance, shapes, shared) as writer:
+            for name in names:
+                change = changes.get(name, Change())
+                if name not in shared:
+                    inputs = _changed_inputs(old.inputs(name), change)
+                    writer.write_inputs(name, map(pack_triangle, inputs), old.counts(name))
+                outputs = old.outputs(name)
+                if outputs is not None:
+                    writer.write_outputs(name, _changed_outputs(outputs, change))
+
+
+def _changed_shape(shape: MomentShape, change: Change) -> MomentShape:
+    """Outputs in another order are not in blocks any more."""
+    return shape if change.row_order is None else dataclasses.replace(shape, blocks=1)

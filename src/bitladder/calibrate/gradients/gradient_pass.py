@@ -1,0 +1,146 @@
+"""One pass over the chunks that leaves moments by gradients: forward to the cuts between segments, then back.
+
+The blocks of a model are cut into segments whose sums fit into memory. Every chunk is computed forward once up to the
+last segment; the residual streams at the cuts are kept in a folder. Then each segment, the last one first, is computed
+again from its stream and differentiated from the gradient that the segment above left. So a model of any depth is read
+twice forward and once back; one that is a single segment once forward and once back.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from bitladder.calibrate.gradients.entry_sums import EntryPlan, EntrySums
+from bitladder.calibrate.gradients.forward import TorchModel
+from bitladder.calibrate.gradients.options import GradientOptions
+from bitladder.calibrate.gradients.segments import Segment, plan_segments
+from bitladder.calibrate.unfinished import UnfinishedWork
+from bitladder.engine import Tokens
+from bitladder.errors import BitladderError
+from bitladder.progress import Bar, Progress
+
+NEXT_STOP = "segments"  # the piece that says which block is the first whose entries are finished
+
+
+def chunk_generator(seed: int, index: int) -> torch.Generator:
+    """The generator that draws the labels of chunk `index`: the same in every pass."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + index)
+
+
+class GradientPass:
+    """The work on some chunks. What is finished is in the folder of unfinished work.
+
+    Parameters:
+        model: the model.
+        chunks: int32 [chunks, n_ctx].
+        plans: the entries, from the last in the computation to the first.
+        options: how tokens are weighted.
+        memory: bytes for sums and for what a backward pass keeps.
+        work: keeps streams, gradients, and the state of the segment at hand.
+    """
+
+    def __init__(
+        self,
+        model: TorchModel,
+        chunks: Tokens,
+        plans: Sequence[EntryPlan],
+        options: GradientOptions,
+        memory: int,
+        work: UnfinishedWork,
+    ) -> None:
+        self._model, self._chunks, self._options, self._work = model, chunks, options, work
+        pilots = range(0, len(chunks), options.pilots) if len(chunks) >= options.fewest else range(0)
+        self._pilots = len(pilots)
+        # Every segment reads the chunks in this order.
+        self._order = [*pilots, *(index for index in range(len(chunks)) if index not in pilots)]
+        length, width = chunks.shape[1], model.hyperparameters.width
+        self._stream_shape, self._gradient_shape = (length, width), (options.draws, length, width)
+        stop = model.hyperparameters.blocks
+        if work.has(NEXT_STOP):
+            stop = int(work.get(NEXT_STOP))
+        self._segments = plan_segments(model, plans, stop, memory, length, options.sketch) if stop else []
+
+    def run(self, progress: Progress) -> Iterator[list[EntrySums]]:
+        """Yields the entries of each segment when they are complete. The next one begins when they were kept."""
+        cuts = [segment.first for segment in self._segments if segment.first]
+        with progress.task("gradients", len(self._chunks) * (len(self._segments) + bool(cuts))) as bar:
+            if cuts:
+                self._forward(cuts, bar)
+            for segment in self._segments:
+                if cuts:
+                    self._model.weights.forget()  # so that those of this segment stay in memory
+                entries = self._segment(segment, bar, progress)
+                yield entries
+                entries.clear()  # whoever was given them holds the list: two segments do not fit into memory
+                self._work.put(NEXT_STOP, torch.tensor(segment.first).numpy())
+                self._work.drop(_gradient(segment.stop), _stream(segment.first))
+
+    def _forward(self, cuts: Sequence[int], bar: Bar) -> None:
+        """Keeps the residual stream of each chunk at some cuts, the highest first."""
+        done = min(self._work.kept_rows(_stream(cut), self._stream_shape) for cut in cuts)
+        bar.advance(done)
+        for place in range(done, len(self._order)):
+            with torch.no_grad():
+                stream, first = self._model.embed(self._chunks[self._order[place]]), 0
+                for cut in reversed(cuts):
+                    stream, first = self._model.run(stream, first, cut), cut
+                    self._work.append_row(_stream(cut), place, stream[0].numpy())
+            bar.advance()
+
+    def _segment(self, segment: Segment, bar: Bar, progress: Progress) -> list[EntrySums]:
+        entries = [EntrySums(plan, self._options, self._chunks.shape[1]) for plan in segment.entries]
+        by_name = {name: entry for entry in entries for name in entry.plan.names}
+        state = {name: array for entry in entries for name, array in entry.arrays().items()}
+        label = f"blocks {segment.first} to {segment.stop}"
+        done = self._work.load_state(label, state, progress)
+        if segment.first and done > self._work.kept_rows(_gradient(segment.first), self._gradient_shape):
+            folder = self._work.folder
+            raise BitladderError(f"{folder} lacks gradients that its state counts; delete the folder and start again")
+        bar.advance(done)
+        for entry in entries:
+            entry.learned = entry.leverages_known and 0 < self._pilots < done
+        for place in range(done, len(self._order)):
+            if self._pilots and place == self._pilots:
+                for entry in entries:
+                    entry.use_leverages()
+            self._chunk(segment, place, by_name)
+            bar.advance()
+            if self._work.due():
+                self._work.save_state(label, place + 1, state)
+        return entries
+
+    def _chunk(self, segment: Segment, place: int, entries: dict[str, EntrySums]) -> None:
+        """Computes one chunk forward and back through a segment, and adds it to the entries."""
+        model, index, last = self._model, self._order[place], segment.stop == self._model.hyperparameters.blocks
+        if segment.first:
+            stream = torch.from_numpy(self._work.read_row(_stream(segment.first), place, self._stream_shape))[None]
+        else:
+            stream = model.embed(self._chunks[index])
+
+        def tap(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+            entries[name].add(name, inputs, gradients)
+
+        part = model.differentiable(stream, segment.first, segment.stop, entries.keys() - {model.head}, tap)
+        generator = chunk_generator(self._options.seed, index)
+        kept = None if last else self._work.read_row(_gradient(segment.stop), place, self._gradient_shape)
+        downs = []
+        for draw in range(self._options.draws):
+            if kept is None:
+                hidden = part.result.detach()[0]
+                gradient, squares = model.head_backward(hidden, generator)
+                if model.head in entries:
+                    entries[model.head].add_powers(model.head, hidden, squares, squares)
+            else:
+                gradient = torch.from_numpy(kept[draw])
+            if segment.first < segment.stop:
+                downs.append(part.backward(gradient[None], last=draw + 1 == self._options.draws)[0])
+        if segment.first and downs:
+            self._work.append_row(_gradient(segment.first), place, torch.stack(downs).numpy())
+
+
+def _stream(block: int) -> str:
+    return f"stream {block}"
+
+
+def _gradient(block: int) -> str:
+    return f"gradient {block}"

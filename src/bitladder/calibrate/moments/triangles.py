@@ -1,0 +1,166 @@
+"""Symmetric matrices as they are kept: triangles or factors, in half precision beside an exact diagonal."""
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
+
+
+def triangle(n: int) -> int:
+    """Numbers in the upper triangle of an n × n matrix, the diagonal included."""
+    return n * (n + 1) // 2
+
+
+def width_of(size: int) -> int:
+    """n of an n × n matrix whose triangle has so many numbers."""
+    return (math.isqrt(8 * size + 1) - 1) // 2
+
+
+def pack_triangle(matrix: npt.NDArray[np.floating]) -> Floats:
+    """The upper triangle by rows: [n, n] → float32 [n(n+1)/2].
+
+    Example:
+        >>> pack_triangle(np.array([[1.0, 2.0], [2.0, 3.0]])).tolist()
+        [1.0, 2.0, 3.0]
+    """
+    packed, start = np.empty(triangle(len(matrix)), np.float32), 0
+    for index, row in enumerate(matrix):
+        stop = start + len(row) - index
+        packed[start:stop] = row[index:]
+        start = stop
+    return packed
+
+
+def unpack_triangle(packed: Floats) -> Floats:
+    """The symmetric matrix, float32 [n, n], whose upper triangle is given. It undoes `pack_triangle`."""
+    n = width_of(packed.size)
+    full, start = np.empty((n, n), np.float32), 0
+    for index in range(n):
+        stop = start + n - index
+        full[index, index:] = full[index:, index] = packed[start:stop]
+        start = stop
+    return full
+
+
+def pack_blocks(matrix: npt.NDArray[np.floating], blocks: int) -> Floats:
+    """The triangles of the diagonal blocks of a matrix [n, n], float32 [blocks, …]."""
+    width = len(matrix) // blocks
+    parts = (slice(at, at + width) for at in range(0, len(matrix), width))
+    return np.stack([pack_triangle(matrix[part, part]) for part in parts])
+
+
+def unpack_blocks(packed: Floats) -> Floats:
+    """The matrix, float32 [n, n], with these diagonal blocks and 0 elsewhere. It undoes `pack_blocks`."""
+    if len(packed) == 1:
+        return unpack_triangle(packed[0])
+    width = width_of(packed.shape[1])
+    full = np.zeros((len(packed) * width, len(packed) * width), np.float32)
+    for index, block in enumerate(packed):
+        part = slice(index * width, (index + 1) * width)
+        full[part, part] = unpack_triangle(block)
+    return full
+
+
+@dataclasses.dataclass(frozen=True)
+class Correlations:
+    """Packed matrices M in half precision: M_ij / sqrt(M_ii M_jj), and the diagonals.
+
+    A correlation is at most 1, and F16 keeps it to 2⁻¹² of itself. Half the size of F32 costs no KLD (docs/moments.md).
+
+    Parameters:
+        values: float16 [matrices, n(n+1)/2].
+        diagonals: float32 [matrices, n].
+    """
+
+    values: Halves
+    diagonals: Floats
+
+    @classmethod
+    def of(cls, packed: Floats) -> "Correlations":
+        """Of packed matrices, float32 [matrices, n(n+1)/2]. What `packed` returned gives the same halves again.
+
+        Example:
+            >>> Correlations.of(np.array([[4.0, 1.0, 1.0]], np.float32)).values.tolist()
+            [[1.0, 0.5, 1.0]]
+        """
+        starts = _row_starts(width_of(packed.shape[1]))
+        diagonals = np.maximum(packed[:, starts], 0)
+        values = np.empty(packed.shape, np.float16)
+        for place, row in enumerate(packed):
+            roots = np.sqrt(diagonals[place])
+            inverse = np.divide(1, roots, out=np.zeros_like(roots), where=roots > 0)
+            _scale(row, inverse, starts, values[place])
+        return cls(values, diagonals)
+
+    def packed(self) -> Floats:
+        """The packed matrices, float32 [matrices, n(n+1)/2]."""
+        starts = _row_starts(self.diagonals.shape[1])
+        packed = np.empty(self.values.shape, np.float32)
+        for place, row in enumerate(self.values):
+            _scale(row, np.sqrt(self.diagonals[place]), starts, packed[place])
+        packed[:, starts] = self.diagonals
+        return packed
+
+    def matrix(self) -> Floats:
+        """The matrix, float32 [n, n], with these diagonal blocks and 0 elsewhere."""
+        return unpack_blocks(self.packed())
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A matrix M near F Fᵀ, in half precision: F_i / sqrt(M_ii), and the diagonal of M itself.
+
+    Parameters:
+        values: float16 [n, rank].
+        diagonals: float32 [1, n].
+    """
+
+    values: Halves
+    diagonals: Floats
+
+    @classmethod
+    def of(cls, factors: Floats, diagonal: Floats) -> "LowRank":
+        """Of F, float32 [n, rank], and the diagonal of M, float32 [n].
+
+        Example:
+            >>> LowRank.of(np.array([[2.0], [1.0]], np.float32), np.array([4.0, 4.0], np.float32)).matrix().tolist()
+            [[4.0, 2.0], [2.0, 4.0]]
+        """
+        diagonal = np.maximum(diagonal, 0)
+        # A row cannot be longer than the root of its diagonal number, but for rounding errors.
+        lengths = np.maximum(np.linalg.norm(factors, axis=1), np.sqrt(diagonal))
+        inverse = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+        return cls((factors * inverse[:, None]).astype(np.float16), diagonal[None].astype(np.float32))
+
+    def factors(self) -> Floats:
+        """F, float32 [n, rank]."""
+        return np.asarray(self.values.astype(np.float32) * np.sqrt(self.diagonals[0])[:, None])
+
+    def matrix(self) -> Floats:
+        """F Fᵀ with the diagonal of M, float32 [n, n]."""
+        factors = self.factors()
+        full = factors @ factors.T
+        full[np.diag_indices(len(full))] = self.diagonals[0]
+        return np.asarray(full)
+
+
+def _row_starts(n: int) -> npt.NDArray[np.int64]:
+    """Where each row of a packed triangle begins, which is the place of its diagonal number."""
+    rows = np.arange(n, dtype=np.int64)
+    return rows * n - rows * (rows - 1) // 2
+
+
+def _scale(
+    packed: npt.NDArray[np.floating], factors: Floats, starts: npt.NDArray[np.int64], out: npt.NDArray[np.floating]
+) -> None:
+    """Multiplies M_ij by the factors of i and j. A correlation that rounding left above 1 becomes 1."""
+    n = len(factors)
+    for index, start in enumerate(starts.tolist()):
+        stop = start + n - index
+        # One factor after the other: the product of two can be too large for float32.
+        scaled = packed[start:stop] * factors[index] * factors[index:]
+        out[start:stop] = np.clip(scaled, -1, 1) if out.dtype == np.float16 else scaled
