@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.rounding.kernels import LESS, add_owed, best_move, block_product, half, inlined, jit, replace_block
-from bitladder.rounding.scalar_kernels import descend, nearest, row_of, set_steps
+from bitladder.rounding.scalar_kernels import descend, nearest, part_of
 
 # A step with which a block costs more than this times the best is not fitted any further.
 WORTH = np.float32(1.5)
@@ -256,25 +256,25 @@ def refit(h, shape, row, slope):
 
 
 @jit
-def change_rows(first_row, slopes, coupling, shifts, hessian, shape, factors, rows, scales):
-    """Changes rows from `first_row` on, in place in `rows`.
+def change_rows(first_row, start, slopes, coupling, shifts, hessian, shape, factors, rows, scales):
+    """Changes columns of the rows from `first_row` on, in place in `rows`: those from `start` on.
 
-    slopes [group, n] and coupling [group, group] are those of `method.round_in_groups`; `shifts` [group, n] becomes by
-    how much each row's own changes moved its slope. `factors` are of steps that are tried, for types without scales.
-    `scales`: whether more than indices change.
+    slopes [group, B] and coupling [group, group] are those of `method.round_in_groups`; `hessian` belongs to these B
+    columns. shifts [group, B] is scratch. `factors` are of steps that are tried, for types without scales. `scales`:
+    whether more than indices change.
     """
-    step, offset = np.empty(rows.scale.shape[1], np.float32), np.empty(rows.scale.shape[1], np.float32)
-    for index in range(slopes.shape[0]):
-        row, slope = row_of(rows, first_row + index), slopes[index]
+    group, count = slopes.shape
+    for index in range(group):
+        row = part_of(rows, first_row + index, start, start + count, shape)
+        slope, shift = slopes[index], shifts[index]
         add_owed(coupling, index, shifts, slope)
-        shifts[index] = slope
+        shift[:] = slope
         if scales:
             if factors.size:
                 refine_plain(hessian, shape, row, factors, slope)
             else:
                 refine_scaled(hessian, shape, row, slope)
             refit(hessian.h, shape, row, slope)
-        set_steps(row, shape, step, offset)
-        descend(hessian.h, step, offset, shape, row, slope)
-        for j in range(slope.size):
-            shifts[index, j] = slope[j] - shifts[index, j]
+        descend(hessian.h, shape, row, slope)
+        for j in range(count):
+            shift[j] = slope[j] - shift[j]
