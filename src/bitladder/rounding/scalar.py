@@ -6,7 +6,7 @@ import numpy as np
 
 from bitladder.rounding.block_types import Floats
 from bitladder.rounding.options import RoundingOptions
-from bitladder.rounding.scalar_kernels import Rows, Shape, open_rows
+from bitladder.rounding.scalar_kernels import Rows, open_rows, shape_of
 from bitladder.rounding.scalar_refine_kernels import Hessian, change_rows
 from bitladder.rounding.scalar_types import NONE, ScalarBlocks, ScalarType
 from bitladder.rounding.second_moments import Order, SecondMoments, column_parts
@@ -34,11 +34,9 @@ class ScalarRounding:
         self._hessians = []
         for block, part in zip(moments.diagonal, column_parts(width), strict=True):
             within = local.part(part.start, part.stop)
-            self._hessians.append(Hessian(block, within.ut, within.d, within.inverse))
-        limits = np.array([*kind.scales, *kind.minimums], np.int64)
-        self._shape = Shape(
-            kind.sub, kind.block // kind.sub, kind.levels, kind.uniform, kind.lowest, np.float32(kind.sign), limits
-        )
+            sums = block.reshape(-1, kind.sub, len(block)).sum(axis=1)
+            self._hessians.append(Hessian(block, within.ut, within.d, within.inverse, sums))
+        self._shape = shape_of(kind)
         self._blocks = blocks = dataclasses.replace(
             start,
             indices=start.indices.copy(),

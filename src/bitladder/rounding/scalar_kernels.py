@@ -20,17 +20,30 @@ from bitladder.rounding.kernels import add_owed, inlined, jit, moved
 class Shape(NamedTuple):
     """A type, for kernels: `sub` columns share a scale, `per` sub-blocks a block.
 
-    `levels` float32 [K] are consecutive integers if `uniform`; the first index that is used is `lowest`. `sign` is of
-    the offset. `limits` int64 [4]: least and greatest scale, least and greatest minimum.
+    `levels` float32 [K] are consecutive integers if `uniform`, `middles` [K − 1] lie between them; the first index that
+    is used is `lowest`. `sign` is of the offset. `limits` int64 [4]: least and greatest scale, least and greatest
+    minimum; scales are moved by up to `reach` at once.
     """
 
     sub: int
     per: int
     levels: npt.NDArray[np.float32]
+    middles: npt.NDArray[np.float32]
     uniform: bool
     lowest: int
     sign: np.float32
     limits: npt.NDArray[np.int64]
+    reach: int
+
+
+def shape_of(kind):
+    """The shape of a type. With minimums, pairs near the present one are as many as lanes if scales move by 2."""
+    limits = np.array([*kind.scales, *kind.minimums], np.int64)
+    middles = ((kind.levels[1:] + kind.levels[:-1]) / 2).astype(np.float32)
+    per, reach = kind.block // kind.sub, 2 if kind.sign else 3
+    return Shape(
+        kind.sub, per, kind.levels, middles, kind.uniform, kind.lowest, np.float32(kind.sign), limits, reach
+    )  # fmt: skip
 
 
 class Rows(NamedTuple):
