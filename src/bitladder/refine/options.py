@@ -34,7 +34,11 @@ class GuardOptions(Options):
     """How rounded blocks are tried."""
 
     guard_chunks: int = option(
-        8, "--guard-chunks", least=1, metavar="N", help="Chunks of held-out text on which blocks are tried."
+        8, "--guard-chunks", least=1, metavar="N", help="Chunks of held-out text at most on which blocks are tried."
+    )
+    sure: float = option(3.0, least=0, help="Standard errors by which a difference is clear before all chunks are used.")
+    negligible: float = option(
+        0.005, least=0, help="A difference that is surely below this share of KLD does not matter."
     )
     guard_offset: float = option(0.5, least=0, most=1, help="Where in a calibration text these passages begin.")
     unclear: int = option(

@@ -1,8 +1,9 @@
 """Which integers the blocks of a tensor hold: chosen for the output of the layer, not for each weight by itself."""
 
 from bitladder.rounding.block_types import Blocks, BlockType
-from bitladder.rounding.method import ROUNDING, TYPES, Rounded, can_round, round_tensor, same_integers
+from bitladder.rounding.method import ROUNDING, TYPES, Rounded, can_round, round_matrix, round_tensor, same_integers
 from bitladder.rounding.options import Method, RoundingOptions
+from bitladder.rounding.second_moments import SecondMoments
 
 __all__ = [
     "ROUNDING",
@@ -12,7 +13,9 @@ __all__ = [
     "Method",
     "Rounded",
     "RoundingOptions",
+    "SecondMoments",
     "can_round",
+    "round_matrix",
     "round_tensor",
     "same_integers",
 ]

@@ -63,7 +63,7 @@ def upper_factor(h: Doubles) -> tuple[Doubles, Doubles]:
     extra = 0.0
     while True:
         try:
-            lower = np.linalg.cholesky(turned + extra * np.eye(len(h)))
+            lower = np.linalg.cholesky(turned + extra * np.eye(len(h)) if extra else turned)
             break
         except np.linalg.LinAlgError:
             extra = max(10 * extra, 1e-10 * float(np.trace(h)) / len(h))
@@ -72,8 +72,8 @@ def upper_factor(h: Doubles) -> tuple[Doubles, Doubles]:
     return upper / root, root**2
 
 
-def diagonal_blocks(matrix: Doubles, width: int) -> Doubles:
-    """The diagonal blocks of a matrix [n, n], float64 [n/width, width, width]."""
+def diagonal_blocks(matrix: Floats, width: int) -> Floats:
+    """The diagonal blocks of a matrix [n, n], [n/width, width, width]."""
     return np.stack([matrix[at : at + width, at : at + width] for at in range(0, len(matrix), width)])
 
 

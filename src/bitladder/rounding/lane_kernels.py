@@ -14,7 +14,9 @@ from bitladder.rounding.kernels import jit
 from bitladder.rounding.simd import (
     LANES,
     add_where_greater,
+    eleven_bits,
     floor,
+    integer,
     larger,
     load,
     multiply,
@@ -121,20 +123,9 @@ def dot_lanes(vector, lanes, out):
 
 @jit
 def half_lanes(numbers):
-    """Rounds sixteen numbers to F16, the nearest; beyond its range to the largest that F16 has.
-
-    x (2¹³ + 1) less what is too much of it leaves eleven bits of x (Veltkamp). Below the least normal number of F16 its
-    steps are those of float32 numbers near 0.75.
-    """
-    x, most = load(numbers, 0), splat(np.float32(65504))
-    x = smaller(larger(x, splat(np.float32(-65504))), most)
-    wide = multiply(x, splat(np.float32(8193)))
-    normal = subtract(wide, subtract(wide, x))
-    fine = splat(np.float32(-0.75))
-    small = subtract(subtract(x, fine), splat(np.float32(0.75)))
-    least = splat(np.float32(6.103515625e-05))
-    size = larger(x, subtract(splat(np.float32(0)), x))
-    # Either part is 0 in lanes where the other counts.
-    large = add_where_greater(least, size, small)
-    zero = subtract(normal, add_where_greater(least, size, normal))
-    store(numbers, 0, subtract(zero, subtract(splat(np.float32(0)), large)))
+    """Rounds sixteen numbers to F16, the nearest; beyond its range to the largest that F16 has."""
+    x = smaller(larger(load(numbers, 0), splat(np.float32(-65504))), splat(np.float32(65504)))
+    normal = eleven_bits(x)
+    fine = multiply(integer(multiply(x, splat(np.float32(2.0**24)))), splat(np.float32(2.0**-24)))
+    size, least = larger(x, subtract(splat(np.float32(0)), x)), splat(np.float32(2.0**-14))
+    store(numbers, 0, subtract(normal, add_where_greater(least, size, subtract(normal, fine))))

@@ -36,6 +36,7 @@ class RoundingOptions(Options):
         help="Further factors for types whose levels reach farther on one side of 0 than on the other.",
     )
     scale_moves: int = option(2, least=0, help="How far the scale of points may move in one pass.")
+    scale_every: int = option(2, least=1, help="Scales of points are tried in the first pass and in every so many.")
     hold: float = option(
         0.5, least=0, help="Both signs of a column that should be below this share of the least magnitude are tried."
     )

@@ -30,12 +30,7 @@ class ScalarRounding:
             np.argsort(-np.diag(h), kind="stable") if options.by_importance else np.arange(width, dtype=np.int64)
         )
         self.ut, _ = moments.factor(self.order)
-        local = moments.local(kind.sub)
-        self._hessians = []
-        for block, part in zip(moments.diagonal, column_parts(width), strict=True):
-            within = local.part(part.start, part.stop)
-            sums = block.reshape(-1, kind.sub, len(block)).sum(axis=1)
-            self._hessians.append(Hessian(block, within.ut, within.d, within.inverse, sums))
+        self._hessians = hessians(moments, kind.sub)
         self._shape = shape_of(kind)
         self._blocks = blocks = dataclasses.replace(
             start,
@@ -58,8 +53,9 @@ class ScalarRounding:
         )  # fmt: skip
         return errors
 
-    def change(self, first: int, part: int, start: int, slopes: Floats, coupling: Floats) -> None:
+    def change(self, turn: int, first: int, part: int, start: int, slopes: Floats, coupling: Floats) -> None:
         """See `RowRounding`."""
+        del turn
         change_rows(
             first, start, slopes, coupling, np.empty_like(slopes), self._hessians[part], self._shape, self._steps,
             self._rows, self._scales,
@@ -68,6 +64,16 @@ class ScalarRounding:
     def blocks(self) -> ScalarBlocks:
         """See `RowRounding`."""
         return self._blocks
+
+
+def hessians(moments: SecondMoments, sub: int) -> list[Hessian]:
+    """What kernels need of H for each part of the columns; sub: columns of a sub-block."""
+    local, parts = moments.local(sub), []
+    for block, part in zip(moments.diagonal, column_parts(len(moments.h)), strict=True):
+        within = local.part(part.start, part.stop)
+        sums = block.reshape(-1, sub, len(block)).sum(axis=1)
+        parts.append(Hessian(block, within.ut, within.d, within.inverse, sums))
+    return parts
 
 
 def _steps_to_try(kind: ScalarType, options: RoundingOptions) -> Floats:

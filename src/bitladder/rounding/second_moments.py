@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.errors import BitladderError
-from bitladder.rounding.factors import Doubles, Floats, couplings, damped, diagonal_blocks, shrunk, upper_factor
+from bitladder.rounding.factors import Floats, couplings, damped, diagonal_blocks, shrunk, upper_factor
 from bitladder.rounding.options import RoundingOptions
 
 Order = npt.NDArray[np.int64]
@@ -66,10 +66,12 @@ class SecondMoments:
         outputs: npt.NDArray[np.floating] | None,
         options: RoundingOptions,
     ) -> None:
+        shapes = [moments.shape for moments in (inputs, outputs) if moments is not None]
+        if any(len(shape) != 2 or shape[0] != shape[1] for shape in shapes):
+            raise BitladderError(f"second moments of {shapes} are not square and do not fit any matrix")
         self.inputs = np.asarray(inputs, np.float32)
         self.outputs = None if outputs is None or not options.two_sided else np.asarray(outputs, np.float32)
-        self._full: Doubles = damped(shrunk(inputs, options.shrinkage), options.damping)
-        self.h: Floats = np.ascontiguousarray(self._full, np.float32)
+        self.h: Floats = np.asarray(damped(shrunk(inputs, options.shrinkage), options.damping), np.float32)
         self.leading, self.coupling = couplings(
             None if self.outputs is None else shrunk(self.outputs, options.shrinkage), options.damping
         )
@@ -86,14 +88,14 @@ class SecondMoments:
         key = order.tobytes()
         if key not in self._factors:
             natural = bool((order == np.arange(len(order))).all())
-            upper, d = upper_factor(self._full if natural else self._full[np.ix_(order, order)])
+            upper, d = upper_factor((self.h if natural else self.h[np.ix_(order, order)]).astype(np.float64))
             self._factors[key] = np.ascontiguousarray(upper.T, np.float32), d.astype(np.float32)
         return self._factors[key]
 
     def local(self, width: int) -> Local:
         """Factors of the diagonal blocks of a width."""
         if width not in self._local:
-            blocks = diagonal_blocks(self._full, width)
+            blocks = diagonal_blocks(self.h, width).astype(np.float64)
             parts = [upper_factor(block) for block in blocks]
             self._local[width] = Local(
                 np.stack([u.T for u, _ in parts]).astype(np.float32),

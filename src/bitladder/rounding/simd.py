@@ -107,10 +107,24 @@ def _greater(builder: Any, first: Any, second: Any, then: Any, other: Any) -> An
     return builder.select(builder.fcmp_ordered(">", first, second), then, other)
 
 
+def _eleven_bits(builder: Any, x: Any) -> Any:
+    numbers = ir.VectorType(ir.IntType(32), LANES)
+
+    def every(number: int) -> Any:
+        return ir.Constant(numbers, [number] * LANES)
+
+    bits = builder.bitcast(x, numbers)
+    odd = builder.and_(builder.lshr(bits, every(13)), every(1))
+    raised = builder.add(builder.add(bits, every(0xFFF)), odd)
+    return builder.bitcast(builder.and_(raised, every(0xFFFFE000)), _VECTOR)
+
+
 subtract = _operation(2, lambda builder, x, y: builder.fsub(x, y), "x − y")
 multiply = _operation(2, lambda builder, x, y: builder.fmul(x, y), "x y")
 multiply_add = _operation(3, _library("fmuladd"), "x y + z")
 floor = _operation(1, _library("floor"), "The greatest integer not above x.")
+integer = _operation(1, _library("rint"), "The integer nearest to x.")
+eleven_bits = _operation(1, _eleven_bits, "The number nearest to x of eleven significant bits, as F16 has.")
 larger = _operation(2, lambda builder, x, y: _greater(builder, x, y, x, y), "The larger of x and y; y where x is NaN.")
 smaller = _operation(2, lambda builder, x, y: _greater(builder, y, x, x, y), "The smaller of x and y.")
 add_where_greater = _operation(

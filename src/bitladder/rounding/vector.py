@@ -35,8 +35,8 @@ class VectorRounding:
         points, costs = np.ascontiguousarray(kind.grid.T), np.empty(kind.points, np.float32)
         hold = np.float32((options.hold_even if kind.even else options.hold) * points.min())
         self._grid = Points(points, kind.unit, kind.even, hold, costs, costs.view(np.int32))
-        self._refine = options.method == "best"
-        moves = options.scale_moves if self._refine else 0
+        self._best, self._scale_every = options.method == "best", options.scale_every
+        moves = options.scale_moves if self._best else 0
         self._scales = Scales(kind.multipliers, moves, kind.sub, BLOCK // kind.sub)
         self._rows = PointRows(start.d.copy(), start.scale.copy(), start.codes.copy(), start.signed(), self.delta)
 
@@ -53,12 +53,12 @@ class VectorRounding:
         )  # fmt: skip
         return errors
 
-    def change(self, first: int, part: int, start: int, slopes: Floats, coupling: Floats) -> None:
+    def change(self, turn: int, first: int, part: int, start: int, slopes: Floats, coupling: Floats) -> None:
         """See `RowRounding`."""
         h, units, subs = self._locals[part]
         change_points(
             first, start, slopes, coupling, np.empty_like(slopes), h, units, subs, self._scales, self._grid, self._rows,
-            self._refine,
+            self._best and turn % self._scale_every == 0, self._best,
         )  # fmt: skip
 
     def blocks(self) -> VectorBlocks:

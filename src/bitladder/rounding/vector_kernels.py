@@ -265,11 +265,11 @@ def open_points(weights, first_row, targets, carried, leading, opening, scales, 
 
 
 @jit
-def change_points(first_row, start, slopes, coupling, shifts, h, units, subs, scales, grid, rows, refine):
+def change_points(first_row, start, slopes, coupling, shifts, h, units, subs, scales, grid, rows, refine, fit):
     """Changes columns of the rows from `first_row` on, in place in `rows`: those from `start` on.
 
     slopes [group, B] and coupling [group, group] are those of `method.round_in_groups`; h [B, B], `units` and `subs`
-    belong to these columns. shifts [group, B] is scratch. `refine`: whether scales change too.
+    belong to these columns. shifts [group, B] is scratch. `refine`: whether scales change too; `fit`: whether d does.
     """
     count = slopes.shape[1]
     for index in range(slopes.shape[0]):
@@ -279,6 +279,7 @@ def change_points(first_row, start, slopes, coupling, shifts, h, units, subs, sc
         shift[:] = slope
         if refine:
             refine_points(h, subs, scales, grid, row, slope)
+        if fit:
             refit_points(h, scales, row, slope)
         descend_points(h, units, scales, grid, row, slope)
         for j in range(count):

@@ -34,6 +34,8 @@ class Price(Step):
         """Every type is rendered; then single tensors and whole kinds are swapped and measured."""
         prices, share = self.options.planning.prices, self.options.planning.prices.group_share
         kind, amount = round_amount(self.options, extent)
+        passes = self.options.refine.rounding.passes
+        amount *= (1 + min(passes, prices.price_passes)) / (1 + passes)
         checked = prices.check_pairs * prices.probe_chunks * self.options.planning.decoding.n_ctx
         return [
             Part(kind, TYPES * amount, "render every tensor"),

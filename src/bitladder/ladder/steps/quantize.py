@@ -18,6 +18,7 @@ LIBRARY, LIBRARY_IQ = 1500, 6000
 TUNE = 8  # tokens decoded in the time that a token of tuning takes
 ROUND, ROUND_WIDTH = 35_000, 55
 # Evaluations of a guard, about: of kinds, of layers and their groups, and of single tensors.
+GUARD_CHUNKS = 2  # that decide a comparison, about
 GUARD_KINDS, GUARD_LAYERS, GUARD_TENSORS = 9, 11, 8
 
 
@@ -63,7 +64,7 @@ class Quantize(Step):
         """Rounding, the guard, and tuning."""
         if not self.options.rounds:
             return [library_part(self.label)]
-        tokens = self.options.refine.guard.guard_chunks * extent.chunk
+        tokens = min(self.options.refine.guard.guard_chunks, GUARD_CHUNKS) * extent.chunk
         parts = [
             Part(*round_amount(self.options, extent), "rounding"),
             Part("guard", GUARD_KINDS * tokens, "guard"),
