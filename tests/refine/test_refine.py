@@ -83,8 +83,12 @@ def test_a_guard_that_stops_early_decides_as_one_that_reads_all(tiny_gguf, prepa
     assert whole.before.value + put_in - taken_out == pytest.approx(whole.after.value, rel=1e-9)
     early = rounded.guard
     assert [(trial.kind, trial.kept) for trial in early.trials] == [(trial.kind, trial.kept) for trial in whole.trials]
-    assert early.stock == whole.stock
     assert early.tokens < whole.tokens
+    # Where they differ, it is not clear on all chunks either, or it does not matter.
+    changes = {trial.tensors: trial.change for trial in whole.removals}
+    for name in set(early.stock) ^ set(whole.stock):
+        change = changes[name,]
+        assert abs(change.value) < max(3 * change.error, 0.01 * whole.after.value)
 
 
 def lying(moments, out, liar, others=()):

@@ -77,7 +77,7 @@ def diagonal_blocks(matrix: Floats, width: int) -> Floats:
     return np.stack([matrix[at : at + width, at : at + width] for at in range(0, len(matrix), width)])
 
 
-def couplings(outputs: npt.NDArray[np.floating] | None, damping: float) -> tuple[Floats, Floats]:
+def couplings(outputs: npt.NDArray[np.floating] | None, damping: float) -> tuple[Floats, Floats, Floats]:
     """How rows make up for each other's errors.
 
     With O = U D Uᵀ, tr(O Δ H Δᵀ) is Σ_i D_i |Δ_i + Σ_{k<i} U_ki Δ_k|²_H. That counts while rows are rounded one after
@@ -88,11 +88,13 @@ def couplings(outputs: npt.NDArray[np.floating] | None, damping: float) -> tuple
         damping: as for `damped`.
 
     Returns:
-        U_ki at [i, k], and O_ik/O_ii at [i, k], float32 [rows, rows] each; [0, 0] without output moments.
+        U_ki at [i, k], and O_ik/O_ii at [i, k], float32 [rows, rows] each; O_ii, float32 [rows]. All are empty without
+        output moments.
     """
     if outputs is None:
-        return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
+        return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
     full = damped(outputs, damping)
     upper, _ = upper_factor(full)
     leading = np.ascontiguousarray(upper.T, np.float32)
-    return leading, np.ascontiguousarray(full / np.diag(full)[:, None], np.float32)
+    own = np.diag(full)
+    return leading, np.ascontiguousarray(full / own[:, None], np.float32), own.astype(np.float32)

@@ -31,8 +31,8 @@ ROUNDING = Algorithm(
         "both signs are tried only of columns that are nearly 0",
         "outputs are damped as much as inputs",
         "six passes, both signs of the step of a block, couplings of rows as products of matrices",
-        "errors are handed on by parts of 256 columns; sixteen scales are tried at once; those of points in every second"
-        " pass",
+        "errors are handed on by parts of 256 columns; sixteen scales are tried at once, those of points and steps in"
+        " every second pass; passes end when they gain little",
     ),
 )
 
@@ -180,8 +180,12 @@ def round_blocks(weights: Floats, start: Blocks, moments: SecondMoments, options
         assert isinstance(start, VectorBlocks)
         rows = VectorRounding(weights, start, moments, options)
     open_groups(rows, moments)
+    before = np.inf
     for turn in range(0 if options.method == "feedback" else options.passes):
-        change_groups(rows, moments, turn)
+        now = change_groups(rows, moments, turn)
+        if before - now < options.enough * now:
+            break
+        before = now
     return rows.blocks()
 
 
@@ -205,22 +209,29 @@ def open_groups(rows: RowRounding, moments: SecondMoments) -> None:
             errors[:, part] = rows.open(group.start, part, within, carried, _within(leading, group))
 
 
-def change_groups(rows: RowRounding, moments: SecondMoments, turn: int) -> None:
+def change_groups(rows: RowRounding, moments: SecondMoments, turn: int) -> float:
     """Changes all rows once more, for the `turn`-th time, a group of rows and a part of the columns after the other.
 
     Row i sees the others as w_i + Σ_k c_ik delta_k, c = `moments.coupling`, whose diagonal is 1. Half of −∂f/∂v of row
     i, its slope, is Σ_k c_ik delta_k H. Products of matrices are as for `open_groups`.
+
+    Returns:
+        The damped loss, each part of it as it was before the change of its columns.
     """
     delta, coupling, h = rows.delta, moments.coupling, moments.h
+    total = 0.0
     for group in _groups(len(delta)):
         seen = coupling[group] @ delta if len(coupling) else delta[group].copy()
         within = _within(coupling, group)
         for number, part in enumerate(column_parts(delta.shape[1])):
             slopes = seen @ h[part].T
             before = delta[group, part].copy()
+            each = np.einsum("ij,ij->i", slopes, before)
+            total += float(moments.row_weights[group] @ each if len(coupling) else each.sum())
             rows.change(turn, group.start, number, part.start, slopes, within)
             moved = delta[group, part] - before
             seen[:, part] += within @ moved if len(within) else moved
+    return total
 
 
 def _groups(rows: int) -> list[slice]:

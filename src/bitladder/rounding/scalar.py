@@ -42,7 +42,7 @@ class ScalarRounding:
         )
         self._rows = Rows(blocks.d, blocks.dmin, blocks.scale, blocks.minimum, blocks.indices, self.delta)
         self._steps = _steps_to_try(kind, options)
-        self._scales = options.method == "best"
+        self._best, self._scale_every = options.method == "best", options.scale_every
 
     def open(self, first: int, places: slice, targets: Floats, carried: Floats, leading: Floats) -> Floats:
         """See `RowRounding`."""
@@ -55,10 +55,10 @@ class ScalarRounding:
 
     def change(self, turn: int, first: int, part: int, start: int, slopes: Floats, coupling: Floats) -> None:
         """See `RowRounding`."""
-        del turn
+        refine = self._best and (turn % self._scale_every == 0 or not self._steps.size)
         change_rows(
             first, start, slopes, coupling, np.empty_like(slopes), self._hessians[part], self._shape, self._steps,
-            self._rows, self._scales,
+            self._rows, refine, self._best,
         )  # fmt: skip
 
     def blocks(self) -> ScalarBlocks:

@@ -15,7 +15,7 @@ from bitladder.rounding.scalar_kernels import descend, nearest, part_of
 from bitladder.rounding.simd import LANES
 
 ROUNDS = 6  # of moves of a scale
-TURNS = 3  # of rounding and fitting of a step
+TURNS = 2  # of rounding and fitting of a step
 
 
 class Hessian(NamedTuple):
@@ -291,12 +291,12 @@ def refit(hessian, shape, row, slope):
 
 
 @jit
-def change_rows(first_row, start, slopes, coupling, shifts, hessian, shape, factors, rows, scales):
+def change_rows(first_row, start, slopes, coupling, shifts, hessian, shape, factors, rows, refine, fit):
     """Changes columns of the rows from `first_row` on, in place in `rows`: those from `start` on.
 
     slopes [group, B] and coupling [group, group] are those of `method.round_in_groups`; `hessian` belongs to these B
-    columns. shifts [group, B] is scratch. `factors` are of steps that are tried, for types without scales. `scales`:
-    whether more than indices change.
+    columns. shifts [group, B] is scratch. `factors` are of steps that are tried, for types without scales. `refine`:
+    whether scales or steps are tried; `fit`: whether F16 numbers are fitted.
     """
     group, count = slopes.shape
     lanes = new_lanes(shape.sub)
@@ -305,11 +305,11 @@ def change_rows(first_row, start, slopes, coupling, shifts, hessian, shape, fact
         slope, shift = slopes[index], shifts[index]
         add_owed(coupling, index, shifts, slope)
         shift[:] = slope
-        if scales:
-            if factors.size:
-                refine_plain(hessian, shape, row, factors, slope, lanes)
-            else:
-                refine_scaled(hessian, shape, row, slope, lanes)
+        if refine and factors.size:
+            refine_plain(hessian, shape, row, factors, slope, lanes)
+        elif refine:
+            refine_scaled(hessian, shape, row, slope, lanes)
+        if fit:
             refit(hessian, shape, row, slope)
         descend(hessian.h, shape, row, slope)
         for j in range(count):

@@ -55,6 +55,7 @@ class SecondMoments:
         h: damped H, float32 [n, n].
         leading: float32 [rows, rows], or [0, 0] without O (`factors.couplings`).
         coupling: alike.
+        row_weights: the diagonal of damped O, float32 [rows]; [0] without O.
 
     Raises:
         BitladderError: moments are not finite.
@@ -72,7 +73,7 @@ class SecondMoments:
         self.inputs = np.asarray(inputs, np.float32)
         self.outputs = None if outputs is None or not options.two_sided else np.asarray(outputs, np.float32)
         self.h: Floats = np.asarray(damped(shrunk(inputs, options.shrinkage), options.damping), np.float32)
-        self.leading, self.coupling = couplings(
+        self.leading, self.coupling, self.row_weights = couplings(
             None if self.outputs is None else shrunk(self.outputs, options.shrinkage), options.damping
         )
         self._factors: dict[bytes, tuple[Floats, Floats]] = {}
