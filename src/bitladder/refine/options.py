@@ -36,7 +36,9 @@ class GuardOptions(Options):
     guard_chunks: int = option(
         8, "--guard-chunks", least=1, metavar="N", help="Chunks of held-out text at most on which blocks are tried."
     )
-    sure: float = option(3.0, least=0, help="Standard errors by which a difference is clear before all chunks are used.")
+    sure: float = option(
+        3.0, least=0, help="Standard errors by which a difference is clear before all chunks are used."
+    )
     negligible: float = option(
         0.005, least=0, help="A difference that is surely below this share of KLD does not matter."
     )

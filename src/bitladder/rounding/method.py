@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine.blas import single_threaded
-from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
 from bitladder.rounding.block_types import Blocks, BlockType, Bytes, Floats
 from bitladder.rounding.options import RoundingOptions

@@ -6,7 +6,6 @@ The types and operations are LLVM's, so that every processor gets the widest ins
 from collections.abc import Callable
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
