@@ -153,15 +153,15 @@ def round_tensor(
         >>> rounded.data.shape == stock.shape and rounded.after < 0.5 * rounded.before
         True
     """
+    if options.method == "stock" or not can_round(kind):
+        return Rounded(stock, 0.0, 0.0)
     with single_threaded():
         return round_matrix(weights, stock, kind, SecondMoments(inputs, outputs, options), options)
 
 
 def round_matrix(weights: Floats, stock: Bytes, kind: str, moments: SecondMoments, options: RoundingOptions) -> Rounded:
-    """`round_tensor` with second moments that serve several types."""
+    """`round_tensor` with second moments that serve several types; `kind` is one that `can_round` knows."""
     moments.check(*weights.shape)
-    if options.method == "stock" or not can_round(kind):
-        return Rounded(stock, 0.0, 0.0)
     start = TYPES[kind].unpack(stock, weights.shape[1])
     with single_threaded():
         blocks = round_blocks(weights, start, moments, options)
