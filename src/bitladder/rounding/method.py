@@ -223,7 +223,7 @@ def change_groups(rows: RowRounding, moments: SecondMoments, turn: int) -> float
         seen = coupling[group] @ delta if len(coupling) else delta[group].copy()
         within = _within(coupling, group)
         for number, part in enumerate(column_parts(delta.shape[1])):
-            slopes = seen @ h[part].T
+            slopes: Floats = seen @ h[part].T
             before = delta[group, part].copy()
             each = np.einsum("ij,ij->i", slopes, before)
             total += float(moments.row_weights[group] @ each if len(coupling) else each.sum())

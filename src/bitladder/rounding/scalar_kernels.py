@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.rounding.kernels import add_owed, inlined, jit, moved
+from bitladder.rounding.scalar_types import ScalarType
 
 
 class Shape(NamedTuple):
@@ -36,7 +37,7 @@ class Shape(NamedTuple):
     reach: int
 
 
-def shape_of(kind):
+def shape_of(kind: ScalarType) -> Shape:
     """The shape of a type. With minimums, pairs near the present one are as many as lanes if scales move by 2."""
     limits = np.array([*kind.scales, *kind.minimums], np.int64)
     middles = ((kind.levels[1:] + kind.levels[:-1]) / 2).astype(np.float32)

@@ -14,13 +14,13 @@ LANES = 16
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
 
-class _Vector(types.Type):  # type: ignore[misc]
+class _Vector(types.Type):
     def __init__(self) -> None:
         super().__init__(name="Vector16")
 
 
 @register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _VECTOR)
 
@@ -34,7 +34,7 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
     return builder.bitcast(builder.gep(data, [at]), ir.PointerType(_VECTOR))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load(typing: Any, array: Any, at: Any) -> Any:
     """The numbers of a flat array from `at` on."""
 
@@ -45,7 +45,7 @@ def load(typing: Any, array: Any, at: Any) -> Any:
     return _VECTOR_TYPE(array, at), code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store(typing: Any, array: Any, at: Any, vector: Any) -> Any:
     """Writes the numbers into a flat array from `at` on."""
 
@@ -57,7 +57,7 @@ def store(typing: Any, array: Any, at: Any, vector: Any) -> Any:
     return types.void(array, at, vector), code
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def splat(typing: Any, number: Any) -> Any:
     """A number in every lane."""
 

@@ -210,7 +210,7 @@ def render_all(
         kinds[name].append(kind)
     ordered = sorted(kinds, key=lambda name: -len(kinds[name]) * tensors[name].elements * tensors[name].width)
     pool = ThreadPoolExecutor(1 if isinstance(renderer.rounding, StockRounding) else renderer.kernels.threads)
-    errors = {}
+    errors: dict[tuple[str, str], float] = {}
 
     def render(name: str) -> dict[tuple[str, str], float]:
         return {(name, kind): renderer.error(name, type_by_name(kind)) for kind in kinds[name]}
