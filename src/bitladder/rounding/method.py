@@ -179,12 +179,10 @@ def round_blocks(weights: Floats, start: Blocks, moments: SecondMoments, options
         assert isinstance(start, VectorBlocks)
         rows = VectorRounding(weights, start, moments, options)
     open_groups(rows, moments)
-    before = np.inf
     for turn in range(0 if options.method == "feedback" else options.passes):
-        now = change_groups(rows, moments, turn)
-        if before - now < options.enough * now:
+        gain, level = change_groups(rows, moments, turn)
+        if gain < options.enough * level:
             break
-        before = now
     return rows.blocks()
 
 
@@ -208,29 +206,32 @@ def open_groups(rows: RowRounding, moments: SecondMoments) -> None:
             errors[:, part] = rows.open(group.start, part, within, carried, _within(leading, group))
 
 
-def change_groups(rows: RowRounding, moments: SecondMoments, turn: int) -> float:
+def change_groups(rows: RowRounding, moments: SecondMoments, turn: int) -> tuple[float, float]:
     """Changes all rows once more, for the `turn`-th time, a group of rows and a part of the columns after the other.
 
     Row i sees the others as w_i + Σ_k c_ik delta_k, c = `moments.coupling`, whose diagonal is 1. Half of −∂f/∂v of row
     i, its slope, is Σ_k c_ik delta_k H. Products of matrices are as for `open_groups`.
 
     Returns:
-        The damped loss, each part of it as it was before the change of its columns.
+        By how much the damped loss fell, and about how large it was.
     """
     delta, coupling, h = rows.delta, moments.coupling, moments.h
-    total = 0.0
+    gain = level = 0.0
     for group in _groups(len(delta)):
         seen = coupling[group] @ delta if len(coupling) else delta[group].copy()
         within = _within(coupling, group)
         for number, part in enumerate(column_parts(delta.shape[1])):
             slopes: Floats = seen @ h[part].T
-            before = delta[group, part].copy()
-            each = np.einsum("ij,ij->i", slopes, before)
-            total += float(moments.row_weights[group] @ each if len(coupling) else each.sum())
+            before, asked = delta[group, part].copy(), slopes.copy()
             rows.change(turn, group.start, number, part.start, slopes, within)
             moved = delta[group, part] - before
-            seen[:, part] += within @ moved if len(within) else moved
-    return total
+            seen_moved = within @ moved if len(within) else moved
+            seen[:, part] += seen_moved
+            weights = moments.row_weights[group] if len(within) else np.ones(len(moved), np.float32)
+            fell = np.einsum("ij,ij->i", 2 * asked + seen_moved @ moments.diagonal[number], moved)
+            gain -= float(weights @ fell)
+            level += float(weights @ np.einsum("ij,ij->i", asked, before))
+    return gain, level
 
 
 def _groups(rows: int) -> list[slice]:
