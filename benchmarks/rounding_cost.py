@@ -1,6 +1,7 @@
 """What rounding one matrix costs by its size, and by that a whole model: CPU seconds of one thread, and memory.
 
     python benchmarks/rounding_cost.py [--types Q4_K,IQ3_S] [--shapes 1024x1024,…] [--json OUT]
+    python benchmarks/rounding_cost.py --model F16.gguf --moments M.gguf --imatrix I.gguf [--types …] [--passes 0,1,6]
 
 Matrices and moments are random, with correlations that fall off like those of a language model (eigenvalues ~ 1/k);
 each shape is out x in. Seconds are fitted, by least squares of relative errors, with what the method does:
@@ -13,6 +14,10 @@ each shape is out x in. Seconds are fitted, by least squares of relative errors,
 and with these numbers models of `MODELS` are predicted. Llama-2-7B's square matrices are among those
 measured; for the three of 11,008 in each block the size is extrapolated. Seconds do not carry over to
 other machines: compare them with those of the library's own kernel, which are printed beside.
+
+With a model, one tensor of each kind is rounded, with numbers of passes: the output error as a share of the library's,
+and by how much the price of a (tensor, type) would be off if it were taken from blocks of fewer passes. That is the
+spread of ln(error after so many passes / error after the last number), beside what all have in common.
 """
 
 import argparse
@@ -22,8 +27,10 @@ import time
 
 import numpy as np
 
-from bitladder.engine import quantize_rows, type_by_name, versions
+from bitladder.calibrate import MomentsFile, read_imatrix
+from bitladder.engine import RowKernels, quantize_rows, type_by_name, versions
 from bitladder.files import write_json
+from bitladder.gguf import GgufFile, block_of
 from bitladder.rounding import RoundingOptions, round_tensor
 
 # Matrices of one block, out x in, and the number of blocks.
@@ -39,7 +46,14 @@ def main() -> None:
     parser.add_argument("--types", default="Q4_K")
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--model", type=pathlib.Path)
+    parser.add_argument("--moments", type=pathlib.Path)
+    parser.add_argument("--imatrix", type=pathlib.Path)
+    parser.add_argument("--passes", default="0,1,6")
     arguments = parser.parse_args()
+    if arguments.model:
+        on_model(arguments)
+        return
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
     rows = []
     for kind in arguments.types.split(","):
@@ -73,6 +87,34 @@ def main() -> None:
     print(f"peak memory {peak:.0f} MiB")
     if arguments.json:
         write_json(arguments.json, {"rows": rows, "peak_mib": peak, "versions": versions()})
+
+
+def on_model(arguments: argparse.Namespace) -> None:
+    """Rounds one tensor of each kind of a model, of its middle block, with several numbers of passes."""
+    every = [int(number) for number in arguments.passes.split(",")]
+    kinds = arguments.types.split(",")
+    left, seconds = {}, dict.fromkeys(every, 0.0)
+    with GgufFile(arguments.model) as file, MomentsFile(arguments.moments) as moments, RowKernels(1) as kernels:
+        imatrix = read_imatrix(arguments.imatrix)
+        blocks = sorted({block for name in moments.names() if (block := block_of(name)) is not None})
+        names = [name for name in moments.names() if block_of(name) == blocks[len(blocks) // 2]]
+        for name in names:
+            tensor, moment = file.tensors[name], moments.read(name)
+            weights = kernels.dequantize(file.read(tensor), tensor.type, tensor.width)
+            for kind in map(type_by_name, kinds):
+                stock = quantize_rows(weights, kind, imatrix.columns(name, tensor)[0])
+                for passes in every:
+                    began, options = time.thread_time(), RoundingOptions(passes=passes, enough=0)
+                    rounded = round_tensor(weights, stock, kind.name, moment.inputs[0], options, moment.outputs)
+                    seconds[passes] += time.thread_time() - began
+                    left[name, kind.name, passes] = rounded.after / rounded.before
+    for kind in map(type_by_name, kinds):
+        shares = {passes: np.array([left[name, kind.name, passes] for name in names]) for passes in every}
+        print(kind.name, *(f"{passes} passes: {share.mean():.4f}" for passes, share in shares.items()))
+    for passes in every:
+        off = np.array([np.log(left[name, kind.name, passes] / left[name, kind.name, every[-1]])
+                        for kind in map(type_by_name, kinds) for name in names])  # fmt: skip
+        print(f"{passes} passes: {seconds[passes]:.1f} s, error × {np.exp(off.mean()):.3f}, spread {off.std():.3f}")
 
 
 def cost(shape: tuple[int, int], name: str) -> tuple[float, float]:

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from rounding_cases import moments, stock_blocks
 
-from bitladder.rounding import RoundingOptions
-from bitladder.rounding.factors import couplings, damped, factor, upper_factor
+from bitladder.rounding import RoundingOptions, SecondMoments
+from bitladder.rounding.factors import couplings, damped, upper_factor
 from bitladder.rounding.kernels import half
+from bitladder.rounding.lane_kernels import LANES, half_lanes, new_lanes, quadratic_lanes, round_lanes
 from bitladder.rounding.method import round_blocks
-from bitladder.rounding.scalar_kernels import Rows, Shape, descend, feedback, nearest, row_of
-from bitladder.rounding.scalar_refine_kernels import Hessian, refine_plain, refine_scaled, refit
+from bitladder.rounding.scalar import hessians
+from bitladder.rounding.scalar_kernels import Rows, Shape, descend, feedback, nearest, part_of, shape_of
+from bitladder.rounding.scalar_refine_kernels import refine_plain, refine_scaled, refit
 from bitladder.rounding.scalar_types import NONE, SCALAR_TYPES
 
 F32 = np.float32
@@ -54,20 +56,23 @@ def test_factors_multiply_to_what_they_factor():
     assert np.allclose(np.tril(upper, -1), 0)
     assert np.allclose(np.diag(upper), 1)
     assert np.allclose(upper @ np.diag(d) @ upper.T, h)
-    factors = factor(moments(64, 500), 32, 0.03, by_importance=True)
-    assert (np.diff(np.diag(h)[factors.order]) <= 0).all()
+    second = SecondMoments(moments(64, 500), None, RoundingOptions(damping=0.03, shrinkage=0))
+    order = np.argsort(-np.diag(h), kind="stable")
+    ut, d = (part.astype(np.float64) for part in second.factor(order))
+    assert np.allclose(ut.T @ np.diag(d) @ ut, h[np.ix_(order, order)], atol=1e-4)
+    local = second.local(32)
     for block in range(2):
         part = h[32 * block : 32 * block + 32, 32 * block : 32 * block + 32]
-        ut, local = factors.local_ut[block].astype(np.float64), factors.local_d[block].astype(np.float64)
-        assert np.allclose(ut.T @ np.diag(local) @ ut, part, atol=1e-4)
-        assert np.allclose(factors.local_inverse[block] @ part, np.eye(32), atol=1e-3)
+        ut, d = local.ut[block].astype(np.float64), local.d[block].astype(np.float64)
+        assert np.allclose(ut.T @ np.diag(d) @ ut, part, atol=1e-4)
+        assert np.allclose(local.inverse[block] @ part, np.eye(32), atol=1e-3)
 
 
 def test_couplings_split_the_two_sided_loss_by_rows():
     rng = np.random.default_rng(0)
     h, outputs = moments(16, 200).astype(np.float64), moments(6, 200, seed=1)
     delta = rng.normal(size=(6, 16))
-    leading, coupling = (matrix.astype(np.float64) for matrix in couplings(outputs, 0.1))
+    leading, coupling = (matrix.astype(np.float64) for matrix in couplings(outputs, 0.1)[:2])
     full = damped(outputs, 0.1)
     _, d = upper_factor(full)
     total = np.trace(full @ delta @ h @ delta.T)
@@ -104,7 +109,7 @@ def test_feedback_is_gptq_with_the_steps_of_the_type(name, by_importance):
     h = moments(256, 2000)
     start = SCALAR_TYPES[name].unpack(stock_blocks(name, weights, h), 256)
     options = RoundingOptions(method="feedback", damping=0.05, shrinkage=0, by_importance=by_importance)
-    blocks = round_blocks(weights, start, h, options)
+    blocks = round_blocks(weights, start, SecondMoments(h, None, options), options)
     assert np.array_equal(start.steps(), blocks.steps())
     full = damped(h, 0.05)
     order = np.argsort(-np.diag(full), kind="stable") if by_importance else np.arange(256)
@@ -125,14 +130,14 @@ class Row:
         h = moments(256, 400, seed)
         kind = self.kind = SCALAR_TYPES[name]
         self.blocks = blocks = kind.unpack(stock_blocks(name, self.weights, h), 256)
-        self.factors = factor(h, kind.sub, 0.05)
-        limits = np.array([*kind.scales, *kind.minimums], np.int64)
-        per = kind.block // kind.sub
-        self.shape = Shape(kind.sub, per, kind.levels, kind.uniform, kind.lowest, F32(kind.sign), limits)
+        second = SecondMoments(h, None, RoundingOptions(damping=0.05, shrinkage=0))
+        self.h = second.h
+        (self.hessian,) = hessians(second, kind.sub)
+        self.shape, self.lanes = shape_of(kind), new_lanes(kind.sub)
         self.delta = self.weights - blocks.values()
         rows = Rows(blocks.d, blocks.dmin, blocks.scale, blocks.minimum, blocks.indices, self.delta)
-        self.row = row_of(rows, 0)
-        self.slope = self.factors.h @ self.delta[0]
+        self.row = part_of(rows, 0, 0, 256, self.shape)
+        self.slope = self.h @ self.delta[0]
 
     def parts(self):
         return self.blocks.steps()[0], self.blocks.offsets()[0]
@@ -141,22 +146,21 @@ class Row:
         step, offset = (np.repeat(part, self.kind.sub).astype(np.float64) for part in self.parts())
         values = self.kind.levels[self.blocks.indices[0]].astype(np.float64) * step + offset
         delta = self.weights[0].astype(np.float64) - values
-        h = self.factors.h.astype(np.float64)
+        h = self.h.astype(np.float64)
         # What the kernels carry along is what it should be.
         assert np.allclose(self.delta[0], delta, atol=1e-4)
         assert np.allclose(self.slope, h @ delta, atol=1e-3)
         return delta @ h @ delta
 
     def run(self, what):
-        factors = self.factors
         if what == "descend":
-            return descend(factors.h, *self.parts(), self.shape, self.row, self.slope)
+            return descend(self.h, self.shape, self.row, self.slope)
         if what == "refit":
-            return refit(factors.h, self.shape, self.row, self.slope)
-        hessian = Hessian(factors.h, factors.local_ut, factors.local_d, factors.local_inverse)
+            return refit(self.hessian, self.shape, self.row, self.slope)
         if self.kind.scales == NONE:
-            return refine_plain(hessian, self.shape, self.row, np.array([1, 0.95, 1.05, 0.9, 1.1], F32), self.slope)
-        return refine_scaled(hessian, self.shape, self.row, self.slope)
+            steps = np.array([1, 0.95, 1.05, 0.9, 1.1], F32)
+            return refine_plain(self.hessian, self.shape, self.row, steps, self.slope, self.lanes)
+        return refine_scaled(self.hessian, self.shape, self.row, self.slope, self.lanes)
 
 
 @pytest.mark.parametrize("name", SCALED + PLAIN)
@@ -191,22 +195,22 @@ def test_descent_ends_where_no_single_index_helps():
             change = (row.kind.levels[other] - row.kind.levels[index]) * step
             delta = row.delta[0].astype(np.float64)
             delta[column] -= change
-            assert delta @ row.factors.h.astype(np.float64) @ delta >= f * (1 - 1e-5)
+            assert delta @ row.h.astype(np.float64) @ delta >= f * (1 - 1e-5)
 
 
 def test_against_the_true_optimum_of_small_problems():
     """Four columns and eight levels: all 4,096 choices are tried."""
     levels = np.arange(-4, 4, dtype=F32)
     choices = np.array(list(itertools.product(range(8), repeat=4)))
-    step, offset = np.ones(1, F32), np.zeros(1, F32)
-    shape = Shape(4, 1, levels, True, 0, F32(0), np.ones(4, np.int64))
+    shape = Shape(4, 1, levels, (levels[1:] + levels[:-1]) / 2, True, 0, F32(0), np.ones(4, np.int64), 1)
+    none = np.zeros(4, F32)
     ratios = {"nearest": [], "feedback": [], "descent": []}
     for seed in range(60):
         rng = np.random.default_rng(seed)
         target = rng.uniform(-3.5, 2.5, 4).astype(F32)
         x = rng.normal(size=(30, 4)) + 1.5 * rng.normal(size=(30, 1))
-        factors = factor((x.T @ x / 30).astype(F32), 4, 0.01)
-        h = factors.h.astype(np.float64)
+        second = SecondMoments(x.T @ x / 30, None, RoundingOptions(damping=0.01, shrinkage=0))
+        h, columns = second.h.astype(np.float64), np.arange(4)
 
         def cost(indices, target=target, h=h):
             delta = target - levels[indices]
@@ -214,12 +218,12 @@ def test_against_the_true_optimum_of_small_problems():
 
         best = cost(choices).min()
         indices, delta = np.zeros(4, np.uint8), np.empty(4, F32)
-        row = Rows(step, offset, np.ones(1, np.int16), np.ones(1, np.int16), indices, delta)
-        feedback(target, factors.ut, factors.order, step, offset, shape, row)
+        row = Rows(np.ones(1, F32), none, np.ones(1, np.int16), np.ones(1, np.int16), indices, delta)
+        feedback(target, none, second.factor(columns)[0], columns, shape, row, delta)
         ratios["nearest"].append(cost(np.abs(target[:, None] - levels).argmin(axis=1)) / best)
         ratios["feedback"].append(cost(indices) / best)
-        slope = factors.h @ delta
-        while descend(factors.h, step, offset, shape, row, slope):
+        slope = second.h @ delta
+        while descend(second.h, shape, row, slope):
             pass
         ratios["descent"].append(cost(indices) / best)
     means = {name: float(np.mean(values)) for name, values in ratios.items()}
@@ -228,3 +232,46 @@ def test_against_the_true_optimum_of_small_problems():
     assert means["descent"] < 1.35
     # Often the optimum itself.
     assert np.mean(np.array(ratios["descent"]) < 1 + 1e-6) > 0.5
+
+
+@pytest.mark.parametrize("name", ["q4_K", "q6_K", "q8_0", "iq4_nl"])
+def test_lanes_do_what_feedback_does_with_each_step(name):
+    """Levels and costs of sixteen steps at once, against feedback written plainly in float64."""
+    kind, rng = SCALAR_TYPES[name], np.random.default_rng(3)
+    second = SecondMoments(moments(kind.sub, 300), None, RoundingOptions(damping=0.05, shrinkage=0))
+    local, lanes = second.local(kind.sub), new_lanes(kind.sub)
+    target = rng.normal(size=kind.sub).astype(F32)
+    lanes.size[:] = np.linspace(0.7, 1.3, LANES) * 2.5 / np.abs(kind.levels).max()
+    lanes.size[8:] *= -1
+    lanes.shift[:] = rng.normal(size=LANES) * 0.1
+    round_lanes(target, local.ut[0], local.d[0], shape_of(kind), lanes)
+    quadratic_lanes(second.h, lanes)
+    levels, h = kind.levels.astype(np.float64)[kind.lowest :], second.h.astype(np.float64)
+    same = 0
+    for lane in range(LANES):
+        chosen = lanes.level.reshape(-1, LANES)[:, lane].astype(np.float64)
+        assert set(chosen) <= set(levels)
+        errors, expected = np.zeros(kind.sub), np.zeros(kind.sub)
+        for j in range(kind.sub):
+            aim = target[j] + local.ut[0, j, :j] @ errors[:j] - lanes.shift[lane]
+            expected[j] = levels[np.abs(levels - aim / lanes.size[lane]).argmin()]
+            errors[j] = target[j] - expected[j] * lanes.size[lane] - lanes.shift[lane]
+        same += np.array_equal(chosen, expected)
+        errors = target - chosen * lanes.size[lane] - lanes.shift[lane]
+        assert lanes.cost[lane] == pytest.approx(errors @ h @ errors, rel=1e-3)
+        assert lanes.square[lane] == pytest.approx(chosen @ h @ chosen, rel=1e-4)
+    assert same >= LANES - 2  # a tie that float32 decides otherwise changes the columns behind it
+
+
+def test_lanes_round_to_the_nearest_f16():
+    rng = np.random.default_rng(0)
+    odd = [0, 65519, 1e9, 6.1e-5, 6.104e-5, 5.96e-8, 2e-8, 3e-8, 2**-14, 2**-14 - 2**-25, 1]
+    tried = np.concatenate([np.exp(rng.uniform(-20, 11, 16 * 60 - len(odd))), odd]).astype(F32)
+    tried[::2] *= -1
+    for first in range(0, len(tried), LANES):
+        numbers = tried[first : first + LANES].copy()
+        half_lanes(numbers)
+        assert np.array_equal(numbers, numbers.astype(np.float16).astype(F32))
+        wanted = np.clip(tried[first : first + LANES], -65504, 65504)
+        best = wanted.astype(np.float16).astype(F32)
+        assert np.array_equal(np.abs(numbers - wanted), np.abs(best - wanted))

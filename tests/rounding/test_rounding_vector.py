@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rounding_cases import moments, stock_blocks
 
-from bitladder.rounding import RoundingOptions
+from bitladder.rounding import RoundingOptions, SecondMoments
 from bitladder.rounding.factors import damped, upper_factor
 from bitladder.rounding.method import round_blocks
 from bitladder.rounding.point_kernels import Points, choose, search
@@ -119,7 +119,8 @@ def run(name, weights, h, **options):
     start = VECTOR_TYPES[name].unpack(stock, weights.shape[1])
     outputs, scales = options.pop("outputs", None), options.pop("scales", False)
     settings = {"method": "best" if scales else "descent", "passes": 0, "damping": 0.05, "shrinkage": 0} | options
-    blocks = round_blocks(weights, start, h, RoundingOptions(**settings), outputs)
+    rounding = RoundingOptions(**settings)
+    blocks = round_blocks(weights, start, SecondMoments(h, outputs, rounding), rounding)
     assert blocks.pack().shape == stock.shape
     return weights - start.values(), weights - blocks.values()
 
@@ -157,21 +158,23 @@ def test_single_rows_never_get_worse_and_d_stays_an_f16():
     rng = np.random.default_rng(2)
     weights, h = rng.normal(size=(3, 256)).astype(F32), moments(256, 600)
     start = VECTOR_TYPES["iq3_s"].unpack(stock_blocks("iq3_s", weights, h), 256)
-    rows = VectorRounding(weights, start, h, RoundingOptions(damping=0.05))
-    none = np.zeros((0, 0), F32)
-    rows.open(0, weights.copy(), none)
+    options = RoundingOptions(damping=0.05)
+    second = SecondMoments(h, None, options)
+    rows = VectorRounding(weights, start, second, options)
+    none, nothing = np.zeros((0, 0), F32), np.zeros_like(weights)
+    rows.open(0, slice(0, 256), weights.copy(), nothing, none)
     losses = []
     for turn in range(3):
         if turn:
-            slopes = rows.delta @ rows.h
-            rows.change(0, slopes, none)
-            assert np.allclose(slopes, rows.delta @ rows.h, atol=1e-3)
+            slopes = rows.delta @ second.h
+            rows.change(turn - 1, 0, 0, 0, slopes, none)
+            assert np.allclose(slopes, rows.delta @ second.h, atol=1e-3)
         now = rows.blocks()
         assert np.array_equal(now.d, now.d.astype(np.float16).astype(F32))
         assert now.scale.min() >= 0 and now.scale.max() <= 15
         error = (weights - now.values()).astype(np.float64)
         assert np.allclose(error, rows.delta, atol=1e-4)
-        losses.append(np.einsum("ij,jk,ik->i", error, rows.h.astype(np.float64), error))
+        losses.append(np.einsum("ij,jk,ik->i", error, second.h.astype(np.float64), error))
     assert (losses[1] <= losses[0] * (1 + 1e-6)).all()
     assert (losses[2] <= losses[1] * (1 + 1e-6)).all()
 

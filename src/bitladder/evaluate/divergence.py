@@ -107,36 +107,37 @@ def token_nll(context: Context, chunks: Chunks, workers: Workers, progress: Prog
 
 
 def compare_with_base(
-    context: Context, base: Base, count: int, workers: Workers, progress: Progress = SILENT
+    context: Context, base: Base, count: int, workers: Workers, progress: Progress = SILENT, *, first: int = 0
 ) -> TokenScores:
-    """Runs a model over the first `count` chunks of a base and compares the predictions.
+    """Runs a model over `count` chunks of a base, from number `first` on, and compares the predictions.
 
     Raises:
         BitladderError: decoding fails, or the logits are not finite.
     """
-    chunks = base.chunks.head(count)
+    chunks = base.chunks.head(first + count)
     name = context.model.path.name
     shape = (count, chunks.scored)
     nll, nll_base, kld = np.empty(shape), np.empty(shape), np.empty(shape)
     same_top = np.empty(shape, np.bool_)
     with progress.task(f"Divergence of {name}", count) as task, single_threaded():
-        for chunk in range(count):
+        for place in range(count):
+            chunk = first + place
             known, targets = base.rows(chunk), chunks.targets(chunk)
             refuse_broken(known, "the base")
-            nll_base[chunk] = known.nll
+            nll_base[place] = known.nll
             for start, logits in decode(context, chunks, chunk):
                 part = slice(start, start + len(logits))
                 every = np.arange(len(logits))
                 top = logits.argmax(axis=1)
                 check_finite(logits[every, top], name)
-                same_top[chunk, part] = top == known.top[part]
+                same_top[place, part] = top == known.top[part]
                 predicted = base.logits(chunk, part.start, part.stop)
                 shift = _quant_shift(logits, top, known.top[part])
-                kld[chunk, part], lse = divergence(predicted, logits, known.top_logit[part], shift, workers)
-                nll[chunk, part] = lse - logits[every, targets[part]]
-            if not np.isfinite(kld[chunk]).all():
+                kld[place, part], lse = divergence(predicted, logits, known.top_logit[part], shift, workers)
+                nll[place, part] = lse - logits[every, targets[part]]
+            if not np.isfinite(kld[place]).all():
                 raise overflow(f"the divergence of {name} from its base is")
-            task.note(f"KLD {kld[: chunk + 1].mean():.6f}")
+            task.note(f"KLD {kld[: place + 1].mean():.6f}")
             task.advance()
     delta_p = np.exp(-nll) - np.exp(-nll_base)
     return TokenScores(nll.ravel(), nll_base.ravel(), kld.ravel(), delta_p.ravel(), same_top.ravel())

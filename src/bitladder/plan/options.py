@@ -79,6 +79,12 @@ class PriceOptions(Options):
     )
     check_pairs: int = option(20, least=0, help="Single swaps that prices are checked with.")
     check_seed: int = option(1, help="Seed of the draw of these swaps.")
+    price_passes: int = option(
+        1,
+        least=0,
+        help="Passes after feedback of the rounded blocks that recipes are measured with; a file's have those of "
+        "rounding.",
+    )
     fisher: FisherOptions = option(FisherOptions)
     law: LawOptions = option(LawOptions)
 

@@ -86,7 +86,9 @@ class Planner(Closing):
             if inputs.moments and inputs.rounding.method != "stock":
                 moments = [opened.enter_context(MomentsFile(path)) for path in inputs.moments]
                 refuse_other_moments(moments, self.subject.file, progress)
-                rounding = OutputRounding(moments, inputs.rounding)
+                # Every type of every tensor is rounded. What more passes gain is nearly the same share for all.
+                passes = min(inputs.rounding.passes, options.prices.price_passes)
+                rounding = OutputRounding(moments, dataclasses.replace(inputs.rounding, passes=passes))
             self.renderer = Renderer(
                 self.subject.file,
                 self.subject.importance,

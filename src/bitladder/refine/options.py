@@ -36,10 +36,20 @@ class GuardOptions(Options):
     """How rounded blocks are tried."""
 
     guard_chunks: int = option(
-        8, "--guard-chunks", least=1, metavar="N", help="Chunks of held-out text on which rounded blocks are checked."
+        8,
+        "--guard-chunks",
+        least=1,
+        metavar="N",
+        help="Most chunks of held-out text on which rounded blocks are checked.",
     )
     guard_offset: float = option(
         0.5, least=0, most=1, help="Where in a calibration text these passages begin (0 to 1)."
+    )
+    sure: float = option(
+        3.0, least=0, help="Standard errors by which a difference is clear before all chunks are used."
+    )
+    negligible: float = option(
+        0.005, least=0, help="A difference that is surely below this share of KLD does not matter."
     )
     unclear: int = option(
         4, least=0, help="Most layers (or groups of layers) that are examined although they do no harm as a whole."

@@ -6,8 +6,9 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.rounding.block_types import Blocks, BlockType
-    from bitladder.rounding.method import ROUNDING, TYPES, Rounded, can_round, round_tensor, same_integers
+    from bitladder.rounding.method import ROUNDING, TYPES, Rounded, can_round, round_matrix, round_tensor, same_integers
     from bitladder.rounding.options import Method, RoundingOptions
+    from bitladder.rounding.second_moments import SecondMoments
 
 __all__ = [
     "ROUNDING",
@@ -17,7 +18,9 @@ __all__ = [
     "Method",
     "Rounded",
     "RoundingOptions",
+    "SecondMoments",
     "can_round",
+    "round_matrix",
     "round_tensor",
     "same_integers",
 ]

@@ -1,7 +1,5 @@
 """Second moments made ready for rounding: shrunk, damped, factored, and cut into the blocks of a type."""
 
-import dataclasses
-
 import numpy as np
 import numpy.typing as npt
 
@@ -12,27 +10,6 @@ Doubles = npt.NDArray[np.float64]
 
 # Of the mean diagonal. With less damping float32 cannot tell a small eigenvalue from 0, and no block can be inverted.
 LEAST_DAMPING = 1e-4
-
-
-@dataclasses.dataclass(frozen=True)
-class Factors:
-    """H = U D Uᵀ with U unit upper triangular, of the whole matrix and of each diagonal block.
-
-    Parameters:
-        h: damped H, float32 [n, n].
-        ut: Uᵀ in the order of rounding, float32 [n, n].
-        order: numbers of the columns in the order of rounding, int64 [n].
-        local_ut: Uᵀ of the diagonal blocks, float32 [n/sub, sub, sub].
-        local_d: D of the diagonal blocks, float32 [n/sub, sub].
-        local_inverse: inverses of the diagonal blocks, float32 [n/sub, sub, sub].
-    """
-
-    h: Floats
-    ut: Floats
-    order: npt.NDArray[np.int64]
-    local_ut: Floats
-    local_d: Floats
-    local_inverse: Floats
 
 
 def shrunk(h: npt.NDArray[np.floating], shrinkage: float) -> Floats:
@@ -89,7 +66,7 @@ def upper_factor(h: Doubles) -> tuple[Doubles, Doubles]:
     size = float(np.abs(np.diag(h)).mean()) or 1.0
     for extra in (0.0, *(10.0**power * size for power in range(-10, 1))):
         try:
-            lower = np.linalg.cholesky(turned + extra * np.eye(len(h)))
+            lower = np.linalg.cholesky(turned + extra * np.eye(len(h)) if extra else turned)
             break
         except np.linalg.LinAlgError:
             continue
@@ -100,39 +77,12 @@ def upper_factor(h: Doubles) -> tuple[Doubles, Doubles]:
     return upper / root, root**2
 
 
-def diagonal_blocks(matrix: Doubles, width: int) -> Doubles:
-    """The diagonal blocks of a matrix [n, n], float64 [n/width, width, width]."""
+def diagonal_blocks(matrix: Floats, width: int) -> Floats:
+    """The diagonal blocks of a matrix [n, n], [n/width, width, width]."""
     return np.stack([matrix[at : at + width, at : at + width] for at in range(0, len(matrix), width)])
 
 
-def factor(h: npt.NDArray[np.floating], sub: int, damping: float, by_importance: bool = False) -> Factors:
-    """Factors of second moments for a type that stores an index for each weight.
-
-    Parameters:
-        h: second moments of the inputs, [n, n].
-        sub: weights of a sub-block.
-        damping: as for `damped`.
-        by_importance: columns are rounded in descending order of the diagonal of H, not from left to right.
-
-    Raises:
-        BitladderError: H is not finite.
-    """
-    full = damped(h, damping)
-    order = np.argsort(-np.diag(full), kind="stable") if by_importance else np.arange(len(full))
-    upper, _ = upper_factor(full[np.ix_(order, order)])
-    blocks = diagonal_blocks(full, sub)
-    local = [upper_factor(block) for block in blocks]
-    return Factors(
-        np.ascontiguousarray(full, np.float32),
-        np.ascontiguousarray(upper.T, np.float32),
-        order.astype(np.int64),
-        np.stack([u.T for u, _ in local]).astype(np.float32),
-        np.stack([d for _, d in local]).astype(np.float32),
-        np.linalg.inv(blocks).astype(np.float32),
-    )
-
-
-def couplings(outputs: npt.NDArray[np.floating] | None, damping: float) -> tuple[Floats, Floats]:
+def couplings(outputs: npt.NDArray[np.floating] | None, damping: float) -> tuple[Floats, Floats, Floats]:
     """How rows make up for each other's errors.
 
     With O = U D Uᵀ, tr(O Δ H Δᵀ) is Σ_i D_i |Δ_i + Σ_{k<i} U_ki Δ_k|²_H. That counts while rows are rounded one after
@@ -143,11 +93,13 @@ def couplings(outputs: npt.NDArray[np.floating] | None, damping: float) -> tuple
         damping: as for `damped`.
 
     Returns:
-        U_ki at [i, k], and O_ik/O_ii at [i, k], float32 [rows, rows] each; [0, 0] without output moments.
+        U_ki at [i, k], and O_ik/O_ii at [i, k], float32 [rows, rows] each; O_ii, float32 [rows]. All are empty without
+        output moments.
     """
     if outputs is None:
-        return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
+        return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
     full = damped(outputs, damping)
     upper, _ = upper_factor(full)
     leading = np.ascontiguousarray(upper.T, np.float32)
-    return leading, np.ascontiguousarray(full / np.diag(full)[:, None], np.float32)
+    own = np.diag(full)
+    return leading, np.ascontiguousarray(full / own[:, None], np.float32), own.astype(np.float32)

@@ -58,21 +58,24 @@ def replace_block(h, start, before, after, delta, slope):
 @jit
 def block_product(h, start, a, out):
     """out = H_s a, H_s being the diagonal block of h [n, n] from column `start` on; a, out [width]."""
+    stop = start + a.size
     for j in range(a.size):
-        row = h[start + j]
+        row = h[start + j, start:stop]
         total = np.float32(0)
-        for k in range(a.size):
-            total += row[start + k] * a[k]
+        for k in range(row.size):
+            total += row[k] * a[k]
         out[j] = total
 
 
 @inlined
 def best_move(inverse, slope, start, out):
     """out [sub] = H_b⁻¹ slope_b: how far the values of a block should move, all others as they are."""
+    part = slope[start : start + out.size]
     for j in range(out.size):
+        row = inverse[j]
         amount = np.float32(0)
-        for k in range(out.size):
-            amount += inverse[j, k] * slope[start + k]
+        for k in range(part.size):
+            amount += row[k] * part[k]
         out[j] = amount
 
 

@@ -11,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine import single_threaded
-from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
 from bitladder.rounding.block_types import Blocks, BlockType, Bytes, Floats
-from bitladder.rounding.factors import couplings, shrunk
 from bitladder.rounding.options import RoundingOptions
 from bitladder.rounding.scalar import ScalarRounding
 from bitladder.rounding.scalar_types import SCALAR_TYPES, ScalarBlocks
+from bitladder.rounding.second_moments import Order, SecondMoments, column_parts
 from bitladder.rounding.vector import VectorRounding
 from bitladder.rounding.vector_types import VECTOR_TYPES, VectorBlocks
 
@@ -31,11 +30,13 @@ ROUNDING = Algorithm(
         "both signs are tried only of columns that are nearly 0",
         "outputs are damped as much as inputs",
         "six passes, both signs of the step of a block, couplings of rows as products of matrices",
+        "errors are handed on by parts of 256 columns; sixteen scales are tried at once, those of points and steps in"
+        " every second pass; passes end when they gain little",
     ),
 )
 
 TYPES: dict[str, BlockType] = {**SCALAR_TYPES, **VECTOR_TYPES}
-GROUP = 64  # rows whose errors are handed on to other rows by one product of matrices
+GROUP = 128  # rows whose errors are handed on to others by one product of matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +60,39 @@ class RowRounding(Protocol):
     Attributes:
         weights: float32 [rows, n].
         delta: weights − blocks, float32 [rows, n]; kept up to date.
-        h: damped second moments of the inputs, float32 [n, n].
+        order: numbers of the columns in the order in which they are rounded first, int64 [n].
+        ut: Uᵀ of H = U D Uᵀ in this order, float32 [n, n].
     """
 
     weights: Floats
     delta: Floats
-    h: Floats
+    order: Order
+    ut: Floats
 
-    def open(self, first: int, targets: Floats, leading: Floats) -> None:
-        """Rounds the rows from `first` on to targets [group, n]; leading [group, group] as of `factors.couplings`."""
-
-    def change(self, first: int, slopes: Floats, coupling: Floats) -> Floats:
-        """Changes the rows from `first` on where that helps.
+    def open(self, first: int, places: slice, targets: Floats, carried: Floats, leading: Floats) -> Floats:
+        """Rounds some columns of the rows from `first` on.
 
         Parameters:
             first: number of the first row.
-            slopes: half of −∂f/∂v of each row, [group, n].
-            coupling: [group, group] as of `factors.couplings`.
+            places: where the columns are in `order`.
+            targets: what they should be, [group, B]; overwritten.
+            carried: what the errors of columns before these ask for, [group, B].
+            leading: [group, group] as of `factors.couplings`.
 
         Returns:
-            By how much the slope of each row moved by its own changes, [group, n].
+            Targets less blocks, [group, B].
+        """
+
+    def change(self, turn: int, first: int, part: int, start: int, slopes: Floats, coupling: Floats) -> None:
+        """Changes some columns of the rows from `first` on where that helps.
+
+        Parameters:
+            turn: number of the pass.
+            first: number of the first row.
+            part: number of the part of columns.
+            start: number of its first column.
+            slopes: half of −∂f/∂v, [group, B]; overwritten.
+            coupling: [group, group] as of `factors.couplings`.
         """
 
     def blocks(self) -> Blocks:
@@ -139,76 +153,90 @@ def round_tensor(
         >>> rounded.data.shape == stock.shape and rounded.after < 0.5 * rounded.before
         True
     """
-    rows, width = weights.shape
-    if inputs.shape != (width, width) or (outputs is not None and outputs.shape != (rows, rows)):
-        raise BitladderError(f"second moments of {inputs.shape} do not fit a matrix of {rows} × {width}")
-    if not options.two_sided:
-        outputs = None
     if options.method == "stock" or not can_round(kind):
         return Rounded(stock, 0.0, 0.0)
-    start = TYPES[kind].unpack(stock, width)
     with single_threaded():
-        blocks = round_blocks(weights, start, inputs, options, outputs)
+        return round_matrix(weights, stock, kind, SecondMoments(inputs, outputs, options), options)
+
+
+def round_matrix(weights: Floats, stock: Bytes, kind: str, moments: SecondMoments, options: RoundingOptions) -> Rounded:
+    """`round_tensor` with second moments that serve several types; `kind` is one that `can_round` knows."""
+    moments.check(*weights.shape)
+    start = TYPES[kind].unpack(stock, weights.shape[1])
+    with single_threaded():
+        blocks = round_blocks(weights, start, moments, options)
         # What the row kernels carried along has rounding errors of its own.
-        before, after = (loss(weights - part.values(), inputs, outputs) for part in (start, blocks))
+        before, after = (moments.loss(weights - part.values()) for part in (start, blocks))
     return Rounded(blocks.pack(), before, after) if after < before else Rounded(stock, before, before)
 
 
-def round_blocks(
-    weights: Floats,
-    start: Blocks,
-    inputs: npt.NDArray[np.floating],
-    options: RoundingOptions,
-    outputs: npt.NDArray[np.floating] | None = None,
-) -> Blocks:
-    """Blocks whose damped loss is not above that of `start`; parameters as of `round_tensor`."""
-    shrunk_inputs = shrunk(inputs, options.shrinkage)
-    shrunk_outputs = None if outputs is None else shrunk(outputs, options.shrinkage)
+def round_blocks(weights: Floats, start: Blocks, moments: SecondMoments, options: RoundingOptions) -> Blocks:
+    """Blocks whose damped loss is not above that of `start`; parameters as of `round_matrix`."""
     rows: RowRounding
     if isinstance(start, ScalarBlocks):
-        rows = ScalarRounding(weights, start, shrunk_inputs, options)
+        rows = ScalarRounding(weights, start, moments, options)
     else:
         assert isinstance(start, VectorBlocks)
-        rows = VectorRounding(weights, start, shrunk_inputs, options)
-    leading, coupling = couplings(shrunk_outputs, options.damping)
-    round_in_groups(rows, leading, coupling, 0 if options.method == "feedback" else options.passes)
+        rows = VectorRounding(weights, start, moments, options)
+    open_groups(rows, moments)
+    for turn in range(0 if options.method == "feedback" else options.passes):
+        gain, level = change_groups(rows, moments, turn)
+        if gain < options.enough * level:
+            break
     return rows.blocks()
 
 
-def round_in_groups(rows: RowRounding, leading: Floats, coupling: Floats, passes: int) -> None:
-    """Rounds all rows once, then changes them `passes` times.
+def open_groups(rows: RowRounding, moments: SecondMoments) -> None:
+    """Rounds all rows for the first time, a group of rows and a part of the columns after the other.
 
-    Row i aims at w_i + Σ_k c_ik delta_k and so makes up for the errors of other rows: at first of those before it (c is
-    `leading`), later of all others (c is `coupling`, whose diagonal is 1). Half of −∂f/∂v of row i, its slope, is
-    Σ_k c_ik delta_k H. For a group of rows these sums are one product of matrices; within a group, kernels go row by
-    row.
-
-    Parameters:
-        rows: the rows.
-        leading: float32 [rows, rows], or [0, 0] for rows that do not make up for each other (`factors.couplings`).
-        coupling: alike.
-        passes: how often rows are changed.
+    Row i aims at w_i + Σ_{k<i} c_ik delta_k, c = `moments.leading`, and so makes up for the errors of the rows before
+    it. What other groups of rows and other parts of the columns add to that is one product of matrices for each group
+    and part; within them, kernels go row by row and column by column.
     """
-    weights, delta = rows.weights, rows.delta
-    for first in range(0, len(weights), GROUP):
-        group = slice(first, first + GROUP)
+    weights, delta, leading, ut = rows.weights, rows.delta, moments.leading, rows.ut
+    for group in _groups(len(weights)):
         targets = weights[group].copy()
         if len(leading):
-            targets += leading[group, :first] @ delta[:first]
-        rows.open(first, targets, _within(leading, group))
-    for _ in range(passes):
-        all_slopes = delta @ rows.h
-        for first in range(0, len(weights), GROUP):
-            group = slice(first, first + GROUP)
-            slopes = coupling[group] @ all_slopes if len(coupling) else all_slopes[group].copy()
-            all_slopes[group] += rows.change(first, slopes, _within(coupling, group))
+            targets += leading[group, : group.start] @ delta[: group.start]
+        targets = targets[:, rows.order]
+        errors = np.empty_like(targets)
+        for part in column_parts(weights.shape[1]):
+            carried = errors[:, : part.start] @ ut[part, : part.start].T
+            within = np.ascontiguousarray(targets[:, part])
+            errors[:, part] = rows.open(group.start, part, within, carried, _within(leading, group))
+
+
+def change_groups(rows: RowRounding, moments: SecondMoments, turn: int) -> tuple[float, float]:
+    """Changes all rows once more, for the `turn`-th time, a group of rows and a part of the columns after the other.
+
+    Row i sees the others as w_i + Σ_k c_ik delta_k, c = `moments.coupling`, whose diagonal is 1. Half of −∂f/∂v of row
+    i, its slope, is Σ_k c_ik delta_k H. Products of matrices are as for `open_groups`.
+
+    Returns:
+        By how much the damped loss fell, and about how large it was.
+    """
+    delta, coupling, h = rows.delta, moments.coupling, moments.h
+    gain = level = 0.0
+    for group in _groups(len(delta)):
+        seen = coupling[group] @ delta if len(coupling) else delta[group].copy()
+        within = _within(coupling, group)
+        for number, part in enumerate(column_parts(delta.shape[1])):
+            slopes: Floats = seen @ h[part].T
+            before, asked = delta[group, part].copy(), slopes.copy()
+            rows.change(turn, group.start, number, part.start, slopes, within)
+            moved = delta[group, part] - before
+            seen_moved = within @ moved if len(within) else moved
+            seen[:, part] += seen_moved
+            weights: Floats = moments.row_weights[group] if len(within) else np.ones(len(moved), np.float32)
+            fell = np.einsum("ij,ij->i", 2 * asked + seen_moved @ moments.diagonal[number], moved)
+            gain -= float(weights @ fell)
+            level += float(weights @ np.einsum("ij,ij->i", asked, before))
+    return gain, level
+
+
+def _groups(rows: int) -> list[slice]:
+    return [slice(first, min(first + GROUP, rows)) for first in range(0, rows, GROUP)]
 
 
 def _within(couplings: Floats, group: slice) -> Floats:
     return np.ascontiguousarray(couplings[group, group])
-
-
-def loss(delta: Floats, inputs: npt.NDArray[np.floating], outputs: npt.NDArray[np.floating] | None) -> float:
-    """tr(O Δ H Δᵀ) of errors [n_out, n_in], without any damping."""
-    left = delta if outputs is None else outputs.astype(np.float32) @ delta
-    return float(np.vdot(left @ inputs.astype(np.float32), delta))

@@ -26,7 +26,7 @@ class RoundingOptions(Options):
     shrinkage: float = option(
         0.1, least=0, most=1, help="What second moments off their diagonals are reduced by beforehand, as a share."
     )
-    passes: int = option(6, least=0, help="How often a tensor is gone through after feedback.")
+    passes: int = option(6, least=0, help="How often a tensor is gone through after feedback, at most.")
     by_importance: bool = option(False, help="Round columns with large inputs first, not from left to right.")
     two_sided: bool = option(True, help="Rows make up for each other's errors where output moments are known.")
     steps: tuple[float, ...] = option(
@@ -37,6 +37,10 @@ class RoundingOptions(Options):
         help="Further factors for types whose levels reach farther on one side of 0 than on the other.",
     )
     scale_moves: int = option(2, least=0, help="How far the scale of points may move in one pass.")
+    scale_every: int = option(
+        2, least=1, help="Scales of points, and steps of blocks, are tried in the first pass and in every so many."
+    )
+    enough: float = option(0.002, least=0, help="Passes end when one lowers the output error by less than this share.")
     hold: float = option(
         0.5, least=0, help="Both signs of a column that should be below this share of the least magnitude are tried."
     )

@@ -3,14 +3,13 @@
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 
 from bitladder.rounding.block_types import Floats
-from bitladder.rounding.factors import Factors, factor
 from bitladder.rounding.options import RoundingOptions
-from bitladder.rounding.scalar_kernels import Rows, Shape, open_rows
+from bitladder.rounding.scalar_kernels import Rows, open_rows, shape_of
 from bitladder.rounding.scalar_refine_kernels import Hessian, change_rows
 from bitladder.rounding.scalar_types import NONE, ScalarBlocks, ScalarType
+from bitladder.rounding.second_moments import Order, SecondMoments, column_parts
 
 
 class ScalarRounding:
@@ -19,23 +18,21 @@ class ScalarRounding:
     Parameters:
         weights: float32 [rows, n].
         start: the library's blocks for them.
-        inputs: second moments of the inputs, [n, n].
+        moments: second moments of the matrix.
         options: how to round.
     """
 
-    def __init__(
-        self, weights: Floats, start: ScalarBlocks, inputs: npt.NDArray[np.floating], options: RoundingOptions
-    ) -> None:
-        kind = start.type
+    def __init__(self, weights: Floats, start: ScalarBlocks, moments: SecondMoments, options: RoundingOptions) -> None:
+        kind, width = start.type, weights.shape[1]
         self.weights, self.delta = weights, weights - start.values()
-        self._factors: Factors = factor(inputs, kind.sub, options.damping, options.by_importance)
-        self.h = self._factors.h
-        self._hessian = Hessian(self.h, self._factors.local_ut, self._factors.local_d, self._factors.local_inverse)
-        limits = np.array([*kind.scales, *kind.minimums], np.int64)
-        self._shape = Shape(
-            kind.sub, kind.block // kind.sub, kind.levels, kind.uniform, kind.lowest, np.float32(kind.sign), limits
+        h = moments.h
+        self.order: Order = (
+            np.argsort(-np.diag(h), kind="stable") if options.by_importance else np.arange(width, dtype=np.int64)
         )
-        self._blocks = dataclasses.replace(
+        self.ut, _ = moments.factor(self.order)
+        self._hessians = hessians(moments, kind.sub)
+        self._shape = shape_of(kind)
+        self._blocks = blocks = dataclasses.replace(
             start,
             indices=start.indices.copy(),
             d=start.d.copy(),
@@ -43,27 +40,40 @@ class ScalarRounding:
             scale=start.scale.copy(),
             minimum=start.minimum.copy(),
         )
-        blocks = self._blocks
         self._rows = Rows(blocks.d, blocks.dmin, blocks.scale, blocks.minimum, blocks.indices, self.delta)
         self._steps = _steps_to_try(kind, options)
-        self._scales = options.method == "best"
+        self._best, self._scale_every = options.method == "best", options.scale_every
 
-    def open(self, first: int, targets: Floats, leading: Floats) -> None:
+    def open(self, first: int, places: slice, targets: Floats, carried: Floats, leading: Floats) -> Floats:
         """See `RowRounding`."""
-        factors = self._factors
-        open_rows(self.weights, first, targets, leading, factors.ut, factors.order, self._shape, self._rows)
-
-    def change(self, first: int, slopes: Floats, coupling: Floats) -> Floats:
-        """See `RowRounding`."""
-        shifts = np.empty_like(slopes)
-        change_rows(
-            first, slopes, coupling, shifts, self._hessian, self._shape, self._steps, self._rows, self._scales
+        errors = np.empty_like(targets)
+        ut = np.ascontiguousarray(self.ut[places, places])
+        open_rows(
+            self.weights, first, targets, carried, leading, ut, self.order[places], self._shape, self._rows, errors
         )  # fmt: skip
-        return shifts
+        return errors
+
+    def change(self, turn: int, first: int, part: int, start: int, slopes: Floats, coupling: Floats) -> None:
+        """See `RowRounding`."""
+        refine = self._best and (turn % self._scale_every == 0 or not self._steps.size)
+        change_rows(
+            first, start, slopes, coupling, np.empty_like(slopes), self._hessians[part], self._shape, self._steps,
+            self._rows, refine, self._best,
+        )  # fmt: skip
 
     def blocks(self) -> ScalarBlocks:
         """See `RowRounding`."""
         return self._blocks
+
+
+def hessians(moments: SecondMoments, sub: int) -> list[Hessian]:
+    """What kernels need of H for each part of the columns; sub: columns of a sub-block."""
+    local, parts = moments.local(sub), []
+    for block, part in zip(moments.diagonal, column_parts(len(moments.h)), strict=True):
+        within = local.part(part.start, part.stop)
+        sums = block.reshape(-1, sub, len(block)).sum(axis=1)
+        parts.append(Hessian(block, within.ut, within.d, within.inverse, sums))
+    return parts
 
 
 def _steps_to_try(kind: ScalarType, options: RoundingOptions) -> Floats:

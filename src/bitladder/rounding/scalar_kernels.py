@@ -15,22 +15,36 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.rounding.kernels import add_owed, inlined, jit, moved
+from bitladder.rounding.scalar_types import ScalarType
 
 
 class Shape(NamedTuple):
     """A type, for kernels: `sub` columns share a scale, `per` sub-blocks a block.
 
-    `levels` float32 [K] are consecutive integers if `uniform`; the first index that is used is `lowest`. `sign` is of
-    the offset. `limits` int64 [4]: least and greatest scale, least and greatest minimum.
+    `levels` float32 [K] are consecutive integers if `uniform`, `middles` [K − 1] lie between them; the first index that
+    is used is `lowest`. `sign` is of the offset. `limits` int64 [4]: least and greatest scale, least and greatest
+    minimum; scales are moved by up to `reach` at once.
     """
 
     sub: int
     per: int
     levels: npt.NDArray[np.float32]
+    middles: npt.NDArray[np.float32]
     uniform: bool
     lowest: int
     sign: np.float32
     limits: npt.NDArray[np.int64]
+    reach: int
+
+
+def shape_of(kind: ScalarType) -> Shape:
+    """The shape of a type. With minimums, pairs near the present one are as many as lanes if scales move by 2."""
+    limits = np.array([*kind.scales, *kind.minimums], np.int64)
+    middles = ((kind.levels[1:] + kind.levels[:-1]) / 2).astype(np.float32)
+    per, reach = kind.block // kind.sub, 2 if kind.sign else 3
+    return Shape(
+        kind.sub, per, kind.levels, middles, kind.uniform, kind.lowest, np.float32(kind.sign), limits, reach
+    )  # fmt: skip
 
 
 class Rows(NamedTuple):
@@ -64,63 +78,63 @@ def nearest(x, levels, uniform, lowest):
 
 
 @jit
-def row_of(rows, row):
-    """One row of `Rows`."""
-    return Rows(rows.d[row], rows.m[row], rows.scale[row], rows.minimum[row], rows.indices[row], rows.delta[row])
+def part_of(rows, row, start, stop, shape):
+    """The columns start … stop−1 of one row of `Rows`."""
+    sub, block = shape.sub, shape.sub * shape.per
+    return Rows(
+        rows.d[row, start // block : stop // block],
+        rows.m[row, start // block : stop // block],
+        rows.scale[row, start // sub : stop // sub],
+        rows.minimum[row, start // sub : stop // sub],
+        rows.indices[row, start:stop],
+        rows.delta[row, start:stop],
+    )
+
+
+@inlined
+def step_of(row, shape, block):
+    """The distance of levels in a sub-block of a row, and the value of level 0."""
+    whole = block // shape.per
+    return (
+        row.d[whole] * np.float32(row.scale[block]),
+        shape.sign * (row.m[whole] * np.float32(row.minimum[block])),
+    )
 
 
 @jit
-def set_steps(row, shape, step, offset):
-    """Writes the distance of levels and the value of level 0, [n/sub] each, of a row."""
-    for block in range(step.size):
-        step[block] = row.d[block // shape.per] * np.float32(row.scale[block])
-        offset[block] = shape.sign * (row.m[block // shape.per] * np.float32(row.minimum[block]))
+def feedback(targets, carried, ut, columns, shape, row, errors):
+    """Rounds some columns of a row one after the other, each to what the errors before it ask for.
 
-
-@jit
-def feedback(target, ut, order, step, offset, shape, row):
-    """Rounds a row column by column in the given order, each to what the errors before it ask for.
-
-    target [n]; ut [n, n] and the errors handed on are in the order of `order`; step, offset [n/sub]. Writes indices and
-    delta.
+    columns [B] are their numbers, in the order of rounding; targets [B] what they should be; carried [B] what the
+    errors of columns before these ask for; ut [B, B] belongs to these. Writes the indices of `row` and errors [B].
     """
-    n = target.size
-    errors = np.empty(n, np.float32)
-    for place in range(n):
-        column = order[place]
-        aim = target[column]
-        carried = np.float32(0)
+    for place in range(columns.size):
+        column = columns[place]
+        aim = targets[place]
+        asked = carried[place]
         factors = ut[place]
         for k in range(place):
-            carried += factors[k] * errors[k]
-        block = column // shape.sub
-        size = step[block]
+            asked += factors[k] * errors[k]
+        size, shift = step_of(row, shape, column // shape.sub)
         if size != 0:
-            row.indices[column] = nearest(
-                (aim + carried - offset[block]) / size, shape.levels, shape.uniform, shape.lowest
-            )
-        value = shape.levels[row.indices[column]] * size + offset[block]
-        errors[place] = aim - value
-        row.delta[column] = aim - value
+            row.indices[column] = nearest((aim + asked - shift) / size, shape.levels, shape.uniform, shape.lowest)
+        errors[place] = aim - (shape.levels[row.indices[column]] * size + shift)
 
 
 @jit
-def descend(h, step, offset, shape, row, slope):
+def descend(h, shape, row, slope):
     """One pass of coordinate descent on a row's indices; returns how many changed. f never rises."""
     changed = 0
     for column in range(row.delta.size):
-        block = column // shape.sub
-        size = step[block]
+        size, shift = step_of(row, shape, column // shape.sub)
         weight = h[column, column]
         if size == 0 or weight <= 0:
             continue
-        now = shape.levels[row.indices[column]] * size + offset[block]
-        index = nearest(
-            (now + slope[column] / weight - offset[block]) / size, shape.levels, shape.uniform, shape.lowest
-        )
+        now = shape.levels[row.indices[column]] * size + shift
+        index = nearest((now + slope[column] / weight - shift) / size, shape.levels, shape.uniform, shape.lowest)
         if index == row.indices[column]:
             continue
-        change = shape.levels[index] * size + offset[block] - now
+        change = shape.levels[index] * size + shift - now
         # Rounding may mislead: the level must really be better.
         if change * (change * weight - 2 * slope[column]) >= 0:
             continue
@@ -132,17 +146,21 @@ def descend(h, step, offset, shape, row, slope):
 
 
 @jit
-def open_rows(weights, first_row, targets, leading, ut, order, shape, rows):
-    """Rounds rows from `first_row` on for the first time, in place in the indices and delta of `rows`.
+def open_rows(weights, first_row, targets, carried, leading, ut, columns, shape, rows, errors):
+    """Rounds some columns of the rows from `first_row` on for the first time, in place in `rows`.
 
-    targets [group, n] and leading [group, group] are those of `method.round_in_groups`.
+    targets [group, B], carried [group, B] and columns [B] are as for `feedback`, leading [group, group] as in
+    `method.round_in_groups`. Writes errors [group, B].
     """
-    step, offset = np.empty(rows.scale.shape[1], np.float32), np.empty(rows.scale.shape[1], np.float32)
-    for index in range(targets.shape[0]):
+    group, count = targets.shape
+    deltas = np.empty((group, count), np.float32)
+    for index in range(group):
+        row = first_row + index
         target = targets[index]
-        row = row_of(rows, first_row + index)
-        add_owed(leading, index, rows.delta[first_row:], target)
-        set_steps(row, shape, step, offset)
-        feedback(target, ut, order, step, offset, shape, row)
-        for j in range(target.size):
-            row.delta[j] -= target[j] - weights[first_row + index, j]
+        add_owed(leading, index, deltas, target)
+        whole = part_of(rows, row, 0, rows.delta.shape[1], shape)
+        feedback(target, carried[index], ut, columns, shape, whole, errors[index])
+        for place in range(count):
+            column = columns[place]
+            deltas[index, place] = errors[index, place] - target[place] + weights[row, column]
+            whole.delta[column] = deltas[index, place]

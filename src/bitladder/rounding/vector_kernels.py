@@ -23,8 +23,8 @@ class Scales(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """H = U D Uᵀ in the order of rounding: ut [n, n], order [n/sub] of sub-blocks, roots [n] of D, and triangles
-    [n/sub, sub, sub], the diagonal blocks of √D Uᵀ."""
+    """H = U D Uᵀ in the order of rounding, of some columns: ut [B, B], order [B/sub] of their sub-blocks, roots [B] of
+    D, and triangles [B/sub, sub, sub], the diagonal blocks of √D Uᵀ."""
 
     ut: npt.NDArray[np.float32]
     order: npt.NDArray[np.int64]
@@ -50,9 +50,16 @@ class PointRows(NamedTuple):
 
 
 @jit
-def row_of_points(rows, row):
-    """One row of `PointRows`."""
-    return PointRows(rows.d[row], rows.scale[row], rows.codes[row], rows.values[row], rows.delta[row])
+def part_of_points(rows, row, start, stop, scales, group):
+    """The columns start … stop−1 of one row of `PointRows`; group: columns of a point."""
+    sub, block = scales.sub, scales.sub * scales.per
+    return PointRows(
+        rows.d[row, start // block : stop // block],
+        rows.scale[row, start // sub : stop // sub],
+        rows.codes[row, start // group : stop // group],
+        rows.values[row, start:stop],
+        rows.delta[row, start:stop],
+    )
 
 
 @jit
@@ -82,26 +89,27 @@ def choose_scale(aims, t, d, scale, scales, grid, best, codes, values, trial, tr
 
 
 @jit
-def open_row(target, opening, scales, grid, row):
+def open_row(targets, carried, opening, scales, grid, row, errors):
     """Feedback: sub-blocks of a row in the given order, each aiming at what the errors before it ask for.
 
-    Writes codes, scale, values and delta.
+    targets [B] is what the columns should be, in the order of rounding, carried [B] what the errors of columns before
+    these ask for. Writes codes, scale and values of `row`, and errors [B].
     """
     multipliers, sub = scales.multipliers, scales.sub
     codes, values, scale = row.codes, row.values, row.scale
     group = grid.points.shape[0]
-    errors, aims = np.empty(target.size, np.float32), np.empty(sub, np.float32)
+    aims = np.empty(sub, np.float32)
     trial, trial_values = np.empty(sub // group, np.uint16), np.empty(sub, np.float32)
     for turn in range(opening.order.size):
         block, place = opening.order[turn], turn * sub
         start = block * sub
         for j in range(sub):
             factors = opening.ut[place + j]
-            x = np.float32(0)
+            x = carried[place + j]
             for k in range(place):
                 x += factors[k] * errors[k]
             for i in range(j + 1):
-                x += factors[place + i] * target[start + i]
+                x += factors[place + i] * targets[place + i]
             aims[j] = opening.roots[place + j] * x
         size = row.d[block // scales.per]
         if size != 0:
@@ -111,9 +119,7 @@ def open_row(target, opening, scales, grid, row):
             )  # fmt: skip
         size *= multipliers[scale[block]]
         for j in range(sub):
-            error = target[start + j] - values[start + j] * size
-            errors[place + j] = error
-            row.delta[start + j] = error
+            errors[place + j] = targets[place + j] - values[start + j] * size
 
 
 @jit
@@ -239,33 +245,42 @@ def refit_points(h, scales, row, slope):
 
 
 @jit
-def open_points(weights, first_row, targets, leading, opening, scales, grid, rows):
-    """Rounds rows from `first_row` on for the first time, in place in `rows`.
+def open_points(weights, first_row, targets, carried, leading, opening, scales, grid, rows, errors):
+    """Rounds some columns of the rows from `first_row` on for the first time, in place in `rows`.
 
-    targets [group, n] and leading [group, group] are those of `method.round_in_groups`.
+    targets and carried [group, B] are as for `open_row`, leading [group, group] as in `method.round_in_groups`. Writes
+    errors [group, B].
     """
+    sub = scales.sub
+    deltas = np.empty(targets.shape, np.float32)
     for index in range(targets.shape[0]):
-        row, target = row_of_points(rows, first_row + index), targets[index]
-        add_owed(leading, index, rows.delta[first_row:], target)
-        open_row(target, opening, scales, grid, row)
-        for j in range(target.size):
-            row.delta[j] -= target[j] - weights[first_row + index, j]
+        row, target = first_row + index, targets[index]
+        add_owed(leading, index, deltas, target)
+        whole = part_of_points(rows, row, 0, rows.delta.shape[1], scales, grid.points.shape[0])
+        open_row(target, carried[index], opening, scales, grid, whole, errors[index])
+        for place in range(target.size):
+            column = opening.order[place // sub] * sub + place % sub
+            deltas[index, place] = errors[index, place] - target[place] + weights[row, column]
+            whole.delta[column] = deltas[index, place]
 
 
 @jit
-def change_points(first_row, slopes, coupling, shifts, h, units, subs, scales, grid, rows, refine):
-    """Changes rows from `first_row` on, in place in `rows`.
+def change_points(first_row, start, slopes, coupling, shifts, h, units, subs, scales, grid, rows, refine, fit):
+    """Changes columns of the rows from `first_row` on, in place in `rows`: those from `start` on.
 
-    slopes [group, n] and coupling [group, group] are those of `method.round_in_groups`; `shifts` [group, n] becomes by
-    how much each row's own changes moved its slope. `refine`: whether scales change too.
+    slopes [group, B] and coupling [group, group] are those of `method.round_in_groups`; h [B, B], `units` and `subs`
+    belong to these columns. shifts [group, B] is scratch. `refine`: whether scales change too; `fit`: whether d does.
     """
+    count = slopes.shape[1]
     for index in range(slopes.shape[0]):
-        row, slope = row_of_points(rows, first_row + index), slopes[index]
+        row = part_of_points(rows, first_row + index, start, start + count, scales, grid.points.shape[0])
+        slope, shift = slopes[index], shifts[index]
         add_owed(coupling, index, shifts, slope)
-        shifts[index] = slope
+        shift[:] = slope
         if refine:
             refine_points(h, subs, scales, grid, row, slope)
+        if fit:
             refit_points(h, scales, row, slope)
         descend_points(h, units, scales, grid, row, slope)
-        for j in range(slope.size):
-            shifts[index, j] = slope[j] - shifts[index, j]
+        for j in range(count):
+            shift[j] = slope[j] - shift[j]

@@ -4,6 +4,7 @@ A rounding method is a function from weights, type and importance to blocks. All
 takes its blocks from here: another rounding method changes the blocks and nothing else.
 """
 
+import collections
 import hashlib
 import os
 import pathlib
@@ -187,8 +188,9 @@ def render_all(
 ) -> dict[tuple[str, str], float]:
     """Renders many tensors, several at once, into the renderer's folder.
 
-    Each tensor has a thread; only the library's kernels take all threads for one tensor. Large tensors go first, so
-    that no thread has a large one alone at the end.
+    A thread renders a tensor in all its types, one after the other, so that a rounding method factors its moments once;
+    only the library's kernels take all threads for one tensor. Large tensors go first, so that no thread has a large
+    one alone at the end.
 
     Parameters:
         renderer: what renders them.
@@ -202,16 +204,23 @@ def render_all(
         BitladderError: a type cannot hold a tensor; the message names it.
     """
     tensors = renderer.file.tensors
-    ordered = sorted(pairs, key=lambda pair: -tensors[pair[0]].elements * tensors[pair[0]].width)
+    kinds: dict[str, list[str]] = collections.defaultdict(list)
+    for name, kind in pairs:
+        kinds[name].append(kind)
+    ordered = sorted(kinds, key=lambda name: -len(kinds[name]) * tensors[name].elements * tensors[name].width)
     pool = ThreadPoolExecutor(1 if isinstance(renderer.rounding, StockRounding) else renderer.kernels.threads)
-    errors = {}
+    errors: dict[tuple[str, str], float] = {}
+
+    def render(name: str) -> dict[tuple[str, str], float]:
+        return {(name, kind): renderer.error(name, type_by_name(kind)) for kind in kinds[name]}
+
     try:
-        with progress.task(label, sum(tensors[name].elements for name, _ in ordered)) as bar:
-            waiting = [(pair, pool.submit(renderer.error, pair[0], type_by_name(pair[1]))) for pair in ordered]
-            for (name, kind), future in waiting:
-                errors[name, kind] = future.result()
-                bar.note(f"{name} {kind}")
-                bar.advance(tensors[name].elements)
+        with progress.task(label, sum(len(kinds[name]) * tensors[name].elements for name in ordered)) as bar:
+            waiting = [(name, pool.submit(render, name)) for name in ordered]
+            for name, future in waiting:
+                errors |= future.result()
+                bar.note(name)
+                bar.advance(len(kinds[name]) * tensors[name].elements)
     finally:
         pool.shutdown(cancel_futures=True)
     return errors

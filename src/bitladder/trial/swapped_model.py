@@ -119,12 +119,15 @@ class SwappedModel(Closing):
         )
 
     @SWAPPED_KLD.entry
-    def kld_with(self, replacements: Mapping[str, Replacement], chunks: int | None = None) -> Doubles:
+    def kld_with(
+        self, replacements: Mapping[str, Replacement], chunks: int | None = None, *, first: int = 0
+    ) -> Doubles:
         """The divergence of the model with these weights from the base; all other weights have full precision.
 
         Parameters:
             replacements: what stands in the place of each weight, by name.
-            chunks: how many of the base's chunks to decode, from the first on; None decodes all.
+            chunks: how many of the base's chunks to decode; None decodes all.
+            first: number of the first of them.
 
         Returns:
             KLD of each token, nats, float64 [chunks, scored].
@@ -132,11 +135,12 @@ class SwappedModel(Closing):
         Raises:
             BitladderError: decoding fails, or logits are not finite.
         """
-        count = len(self.base.chunks) if chunks is None else min(chunks, len(self.base.chunks))
+        left = len(self.base.chunks) - first
+        count = left if chunks is None else min(chunks, left)
         if count < 1:
             raise BitladderError("a recipe is measured on at least one chunk")
         self._replace(replacements)
-        return compare_with_base(self._context, self.base, count, self._workers).kld.reshape(count, -1)
+        return compare_with_base(self._context, self.base, count, self._workers, first=first).kld.reshape(count, -1)
 
     def _replace(self, replacements: Mapping[str, Replacement]) -> None:
         file = self.renderer.file

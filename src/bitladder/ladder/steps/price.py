@@ -58,6 +58,8 @@ class Price(Step):
             return []
         prices, share = self.options.planning.prices, self.options.planning.prices.group_share
         kind, amount = round_amount(self.options, extent)
+        passes = self.options.refine.rounding.passes
+        amount *= (1 + min(passes, prices.price_passes)) / (1 + passes)
         tokens = SWAPPED * prices.probe_tokens
         checked = SWAPPED * prices.check_pairs * prices.probe_chunks * self.options.planning.decoding.n_ctx
         return [

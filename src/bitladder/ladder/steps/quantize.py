@@ -18,7 +18,8 @@ LIBRARY, LIBRARY_IQ = 2000, 13_000
 TUNE = 5.6  # tokens decoded in the time that a token of tuning takes
 ROUND, ROUND_WIDTH = 35_000, 55
 # Evaluations of a guard, about: of kinds, of layers and their groups, and of single tensors.
-GUARD_KINDS, GUARD_LAYERS, GUARD_TENSORS = 13, 9, 10
+GUARD_CHUNKS = 2  # that decide a comparison, about
+GUARD_KINDS, GUARD_LAYERS, GUARD_TENSORS = 9, 11, 8
 
 
 class Quantize(Step):
@@ -63,10 +64,9 @@ class Quantize(Step):
         """Rounding, the guard, and tuning."""
         if not self.options.rounds:
             return [library_part(self.label)]
-        tokens = self.options.refine.guard.guard_chunks * extent.chunk
-        # A run that plans has rounded all tensors to price them, and keeps the blocks.
-        parts = [] if self.options.plans else [Part(*round_amount(self.options, extent), "rounding")]
-        parts += [
+        tokens = min(self.options.refine.guard.guard_chunks, GUARD_CHUNKS) * extent.chunk
+        parts = [
+            Part(*round_amount(self.options, extent), "rounding"),
             Part("guard", GUARD_KINDS * tokens, "guard"),
             Part("guard", GUARD_LAYERS * tokens, "guard, layers"),
             Part("guard", GUARD_TENSORS * tokens, "guard, tensors"),

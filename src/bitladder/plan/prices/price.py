@@ -26,6 +26,7 @@ PRICES = Algorithm(
         "a law through measured swaps",
         "types with minimums are a family of their own in the law",
         "a type that was not measured takes the larger factor of its neighbours",
+        "rounded blocks of few passes are priced",
     ),
     uses=(RENDERING, SWAPPED_KLD),
 )

@@ -8,6 +8,9 @@ that raises it is tried in halves of its layers, down to single tensors.
 A layer that harms can hide behind a kind that gains in all others. So blocks are then taken out again: those of groups
 of neighbouring layers, of each layer in the groups that gain least, and of each tensor in the layers that gain least.
 If a kind was refused, the moments are doubtful, and every layer is examined.
+
+Two sets of blocks are compared on the same tokens: on one chunk, then on twice as many, until the difference is clear,
+or clearly too small to matter. Most are after one chunk.
 """
 
 import dataclasses
@@ -37,6 +40,7 @@ GUARD = Algorithm(
         "blocks of the layers that gain least are taken out again, tensor by tensor",
         "groups of layers are examined first, then layers, then tensors",
         "inputs are rounded as the kernels round them, as where recipes are planned",
+        "a comparison ends with the first chunks that decide it",
     ),
     uses=(SWAPPED_KLD,),
 )
@@ -117,7 +121,8 @@ class Guard(Closing):
         self._stock = {name: Rendered(stock, type_by_name(kind)) for name, kind in types.items()}
         self._rounded = {name: Rendered(rounded, type_by_name(kind)) for name, kind in types.items()}
         self._options = options
-        self._in: set[str] = set()  # tensors that have rounded blocks now
+        self._in: frozenset[str] = frozenset()  # tensors that have rounded blocks now
+        self._measured: dict[frozenset[str], list[Doubles]] = {}  # KLD of each token, chunk by chunk
         self._model = SwappedModel(base, stock, decoding)
 
     def close(self) -> None:
@@ -127,22 +132,23 @@ class Guard(Closing):
     @GUARD.entry
     def run(self, candidates: Sequence[str], progress: Progress = SILENT) -> GuardReport:
         """Tries the rounded blocks of these tensors. Raises BitladderError if logits are not finite."""
-        self._in = set()
+        stock: frozenset[str] = frozenset()
+        self._in = stock
         kinds = _grouped(candidates, kind_of)
-        with progress.task("guard", 1 + len(kinds)) as bar:
-            before = now = self._kld()
-            bar.advance()
-            trials: list[GuardTrial] = []
+        trials: list[GuardTrial] = []
+        with progress.task("guard", len(kinds)) as bar:
             for kind, names in kinds.items():
                 ordered = sorted(names, key=lambda name: -1 if block_of(name) is None else block_of(name) or 0)
-                now = self._try(kind, tuple(ordered), now, trials)
-                bar.note(f"KLD {now.mean():.5f}, {before.mean():.5f} with the library's blocks")
+                self._try(kind, tuple(ordered), trials)
+                bar.note(f"{kind}: KLD {trials[-1].change.value:+.5f}")
                 bar.advance()
-        removals, now = self._examine(candidates, all(trial.kept for trial in trials), now, progress)
+        removals = self._examine(candidates, all(trial.kept for trial in trials), progress)
+        self._change(self._in, stock)
+        before, after = self._both(self._in, stock)
         return GuardReport(
             mean(before),
-            mean(now),
-            mean(now - before),
+            mean(after),
+            mean(after - before),
             tuple(trials),
             tuple(removals),
             tuple(name for name in candidates if name not in self._in),
@@ -150,53 +156,44 @@ class Guard(Closing):
             before.size,
         )
 
-    def _try(self, kind: str, names: tuple[str, ...], now: Doubles, trials: list[GuardTrial]) -> Doubles:
-        """Put in the rounded blocks of some tensors; returns the KLD of each token after the decision."""
-        self._in.update(names)
-        with_them = self._kld()
-        change = mean(with_them - now)
+    def _try(self, kind: str, names: tuple[str, ...], trials: list[GuardTrial]) -> None:
+        """Puts in the rounded blocks of some tensors, of all or of those halves that gain."""
+        change = self._change(self._in.union(names), self._in)
         trials.append(GuardTrial(kind, names, change, kept=change.value < 0))
         if change.value < 0:
-            return with_them
-        self._in.difference_update(names)
+            self._in = self._in.union(names)
         # Halves of tensors that harm by less than the error would be tried on noise alone.
-        if len(names) > 1 and change.value > change.error:
+        elif len(names) > 1 and change.value > change.error:
             middle = len(names) // 2
-            now = self._try(kind, names[:middle], now, trials)
-            now = self._try(kind, names[middle:], now, trials)
-        return now
+            self._try(kind, names[:middle], trials)
+            self._try(kind, names[middle:], trials)
 
-    def _examine(
-        self, candidates: Sequence[str], trusted: bool, now: Doubles, progress: Progress
-    ) -> tuple[list[GuardTrial], Doubles]:
-        """Take blocks out again where they gain least; returns all removals and the KLD of each token after them.
+    def _examine(self, candidates: Sequence[str], trusted: bool, progress: Progress) -> list[GuardTrial]:
+        """Takes blocks out again where they gain least; returns all removals.
 
         `trusted` is whether every kind was kept.
         """
         removals: list[GuardTrial] = []
         layers = _layers([name for name in candidates if name in self._in])
         if trusted and len(layers) > self._options.single_layers:
-            layers = self._weakest(_neighbours(layers), now, removals, progress)
-        tensors = self._weakest(layers, now, removals, progress)
+            layers = self._weakest(_neighbours(layers), removals, progress)
+        tensors = self._weakest(layers, removals, progress)
         with progress.task("guard, tensors", len(tensors)) as bar:
             for tensor in tensors:
-                change, without = self._without(tensor.names, now)
+                change = self._change(self._in, self._in.difference(tensor.names))
                 removals.append(GuardTrial(tensor.label, tensor.names, change, kept=change.value <= 0))
                 if not change.value <= 0:
-                    self._in.difference_update(tensor.names)
-                    now = without
+                    self._in = self._in.difference(tensor.names)
                 bar.advance()
-        return removals, now
+        return removals
 
-    def _weakest(
-        self, parts: Sequence[_Part], now: Doubles, removals: list[GuardTrial], progress: Progress
-    ) -> list[_Part]:
+    def _weakest(self, parts: Sequence[_Part], removals: list[GuardTrial], progress: Progress) -> list[_Part]:
         """The parts inside those that gain least: inside at least one, and inside those that harm or gain nothing
         clear."""
         gains = []
         with progress.task("guard, layers", len(parts)) as bar:
             for part in parts:
-                change, _ = self._without(part.names, now)
+                change = self._change(self._in, self._in.difference(part.names))
                 removals.append(GuardTrial(part.label, part.names, change, kept=True))
                 gains.append((change, part))
                 bar.note(part.label)
@@ -209,16 +206,38 @@ class Guard(Closing):
             for inner in part.inside
         ]
 
-    def _without(self, names: Sequence[str], now: Doubles) -> tuple[Figure, Doubles]:
-        """What the rounded blocks of these tensors add to KLD, and the KLD of each token without them."""
-        without = self._kld(self._in.difference(names))
-        return mean(now - without), without
+    def _change(self, rounded: frozenset[str], without: frozenset[str]) -> Figure:
+        """What some rounded blocks add to KLD, paired by token, on as many chunks as it takes to decide that.
 
-    def _kld(self, rounded: set[str] | None = None) -> Doubles:
-        """KLD of each token, nats, with the rounded blocks of these tensors (None: of those that have them now)."""
-        names = self._in if rounded is None else rounded
-        swaps = {name: self._rounded[name] if name in names else stock for name, stock in self._stock.items()}
-        return self._model.kld_with(swaps, self._options.guard_chunks).ravel()
+        Parameters:
+            rounded: tensors that have rounded blocks.
+            without: those of them that have rounded blocks in the other model.
+        """
+        options, count = self._options, 1
+        while True:
+            before, after = (self._kld(names, count) for names in (without, rounded))
+            change, level = mean(after - before), options.negligible * float(before.mean())
+            clear = options.sure * change.error
+            if count == self._chunks or abs(change.value) > clear or abs(change.value) + clear < level:
+                return change
+            count = min(2 * count, self._chunks)
+
+    @property
+    def _chunks(self) -> int:
+        return min(self._options.guard_chunks, len(self._model.base.chunks))
+
+    def _kld(self, rounded: frozenset[str], count: int) -> Doubles:
+        """KLD of each token of the first chunks, nats, with the rounded blocks of these tensors."""
+        known = self._measured.setdefault(rounded, [])
+        if len(known) < count:
+            swaps = {name: self._rounded[name] if name in rounded else stock for name, stock in self._stock.items()}
+            known.extend(self._model.kld_with(swaps, count - len(known), first=len(known)))
+        return np.concatenate(known[:count])
+
+    def _both(self, rounded: frozenset[str], without: frozenset[str]) -> tuple[Doubles, Doubles]:
+        """KLD of each token without and with rounded blocks, on all chunks that both were measured on."""
+        count = min(len(self._measured[rounded]), len(self._measured[without]))
+        return self._kld(without, count), self._kld(rounded, count)
 
 
 def _layers(names: Sequence[str]) -> list[_Part]:

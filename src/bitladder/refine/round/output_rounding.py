@@ -13,7 +13,15 @@ from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
-from bitladder.rounding import ROUNDING, Rounded, RoundingOptions, can_round, round_tensor
+from bitladder.rounding import (
+    ROUNDING,
+    Rounded,
+    RoundingOptions,
+    SecondMoments,
+    can_round,
+    round_matrix,
+    round_tensor,
+)
 from bitladder.trial import StockRounding
 
 Floats = npt.NDArray[np.float32]
@@ -46,7 +54,7 @@ class OutputRounding:
     def __init__(self, moments: Sequence[MomentsFile], options: RoundingOptions) -> None:
         self._moments, self._options = tuple(moments), options
         self._stock = StockRounding()
-        self._lock = threading.Lock()
+        self._lock, self._last = threading.Lock(), threading.local()
         self.losses: dict[tuple[str, str], tuple[float, float]] = {}
         self.key = key_of(
             {"moments": joined_sha256(moments), "options": options, "algorithms": OUTPUT_ROUNDING.versions()}
@@ -66,10 +74,7 @@ class OutputRounding:
         if not self.covers(name, kind):
             return stock
         try:
-            with self._lock:
-                self._refuse_other_shape(name, weights)
-                moment = _mean([file.read(name) for file in self._moments if name in file])
-            rounded = self._round(weights, stock, kind, moment)
+            rounded = self._round(name, weights, stock, kind)
         except BitladderError as error:
             raise BitladderError(f"{name} as {kind.name}: {error}") from error
         self.losses[name, kind.name] = sum(one.before for one in rounded), sum(one.after for one in rounded)
@@ -82,18 +87,46 @@ class OutputRounding:
             if shape is not None and (shape.n_in != weights.shape[2] or shape.n_out not in (0, weights.shape[1])):
                 raise BitladderError(f"{file.path} has second moments of another shape")
 
-    def _round(self, weights: Floats, stock: Bytes, kind: TensorType, moment: Moment) -> list[Rounded]:
+    def _round(self, name: str, weights: Floats, stock: Bytes, kind: TensorType) -> list[Rounded]:
+        self._refuse_other_shape(name, weights)
+        if len(weights) == 1:
+            ready = self._ready(name)
+            return [
+                Rounded(stock[0], 0.0, 0.0)
+                if ready is None
+                else round_matrix(weights[0], stock[0], kind.name, ready, self._options)
+            ]
+        moment = self._read(name)
         if len(moment.inputs) != len(weights):
             raise BitladderError(
                 f"{len(moment.inputs)} matrices of second moments for {len(weights)} of weights: of another model"
             )
-        outputs = moment.outputs if len(weights) == 1 else None
         return [
             Rounded(stock[index], 0.0, 0.0)
             if not moment.counts[index]
-            else round_tensor(matrix, stock[index], kind.name, moment.inputs[index], self._options, outputs)
+            else round_tensor(matrix, stock[index], kind.name, moment.inputs[index], self._options)
             for index, matrix in enumerate(weights)
         ]
+
+    def _ready(self, name: str) -> SecondMoments | None:
+        """Factors of a tensor's moments, which serve all its types; None if no token reached it.
+
+        Each thread keeps those of its last tensor: `trial.render_all` renders one tensor after the other.
+        """
+        if getattr(self._last, "name", None) != name:
+            self._last.name, self._last.moments = None, None  # frees the memory first
+            moment = self._read(name)
+            if len(moment.inputs) != 1:
+                raise BitladderError(f"{len(moment.inputs)} matrices of second moments for one of weights")
+            if moment.counts[0]:
+                self._last.moments = SecondMoments(moment.inputs[0], moment.outputs, self._options)
+            self._last.name = name
+        ready: SecondMoments | None = self._last.moments
+        return ready
+
+    def _read(self, name: str) -> Moment:
+        with self._lock:
+            return _mean([file.read(name) for file in self._moments if name in file])
 
 
 def refuse_other_moments(moments: Sequence[MomentsFile], model: GgufFile, progress: Progress = SILENT) -> None:
