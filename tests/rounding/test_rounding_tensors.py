@@ -7,8 +7,10 @@ from rounding_cases import moments, stock_blocks
 from bitladder.engine import dequantize_into, type_by_name
 from bitladder.engine.native import ggml
 from bitladder.errors import BitladderError
-from bitladder.rounding import TYPES, RoundingOptions, round_tensor
+from bitladder.rounding import TYPES, RoundingOptions, SecondMoments, round_tensor
 from bitladder.rounding import method as rounding_method
+from bitladder.rounding.factors import damped, shrunk
+from bitladder.rounding.scalar import ScalarRounding
 
 F32 = np.float32
 # One of each kind: scales and minimums, levels unevenly spaced, an F16 step per block, points of a grid.
@@ -164,6 +166,20 @@ def test_how_many_rows_are_taken_together_changes_nothing(name, monkeypatch):
     for one in found[1:]:
         assert one.after == pytest.approx(found[0].after, rel=0.001)
         assert np.mean(one.data == found[0].data) > 0.99
+
+
+@pytest.mark.parametrize("name", ["q5_0", "q4_K"])
+def test_the_gain_of_a_pass_is_what_the_loss_falls_by(name):
+    weights, h, outputs = ordinary(150, width=512), moments(512, 900), moments(150, 300)
+    options = RoundingOptions()
+    second = SecondMoments(h, outputs, options)
+    full = damped(shrunk(outputs, options.shrinkage), options.damping)
+    rows = ScalarRounding(weights, TYPES[name].unpack(stock_blocks(name, weights, h), 512), second, options)
+    rounding_method.open_groups(rows, second)
+    for turn in range(2):
+        before = loss(rows.delta, second.h, full)
+        gain, _ = rounding_method.change_groups(rows, second, turn)
+        assert gain == pytest.approx(before - loss(rows.delta, second.h, full), rel=1e-3)
 
 
 def test_methods_build_on_each_other():
