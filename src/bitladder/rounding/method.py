@@ -218,7 +218,7 @@ def change_groups(rows: RowRounding, moments: SecondMoments, turn: int) -> tuple
     delta, coupling, h = rows.delta, moments.coupling, moments.h
     gain = level = 0.0
     for group in _groups(len(delta)):
-        seen = coupling[group] @ delta if len(coupling) else delta[group].copy()
+        seen: Floats = np.asarray(coupling[group] @ delta if len(coupling) else delta[group].copy(), np.float32)
         within = _within(coupling, group)
         for number, part in enumerate(column_parts(delta.shape[1])):
             slopes: Floats = seen @ h[part].T
@@ -227,7 +227,7 @@ def change_groups(rows: RowRounding, moments: SecondMoments, turn: int) -> tuple
             moved = delta[group, part] - before
             seen_moved = within @ moved if len(within) else moved
             seen[:, part] += seen_moved
-            weights: Floats = moments.row_weights[group] if len(within) else np.ones(len(moved), np.float32)
+            weights = moments.row_weights[group] if len(within) else np.ones(len(moved), np.float32)
             fell = np.einsum("ij,ij->i", 2 * asked + seen_moved @ moments.diagonal[number], moved)
             gain -= float(weights @ fell)
             level += float(weights @ np.einsum("ij,ij->i", asked, before))
