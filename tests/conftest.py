@@ -99,3 +99,16 @@ def small_run(tiny_checkpoint: pathlib.Path, tmp_path_factory: pytest.TempPathFa
     run(plain_options(model=str(tiny_checkpoint), out=folder, **options))
     write_card(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_download_of_the_converter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests do not download llama.cpp's own converter, to which unknown architectures go."""
+    from bitladder.convert import upstream
+    from bitladder.errors import BitladderError
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BitladderError("llama.cpp's converter is not downloaded by tests")
+
+    if request.path.name != "test_upstream.py":
+        monkeypatch.setattr(upstream, "upstream_converter", refuse)

@@ -37,6 +37,8 @@ class BaseHeader(pydantic.BaseModel):
         head: name of the tensor that makes logits of hidden states.
         exact: the states are the very numbers that the library multiplied by the head.
         max_difference: of head × state from the model's own logits in the first chunk, as a share of their range.
+        logit_scale: the factor of the logits after the head.
+        logit_cap: their soft cap after that; 0 for none.
         gpu: whether a GPU computed them.
         algorithms: versions of the algorithms that made the base.
     """
@@ -61,6 +63,8 @@ class BaseHeader(pydantic.BaseModel):
     dtype: Dtype
     exact: bool
     max_difference: float
+    logit_scale: float = 1.0
+    logit_cap: float = pydantic.Field(default=0.0, ge=0)
     gpu: bool
     algorithms: dict[str, int]
     llama_cpp_commit: str

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from bitladder.closing import Closing
 from bitladder.engine import Context, HiddenStates, dequantize_into, versions
 from bitladder.errors import BitladderError
+from bitladder.evaluate.base.after_head import AfterHead, possible_after, read_after
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
 from bitladder.evaluate.divergence import BaseRows, refuse_broken
 from bitladder.evaluate.identity import Identity
@@ -27,7 +28,13 @@ from bitladder.text import Chunks, Text, text_chunks
 
 Floats = npt.NDArray[np.float32]
 
-BASE = Algorithm("base", ("final hidden states in the type of the head, with the NLL and the top token of each row",))
+BASE = Algorithm(
+    "base",
+    (
+        "final hidden states in the type of the head, with the NLL and the top token of each row",
+        "what the graph does to the logits after the head (scale, soft cap, bias) is done again",
+    ),
+)
 
 # Largest difference of head × state from the model's logits, as a share of their range. A head in floating point
 # differs by the order of its sums. For a quantized head the library also rounds the input to 8 bits.
@@ -42,10 +49,16 @@ _DTYPES: dict[str, Dtype] = {"f16": "f16", "bf16": "bf16"}
 
 
 class Head(Closing):
-    """The output matrix of a model file. Logits are hidden states × its transpose, float32."""
+    """The output matrix of a model file. Logits are hidden states × its transpose, float32.
 
-    def __init__(self, model: Identity) -> None:
+    Parameters:
+        model: the model file.
+        after: what the graph does to the logits afterwards; None for nothing.
+    """
+
+    def __init__(self, model: Identity, after: AfterHead | None = None) -> None:
         self.tensor = model.head
+        self.after = after or AfterHead()
         self.n_vocab = model.head.rows
         self.n_embd = model.head.width
         self.step = min(self.n_vocab, max(_MIN_ROWS, min(_WEIGHTS // self.n_embd, _MAX_ROWS)))
@@ -68,6 +81,7 @@ class Head(Closing):
         dequantize_into(self._file.read(self.tensor, start, stop), self.tensor.type, weights)
         logits = self._buffer("logits", slot, len(hidden), stop - start)
         np.matmul(hidden, weights.T, out=logits)
+        self.after.apply(logits, start)
         return start, logits
 
     def _buffer(self, kind: str, slot: int, rows: int, columns: int) -> Floats:
@@ -106,7 +120,7 @@ class HiddenBase(Closing):
         self.model = model
         header = file.header
         self.chunks = Chunks(file.tokens, header.bos, header.chunks_in_text)
-        self._head = Head(model)
+        self._head = Head(model, read_after(model, header.logit_scale, header.logit_cap))
 
     @property
     def header(self) -> BaseHeader:
@@ -141,8 +155,8 @@ def make_base(
         progress: receives the progress.
 
     Raises:
-        BitladderError: the text is too short, the model does not load, or its logits are not the product of head and
-            hidden state (some models scale or cap them).
+        BitladderError: the text is too short, the model does not load, or its logits do not follow from head and hidden
+            state in a way that is known here.
     """
     with settings.load(model.path) as loaded:
         chunks = text_chunks(loaded, text, settings.n_ctx, chunks=settings.chunks)
@@ -212,24 +226,34 @@ class _Maker:
         return float(rows.nll.mean())
 
     def _check(self, hidden: Floats, logits: Floats) -> float:
-        """The largest difference of head × state from the logits as a share of their range, over a few rows."""
+        """The largest difference of head × state from the logits as a share of their range, over a few rows.
+
+        Of what the graph may do after the head, the head takes what fits best.
+        """
         rows = min(len(hidden), 32)
         span = float(logits[:rows].max() - logits[:rows].min()) or 1.0
-        product = self.head.apply(hidden[:rows])
-        difference = 0.0
-        for index in range(product.count):
-            first, block = product.block(index, 0)
-            block -= logits[:rows, first : first + block.shape[1]]
-            difference = float(np.maximum(difference, np.abs(block).max()))  # which keeps a NaN
+        tried = [(self._difference(after, hidden[:rows], logits[:rows]), after) for after in possible_after(self.model)]
+        # A NaN fits least.
+        difference, self.head.after = min(tried, key=lambda pair: pair[0] if pair[0] == pair[0] else np.inf)
         tolerance = _TOLERANCE if self.model.head.type.quantized else _TOLERANCE_EXACT
         if not difference <= tolerance * span:
             raise BitladderError(
                 f"{self.model.name}: the logits are not {self.model.head.name} × hidden state (they differ by up to "
                 f"{difference:.3g} in a range of {span:.3g}): models of the architecture {self.model.architecture} "
-                "change them afterwards (scale, soft cap or bias), and no base can be kept for such a model; "
+                "change them afterwards in a way that is not known here, and no base can be kept for such a model; "
                 "measure its perplexity without --base"
             )
         return difference / span
+
+    def _difference(self, after: AfterHead, hidden: Floats, logits: Floats) -> float:
+        """The largest difference of the logits that follow from hidden states from the model's own."""
+        self.head.after = after
+        product, difference = self.head.apply(hidden), 0.0
+        for index in range(product.count):
+            first, block = product.block(index, 0)
+            block -= logits[:, first : first + block.shape[1]]
+            difference = float(np.maximum(difference, np.abs(block).max()))  # which keeps a NaN
+        return difference
 
     def _header(self, dtype: Dtype, difference: float) -> BaseHeader:
         model, chunks = self.model, self.chunks
@@ -251,6 +275,8 @@ class _Maker:
             dtype=dtype,
             exact=not model.head.type.quantized,
             max_difference=difference,
+            logit_scale=self.head.after.scale,
+            logit_cap=self.head.after.cap,
             gpu=self.gpu,
             algorithms=BASE.versions(),
             llama_cpp_commit=versions()["llama_cpp_commit"],
