@@ -36,6 +36,16 @@ def file_name(text: str, ending: str = "") -> str:
     return (stem or "model") + ending
 
 
+_unfinished: set[pathlib.Path] = set()
+
+
+def discard_unfinished() -> None:
+    """Removes the temporary files of `replacing` that are being written, in a process that dies."""
+    for temporary in list(_unfinished):
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(path: PathLike, *, sync: bool = True) -> Iterator[pathlib.Path]:
     """Yields a temporary path in the folder of `path`. After success the file is synced and renamed to `path`.
@@ -60,6 +70,7 @@ def replacing(path: PathLike, *, sync: bool = True) -> Iterator[pathlib.Path]:
         raise BitladderError(f"cannot write {path}: {error.strerror}") from error
     os.close(handle)
     temporary = pathlib.Path(name)
+    _unfinished.add(temporary)
     try:
         yield temporary
         # mkstemp makes private files. The result gets the rights of any new file.
@@ -74,6 +85,7 @@ def replacing(path: PathLike, *, sync: bool = True) -> Iterator[pathlib.Path]:
         raise BitladderError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
 
 
 def write_text(path: PathLike, text: str) -> None:

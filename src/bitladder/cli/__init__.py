@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from bitladder.cli.typed import NamingGroup
+from bitladder.engine import tell_of_deaths
 from bitladder.errors import BitladderError
 from bitladder.show import one_printable_line
 
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 an error in one line, 2 a wrong option, 130 interrupted, 143 terminated."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
+    tell_of_deaths()
     code = invoke(arguments)
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -23,6 +23,7 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.engine.activations import KernelInputs, NoisyOutputs
     from bitladder.engine.context import FLASH_ATTN, Context, Floats, logit_differences, sequence_logits
+    from bitladder.engine.deaths import tell_of_deaths
     from bitladder.engine.decoding import MIN_CTX, Decoding
     from bitladder.engine.devices import (
         ACCEL,
@@ -117,6 +118,7 @@ __all__ = [
     "sequence_logits",
     "single_threaded",
     "storable",
+    "tell_of_deaths",
     "threads_available",
     "type_by_name",
     "versions",

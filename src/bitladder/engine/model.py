@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.closing import Closing
+from bitladder.engine.deaths import working_on
 from bitladder.engine.extras import extras_work
 from bitladder.engine.native import backend, llama, log
 from bitladder.errors import BitladderError
@@ -44,6 +45,7 @@ class Model(Closing):
         if not self.path.is_file():
             raise BitladderError(f"no such model file: {path}")
         backend()
+        working_on(self.path)
         params = llama.llama_model_default_params()
         params.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mmap else llama.LLAMA_LOAD_MODE_NONE
         params.use_extra_bufts = repack and not vocab_only and extras_work()

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from bitladder.engine.deaths import note_assertions
 from bitladder.errors import BitladderError
 
 MINIMUM = (0, 3, 36)
@@ -80,6 +81,7 @@ class InitParams(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
+    "ggml_set_abort_callback": ([ctypes.c_void_p], ctypes.c_void_p),
     "ggml_version": ([], ctypes.c_char_p),
     "ggml_commit": ([], ctypes.c_char_p),
     "ggml_type_name": ([ctypes.c_int], ctypes.c_char_p),
@@ -180,6 +182,7 @@ def _open() -> dict[str, Any]:
         if not _opened:
             bindings = _import_bindings()
             _opened.update(llama=bindings, ggml=_declare(bindings))
+            note_assertions(_opened["ggml"].ggml_set_abort_callback)
             try:
                 install_log()
                 check_abi()

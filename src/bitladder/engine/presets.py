@@ -11,12 +11,14 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bitladder.engine.deaths import working_on
 from bitladder.engine.native import ggml, llama, log
 from bitladder.engine.types import TensorType, all_types, type_by_name
 from bitladder.errors import BitladderError, UsageError, did_you_mean
@@ -135,6 +137,7 @@ def preset_types(path: str | os.PathLike[str], request: Request) -> PresetTypes:
     params, _keep = _params(request)
     with log.tapped() as pieces:
         # A dry run does not use the path of the output, but it must differ from that of the input.
+        working_on(pathlib.Path(path))
         status = llama.llama_model_quantize(os.fsencode(path), os.fsencode(path) + b".dry", ctypes.byref(params))
     text = "".join(pieces)
     if status != 0:
