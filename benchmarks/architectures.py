@@ -23,10 +23,13 @@ import transformers
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import tiny_models  # noqa: E402
 from reference_logits import native_logits  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
-TOKENS = list(range(1000, 1024))
+TOKENS = list(range(300, 324))
+PIECES = 400  # of a SentencePiece model
+WITH_PIECES = ("gemma2", "gemma3", "phi3")  # their converters want tokenizer.model
 SMALL = {
     "vocab_size": 151936,
     "hidden_size": 64,
@@ -62,17 +65,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "olmo2": ("Olmo2", {}),
     "olmo3": ("Olmo3", {"sliding_window": 64}),
-    "olmoe": ("Olmoe", EXPERTS),
+    "olmoe": ("Olmoe", {"num_key_value_heads": 4, **EXPERTS}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
-    "qwen3moe": ("Qwen3Moe", {"head_dim": 32, **EXPERTS}),
+    "qwen3moe": ("Qwen3Moe", {"head_dim": 32, "norm_topk_prob": True, **EXPERTS}),
     "gemma2": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
     "gemma3": ("Gemma3Text", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
     "phi3": ("Phi3", {}),
     "granite": ("Granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
     "granitehybrid": (
         "GraniteMoeHybrid",
-        {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 128, **SSM},
+        {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 128,
+            **SSM,
+        },
     ),
     "smollm3": ("SmolLM3", {"pretraining_tp": 1}),
     "gpt-oss": ("GptOss", {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}),
@@ -83,7 +92,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek3": ("DeepseekV3", LATENT),
     "glm4moe": ("Glm4Moe", {"head_dim": 16, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1,
                             "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}),
-    "cohere2": ("Cohere2", {"head_dim": 16, "sliding_window": 64, "logit_scale": 0.25}),
+    "cohere2": ("Cohere2", {"head_dim": 16, "sliding_window": 64, "logit_scale": 0.25, "rotary_pct": 1.0}),
     "starcoder2": ("Starcoder2", {}),
     "ernie4.5": ("Ernie4_5", {"head_dim": 16}),
     "exaone4": ("Exaone4", {"head_dim": 16, "sliding_window": 64}),
@@ -94,7 +103,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def make(name: str, tokenizer: pathlib.Path, folder: pathlib.Path) -> Any:
     """A checkpoint with random weights, wide enough that every part shows in the logits. Returns the model."""
     prefix, more = MODELS[name]
-    config = getattr(transformers, f"{prefix}Config")(**(SMALL | more))
+    pieces = {"vocab_size": PIECES} if name in WITH_PIECES else {}
+    config = getattr(transformers, f"{prefix}Config")(**(SMALL | more | pieces))
     torch.manual_seed(0)
     kind = prefix.removesuffix("Text")
     model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
@@ -105,6 +115,9 @@ def make(name: str, tokenizer: pathlib.Path, folder: pathlib.Path) -> Any:
             elif "norm" in key and "bias" not in key:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    if pieces:
+        tiny_models.train_sentencepiece(folder, PIECES)
+        return model
     transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)  # for tokenizer.json
     shutil.copy(tokenizer / "tokenizer_config.json", folder)  # in the form that every version reads
     return model

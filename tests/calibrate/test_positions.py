@@ -36,7 +36,7 @@ def test_noise_is_where_it_was_asked_for(model_file):
             )
             return context.logits().reshape(2, 32, -1).copy()
 
-        noise.measure()
+        noise.measure(tokens.size)
         before = decode()
         assert set(noise.squares) == {f"blk.{b}.{kind}.weight" for b in range(2) for kind in KINDS} | {"output.weight"}
         assert all(rows.shape == (64,) and (rows > 0).all() for rows in noise.squares.values())

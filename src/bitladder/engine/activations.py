@@ -117,17 +117,21 @@ class NoisyOutputs(GraphCallback):
         self._deviations: Mapping[str, float] = {}
         self._rows = np.zeros(0, np.intp)
         self._generator = np.random.default_rng(0)
-        self._measure = False
+        self._measure, self._tokens = False, 0
         self.squares: dict[str, npt.NDArray[np.float64]] = {}
 
     def quiet(self) -> None:
         """Changes nothing in the next decodes."""
         self._deviations, self._measure = {}, False
 
-    def measure(self) -> None:
-        """Notes in the next decodes the mean squared output of every weight in `squares`, float64, shape [rows]."""
+    def measure(self, tokens: int) -> None:
+        """Notes in the next decodes the mean squared output of every weight in `squares`, float64, shape [tokens].
+
+        A weight whose output has not one row for each of the `tokens` of a batch is left out: a graph multiplies by it
+        head by head.
+        """
         self.quiet()
-        self._measure = True
+        self._measure, self._tokens = True, tokens
 
     def disturb(
         self, deviations: Mapping[str, float], rows: npt.NDArray[np.intp], generator: np.random.Generator
@@ -155,15 +159,18 @@ class NoisyOutputs(GraphCallback):
         if ask:
             return chosen
         if chosen:
-            self._change(node, name)
+            self._change(node, name, op == ggml.MUL_MAT_ID)
         return True
 
-    def _change(self, node: Tensor, name: str) -> None:
+    def _change(self, node: Tensor, name: str, experts: bool) -> None:
         if node.type != 0:
             raise BitladderError(f"the output of {name} is not F32 in this graph; it cannot be disturbed")
         ne = tuple(node.ne)
-        # [tokens, n_out], or [tokens, experts used, n_out]; a product is contiguous.
-        shape = ne[1::-1] if ne[2] == ne[3] == 1 else ne[2::-1]
+        # [tokens, experts used, n_out], or [tokens, n_out]; sequences may have a dimension of their own. A product is
+        # contiguous.
+        shape = ne[2::-1] if experts else (ne[1] * ne[2] * ne[3], ne[0])
+        if self._measure and shape[0] != self._tokens:
+            return
         size = int(np.prod(ne)) * 4
         host = ggml.ggml_backend_buffer_is_host(node.buffer)
         raw: Any = (ctypes.c_char * size).from_address(node.data) if host else ctypes.create_string_buffer(size)

@@ -135,9 +135,10 @@ class Subject(Closing):
 
     def overhead(self) -> int:
         """Bytes of a planned file outside of the tensors that get a type: header, padding, norms."""
-        everything = dict.fromkeys(self.tensors, "q8_0")
-        sizes = sum(self.tensor_bytes(name, "q8_0") for name in self.tensors)
-        return self.file_bytes(everything) - sizes
+        block = type_by_name("q8_0").block
+        stored = {name: self.file.tensors[name] for name in self.tensors}
+        types = {name: tensor.type.name if tensor.width % block else "q8_0" for name, tensor in stored.items()}
+        return self.file_bytes(types) - sum(self.tensor_bytes(name, kind) for name, kind in types.items())
 
     def header_bytes(self) -> int:
         """Bytes of a planned file that are no weights: header and padding."""

@@ -150,7 +150,7 @@ class _NoiseTrial:
         self._shares = np.concatenate(
             [np.full(len(first), 1.0), np.full(len(rest), (self._length - len(first)) / max(1, len(rest)))]
         )
-        noise.measure()
+        noise.measure(tokens.size)
         self._before = self._decode()
         self._probabilities = np.exp(self._before)
         # The first token's outputs can be hundreds of times the others', so it does not count for the size of noise.
