@@ -37,8 +37,8 @@ def did_you_mean(word: str, known: Iterable[str], listed: str) -> str:
     names = list(known)
     near = {name: difflib.SequenceMatcher(None, word.casefold(), name.casefold()).ratio() for name in names}
     best = max(near.values(), default=0.0)
-    nearest = [name for name in names if near[name] > best - 0.05]  # "attn" is as near to attn_k as to attn_q
-    if best < 0.6 or len(nearest) > 3:
+    nearest = [name for name in names if near[name] >= best - 0.05]  # "attn" is as near to attn_k as to attn_q
+    if best < 0.6 or len(nearest) > 4:
         return f"; {listed} {', '.join(names)}"
     return f"; did you mean {' or '.join(nearest)}?"
 

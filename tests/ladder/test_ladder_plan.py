@@ -89,7 +89,7 @@ def test_the_command_names_no_paths():
     assert line == (
         "bitladder run name --out out --ladder Q4_K_M,Q8_0 --calibration b.txt --calibration pydoc:test"
         " --text 'my text.txt' --mode naive --rounding stock --tasks arc:arc.bin,mmlu,continuation:pydoc:test"
-        " --no-bench --threads 2 --converter c.py --calibration-dataset org/texts"
+        " --no-bench --converter c.py --threads 2 --calibration-dataset org/texts"
     )
 
 

@@ -14,6 +14,7 @@ from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, quantize_rounded, verify
 from bitladder.rounding import RoundingOptions
 from bitladder.text import Text, load_text
+from bitladder.trial import SwappedModel
 
 PRESET = "Q3_K_S"
 
@@ -73,22 +74,33 @@ def test_the_guard_reports_what_it_measured(rounded):
     assert all(after < before for before, after in rounded.losses.values())
 
 
-def test_a_guard_that_stops_early_decides_as_one_that_reads_all(tiny_gguf, prepared, held_out, rounded):
-    options = GuardOptions(guard_chunks=4, sure=1e9, negligible=0)
-    whole = quantize_best(
-        tiny_gguf, prepared, prepared / "whole.gguf", prepared / "moments.gguf", held_out, options
-    ).guard  # fmt: skip
+def test_a_guard_that_stops_early_decides_as_one_that_reads_all(tiny_gguf, prepared, held_out, monkeypatch):
+    measured: list[int] = []
+    kld_with = SwappedModel.kld_with
+
+    def counting(self, replacements, chunks=None, *, first=0):
+        klds = kld_with(self, replacements, chunks, first=first)
+        measured.append(klds.size)
+        return klds
+
+    monkeypatch.setattr(SwappedModel, "kld_with", counting)
+
+    def guard(name, options):
+        measured.clear()
+        quant = quantize_best(
+            tiny_gguf, prepared, prepared / name, prepared / "moments.gguf", held_out, options
+        )  # fmt: skip
+        return quant.guard, sum(measured)
+
+    whole, all_tokens = guard("whole.gguf", GuardOptions(guard_chunks=4, sure=1e9, negligible=0))
+    early, tokens = guard("early.gguf", GuardOptions(guard_chunks=4))
+    assert tokens < 0.7 * all_tokens
     put_in = sum(trial.change.value for trial in whole.trials if trial.kept)
     taken_out = sum(trial.change.value for trial in whole.removals if not trial.kept)
     assert whole.before.value + put_in - taken_out == pytest.approx(whole.after.value, rel=1e-9)
-    early = rounded.guard
     assert [(trial.kind, trial.kept) for trial in early.trials] == [(trial.kind, trial.kept) for trial in whole.trials]
-    assert early.tokens < whole.tokens
-    # Where they differ, it is not clear on all chunks either, or it does not matter.
-    changes = {trial.tensors: trial.change for trial in whole.removals}
-    for name in set(early.stock) ^ set(whole.stock):
-        change = changes[name,]
-        assert abs(change.value) < max(3 * change.error, 0.01 * whole.after.value)
+    # Tensors that matter little may be decided in another way: the loss is the same.
+    assert early.after.value < 1.01 * whole.after.value
 
 
 def lying(moments, out, liar, others=()):

@@ -164,7 +164,7 @@ class UnfinishedWork:
                 done = int(data["done"])
                 # All are read once before the first is filled. Two of them are never in memory at once.
                 for name, array in arrays.items():
-                    np.broadcast_shapes(data[name].shape, array.shape)
+                    np.broadcast_to(data[name], array.shape)  # raises for another shape
                 for name, array in arrays.items():
                     array[...] = data[name]
         except Exception:  # whatever a damaged zip or array may raise

@@ -29,8 +29,8 @@ class AfterHead:
     Example:
         >>> logits = np.array([[0.0, 40.0]], np.float32)
         >>> AfterHead(scale=0.5, cap=30.0).apply(logits, 0)
-        >>> logits.round(2).tolist()
-        [[0.0, 17.48]]
+        >>> [round(float(logit), 2) for logit in logits[0]]
+        [0.0, 17.48]
     """
 
     bias: Floats | None = None
