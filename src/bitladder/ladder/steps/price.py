@@ -1,6 +1,8 @@
 """The steps that price every type that a rung may need: of the original model, and of the smoothed one.
 
 Prices are of all types that the usual ladder may need, whichever rungs a run has, so that another rung changes none.
+Types below 4 bits take most of the time. So a ladder without a rung there leaves them out, and the first such rung
+changes the prices.
 """
 
 from collections.abc import Mapping
@@ -44,7 +46,9 @@ class Price(Step):
         return {"used": self._used(run)}
 
     def _presets(self) -> tuple[str, ...]:
-        return (*RUNGS, *sorted(set(self.options.rungs) - set(RUNGS)))
+        rungs = self.options.rungs
+        usual = [rung for rung in RUNGS if any(map(below_four_bits, rungs)) or not below_four_bits(rung)]
+        return (*usual, *sorted(set(rungs) - set(usual)))
 
     def _used(self, run: Run) -> bool:
         return (self.label == SMOOTHED) in {run.smoothed(rung) for rung in self.options.rungs}
@@ -82,6 +86,17 @@ class Price(Step):
         out = run.layout.sensitivity(smoothed=smoothed)
         price_rungs(run.planner(smoothed=smoothed), self._presets()).save(out)
         return Product([out])
+
+
+def below_four_bits(preset: str) -> bool:
+    """Whether a preset has fewer than 4 bits a weight in its name, such as Q3_K_M.
+
+    Example:
+        >>> below_four_bits("IQ3_S"), below_four_bits("IQ4_XS"), below_four_bits("Q8_0")
+        (True, False, False)
+    """
+    digits = [character for character in preset if character.isdigit()]
+    return bool(digits) and int(digits[0]) < 4
 
 
 def priced_models(options: RunOptions) -> tuple[str, ...]:
