@@ -5,10 +5,10 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test lint docs bench clean
 
-# The main job on the embedded model: checkpoint in, measured ladder and model card out, in demo/.
+# The main job on the embedded model: checkpoint in, a measured rung beside its plain preset and the card out, in demo/.
 demo: $(VENV)/.installed
-	$(BIN)/bitladder run examples/tiny-olmo2 --out demo --ladder Q4_K_M,Q6_K --chunks 40 \
-		--moments-chunks 16 --tasks continuation:pydoc:test --task-count 100
+	$(BIN)/bitladder run examples/tiny-olmo2 --out demo --ladder Q4_K_M --chunks 20 --imatrix-chunks 40 \
+		--moments-chunks 8 --tune-chunks 16 --tasks continuation:pydoc:test --task-count 50 --no-bench
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q

@@ -13,7 +13,7 @@ from bitladder.quantize import QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.trial import RENDERING
 
-RECIPES = 1.8  # tokens decoded in the time that a token takes on which a recipe is measured
+RECIPES = 2.05  # tokens decoded in the time that a token takes on which a recipe is measured
 
 
 class PlanRung(Step):

@@ -19,7 +19,7 @@ from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.text import joined
 
 TYPES = 15  # that are rendered, about
-SWAPPED = 0.25  # tokens decoded in the time that a token of the budget takes on which a swap is measured
+SWAPPED = 0.44  # tokens decoded in the time that a token of the budget takes on which a swap is measured
 ORIGINAL, SMOOTHED = "original", "smoothed"
 
 

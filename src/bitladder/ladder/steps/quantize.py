@@ -19,7 +19,7 @@ TUNE = 5.6  # tokens decoded in the time that a token of tuning takes
 ROUND, ROUND_WIDTH = 35_000, 55
 # Evaluations of a guard, about: of kinds, of layers and their groups, and of single tensors.
 GUARD_CHUNKS = 2  # that decide a comparison, about
-GUARD_KINDS, GUARD_LAYERS, GUARD_TENSORS = 9, 11, 8
+GUARD_KINDS, GUARD_LAYERS, GUARD_TENSORS = 33, 7, 48
 
 
 class Quantize(Step):
