@@ -4,7 +4,7 @@ import os
 import pathlib
 
 import pytest
-from conftest import Tools
+from llama_cpp_tools import Tools
 from quantize_reference import make_imatrix, make_model, reference, same_metadata, same_tensors
 
 from bitladder.cli import invoke

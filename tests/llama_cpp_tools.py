@@ -1,0 +1,30 @@
+"""llama.cpp's own tools, with which tests compare."""
+
+import os
+import pathlib
+import subprocess
+
+
+class Tools:
+    """llama.cpp's own command-line tools, built from the same commit."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+
+    def run(self, name: str, *arguments: object) -> str:
+        """Run a tool and return everything it printed."""
+        from bitladder.engine.extras import extras_work
+
+        environment = os.environ | {"LD_LIBRARY_PATH": str(self.folder)}
+        if not extras_work():  # then the tools, built alike, would die of quantized weights (llama-bench does)
+            environment |= {"LLAMA_ARG_REPACK": "0"}
+        done = subprocess.run(
+            [str(self.folder / name), *map(str, arguments)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:]
+        return done.stdout
