@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from rounding_cases import moments, stock_blocks
 
-from bitladder.engine import dequantize_into, type_by_name
+from bitladder.engine import dequantize_into, devices, type_by_name
 from bitladder.engine.native import ggml
 from bitladder.errors import BitladderError
-from bitladder.rounding import TYPES, RoundingOptions, SecondMoments, round_tensor
+from bitladder.rounding import TYPES, RoundingOptions, SecondMoments, round_tensor, second_moments
 from bitladder.rounding import method as rounding_method
 from bitladder.rounding.factors import damped, shrunk
 from bitladder.rounding.scalar import ScalarRounding
@@ -250,3 +250,20 @@ def test_stock_and_other_types_stay():
     for name, method in (("q4_K", "stock"), ("iq3_s", "stock"), ("tq1_0", "best")):
         stock = stock_blocks(name, weights, h)
         assert round_tensor(weights, stock, name, h, RoundingOptions(method=method)).data is stock
+
+
+def test_moments_are_made_ready_without_threads_of_blas(monkeypatch):
+    """Several tensors are made ready at once. More threads would wait for one another, and sum in another order."""
+    controls = devices._controls()
+    if controls is None:
+        pytest.skip("NumPy has no OpenBLAS of its own")
+    get, put = controls
+    seen, before = [], get()
+    damped = second_moments.damped
+    monkeypatch.setattr(second_moments, "damped", lambda *arguments: [seen.append(get()), damped(*arguments)][1])
+    try:
+        put(2)
+        second_moments.SecondMoments(np.eye(32, dtype=np.float32), None, RoundingOptions())
+        assert (seen, get()) == ([1], 2)
+    finally:
+        put(before)

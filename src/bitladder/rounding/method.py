@@ -155,8 +155,7 @@ def round_tensor(
     """
     if options.method == "stock" or not can_round(kind):
         return Rounded(stock, 0.0, 0.0)
-    with single_threaded():
-        return round_matrix(weights, stock, kind, SecondMoments(inputs, outputs, options), options)
+    return round_matrix(weights, stock, kind, SecondMoments(inputs, outputs, options), options)
 
 
 def round_matrix(weights: Floats, stock: Bytes, kind: str, moments: SecondMoments, options: RoundingOptions) -> Rounded:

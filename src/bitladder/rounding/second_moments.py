@@ -6,6 +6,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.engine import single_threaded
 from bitladder.errors import BitladderError
 from bitladder.rounding.factors import Floats, couplings, damped, diagonal_blocks, shrunk, upper_factor
 from bitladder.rounding.options import RoundingOptions
@@ -72,10 +73,11 @@ class SecondMoments:
             raise BitladderError(f"second moments of {shapes} are not square and do not fit any matrix")
         self.inputs = np.asarray(inputs, np.float32)
         self.outputs = None if outputs is None or not options.two_sided else np.asarray(outputs, np.float32)
-        self.h: Floats = np.asarray(damped(shrunk(inputs, options.shrinkage), options.damping), np.float32)
-        self.leading, self.coupling, self.row_weights = couplings(
-            None if self.outputs is None else shrunk(self.outputs, options.shrinkage), options.damping
-        )
+        with single_threaded():  # several tensors are made ready at once
+            self.h: Floats = np.asarray(damped(shrunk(inputs, options.shrinkage), options.damping), np.float32)
+            self.leading, self.coupling, self.row_weights = couplings(
+                None if self.outputs is None else shrunk(self.outputs, options.shrinkage), options.damping
+            )
         self._factors: dict[bytes, tuple[Floats, Floats]] = {}
         self._local: dict[int, Local] = {}
 
