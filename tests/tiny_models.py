@@ -5,6 +5,7 @@ rope, norms and biases all show in the logits.
 """
 
 import io
+import json
 import pathlib
 from typing import Any
 
@@ -120,3 +121,10 @@ def _save(kind: Any, config: Any, folder: pathlib.Path, *, dtype: str, shard: st
     model = model.to(getattr(torch, dtype)).eval()
     model.save_pretrained(folder, max_shard_size=shard)
     return model
+
+
+def configure(folder: pathlib.Path, without: tuple[str, ...] = (), **values: Any) -> None:
+    """Changes config.json of a checkpoint: takes keys away and sets others."""
+    path = folder / "config.json"
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in without}
+    path.write_text(json.dumps(kept | values))

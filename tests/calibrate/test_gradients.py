@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
-import gguf
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from rewritten import rewritten
 from transformers import LlamaForCausalLM, Olmo2ForCausalLM
 
 from bitladder.calibrate import GradientOptions, TorchModel, check_logits, weighted_moments
@@ -49,27 +49,6 @@ def models(tmp_path_factory):
     return root
 
 
-def rewritten(path, out, architecture, extra=(), without=()):
-    """A llama GGUF as another architecture of llama.cpp's, with some more and some fewer tensors."""
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(out, architecture)
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            array = field.types[0] == gguf.GGUFValueType.ARRAY
-            name = key.replace("llama.", f"{architecture}.")
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=field.types[-1] if array else None)
-    for tensor in reader.tensors:
-        if not tensor.name.endswith(tuple(without)):
-            writer.add_tensor(tensor.name, np.array(tensor.data))
-    for name, values in extra:
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_logits_are_the_librarys(models, name):
     found = check_logits(models / f"{name}.gguf", TOKENS.reshape(-1))
@@ -85,7 +64,7 @@ def test_logits_of_qwen(models, tmp_path):
     for name, source, extra in (("qwen2", "biases", []), ("qwen3", "tied", norms)):
         reader = models / f"{source}.gguf"
         without = [f"{part}.bias" for part in ("attn_output", "ffn_gate", "ffn_up", "ffn_down")]
-        path = rewritten(reader, tmp_path / f"{name}.gguf", name, extra, without)
+        path = rewritten(reader, tmp_path / f"{name}.gguf", architecture=name, extra=extra, without=without)
         assert check_logits(path, TOKENS.reshape(-1)).largest < 0.003
 
 
@@ -117,9 +96,9 @@ def test_a_few_positions_may_be_ill_conditioned(models, monkeypatch, share):
 def test_what_is_not_known_is_refused(models, tmp_path):
     scale = [("blk.0.attn_q.scale", np.ones(1, np.float32))]
     with pytest.raises(BitladderError, match=r"no use for tensor blk\.0\.attn_q\.scale"):
-        TorchModel(rewritten(models / "tied.gguf", tmp_path / "scaled.gguf", "llama", scale))
+        TorchModel(rewritten(models / "tied.gguf", tmp_path / "scaled.gguf", extra=scale))
     with pytest.raises(BitladderError, match=r"architecture 'gpt2', only for llama"):
-        TorchModel(rewritten(models / "tied.gguf", tmp_path / "gpt2.gguf", "gpt2"))
+        TorchModel(rewritten(models / "tied.gguf", tmp_path / "gpt2.gguf", architecture="gpt2"))
     with pytest.raises(UsageError, match=r"does not multiply by a weight called 'token_embd\.weight'"):
         next(weighted_moments(models / "llama.gguf", TOKENS, names=["token_embd.weight"]))
 

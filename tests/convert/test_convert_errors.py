@@ -31,12 +31,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture
-def folder(original: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A fresh copy to spoil: a sharded F32 Llama."""
-    return pathlib.Path(shutil.copytree(original, tmp_path / "Tiny"))
-
-
 def refusal(folder: pathlib.Path, **options: Any) -> str:
     """The message with which `convert` refuses; checks that it is one line and that an older file stays."""
     out = folder.parent / "out.gguf"
@@ -59,11 +53,6 @@ def spoil(folder: pathlib.Path, value: float, index: tuple[int, int] = (3, 5)) -
     data = np.memmap(tensor.file, np.float32, "r+", tensor.offset, tensor.shape)
     data[index] = value
     data.flush()
-
-
-def configure(folder: pathlib.Path, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
 
 
 def test_missing_shard(folder: pathlib.Path) -> None:
@@ -129,7 +118,7 @@ def test_bf16_rounds_to_nearest_even() -> None:
 
 
 def test_unknown_architecture(folder: pathlib.Path) -> None:
-    configure(folder, architectures=["MambaForCausalLM"])
+    tiny_models.configure(folder, architectures=["MambaForCausalLM"])
     message = refusal(folder, upstream=False)
     assert "MambaForCausalLM" in message
     assert "--upstream" in message
@@ -148,7 +137,7 @@ def test_unknown_architecture(folder: pathlib.Path) -> None:
     ],
 )
 def test_config_that_does_not_fit(values: dict[str, Any], words: str, folder: pathlib.Path) -> None:
-    configure(folder, **values)
+    tiny_models.configure(folder, **values)
     assert words in refusal(folder)
 
 

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import random
-import shutil
 import struct
 import tracemalloc
 from typing import Any
@@ -20,19 +19,6 @@ from bitladder.convert.tokenizer import read_vocabulary
 from bitladder.errors import BitladderError
 
 DEEP = "[" * 100_000
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("hostile") / "Tiny"
-    tiny_models.llama(folder, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    tiny_models.train_byte_level(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(original: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(original, tmp_path / "Tiny"))
 
 
 def change(path: pathlib.Path, **values: Any) -> None:

@@ -2,31 +2,16 @@
 
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import gguf
 import pytest
-import tiny_models
 from click.testing import CliRunner
 from heard import Heard
 
 from bitladder.cli.convert import command
 from bitladder.convert import convert, default_name
 from bitladder.files import LONGEST_NAME, file_name
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("metadata") / "Tiny"
-    tiny_models.llama(folder, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    tiny_models.train_byte_level(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(original: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(original, tmp_path / "Tiny"))
 
 
 def metadata(folder: pathlib.Path, heard: Heard | None = None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import gguf
@@ -29,16 +28,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     tiny_models.llama(folder, dtype="bfloat16")
     tiny_models.train_byte_level(folder)
     return folder
-
-
-@pytest.fixture
-def folder(original: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(original, tmp_path / "Tiny"))
-
-
-def configure(folder: pathlib.Path, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
 
 
 def spread(scale: Any, block: tuple[int, int], shape: tuple[int, int]) -> Any:
@@ -124,7 +113,7 @@ def quantize(folder: pathlib.Path, form: str) -> dict[str, Any]:
         expected[name] = stored[name].float() * full
     stored["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(1.0)
     safetensors.save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    configure(folder, quantization_config=statement)
+    tiny_models.configure(folder, quantization_config=statement)
     return expected
 
 
@@ -201,7 +190,7 @@ def test_fp8_whose_scales_do_not_fit(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize("size", [[0, 40], [24], "24", [24, True], [-1, 2]])
 def test_fp8_with_a_bad_block(size: Any, folder: pathlib.Path) -> None:
     quantize(folder, "DeepSeek")
-    configure(folder, quantization_config={"quant_method": "fp8", "weight_block_size": size})
+    tiny_models.configure(folder, quantization_config={"quant_method": "fp8", "weight_block_size": size})
     assert "the size of a block should be" in refusal(folder)
 
 
@@ -226,7 +215,7 @@ def test_others_are_named(statement: Any, suffix: str, dtype: Any, words: str, f
     for name in [name for name in tensors if "_proj.weight" in name]:
         tensors[name.replace("weight", suffix)] = tensors.pop(name).to(dtype)
     safetensors.save_file(tensors, folder / "model.safetensors")
-    configure(folder, quantization_config=statement)
+    tiny_models.configure(folder, quantization_config=statement)
     message = refusal(folder)
     assert words in message
     assert "dequantize" in message
@@ -248,7 +237,7 @@ SPARSE = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "d
 @pytest.mark.parametrize("statement", [STALE, SPARSE])
 def test_full_precision_all_the_same(statement: dict[str, Any], folder: pathlib.Path) -> None:
     """After a merge with an adapter that was trained on quantized weights; and a sparse model."""
-    configure(folder, quantization_config=statement)
+    tiny_models.configure(folder, quantization_config=statement)
     heard = Heard()
     convert(folder, folder.parent / "out.gguf", progress=heard)
     assert "but no weight is quantized" in heard.warnings[0]

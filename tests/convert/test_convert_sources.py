@@ -37,18 +37,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture
-def folder(original: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy to change."""
-    return pathlib.Path(shutil.copytree(original, tmp_path / "Tiny"))
-
-
-def configure(folder: pathlib.Path, without: tuple[str, ...] = (), **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    kept = {key: value for key, value in config.items() if key not in without}
-    (folder / "config.json").write_text(json.dumps(kept | values))
-
-
 def change(folder: pathlib.Path, edit: Callable[[Tensors], Tensors]) -> None:
     """Replaces the tensors of model.safetensors."""
     tensors = edit(safetensors.load_file(folder / "model.safetensors"))
@@ -128,7 +116,7 @@ ROPES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
 @pytest.mark.parametrize("case", ROPES)
 def test_ropes(case: str, folder: pathlib.Path) -> None:
     values, without, word = ROPES[case]
-    configure(folder, without, **values)
+    tiny_models.configure(folder, without, **values)
     warnings = [warning for warning in same_as_transformers(folder) if word and word in warning]
     assert bool(warnings) == bool(word)
 
@@ -161,7 +149,7 @@ def test_ropes(case: str, folder: pathlib.Path) -> None:
     ],
 )
 def test_what_cannot_be_right_is_refused(values: dict[str, Any], words: str, folder: pathlib.Path) -> None:
-    configure(folder, **values)
+    tiny_models.configure(folder, **values)
     message = refusal(folder)
     assert words in message
     assert "config.json" in message
@@ -182,24 +170,24 @@ def test_architecture_in_other_forms(folder: pathlib.Path) -> None:
         {"architectures": None},
         {"text_config": {"hidden_size": 32}},
     ):
-        configure(folder, **values)
+        tiny_models.configure(folder, **values)
         assert convert(folder, folder.parent / "out.gguf").architecture == "llama"
 
 
 def test_tied_with_an_own_head(folder: pathlib.Path) -> None:
-    configure(folder, tie_word_embeddings=True)
+    tiny_models.configure(folder, tie_word_embeddings=True)
     assert any("tie_word_embeddings is true" in warning for warning in same_as_transformers(folder))
 
 
 def test_tied_with_the_same_head(folder: pathlib.Path) -> None:
-    configure(folder, tie_word_embeddings=True)
+    tiny_models.configure(folder, tie_word_embeddings=True)
     change(folder, lambda tensors: tensors | {HEAD: tensors[EMBEDDING].clone()})
     assert same_as_transformers(folder) == []
     assert convert(folder, folder.parent / "out.gguf").tensors == 20
 
 
 def test_tied_with_only_the_head(folder: pathlib.Path) -> None:
-    configure(folder, tie_word_embeddings=True)
+    tiny_models.configure(folder, tie_word_embeddings=True)
     change(folder, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != EMBEDDING})
     assert same_as_transformers(folder) == []
 
@@ -208,7 +196,7 @@ def test_tied_olmo2_with_an_own_head(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "Tiny"
     tiny_models.olmo2(folder)
     tiny_models.train_byte_level(folder)
-    configure(folder, tie_word_embeddings=True)
+    tiny_models.configure(folder, tie_word_embeddings=True)
     assert any("tie_word_embeddings is true" in warning for warning in same_as_transformers(folder))
 
 
@@ -216,13 +204,13 @@ def test_biases_follow_the_config(folder: pathlib.Path) -> None:
     bias = {f"model.layers.{i}.self_attn.q_proj.bias": torch.full((32,), 0.5) for i in range(2)}
     change(folder, lambda tensors: tensors | bias)
     assert "attention_bias is not true" in refusal(folder)
-    configure(folder, attention_bias=True)
+    tiny_models.configure(folder, attention_bias=True)
     assert same_as_transformers(folder) == []  # the biases that are missing are zero
 
 
 def test_saved_without_its_head(folder: pathlib.Path) -> None:
     """Names without "model.", and a tied head."""
-    configure(folder, tie_word_embeddings=True)
+    tiny_models.configure(folder, tie_word_embeddings=True)
     change(
         folder,
         lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != HEAD},
@@ -266,7 +254,7 @@ def test_files_that_no_index_names(folder: pathlib.Path) -> None:
 def test_weights_of_another_name(folder: pathlib.Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
     change(folder, lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})
-    configure(folder, transformers_weights="other.safetensors")
+    tiny_models.configure(folder, transformers_weights="other.safetensors")
     assert same_as_transformers(folder) == []
 
 

@@ -3,27 +3,8 @@
 import subprocess
 import sys
 
-import gguf
-import numpy as np
 import pytest
-
-
-def rewritten(path, out, change):
-    """The tiny model with other metadata."""
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(out, "olmo2")
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            array = field.types[0] == gguf.GGUFValueType.ARRAY
-            value = change(key, field.contents())
-            writer.add_key_value(key, value, field.types[0], sub_type=field.types[-1] if array else None)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
+from rewritten import rewritten
 
 
 def duplicate_token(key, value):
@@ -37,7 +18,7 @@ def no_heads(key, value):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize(("change", "cause"), [(duplicate_token, "GGML_ASSERT"), (no_heads, "SIGFPE")])
 def test_a_death_in_the_library_is_one_line(change, cause, tiny_gguf, tmp_path):
-    model = rewritten(tiny_gguf, tmp_path / "broken.gguf", change)
+    model = rewritten(tiny_gguf, tmp_path / "broken.gguf", metadata=change)
     words = [
         "imatrix",
         "-m",

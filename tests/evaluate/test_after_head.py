@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny_models
+from rewritten import rewritten
 
 from bitladder.cli import invoke
 from bitladder.convert import convert
@@ -23,26 +24,13 @@ def llama(tmp_path_factory):
 
 def as_architecture(path, out, architecture, numbers, post_norms=False):
     """A llama GGUF as another architecture, with further numbers in its metadata."""
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(out, architecture)
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            array = field.types[0] == gguf.GGUFValueType.ARRAY
-            name = key.replace("llama.", f"{architecture}.")
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=field.types[-1] if array else None)
-    for key, value in numbers.items():
-        write = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        write(f"{architecture}.{key}", value)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data))
-        if post_norms and tensor.name.endswith(("attn_norm.weight", "ffn_norm.weight")):
-            kind = "post_attention_norm" if "attn" in tensor.name else "post_ffw_norm"
-            writer.add_tensor(f"{tensor.name.rsplit('.', 2)[0]}.{kind}.weight", np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
+    norms = []
+    if post_norms:
+        for tensor in gguf.GGUFReader(path).tensors:
+            if tensor.name.endswith(("attn_norm.weight", "ffn_norm.weight")):
+                kind = "post_attention_norm" if "attn" in tensor.name else "post_ffw_norm"
+                norms.append((f"{tensor.name.rsplit('.', 2)[0]}.{kind}.weight", np.array(tensor.data)))
+    return rewritten(path, out, architecture=architecture, numbers=numbers, extra=norms)
 
 
 KINDS = {

@@ -15,27 +15,11 @@ from bitladder.text import Reading, load_text
 
 
 @click.command("calibrate", cls=Command)
-@shared.calibrating
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    default="moments.gguf",
-    show_default=True,
-    type=OutputPath("moments", adds_to=("in_files",)),
-    help="File to write. It may be one of --in-file, which is then added to.",
-)
+@shared.calibrating("moments", "moments.gguf", "Moments")
 @click.option("--imatrix", type=OutputPath("imatrix"), help="Write the importance matrix of the same chunks too.")
 @options_from(MomentsOptions, leave_out=("form",))
 @options_from(Reading, parameter="reading")
 @options_from(Decoding, parameter="decoding", leave_out=("n_batch",))
-@click.option(
-    "--in-file",
-    "in_files",
-    multiple=True,
-    type=click.Path(path_type=pathlib.Path),
-    help="Moments to add; may be repeated. Without -f, they are only merged.",
-)
 @common_options
 def command(
     output: Output,

@@ -7,7 +7,7 @@ import click
 from bitladder.calibrate import ImatrixOptions, collect_imatrix, merge_imatrices
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
-from bitladder.cli.outputs import Command, OutputPath
+from bitladder.cli.outputs import Command
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
@@ -15,26 +15,10 @@ from bitladder.text import Reading, load_text
 
 
 @click.command("imatrix", cls=Command)
-@shared.calibrating
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    default="imatrix.gguf",
-    show_default=True,
-    type=OutputPath("imatrix", adds_to=("in_files",)),
-    help="File to write. It may be one of --in-file, which is then added to.",
-)
+@shared.calibrating("imatrix", "imatrix.gguf", "Matrix")
 @options_from(Reading, parameter="reading", spread=False)
 @options_from(Decoding, parameter="decoding")
 @options_from(ImatrixOptions)
-@click.option(
-    "--in-file",
-    "in_files",
-    multiple=True,
-    type=click.Path(path_type=pathlib.Path),
-    help="Matrix to add; may be repeated. Without -f, they are only merged.",
-)
 @common_options
 def command(
     output: Output,

@@ -25,17 +25,43 @@ n_ubatch = click.option(
     type=click.IntRange(1),
     help="Tokens computed at once.",
 )
-_calibrating = (
-    click.option("-m", "--model", type=click.Path(path_type=pathlib.Path), help="Full-precision GGUF."),
-    click.option("-f", "--file", "files", multiple=True, help="Calibration text; may be repeated."),
-)
 
 
-def calibrating(command: Callable[..., Any]) -> Callable[..., Any]:
-    """-m and -f: a model and calibration texts."""
-    for option in reversed(_calibrating):
-        command = option(command)
-    return command
+def calibrating(kind: str, default: str, added: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """-m, -f, -o and --in-file of a command that collects figures of texts, or merges files of them.
+
+    Parameters:
+        kind: the kind of the file that is written (`cli.file_kinds`).
+        default: its usual name.
+        added: what --in-file adds, in a word.
+    """
+    options = (
+        click.option("-m", "--model", type=click.Path(path_type=pathlib.Path), help="Full-precision GGUF."),
+        click.option("-f", "--file", "files", multiple=True, help="Calibration text; may be repeated."),
+        click.option(
+            "-o",
+            "--output",
+            "out",
+            default=default,
+            show_default=True,
+            type=OutputPath(kind, adds_to=("in_files",)),
+            help="File to write. It may be one of --in-file, which is then added to.",
+        ),
+        click.option(
+            "--in-file",
+            "in_files",
+            multiple=True,
+            type=click.Path(path_type=pathlib.Path),
+            help=f"{added} to add; may be repeated. Without -f, they are only merged.",
+        ),
+    )
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def guard(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.convert.checkpoint import Checkpoint
+from bitladder.convert.tensors import first_not_finite
 from bitladder.engine import Model
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.progress import Progress
 
-SLAB = 1 << 22  # values that are looked at together
-# Bits of the exponent: all of them are set in an infinity or a NaN.
-EXPONENTS = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
+# Types of weights that can be infinite, and how their bits are read (see `checkpoint.Raw`).
+READ_AS = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +71,11 @@ def _outtype(file: GgufFile) -> str:
 
 def refuse_not_finite(tensor: TensorInfo, data: npt.NDArray[np.uint8]) -> None:
     """Raises BitladderError that names a tensor with a NaN or an infinity. Types of blocks are not looked at."""
-    if tensor.type.name not in EXPONENTS:
+    if tensor.type.name not in READ_AS:
         return
-    kind, exponent = EXPONENTS[tensor.type.name]
-    bits = data.reshape(-1).view(kind)
-    for start in range(0, bits.size, SLAB):
-        slab = bits[start : start + SLAB]
-        bad = (slab & exponent) == exponent
-        if bad.any():
-            raise BitladderError(
-                f"{tensor.name} has a value that {tensor.type.name} cannot hold, at index {start + int(bad.argmax())}; "
-                "use --outtype bf16, unless the checkpoint has it too"
-            )
+    first = first_not_finite(data.reshape(-1).view(READ_AS[tensor.type.name]))
+    if first is not None:
+        raise BitladderError(
+            f"{tensor.name} has a value that {tensor.type.name} cannot hold, at index {first[0]}; "
+            "use --outtype bf16, unless the checkpoint has it too"
+        )

@@ -181,14 +181,21 @@ def _refuse_others(checkpoint: Checkpoint, family: Family, used: set[str]) -> No
 
 def check_finite(name: str, raw: Raw) -> None:
     """Raises BitladderError that names the first NaN or infinite weight of a tensor, with its index."""
+    first = first_not_finite(raw)
+    if first is not None:
+        place, value = first
+        index = [int(i) for i in np.unravel_index(place, raw.shape)]
+        raise BitladderError(f"tensor {name} has the value {value} at index {index}; the checkpoint is damaged")
+
+
+def first_not_finite(raw: Raw) -> tuple[int, np.float32] | None:
+    """The place in the flattened tensor of the first NaN or infinite weight, and the weight; None if there is none."""
     for start, slab in _slabs(raw):
         bad = ~np.isfinite(slab)
         if bad.any():
             first = int(bad.argmax())
-            index = [int(i) for i in np.unravel_index(start + first, raw.shape)]
-            raise BitladderError(
-                f"tensor {name} has the value {slab[first]} at index {index}; the checkpoint is damaged"
-            )
+            return start + first, slab[first]
+    return None
 
 
 def encode(name: str, raw: Raw, target: Type) -> NDArray[Any]:

@@ -129,12 +129,13 @@ OTHER_BPW = 8.5
 MARGIN = 1.1
 
 
-def check_room(options: RunOptions, source: Source, present: Iterable[str]) -> None:
+def check_room(options: RunOptions, source: Source, parameters: int, present: Iterable[str]) -> None:
     """Refuses a run whose files do not fit on the disk.
 
     Parameters:
         options: the options of the run.
         source: the model.
+        parameters: number of its weights.
         present: names of the steps whose files are there already.
 
     Raises:
@@ -143,7 +144,6 @@ def check_room(options: RunOptions, source: Source, present: Iterable[str]) -> N
     done = set(present)
     rungs = [rung for rung in options.rungs if f"quantize {rung}" not in done]
     convert = not source.is_gguf and "convert" not in done
-    parameters = parameters_of(source)
     needed = bytes_needed(parameters, rungs, options.conversion.outtype if convert else None)
     if options.smooths and "smooth" not in done:
         needed += bytes_needed(parameters, (), options.conversion.outtype)

@@ -72,7 +72,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
         check_texts(steps, TextsOfRun(text, calibration, source.path))
     with open_store(options.out, keep=keep, progress=progress) as store:
         refuse_other_model(options, source, store)
-        check_room(options, source, store.present())
+        check_room(options, source, parameters, store.present())
         store.begin(run_record(options, source, others))
         context = Run(
             options,

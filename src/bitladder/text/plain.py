@@ -1,5 +1,7 @@
 """Bytes of a file as text: what is UTF-8 is read, what is not is recognised and named."""
 
+import contextlib
+
 from bitladder.errors import BitladderError
 
 # How a file begins → what it is.
@@ -46,9 +48,9 @@ def plain_text(data: bytes, name: str) -> str:
         text16 = len(data) > 3 and (data[1:200:2].count(0) > len(data[:200]) // 3 or data[:200:2].count(0) > 30)
         what = "UTF-16; convert it: iconv -f UTF-16LE -t UTF-8" if text16 else "binary"
         raise BitladderError(f"{name} is not UTF-8 text: it has a zero byte at {zero}, so it seems to be {what}")
+    with contextlib.suppress(UnicodeDecodeError):
+        return data.decode("utf-8")
     text = data.decode("utf-8", "surrogateescape")
-    if data.isascii():
-        return text
     stray = [index for index, letter in enumerate(text) if "\udc80" <= letter <= "\udcff"]
     inside = [index for index in stray if _CUT <= index < len(text) - _CUT]
     if len(inside) > _STRAY * len(data):

@@ -50,21 +50,25 @@ class AfterHead:
 
 
 def possible_after(model: Identity) -> list[AfterHead]:
-    """What the graph of a model may do, by its metadata; nothing comes first."""
+    """What the graph of a model may do, by its metadata; no factor and no cap come first."""
     with GgufFile(model.path) as file:
         scale = _number(file, f"{model.architecture}.logit_scale")
         cap = _number(file, f"{model.architecture}.final_logit_softcapping")
+        bias = _bias(file)
     scales = [1.0] if scale in (0.0, 1.0) else [1.0, scale, 1 / scale]
     caps = [0.0] if cap <= 0 else [0.0, cap]
-    return [read_after(model, factor, limit) for factor in scales for limit in caps]
+    return [AfterHead(bias, factor, limit) for factor in scales for limit in caps]
 
 
 def read_after(model: Identity, scale: float, cap: float) -> AfterHead:
-    """With the bias of the model file."""
+    """A factor and a cap that are known, with the bias of the model file."""
     with GgufFile(model.path) as file:
-        tensor = file.tensors.get(BIAS)
-        bias = file.read(tensor).reshape(-1).view(np.float32) if tensor and tensor.type.name == "f32" else None
-    return AfterHead(bias, scale, cap)
+        return AfterHead(_bias(file), scale, cap)
+
+
+def _bias(file: GgufFile) -> Floats | None:
+    tensor = file.tensors.get(BIAS)
+    return file.read(tensor).reshape(-1).view(np.float32) if tensor and tensor.type.name == "f32" else None
 
 
 def _number(file: GgufFile, key: str) -> float:

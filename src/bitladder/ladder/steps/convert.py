@@ -26,12 +26,19 @@ class Convert(Step):
         return {"outtype": self.options.conversion.outtype, "upstream": self.options.conversion.upstream}
 
     def surroundings(self, run: Run) -> Mapping[str, Any]:
-        """The version of llama.cpp's own converter, if it converts."""
+        """If llama.cpp's own converter converts: its version, and the code of the checkpoint that it may run."""
         conversion, source = self.options.conversion, run.source
-        if source.is_gguf or conversion.converter is not None:
+        if source.is_gguf or not convert.uses_upstream(
+            source.path, upstream=conversion.upstream, converter=conversion.converter
+        ):
             return {}
-        elsewhere = convert.uses_upstream(source.path, upstream=conversion.upstream, converter=None)
-        return {"converter library": convert.library_version()} if elsewhere else {}
+        facts: dict[str, Any] = {}
+        if conversion.converter is None:
+            facts["converter library"] = convert.library_version()
+        if conversion.trust_remote_code:
+            code = sorted(source.path.glob("*.py"))
+            facts["code"] = {path.name: run.store.sha256(path, f"model: {path.name}") for path in code}
+        return facts
 
     @property
     def library(self) -> str:

@@ -36,7 +36,7 @@ class CollectImatrix(Step):
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Each calibration text."""
-        return [CutText("--calibration", text, self.options.decoding.n_ctx) for text in texts.calibration]
+        return texts.calibration_cuts(self.options.decoding.n_ctx)
 
     def make(self, run: Run) -> Product:
         """Collects the matrix."""

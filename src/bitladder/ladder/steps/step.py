@@ -49,6 +49,21 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class CutText:
+    """A text that a step cuts into chunks.
+
+    Parameters:
+        flag: the option that names the text.
+        text: the text, or the passages of it that the step uses.
+        n_ctx: tokens of a chunk.
+    """
+
+    flag: str
+    text: Text
+    n_ctx: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TextsOfRun:
     """The texts of a run.
 
@@ -62,20 +77,9 @@ class TextsOfRun:
     calibration: Sequence[Text]
     full: pathlib.Path
 
-
-@dataclasses.dataclass(frozen=True)
-class CutText:
-    """A text that a step cuts into chunks.
-
-    Parameters:
-        flag: the option that names the text.
-        text: the text, or the passages of it that the step uses.
-        n_ctx: tokens of a chunk.
-    """
-
-    flag: str
-    text: Text
-    n_ctx: int
+    def calibration_cuts(self, n_ctx: int) -> list[CutText]:
+        """Each calibration text, whole."""
+        return [CutText("--calibration", text, n_ctx) for text in self.calibration]
 
 
 class Step(abc.ABC):
