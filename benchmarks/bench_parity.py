@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from bitladder.engine import versions
-from bitladder.engine.extras import extras_work
+from bitladder.engine.cpu_kernels import extras_work
 
 ROOT = pathlib.Path(__file__).parents[1]
 

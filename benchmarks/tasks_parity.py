@@ -21,7 +21,7 @@ import tempfile
 from typing import Any
 
 from bitladder.engine import versions
-from bitladder.engine.extras import extras_work
+from bitladder.engine.cpu_kernels import extras_work
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Option of llama-perplexity, option of its file, ending.

@@ -13,7 +13,7 @@ class Tools:
 
     def run(self, name: str, *arguments: object) -> str:
         """Run a tool and return everything it printed."""
-        from bitladder.engine.extras import extras_work
+        from bitladder.engine.cpu_kernels import extras_work
 
         environment = os.environ | {"LD_LIBRARY_PATH": str(self.folder)}
         if not extras_work():  # then the tools, built alike, would die of quantized weights (llama-bench does)

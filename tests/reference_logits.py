@@ -7,7 +7,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from bitladder.engine.extras import extras_work
+from bitladder.engine.cpu_kernels import extras_work
 
 
 @llama_cpp.llama_log_callback

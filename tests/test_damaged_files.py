@@ -13,7 +13,7 @@ from bitladder.cli import invoke
 from bitladder.errors import BitladderError
 from bitladder.evaluate import ResultFolder, load_task, parse_specs
 from bitladder.evaluate.base.basefile import BaseHeader
-from bitladder.rounding.factors import damped, upper_factor
+from bitladder.rounding.second_moments import damped, upper_factor
 from bitladder.trial import Journal
 
 

@@ -8,7 +8,8 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from bitladder.errors import BitladderError, UsageError
 
@@ -128,3 +129,19 @@ def sha256_file(path: PathLike) -> str:
 def sha256_bytes(data: bytes) -> str:
     """The SHA-256 of bytes in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+class Closing:
+    """The base of objects that hold native memory or a file. The end of a `with` calls `close`."""
+
+    def close(self) -> None:
+        """Frees it. A second call does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -22,8 +22,7 @@ from bitladder.calibrate import (
     weighted_moments,
 )
 from bitladder.calibrate.moments import passes
-from bitladder.calibrate.moments.sums import sums_bytes
-from bitladder.calibrate.moments.triangles import pack_triangle, unpack_triangle
+from bitladder.calibrate.moments.triangles import pack_triangle, sums_bytes, unpack_triangle
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine import Context, Decoding, Model

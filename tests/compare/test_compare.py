@@ -88,7 +88,7 @@ def test_distance_is_that_of_the_weights(folder):
     """Against gguf's own reader and quantizer."""
     import gguf
 
-    from bitladder.compare.same_weights import distances
+    from bitladder.compare.same_model import distances
 
     with GgufFile(folder / "base.gguf") as base, GgufFile(folder / "far-Q8_0.gguf") as model:
         found = distances(base, model, 1).matrices["attn_k", "q8_0"]

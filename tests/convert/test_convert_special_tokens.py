@@ -11,9 +11,8 @@ import pytest
 import tiny_models
 from heard import Heard
 
-from bitladder.convert.chat_templates import read_chat_templates
 from bitladder.convert.special_tokens import KNOWN_ENDS
-from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
+from bitladder.convert.tokenizer import read_chat_templates, read_vocabulary, write_vocabulary
 from bitladder.convert.vocabulary import Kind
 from bitladder.errors import BitladderError
 

@@ -5,7 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from bitladder.engine import Context, Decoding, Model, extras, native
+from bitladder.engine import Context, Decoding, Model, cpu_kernels, native
 from bitladder.quantize import quantize
 
 
@@ -18,18 +18,18 @@ def test_amx_is_tried_where_it_is_and_nothing_else(buffers, code, expected, monk
         assert code is not None, "nothing is to be tried"
         return subprocess.CompletedProcess(arguments, code)
 
-    monkeypatch.setattr(extras, "_extra_buffers", lambda: [(name, 1) for name in buffers])
+    monkeypatch.setattr(cpu_kernels, "_extra_buffers", lambda: [(name, 1) for name in buffers])
     monkeypatch.setattr(subprocess, "run", run)
-    assert extras.extras_work.__wrapped__() is expected
+    assert cpu_kernels.extras_work.__wrapped__() is expected
 
 
 def test_what_is_tried_tells_right_from_wrong(monkeypatch):
     plain = native.llama._lib.ggml_backend_cpu_buffer_type
     plain.restype = native.ctypes.c_void_p
-    assert extras._multiply(plain())
-    real = extras.quantize_rows
-    monkeypatch.setattr(extras, "quantize_rows", lambda weights, kind: real(weights[::-1], kind))
-    assert not extras._multiply(plain())
+    assert cpu_kernels._multiply(plain())
+    real = cpu_kernels.quantize_rows
+    monkeypatch.setattr(cpu_kernels, "quantize_rows", lambda weights, kind: real(weights[::-1], kind))
+    assert not cpu_kernels._multiply(plain())
 
 
 def test_a_quantized_model_decodes_alike_with_and_without(tiny_gguf, tmp_path):

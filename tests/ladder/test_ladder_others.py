@@ -11,11 +11,10 @@ from plain_options import plain_options
 from bitladder.convert import convert
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import Fetched
-from bitladder.ladder import others as module
 from bitladder.ladder import run
+from bitladder.ladder import source as module
 from bitladder.ladder.options import command_line
-from bitladder.ladder.others import find_others
-from bitladder.ladder.source import locate
+from bitladder.ladder.source import find_others, locate
 from bitladder.quantize import RUNGS
 from bitladder.report import read_run
 from bitladder.rundir import load_manifest

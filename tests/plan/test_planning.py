@@ -14,7 +14,7 @@ from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine import Decoding, type_by_name
 from bitladder.engine.activations import rounded
-from bitladder.engine.matvec import input_type
+from bitladder.engine.cpu_kernels import input_type
 from bitladder.errors import UsageError
 from bitladder.ladder import run
 from bitladder.plan import (

@@ -14,9 +14,8 @@ from bitladder.plan.allocate.problem import Problem, TypeOption
 from bitladder.plan.corrections import correct
 from bitladder.plan.feedback import Feedback, PlanProblem, kind_moves, random_moves, step
 from bitladder.plan.options import CorrectionOptions, LawOptions
-from bitladder.plan.prices.check_prices import held_out, rank_correlation
-from bitladder.plan.prices.design import first_groups, runs, spaced, split
-from bitladder.plan.prices.law import Probe, fit
+from bitladder.plan.prices.law import Probe, first_groups, fit, runs, spaced, split
+from bitladder.plan.prices.price import held_out, rank_correlation
 from bitladder.trial import Journal, Measurement, Measurements
 
 TYPES = {"iq3_s": 3.4375, "iq4_xs": 4.25, "q4_K": 4.5, "q5_K": 5.5, "q6_K": 6.5625, "q8_0": 8.5}

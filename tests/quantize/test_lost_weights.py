@@ -12,7 +12,7 @@ from bitladder.cli import invoke
 from bitladder.engine import quantize_rows, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.quantize import quantize
-from bitladder.quantize.lost_blocks import lost_units
+from bitladder.quantize.importance import lost_units
 
 TYPES = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq4_nl", "iq4_xs", "iq3_s"]
 WIDTH = 512

@@ -27,9 +27,8 @@ from bitladder.progress import SILENT
 from bitladder.quantize import quantize
 from bitladder.refine import SmoothingError
 from bitladder.refine.smooth import smoothed_model
-from bitladder.refine.smooth.balance import balance
 from bitladder.refine.smooth.changes import smoothed_moments
-from bitladder.refine.smooth.links import links_of
+from bitladder.refine.smooth.links import balance, links_of
 from bitladder.refine.smooth.smoothed_model import KEY
 from bitladder.text import Reading
 

@@ -7,14 +7,14 @@ import pytest
 from rounding_cases import moments, stock_blocks
 
 from bitladder.rounding import RoundingOptions, SecondMoments
-from bitladder.rounding.factors import couplings, damped, upper_factor
 from bitladder.rounding.kernels import half
 from bitladder.rounding.lane_kernels import LANES, half_lanes, new_lanes, quadratic_lanes, round_lanes
+from bitladder.rounding.matrix import hessians
 from bitladder.rounding.method import round_blocks
-from bitladder.rounding.scalar import hessians
 from bitladder.rounding.scalar_kernels import Rows, Shape, descend, feedback, nearest, part_of, shape_of
 from bitladder.rounding.scalar_refine_kernels import refine_plain, refine_scaled, refit
 from bitladder.rounding.scalar_types import NONE, SCALAR_TYPES
+from bitladder.rounding.second_moments import couplings, damped, upper_factor
 
 F32 = np.float32
 # With integer scales, and with an F16 step for each block: with and without offset, levels evenly spaced or not.

@@ -9,8 +9,8 @@ from bitladder.engine.native import ggml
 from bitladder.errors import BitladderError
 from bitladder.rounding import TYPES, RoundingOptions, SecondMoments, round_tensor, second_moments
 from bitladder.rounding import method as rounding_method
-from bitladder.rounding.factors import damped, shrunk
-from bitladder.rounding.scalar import ScalarRounding
+from bitladder.rounding.matrix import ScalarRounding
+from bitladder.rounding.second_moments import damped, shrunk
 
 F32 = np.float32
 # One of each kind: scales and minimums, levels unevenly spaced, an F16 step per block, points of a grid.

@@ -7,10 +7,10 @@ import pytest
 from rounding_cases import moments, stock_blocks
 
 from bitladder.rounding import RoundingOptions, SecondMoments
-from bitladder.rounding.factors import damped, upper_factor
+from bitladder.rounding.matrix import VectorRounding
 from bitladder.rounding.method import round_blocks
 from bitladder.rounding.point_kernels import Points, choose, search
-from bitladder.rounding.vector import VectorRounding
+from bitladder.rounding.second_moments import damped, upper_factor
 from bitladder.rounding.vector_types import VECTOR_TYPES
 
 F32 = np.float32

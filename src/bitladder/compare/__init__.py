@@ -14,8 +14,7 @@ if TYPE_CHECKING:
         perplexity_sign,
         size_groups,
     )
-    from bitladder.compare.same_weights import check_weights
-    from bitladder.compare.structure import OriginFinding, check_structure, gravest
+    from bitladder.compare.same_model import OriginFinding, check_structure, check_weights, gravest
 
 __all__ = [
     "CompareOptions",

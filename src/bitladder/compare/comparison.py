@@ -9,8 +9,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from bitladder.compare.same_weights import check_weights
-from bitladder.compare.structure import OriginFinding, check_structure, gravest
+from bitladder.compare.same_model import OriginFinding, check_structure, check_weights, gravest
 from bitladder.evaluate import (
     EvalRequest,
     Figure,

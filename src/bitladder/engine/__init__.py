@@ -23,6 +23,7 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.engine.activations import KernelInputs, NoisyOutputs
     from bitladder.engine.context import FLASH_ATTN, Context, Floats, logit_differences, sequence_logits
+    from bitladder.engine.cpu_kernels import bytes_per_second
     from bitladder.engine.deaths import tell_of_deaths
     from bitladder.engine.decoding import MIN_CTX, Decoding
     from bitladder.engine.devices import (
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         processors,
         single_threaded,
     )
-    from bitladder.engine.matvec import bytes_per_second
     from bitladder.engine.model import Model, Tokens
     from bitladder.engine.native import library, log, versions
     from bitladder.engine.observe import (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.matvec import input_type
+from bitladder.engine.cpu_kernels import input_type
 from bitladder.engine.native import Tensor, ggml
 from bitladder.engine.observe import OP_OFFSET, GraphCallback, tensor_values, weight_name
 from bitladder.engine.types import TensorType, dequantize_into, quantize_rows, type_by_name

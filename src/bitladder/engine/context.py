@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.closing import Closing
 from bitladder.engine.decoding import MIN_CTX, Decoding
 from bitladder.engine.devices import ThreadPool
 from bitladder.engine.model import Model, Tokens
@@ -17,6 +16,7 @@ from bitladder.engine.native import ggml, llama, log
 from bitladder.engine.observe import GraphCallback, Observer, Watching
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError, overflow
+from bitladder.files import Closing
 
 Floats = npt.NDArray[np.float32]
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bitladder.closing import Closing
 from bitladder.engine.native import backend, ggml, llama
+from bitladder.files import Closing
 
 CPU, GPU, IGPU, ACCEL = range(4)  # enum ggml_backend_dev_type
 _PER_CPU = 512  # GGML_MAX_N_THREADS

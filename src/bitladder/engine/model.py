@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.closing import Closing
+from bitladder.engine.cpu_kernels import extras_work
 from bitladder.engine.deaths import working_on
-from bitladder.engine.extras import extras_work
 from bitladder.engine.native import backend, llama, log
 from bitladder.errors import BitladderError
+from bitladder.files import Closing
 
 Tokens = npt.NDArray[np.int32]
 

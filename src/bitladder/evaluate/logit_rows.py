@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.closing import Closing
 from bitladder.engine import threads_available
 from bitladder.errors import overflow
+from bitladder.files import Closing
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bitladder.closing import Closing
 from bitladder.engine import (
     ACCEL,
     CPU,
@@ -35,6 +34,7 @@ from bitladder.engine import (
 from bitladder.errors import BitladderError, UsageError, overflow
 from bitladder.evaluate.identity import parts
 from bitladder.evaluate.speed_tests import SpeedOptions, SpeedRow, SpeedTest
+from bitladder.files import Closing
 from bitladder.gguf import open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Bar, Progress

@@ -26,8 +26,18 @@ if TYPE_CHECKING:
         reading_order,
     )
     from bitladder.gguf.reader import GgufFile, describe_kind, open_model, refuse_other_model, refuse_other_vectors
-    from bitladder.gguf.shards import joined_sha256, plain_path, shard_path, shards_of, stem
-    from bitladder.gguf.split_writer import group_as, group_by_size, output_paths, split_sizes, writing
+    from bitladder.gguf.splits import (
+        group_as,
+        group_by_size,
+        joined_sha256,
+        output_paths,
+        plain_path,
+        shard_path,
+        shards_of,
+        split_sizes,
+        stem,
+        writing,
+    )
     from bitladder.gguf.values import ARRAY, BOOL, F32, SCALARS, Value, i32, scalar, string, strings, u16, u32
     from bitladder.gguf.writer import GgufWriter, TensorPlan, file_size, padded
 

@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.closing import Closing
 from bitladder.errors import BitladderError
+from bitladder.files import Closing
 from bitladder.gguf.header import GgufHeader, TensorInfo, open_regular, read_header, shown
-from bitladder.gguf.shards import join, rest_of
+from bitladder.gguf.splits import join, rest_of
 
 
 class GgufFile(Closing):

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder import evaluate
-from bitladder.closing import Closing
 from bitladder.convert import converter_file
+from bitladder.files import Closing
 from bitladder.ladder.options import RunOptions
-from bitladder.ladder.others import Other
-from bitladder.ladder.source import Source
+from bitladder.ladder.source import Other, Source
 from bitladder.ladder.steps.step import Step
 from bitladder.ladder.store import Store
 from bitladder.ladder.tracker import Tracker

@@ -9,10 +9,9 @@ from bitladder import evaluate, quantize
 from bitladder.ladder.checks import check_options, check_room, check_texts, parameters_of, refuse_other_model
 from bitladder.ladder.context import BASE, Run, read_json
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
-from bitladder.ladder.others import Other, find_others
 from bitladder.ladder.pace import Pace, extent_of
 from bitladder.ladder.plan import steps_of
-from bitladder.ladder.source import Source, locate
+from bitladder.ladder.source import Other, Source, find_others, locate
 from bitladder.ladder.steps.step import Step, TextsOfRun
 from bitladder.ladder.store import open_store
 from bitladder.ladder.tracker import Tracker, Watch

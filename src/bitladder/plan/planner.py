@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitladder.calibrate import MomentsFile, zeros_in
-from bitladder.closing import Closing
 from bitladder.engine import TensorType, type_by_name, versions
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import HiddenBase, MeasureOptions
+from bitladder.files import Closing
 from bitladder.keys import key_of, versions_of
 from bitladder.plan.allocate.problem import Problem
 from bitladder.plan.feedback import Feedback, PlanProblem

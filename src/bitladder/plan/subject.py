@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import Imatrix, read_imatrix
-from bitladder.closing import Closing
 from bitladder.engine import Request, TensorType, all_types, preset_types, storable, type_by_name
 from bitladder.errors import BitladderError
-from bitladder.files import sha256_file
+from bitladder.files import Closing, sha256_file
 from bitladder.gguf import TensorPlan, block_of, file_size, kind_of, open_model, padded
 from bitladder.progress import SILENT
 from bitladder.quantize import RUNGS, VERSION_KEY, QuantizeOptions, prepare

@@ -18,7 +18,7 @@ from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.progress import Bar
 from bitladder.quantize.choose_types import TensorChoice
-from bitladder.quantize.lost_blocks import lost_units
+from bitladder.quantize.importance import lost_units
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]

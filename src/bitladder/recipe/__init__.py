@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         read_tensor_types,
         target_type,
     )
-    from bitladder.recipe.schema import (
+    from bitladder.recipe.recipe import (
         FileUsed,
         ImatrixUsed,
         Recipe,
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
         Size,
         TextUsed,
         block_size,
+        read_recipe,
         recipe_sha256,
+        recipe_toml,
         size_of,
+        write_recipe,
     )
-    from bitladder.recipe.toml import read_recipe, recipe_toml, write_recipe
 
 __all__ = [
     "RECIPE_KEY",

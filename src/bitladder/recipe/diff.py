@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from bitladder.engine import type_by_name
 from bitladder.gguf import block_of, kind_of, reading_order
-from bitladder.recipe.schema import Recipe, Shapes, Size, size_of, tensor_bytes
+from bitladder.recipe.recipe import Recipe, Shapes, Size, size_of, tensor_bytes
 
 Direction = Literal["up", "down", "level"]
 

@@ -10,7 +10,7 @@ from bitladder.files import PathLike
 from bitladder.gguf import open_model
 from bitladder.recipe.check_recipe import changeable, check
 from bitladder.recipe.patterns import base_preset, preset_and_pairs, preset_name
-from bitladder.recipe.schema import Recipe
+from bitladder.recipe.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,7 @@ from bitladder.engine import presets
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike, sha256_file
 from bitladder.gguf import GgufFile, joined_sha256, open_model
-from bitladder.recipe.schema import ImatrixUsed, Recipe, Shapes
-from bitladder.recipe.toml import read_recipe
+from bitladder.recipe.recipe import ImatrixUsed, Recipe, Shapes, read_recipe
 
 RECIPE_KEY = "bitladder.recipe.sha256"
 _OURS = "bitladder."

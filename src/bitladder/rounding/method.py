@@ -13,11 +13,10 @@ import numpy.typing as npt
 from bitladder.engine import single_threaded
 from bitladder.keys import Algorithm
 from bitladder.rounding.block_types import Blocks, BlockType, Bytes, Floats
+from bitladder.rounding.matrix import ScalarRounding, VectorRounding
 from bitladder.rounding.options import RoundingOptions
-from bitladder.rounding.scalar import ScalarRounding
 from bitladder.rounding.scalar_types import SCALAR_TYPES, ScalarBlocks
 from bitladder.rounding.second_moments import Order, SecondMoments, column_parts
-from bitladder.rounding.vector import VectorRounding
 from bitladder.rounding.vector_types import VECTOR_TYPES, VectorBlocks
 
 ROUNDING = Algorithm(

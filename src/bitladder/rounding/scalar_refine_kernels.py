@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.rounding.kernels import LESS, add_owed, best_move, block_product, half, inlined, jit, replace_block
-from bitladder.rounding.lane_kernels import dot_lanes, half_lanes, new_lanes, quadratic_lanes, round_lanes
+from bitladder.rounding.lane_kernels import LANES, dot_lanes, half_lanes, new_lanes, quadratic_lanes, round_lanes
 from bitladder.rounding.scalar_kernels import descend, nearest, part_of
-from bitladder.rounding.simd import LANES
 
 ROUNDS = 6  # of moves of a scale
 TURNS = 2  # of rounding and fitting of a step

@@ -17,9 +17,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.closing import Closing
 from bitladder.engine import RowKernels, TensorType, quantize_rows, type_by_name, versions
 from bitladder.errors import BitladderError
+from bitladder.files import Closing
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.closing import Closing
 from bitladder.engine import Context, Decoding, KernelInputs, Model, TensorType, Weights, type_by_name, versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate import HiddenBase, MeasureOptions, Workers, compare_with_base, identify, load_or_compute_base
+from bitladder.files import Closing
 from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text

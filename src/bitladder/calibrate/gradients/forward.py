@@ -16,9 +16,9 @@ from bitladder.calibrate.gradients.hyperparameters import read_hyperparameters
 from bitladder.calibrate.gradients.layers import Layers, Tap, nothing, rope_tables
 from bitladder.calibrate.gradients.segments import HEAD_ROWS
 from bitladder.calibrate.gradients.torch_weights import TorchWeights
-from bitladder.closing import Closing
 from bitladder.engine import Floats, Tokens
 from bitladder.errors import BitladderError
+from bitladder.files import Closing
 from bitladder.gguf import GgufFile, block_of
 
 EMBEDDING, HEAD, DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"

@@ -2,9 +2,9 @@
 
 import torch
 
-from bitladder.closing import Closing
 from bitladder.engine import RowKernels
 from bitladder.errors import BitladderError
+from bitladder.files import Closing
 from bitladder.gguf import GgufFile
 
 

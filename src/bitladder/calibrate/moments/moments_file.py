@@ -38,10 +38,9 @@ from bitladder.calibrate.moments.triangles import (
     triangle,
     unpack_triangle,
 )
-from bitladder.closing import Closing
 from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError, overflow
-from bitladder.files import replacing, sha256_file
+from bitladder.files import Closing, replacing, sha256_file
 from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, Value, string, strings, u32
 
 

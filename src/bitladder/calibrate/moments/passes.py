@@ -8,8 +8,7 @@ import numpy.typing as npt
 from bitladder.calibrate.collect_imatrix import ImatrixCollector
 from bitladder.calibrate.imatrix import write_imatrix
 from bitladder.calibrate.inputs import Floats, watch_chunks
-from bitladder.calibrate.moments.collector import MomentCollector, MomentsAndImatrix, PartSums
-from bitladder.calibrate.moments.entries import EntryPart, MomentEntry
+from bitladder.calibrate.moments.collector import EntryPart, MomentCollector, MomentEntry, MomentsAndImatrix, PartSums
 from bitladder.calibrate.moments.schema import MomentShape, Provenance
 from bitladder.calibrate.moments.triangles import triangle
 from bitladder.calibrate.unfinished import UnfinishedWork

@@ -11,7 +11,6 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.closing import Closing
 from bitladder.engine import Context, HiddenStates, dequantize_into, versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.after_head import AfterHead, possible_after, read_after
@@ -20,7 +19,7 @@ from bitladder.evaluate.divergence import BaseRows, refuse_broken
 from bitladder.evaluate.identity import Identity
 from bitladder.evaluate.logit_rows import RowScores, Workers, score_rows
 from bitladder.evaluate.measure_options import MeasureOptions, decode
-from bitladder.files import replacing
+from bitladder.files import Closing, replacing
 from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress

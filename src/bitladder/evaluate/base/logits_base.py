@@ -7,14 +7,13 @@ import pathlib
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.closing import Closing
 from bitladder.engine import Context, Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.logits_file import Codes, Floats, Layout, LogitsFile
 from bitladder.evaluate.divergence import BaseRows, TokenScores, compare_with_base
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.measure_options import MeasureOptions
-from bitladder.files import sha256_file
+from bitladder.files import Closing, sha256_file
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Chunks, Text
 

@@ -15,12 +15,11 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.closing import Closing
 from bitladder.engine import MIN_CTX
 from bitladder.errors import BitladderError
 from bitladder.evaluate.logit_rows import Workers, score_rows
 from bitladder.evaluate.measure_options import MeasureOptions, decode
-from bitladder.files import replacing
+from bitladder.files import Closing, replacing
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text, text_chunks
 

@@ -5,8 +5,7 @@ from typing import Any
 
 from bitladder import convert
 from bitladder.ladder.context import Run
-from bitladder.ladder.others import check_headers
-from bitladder.ladder.source import describe
+from bitladder.ladder.source import check_headers, describe
 from bitladder.ladder.steps.step import Extent, Part, Product, Step, gguf_library
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from bitladder import evaluate
 from bitladder.files import replacing, write_json
 from bitladder.ladder.context import BASE, Run
-from bitladder.ladder.others import doubts
+from bitladder.ladder.source import doubts
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 
 QUESTION = 0.5  # contexts that the choices of a question take

@@ -7,7 +7,7 @@ import numpy as np
 from bitladder import evaluate
 from bitladder.files import write_json
 from bitladder.ladder.context import Run, read_json
-from bitladder.ladder.others import about
+from bitladder.ladder.source import about
 from bitladder.ladder.steps.step import Product, Step
 from bitladder.rundir import naive
 

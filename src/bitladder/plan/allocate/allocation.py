@@ -8,8 +8,17 @@ import numpy as np
 
 from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
-from bitladder.plan.allocate.choices import Choices, Index, Limit, choices_of, size_limits, time_limits, total
-from bitladder.plan.allocate.problem import Allocation, Problem
+from bitladder.plan.allocate.problem import (
+    Allocation,
+    Choices,
+    Index,
+    Limit,
+    Problem,
+    choices_of,
+    size_limits,
+    time_limits,
+    total,
+)
 from bitladder.plan.allocate.solve import relaxed, solve
 from bitladder.units import size_text
 

@@ -12,7 +12,7 @@ import highspy
 import numpy as np
 from highspy._core import _Highs
 
-from bitladder.plan.allocate.choices import Choices, Floats, Index, Limit, Values
+from bitladder.plan.allocate.problem import Choices, Floats, Index, Limit, Values
 
 # Nodes of the search tree, and not seconds, so that every machine stops at the same place.
 MAX_NODES = 20_000

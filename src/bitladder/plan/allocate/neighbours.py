@@ -7,8 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.plan.allocate.choices import Choices, Floats, Index, Integers, Limit, choices_of, size_limits
-from bitladder.plan.allocate.problem import Allocation, Problem
+from bitladder.plan.allocate.problem import (
+    Allocation,
+    Choices,
+    Floats,
+    Index,
+    Integers,
+    Limit,
+    Problem,
+    choices_of,
+    size_limits,
+)
 
 
 @dataclasses.dataclass(frozen=True)

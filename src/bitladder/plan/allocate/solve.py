@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from bitladder.errors import BitladderError
-from bitladder.plan.allocate.choices import Choices, Floats, Index, Limit, Values, total
 from bitladder.plan.allocate.highs import IntegerSolution, least, minimise, relax, scaled
+from bitladder.plan.allocate.problem import Choices, Floats, Index, Limit, Values, total
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,11 +13,10 @@ import numpy.typing as npt
 from bitladder.calibrate import FISHER, fisher_costs
 from bitladder.engine import TensorType, Tokens
 from bitladder.keys import Algorithm
-from bitladder.plan.prices.check_prices import check_swaps
 from bitladder.plan.prices.document import TypePrices
 from bitladder.plan.prices.law import FLOOR
 from bitladder.plan.prices.menu import Menus
-from bitladder.plan.prices.price import PriceSource
+from bitladder.plan.prices.price import PriceSource, check_swaps
 from bitladder.progress import SILENT, Progress
 from bitladder.trial import RENDERING, SWAPPED_KLD, Renderer
 

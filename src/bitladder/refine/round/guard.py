@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.closing import Closing
 from bitladder.engine import Decoding, type_by_name
 from bitladder.evaluate import Figure, HiddenBase, mean
+from bitladder.files import Closing
 from bitladder.gguf import block_of, kind_of
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress

@@ -16,9 +16,8 @@ from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.model_files import Floats, ModelFiles, copy_model
 from bitladder.refine.options import SmoothingOptions
-from bitladder.refine.smooth.balance import link_importance, link_scales
 from bitladder.refine.smooth.changes import Change, changed_imatrix, changed_rows, changes_of, smoothed_moments
-from bitladder.refine.smooth.links import FLOATS, Link, SmoothingError, links_of
+from bitladder.refine.smooth.links import FLOATS, Link, SmoothingError, link_importance, link_scales, links_of
 from bitladder.refine.smooth.order import Order, find_order
 
 SMOOTHING = Algorithm(

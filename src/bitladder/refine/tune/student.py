@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from bitladder.calibrate import TorchModel, UnfinishedWork
-from bitladder.closing import Closing
 from bitladder.engine import Tokens
 from bitladder.errors import BitladderError, overflow
+from bitladder.files import Closing
 from bitladder.gguf import GgufFile
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.model_files import Bytes
