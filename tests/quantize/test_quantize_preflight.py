@@ -64,7 +64,7 @@ def test_patterns_and_fallbacks(narrow):
     assert values.matched == values.decided == ("blk.0.attn_v.weight", "blk.1.attn_v.weight")
     assert extra.matched == ("blk.0.ffn_extra.weight",)
     (forced,) = told.fallbacks
-    assert (forced.tensor, forced.width, forced.wanted) == ("blk.0.ffn_extra.weight", 96, "q5_K")
+    assert (forced.tensor, forced.width, forced.requested) == ("blk.0.ffn_extra.weight", 96, "q5_K")
     assert forced.used == types[forced.tensor]
     used = type_by_name(forced.used)
     assert forced.extra_bytes == 96 * 40 // used.block * used.block_bytes - 96 * 40 * 176 // 256 // 8 * 8

@@ -111,7 +111,7 @@ def test_a_width_that_cannot_hold_the_type_is_said_or_refused(model, mixed, tmp_
         (line,) = prepared.choice.warnings
         assert "blk.0.ffn_down.weight: rows of 288 weights cannot be q4_K (blocks of 256), and 1 more: q5_0" in line
         (tensor,) = [tensor for tensor in prepared.choice.tensors if tensor.name == "blk.0.ffn_down.weight"]
-        assert (tensor.wanted.name, tensor.type.name) == ("q4_K", "q5_0")
+        assert (tensor.requested.name, tensor.type.name) == ("q4_K", "q5_0")
     for options in (QuantizeOptions(types=types, no_fallback=True), QuantizeOptions("Q4_K_M", no_fallback=True)):
         with pytest.raises(UsageError, match=r"blk\.0\.ffn_down\.weight: rows of 288 .*--no-fallback"):
             quantize(model, tmp_path / "q.gguf", options)
@@ -126,7 +126,7 @@ def test_embedding_and_head_have_the_usual_fallback(option, tmp_path):
     for preset in ("Q4_0", "F16"):
         with prepare(model, QuantizeOptions(preset, **{option: "q4_k"})) as prepared:
             (tensor,) = [tensor for tensor in prepared.choice.tensors if tensor.name == name]
-            assert (tensor.type.name, tensor.wanted.name) == ("q5_0", "q4_K")
+            assert (tensor.type.name, tensor.requested.name) == ("q5_0", "q4_K")
             assert prepared.choice.types["blk.0.attn_q.weight"] == preset.lower()
 
 

@@ -91,9 +91,9 @@ def check_output(path: pathlib.Path, kind: str, *, adds_to: tuple[str, ...] = ()
     words, is_kind = KINDS[kind]
     if path.is_dir():
         raise UsageError(f"{path} is a directory; name a file")
-    for flag, given in _inputs(context, adds_to):
-        inside = given.is_dir() and path.exists() and not is_kind(path) and _holds(given, path)
-        if inside or (not given.is_dir() and any(same_file(path, part) for part in _parts(given))):
+    for flag, source in _inputs(context, adds_to):
+        inside = source.is_dir() and path.exists() and not is_kind(path) and _holds(source, path)
+        if inside or (not source.is_dir() and any(same_file(path, part) for part in _parts(source))):
             raise UsageError(f"{path} is an input ({flag}); name another output")
     if context.meta.get(_FORCE) or not path.is_file() or path.stat().st_size == 0:
         return
@@ -110,9 +110,9 @@ def check_folder(folder: pathlib.Path, patterns: Iterable[str], *, but: tuple[st
         but: parameters whose files may lie there.
     """
     written = [path.resolve() for pattern in patterns for path in folder.glob(pattern)]
-    for flag, given in _inputs(click.get_current_context(), but):
-        if any(given.resolve().is_relative_to(path) or same_file(given, path) for path in written):
-            raise UsageError(f"{given} is an input ({flag}) among the files that {folder} gets; copy it elsewhere")
+    for flag, source in _inputs(click.get_current_context(), but):
+        if any(source.resolve().is_relative_to(path) or same_file(source, path) for path in written):
+            raise UsageError(f"{source} is an input ({flag}) among the files that {folder} gets; copy it elsewhere")
 
 
 def note_input(context: click.Context, flag: str, path: str) -> None:

@@ -100,9 +100,9 @@ def convert(
         progress.info(f"{', '.join(names) or folder.name}: llama.cpp's converter ({program.script.name}) converts it")
         with replacing(out) as temporary:
             run_converter(program, folder, temporary, outtype, progress)
-            made = check_converted(temporary, folder, progress)
+            converted = check_converted(temporary, folder, progress)
         size = pathlib.Path(out).stat().st_size
-        return ConvertResult(pathlib.Path(out), made.architecture, made.outtype, made.tensors, size)
+        return ConvertResult(pathlib.Path(out), converted.architecture, converted.outtype, converted.tensors, size)
     with _gguf_warnings(progress):
         checkpoint = Checkpoint(folder, progress)
         family = family_for(checkpoint.config)

@@ -144,7 +144,7 @@ def requirements(home: pathlib.Path) -> tuple[list[str], list[str]]:
     Parameters:
         home: the folder of the converter.
     """
-    wanted: list[str] = []
+    packages: list[str] = []
     indexes: list[str] = []
     files = [home / REQUIREMENTS]
     for path in files:
@@ -155,8 +155,8 @@ def requirements(home: pathlib.Path) -> tuple[list[str], list[str]]:
             elif line.startswith("--extra-index-url"):
                 indexes.append(line.removeprefix("--extra-index-url").strip(" ="))
             elif line and not line.startswith(("#", "-")) and not line.startswith("gguf"):
-                wanted.append(line)  # gguf lies beside the script
-    return wanted, indexes
+                packages.append(line)  # gguf lies beside the script
+    return packages, indexes
 
 
 def run_converter(
@@ -232,23 +232,23 @@ def refuse_code(folder: pathlib.Path, names: Sequence[str], *, trusted: bool) ->
 def _download(version: str, folder: pathlib.Path, progress: Progress) -> pathlib.Path:
     """The source archive, from the package index that pip is set up for. pip compares its hash with the index's."""
     progress.info(f"llama.cpp's converter: downloads the source archive of {LIBRARY} {version} (75 MB, once)")
-    wanted = f"{LIBRARY}=={version}"
-    problem = _pip(["download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), wanted])
+    requirement = f"{LIBRARY}=={version}"
+    problem = _pip(["download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), requirement])
     if problem is not None:
         raise BitladderError(
             f"llama.cpp's converter cannot be downloaded ({problem}). Where there is a network, run `pip download "
-            f"--no-deps --no-binary :all: {wanted}`, bring the .tar.gz here and give --converter FILE.tar.gz"
+            f"--no-deps --no-binary :all: {requirement}`, bring the .tar.gz here and give --converter FILE.tar.gz"
         )
     archives = list(folder.glob("*.tar.gz"))
     if len(archives) != 1:
-        raise BitladderError(f"pip downloaded no source archive of {wanted}; give --converter PATH")
+        raise BitladderError(f"pip downloaded no source archive of {requirement}; give --converter PATH")
     return archives[0]
 
 
 def _make_environment(environment: pathlib.Path, home: pathlib.Path, progress: Progress) -> None:
     """Makes the environment that the converter runs in."""
-    wanted, indexes = requirements(home)
-    progress.info(f"llama.cpp's converter: makes an environment with {', '.join(wanted)} (once)")
+    packages, indexes = requirements(home)
+    progress.info(f"llama.cpp's converter: makes an environment with {', '.join(packages)} (once)")
     building = environment.with_name(f".{environment.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     advice = (
@@ -258,8 +258,8 @@ def _make_environment(environment: pathlib.Path, home: pathlib.Path, progress: P
     try:
         venv.create(building)
         python = _interpreter(building)
-        with progress.task("Installing what the converter needs", len(wanted)) as bar:
-            for requirement in wanted:
+        with progress.task("Installing what the converter needs", len(packages)) as bar:
+            for requirement in packages:
                 bar.note(requirement)
                 _install(python, requirement, indexes, advice)
                 bar.advance()
@@ -294,10 +294,10 @@ def _interpreter(environment: pathlib.Path) -> pathlib.Path:
     return environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
-def _publish(made: pathlib.Path, home: pathlib.Path) -> None:
+def _publish(finished: pathlib.Path, home: pathlib.Path) -> None:
     """Puts a finished folder where it is looked for. Another process may have been faster."""
     try:
-        made.rename(home)
+        finished.rename(home)
     except OSError:
         if not (home / SCRIPT).is_file():
             raise

@@ -328,11 +328,11 @@ def _kept(
     results: Results, inputs: Mapping[str, Any], kind: type[M], named: Mapping[str, Any] | None = None
 ) -> tuple[M, Arrays] | None:
     """A kept result with other names; None if there is none, or not in this form: then it is measured again."""
-    found = results.get(inputs)
-    if found is None or not isinstance(found[0], dict):
+    result = results.get(inputs)
+    if result is None or not isinstance(result[0], dict):
         return None
     try:
-        return kind.model_validate(found[0] | dict(named or {})), found[1]
+        return kind.model_validate(result[0] | dict(named or {})), result[1]
     except pydantic.ValidationError:
         return None
 

@@ -29,14 +29,14 @@ class TensorChoice:
         name: in the new file.
         source: the tensor that it is made of.
         type: its type.
-        wanted: the type that was asked for; another one where the width cannot hold it.
+        requested: the type that was asked for; another one where the width cannot hold it.
         why: what decided, in a few words.
     """
 
     name: str
     source: TensorInfo
     type: TensorType
-    wanted: TensorType
+    requested: TensorType
     why: str
 
     @property
@@ -115,11 +115,11 @@ def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> Chosen
     reasons = _reasons(options, recipe, matches)
     tensors = []
     for name, kind in answer.types.items():
-        source, wanted = sources[name], answer.misfits.get(name, kind)
-        reason, asked = reasons.get(name, ("", None))
-        if not reason or asked not in (wanted, kind):
+        source, without_fallback = sources[name], answer.misfits.get(name, kind)
+        reason, reason_type = reasons.get(name, ("", None))
+        if not reason or reason_type not in (without_fallback, kind):
             reason = "kept" if kind == source.type else f"preset {options.preset or ''}".strip()
-        tensors.append(TensorChoice(name, source, kind, wanted, reason))
+        tensors.append(TensorChoice(name, source, kind, without_fallback, reason))
     uses = tuple(_use(match, tensors) for match in matches)
     _refuse(options, tensors)
     warnings = (*remarks, *_warnings(tensors, uses))
@@ -187,7 +187,7 @@ def _special(
         return None, {}
     kind = target_type(name, option)
     present = [name for name in tensors if name in sources]
-    if all(sources[one].width % kind.block == 0 for one in present):
+    if all(sources[tensor].width % kind.block == 0 for tensor in present):
         return kind, {}
     return None, dict.fromkeys(present, kind)
 
@@ -264,12 +264,12 @@ def _refuse(options: QuantizeOptions, tensors: list[TensorChoice]) -> None:
                 f"{tensor.source.name} is already {tensor.source.type.name}; quantize from an F16, BF16 or F32 file, "
                 "or allow the loss with --allow-requantize"
             )
-        if tensor.wanted != tensor.type and options.no_fallback:
+        if tensor.requested != tensor.type and options.no_fallback:
             raise UsageError(f"{_misfit(tensor)}; --no-fallback forbids to use {tensor.type.name} instead")
 
 
 def _misfit(tensor: TensorChoice) -> str:
-    kind = tensor.wanted
+    kind = tensor.requested
     return f"{tensor.name}: rows of {tensor.source.width} weights cannot be {kind.name} (blocks of {kind.block})"
 
 
@@ -277,8 +277,8 @@ def _warnings(tensors: list[TensorChoice], uses: tuple[PatternUse, ...]) -> tupl
     lines = []
     groups: dict[tuple[TensorType, TensorType], list[TensorChoice]] = collections.defaultdict(list)
     for tensor in tensors:
-        if tensor.wanted != tensor.type:
-            groups[tensor.wanted, tensor.type].append(tensor)
+        if tensor.requested != tensor.type:
+            groups[tensor.requested, tensor.type].append(tensor)
     for (_, used), members in groups.items():
         more = f", and {len(members) - 1} more" if len(members) > 1 else ""
         lines.append(f"{_misfit(members[0])}{more}: {used.name} instead")

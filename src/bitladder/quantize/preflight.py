@@ -32,14 +32,14 @@ class Fallback:
     Parameters:
         tensor: name.
         width: weights in a row.
-        wanted: the type that the width cannot hold.
+        requested: the type that the width cannot hold.
         used: the type that it gets.
-        extra_bytes: bytes more than the bits per weight of `wanted` take.
+        extra_bytes: bytes more than the bits per weight of `requested` take.
     """
 
     tensor: str
     width: int
-    wanted: str
+    requested: str
     used: str
     extra_bytes: int
 
@@ -131,12 +131,12 @@ def _kinds(prepared: PreparedQuant) -> tuple[KindRow, ...]:
 def _fallbacks(prepared: PreparedQuant) -> tuple[Fallback, ...]:
     fallbacks = []
     for tensor in prepared.choice.tensors:
-        if tensor.wanted == tensor.type:
+        if tensor.requested == tensor.type:
             continue
         source = tensor.source
         used = tensor.type.row_bytes(source.width) * source.rows
-        extra = used - math.ceil(source.elements * tensor.wanted.bpw / 8)
-        fallbacks.append(Fallback(tensor.name, source.width, tensor.wanted.name, tensor.type.name, extra))
+        extra = used - math.ceil(source.elements * tensor.requested.bpw / 8)
+        fallbacks.append(Fallback(tensor.name, source.width, tensor.requested.name, tensor.type.name, extra))
     return tuple(fallbacks)
 
 

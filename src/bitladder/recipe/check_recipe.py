@@ -124,13 +124,13 @@ def check(recipe: Recipe, file: GgufFile) -> RecipeCheck:
         BitladderError: the library refuses the model, or the recipe's preset is unknown.
     """
     findings = _Findings()
-    wanted = _without_substitute(_wanted(recipe, file, findings), file, findings)
-    base, pairs = preset_and_pairs({name: kind.name for name, kind in wanted.items()}, recipe.preset)
+    named_types = _without_substitute(_named_types(recipe, file, findings), file, findings)
+    base, pairs = preset_and_pairs({name: kind.name for name, kind in named_types.items()}, recipe.preset)
     answer = preset_types(file.path, Request(base, overrides=pairs, imatrix=recipe.imatrix is not None))
     if answer.types.keys() != file.tensors.keys():
         odd = sorted(answer.types.keys() ^ file.tensors.keys())
         raise BitladderError(f"the library and {file.path} disagree on tensors ({odd[0]}, …); is the file damaged?")
-    ours = [name for name, kind in wanted.items() if _compare(name, kind, file, answer, findings)]
+    ours = [name for name, kind in named_types.items() if _compare(name, kind, file, answer, findings)]
     changed = {name: kind for name, kind in answer.types.items() if kind != file.tensors[name].type}
     for name in changed.keys() - recipe.tensors.keys():
         if recipe.preset:
@@ -140,7 +140,7 @@ def check(recipe: Recipe, file: GgufFile) -> RecipeCheck:
     needy = _in_need(changed, base, file)
     for name, reason in needy.items():
         findings.note(name, reason)
-    types = {name: (wanted[name] if name in ours else kind).name for name, kind in answer.types.items()}
+    types = {name: (named_types[name] if name in ours else kind).name for name, kind in answer.types.items()}
     size = size_of(types, shapes_of(file))
     assert size is not None  # every shape is known
     return RecipeCheck(findings.grouped(), types, size, bool(needy), tuple(ours))
@@ -153,11 +153,11 @@ def changeable(file: GgufFile) -> set[str]:
     return {name for name, kind in first.items() if kind != second[name]}
 
 
-def _wanted(recipe: Recipe, file: GgufFile, findings: _Findings) -> dict[str, TensorType]:
+def _named_types(recipe: Recipe, file: GgufFile, findings: _Findings) -> dict[str, TensorType]:
     """The recipe's tensors that the model has, where the type exists."""
     known = {kind.name.lower(): kind for kind in all_types().values()}
     stored = [lower for lower, kind in known.items() if storable(kind)]
-    wanted: dict[str, TensorType] = {}
+    named_types: dict[str, TensorType] = {}
     for name, written in recipe.tensors.items():
         kind = known.get(written.lower())
         if name not in file.tensors:
@@ -168,14 +168,16 @@ def _wanted(recipe: Recipe, file: GgufFile, findings: _Findings) -> dict[str, Te
             hint = f"did you mean {close[0]}?" if close else f"the library has {', '.join(stored)}"
             findings.problem(name, f"weights cannot be stored as {written!r}; {hint}")
         else:
-            wanted[name] = kind
-    return wanted
+            named_types[name] = kind
+    return named_types
 
 
-def _without_substitute(wanted: dict[str, TensorType], file: GgufFile, findings: _Findings) -> dict[str, TensorType]:
+def _without_substitute(
+    named_types: dict[str, TensorType], file: GgufFile, findings: _Findings
+) -> dict[str, TensorType]:
     """Leaves out types that a width cannot hold and that the library has no substitute for: it refuses them."""
     misfits: dict[TensorType, list[str]] = collections.defaultdict(list)
-    for name, kind in wanted.items():
+    for name, kind in named_types.items():
         if file.tensors[name].width % kind.block:
             misfits[kind].append(name)
     for kind, names in misfits.items():
@@ -184,8 +186,8 @@ def _without_substitute(wanted: dict[str, TensorType], file: GgufFile, findings:
         except BitladderError:
             for name in names:
                 findings.problem(name, f"{_misfit(name, kind, file)}, and the library has no substitute")
-            wanted = {name: kind for name, kind in wanted.items() if name not in names}
-    return wanted
+            named_types = {name: kind for name, kind in named_types.items() if name not in names}
+    return named_types
 
 
 def _compare(name: str, kind: TensorType, file: GgufFile, answer: PresetTypes, findings: _Findings) -> bool:

@@ -179,15 +179,15 @@ def match_patterns(
     Raises:
         UsageError: a pattern matches no tensor, has a syntax error, or takes longer than a second.
     """
-    wanted_types = [target_type(kind, f"--tensor-type {pattern}={kind}") for pattern, kind in tensor_types]
+    targets = [target_type(kind, f"--tensor-type {pattern}={kind}") for pattern, kind in tensor_types]
     compiled = _compiled(path, [pattern for pattern, _ in tensor_types])
     matched: set[str] = set()
     matches = []
-    for (pattern, kind), wanted in zip(tensor_types, wanted_types, strict=True):
+    for (pattern, kind), target in zip(tensor_types, targets, strict=True):
         hits = _search(compiled[pattern], pattern, names)
         if not hits:
             raise UsageError(f"--tensor-type {pattern}={kind}: the pattern matches no tensor of {os.fspath(path)}")
-        matches.append(PatternMatch(pattern, wanted, hits, tuple(name for name in hits if name not in matched)))
+        matches.append(PatternMatch(pattern, target, hits, tuple(name for name in hits if name not in matched)))
         matched.update(hits)
     return tuple(matches)
 

@@ -64,9 +64,9 @@ def splat(typing: Any, number: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         number = context.cast(builder, values[0], signature.args[0], types.float32)
-        one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+        vector = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
         zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
-        return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), zeros)
+        return builder.shuffle_vector(vector, ir.Constant(_VECTOR, ir.Undefined), zeros)
 
     return _VECTOR_TYPE(number), code
 
@@ -78,16 +78,16 @@ def _operation(count: int, emit: Callable[..., Any], doc: str) -> Any:
         del context, signature
         return emit(builder, *values)
 
-    def one(typing: Any, first: Any) -> Any:
+    def unary(typing: Any, first: Any) -> Any:
         return _VECTOR_TYPE(first), code
 
-    def two(typing: Any, first: Any, second: Any) -> Any:
+    def binary(typing: Any, first: Any, second: Any) -> Any:
         return _VECTOR_TYPE(first, second), code
 
-    def three(typing: Any, first: Any, second: Any, third: Any) -> Any:
+    def ternary(typing: Any, first: Any, second: Any, third: Any) -> Any:
         return _VECTOR_TYPE(first, second, third), code
 
-    function = (one, two, three)[count - 1]
+    function = (unary, binary, ternary)[count - 1]
     function.__doc__ = doc
     return intrinsic(function)
 

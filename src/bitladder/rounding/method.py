@@ -220,15 +220,15 @@ def change_groups(rows: RowRounding, moments: SecondMoments, turn: int) -> tuple
         within = _within(coupling, group)
         for number, part in enumerate(column_parts(delta.shape[1])):
             slopes: Floats = seen @ h[part].T
-            before, asked = delta[group, part].copy(), slopes.copy()
+            before, slopes_before = delta[group, part].copy(), slopes.copy()
             rows.change(turn, group.start, number, part.start, slopes, within)
             moved = delta[group, part] - before
             seen_moved = within @ moved if len(within) else moved
             seen[:, part] += seen_moved
             weights = moments.row_weights[group] if len(within) else np.ones(len(moved), np.float32)
-            fell = np.einsum("ij,ij->i", 2 * asked + seen_moved @ moments.diagonal[number], moved)
+            fell = np.einsum("ij,ij->i", 2 * slopes_before + seen_moved @ moments.diagonal[number], moved)
             gain -= float(weights @ fell)
-            level += float(weights @ np.einsum("ij,ij->i", asked, before))
+            level += float(weights @ np.einsum("ij,ij->i", slopes_before, before))
     return gain, level
 
 

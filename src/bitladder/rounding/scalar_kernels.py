@@ -111,13 +111,13 @@ def feedback(targets, carried, ut, columns, shape, row, errors):
     for place in range(columns.size):
         column = columns[place]
         aim = targets[place]
-        asked = carried[place]
+        pull = carried[place]
         factors = ut[place]
         for k in range(place):
-            asked += factors[k] * errors[k]
+            pull += factors[k] * errors[k]
         size, shift = step_of(row, shape, column // shape.sub)
         if size != 0:
-            row.indices[column] = nearest((aim + asked - shift) / size, shape.levels, shape.uniform, shape.lowest)
+            row.indices[column] = nearest((aim + pull - shift) / size, shape.levels, shape.uniform, shape.lowest)
         errors[place] = aim - (shape.levels[row.indices[column]] * size + shift)
 
 

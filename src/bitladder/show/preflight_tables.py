@@ -61,13 +61,15 @@ def _fallbacks(figures: Preflight) -> list[tuple[str, ...]]:
     """Tensors that get another type, by kind and blocks."""
     groups: dict[tuple[str, int, str, str], list[Fallback]] = {}
     for fallback in figures.fallbacks:
-        groups.setdefault((name_in_block(fallback.tensor), fallback.width, fallback.wanted, fallback.used), []).append(
-            fallback
-        )
+        groups.setdefault(
+            (name_in_block(fallback.tensor), fallback.width, fallback.requested, fallback.used), []
+        ).append(fallback)
     rows: list[tuple[str, ...]] = []
-    for (kind, width, wanted, used), members in groups.items():
+    for (kind, width, requested, used), members in groups.items():
         blocks = ranges([block for fallback in members if (block := block_of(fallback.tensor)) is not None])
-        rows.append((kind, blocks, str(width), wanted, used, f"{sum(fallback.extra_bytes for fallback in members):+,}"))
+        rows.append(
+            (kind, blocks, str(width), requested, used, f"{sum(fallback.extra_bytes for fallback in members):+,}")
+        )
     return rows
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks import binary
 from bitladder.evaluate.tasks.question_files import HubData, QuestionFile, QuestionRecord, json_records, parquet_records
-from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, asked, question
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt
 
 
 def read_json(file: QuestionFile) -> Iterator[Question]:
@@ -31,7 +31,7 @@ def _question(record: QuestionRecord, text: str, labels: list[str], texts: list[
     key = record.text("answerKey")
     if key not in labels:
         raise BitladderError(f"{record.where}: the answer {key} is none of the labels {', '.join(labels)}")
-    return question(record.where, asked(text), texts, labels.index(key))
+    return question(record.where, question_prompt(text), texts, labels.index(key))
 
 
 ARC = Benchmark(

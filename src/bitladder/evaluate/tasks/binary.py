@@ -29,7 +29,7 @@ def read(file: QuestionFile) -> Iterator[Question]:
         raise BitladderError(
             f"{file.name}: ends before its table of {count} records: it is truncated, or not such a file"
         )
-    taken = 0
+    bytes_read = 0
     for record in range(1, count + 1):
         where = f"{file.name}, record {record}"
         place = table.number()
@@ -38,8 +38,8 @@ def read(file: QuestionFile) -> Iterator[Question]:
         choices, labels = reader.answers()
         reader.answers()
         # Many records at one place would be far more than the file.
-        taken += reader.offset - place
-        if taken > len(file.data):
+        bytes_read += reader.offset - place
+        if bytes_read > len(file.data):
             raise BitladderError(f"{where}: the records overlap: the file is damaged, or not such a file")
         if labels.count(1) != 1:
             raise BitladderError(f"{where}: {labels.count(1)} right answers; there must be one")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks import binary
 from bitladder.evaluate.tasks.question_files import HubData, QuestionFile, csv_rows, parquet_records
-from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, asked, question
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt
 
 _CELLS = 6  # the question, four choices, the answer
 _ANSWERS = ("0A", "1B", "2C", "3D")
@@ -22,13 +22,13 @@ def read_csv(file: QuestionFile) -> Iterator[Question]:
         correct = next((index for index, names in enumerate(_ANSWERS) if cells[-1] in list(names)), -1)
         if correct < 0:
             raise BitladderError(f"{where}: the answer is {cells[-1]!r}, not one of A–D or 0–3")
-        yield question(where, asked(cells[0]), cells[1:5], correct)
+        yield question(where, question_prompt(cells[0]), cells[1:5], correct)
 
 
 def read_parquet(file: QuestionFile) -> Iterator[Question]:
     """The hub's rows: question, choices[], answer 0–3."""
     for record in parquet_records(file):
-        text = asked(record.text("question"))
+        text = question_prompt(record.text("question"))
         yield question(record.where, text, record.texts("choices"), record.index("answer"))
 
 

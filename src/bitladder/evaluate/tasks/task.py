@@ -67,7 +67,7 @@ def question(where: str, text: str, choices: list[str], correct: int, after: str
     return Question(text, tuple(choices), correct, after)
 
 
-def asked(text: str) -> str:
+def question_prompt(text: str) -> str:
     """A question in the form of ARC, MMLU and TruthfulQA. The answer follows after a space."""
     return f"Question: {text}\nAnswer:"
 

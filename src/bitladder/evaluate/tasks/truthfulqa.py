@@ -12,7 +12,7 @@ from bitladder.evaluate.tasks.question_files import (
     json_records,
     parquet_records,
 )
-from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, asked, question
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt
 
 
 def read_json(file: QuestionFile) -> Iterator[Question]:
@@ -45,7 +45,7 @@ def _question(record: QuestionRecord, texts: list[str], labels: list[int], field
     # In some records a semicolon at the end has become an empty wrong answer, which is left out.
     pairs = [(text.strip(), label) for text, label in zip(texts, labels, strict=True) if text.strip() or label == 1]
     correct = [label for _, label in pairs].index(1)
-    return question(record.where, asked(record.text(field)), [text for text, _ in pairs], correct)
+    return question(record.where, question_prompt(record.text(field)), [text for text, _ in pairs], correct)
 
 
 TRUTHFULQA = Benchmark(

@@ -51,14 +51,14 @@ class Convert(Step):
 
     def make(self, run: Run) -> Product:
         """Converts. The facts describe the model for later steps and the card."""
-        return self._given(run) if run.source.is_gguf else self._converted(run)
+        return self._used_in_place(run) if run.source.is_gguf else self._converted(run)
 
     def completed(self, run: Run) -> None:
         """Refuses files of --compare that are of another model, before hours of work."""
         for other in run.others.values():
             check_headers(other, run.full)
 
-    def _given(self, run: Run) -> Product:
+    def _used_in_place(self, run: Run) -> Product:
         path = run.source.path
         return Product([], {**describe(path), "sha256": run.store.sha256(path, f"model: {path.name}")})
 

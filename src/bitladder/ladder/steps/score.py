@@ -44,7 +44,7 @@ class Score(Step):
         if label in run.others:
             place |= about(run.others[label], run.facts(f"measure {label}")["doubts"])
         if self.rung:
-            place |= self._made(run)
+            place |= self._rung_fields(run)
         scores = evaluate.read_document(run.files(f"measure {label}")[0], evaluate.Scores)
         if self.options.bench:
             place["bench"] = read_json(run.layout.bench)[label]
@@ -52,7 +52,7 @@ class Score(Step):
         write_json(out, evaluate.RunScores.of(scores, **place).to_json())
         return Product([out])
 
-    def _made(self, run: Run) -> dict[str, Any]:
+    def _rung_fields(self, run: Run) -> dict[str, Any]:
         """How the rung was made, and how it differs from the preset by itself."""
         rung, options = self.label, self.options
         fields: dict[str, Any] = {"smoothed": run.smoothed(rung)}

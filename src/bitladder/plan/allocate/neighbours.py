@@ -119,14 +119,14 @@ def _in_order(moves: _Moves, size: int) -> Iterator[tuple[int, ...]]:
     if size < len(moves.items):
         known = float(moves.merit[0] + moves.merit[size] - moves.price * moves.room[0])
     singles = np.flatnonzero(alone)
-    found = [np.column_stack([singles, np.full(len(singles), -1)])]
+    candidates = [np.column_stack([singles, np.full(len(singles), -1)])]
     for first in range(min(size, len(moves.items))):
         rest = slice(first + 1, size)
         fits = _fits(moves, moves.change[:, rest] + moves.change[:, first, None])
         fits &= (moves.group[rest] != moves.group[first]) & ~(alone[rest] & alone[first])
         second = np.flatnonzero(fits & (moves.cost[rest] + moves.cost[first] < known)) + first + 1
-        found.append(np.column_stack([np.full(len(second), first), second]))
-    places = np.concatenate(found)
+        candidates.append(np.column_stack([np.full(len(second), first), second]))
+    places = np.concatenate(candidates)
     # Place −1 stands for no move.
     cost = moves.cost[places[:, 0]] + np.where(places[:, 1] < 0, 0.0, moves.cost[places[:, 1]])
     places, cost = places[cost < known], cost[cost < known]

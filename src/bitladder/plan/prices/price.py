@@ -132,7 +132,7 @@ class _Swaps:
         self._tokens_per_chunk = source.made.n_ctx
         self.probe_types = {name: probe_type(menu, source.options.probe_bpw).name for name, menu in menus.items()}
         self._by_kind: dict[str, list[str]] = collections.defaultdict(list)
-        for name in sorted(menus, key=lambda one: (source.places[one][1] or 0, one)):
+        for name in sorted(menus, key=lambda tensor: (source.places[tensor][1] or 0, tensor)):
             self._by_kind[source.places[name][0]].append(name)
 
     def _affordable(self, share: float) -> int:
@@ -159,28 +159,30 @@ class _Swaps:
             for group in groups:
                 measure(group, task)
             left = budget - len(groups)
-            while left >= 2 and (wide := split({group: one.kld for group, one in measured.items()})):
+            while left >= 2 and (wide := split({group: measurement.kld for group, measurement in measured.items()})):
                 del measured[wide]
                 middle = len(wide) // 2
                 measure(wide[:middle], task)
                 measure(wide[middle:], task)
                 left -= 2
-        return [({name: self.probe_types[name] for name in group}, one) for group, one in measured.items()]
+        return [({name: self.probe_types[name] for name in group}, swap) for group, swap in measured.items()]
 
     def groups(self, progress: Progress) -> dict[tuple[str, str], Measurement]:
         """Every kind as a whole, at types that its rendered errors do not rule out: (kind, type) → measurement."""
         each = max(2, self._affordable(self._options.group_share) // len(self._by_kind))
         pairs: list[tuple[str, str]] = []
         for kind, names in self._by_kind.items():
-            common = [one for one in self._menus[names[0]] if all(one in self._menus[name] for name in names)]
-            sums = {one.name: sum(self._errors[name][one.name] for name in names) for one in common}
-            left = [one.name for one in pruned(common, sums, self._options.prune_slack)]
-            pairs += [(kind, one) for one in spaced(left, each)]
+            menus = [self._menus[name] for name in names]
+            common = [type_ for type_ in menus[0] if all(type_ in menu for menu in menus)]
+            sums = {type_.name: sum(self._errors[name][type_.name] for name in names) for type_ in common}
+            left = [type_.name for type_ in pruned(common, sums, self._options.prune_slack)]
+            pairs += [(kind, type_name) for type_name in spaced(left, each)]
         measured = {}
         with progress.task("whole kinds at each type", len(pairs)) as task:
-            for kind, one in pairs:
-                task.note(f"{kind} {one}")
-                measured[kind, one] = self._measure(dict.fromkeys(self._by_kind[kind], one), f"kind {kind}")
+            for kind, type_name in pairs:
+                task.note(f"{kind} {type_name}")
+                types = dict.fromkeys(self._by_kind[kind], type_name)
+                measured[kind, type_name] = self._measure(types, f"kind {kind}")
                 task.advance()
         return measured
 
@@ -237,8 +239,8 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
         >>> round(rank_correlation([1, 2, 3], [10, 30, 20]), 3)
         0.5
     """
-    ranks = [_ranks(np.asarray(one, np.float64)) for one in (a, b)]
-    if any(one.std() == 0 for one in ranks):
+    ranks = [_ranks(np.asarray(values, np.float64)) for values in (a, b)]
+    if any(rank.std() == 0 for rank in ranks):
         return 0.0
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 

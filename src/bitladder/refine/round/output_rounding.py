@@ -77,8 +77,8 @@ class OutputRounding:
             rounded = self._round(name, weights, stock, kind)
         except BitladderError as error:
             raise BitladderError(f"{name} as {kind.name}: {error}") from error
-        self.losses[name, kind.name] = sum(one.before for one in rounded), sum(one.after for one in rounded)
-        return np.stack([one.data for one in rounded])
+        self.losses[name, kind.name] = sum(part.before for part in rounded), sum(part.after for part in rounded)
+        return np.stack([part.data for part in rounded])
 
     def _refuse_other_shape(self, name: str, weights: Floats) -> None:
         """Raises BitladderError before moments of other shapes are expanded: a small file can make them huge."""
@@ -174,12 +174,12 @@ def _mean(moments: Sequence[Moment]) -> Moment:
     """The mean of inputs that were each scaled to a mean diagonal of 1; outputs from the first that has them."""
     if len(moments) == 1:
         return moments[0]
-    if len({one.inputs.shape for one in moments}) > 1:
+    if len({moment.inputs.shape for moment in moments}) > 1:
         raise BitladderError("the files of second moments are of different models")
     inputs = np.zeros_like(moments[0].inputs)
-    for one in moments:
-        scale = np.trace(one.inputs, axis1=1, axis2=2)[:, None, None] / one.inputs.shape[1]
-        inputs += one.inputs / np.where(scale > 0, scale, 1)
-    outputs = next((one.outputs for one in moments if one.outputs is not None), None)
+    for moment in moments:
+        scale = np.trace(moment.inputs, axis1=1, axis2=2)[:, None, None] / moment.inputs.shape[1]
+        inputs += moment.inputs / np.where(scale > 0, scale, 1)
+    outputs = next((moment.outputs for moment in moments if moment.outputs is not None), None)
     inputs /= np.float32(len(moments))
-    return Moment(inputs, np.sum([one.counts for one in moments], axis=0), outputs)
+    return Moment(inputs, np.sum([moment.counts for moment in moments], axis=0), outputs)

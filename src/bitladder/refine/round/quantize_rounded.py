@@ -127,7 +127,8 @@ def _round(
     threads: int | None,
     progress: Progress,
 ) -> RoundedQuant:
-    types = {one.name: one.type.name for one in prepared.choice.tensors if one.changes and one.name == one.source.name}
+    changed = [choice for choice in prepared.choice.tensors if choice.changes and choice.name == choice.source.name]
+    types = {choice.name: choice.type.name for choice in changed}
     covered = {name: kind for name, kind in types.items() if rounding.covers(name, type_by_name(kind))}
     with (
         Renderer(prepared.file, prepared.importance, folder=work, threads=threads) as stock,
