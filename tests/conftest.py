@@ -86,4 +86,4 @@ def no_download_of_the_converter(request: pytest.FixtureRequest, monkeypatch: py
         raise BitladderError("llama.cpp's converter is not downloaded by tests")
 
     if request.path.name != "test_upstream.py":
-        monkeypatch.setattr(upstream, "upstream_converter", refuse)
+        monkeypatch.setattr(upstream, "_source", refuse)

@@ -51,6 +51,7 @@ class FakeHub:
         self.stored: dict[str, bytes] = {}
         self.uploads: list[str] = []
         self.downloads: list[str] = []
+        self.sent = 0  # bytes of files
         self.unknown: list[str] = []
         self.refuse: tuple[int, str] | None = None
         self.stall: int | None = None
@@ -243,18 +244,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if data is None:
             return self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         tag = oid(data) if path in repository.large else git_oid(data)
-        start = 0
+        start, size = 0, len(data)
         if given := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start = int(given[1])
+            data = data[: int(given[2]) + 1] if given[2] else data
         self.send_response(206 if given else 200)
         if given:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{size}")
         for key, value in {"ETag": f'"{tag}"', "X-Repo-Commit": repository.sha, "Accept-Ranges": "bytes",
                            "Content-Length": str(len(data) - start)}.items():  # fmt: skip
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
             self.hub.downloads.append(path)
+            self.hub.sent += len(data) - start
             self.wfile.write(data[start:])
 
 

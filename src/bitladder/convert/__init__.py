@@ -7,7 +7,9 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.convert.build import CONVERT, ConvertResult, convert, default_name, uses_upstream
     from bitladder.convert.checkpoint import Checkpoint
+    from bitladder.convert.families import architectures
     from bitladder.convert.options import ConvertOptions
+    from bitladder.convert.outline import Outline, write_outline
     from bitladder.convert.upstream import converter_file, library_version
 
 __all__ = [
@@ -15,10 +17,13 @@ __all__ = [
     "Checkpoint",
     "ConvertOptions",
     "ConvertResult",
+    "Outline",
+    "architectures",
     "convert",
     "converter_file",
     "default_name",
     "library_version",
     "uses_upstream",
+    "write_outline",
 ]
 open_door(__name__)

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import gguf
 import numpy as np
@@ -112,7 +113,7 @@ def convert(
             progress.info(f"outtype {decided}, by the checkpoint's weights")
         copies = plan_copies(checkpoint, family, decided, progress)
         with replacing(out) as temporary:
-            tensors = _write(temporary, checkpoint, family, copies, outtype=decided, progress=progress)
+            tensors = write_file(temporary, checkpoint, family, copies, outtype=decided, progress=progress)
     name = gguf.MODEL_ARCH_NAMES[family.arch]
     return ConvertResult(pathlib.Path(out), name, decided, tensors, pathlib.Path(out).stat().st_size)
 
@@ -136,7 +137,7 @@ def default_name(model: str | pathlib.Path, outtype: str = "auto") -> str:
     return model_metadata.default_file_name(metadata, decided)
 
 
-def _write(
+def write_file(
     path: pathlib.Path,
     checkpoint: Checkpoint,
     family: Family,
@@ -144,8 +145,13 @@ def _write(
     *,
     outtype: str,
     progress: Progress,
+    vocabulary: bool = True,
+    weights: bool = True,
 ) -> int:
-    """Writes the file: all metadata, then the tensors one by one. Returns the number of tensors."""
+    """Writes the file: all metadata, then the tensors one by one. Returns the number of tensors.
+
+    Without `weights` a hole stands for them, and nothing is read. Without `vocabulary` it is left out.
+    """
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     try:
         parameters = sum(checkpoint.tensors[source].elements for source in {copy.source for copy in copies})
@@ -156,9 +162,10 @@ def _write(
         extra = family.describe(writer, progress)
         writer.add_file_type(OUTTYPES[outtype][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        write_vocabulary(
-            read_vocabulary(checkpoint.folder, family.vocab, progress), checkpoint.folder, writer, progress
-        )
+        if vocabulary:
+            write_vocabulary(
+                read_vocabulary(checkpoint.folder, family.vocab, progress), checkpoint.folder, writer, progress
+            )
         for name, values in extra.items():
             writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
         for copy in copies:
@@ -166,16 +173,25 @@ def _write(
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress.task("Converting", sum(copy.bytes for copy in copies)) as bar:
-            for values in extra.values():
-                writer.write_tensor_data(values)
-            for copy in copies:
-                bar.note(copy.name)
-                writer.write_tensor_data(_load(checkpoint, family, copy, progress))
-                bar.advance(copy.bytes)
+        if weights:
+            with progress.task("Converting", sum(copy.bytes for copy in copies)) as bar:
+                for values in extra.values():
+                    writer.write_tensor_data(values)
+                for copy in copies:
+                    bar.note(copy.name)
+                    writer.write_tensor_data(_load(checkpoint, family, copy, progress))
+                    bar.advance(copy.bytes)
     finally:
         writer.close()
+    if not weights:
+        add_hole(path, [*(values.nbytes for values in extra.values()), *(copy.bytes for copy in copies)])
     return len(extra) + len(copies)
+
+
+def add_hole(path: pathlib.Path, sizes: Iterable[int]) -> None:
+    """Makes a file as long as it is with tensors of these sizes, in bytes. A hole takes no room on the disk."""
+    align = gguf.GGUF_DEFAULT_ALIGNMENT
+    os.truncate(path, sum(gguf.GGUFWriter.ggml_pad(size, align) for size in (path.stat().st_size, *sizes)))
 
 
 def _load(checkpoint: Checkpoint, family: Family, copy: TensorCopy, progress: Progress) -> NDArray[np.generic]:

@@ -7,6 +7,7 @@ the versions that it asks for. Both are made once and kept in the user's cache.
 Source of the layout of the archive and of the requirements: vendor/llama.cpp in llama-cpp-python's source archive.
 """
 
+import ast
 import dataclasses
 import importlib.metadata
 import pathlib
@@ -17,7 +18,8 @@ import sys
 import tarfile
 import tempfile
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import platformdirs
 
@@ -65,6 +67,16 @@ def upstream_converter(
     Raises:
         BitladderError: there is no network, or the packages that the converter asks for cannot be installed.
     """
+    home = _source(archive, cache, progress)
+    environment = home.with_name(f"{home.name}.env")
+    python = _interpreter(environment)
+    if not python.is_file():
+        _make_environment(environment, home, progress)
+    return Converter(home / SCRIPT, python)
+
+
+def _source(archive: pathlib.Path | None, cache: pathlib.Path | None, progress: Progress) -> pathlib.Path:
+    """The folder with the converter of the installed library. The parameters are those of `upstream_converter`."""
     version = library_version()
     cache = platformdirs.user_cache_path("bitladder") / "converter" if cache is None else cache
     home = cache / f"{LIBRARY}-{version}"
@@ -76,11 +88,7 @@ def upstream_converter(
                 archive = _download(version, folder, progress)
             unpack(archive, folder / "source", version)
             _publish(folder / "source", home)
-    environment = cache / f"{LIBRARY}-{version}.env"
-    python = _interpreter(environment)
-    if not python.is_file():
-        _make_environment(environment, home, progress)
-    return Converter(home / SCRIPT, python)
+    return home
 
 
 def converter_file(path: pathlib.Path) -> pathlib.Path:
@@ -99,9 +107,83 @@ def converter_at(path: pathlib.Path | None, progress: Progress) -> Converter:
     if path is None:
         return upstream_converter(progress=progress)
     file = converter_file(path)
-    if file.name.endswith((".tar.gz", ".tgz")):
+    if _is_archive(file):
         return upstream_converter(file, progress=progress)
     return Converter(file, pathlib.Path(sys.executable))
+
+
+def _is_archive(file: pathlib.Path) -> bool:
+    return file.name.endswith((".tar.gz", ".tgz"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What a converter knows of a checkpoint.
+
+    Parameters:
+        architecture: the architecture as the GGUF names it, such as qwen3moe; None if it knows none.
+        projector: whether it converts the projector of images or sounds too.
+    """
+
+    architecture: str | None
+    projector: bool
+
+
+def known_to(path: pathlib.Path | None, config: Mapping[str, Any], progress: Progress) -> Known:
+    """What the converter of `converter_at` knows of a checkpoint. Its source is read, and nothing of it is run.
+
+    Parameters:
+        path: what --converter names, or None. Then the source archive is downloaded if it is not in the cache.
+        config: the values of config.json.
+        progress: is told of a download.
+
+    Raises:
+        BitladderError: the source cannot be had, or has another layout than this version's.
+    """
+    file = None if path is None else converter_file(path)
+    home = _source(file, None, progress) if file is None or _is_archive(file) else file.parent
+    try:
+        tables = _assigned(ast.parse((home / "conversion" / "__init__.py").read_text(encoding="utf-8")))
+        texts, projectors = (ast.literal_eval(tables[name]) for name in ("TEXT_MODEL_MAP", "MMPROJ_MODEL_MAP"))
+        outer, inner = (_class_names(values) for values in (config, config.get("text_config") or {}))
+        name = next((name for name in (*inner, *outer) if name in texts), None)
+        projector = any(name in projectors for name in (*outer, *_class_names(config.get("vision_config") or {})))
+        if name is None:
+            return Known(None, projector)
+        module = ast.parse((home / "conversion" / f"{texts[name]}.py").read_text(encoding="utf-8"))
+        constants = (home / "gguf-py" / "gguf" / "constants.py").read_text(encoding="utf-8")
+        named = re.search(rf'MODEL_ARCH\.{_model_arch(module, name)}:\s*"([^"]+)"', constants)
+        return Known(named[1] if named else name, projector)
+    except (OSError, KeyError, ValueError, SyntaxError) as error:
+        raise BitladderError(f"{home}: the list of architectures cannot be read ({error!r})") from error
+
+
+def _class_names(config: Mapping[str, Any]) -> list[str]:
+    names = config.get("architectures") if isinstance(config, Mapping) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _assigned(tree: ast.Module | ast.ClassDef) -> dict[str, ast.expr]:
+    """The values of a module's or class's plain assignments, by name."""
+    values: dict[str, ast.expr] = {}
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            values[node.target.id] = node.value
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = node.value
+    return values
+
+
+def _model_arch(module: ast.Module, name: str) -> str | None:
+    """X of `model_arch = gguf.MODEL_ARCH.X` in the class that is registered under a name."""
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and name in {
+            word.value for part in node.decorator_list for word in ast.walk(part) if isinstance(word, ast.Constant)
+        }:
+            value = _assigned(node).get("model_arch")
+            if isinstance(value, ast.Attribute):
+                return value.attr
+    return None
 
 
 def unpack(archive: pathlib.Path, folder: pathlib.Path, version: str) -> None:

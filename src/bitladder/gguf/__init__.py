@@ -25,7 +25,14 @@ if TYPE_CHECKING:
         ranges,
         reading_order,
     )
-    from bitladder.gguf.reader import GgufFile, describe_kind, open_model, refuse_other_model, refuse_other_vectors
+    from bitladder.gguf.reader import (
+        GgufFile,
+        describe_kind,
+        open_model,
+        prediction_tensors,
+        refuse_other_model,
+        refuse_other_vectors,
+    )
     from bitladder.gguf.splits import (
         group_as,
         group_by_size,
@@ -73,6 +80,7 @@ __all__ = [
     "output_paths",
     "padded",
     "plain_path",
+    "prediction_tensors",
     "ranges",
     "read_header",
     "reading_order",

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from bitladder.errors import BitladderError
 from bitladder.files import Closing
 from bitladder.gguf.header import GgufHeader, TensorInfo, open_regular, read_header, shown
+from bitladder.gguf.names import block_of
 from bitladder.gguf.splits import join, rest_of
 
 
@@ -104,6 +105,17 @@ class GgufFile(Closing):
                 raise BitladderError(f"{self.parts[tensor.part]}: the file ends inside tensor {tensor.name}")
             view, position = view[count:], position + count
         return out
+
+
+def prediction_tensors(file: GgufFile) -> list[str]:
+    """The tensors of heads that predict further tokens (NextN, MTP): those of the last blocks, by the metadata.
+
+    The main graph of llama.cpp does not compute these blocks, so no text that is decoded reaches them.
+    """
+    heads, blocks = (file.get(f"{file.architecture}.{key}", 0) for key in ("nextn_predict_layers", "block_count"))
+    if not (isinstance(heads, int) and isinstance(blocks, int) and 0 < heads < blocks):
+        return []
+    return [name for name in file.tensors if (block := block_of(name)) is not None and block >= blocks - heads]
 
 
 # general.type → what such a file is; a model has "model", or nothing at all.

@@ -6,7 +6,7 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.hub.names import PRESET, HubName, parse, pick, shards, side_word
-    from bitladder.hub.transfer import Fetched, fetch, fetch_checkpoint, hub_id, upload
+    from bitladder.hub.transfer import Fetched, fetch, fetch_checkpoint, fetch_outline, hub_id, upload
 
 __all__ = [
     "PRESET",
@@ -14,6 +14,7 @@ __all__ = [
     "HubName",
     "fetch",
     "fetch_checkpoint",
+    "fetch_outline",
     "hub_id",
     "parse",
     "pick",

@@ -5,7 +5,10 @@ huggingface_hub is imported in the functions that use it: the import takes a whi
 
 import dataclasses
 import glob
+import json
+import os
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +17,8 @@ from bitladder.hub.names import FORMS, HubName, is_model, is_repository, parse, 
 
 # Of a checkpoint are fetched: weights, configuration, tokenizer and model card.
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
+# Of an outline are fetched whole: JSON files up to this many bytes, other than tokenizer.json and vocab.json.
+SMALL_FILE = 4 << 20
 OTHER_FILES = ["original/*", "onnx/*", "consolidated*", "*/*.safetensors"]
 
 
@@ -83,6 +88,52 @@ def fetch_checkpoint(model: str | pathlib.Path) -> pathlib.Path:
             f"{model} is not a directory here, and the hub does not give it: {reason(error)}"
         ) from error
     return pathlib.Path(snapshot)
+
+
+def fetch_outline(repo: str, folder: pathlib.Path) -> None:
+    """Fills a folder with the outline of a checkpoint on the hub: the same files, most of whose bytes are holes.
+
+    Small JSON files are whole. A safetensors file has its header, which is read by ranges of bytes. All other files
+    have their names and sizes only. A hole takes no room on the disk.
+
+    Parameters:
+        repo: OWNER/REPO.
+        folder: an empty directory.
+
+    Raises:
+        UsageError: `repo` is no hub id.
+        BitladderError: the hub does not give a file.
+    """
+    if not is_repository(repo):
+        raise UsageError(f"{repo}: no such file or directory here, and no hub id such as allenai/OLMo-2-0425-1B")
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    api = HfApi()
+    try:
+        revision = str(api.model_info(repo).sha)
+        files = [entry for entry in api.list_repo_tree(repo, revision=revision) if isinstance(entry, RepoFile)]
+        for file in files:
+            target = folder / pathlib.PurePosixPath(file.path).name
+            if file.path.endswith(".safetensors"):
+                header = api.parse_safetensors_file_metadata(repo, file.path, revision=revision)
+                entries = {
+                    name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
+                    for name, tensor in header.tensors.items()
+                }
+                data = json.dumps(entries).encode()
+                end = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
+                target.write_bytes(len(data).to_bytes(8, "little") + data)
+                os.truncate(target, 8 + len(data) + end)
+            elif target.suffix == ".json" and file.size <= SMALL_FILE and target.stem not in ("tokenizer", "vocab"):
+                shutil.copyfile(api.hf_hub_download(repo, file.path, revision=revision), target)
+            else:
+                target.touch()
+                os.truncate(target, file.size)
+    except Exception as error:  # of the network or the hub: there is no common base class
+        raise BitladderError(
+            f"{repo} is not a directory here, and the hub does not give it: {reason(error)}"
+        ) from error
 
 
 def hub_id(folder: pathlib.Path) -> str | None:

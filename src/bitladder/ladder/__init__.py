@@ -5,16 +5,20 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
+    from bitladder.ladder.doctor import Diagnosis, WidthMisfit, diagnose
     from bitladder.ladder.options import RunOptions, choose_rungs
     from bitladder.ladder.run import RunResult, run
     from bitladder.ladder.tracker import Best, Status
 
 __all__ = [
     "Best",
+    "Diagnosis",
     "RunOptions",
     "RunResult",
     "Status",
+    "WidthMisfit",
     "choose_rungs",
+    "diagnose",
     "run",
 ]
 open_door(__name__)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.quantize.preflight import Fallback, Preflight, check_room, preflight
+    from bitladder.quantize.preflight import Fallback, Preflight, check_room, preflight, substitutes
     from bitladder.quantize.prepare import DROPPED, TUNE_KEY, VERSION_KEY, PreparedQuant, prepare
     from bitladder.quantize.quantize_options import RUNGS, QuantizeOptions, parse_layers, preset_names
     from bitladder.quantize.write_quant import QUANTIZE, QuantizeResult, quantize, write
@@ -27,6 +27,7 @@ __all__ = [
     "prepare",
     "preset_names",
     "quantize",
+    "substitutes",
     "write",
 ]
 open_door(__name__)

@@ -6,10 +6,12 @@ import math
 import os
 import pathlib
 import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
 
-from bitladder.engine import threads_available
+from bitladder.engine import Request, preset_types, threads_available, type_by_name
 from bitladder.errors import BitladderError
-from bitladder.gguf import name_in_block, split_sizes
+from bitladder.gguf import F32, GgufWriter, TensorPlan, file_size, name_in_block, scalar, split_sizes, string, u32
 from bitladder.quantize.prepare import PreparedQuant
 from bitladder.quantize.stream import AHEAD, PIECE
 
@@ -152,3 +154,33 @@ def _memory(prepared: PreparedQuant, threads: int) -> int:
             row += 4 * width + tensor.type.row_bytes(width)
         piece = max(piece, rows * row)
     return importance + piece * threads * (AHEAD + 1)
+
+
+def substitutes(widths: Iterable[int], types: Sequence[str]) -> dict[int, dict[str, str]]:
+    """What llama-quantize uses where the width of a row cannot hold a type.
+
+    The library is asked, with a file that has a tensor of each width and no weights.
+
+    Parameters:
+        widths: weights in a row.
+        types: names of types.
+
+    Returns:
+        Width → type → the type that is used instead, for those that do not fit.
+    """
+    plans = [TensorPlan(f"blk.0.w{width}.weight", (width, 32), type_by_name("f32")) for width in sorted(set(widths))]
+    counts = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+    metadata = {"general.architecture": string("llama"), **{f"llama.{key}": u32(1) for key in (*counts, "vocab_size")}}
+    metadata["llama.attention.layer_norm_rms_epsilon"] = scalar(F32, 1e-5)
+    used: dict[int, dict[str, str]] = {plan.shape[0]: {} for plan in plans}
+    with tempfile.TemporaryDirectory(prefix="bitladder.") as folder:
+        path = pathlib.Path(folder) / "widths.gguf"
+        with path.open("wb") as stream:
+            GgufWriter(stream, metadata, plans)
+            stream.truncate(file_size(metadata, plans))
+        for name in types:
+            answer = preset_types(path, Request("Q8_0", overrides=((".*", type_by_name(name)),)))
+            for plan in plans:
+                if plan.name in answer.misfits:
+                    used[plan.shape[0]][name] = answer.types[plan.name].name
+    return {width: instead for width, instead in used.items() if instead}

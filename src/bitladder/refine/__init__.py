@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bitladder.refine.round.guard import GUARD, GuardReport, GuardTrial, guard_json
     from bitladder.refine.round.output_rounding import OUTPUT_ROUNDING, OutputRounding, refuse_other_moments
     from bitladder.refine.round.quantize_rounded import ROUNDED_QUANT, RoundedQuant, guard_text, quantize_rounded
-    from bitladder.refine.smooth.links import SmoothingError
+    from bitladder.refine.smooth.links import SmoothingError, links_of
     from bitladder.refine.smooth.smoothed_model import KEY as SMOOTHED_KEY
     from bitladder.refine.smooth.smoothed_model import SMOOTHING, SmoothResult, smooth_model
     from bitladder.refine.smooth.smoothing_trial import SMOOTHING_TRIAL, SmoothingTrial, trial_text, try_smoothing
@@ -41,6 +41,7 @@ __all__ = [
     "VerifiedQuant",
     "guard_json",
     "guard_text",
+    "links_of",
     "quantize_rounded",
     "refuse_other_moments",
     "smooth_model",

@@ -6,6 +6,7 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.show.comparison_tables import comparison_json, comparison_sections
+    from bitladder.show.doctor_table import diagnosis_json, diagnosis_table
     from bitladder.show.eval_tables import eval_tables
     from bitladder.show.imatrix.imatrix_view import print_view, view_differences, view_statistics
     from bitladder.show.imatrix.picture import check_target, write_plot
@@ -24,6 +25,8 @@ __all__ = [
     "common_options",
     "comparison_json",
     "comparison_sections",
+    "diagnosis_json",
+    "diagnosis_table",
     "difference",
     "eval_tables",
     "ladder_json",

@@ -1,0 +1,30 @@
+"""`bitladder doctor`: whether a model works, and what a run would do with it."""
+
+import click
+
+from bitladder.cli.from_options import options_from
+from bitladder.cli.outputs import Command
+from bitladder.convert import ConvertOptions
+from bitladder.show import Output, common_options
+
+
+@click.command("doctor", cls=Command)
+@click.argument("model")
+@options_from(ConvertOptions)
+@common_options
+def command(*, output: Output, model: str, options: ConvertOptions) -> int:
+    """Say what a run would do with MODEL, and whether it works, without doing it.
+
+    MODEL is a checkpoint's directory, a Hugging Face hub id, or a GGUF. Only headers and small files are read. The exit
+    code is 1 if the model cannot work.
+    """
+    from bitladder.ladder import diagnose
+    from bitladder.show import diagnosis_json, diagnosis_table
+
+    output.tame_hub()
+    diagnosis = diagnose(model, options, progress=output.progress)
+    if output.json:
+        output.print_json(diagnosis_json(diagnosis))
+    else:
+        output.print(diagnosis_table(diagnosis))
+    return 0 if diagnosis.works else 1
