@@ -250,9 +250,7 @@ def test_bytes_of_llama_perplexity(folder, text, tools, tmp_path, n_ctx):
 def test_figures_of_llama_perplexity(folder, text, tools):
     options = ["-f", folder / "test.txt", "-c", CTX, "-b", CTX, "-t", 1, "--kl-divergence"]
     arguments = ["-m", folder / "q4.gguf", *options, "--kl-divergence-base", folder / "full.kld"]
-    # The tool sometimes exits before its last lines are printed.
-    tries = (tools.run("llama-perplexity", *arguments) for _ in range(5))
-    out = next(printed for printed in tries if "Same top p" in printed)
+    out = tools.run("llama-perplexity", *arguments, until="^Same top p:")
     figures = divergence_figures(compared(folder, text))
 
     def theirs(label):

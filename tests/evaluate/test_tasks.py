@@ -162,12 +162,8 @@ def test_what_does_not_fit_is_counted_and_named(tiny_gguf):
 def answers_of(tools, model, task, folder, option, *more):
     path = folder / option
     export_task(task, path)
-    out = ""
-    for _ in range(3):  # the tool sometimes exits before its last lines are printed
-        out = tools.run("llama-perplexity", "-m", model, *more, "-c", 256, "-t", 1, "--no-escape", f"--{option}",
-                        f"--{option}-tasks", 20)  # fmt: skip
-        if re.search(r"^20\t", out, re.M):
-            break
+    draw = ["-c", 256, "-t", 1, "--no-escape", f"--{option}", f"--{option}-tasks", 20]
+    out = tools.run("llama-perplexity", "-m", model, *more, *draw, until=r"^20\t")
     found = re.findall(r"^(\d+)\t\s*([\d.]+)", out, re.M)
     return {int(number): float(percent) for number, percent in found}
 
