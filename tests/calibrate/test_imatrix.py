@@ -2,23 +2,29 @@
 
 import numpy as np
 import pytest
+from heard import Heard
 from moe import write_moe
+from rewritten import rewritten
 
 from bitladder.calibrate import (
     Imatrix,
     ImatrixEntry,
     ImatrixOptions,
+    MomentsOptions,
     UnfinishedWork,
     collect_imatrix,
+    collect_moments,
     merge_imatrices,
     read_imatrix,
     write_imatrix,
 )
 from bitladder.calibrate.collect_imatrix import ImatrixCollector
+from bitladder.calibrate.coverage import tokens_needed
 from bitladder.calibrate.inputs import model_inputs
 from bitladder.engine import Context, Decoding, Model, Multiplication
 from bitladder.errors import BitladderError, UsageError
-from bitladder.text import Reading, load_text
+from bitladder.gguf import GgufFile
+from bitladder.text import Reading, Text, load_text, text_chunks
 
 SHORT = Decoding(n_ctx=128)
 
@@ -117,6 +123,100 @@ def test_expert_sums_are_brute_force(moe, text):
         assert np.allclose(collector.entries[seen.weight].sums, sums, rtol=1e-5)
         assert counts.sum() == 2 * 128
     assert collector.entries["blk.1.ffn_up_exps.weight"].counts[-1] == 0
+
+
+def test_the_others_stand_in_for_an_expert_without_tokens(moe, text, tmp_path):
+    heard = Heard()
+    first_file, second, merged = (tmp_path / f"{name}.gguf" for name in ("a", "b", "merged"))
+    collect_imatrix(moe, [text], first_file, reading=first(2), decoding=SHORT, progress=heard)
+    name = "blk.1.ffn_down_exps.weight"
+    entry = read_imatrix(first_file).entries[name]
+    assert entry.unreached() == [7] and not entry.sums[7].any()
+    expected = entry.sums[:7].sum(0, dtype=np.float64) / entry.counts[:7].sum()
+    np.testing.assert_allclose(entry.means()[7], expected, rtol=1e-6)
+    # The file says so to llama-quantize, which rounds this count up.
+    with GgufFile(first_file) as file:
+        counts, sums = (file.read(file.tensors[name + part]).view(np.float32) for part in (".counts", ".in_sum2"))
+    assert counts[7, 0] == 0.5 and np.array_equal(sums[7], entry.means()[7])
+    (warning,) = heard.warnings
+    assert "block 1: 1 of 8 experts never reached in ffn_gate_exps, ffn_up_exps, ffn_down_exps: 7" in warning
+    assert "an estimated 512 tokens of such text would reach them (256 were read)" in warning
+    # What stands in is no token: it is not added up.
+    collect_imatrix(moe, [text], second, reading=first(1, from_chunk=2), decoding=SHORT)
+    merge_imatrices(merged, [first_file, second], n_ctx=128)
+    collect_imatrix(moe, [text], tmp_path / "whole.gguf", reading=first(3), decoding=SHORT)
+    equal(read_imatrix(merged), read_imatrix(tmp_path / "whole.gguf"))
+    again = read_imatrix(merged).entries[name]
+    np.testing.assert_allclose(again.means()[7], again.sums[:7].sum(0) / again.counts[:7].sum(), rtol=1e-5)
+
+
+def test_calibration_goes_on_until_experts_have_their_tokens(moe, text, tmp_path):
+    def choose_all(name, values):
+        return np.vstack([values[:7], values[:1] * 1.1]) if name == "blk.1.ffn_gate_inp.weight" else values
+
+    without_dead = rewritten(moe, tmp_path / "alive.gguf", choose_all, np.float16)
+    counts = []
+    for chunk in range(4):
+        out = tmp_path / "n.gguf"
+        collect_imatrix(without_dead, [text], out, reading=first(1, from_chunk=chunk), decoding=SHORT)
+        entries = read_imatrix(out).entries.values()
+        counts.append(np.concatenate([entry.counts for entry in entries if len(entry.counts) > 1]))
+    fewest = np.cumsum(counts, axis=0).min(axis=1)  # tokens of the expert with the fewest, after so many chunks
+    wanted = int(fewest[3])
+    needed = 1 + int(np.flatnonzero(fewest >= wanted)[0])
+    assert needed > 2
+    for layout in ({}, {"n_batch": 128}):
+        reading = first(1).replace(expert_coverage=wanted)
+        result = collect_imatrix(
+            without_dead, [text], tmp_path / "c.gguf", reading=reading, decoding=SHORT.replace(**layout)
+        )
+        assert result.chunks == needed
+    moments = collect_moments(
+        without_dead,
+        [text],
+        tmp_path / "m.gguf",
+        reading=reading,
+        decoding=SHORT,
+        options=MomentsOptions(weighting="tokens"),
+    )
+    assert moments.chunks == needed
+    # An expert that the router never chooses: the text ends.
+    heard, short = Heard(), Text.of("short", text.text[:3000])
+    result = collect_imatrix(moe, [short], tmp_path / "d.gguf", reading=reading, decoding=SHORT, progress=heard)
+    with Model(moe, vocab_only=True) as model:
+        assert result.chunks == len(model.tokenize(short.text)) // 128
+    assert f"block 1: 1 of 8 experts with fewer than {wanted} tokens" in heard.warnings[0]
+
+
+def test_further_chunks_are_those_that_were_not_read(moe, text):
+    other = load_text("pydoc:test")
+    short = [Text.of("a", text.text[:6000]), Text.of("b", other.text[:9000])]
+    with Model(moe, vocab_only=True) as model:
+        for spread in (False, True):
+            reading = Reading(chunks=3, spread=spread)
+            rows, further = reading.rows(model, short, 64), reading.further(model, short, 64)
+            whole = Reading().rows(model, short, 64)
+            assert sorted(map(tuple, np.concatenate([rows, further]))) == sorted(map(tuple, whole))
+            assert not reading.replace(chunks=None).further(model, short, 64).size
+            counts = [len(text_chunks(model, each, 64)) - 3 for each in short]
+            places = [whole.tolist().index(row) for row in further.tolist()]
+            assert [place >= counts[0] + 3 for place in places[:6]] == [False, True] * 3
+
+
+def test_the_text_that_would_reach_an_expert_is_estimated():
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(60):
+        shares = rng.lognormal(0, 1.5, 64)
+        shares /= shares.sum()
+        counts = rng.multinomial(1500, shares)
+        if (counts == 0).any():
+            estimate = tokens_needed(counts, 1500, 10)
+            ratios.append(estimate / (10 / shares.min()))  # tokens after which the rarest has ten in the mean
+    assert len(ratios) > 20
+    assert 0.5 < np.median(ratios) < 2 and np.quantile(np.abs(np.log(ratios)), 0.9) < np.log(4)
+    assert tokens_needed(np.array([0, 0, 5, 7]), 100, 1) is None
+    assert tokens_needed(np.array([20, 10, 40]), 100, 5) == 100
 
 
 def test_batches_and_sides_do_not_matter(tiny_gguf, text, tmp_path):

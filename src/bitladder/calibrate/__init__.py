@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, writing_moments
     from bitladder.calibrate.moments.positions import PositionOptions, position_weights
     from bitladder.calibrate.moments.schema import MomentShape, Provenance
-    from bitladder.calibrate.moments.triangles import Correlations, LowRank, pack_triangle
+    from bitladder.calibrate.moments.triangles import Correlations, LowRank, pack_triangle, triangle, unpack_triangle
     from bitladder.calibrate.statistics.compare_imatrices import (
         ImatrixComparison,
         TensorDifference,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         tensor_statistics,
         weighted_mean,
     )
-    from bitladder.calibrate.statistics.gaps import Gaps, find_gaps, listed
+    from bitladder.calibrate.statistics.gaps import Gaps, expert_lines, find_gaps, listed
     from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 
 __all__ = [
@@ -93,6 +93,7 @@ __all__ = [
     "collect_imatrix",
     "collect_moments",
     "compare_imatrices",
+    "expert_lines",
     "find_gaps",
     "fisher_costs",
     "grouped_differences",
@@ -107,6 +108,8 @@ __all__ = [
     "require_torch",
     "tensor_statistics",
     "torch_threads",
+    "triangle",
+    "unpack_triangle",
     "usual_weighting",
     "watch_chunks",
     "weighted_mean",

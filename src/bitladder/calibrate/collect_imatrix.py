@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.calibrate.coverage import Counts, ExpertCounter, coverage_warning, covered, expert_counts
 from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix, zeros_in
 from bitladder.calibrate.inputs import (
     MIN_CALIBRATION_CTX,
@@ -33,7 +34,15 @@ from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Reading, Text
 
-IMATRIX = Algorithm("imatrix", ("sums of squared inputs by column, as llama-imatrix adds them up",))
+IMATRIX = Algorithm(
+    "imatrix",
+    (
+        "sums of squared inputs by column, as llama-imatrix adds them up",
+        "the mean of the other experts stands in for one that no token reached",
+    ),
+)
+
+COVERING = "covering.chunks"  # the piece that has the chunks after which experts have their tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +82,7 @@ class ImatrixCollector:
                 if in_main_block(name) or (process_output and name == "output.weight"):
                     columns = shared.matrices * shared.width
                     shape = (shared.matrices, shared.width) if shared.experts else (1, columns)
-                    self.entries[name] = ImatrixEntry(np.zeros(shape), np.zeros(shape[0], np.int64))
+                    self.entries[name] = ImatrixEntry(np.zeros(shape), np.zeros(shape[0], np.int64), shared.experts)
 
     def wants(self, seen: Multiplication) -> bool:
         """Whether a multiplication counts. A dense input of fewer than 16 tokens does not."""
@@ -105,6 +114,11 @@ class ImatrixCollector:
         refuse_not_finite(seen, sums)
         self._shared = (seen.input_id, seen.weight, sums)
         return sums
+
+    @property
+    def counts(self) -> dict[str, Counts]:
+        """The tokens of each expert, int64 [experts], by weight."""
+        return {name: entry.counts for name, entry in self.entries.items() if len(entry.counts) > 1}
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
         """The arrays that grow, by name."""
@@ -161,11 +175,10 @@ def collect_imatrix(
     settings = [reading, decoding, decoding.n_batch, decoding.n_ubatch, options]
     work = UnfinishedWork(out, job_key(model, texts, IMATRIX, settings=settings))
     with Model(model, gpu_layers=decoding.gpu_layers) as loaded:
-        chunks = reading.rows(loaded, texts, decoding.n_ctx)
         collector = ImatrixCollector(model_inputs(loaded, decoding.threads), options.process_output)
-        _decode(loaded, chunks, collector, decoding, options, work, progress)
+        read = _decode(loaded, texts, reading, collector, decoding, options.process_output, work, progress)
     total.add(collector.imatrix([text.name for text in texts], decoding.n_ctx))
-    result = _write(total, out, options.form, len(chunks), progress)
+    result = _write(total, out, options.form, len(read), reading.expert_coverage, progress)
     work.remove()
     return result
 
@@ -193,7 +206,7 @@ def merge_imatrices(
     if not in_files:
         raise BitladderError("nothing to do: give a text (-f) or matrices to merge (--in-file)")
     total = _sum(in_files, n_ctx)
-    return _write(total, pathlib.Path(out), form, total.chunk_count, progress)
+    return _write(total, pathlib.Path(out), form, total.chunk_count, None, progress)
 
 
 def _sum(in_files: Sequence[str | os.PathLike[str]], n_ctx: int) -> Imatrix:
@@ -203,51 +216,93 @@ def _sum(in_files: Sequence[str | os.PathLike[str]], n_ctx: int) -> Imatrix:
     return total
 
 
-def _write(imatrix: Imatrix, out: pathlib.Path, form: str, chunks: int, progress: Progress) -> ImatrixResult:
-    write_imatrix(imatrix, out, form)
+def _write(
+    imatrix: Imatrix, out: pathlib.Path, form: str, chunks: int, wanted: int | None, progress: Progress
+) -> ImatrixResult:
     gaps = imatrix.gaps()
-    if gaps:
-        experts = sum(map(len, gaps.values()))
-        progress.warn(
-            f"{experts} experts in {len(gaps)} weights were reached by no token; they would be quantized as if all "
-            "their columns mattered alike. Use more, or more varied, calibration text"
-        )
+    tokens = max((int(entry.counts.max()) for entry in imatrix.entries.values()), default=0)
+    write_imatrix(imatrix, out, form)
+    if warning := coverage_warning(expert_counts(imatrix), tokens, wanted):
+        progress.warn(warning)
     if zeros := zeros_in(imatrix, imatrix.entries):
         progress.warn(zeros)
     return ImatrixResult(out, len(imatrix.entries), chunks, gaps)
 
 
-def _decode(
+def covering_chunks(
     model: Model,
-    chunks: Tokens,
-    collector: ImatrixCollector,
+    texts: Sequence[Text],
+    reading: Reading,
+    inputs: Sequence[WeightInput],
     decoding: Decoding,
-    options: ImatrixOptions,
     work: UnfinishedWork,
     progress: Progress,
-) -> None:
-    """Decodes the chunks that are not in the state of interrupted work."""
+) -> Tokens:
+    """The chunks that `reading` names, and those after which each expert has the tokens that it wants.
+
+    They are decoded once to count the tokens of each expert, unless nothing is wanted.
+
+    Parameters:
+        model: the loaded model.
+        texts: the texts.
+        reading: which chunks are read at least, and how many tokens each expert should have.
+        inputs: the inputs of the model's weights.
+        decoding: how chunks are decoded.
+        work: keeps the state.
+        progress: hears of the work.
+
+    Returns:
+        int32 [chunks, n_ctx].
+    """
+    if reading.expert_coverage is None or not any(shared.experts for shared in inputs):
+        return reading.rows(model, texts, decoding.n_ctx)
+    if not work.has(COVERING):
+        work.put(COVERING, _decode(model, texts, reading, ExpertCounter(inputs), decoding, False, work, progress))
+    return np.asarray(work.get(COVERING))
+
+
+def _decode(
+    model: Model,
+    texts: Sequence[Text],
+    reading: Reading,
+    collector: ImatrixCollector | ExpertCounter,
+    decoding: Decoding,
+    head: bool,
+    work: UnfinishedWork,
+    progress: Progress,
+) -> Tokens:
+    """Decodes the chunks that are not in the state of interrupted work. Returns all that were decoded."""
     n_ctx = decoding.n_ctx
+    chunks = reading.rows(model, texts, n_ctx)
+    least = len(chunks)
+    if reading.expert_coverage is not None:
+        chunks = np.concatenate([chunks, reading.further(model, texts, n_ctx)])
     side_by_side = max(1, decoding.n_batch // n_ctx)
     step = min(decoding.n_batch, n_ctx)
-    state = collector.state()
-    done = work.load_state("imatrix", state, progress)
+    state, label = collector.state(), "imatrix" if isinstance(collector, ImatrixCollector) else "experts"
+    done = work.load_state(label, state, progress)
     with (
         Context(
             model,
             decoding.replace(n_batch=side_by_side * step),
             n_seq=side_by_side,
             observer=collector,
-            skip_head=not options.process_output,
+            skip_head=not head,
         ) as context,
-        progress.task("imatrix", len(chunks)) as bar,
+        progress.task(label, len(chunks)) as bar,
     ):
         bar.advance(done)
-        for start in range(done, len(chunks), side_by_side):
-            rows = chunks[start : start + side_by_side]
+        while done < len(chunks):
+            if done >= least and covered(collector.counts.values(), reading.expert_coverage or 0):
+                break
+            # What is read for the experts is read chunk by chunk, so that batches do not decide how much it is.
+            rows = chunks[done : min(done + side_by_side, least) if done < least else done + 1]
             context.clear()
             for first in range(0, n_ctx, step):
                 decode_columns(context, rows, first, min(first + step, n_ctx))
+            done += len(rows)
             bar.advance(len(rows))
             if work.due():
-                work.save_state("imatrix", start + len(rows), state)
+                work.save_state(label, done, state)
+        bar.advance(len(chunks) - done)
+    return chunks[:done]

@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixCollector, ImatrixOptions
+from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixCollector, ImatrixOptions, covering_chunks
+from bitladder.calibrate.coverage import coverage_warning
 from bitladder.calibrate.gradients.kept_moments import moments_by_gradients
 from bitladder.calibrate.gradients.options import GradientOptions
 from bitladder.calibrate.gradients.usable import has_half_products, require_torch, why_no_gradients
@@ -157,11 +158,11 @@ def collect_moments(
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(MomentsFile(path)) for path in in_files]
         work = UnfinishedWork(out, job_key(model, texts, MOMENTS, IMATRIX, settings=settings))
-        only_vocabulary = weighting == "gradients" and imatrix is None
+        only_vocabulary = weighting == "gradients" and imatrix is None and reading.expert_coverage is None
         with Model(model, vocab_only=only_vocabulary, gpu_layers=decoding.gpu_layers) as loaded:
-            chunks = reading.rows(loaded, texts, decoding.n_ctx)
-            provenance = Provenance(datasets, len(chunks), decoding.n_ctx, weighting, model_sha256(model))
             inputs = [] if only_vocabulary else model_inputs(loaded, decoding.threads)
+            chunks = covering_chunks(loaded, texts, reading, inputs, decoding, work, progress)
+            provenance = Provenance(datasets, len(chunks), decoding.n_ctx, weighting, model_sha256(model))
             beside = None
             if imatrix is not None:
                 beside = ImatrixCollector(inputs, options.imatrix.process_output), datasets
@@ -179,7 +180,7 @@ def collect_moments(
             source = moments_by_gradients(
                 model, chunks, work, provenance, options.gradients, options.memory_bytes(), decoding.threads, progress
             )
-        result = _write(out, [source, *others], passes, progress)
+        result = _write(out, [source, *others], passes, reading.expert_coverage, progress)
         if imatrix is not None:
             write_imatrix(read_imatrix(work.path(IMATRIX_FILE)), imatrix, options.imatrix.form)
     work.remove()
@@ -201,10 +202,12 @@ def merge_moments(out: Path, in_files: Sequence[Path], *, progress: Progress = S
         raise BitladderError("nothing to do: give a text (-f) or moments to merge (--in-file)")
     with contextlib.ExitStack() as stack:
         sources = [stack.enter_context(MomentsFile(path)) for path in in_files]
-        return _write(pathlib.Path(out), sources, 0, progress)
+        return _write(pathlib.Path(out), sources, 0, None, progress)
 
 
-def _write(out: pathlib.Path, sources: Sequence[MomentsSource], passes: int, progress: Progress) -> MomentsResult:
+def _write(
+    out: pathlib.Path, sources: Sequence[MomentsSource], passes: int, wanted: int | None, progress: Progress
+) -> MomentsResult:
     """Writes what some sources hold together, and warns of experts without data."""
     provenance = write_sources(out, sources)
     if len({source.provenance.model_sha256 for source in sources} - {""}) > 1:
@@ -212,16 +215,12 @@ def _write(out: pathlib.Path, sources: Sequence[MomentsSource], passes: int, pro
             "the moments that were added are of different files. If these are not one model in several precisions, "
             "their sum belongs to none of them"
         )
-    names, gaps = sources[0].names(), {}
-    for name in names:
-        counts = np.sum([source.counts(name) for source in sources], axis=0)
-        if not counts.all():
-            gaps[name] = np.flatnonzero(counts == 0).tolist()
-    if gaps:
-        progress.warn(
-            f"{sum(map(len, gaps.values()))} experts in {len(gaps)} weights were reached by no token: nothing is known "
-            "of their inputs. Use more, or more varied, calibration text"
-        )
+    names = sources[0].names()
+    counts = {name: np.sum([source.counts(name) for source in sources], axis=0) for name in names}
+    gaps = {name: np.flatnonzero(each == 0).tolist() for name, each in counts.items() if not each.all()}
+    tokens = max(int(each.max()) for each in counts.values())
+    if warning := coverage_warning({name: each for name, each in counts.items() if len(each) > 1}, tokens, wanted):
+        progress.warn(warning)
     entries = len({tuple(source.entry(name) for source in sources) for name in names})
     return MomentsResult(out, len(names), entries, provenance.chunk_count, passes, provenance.weighting, gaps)
 
@@ -272,6 +271,7 @@ def collect_for_rounding(
     *,
     decoding: Decoding | None = None,
     options: RoundingMomentsOptions | None = None,
+    expert_coverage: int | None = None,
     progress: Progress = SILENT,
 ) -> MomentsResult:
     """Collects what rounding for layers' outputs needs: weighted moments, and plain ones of more chunks.
@@ -285,6 +285,7 @@ def collect_for_rounding(
         plain: path of the file of moments in which all tokens count alike.
         decoding: as for `collect_moments`.
         options: how much is collected.
+        expert_coverage: as of `Reading`.
         progress: hears of the work.
 
     Returns:
@@ -300,7 +301,7 @@ def collect_for_rounding(
         model,
         texts,
         plain,
-        reading=Reading(chunks=options.plain_share * options.moments_chunks),
+        reading=Reading(chunks=options.plain_share * options.moments_chunks, expert_coverage=expert_coverage),
         decoding=decoding,
         options=MomentsOptions(weighting="tokens"),
         progress=progress,
@@ -315,7 +316,7 @@ def collect_for_rounding(
         model,
         texts,
         out,
-        reading=Reading(chunks=options.moments_chunks),
+        reading=Reading(chunks=options.moments_chunks, expert_coverage=expert_coverage),
         decoding=decoding,
         options=weighted,
         progress=progress,

@@ -21,6 +21,9 @@ from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, Value, 
 
 Floats = npt.NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+# The count of an expert that no token reached, if sums stand in for it. llama-quantize rounds it up to one token
+# and takes these sums for the mean. Read here, it is rounded to 0, so that the expert is known to be unreached.
+STANDS_IN = np.float32(0.5)
 
 
 @dataclasses.dataclass
@@ -30,6 +33,7 @@ class ImatrixEntry:
     Parameters:
         sums: sums of squared inputs, float [matrices, n_in].
         counts: tokens that were summed, int64 [matrices], or [1] where all matrices of a dense weight saw the same.
+        stands_in: whether the mean over all tokens of the others stands in for an expert that no token reached.
 
     Example:
         >>> ImatrixEntry(np.array([[8.0, 2.0]]), np.array([4])).means()
@@ -38,16 +42,21 @@ class ImatrixEntry:
 
     sums: npt.NDArray[np.floating]
     counts: npt.NDArray[np.int64]
+    stands_in: bool = False
 
     def means(self) -> Floats:
         """Mean squared input of each column, float32 [matrices, n_in], as llama-quantize computes it.
 
-        An expert that no token reached has no mean. It gets 1 everywhere, which weights its columns alike;
-        `unreached` lists these experts.
+        An expert that no token reached has no mean. It gets what stands in for it, or else 1 everywhere, which weights
+        its columns alike. `unreached` lists these experts.
         """
         counts = self.counts.astype(np.float32)[:, None]
-        sums = self.sums.astype(np.float32)
-        return np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.float32(1)).astype(np.float32)
+        sums, reached = self.sums.astype(np.float32), self.counts > 0
+        means = np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.float32(1)).astype(np.float32)
+        if self.stands_in and reached.any():
+            # From what the file will hold, so that it is the same when it is read again.
+            means[~reached] = sums[reached].sum(axis=0, dtype=np.float64) / counts[reached].sum(dtype=np.float64)
+        return means
 
     def unreached(self) -> list[int]:
         """Experts without a single token."""
@@ -119,7 +128,7 @@ class Imatrix:
             sums, counts = theirs.sums.astype(np.float64) * scale, theirs.counts * scale
             ours = self.entries.get(name)
             if ours is None:
-                self.entries[name] = ImatrixEntry(sums, counts)
+                self.entries[name] = ImatrixEntry(sums, counts, theirs.stands_in)
                 continue
             if ours.sums.size != sums.size or (
                 len(ours.counts) != len(counts) and 1 not in (len(ours.counts), len(counts))
@@ -131,6 +140,7 @@ class Imatrix:
                 ours.counts, ours.sums = np.repeat(ours.counts, len(counts)), ours.sums.reshape(sums.shape)
             ours.sums = ours.sums + sums.reshape(ours.sums.shape)
             ours.counts = ours.counts + counts
+            ours.stands_in |= theirs.stands_in
         self.datasets += other.datasets
         self.chunk_count = max((int(e.counts.max()) for e in self.entries.values()), default=0) // self.chunk_size
 
@@ -190,12 +200,15 @@ def _read_gguf(path: pathlib.Path) -> Imatrix:
             if counted is None or tensor.type.name != "f32" or counted.type.name != "f32":
                 raise BitladderError(f"{path}: {weight} has no F32 pair of sums and counts; the imatrix is damaged")
             sums = file.read(tensor).view(np.float32)
-            # A count that is not a number counts as 0.
-            counts = np.nan_to_num(np.rint(file.read(counted).view(np.float32)), posinf=0, neginf=0)
-            counts = counts.astype(np.int64).reshape(-1)
+            # A count that is not a number counts as 0, and so does STANDS_IN.
+            tokens = file.read(counted).view(np.float32).reshape(-1)
+            counts = np.nan_to_num(np.rint(tokens), posinf=0, neginf=0).astype(np.int64)
             if len(counts) != len(sums):
                 raise BitladderError(f"{path}: {weight} has {len(sums)} rows of sums but {len(counts)} counts")
-            entries[weight] = ImatrixEntry(sums, counts)
+            stands_in = tokens == STANDS_IN
+            if stands_in.any():
+                sums = np.where(stands_in[:, None], np.float32(0), sums)
+            entries[weight] = ImatrixEntry(sums, counts, bool(stands_in.any()))
         if not entries:
             raise BitladderError(f"{path} holds no importance data")
         return Imatrix(entries, datasets, chunks, size)
@@ -252,8 +265,11 @@ def write_imatrix(imatrix: Imatrix, path: str | os.PathLike[str], form: str = "g
     arrays: dict[str, Floats] = {}
     for name in sorted(imatrix.entries):
         entry = imatrix.entries[name]
-        arrays[name + _SUMS] = entry.sums.astype(np.float32).reshape(len(entry.counts), -1)
-        arrays[name + _COUNTS] = entry.counts.astype(np.float32)[:, None]
+        sums = entry.sums.astype(np.float32).reshape(len(entry.counts), -1)
+        counts = entry.counts.astype(np.float32)[:, None]
+        if entry.stands_in and (counts > 0).any():
+            sums, counts = np.where(counts > 0, sums, entry.means()), np.where(counts > 0, counts, STANDS_IN)
+        arrays |= {name + _SUMS: sums, name + _COUNTS: counts}
     plans = [TensorPlan(name, array.shape[::-1], f32) for name, array in arrays.items()]
     with replacing(path) as temporary, temporary.open("wb") as stream:
         writer = GgufWriter(stream, metadata, plans)

@@ -67,6 +67,14 @@ class RunOptions(Options):
         unset="all",
         help="Use at most N chunks of each calibration text for the importance matrix.",
     )
+    expert_coverage: int | None = option(
+        None,
+        "--expert-coverage",
+        least=1,
+        metavar="N",
+        unset="no more text than for other models",
+        help="Calibrate on until each expert of a mixture has N tokens, or the texts end.",
+    )
     mode: Mode = option(
         "quality",
         "--mode",

@@ -96,9 +96,15 @@ def _warn(weighted: dict[str, Floats], changing: list[TensorChoice], imatrix: Im
         progress.warn(f"the imatrix has no entry for {len(without)} tensors ({without[0]}, …): quantized unweighted")
     if zeros := zeros_in(imatrix, weighted):
         progress.warn(zeros)
-    for name, experts in imatrix.gaps().items():
-        if name in weighted:
-            progress.warn(f"{name}: no data for experts {experts[:8]}{'…' if len(experts) > 8 else ''}")
+    gaps = {name: experts for name, experts in imatrix.gaps().items() if name in weighted}
+    if gaps:
+        some = ", ".join(list(gaps)[:4]) + (", …" if len(gaps) > 4 else "")
+        alone = not all(imatrix.entries[name].stands_in for name in gaps)
+        progress.warn(
+            f"no token reached {sum(map(len, gaps.values()))} experts of {len(gaps)} tensors ({some}; bitladder stats "
+            f"lists them): "
+            + ("their columns count alike, as with llama-quantize" if alone else "they have the mean of the others")
+        )
 
 
 def _refuse_unweighted(

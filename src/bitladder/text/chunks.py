@@ -141,11 +141,34 @@ class Reading(Options):
     parse_special: bool = option(
         False, "--parse-special", help='Read "<|im_end|>" and the like in the text as the tokens they name.'
     )
+    expert_coverage: int | None = option(
+        None,
+        "--expert-coverage",
+        least=1,
+        metavar="N",
+        help="Read on until each expert has N tokens, or the texts end.",
+        unset="only the chunks that --chunks names",
+    )
 
     def rows(self, model: "Model", texts: Sequence[Text], n_ctx: int) -> Tokens:
         """The tokens to decode of all texts, int32, shape [chunks, n_ctx].
 
         Raises BitladderError for a text that is too short.
         """
-        settings = dataclasses.asdict(self)
-        return np.concatenate([text_chunks(model, text, n_ctx, **settings).inputs() for text in texts])
+        return np.concatenate([self._chunks(model, text, n_ctx).inputs() for text in texts])
+
+    def further(self, model: "Model", texts: Sequence[Text], n_ctx: int) -> Tokens:
+        """The chunks that `rows` leaves, a chunk of each text after the other, int32, shape [chunks, n_ctx]."""
+        left, places = [], []
+        for text in texts:
+            whole = self.replace(chunks=None, spread=False)._chunks(model, text, n_ctx)
+            count = len(whole) if self.chunks is None else min(self.chunks, len(whole))
+            read = spread_evenly(len(whole), count) if self.spread else slice(count)
+            left.append(np.delete(whole.inputs(), read, axis=0))
+            places.append(np.arange(len(left[-1])))
+        order = np.argsort(np.concatenate(places), kind="stable")
+        return np.asarray(np.concatenate(left)[order])
+
+    def _chunks(self, model: "Model", text: Text, n_ctx: int) -> Chunks:
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "expert_coverage"}
+        return text_chunks(model, text, n_ctx, **settings)

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,8 @@ class Gaps:
 
     def lines(self) -> list[str]:
         """The gaps as lines for a person. Weights with the same gap share a line."""
-        lines = _expert_lines(self.unreached, "never reached")
-        lines += _expert_lines(self.perhaps_unreached, "perhaps never reached (all their means are exactly 1)")
+        lines = expert_lines(self.unreached, "never reached")
+        lines += expert_lines(self.perhaps_unreached, "perhaps never reached (all their means are exactly 1)")
         for name, count in self.not_finite.items():
             lines.append(f"{name}: {count} value{_s(count)} not finite; compute it again")
         for name, count in self.negative.items():
@@ -78,7 +78,7 @@ class Gaps:
         if alike:
             lines.append(f"all 0 although tokens reached them, so that columns count alike: {listed(alike)}")
         experts = {name: what for name, what in self.zero.items() if what[1] > 1}
-        lines += _expert_lines(experts, "reached, but with inputs of 0")
+        lines += expert_lines(experts, "reached, but with inputs of 0")
         if self.zero_columns:
             columns = [f"{name} {count}" for name, count in self.zero_columns.items()]
             more = f", and {len(columns) - 8} more" if len(columns) > 8 else ""
@@ -157,7 +157,8 @@ def _columns(tensor: TensorInfo) -> tuple[int, int]:
     return tensor.width * experts, experts
 
 
-def _expert_lines(gaps: dict[str, tuple[list[int], int]], what: str) -> list[str]:
+def expert_lines(gaps: Mapping[str, tuple[list[int], int]], what: str) -> list[str]:
+    """Experts by weight, and the number of all experts, as lines for a person. Weights of a block share a line."""
     shared: dict[tuple[int | None, str, int, int], list[str]] = {}
     for name, (experts, of) in gaps.items():
         layer, kind = imatrix_place(name)

@@ -24,7 +24,8 @@ class CollectImatrix(Step):
         return ("convert", "calibration")
 
     def _reading(self) -> Reading:
-        return Reading(chunks=self.options.imatrix_chunks, spread=False)
+        coverage = self.options.expert_coverage
+        return Reading(chunks=self.options.imatrix_chunks, spread=False, expert_coverage=coverage)
 
     def decides(self) -> Mapping[str, Any]:
         """How the texts are decoded, and how much of them."""
@@ -55,4 +56,7 @@ class CollectImatrix(Step):
                 f"the calibration text is shorter than --imatrix-chunks {limit}; all {result.chunks} chunks are used"
             )
         texts = [text_used(text).model_dump() for text in run.calibration]
-        return Product([out], {"entries": result.entries, "chunks": result.chunks, "texts": texts})
+        gaps = calibrate.find_gaps(calibrate.read_imatrix(out))
+        unreached = calibrate.expert_lines(gaps.unreached, "never reached")
+        facts = {"entries": result.entries, "chunks": result.chunks, "texts": texts, "unreached": unreached}
+        return Product([out], facts)

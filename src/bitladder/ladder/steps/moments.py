@@ -26,7 +26,8 @@ class CollectMoments(Step):
     def decides(self) -> Mapping[str, Any]:
         """How the texts are decoded, how much of them, and how tokens are weighted."""
         # Options that a run does not offer have the defaults of `bitladder calibrate`.
-        defaults = {"collected": calibrate.MomentsOptions(), "reading": Reading()}
+        reading = Reading(expert_coverage=self.options.expert_coverage)
+        defaults = {"collected": calibrate.MomentsOptions(), "reading": reading}
         return {"decoding": self.options.decoding, "moments": self.options.moments, **defaults}
 
     def surroundings(self, run: Run) -> Mapping[str, Any]:
@@ -54,6 +55,7 @@ class CollectMoments(Step):
             plain,
             decoding=self.options.decoding,
             options=self.options.moments,
+            expert_coverage=self.options.expert_coverage,
             progress=run.progress,
         )
         return Product([out, plain], {"chunks": result.chunks, "weighting": result.weighting})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate import Moment, MomentsFile, model_sha256
+from bitladder.calibrate import MomentsFile, model_sha256, triangle, unpack_triangle
 from bitladder.engine import TensorType
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
@@ -32,6 +32,7 @@ OUTPUT_ROUNDING = Algorithm(
     (
         "tensors with second moments are rounded for their output, each expert by itself",
         "of several files of moments the mean counts, each scaled to the same trace",
+        "an expert that no token reached is rounded for the mean of the inputs of the others",
     ),
     uses=(ROUNDING,),
 )
@@ -68,7 +69,8 @@ class OutputRounding:
     def __call__(self, name: str, weights: Floats, kind: TensorType, importance: Floats | None) -> Bytes:
         """See `trial.RoundingMethod`.
 
-        An expert that no token reached, and a tensor without moments, gets the library's blocks.
+        An expert that no token reached is rounded for the mean over all tokens of the others. A tensor without moments
+        gets the library's blocks.
         """
         stock = self._stock(name, weights, kind, importance)
         if not self.covers(name, kind):
@@ -96,17 +98,41 @@ class OutputRounding:
                 if ready is None
                 else round_matrix(weights[0], stock[0], kind.name, ready, self._options)
             ]
-        moment = self._read(name)
-        if len(moment.inputs) != len(weights):
+        files = [file for file in self._moments if name in file]
+        counts = [file.counts(name) for file in files]
+        matrices = next((len(each) for each in counts if len(each) != len(weights)), len(weights))
+        if matrices != len(weights):
             raise BitladderError(
-                f"{len(moment.inputs)} matrices of second moments for {len(weights)} of weights: of another model"
+                f"{matrices} matrices of second moments for {len(weights)} of weights: of another model"
             )
-        return [
-            Rounded(stock[index], 0.0, 0.0)
-            if not moment.counts[index]
-            else round_tensor(matrix, stock[index], kind.name, moment.inputs[index], self._options)
-            for index, matrix in enumerate(weights)
-        ]
+        if not any(each.any() for each in counts):
+            return [Rounded(blocks, 0.0, 0.0) for blocks in stock]
+        others: Floats | None = None
+        rounded = []
+        # Moments are read expert by expert: those of hundreds do not fit into memory together.
+        for index, matrix in enumerate(weights):
+            known = [file for file, each in zip(files, counts, strict=True) if each[index]]
+            if known:
+                with self._lock:
+                    inputs = _mean([unpack_triangle(file.packed(name, index)) for file in known])
+            else:
+                others = self._others(name, files, counts) if others is None else others
+                inputs = others
+            rounded.append(round_tensor(matrix, stock[index], kind.name, inputs, self._options))
+        return rounded
+
+    def _others(self, name: str, files: Sequence[MomentsFile], counts: Sequence[npt.NDArray[np.int64]]) -> Floats:
+        """The mean over all tokens of all experts, float32 [n_in, n_in]."""
+        means = []
+        for file, each in zip(files, counts, strict=True):
+            if not each.any():
+                continue
+            total = np.zeros(triangle(file.shape(name).n_in), np.float32)
+            for index in np.flatnonzero(each):
+                with self._lock:
+                    total += file.packed(name, int(index)) * np.float32(each[index] / each.sum())
+            means.append(unpack_triangle(total))
+        return _mean(means)
 
     def _ready(self, name: str) -> SecondMoments | None:
         """Factors of a tensor's moments, which serve all its types; None if no token reached it.
@@ -115,18 +141,19 @@ class OutputRounding:
         """
         if getattr(self._last, "name", None) != name:
             self._last.name, self._last.moments = None, None  # frees the memory first
-            moment = self._read(name)
-            if len(moment.inputs) != 1:
-                raise BitladderError(f"{len(moment.inputs)} matrices of second moments for one of weights")
-            if moment.counts[0]:
-                self._last.moments = SecondMoments(moment.inputs[0], moment.outputs, self._options)
+            with self._lock:
+                files = [file for file in self._moments if name in file]
+                matrices = max(file.shape(name).matrices for file in files)
+                if matrices != 1:
+                    raise BitladderError(f"{matrices} matrices of second moments for one of weights")
+                reached = any(file.counts(name)[0] for file in files)
+                inputs = _mean([unpack_triangle(file.packed(name)) for file in files])
+                outputs = next((kept.matrix() for file in files if (kept := file.outputs(name)) is not None), None)
+            if reached:
+                self._last.moments = SecondMoments(inputs, outputs, self._options)
             self._last.name = name
         ready: SecondMoments | None = self._last.moments
         return ready
-
-    def _read(self, name: str) -> Moment:
-        with self._lock:
-            return _mean([file.read(name) for file in self._moments if name in file])
 
 
 def refuse_other_moments(moments: Sequence[MomentsFile], model: GgufFile, progress: Progress = SILENT) -> None:
@@ -170,16 +197,14 @@ def joined_sha256(moments: Sequence[MomentsFile]) -> str:
     return hashlib.sha256(" ".join(file.sha256 for file in moments).encode()).hexdigest()
 
 
-def _mean(moments: Sequence[Moment]) -> Moment:
-    """The mean of inputs that were each scaled to a mean diagonal of 1; outputs from the first that has them."""
-    if len(moments) == 1:
-        return moments[0]
-    if len({moment.inputs.shape for moment in moments}) > 1:
+def _mean(inputs: Sequence[Floats]) -> Floats:
+    """The mean of matrices [n, n], each scaled to a mean diagonal of 1; a single one is left as it is."""
+    if len(inputs) == 1:
+        return inputs[0]
+    if len({each.shape for each in inputs}) > 1:
         raise BitladderError("the files of second moments are of different models")
-    inputs = np.zeros_like(moments[0].inputs)
-    for moment in moments:
-        scale = np.trace(moment.inputs, axis1=1, axis2=2)[:, None, None] / moment.inputs.shape[1]
-        inputs += moment.inputs / np.where(scale > 0, scale, 1)
-    outputs = next((moment.outputs for moment in moments if moment.outputs is not None), None)
-    inputs /= np.float32(len(moments))
-    return Moment(inputs, np.sum([moment.counts for moment in moments], axis=0), outputs)
+    mean = np.zeros_like(inputs[0])
+    for each in inputs:
+        scale = np.float32(np.trace(each) / len(each))
+        mean += each / (scale if scale > 0 else np.float32(1))
+    return np.asarray(mean / np.float32(len(inputs)))

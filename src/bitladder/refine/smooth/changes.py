@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from bitladder.calibrate import Correlations, Imatrix, LowRank, MomentsFile, MomentShape, pack_triangle, writing_moments
+from bitladder.calibrate import (
+    Correlations,
+    Imatrix,
+    LowRank,
+    MomentsFile,
+    MomentShape,
+    pack_triangle,
+    unpack_triangle,
+    writing_moments,
+)
 from bitladder.engine import quantize_rows
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
@@ -99,14 +108,18 @@ def changed_imatrix(imatrix: Imatrix, changes: Mapping[str, Change]) -> Imatrix:
     return dataclasses.replace(imatrix, entries=entries)
 
 
-def _changed_inputs(inputs: Floats, change: Change) -> Floats:
-    """E[w xxᵀ] of the new inputs, [matrices, n_in, n_in]: they are divided by the scales of a weight's columns."""
-    if change.columns is not None:
-        inverse = (1 / np.broadcast_to(change.columns, inputs.shape[:2])).astype(np.float32)
-        inputs = inputs * inverse[:, :, None] * inverse[:, None, :]
-    if change.column_order is not None:
-        inputs = np.ascontiguousarray(inputs[:, change.column_order][:, :, change.column_order])
-    return inputs
+def _changed_inputs(moments: MomentsFile, name: str, change: Change) -> Iterator[Floats]:
+    """E[w xxᵀ] of the new inputs, packed, matrix by matrix: they are divided by the scales of a weight's columns."""
+    shape = moments.shape(name)
+    scales = None if change.columns is None else np.broadcast_to(change.columns, (shape.matrices, shape.n_in))
+    for matrix in range(shape.matrices):
+        inputs = unpack_triangle(moments.packed(name, matrix))
+        if scales is not None:
+            inverse = (1 / scales[matrix]).astype(np.float32)
+            inputs = inputs * inverse[:, None] * inverse
+        if change.column_order is not None:
+            inputs = np.ascontiguousarray(inputs[np.ix_(change.column_order, change.column_order)])
+        yield pack_triangle(inputs)
 
 
 def _changed_outputs(outputs: Correlations | LowRank, change: Change) -> Correlations | LowRank:
@@ -149,8 +162,7 @@ def smoothed_moments(
             for name in names:
                 change = changes.get(name, Change())
                 if name not in shared:
-                    inputs = _changed_inputs(old.inputs(name), change)
-                    writer.write_inputs(name, map(pack_triangle, inputs), old.counts(name))
+                    writer.write_inputs(name, _changed_inputs(old, name, change), old.counts(name))
                 outputs = old.outputs(name)
                 if outputs is not None:
                     writer.write_outputs(name, _changed_outputs(outputs, change))
