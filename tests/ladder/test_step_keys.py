@@ -29,6 +29,7 @@ ELSEWHERE = {
     ("RunOptions", "smooth"): "whether the smoothed model is read, which is in the key",
     ("RunOptions", "tasks"): "the content of the tasks is in the key",
     ("RunOptions", "imatrix_chunks"): "the reading is in the key",
+    ("RunOptions", "expert_coverage"): "the reading is in the key",
     ("RunOptions", "bench_repetitions"): "the options of the speed tests are in the key",
 }
 
