@@ -74,10 +74,8 @@ def amounts_of(options: RunOptions) -> tuple[dict[str, Any], list[dict[str, Any]
     """How much there is to do in a run, and the parts of its steps with their amounts, as JSON."""
     from bitladder.evaluate import load_task, parse_specs
     from bitladder.ladder import choose_rungs
-    from bitladder.ladder.checks import parameters_of
-    from bitladder.ladder.pace import extent_of
+    from bitladder.ladder.estimate import extent_of, shape_of
     from bitladder.ladder.plan import steps_of
-    from bitladder.ladder.source import locate
     from bitladder.quantize import RUNGS, preset_names
     from bitladder.text import load_text
 
@@ -85,13 +83,15 @@ def amounts_of(options: RunOptions) -> tuple[dict[str, Any], list[dict[str, Any]
     options = options.replace(rungs=rungs)
     tasks = [load_task(spec) for spec in parse_specs(options.tasks)] if options.tasks else []
     questions = {task.name: min(len(task.items), options.task_count or len(task.items)) for task in tasks}
-    weights = parameters_of(locate(options.model))
+    shape = shape_of(options.model)
     text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
-    extent = extent_of(options, weights, text, calibration, questions, models=1 + len(rungs))
+    extent = extent_of(options, shape, text, calibration, questions, models=1 + len(rungs))
     parts = [
         {"step": step.name, **dataclasses.asdict(part)} for step in steps_of(options) for part in step.parts(extent)
     ]
-    return dataclasses.asdict(extent), parts
+    about = dataclasses.asdict(extent)
+    del about["shape"]  # follows from the model
+    return about, parts
 
 
 def table(recording: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Sizes as people write them: one grammar for every option."""
+"""Sizes as people write them, one grammar for every option; and durations as people read them."""
 
 import decimal
 import math
@@ -60,3 +60,11 @@ def size_text(nbytes: int) -> str:
         if nbytes >= 1024**power:
             return f"{nbytes / 1024**power:.2f} {unit} ({nbytes:,} bytes)"
     return f"{nbytes:,} bytes"
+
+
+def duration(seconds: float) -> str:
+    """About how long: in minutes, from an hour on in hours and minutes; below a minute in tens of seconds."""
+    if seconds < 55:
+        return f"about {max(10, 10 * round(seconds / 10))} s"
+    minutes = round(seconds / 60)
+    return f"about {minutes} min" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min"

@@ -5,7 +5,6 @@ from plain_options import plain_options
 
 from bitladder.errors import UsageError
 from bitladder.keys import key_of
-from bitladder.ladder.checks import bytes_needed
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import file_stem
@@ -99,8 +98,3 @@ def test_file_names_follow_the_convention():
     assert file_stem(general, "file") == "Base-1B-it-x"
     assert file_stem({"general.name": "My Model"}, "file") == "My-Model"
     assert file_stem({}, "thing-F16") == "thing"
-
-
-def test_the_room_a_ladder_needs():
-    assert bytes_needed(8_000_000_000, [], "f16") == 16_000_000_000
-    assert bytes_needed(8_000_000_000, ["Q8_0"], None) == pytest.approx(9.35e9)

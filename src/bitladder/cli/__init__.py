@@ -21,6 +21,7 @@ from bitladder.show import one_printable_line
 VERBS = {
     "run": "Make the whole ladder: convert, measure, calibrate, quantize, score, and write the card.",
     "doctor": "Say whether a model works, and what a run would do with it.",
+    "estimate": "Show what a run would take: time, memory and disk of each step.",
     "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
     "imatrix": "Compute an importance matrix from calibration texts.",
     "calibrate": "Collect the calibration statistics that --rounding needs, and an imatrix.",

@@ -23,7 +23,7 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.engine.activations import KernelInputs, NoisyOutputs
     from bitladder.engine.context import FLASH_ATTN, Context, Floats, logit_differences, sequence_logits
-    from bitladder.engine.cpu_kernels import bytes_per_second
+    from bitladder.engine.cpu_kernels import bytes_per_second, products_per_second
     from bitladder.engine.deaths import tell_of_deaths
     from bitladder.engine.decoding import MIN_CTX, Decoding
     from bitladder.engine.devices import (
@@ -114,6 +114,7 @@ __all__ = [
     "preset_types",
     "presets",
     "processors",
+    "products_per_second",
     "quantize_rows",
     "sequence_logits",
     "single_threaded",

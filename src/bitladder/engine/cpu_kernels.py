@@ -85,6 +85,7 @@ if __name__ == "__main__":
 
 
 ROW = 1 << 16  # weights: long enough that a call costs nothing, short enough that the vector stays in a cache
+INPUTS = 512  # multiplied at once: the usual -ub
 ROWS = 256  # so many that the matrix does not stay in a cache
 
 
@@ -146,6 +147,59 @@ def bytes_per_second(kind: TensorType, threads: int | None = None, seconds: floa
             start = time.perf_counter()
             list(pool.map(work, range(count)))
             best = max(best, matrix.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def products_per_second(
+    kind: TensorType, threads: int | None = None, seconds: float = 0.1, *, side: int = 1024
+) -> float:
+    """The speed of matrix products, as a text is read: of a matrix with 512 inputs at once.
+
+    Each thread multiplies for itself, and its CPU time counts: other work on the machine does not change the result.
+
+    Parameters:
+        kind: type of the matrix.
+        threads: threads of the CPU; None uses all.
+        seconds: CPU time of a thread.
+        side: rows and columns of the matrix.
+
+    Returns:
+        Operations (two for each weight and input) per second, of all threads together.
+    """
+    count = threads or threads_available()
+    values = np.random.default_rng(0).standard_normal((side, side), np.float32)
+    data = quantize_rows(values, kind, np.ones(side, np.float32))
+    backend()
+    with ThreadPoolExecutor(count) as pool:
+        return sum(pool.map(lambda _: _products(kind, data, values[:INPUTS], seconds), range(count)))
+
+
+def _products(
+    kind: TensorType, data: np.typing.NDArray[np.uint8], rows: np.typing.NDArray[np.float32], seconds: float
+) -> float:
+    """Operations per CPU second of this thread, the best of several products."""
+    side, columns = len(data), len(rows)
+    context = ggml.ggml_init(InitParams(16 * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead(), None, True))
+    cpu = ggml.ggml_backend_init_by_type(CPU, None)
+    matrix = ggml.ggml_new_tensor_2d(context, kind.id, side, side)
+    inputs = ggml.ggml_new_tensor_2d(context, 0, side, columns)  # F32
+    product = ggml.ggml_mul_mat(context, matrix, inputs)
+    buffer = ggml.ggml_backend_alloc_ctx_tensors(context, cpu)
+    ggml.ggml_backend_tensor_set(matrix, data.ctypes.data, 0, data.nbytes)
+    ggml.ggml_backend_tensor_set(inputs, rows.ctypes.data, 0, rows.nbytes)
+    set_threads = cpu_function("ggml_backend_set_n_threads", None, ctypes.c_void_p, ctypes.c_int)
+    if set_threads is not None:
+        set_threads(cpu, 1)
+    graph = ggml.ggml_new_graph(context)
+    ggml.ggml_build_forward_expand(graph, product)
+    best, began = 0.0, time.thread_time()
+    while time.thread_time() - began < seconds or not best:
+        start = time.thread_time()
+        ggml.ggml_backend_graph_compute(cpu, graph)
+        best = max(best, 2 * side * side * columns / (time.thread_time() - start))
+    ggml.ggml_backend_buffer_free(buffer)
+    ggml.ggml_backend_free(cpu)
+    ggml.ggml_free(context)
     return best
 
 

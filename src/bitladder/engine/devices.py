@@ -44,18 +44,18 @@ def _devices(kinds: tuple[int, ...]) -> list[Any]:
     return [device for device in devices if ggml.ggml_backend_dev_type(device) in kinds]
 
 
-def cpu_function(name: str, result: Any, argument: Any) -> Any:
+def cpu_function(name: str, result: Any, *arguments: Any) -> Any:
     """A function of the CPU back end that the common interface does not have, or None.
 
     Parameters:
         name: name of the function.
         result: ctypes type of its result.
-        argument: ctypes type of its argument.
+        arguments: ctypes types of its arguments.
     """
     for device in _devices((CPU,)):
         address = ggml.ggml_backend_reg_get_proc_address(ggml.ggml_backend_dev_backend_reg(device), name.encode())
         if address:
-            return ctypes.CFUNCTYPE(result, argument)(address)
+            return ctypes.CFUNCTYPE(result, *arguments)(address)
     return None
 
 

@@ -127,6 +127,8 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ggml_new_graph": ([ctypes.c_void_p], ctypes.c_void_p),
     "ggml_build_forward_expand": ([ctypes.c_void_p, ctypes.c_void_p], None),
     "ggml_backend_init_by_type": ([ctypes.c_int, ctypes.c_char_p], ctypes.c_void_p),
+    "ggml_backend_free": ([ctypes.c_void_p], None),
+    "ggml_backend_buffer_free": ([ctypes.c_void_p], None),
     "ggml_backend_graph_compute": ([ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int),
     "ggml_backend_alloc_ctx_tensors": ([ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p),
     "ggml_backend_alloc_ctx_tensors_from_buft": ([ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p),

@@ -6,6 +6,7 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.ladder.doctor import Diagnosis, WidthMisfit, diagnose
+    from bitladder.ladder.estimate import Estimate, Machine, Stage, estimate, in_words
     from bitladder.ladder.options import RunOptions, choose_rungs
     from bitladder.ladder.run import RunResult, run
     from bitladder.ladder.tracker import Best, Status
@@ -13,12 +14,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Best",
     "Diagnosis",
+    "Estimate",
+    "Machine",
     "RunOptions",
     "RunResult",
+    "Stage",
     "Status",
     "WidthMisfit",
     "choose_rungs",
     "diagnose",
+    "estimate",
+    "in_words",
     "run",
 ]
 open_door(__name__)

@@ -1,15 +1,14 @@
 """Checks of every option and every text against each step that uses it, before hours of work."""
 
-import pathlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.calibrate import MIN_CALIBRATION_CTX
-from bitladder.convert import Checkpoint, ConvertOptions, converter_file
-from bitladder.engine import Model
+from bitladder.convert import ConvertOptions, converter_file
+from bitladder.engine import Model, main_memory
 from bitladder.errors import BitladderError, UsageError
-from bitladder.gguf import open_model
+from bitladder.ladder.estimate import Estimate
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Source
 from bitladder.ladder.steps.step import Step, TextsOfRun
@@ -17,6 +16,7 @@ from bitladder.ladder.store import Store
 from bitladder.progress import Progress
 from bitladder.text import MIN_CHUNKS, Text
 
+SURELY = 1.3  # an estimate of memory that is above what there is by this factor is surely right in that
 CHARACTERS = 32  # of a token: the beginning of a text with so many for each token that is needed is looked at first
 
 
@@ -109,72 +109,30 @@ def check_texts(steps: Sequence[Step], texts: TextsOfRun) -> None:
                     )
 
 
-# Bits per weight of a preset, for a model of 7B weights or more. The embeddings are a larger share of a small model,
-# which needs more.
-NOMINAL_BPW = {
-    "IQ3_S": 3.6,
-    "IQ3_M": 3.8,
-    "Q3_K_S": 3.6,
-    "Q3_K_M": 4.0,
-    "Q3_K_L": 4.3,
-    "IQ4_NL": 4.6,
-    "Q4_K_S": 4.7,
-    "Q4_K_M": 4.9,
-    "Q5_K_S": 5.6,
-    "Q5_K_M": 5.7,
-    "Q6_K": 6.6,
-    "Q8_0": 8.5,
-}
-OTHER_BPW = 8.5
-MARGIN = 1.1
-
-
-def check_room(options: RunOptions, source: Source, parameters: int, present: Iterable[str]) -> None:
-    """Refuses a run whose files do not fit on the disk.
+def check_room(options: RunOptions, cost: Estimate, progress: Progress) -> None:
+    """Refuses a run that does not fit into memory or on the disk.
 
     Parameters:
         options: the options of the run.
-        source: the model.
-        parameters: number of its weights.
-        present: names of the steps whose files are there already.
+        cost: of the steps that are left.
+        progress: is warned if memory may not suffice.
 
     Raises:
-        BitladderError: names the bytes that are needed, and those that are free.
+        BitladderError: names the step, the bytes that it needs, and those that there are.
     """
-    done = set(present)
-    rungs = [rung for rung in options.rungs if f"quantize {rung}" not in done]
-    convert = not source.is_gguf and "convert" not in done
-    needed = bytes_needed(parameters, rungs, options.conversion.outtype if convert else None)
-    if options.smooths and "smooth" not in done:
-        needed += bytes_needed(parameters, (), options.conversion.outtype)
-    free = shutil.disk_usage(options.out).free
-    if needed > free:
+    free, largest = shutil.disk_usage(options.out).free, max(cost.stages, key=lambda stage: stage.disk_bytes)
+    if largest.disk_bytes > free:
         raise BitladderError(
-            f"--out {options.out}: the ladder needs about {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB"
-            " free; choose fewer rungs (--ladder) or another disk"
+            f"--out {options.out}: the step {largest.name} needs about {largest.disk_bytes / 1e9:.1f} GB of the disk, "
+            f"which has {free / 1e9:.1f} GB free; choose fewer rungs (--ladder) or another disk"
         )
-
-
-def bytes_needed(parameters: int, rungs: Iterable[str], outtype: str | None) -> int:
-    """About how many bytes the rungs have.
-
-    Parameters:
-        parameters: number of weights of the model.
-        rungs: names of the presets.
-        outtype: type of a full-precision file that is counted too, or None.
-    """
-    bits = sum(NOMINAL_BPW.get(rung, OTHER_BPW) for rung in rungs) * MARGIN
-    if outtype is not None:
-        bits += 32 if outtype == "f32" else 16
-    return int(parameters * bits / 8)
-
-
-def parameters_of(source: Source) -> int:
-    """The number of weights of the model, from headers only. Raises BitladderError if it is not a model."""
-    if source.is_gguf:
-        with open_model(source.path) as file:
-            return sum(tensor.elements for tensor in file.tensors.values())
-    old = [path for path in source.files().values() if path.suffix == ".bin"]
-    if old:
-        return sum(path.stat().st_size for path in old) // 2  # pickled; most have two bytes for each weight
-    return sum(tensor.elements for tensor in Checkpoint(pathlib.Path(source.path)).tensors.values())
+    memory, hungriest = main_memory(), max(cost.stages, key=lambda stage: stage.memory_bytes)
+    if not memory or hungriest.memory_bytes <= memory:
+        return
+    needs = (
+        f"the step {hungriest.name} needs about {hungriest.memory_bytes / 1e9:.1f} GB of memory, and this machine has "
+        f"{memory / 1e9:.1f} GB"
+    )
+    if hungriest.memory_bytes > SURELY * memory:
+        raise BitladderError(f"{needs}; bitladder estimate shows what each step needs")
+    progress.warn(needs)

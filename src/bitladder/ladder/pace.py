@@ -1,56 +1,16 @@
 """How long a run will still take, from how long its work has taken so far.
 
-Each step has parts, each part an amount of work on one scale: the tokens that could be decoded in the same time. How
-long a part of a kind really takes is learnt from parts of that kind that were done, and until there is one, from all
-others. The amount of rounding follows from the formula of docs/rounding.md. The others are fitted to runs that
-`benchmarks/pace.py` recorded (docs/run.md).
+Each step has parts, each part an amount of work on one scale: seconds of a reference core, by the formulas of `cost`.
+How long a part of a kind really takes is learnt from parts of that kind that were done, and until there is one, from
+all others.
 """
 
 from collections.abc import Mapping, Sequence
 
-from bitladder.ladder.options import RunOptions
-from bitladder.ladder.steps.step import Extent, Part
-from bitladder.text import Text
+from bitladder.ladder.steps.step import Part
 
 # An estimate is given once this share of the time is over. Before that too little was seen.
 TOLD_AFTER = 0.1
-CHARACTERS = 4  # of a token, about
-
-
-def extent_of(
-    options: RunOptions,
-    weights: int,
-    text: Text,
-    calibration: Sequence[Text],
-    questions: Mapping[str, int],
-    models: int,
-) -> Extent:
-    """How much there is to do.
-
-    Parameters:
-        options: the options of the run.
-        weights: number of weights of the model.
-        text: what is measured with.
-        calibration: what is calibrated on.
-        questions: asked of each model, by benchmark.
-        models: files that are measured, with the full-precision model.
-    """
-
-    def tokens(texts: Sequence[Text], chunks: int | None) -> int:
-        counts = [len(text.text) // CHARACTERS for text in texts]
-        return sum(min(count, chunks * options.decoding.n_ctx) if chunks else count for count in counts)
-
-    return Extent(
-        weights=weights,
-        text=tokens([text], options.chunks),
-        imatrix=tokens(calibration, options.imatrix_chunks),
-        moments=tokens(calibration, options.moments.moments_chunks),
-        plain_moments=tokens(calibration, options.moments.plain_share * options.moments.moments_chunks),
-        tuned=tokens(calibration, options.refine.tuning.tune_chunks) if options.tunes else 0,
-        chunk=options.decoding.n_ctx,
-        questions=dict(questions),
-        models=models,
-    )
 
 
 class Pace:

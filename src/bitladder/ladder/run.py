@@ -3,21 +3,34 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from bitladder import evaluate, quantize
-from bitladder.ladder.checks import check_options, check_room, check_texts, parameters_of, refuse_other_model
+from bitladder.ladder.checks import check_options, check_room, check_texts, refuse_other_model
 from bitladder.ladder.context import BASE, Run, read_json
+from bitladder.ladder.estimate import (
+    Estimate,
+    Machine,
+    estimate_steps,
+    extent_of,
+    in_words,
+    measure_machine,
+    shape_of,
+)
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
-from bitladder.ladder.pace import Pace, extent_of
+from bitladder.ladder.pace import Pace
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import Other, Source, find_others, locate
-from bitladder.ladder.steps.step import Step, TextsOfRun
+from bitladder.ladder.steps.step import Extent, Step, TextsOfRun
 from bitladder.ladder.store import open_store
 from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.progress import SILENT, Progress
 from bitladder.rundir import Layout, RunRecord, naive
 from bitladder.text import load_text
+
+# Seconds: runs that take longer say at the start how long, and those that take longer still measure the machine first.
+TOLD_FROM, MEASURED_FROM = 60, 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +71,14 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
     source = locate(options.model)
     text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
     check_options(options, source, text, calibration, progress)
-    parameters = parameters_of(source)  # refuses what is not a model before a directory is made
+    shape = shape_of(str(source.path))  # refuses what is not a model before a directory is made
     tasks = [evaluate.load_task(spec) for spec in evaluate.parse_specs(options.tasks)] if options.tasks else []
     others = find_others(options.compare, (BASE, *quantize.preset_names()))
     steps = steps_of(options, [other.name for other in others])
     questions = {task.name: min(len(task.items), options.task_count or len(task.items)) for task in tasks}
-    extent = extent_of(options, parameters, text, calibration, questions, models=1 + len(rungs) + len(others))
+    models = 1 + len(rungs) + len(others)
+    full = source.path if source.is_gguf else None
+    extent = extent_of(options, shape, text, calibration, questions, models=models, full=full)
     pace = Pace({step.name: step.parts(extent) for step in steps})
     tracker = Tracker(pace, len(steps), rungs, progress, watch)
     keep = source.path if source.is_gguf else None
@@ -71,7 +86,12 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
         check_texts(steps, TextsOfRun(text, calibration, source.path))
     with open_store(options.out, keep=keep, progress=progress) as store:
         refuse_other_model(options, source, store)
-        check_room(options, source, parameters, store.present())
+        left = [step for step in steps if step.name not in store.present()]
+        if left:
+            expected = expect(left, extent, rounds=options.rounds)
+            check_room(options, expected, progress)
+            if expected.seconds > TOLD_FROM:
+                progress.info(f"{in_words(expected)} (an estimate)")
         store.begin(run_record(options, source, others))
         context = Run(
             options,
@@ -94,6 +114,14 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
         labels = (BASE, *rungs, *(other.name for other in others))
         scores = [read_json(context.layout.scores(label)) for label in labels]
         return RunResult(store.folder, tuple(store.made), labels, rungs, scores)
+
+
+def expect(left: Sequence[Step], extent: Extent, *, rounds: bool) -> Estimate:
+    """What the steps that are left take. If that is long, the machine is measured first."""
+    expected = estimate_steps(left, extent, Machine(threads=extent.threads))
+    if expected.seconds < MEASURED_FROM:
+        return expected
+    return estimate_steps(left, extent, measure_machine(extent.threads, rounds=rounds))
 
 
 def tell(tracker: Tracker, step: Step, layout: Layout) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bitladder.show.eval_tables import eval_tables
     from bitladder.show.imatrix.imatrix_view import print_view, view_differences, view_statistics
     from bitladder.show.imatrix.picture import check_target, write_plot
-    from bitladder.show.ladder_tables import ladder_json, ladder_table, pareto_plot
+    from bitladder.show.ladder_tables import estimate_lines, estimate_table, ladder_json, ladder_table, pareto_plot
     from bitladder.show.output import Output, common_options
     from bitladder.show.plain import one_printable_line
     from bitladder.show.recipe_tables import difference
@@ -28,6 +28,8 @@ __all__ = [
     "diagnosis_json",
     "diagnosis_table",
     "difference",
+    "estimate_lines",
+    "estimate_table",
     "eval_tables",
     "ladder_json",
     "ladder_table",

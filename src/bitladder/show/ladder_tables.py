@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from bitladder.evaluate import RunScores
+from bitladder.ladder import Estimate, in_words
 from bitladder.report import FinishedRun, RunModel, by_size, gigabytes, percent, tables, with_error
 from bitladder.show.scatter import Point, scatter
+from bitladder.units import duration
 
 MARKS = {"rung": "●", "naive": "◇", "third-party": "†"}
 LEGEND = {
@@ -165,3 +167,34 @@ def _size(count: float) -> str:
 
 def _cell(text: str) -> Text:
     return Text(" ".join(text.split()))
+
+
+def estimate_table(estimate: Estimate) -> Table:
+    """What each step of a run takes. The steps of one kind for several rungs are one line, of which the most counts."""
+    columns = (Column(head, justify="right") for head in ("wall", "core min", "memory GB", "disk GB"))
+    table = Table("step", *columns, box=None, pad_edge=False, collapse_padding=True)
+    verbs = dict.fromkeys(stage.name.split()[0] for stage in estimate.stages)
+    for verb in verbs:
+        stages = [stage for stage in estimate.stages if stage.name.split()[0] == verb]
+        seconds, cores = (sum(getattr(stage, name) for stage in stages) for name in ("seconds", "core_seconds"))
+        if cores < 1:
+            continue
+        memory, disk = (max(getattr(stage, name) for stage in stages) for name in ("memory_bytes", "disk_bytes"))
+        table.add_row(
+            verb if len(stages) == 1 else f"{verb} × {len(stages)}",
+            duration(seconds).removeprefix("about "),
+            f"{cores / 60:.1f}",
+            f"{memory / 1e9:.1f}",
+            f"{disk / 1e9:.1f}",
+        )
+    return table
+
+
+def estimate_lines(estimate: Estimate) -> list[str]:
+    """The total in words, and what it was estimated for."""
+    machine = estimate.machine
+    speeds = f"products {machine.products:.2f}, NumPy {machine.blas:.2f}, rounding {machine.kernels:.2f}"
+    return [
+        f"total: {in_words(estimate)}, of which {estimate.kept_bytes / 1e9:.3g} GB stay",
+        f"{machine.threads} threads; speed of a core, of that of the reference: {speeds}",
+    ]

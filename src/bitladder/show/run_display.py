@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bitladder.show.output import Output
+from bitladder.units import duration
 
 if TYPE_CHECKING:
     from bitladder.ladder import Best, RunResult, Status
@@ -68,14 +69,6 @@ def line(best: "Best") -> str:
     kld = with_error(Figure(value=best.kld, error=best.error))
     size = f"{best.bytes / 1e9:.3f} GB" if best.bytes >= 1e8 else f"{best.bytes / 1e6:.2f} MB"
     return f"{size}, KLD {kld}" + (f" ({best.name})" if best.name else "")
-
-
-def duration(seconds: float) -> str:
-    """About how long: in minutes, from an hour on in hours and minutes; below a minute in tens of seconds."""
-    if seconds < 55:
-        return f"about {max(10, 10 * round(seconds / 10))} s"
-    minutes = round(seconds / 60)
-    return f"about {minutes} min" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min"
 
 
 def result_table(result: "RunResult") -> Any:

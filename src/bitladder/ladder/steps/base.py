@@ -4,8 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitladder import evaluate
+from bitladder.ladder import cost
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
+
+
+def base_part(extent: Extent, tokens: float, n_ctx: int) -> Part:
+    """The work of computing a base."""
+    return Part("base", cost.decoding(extent.shape, tokens, n_ctx) + cost.scoring(extent.shape, tokens), "base of")
 
 
 class Base(Step):
@@ -25,7 +31,11 @@ class Base(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Every token is decoded."""
-        return [Part("base", extent.text)]
+        return [base_part(extent, extent.text, extent.chunk)]
+
+    def room(self, extent: Extent) -> Room:
+        """A hidden state of each scored token, in two bytes a number."""
+        return Room(extent.text / 2 * (2 * extent.shape.width + 16))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """The text that all models are measured on."""

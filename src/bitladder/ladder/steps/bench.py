@@ -5,6 +5,7 @@ from typing import Any
 
 from bitladder import evaluate
 from bitladder.files import write_json
+from bitladder.ladder import cost
 from bitladder.ladder.context import BASE, Run
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
@@ -44,7 +45,8 @@ class Bench(Step):
     def parts(self, extent: Extent) -> list[Part]:
         """Tokens read and generated, a warm-up included."""
         once = sum(prompt + GENERATED * generated for prompt, generated in self.options.bench_tests)
-        return [Part("speed", once * (self.options.bench_repetitions + 1) * extent.models)]
+        tokens = once * (self.options.bench_repetitions + 1) * extent.models
+        return [Part("speed", cost.decoding(extent.shape, tokens, extent.chunk))]
 
     def make(self, run: Run) -> Product:
         """Measures, and writes rows of `Scores.bench` by label."""

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitladder import convert
+from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.source import check_headers, describe
-from bitladder.ladder.steps.step import Extent, Part, Product, Step, gguf_library
+from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step, gguf_library
+
+CONVERT = 2e-9  # seconds of a byte that is written
 
 
 class Convert(Step):
@@ -46,8 +49,15 @@ class Convert(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Reading and writing: little."""
-        del extent
-        return [Part("convert", 200)]
+        return [Part("convert", CONVERT * extent.converted)] if extent.converted else []
+
+    def memory(self, extent: Extent) -> float:
+        """The largest matrix, as it is read and as it is written."""
+        return cost.PROCESS + 8 * extent.shape.largest
+
+    def room(self, extent: Extent) -> Room:
+        """The full-precision file."""
+        return Room(extent.converted)
 
     def make(self, run: Run) -> Product:
         """Converts. The facts describe the model for later steps and the card."""

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitladder import calibrate
+from bitladder.ladder import cost
 from bitladder.ladder.context import Run, text_used
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
 from bitladder.text import Reading
 
 MATRIX = calibrate.ImatrixOptions()
-WATCHED = 1.3  # tokens decoded in the time that a token takes whose inputs are added up
+WATCHED = 1.1  # time of a token whose inputs are added up, of that of one that is decoded
 
 
 class CollectImatrix(Step):
@@ -33,7 +34,7 @@ class CollectImatrix(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Every token is decoded."""
-        return [Part("imatrix", WATCHED * extent.imatrix)]
+        return [Part("imatrix", WATCHED * cost.decoding(extent.shape, extent.imatrix, extent.chunk, logits=0))]
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Each calibration text."""

@@ -9,12 +9,12 @@ import numpy as np
 
 from bitladder import evaluate
 from bitladder.files import replacing, write_json
+from bitladder.ladder import cost
 from bitladder.ladder.context import BASE, Run
 from bitladder.ladder.source import doubts
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 
 QUESTION = 0.5  # contexts that the choices of a question take
-COMPARED = 1.15  # tokens decoded in the time that a token takes whose predictions are compared
 
 
 class Measure(Step):
@@ -35,7 +35,7 @@ class Measure(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Every token is decoded, and every choice of a question."""
-        parts = [] if self.label == BASE else [Part("divergence", COMPARED * extent.text)]
+        parts = [] if self.label == BASE else [divergence(extent)]
         return parts + task_parts(self, extent)
 
     def make(self, run: Run) -> Product:
@@ -74,9 +74,15 @@ def scoring(step: Step) -> dict[str, Any]:
     return decides
 
 
+def divergence(extent: Extent) -> Part:
+    """The work of comparing a quant with the base."""
+    return Part("divergence", cost.comparing(extent.shape, extent.text, extent.chunk, cost.QUANT))
+
+
 def task_parts(step: Step, extent: Extent) -> list[Part]:
     """The work of each benchmark."""
-    question = QUESTION * step.options.task_ctx
+    context = step.options.task_ctx
+    question = cost.decoding(extent.shape, QUESTION * context, context)
     return [Part("questions", count * question, label=f"{name} with") for name, count in extent.questions.items()]
 
 

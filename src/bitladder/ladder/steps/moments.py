@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitladder import calibrate
+from bitladder.ladder import cost
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.text import Reading
-
-# Tokens decoded in the time that a token takes whose products are added up, and in that of the gradients of a token.
-PRODUCTS, GRADIENTS = 1.5, 7.0
 
 
 class CollectMoments(Step):
@@ -37,9 +35,18 @@ class CollectMoments(Step):
     def parts(self, extent: Extent) -> list[Part]:
         """Plain moments decode every token; weighted ones go back through the model too."""
         return [
-            Part("second moments", PRODUCTS * extent.plain_moments),
-            Part("gradients", GRADIENTS * extent.moments),
+            Part("second moments", cost.plain_moments(extent.shape, extent.plain_moments, extent.chunk)),
+            Part("gradients", cost.weighted_moments(extent.shape, extent.moments), rate="blas"),
         ]
+
+    def memory(self, extent: Extent) -> float:
+        """The model's file, and sums within a limit."""
+        return cost.gradient_bytes(extent)
+
+    def room(self, extent: Extent) -> Room:
+        """Both files; and beside them what is finished of one of them, and the state of what is not."""
+        files = [cost.moments_bytes(extent.shape, gradients=weighted) for weighted in (extent.gradients, False)]
+        return Room(sum(files), 2 * max(files))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Each calibration text."""

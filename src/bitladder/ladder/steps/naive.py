@@ -6,9 +6,9 @@ from typing import Any
 from bitladder import evaluate, quantize
 from bitladder.files import write_json
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.measure import COMPARED, keep_tokens, measure, measured_with, scoring, task_parts
-from bitladder.ladder.steps.quantize import library_part, recipe_of
-from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.ladder.steps.measure import divergence, keep_tokens, measure, measured_with, scoring, task_parts
+from bitladder.ladder.steps.quantize import library_part, quant_bytes, recipe_of
+from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
 from bitladder.recipe import write_recipe
 from bitladder.rundir import naive
 
@@ -30,7 +30,11 @@ class Naive(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Quantization by the library, and a measurement."""
-        return [library_part(self.label), Part("divergence", COMPARED * extent.text), *task_parts(self, extent)]
+        return [library_part(self.label, extent), divergence(extent), *task_parts(self, extent)]
+
+    def room(self, extent: Extent) -> Room:
+        """The file, while it is measured."""
+        return Room(beside=quant_bytes(self.label, extent))
 
     def make(self, run: Run) -> Product:
         """Makes the file, measures it, and removes it."""

@@ -5,15 +5,16 @@ from typing import Any
 
 from bitladder.evaluate import BASE
 from bitladder.files import write_json
+from bitladder.ladder import cost
 from bitladder.ladder.context import Run, read_json
-from bitladder.ladder.steps.price import ORIGINAL, SMOOTHED, planned_from, planning
+from bitladder.ladder.steps.price import ORIGINAL, SMOOTHED, planned_from, planning, swapped_bytes
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 from bitladder.plan import PLANNING, candidates, load_prices, plan_rung
 from bitladder.quantize import QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.trial import RENDERING
 
-RECIPES = 2.05  # tokens decoded in the time that a token takes on which a recipe is measured
+RECIPES = 1.8  # time of a token on which a recipe is measured, of that of one that is compared
 
 
 class PlanRung(Step):
@@ -39,11 +40,17 @@ class PlanRung(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Recipes are measured."""
-        del extent
+        if not self.options.planning.measure:
+            return []
         feedback, n_ctx = self.options.planning.feedback, self.options.planning.decoding.n_ctx
         taught = feedback.random_recipes * feedback.teaching_chunks
         tried = (feedback.rounds + feedback.exchanges + feedback.finalists) * feedback.text_chunks
-        return [Part("recipes", RECIPES * (taught + tried) * n_ctx, "measure recipes")]
+        seconds = RECIPES * cost.comparing(extent.shape, (taught + tried) * n_ctx, n_ctx)
+        return [Part("recipes", seconds, "measure recipes")]
+
+    def memory(self, extent: Extent) -> float:
+        """The loaded model, and what is swapped."""
+        return swapped_bytes(extent)
 
     def make(self, run: Run) -> Product:
         """Plans the rung."""

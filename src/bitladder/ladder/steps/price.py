@@ -9,17 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitladder.evaluate import BASE
+from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.options import RunOptions
-from bitladder.ladder.steps.quantize import round_amount
-from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
+from bitladder.ladder.steps.base import base_part
+from bitladder.ladder.steps.quantize import round_part
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.plan import PRICES, planning_text, price_rungs
 from bitladder.quantize import RUNGS, QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.text import joined
 
-TYPES = 15  # that are rendered, about
-SWAPPED = 0.44  # tokens decoded in the time that a token of the budget takes on which a swap is measured
+# Types that are rendered for a ladder with rungs below 4 bits and for one without: their number, each counted by its
+# time, and their bits for each weight.
+ALL_TYPES, ALL_BITS = 20.0, 80
+HIGH_TYPES, HIGH_BITS = 12.0, 60
+SWAPPED = 0.4  # time of a token of the budget on which a swap is measured, of that of one that is compared
 ORIGINAL, SMOOTHED = "original", "smoothed"
 
 
@@ -61,17 +66,36 @@ class Price(Step):
         if self.label == ORIGINAL and self.options.smooths:
             return []
         prices, share = self.options.planning.prices, self.options.planning.prices.group_share
-        kind, amount = round_amount(self.options, extent)
-        passes = self.options.refine.rounding.passes
-        amount *= (1 + min(passes, prices.price_passes)) / (1 + passes)
-        tokens = SWAPPED * prices.probe_tokens
-        checked = SWAPPED * prices.check_pairs * prices.probe_chunks * self.options.planning.decoding.n_ctx
+        passes, n_ctx = self.options.refine.rounding.passes, self.options.planning.decoding.n_ctx
+        rendering = round_part(
+            self.options, extent, "render every tensor", types=self._types(), passes=min(passes, prices.price_passes)
+        )
+        seconds = SWAPPED * cost.comparing(extent.shape, prices.probe_tokens, n_ctx)
+        checked = SWAPPED * cost.comparing(extent.shape, prices.check_pairs * prices.probe_chunks * n_ctx, n_ctx)
+        base = base_part(extent, self.options.planning.chunks * n_ctx, n_ctx)
         return [
-            Part(kind, TYPES * amount, "render every tensor"),
-            Part("swaps", tokens * (1 - share), "probe tensors"),
-            Part("swaps", tokens * share, "whole kinds"),
+            base,
+            rendering,
+            Part("swaps", seconds * (1 - share), "probe tensors"),
+            Part("swaps", seconds * share, "whole kinds"),
             Part("swaps", checked, "check single swaps"),
         ]
+
+    def _types(self) -> float:
+        """How many types are rendered, each counted with its time as a multiple of that of Q4_K."""
+        return ALL_TYPES if any(map(below_four_bits, self.options.rungs)) else HIGH_TYPES
+
+    def memory(self, extent: Extent) -> float:
+        """The loaded model and what is swapped, or rounding."""
+        rounding = cost.rounding_bytes(extent.shape, extent.threads) if self.options.rounds else 0
+        return max(swapped_bytes(extent), rounding)
+
+    def room(self, extent: Extent) -> Room:
+        """The rendered blocks of all types that are kept; they stay for the plans."""
+        if self.label == ORIGINAL and self.options.smooths:
+            return Room()
+        bits = ALL_BITS if any(map(below_four_bits, self.options.rungs)) else HIGH_BITS
+        return Room(min(self.options.planning.cache_bytes, bits / 8 * extent.shape.weights))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages of the calibration texts, on which recipes are measured too."""
@@ -86,6 +110,11 @@ class Price(Step):
         out = run.layout.sensitivity(smoothed=smoothed)
         price_rungs(run.planner(smoothed=smoothed), self._presets()).save(out)
         return Product([out])
+
+
+def swapped_bytes(extent: Extent) -> float:
+    """Memory of a loaded model in which tensors are swapped: one is expanded to float32 twice."""
+    return cost.decoding_bytes(extent) + 8 * extent.shape.largest
 
 
 def below_four_bits(preset: str) -> bool:

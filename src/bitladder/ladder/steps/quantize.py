@@ -6,17 +6,16 @@ from typing import Any
 from bitladder import evaluate, quantize
 from bitladder.calibrate import why_no_gradients
 from bitladder.engine import native
+from bitladder.ladder import cost
 from bitladder.ladder.context import Run, read_json, text_used
 from bitladder.ladder.options import RunOptions
-from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
+from bitladder.ladder.steps.base import base_part
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, write_recipe
 from bitladder.refine import ROUNDED_QUANT, TUNING, guard_json, guard_text, quantize_rounded, tune_in_place
 from bitladder.text import Reading, Text, set_apart
 
-# Tokens decoded in the time that the library quantizes all weights; i-quants search a codebook for every block.
-LIBRARY, LIBRARY_IQ = 2000, 13_000
-TUNE = 5.6  # tokens decoded in the time that a token of tuning takes
-ROUND, ROUND_WIDTH = 35_000, 55
+TUNE = 5.0  # time of a token of tuning, of that of one that is decoded
 # Evaluations of a guard, about: of kinds, of layers and their groups, and of single tensors.
 GUARD_CHUNKS = 2  # that decide a comparison, about
 GUARD_KINDS, GUARD_LAYERS, GUARD_TENSORS = 33, 7, 48
@@ -63,19 +62,39 @@ class Quantize(Step):
     def parts(self, extent: Extent) -> list[Part]:
         """Rounding, the guard, and tuning."""
         if not self.options.rounds:
-            return [library_part(self.label)]
-        tokens = min(self.options.refine.guard.guard_chunks, GUARD_CHUNKS) * extent.chunk
+            return [library_part(self.label, extent)]
+        guard_chunks = self.options.refine.guard.guard_chunks
+        tokens = min(guard_chunks, GUARD_CHUNKS) * extent.chunk
+        evaluation = cost.comparing(extent.shape, tokens, extent.chunk)
         parts = [
-            Part(*round_amount(self.options, extent), "rounding"),
-            Part("guard", GUARD_KINDS * tokens, "guard"),
-            Part("guard", GUARD_LAYERS * tokens, "guard, layers"),
-            Part("guard", GUARD_TENSORS * tokens, "guard, tensors"),
-            library_part(self.label),
+            round_part(self.options, extent, "rounding", passes=self.options.refine.rounding.passes),
+            base_part(extent, guard_chunks * extent.chunk, extent.chunk),
+            Part("guard", GUARD_KINDS * evaluation, "guard"),
+            Part("guard", GUARD_LAYERS * evaluation, "guard, layers"),
+            Part("guard", GUARD_TENSORS * evaluation, "guard, tensors"),
+            library_part(self.label, extent),
         ]
         if self.options.tunes:
-            tried = 2 * self.options.refine.tuning.tune_guard_chunks * extent.chunk
-            parts += [Part("tune", TUNE * extent.tuned), Part("divergence", tried)]
+            tried = self.options.refine.tuning.tune_guard_chunks * extent.chunk
+            tuning = TUNE * cost.decoding(extent.shape, extent.tuned, extent.chunk, logits=1)
+            parts.append(Part("tune", tuning, rate="blas"))
+            parts.append(base_part(extent, tried, extent.chunk))
+            parts += 2 * [Part("divergence", cost.comparing(extent.shape, tried, extent.chunk, cost.QUANT))]
         return parts
+
+    def memory(self, extent: Extent) -> float:
+        """Rounding, and then the loaded model of the guard; or tuning."""
+        if not self.options.rounds:
+            return cost.PROCESS + 8 * extent.shape.largest
+        guard = cost.decoding_bytes(extent) + 8 * extent.shape.largest
+        tuning = cost.PROCESS + cost.TORCH + cost.TUNED * extent.shape.weights if self.options.tunes else 0
+        return max(cost.rounding_bytes(extent.shape, extent.threads), guard, tuning)
+
+    def room(self, extent: Extent) -> Room:
+        """The file, and while it is tuned a second one; rounded blocks are kept beside the prices' blocks."""
+        size = quant_bytes(self.label, extent)
+        blocks = min(self.options.planning.cache_bytes, size) if self.options.rounds else 0
+        return Room(size + blocks, size)
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages for the guard; for tuning each calibration text without its end, and the ends."""
@@ -146,20 +165,42 @@ def recipe_of(run: Run, result: quantize.QuantizeResult, name: str) -> Recipe:
     )
 
 
-def library_amount(rung: str) -> float:
-    """The work of quantizing all weights by the library."""
-    return LIBRARY_IQ if rung.startswith("IQ") else LIBRARY
-
-
-def library_part(rung: str) -> Part:
+def library_part(rung: str, extent: Extent) -> Part:
     """Quantization by the library."""
-    return Part("quantize iq" if rung.startswith("IQ") else "quantize", library_amount(rung), "quantize")
+    kind = "quantize iq" if rung.startswith("IQ") else "quantize"
+    return Part(kind, cost.by_library(extent.shape, rung), "quantize", rate="kernels")
 
 
-def round_amount(options: RunOptions, extent: Extent) -> tuple[str, float]:
-    """The kind and the amount of the work of rounding all weights in one type."""
+def round_part(options: RunOptions, extent: Extent, label: str, *, passes: int, types: float = 1) -> Part:
+    """The work of making the blocks of all weights in some types."""
     if not options.rounds:
-        return "quantize", LIBRARY
-    # Per weight: some work of its own, and some in proportion to the width of a row (docs/rounding.md).
-    width = extent.weights ** (1 / 3)
-    return "rounding", ROUND + ROUND_WIDTH * width
+        return Part("quantize", types * cost.by_library(extent.shape, ""), label, rate="kernels")
+    if options.refine.rounding.method == "feedback":
+        passes = 0
+    seconds = cost.rounding(extent.shape, passes, types) + types * cost.by_library(extent.shape, "")
+    return Part("rounding", seconds, label, rate="kernels")
+
+
+# Bits per weight of a preset, for a model of 7B weights or more. The embeddings are a larger share of a small model,
+# which needs more.
+NOMINAL_BPW = {
+    "IQ3_S": 3.6,
+    "IQ3_M": 3.8,
+    "Q3_K_S": 3.6,
+    "Q3_K_M": 4.0,
+    "Q3_K_L": 4.3,
+    "IQ4_NL": 4.6,
+    "Q4_K_S": 4.7,
+    "Q4_K_M": 4.9,
+    "Q5_K_S": 5.6,
+    "Q5_K_M": 5.7,
+    "Q6_K": 6.6,
+    "Q8_0": 8.5,
+}
+OTHER_BPW = 8.5
+MARGIN = 1.1
+
+
+def quant_bytes(rung: str, extent: Extent) -> float:
+    """About the bytes of a preset's file."""
+    return extent.shape.weights * NOMINAL_BPW.get(rung, OTHER_BPW) * MARGIN / 8

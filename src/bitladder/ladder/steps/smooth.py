@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bitladder.ladder import cost
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
 from bitladder.refine import SMOOTHING, ModelFiles, SmoothingError, smooth_model
+
+BALANCE, WRITE = 3e-9, 3e-9  # seconds for each weight
 
 
 class Smooth(Step):
@@ -25,8 +28,19 @@ class Smooth(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Reading and writing the model."""
-        del extent
-        return [Part("balance", 300), Part("write the smoothed", 200)]
+        weights = extent.shape.weights
+        return [Part("balance", BALANCE * weights, rate="blas"), Part("write the smoothed", WRITE * weights)]
+
+    def memory(self, extent: Extent) -> float:
+        """The matrices of a block as float32, or second moments of the widest input."""
+        widest = max(matrix.width for matrix in extent.shape.matrices)
+        return cost.PROCESS + max(8 * extent.shape.active / extent.shape.blocks, 12 * widest**2) + 4 * extent.shape.head
+
+    def room(self, extent: Extent) -> Room:
+        """The model and its second moments once more."""
+        moments = (extent.gradients, False) if self.options.rounds else ()
+        files = (cost.moments_bytes(extent.shape, gradients=weighted) for weighted in moments)
+        return Room(cost.model_bytes(extent.shape) + sum(files))
 
     def make(self, run: Run) -> Product:
         """Writes the files. There are none, and a remark, if the channels of the model cannot be rescaled."""

@@ -9,10 +9,12 @@ import dataclasses
 import importlib.metadata
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bitladder.engine import library
 from bitladder.keys import Algorithm, settled, versions_of
+from bitladder.ladder import cost
+from bitladder.ladder.model_shape import ModelShape
 from bitladder.ladder.options import RunOptions
 from bitladder.text import Text
 
@@ -34,18 +36,33 @@ class Part:
 
     Parameters:
         kind: parts of one kind take times in proportion to their amounts.
-        amount: the number of tokens that could be decoded in the same time.
+        amount: CPU seconds of the reference core (`ladder.cost`).
         label: what the label of the progress bar has in it, in small letters; the kind, if empty.
+        rate: what the time depends on: how fast the library multiplies, NumPy and torch do, or rounding goes.
     """
 
     kind: str
     amount: float
     label: str = ""
+    rate: Literal["products", "blas", "kernels"] = "products"
 
     @property
     def bar(self) -> str:
         """What the label of the progress bar has in it."""
         return self.label or self.kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Bytes of the disk that a step takes.
+
+    Parameters:
+        kept: of the files that stay.
+        beside: of what is there only while the step is at work.
+    """
+
+    kept: float = 0
+    beside: float = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +149,15 @@ class Step(abc.ABC):
         del extent
         return []
 
+    def memory(self, extent: "Extent") -> float:
+        """Bytes of memory that the step takes at most: by default those of a model that is decoded."""
+        return cost.decoding_bytes(extent)
+
+    def room(self, extent: "Extent") -> Room:
+        """Bytes of the disk that the step takes. Less than a MB is nothing."""
+        del extent
+        return Room()
+
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """The texts that the step cuts into chunks. Before any work it is checked that they are long enough."""
         del texts
@@ -167,7 +193,7 @@ class Extent:
     """How much there is to do, as far as it is known before a run.
 
     Parameters:
-        weights: number of weights of the model.
+        shape: the matrices of the model.
         text: tokens that are scored for each model.
         imatrix: tokens for the importance matrix.
         moments: tokens for second moments.
@@ -176,9 +202,13 @@ class Extent:
         chunk: tokens of a chunk.
         questions: asked of each model, by benchmark.
         models: files that are measured, with the full-precision model.
+        converted: bytes of the full-precision file that the run makes; 0 if MODEL is such a file.
+        gradients: whether second moments are weighted by gradients.
+        threads: threads of the CPU.
+        limit: bytes of memory for second moments.
     """
 
-    weights: int
+    shape: ModelShape
     text: int
     imatrix: int
     moments: int
@@ -187,3 +217,7 @@ class Extent:
     chunk: int
     questions: Mapping[str, int]
     models: int
+    converted: int = 0
+    gradients: bool = True
+    threads: int = 1
+    limit: int = 8 << 30

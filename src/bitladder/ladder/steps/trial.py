@@ -5,9 +5,11 @@ from typing import Any
 
 from bitladder.evaluate import BASE
 from bitladder.files import write_json
+from bitladder.ladder import cost
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.quantize import library_amount
-from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
+from bitladder.ladder.steps.base import base_part
+from bitladder.ladder.steps.quantize import quant_bytes
+from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.quantize import QuantizeOptions
 from bitladder.refine import SMOOTHING_TRIAL, trial_text, try_smoothing
 
@@ -38,7 +40,13 @@ class SmoothingTrial(Step):
     def parts(self, extent: Extent) -> list[Part]:
         """Two quants by the library, and two measurements."""
         tokens = 2 * self.options.refine.smoothing.trial_chunks * extent.chunk
-        return [Part("trial", 2 * library_amount(self.label) + tokens, "original and smoothed")]
+        seconds = cost.comparing(extent.shape, tokens, extent.chunk, cost.QUANT)
+        seconds += 2 * cost.by_library(extent.shape, self.label)
+        return [base_part(extent, tokens / 2, extent.chunk), Part("trial", seconds, "original and smoothed")]
+
+    def room(self, extent: Extent) -> Room:
+        """The file of one of the two, while it is measured."""
+        return Room(beside=quant_bytes(self.label, extent))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages of the calibration texts."""

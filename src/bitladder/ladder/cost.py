@@ -1,0 +1,137 @@
+"""What each kind of work costs: seconds of a core, bytes of memory and of disk, as formulas of the model's shape.
+
+The steps of a run say how much work they are by these formulas (`Step.parts`, `Step.memory`, `Step.room`). The time
+left of a run, the estimate before it, and the check of its room follow from them. docs/cost.md shows them, what they
+were fitted to, and what they give for models of 1B to 70B.
+
+A second is one of the reference core, on which the library multiplies float16 weights at `PRODUCTS` operations a second
+and NumPy float32 matrices at `BLAS`: one core of an EPYC 9004. `ladder.estimate` measures how another machine differs.
+"""
+
+from typing import TYPE_CHECKING
+
+from bitladder.ladder.model_shape import Matrix, ModelShape
+
+if TYPE_CHECKING:
+    from bitladder.ladder.steps.step import Extent
+
+PRODUCTS, BLAS = 80e9, 75e9
+GRADIENT_PRODUCTS = 98e9  # of torch in bfloat16
+BESIDE = 1.25  # time of a decoded token, of that of its matrix products
+QUANT = 1.7  # speed of a quant's products
+EXPONENTIALS = 2.5e-9  # seconds for each logit of a scored token
+
+# Seconds of rounding in Q4_K with `best` and six passes: for each weight; for each weight and column; for each weight
+# and row; and for each column cubed, for the factors that all types of a tensor share.
+ROUND_WEIGHT, ROUND_COLUMN, ROUND_ROW, FACTORS = 0.8e-6, 2.2e-10, 1.0e-10, 1.2e-10
+PASSES = 6
+# Times of a type, of that of Q4_K; types of points search a codebook.
+POINTS, OTHERS = 3.5, 1.2
+LIBRARY, LIBRARY_IQ = 100e-9, 350e-9  # seconds for each weight that the library quantizes
+
+RANK, SKETCHED = 128, 2048  # of GradientOptions: rank, and the width from which on leverages are estimated
+PROCESS = 250 << 20  # bytes of a process with the library
+TORCH = 450 << 20  # and of torch
+TUNED = 30  # bytes for each weight while scales are tuned
+
+
+# Seconds.
+
+
+def decoding(shape: ModelShape, tokens: float, n_ctx: int, logits: float = 0.5) -> float:
+    """Of decoding tokens in chunks of `n_ctx`. The share `logits` of them gets logits."""
+    products = 2 * (shape.active + logits * shape.head) + 4 * shape.blocks * shape.width * n_ctx
+    return tokens * BESIDE * products / PRODUCTS
+
+
+def scoring(shape: ModelShape, tokens: float) -> float:
+    """Of the logits of the tokens of which half are scored."""
+    return tokens / 2 * shape.vocabulary * EXPONENTIALS
+
+
+def comparing(shape: ModelShape, tokens: float, n_ctx: int, speed: float = 1.0) -> float:
+    """Of decoding tokens, and of comparing half of them with a base, whose logits are computed by its head.
+
+    `speed` is how fast a token is decoded, as a multiple of the speed in full precision.
+    """
+    head = tokens / 2 * 2 * shape.head / BLAS
+    return decoding(shape, tokens, n_ctx) / speed + 2 * scoring(shape, tokens) + head
+
+
+def by_library(shape: ModelShape, preset: str) -> float:
+    """Of quantizing all weights to a preset by the library's kernels."""
+    return shape.weights * (LIBRARY_IQ if preset.startswith("IQ") else LIBRARY)
+
+
+def rounding(shape: ModelShape, passes: int, types: float = 1) -> float:
+    """Of rounding the matrices of the blocks in some types, with feedback and so many passes."""
+    return sum(matrix.count * round_matrix(matrix, passes, types) for matrix in shape.matrices)
+
+
+def round_matrix(matrix: Matrix, passes: int, types: float = 1) -> float:
+    """Of rounding one matrix."""
+    m, n = matrix.rows, matrix.width
+    full = m * n * (ROUND_WEIGHT + ROUND_COLUMN * n + ROUND_ROW * m)
+    return types * full * (1 + passes) / (1 + PASSES) + FACTORS * n**3
+
+
+def plain_moments(shape: ModelShape, tokens: float, n_ctx: int) -> float:
+    """Of second moments in which tokens count alike."""
+    sums = 1.2 * sum(matrix.share * matrix.squares for matrix in shape.inputs)
+    return decoding(shape, tokens, n_ctx, logits=0) + tokens * sums / BLAS
+
+
+def weighted_moments(shape: ModelShape, tokens: float) -> float:
+    """Of second moments by gradients: forward, back, sums; and inverses that leverages need, once."""
+    weights = shape.active + shape.head
+    sums = 1.2 * sum(shape.gradient_squares) + 8 * RANK * shape.factor_rows
+    inverses = sum(matrix.count * matrix.width**3 for matrix in shape.matrices if matrix.width <= SKETCHED)
+    return tokens * (4 * weights / GRADIENT_PRODUCTS + sums / BLAS) + inverses / BLAS
+
+
+# Bytes.
+
+
+def moments_bytes(shape: ModelShape, *, gradients: bool) -> float:
+    """Of a file of second moments: half a matrix in F16 for each square."""
+    if gradients:
+        return sum(shape.gradient_squares) + 2 * RANK * shape.factor_rows
+    return sum(matrix.squares for matrix in shape.inputs)
+
+
+def moments_sums(shape: ModelShape, *, gradients: bool) -> float:
+    """Of all sums of second moments, while they grow."""
+    if gradients:
+        return 2.4 * sum(shape.gradient_squares) + 8 * RANK * shape.factor_rows
+    return 2.2 * sum(matrix.squares for matrix in shape.inputs)
+
+
+def decoding_bytes(extent: "Extent") -> float:
+    """Of a loaded model that is decoded, with the logits of a chunk."""
+    shape = extent.shape
+    return PROCESS + model_bytes(shape) + 2 * 4 * extent.chunk * shape.vocabulary + cache_bytes(extent)
+
+
+def cache_bytes(extent: "Extent") -> float:
+    """Of the keys and values of a chunk, and of buffers of the graph."""
+    widest = max(matrix.rows for matrix in extent.shape.matrices)
+    return 4 * extent.chunk * (extent.shape.blocks * extent.shape.width + 4 * widest)
+
+
+def model_bytes(shape: ModelShape) -> float:
+    """Of the full-precision model."""
+    return 2 * shape.weights if shape.bytes is None else shape.bytes
+
+
+def gradient_bytes(extent: "Extent") -> float:
+    """Of second moments: the model's file is mapped; what the sums and the graph need is kept within a limit."""
+    shape = extent.shape
+    sums = moments_sums(shape, gradients=extent.gradients)
+    fixed = TORCH + 20 * 128 * shape.vocabulary + 12 * max(matrix.width for matrix in shape.matrices) ** 2
+    return PROCESS + model_bytes(shape) + min(extent.limit, sums + fixed)
+
+
+def rounding_bytes(shape: ModelShape, threads: int) -> float:
+    """Of rounding: each thread has a matrix, its second moments and their factors."""
+    each = (4 * (4 * m.rows * m.width + 5 * m.width**2 + 3 * m.rows**2) for m in shape.matrices)
+    return PROCESS + threads * max(each) + 4 * shape.head

@@ -1,0 +1,284 @@
+"""Time, memory and disk of a run before anything is loaded: from headers, the formulas of `cost`, and this machine."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from bitladder import evaluate, hub, quantize
+from bitladder.calibrate import MomentsOptions, usual_weighting
+from bitladder.engine import (
+    products_per_second,
+    quantize_rows,
+    single_threaded,
+    threads_available,
+    type_by_name,
+)
+from bitladder.errors import UsageError
+from bitladder.ladder import cost
+from bitladder.ladder.model_shape import ModelShape, shape_of_checkpoint, shape_of_gguf
+from bitladder.ladder.options import RunOptions, choose_rungs
+from bitladder.ladder.plan import steps_of
+from bitladder.ladder.steps.step import Extent, Step
+from bitladder.rounding import RoundingOptions, round_tensor
+from bitladder.text import Text, load_text
+from bitladder.units import duration
+
+CHARACTERS = 4  # of a token, about
+# A matrix that is rounded to see how fast that goes, and the seconds that it takes on the reference core.
+ROUNDED, ROUNDED_SECONDS = (256, 512), 0.35
+SIDE = 1024  # of a matrix that is multiplied for the same reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a core of this machine does while all threads work, as a multiple of the reference core of `cost`.
+
+    Parameters:
+        products: in the library's matrix products.
+        blas: in NumPy's, and torch's.
+        kernels: in rounding.
+        threads: threads that work at once.
+    """
+
+    products: float = 1.0
+    blas: float = 1.0
+    kernels: float = 1.0
+    threads: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a step of a run takes.
+
+    Parameters:
+        name: name of the step.
+        seconds: wall time.
+        core_seconds: CPU time.
+        memory_bytes: the most memory, with the pages of the model's file.
+        disk_bytes: the most that the run directory has while the step is at work.
+    """
+
+    name: str
+    seconds: float
+    core_seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a run takes.
+
+    Parameters:
+        stages: its steps in their order.
+        machine: what it was estimated for.
+        kept_bytes: of the run directory at the end.
+    """
+
+    stages: tuple[Stage, ...]
+    machine: Machine
+    kept_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def core_seconds(self) -> float:
+        """CPU time."""
+        return sum(stage.core_seconds for stage in self.stages)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most memory."""
+        return max(stage.memory_bytes for stage in self.stages)
+
+    @property
+    def disk_bytes(self) -> int:
+        """The most that the run directory has at any time."""
+        return max(stage.disk_bytes for stage in self.stages)
+
+
+def estimate(options: RunOptions, *, machine: Machine | None = None) -> Estimate:
+    """What a run with these options takes if nothing of it is there yet.
+
+    Only headers are read: of a GGUF, of safetensors files, or config.json. Of a model on the hub nothing else is
+    fetched.
+
+    Parameters:
+        options: the options of the run.
+        machine: what a core does; None measures it, in some seconds.
+
+    Raises:
+        UsageError: an option cannot be used.
+        BitladderError: there is no such model, or its shape is not known.
+    """
+    rungs = choose_rungs(options.rungs, known=tuple(quantize.preset_names()), default=quantize.RUNGS)
+    options = options.replace(rungs=rungs)
+    shape = shape_of(options.model)
+    text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
+    questions = {}
+    if options.tasks:
+        tasks = [evaluate.load_task(spec) for spec in evaluate.parse_specs(options.tasks)]
+        questions = {task.name: min(len(task.items), options.task_count or len(task.items)) for task in tasks}
+    path = pathlib.Path(options.model)
+    full = path if path.is_file() else None
+    extent = extent_of(options, shape, text, calibration, questions, models=1 + len(rungs), full=full)
+    if machine is None:
+        machine = measure_machine(options.decoding.threads)
+    return estimate_steps(steps_of(options, ["other"] * len(options.compare)), extent, machine)
+
+
+def estimate_steps(steps: Sequence[Step], extent: Extent, machine: Machine, done: Collection[str] = ()) -> Estimate:
+    """What the steps of a run take.
+
+    Parameters:
+        steps: the steps.
+        extent: how much there is to do.
+        machine: what a core does.
+        done: names of the steps that are complete. They take nothing more.
+    """
+    stages, kept = [], 0.0
+    for step in steps:
+        if step.name in done:
+            continue
+        seconds = sum(part.amount / getattr(machine, part.rate) for part in step.parts(extent))
+        room = step.room(extent)
+        kept += room.kept
+        stages.append(
+            Stage(
+                step.name,
+                seconds / machine.threads,
+                seconds,
+                int(step.memory(extent)),
+                int(kept + room.beside),
+            )
+        )
+    return Estimate(tuple(stages), machine, int(kept))
+
+
+def shape_of(model: str) -> ModelShape:
+    """The shape of a model: a GGUF, the directory of a checkpoint (or of a config.json), or an id of the hub.
+
+    Raises BitladderError if there is no such model, or its shape is not known.
+    """
+    path = pathlib.Path(model)
+    if path.is_file():
+        return shape_of_gguf(path)
+    name = hub.parse(model)
+    if not path.is_dir() and name is not None and (name.quant or name.file):
+        raise UsageError(f"{model}: the cost of a GGUF on the hub is not known before it is here; name its checkpoint")
+    return shape_of_checkpoint(model, path if path.is_dir() else None)
+
+
+def extent_of(
+    options: RunOptions,
+    shape: ModelShape,
+    text: Text,
+    calibration: Sequence[Text],
+    questions: Mapping[str, int],
+    *,
+    models: int,
+    full: pathlib.Path | None = None,
+) -> Extent:
+    """How much there is to do.
+
+    Parameters:
+        options: the options of the run.
+        shape: of the model.
+        text: what is measured with.
+        calibration: what is calibrated on.
+        questions: asked of each model, by benchmark.
+        models: files that are measured, with the full-precision model.
+        full: MODEL if it is a GGUF. Its vocabulary counts the tokens; else a token has four characters.
+    """
+
+    def tokens(texts: Sequence[Text], chunks: int | None) -> int:
+        counts = [len(text.text) // CHARACTERS for text in texts]
+        return sum(min(count, chunks * options.decoding.n_ctx) if chunks else count for count in counts)
+
+    wide = 4 if options.conversion.outtype == "f32" else 2
+    return Extent(
+        shape=shape,
+        text=tokens([text], options.chunks),
+        imatrix=tokens(calibration, options.imatrix_chunks),
+        moments=tokens(calibration, options.moments.moments_chunks),
+        plain_moments=tokens(calibration, options.moments.plain_share * options.moments.moments_chunks),
+        tuned=tokens(calibration, options.refine.tuning.tune_chunks) if options.tunes else 0,
+        chunk=options.decoding.n_ctx,
+        questions=dict(questions),
+        models=models,
+        converted=0 if full is not None else wide * shape.weights,
+        gradients=options.rounds and _by_gradients(full),
+        threads=options.decoding.threads or threads_available(),
+        limit=MomentsOptions().memory_bytes(),
+    )
+
+
+def _by_gradients(full: pathlib.Path | None) -> bool:
+    """Whether second moments are weighted by gradients. Of a checkpoint only torch is looked for."""
+    if full is None:
+        return importlib.util.find_spec("torch") is not None
+    return usual_weighting(full) == "gradients"
+
+
+def measure_machine(threads: int | None = None, *, rounds: bool = True) -> Machine:
+    """What a core of this machine does while all threads work.
+
+    CPU time is measured, so other work on the machine does not count. It takes a second or two; where kernels of
+    rounding must be compiled, half a minute.
+
+    Parameters:
+        threads: threads of the CPU; None takes all.
+        rounds: whether rounding is measured too.
+    """
+    count = threads or threads_available()
+    products = products_per_second(type_by_name("f16"), count, seconds=0.2) / count
+    rng = np.random.default_rng(0)
+    square = rng.standard_normal((SIDE, SIDE), np.float32)
+    with single_threaded(), ThreadPoolExecutor(count) as pool:
+        blas = min(pool.map(lambda _: _best(lambda: square @ square, 0.2), range(count)))
+        kernels = 1.0
+        if rounds:
+            work = _rounding()
+            work()  # loads the kernels
+            kernels = ROUNDED_SECONDS / max(pool.map(lambda _: _best(work, 0.1), range(count)))
+    return Machine(products / cost.PRODUCTS, 2 * SIDE**3 / blas / cost.BLAS, kernels, count)
+
+
+def _rounding() -> Callable[[], Any]:
+    """Rounds a matrix, whenever it is called."""
+    rng = np.random.default_rng(0)
+    rows, width = ROUNDED
+    kind = type_by_name("q4_K")
+    weights = 0.02 * rng.standard_normal(ROUNDED, np.float32)
+    inputs, outputs = (np.cov(rng.standard_normal((size, 2 * size), np.float32)) for size in (width, rows))
+    stock = quantize_rows(weights, kind, np.ones(width, np.float32))
+    options = RoundingOptions(enough=0)
+    moments = [moment.astype(np.float32) for moment in (inputs, outputs)]
+    return lambda: round_tensor(weights, stock, kind.name, moments[0], options, moments[1])
+
+
+def _best(work: Callable[[], Any], seconds: float) -> float:
+    """The least CPU seconds of this thread for some work that is done again and again."""
+    best, began = float("inf"), time.thread_time()
+    while time.thread_time() - began < seconds or best == float("inf"):
+        start = time.thread_time()
+        work()
+        best = min(best, time.thread_time() - start)
+    return best
+
+
+def in_words(total: Estimate) -> str:
+    """Time, memory and disk in a line."""
+    hours = total.core_seconds / 3600
+    cores = f"{hours:.1f} core hours" if hours >= 1 else f"{total.core_seconds / 60:.0f} core minutes"
+    memory, disk = (f"{size / 1e9:.3g} GB" for size in (total.memory_bytes, total.disk_bytes))
+    return f"{duration(total.seconds)} ({cores}), {memory} of memory, {disk} of disk"

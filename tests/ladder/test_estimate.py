@@ -1,0 +1,124 @@
+"""Estimates: shapes against files and transformers, amounts against recorded runs, room against what runs wrote."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from plain_options import plain_options
+
+from bitladder.calibrate import MomentsFile, RoundingMomentsOptions, collect_for_rounding
+from bitladder.cli import application
+from bitladder.engine import Decoding
+from bitladder.errors import BitladderError, UsageError
+from bitladder.ladder import Machine, RunOptions, cost, estimate, run
+from bitladder.ladder.estimate import measure_machine, shape_of
+from bitladder.text import load_text
+
+CONFIGS = {
+    "llama": {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mixtral": {"num_attention_heads": 8, "num_key_value_heads": 4, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False},
+}
+SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 320}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_shapes_from_headers_and_from_config_alone_agree_with_transformers(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    values = SIZES | CONFIGS[kind]
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **values))
+    folder = tmp_path / "whole"
+    model.save_pretrained(folder)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(folder / "config.json", bare)
+    blocks = [weight for name, weight in model.model.layers.named_parameters() if weight.dim() > 1]
+    share = {"mixtral": 2 / 6}.get(kind, 1)
+    active = sum(w.numel() * (share if w.dim() == 3 else 1) for w in blocks)
+    for path in (folder, bare):
+        shape = shape_of(str(path))
+        assert (shape.blocks, shape.width, shape.vocabulary) == (3, 64, 320)
+        assert shape.tied == model.config.tie_word_embeddings
+        assert shape.weights == pytest.approx(model.num_parameters(), rel=0.02)
+        # A router is no matrix of config.json's.
+        assert shape.active == pytest.approx(active, rel=0.02)
+    assert shape.head_size == 64 // values["num_attention_heads"]
+
+
+def test_a_gguf_and_its_checkpoint_have_one_shape(tiny_gguf, tiny_checkpoint):
+    converted, checkpoint = shape_of(str(tiny_gguf)), shape_of(str(tiny_checkpoint))
+    assert converted.bytes == tiny_gguf.stat().st_size
+    assert sorted(map(str, converted.matrices)) == sorted(map(str, checkpoint.matrices))
+    assert (converted.weights, converted.head_size) == (checkpoint.weights, checkpoint.head_size)
+
+
+def test_files_of_moments_have_the_bytes_of_the_formula(tiny_gguf, tmp_path):
+    pytest.importorskip("torch")
+    shape, files = shape_of(str(tiny_gguf)), [tmp_path / "weighted.gguf", tmp_path / "plain.gguf"]
+    collect_for_rounding(
+        tiny_gguf,
+        [load_text("pydoc:calibration")],
+        *files,
+        options=RoundingMomentsOptions(moments_chunks=8),
+        decoding=Decoding(n_ctx=64),
+    )
+    for path, gradients in zip(files, (True, False), strict=True):
+        with MomentsFile(path) as moments:
+            assert moments.provenance.weighting == ("gradients" if gradients else "tokens")
+        # The head has an entry, which the formula leaves out.
+        head = 2 * shape.width**2
+        assert path.stat().st_size == pytest.approx(cost.moments_bytes(shape, gradients=gradients) + head, rel=0.15)
+
+
+def test_the_disk_of_a_run_is_what_was_estimated(tiny_checkpoint, small_run):
+    options = plain_options(model=str(tiny_checkpoint), rungs=("Q4_K_M", "Q8_0"), chunks=8, n_ctx=128, bench=False)
+    expected = estimate(options, machine=Machine())
+    written = sum(path.stat().st_size for path in small_run.rglob("*") if path.is_file())
+    assert written == pytest.approx(expected.kept_bytes, rel=0.1)
+    assert expected.disk_bytes >= expected.kept_bytes
+
+
+def test_more_work_takes_longer():
+    def of(**changes):
+        options = RunOptions("examples/tiny-olmo2", pathlib.Path("out")).replace(threads=1, **changes)
+        return estimate(options, machine=Machine())
+
+    few, many = of(rungs=("Q4_K_M",)), of(rungs=("Q4_K_M", "Q6_K"))
+    assert few.core_seconds < many.core_seconds and few.disk_bytes < many.disk_bytes
+    naive = of(rungs=("Q4_K_M",), mode="naive", method="stock")
+    assert naive.core_seconds < few.core_seconds / 3
+    assert of(rungs=("Q4_K_M",), threads=4).memory_bytes > few.memory_bytes
+
+
+def test_a_machine_is_measured_in_multiples_of_the_reference():
+    machine = measure_machine(1, rounds=False)
+    assert 0.02 < machine.products < 50 and 0.02 < machine.blas < 50
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitladder.ladder.estimate.measure_machine", lambda *_, **__: Machine(threads=2))
+    words = ["estimate", "examples/tiny-olmo2", "--ladder", "Q4_K_M, Q6_K", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(application, words, catch_exceptions=False)
+    assert done.exit_code == 0 and "quantize × 2" in done.stdout and "total: about" in done.stdout
+    done = CliRunner().invoke(application, [*words, "--json"], catch_exceptions=False)
+    document = json.loads(done.stdout)
+    assert document["seconds"] == pytest.approx(document["core_seconds"] / 2)
+    assert document["memory_bytes"] == max(stage["memory_bytes"] for stage in document["stages"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_cost_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BitladderError, match="config.json has no hidden_size"):
+        shape_of(str(tmp_path))
+    with pytest.raises(UsageError, match="GGUF on the hub"):
+        shape_of("org/model:Q8_0")
+
+
+def test_a_run_that_does_not_fit_into_memory_is_refused(tiny_gguf, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitladder.ladder.checks.main_memory", lambda: 50 << 20)
+    options = plain_options(model=str(tiny_gguf), out=tmp_path / "out", rungs=("Q8_0",), chunks=2)
+    with pytest.raises(BitladderError, match=r"the step .* needs about .* GB of memory, and this machine has 0.1 GB"):
+        run(options)
