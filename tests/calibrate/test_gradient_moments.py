@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_models
 
 from bitladder.calibrate import (
@@ -17,9 +18,10 @@ from bitladder.calibrate import (
 from bitladder.calibrate.gradients import gradient_pass
 from bitladder.cli import invoke
 from bitladder.convert import convert
-from bitladder.engine import Decoding
+from bitladder.engine import Decoding, quantize_rows, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, string, strings, u32
+from bitladder.rounding import RoundingOptions, round_tensor
 from bitladder.text import Reading, Text, load_text
 
 GRADIENTS = MomentsOptions(weighting="gradients")
@@ -205,7 +207,30 @@ def test_damage_is_one_line(whole, message, tmp_path, capsys):
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_state_without_its_gradients_is_refused(model, text, tmp_path, monkeypatch):
+def test_where_no_gradient_reaches_there_are_moments_of_zeros(text, tmp_path):
+    folder = tmp_path / "model"
+    tiny_models.train_byte_level(folder)
+    tiny_models.llama(folder)
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][:] = 0
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    convert(folder, folder / "model.gguf", outtype="f32")
+    collect_moments(folder / "model.gguf", [text], tmp_path / "m.gguf", options=GRADIENTS, **WORK)
+    with MomentsFile(tmp_path / "m.gguf") as moments:
+        for name in moments.names():
+            moment = moments.read(name)
+            reached = name not in ("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight")
+            assert np.isfinite(moment.inputs).all() and moment.inputs.any() == reached
+            if moment.outputs is not None:
+                assert np.isfinite(moment.outputs).all() and moment.outputs.any() == reached
+            options = RoundingOptions(passes=1)
+            weight = np.random.default_rng(0).normal(size=(32, moment.inputs.shape[1])).astype(np.float32)
+            stock = quantize_rows(weight, type_by_name("q4_0"), None)
+            rounded = round_tensor(weight, stock, "q4_0", moment.inputs[0], options)
+            assert rounded.after <= rounded.before
+
+
+def test_state_without_its_gradients_is_refused_once(model, text, whole, tmp_path, monkeypatch):
     original, calls = gradient_pass.GradientPass._chunk, []
 
     def dying(self, segment, place, entries):
@@ -219,5 +244,9 @@ def test_state_without_its_gradients_is_refused(model, text, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         collect_moments(model, [text], tmp_path / "m.gguf", options=LITTLE, **WORK)
     (tmp_path / "m.gguf.parts" / "gradient 1").unlink()
-    with pytest.raises(BitladderError, match="lacks gradients that its state counts; delete the folder"):
+    monkeypatch.setattr(gradient_pass.GradientPass, "_chunk", original)
+    with pytest.raises(BitladderError, match="lacks gradients that its state counts, and was deleted"):
         collect_moments(model, [text], tmp_path / "m.gguf", options=LITTLE, **WORK)
+    collect_moments(model, [text], tmp_path / "m.gguf", options=LITTLE, **WORK)
+    assert (tmp_path / "m.gguf").read_bytes() == whole.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]

@@ -161,7 +161,7 @@ def measured(name, size, kld, seed):
     tokens = (text * kld * generator.normal(1, 0.05, text.shape)).ravel()
     zero = np.zeros(tokens.size)
     scores = Scores.model_validate(
-        {"model": name, "sha256": name, "bytes": size, "bpw": 4, "chunks": 16, "versions": {}, "seconds": 0,
+        {"model": name, "sha256": name, "bytes": size, "bpw": 4, "chunks": 16, "versions": {},
          "kld": {"value": tokens.mean(), "error": 0.1, **dict.fromkeys(
              ("max", "p999", "p99", "p95", "p90", "median", "p10", "p05", "p01", "p001", "min"), 0)}}
     )  # fmt: skip

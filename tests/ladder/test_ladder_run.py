@@ -110,7 +110,7 @@ class Fakes:
         return Scores(
             model=model.name, sha256=hashlib.sha256(model.read_bytes()).hexdigest(), bytes=model.stat().st_size,
             bpw=4.5, text=NamedFile(name=text.name, sha256=text.sha256), n_ctx=n_ctx, chunks=min(chunks or 3, 3),
-            tokens_scored=765, ppl=figure, versions={"bitladder": "0.1.0"}, seconds=time.monotonic(),
+            tokens_scored=765, ppl=figure, versions={"bitladder": "0.1.0"},
             **(compared if base else {}),
         )  # fmt: skip
 
@@ -189,14 +189,11 @@ def inputs_of(folder, out="out"):
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    """Every file that has to be the same after the same run; scores without their wall time."""
+    """Every file that has to be the same after the same run."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in ("ladder.json", ".lock"):
-            data = path.read_bytes()
-            if path.parent.name in ("measured", "scores") and path.suffix == ".json":
-                data = json.dumps(json.loads(data) | {"seconds": 0}).encode()
-            found[path.relative_to(folder).as_posix()] = data
+            found[path.relative_to(folder).as_posix()] = path.read_bytes()
     return found
 
 

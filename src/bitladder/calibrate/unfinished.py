@@ -79,7 +79,10 @@ class UnfinishedWork:
     def path(self, name: str) -> pathlib.Path:
         """Where a piece of this name is or will be. The folder is made."""
         if not self._has_key():
-            write_text(self.folder / "key", self._key)
+            # The folder comes to its name with the key in it, so that a kill leaves none without a key.
+            self._clear_aside()
+            write_text(self._aside / "key", self._key)
+            self._aside.rename(self.folder)
         return self.folder / name
 
     def has(self, name: str) -> bool:
@@ -101,12 +104,12 @@ class UnfinishedWork:
                 stream.write(np.ascontiguousarray(row, np.float32).data)
 
     def get(self, name: str) -> npt.NDArray[Any]:
-        """An array that was kept, read from the file when it is used. Raises BitladderError if it is damaged."""
+        """An array that was kept, read from the file when it is used. Raises BitladderError (`damaged`)."""
         path = self.folder / name
         try:
             return np.load(path, "r", allow_pickle=False)  # type: ignore[no-any-return]
         except (OSError, ValueError, EOFError) as error:
-            raise BitladderError(f"{path} is damaged; delete the folder {self.folder} and start again") from error
+            raise self.damaged(f"{path} is damaged") from error
 
     def kept_rows(self, name: str, shape: tuple[int, ...]) -> int:
         """How many arrays of this shape were appended to a piece. What a crash left of another one does not count."""
@@ -128,12 +131,17 @@ class UnfinishedWork:
             stream.write(np.ascontiguousarray(row, np.float32).data)
 
     def read_row(self, name: str, index: int, shape: tuple[int, ...]) -> Floats:
-        """The array number `index` of this shape in a piece."""
+        """The array number `index` of this shape in a piece. Raises BitladderError (`damaged`)."""
         count = math.prod(shape)
         row = np.fromfile(self.folder / name, np.float32, count, offset=4 * index * count)
         if row.size < count:
-            raise BitladderError(f"{self.folder / name} ends early; delete the folder {self.folder} and start again")
+            raise self.damaged(f"{self.folder / name} ends early")
         return row.reshape(shape)
+
+    def damaged(self, what: str) -> BitladderError:
+        """The error of damaged work. The folder is deleted, so that the next call begins anew."""
+        self.remove()
+        return BitladderError(f"{what}, and was deleted with the rest of the unfinished work; give the command again")
 
     def drop(self, *names: str) -> None:
         """Deletes pieces that nobody needs any more."""
@@ -179,4 +187,16 @@ class UnfinishedWork:
             return
         if not (self.folder / "key").is_file():
             raise BitladderError(f"{self.folder} is in the way and was not made by bitladder; move it")
-        shutil.rmtree(self.folder)
+        # After a kill no half of the folder is under its name.
+        self._clear_aside()
+        self.folder.rename(self._aside)
+        self._clear_aside()
+
+    @property
+    def _aside(self) -> pathlib.Path:
+        """The folder while it is made or deleted. A run that continues sweeps it."""
+        return self.folder.with_name(f".{self.folder.name}.tmp")
+
+    def _clear_aside(self) -> None:
+        if self._aside.exists():
+            shutil.rmtree(self._aside)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import pathlib
-import time
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ MEASURE = Algorithm(
     (
         "perplexity and divergence as llama-perplexity defines them",
         "the scores of each token are kept, so that two models are compared token by token",
+        "figures of time are left out, so that the same scores are the same file",
     ),
     uses=(BASE,),
 )
@@ -112,7 +112,6 @@ def measure(
         UsageError: there is neither a text nor such a base.
         BitladderError: as `evaluate`.
     """
-    began = time.monotonic()
     identity = model if isinstance(model, Identity) else identify(model)
     with contextlib.ExitStack() as stack:
         if isinstance(base, pathlib.Path):
@@ -144,7 +143,7 @@ def measure(
             arrays = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
             figures = {**divergence_figures(tokens), "base": reference_name(base)}
         refuse_alike(arrays["nll"], identity.name)
-    return Measurement(_scores(identity, text, settings.n_ctx, len(chunks), began, figures), arrays)
+    return Measurement(_scores(identity, text, settings.n_ctx, len(chunks), figures), arrays)
 
 
 def measure_and_keep(
@@ -155,11 +154,10 @@ def measure_and_keep(
     Raises:
         BitladderError: as `write_logits_file`.
     """
-    began = time.monotonic()
     nll = write_logits_file(model, text, out, settings, progress)
     figures = {"ppl": perplexity(nll), "tokens_scored": len(nll)}
     scored = settings.n_ctx - 1 - settings.n_ctx // 2
-    return _scores(identify(model), text, settings.n_ctx, len(nll) // scored, began, figures)
+    return _scores(identify(model), text, settings.n_ctx, len(nll) // scored, figures)
 
 
 def _needed(text: Text | None) -> Text:
@@ -175,23 +173,19 @@ def base_scores(base: HiddenBase, text: Text, settings: MeasureOptions) -> Score
     Raises:
         BitladderError: the base was made of another text or with other settings.
     """
-    began = time.monotonic()
     check_fits(base, text, settings)
     count = settings.limit(len(base.chunks))
     nll = np.concatenate([base.rows(chunk).nll for chunk in range(count)])
     figures = {"ppl": perplexity(nll), "tokens_scored": len(nll)}
-    return _scores(base.model, text, settings.n_ctx, count, began, figures)
+    return _scores(base.model, text, settings.n_ctx, count, figures)
 
 
-def _scores(
-    identity: Identity, text: Text | None, n_ctx: int, chunks: int, began: float, figures: dict[str, Any]
-) -> Scores:
+def _scores(identity: Identity, text: Text | None, n_ctx: int, chunks: int, figures: dict[str, Any]) -> Scores:
     return Scores(
         **identity_fields(identity),
         text=NamedFile(name=text.name, sha256=text.sha256) if text else None,
         n_ctx=n_ctx,
         chunks=chunks,
-        seconds=time.monotonic() - began,
         **figures,
     )
 

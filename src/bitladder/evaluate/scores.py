@@ -216,7 +216,6 @@ class Scores(_Part):
         tasks: scores by the name of the task.
         tasks_average: mean accuracy of the five benchmarks, where all five were scored; `tasks_average_error` is its
             standard error.
-        seconds: wall time of the measurement.
     """
 
     model: str
@@ -243,7 +242,6 @@ class Scores(_Part):
     noise: Noise | None = None
     paired: Paired | None = None
     versions: dict[str, str]
-    seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """The scores as a value for `json.dump`, without what was not measured and what does not hold."""

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -231,13 +230,12 @@ def measure_several(
 
 
 def _measure(identity: Identity, request: EvalRequest, results: Results, progress: Progress) -> Measurement:
-    began = time.monotonic()
     if request.text is not None or request.base is not None:
         measured = _measure_text(identity, request, results, progress)
     else:
-        measured = Measurement(Scores(**identity_fields(identity), seconds=0), {})
+        measured = Measurement(Scores(**identity_fields(identity)), {})
     tasks = _measure_tasks(identity, request, results, progress)
-    scores = measured.scores.model_copy(update={**task_fields(tasks), "seconds": time.monotonic() - began})
+    scores = measured.scores.model_copy(update=task_fields(tasks))
     return Measurement(scores, measured.arrays)
 
 
@@ -305,13 +303,11 @@ def add_tasks(
     Raises:
         BitladderError: as `tasks.score_task`.
     """
-    began = time.monotonic()
     with settings.load(model) as loaded:
         by_name = {
             task.name: score_task(loaded, task, settings, count=count, progress=progress).to_score() for task in tasks
         }
-    seconds = scores.seconds + time.monotonic() - began
-    return scores.model_copy(update={**task_fields(by_name), "seconds": seconds})
+    return scores.model_copy(update=task_fields(by_name))
 
 
 def _noise(base: HiddenBase, request: EvalRequest, results: Results, progress: Progress) -> Noise:

@@ -16,7 +16,6 @@ from bitladder.calibrate.gradients.options import GradientOptions
 from bitladder.calibrate.gradients.segments import Segment, plan_segments
 from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine import Tokens
-from bitladder.errors import BitladderError
 from bitladder.progress import Bar, Progress
 
 NEXT_STOP = "segments"  # the piece that says which block is the first whose entries are finished
@@ -94,8 +93,7 @@ class GradientPass:
         label = f"blocks {segment.first} to {segment.stop}"
         done = self._work.load_state(label, state, progress)
         if segment.first and done > self._work.kept_rows(_gradient(segment.first), self._gradient_shape):
-            folder = self._work.folder
-            raise BitladderError(f"{folder} lacks gradients that its state counts; delete the folder and start again")
+            raise self._work.damaged(f"{self._work.folder} lacks gradients that its state counts")
         bar.advance(done)
         for entry in entries:
             entry.learned = entry.leverages_known and 0 < self._pilots < done

@@ -12,6 +12,7 @@ from bitladder.calibrate.moments.triangles import LowRank, triangle
 from bitladder.engine import Floats
 
 PANEL = 256  # rows of a whole matrix that are multiplied at once: half of the work of a full product
+LEAST = 1e-30  # a mean diagonal below this counts as 0
 
 
 class Gram:
@@ -108,8 +109,9 @@ class LowRankGram:
         """The mean: sums divided by `total`."""
         core = (self._columns.T @ self._products).double()
         core = (core + core.T) / 2
-        size = float(core.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
-        core.diagonal().add_(1e-6 * size)
+        # No gradient reaches a weight before a matrix of zeros: the core, and with it every factor, is 0 then.
+        size = float(core.diagonal().mean())
+        core.diagonal().add_(1e-6 * size if size > 0 else 1.0)
         lower = torch.linalg.cholesky(core)
         factors = torch.linalg.solve_triangular(lower, self._products.double().T, upper=False).T
         return LowRank.of((factors / total**0.5).float().numpy(), (self._diagonal / total).numpy())
@@ -149,7 +151,10 @@ class Leverage:
             generator = torch.Generator().manual_seed(width)
             signs = (torch.randint(0, 2, (count, width), generator=generator) * 2 - 1) / count**0.5
         blocks = gram.stacked()
-        mean = blocks.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float32).tiny)
+        mean = blocks.diagonal(dim1=1, dim2=2).mean()
+        # Where no gradient reaches, G is 0, and squared lengths are as good a measure. Divided by next to nothing they
+        # would not be finite.
+        mean = torch.where(mean > LEAST, mean, 1.0)
         # As a share of the mean diagonal, leverages do not depend on the unit of the rows.
         blocks.div_(mean).diagonal(dim1=1, dim2=2).add_(damping)
         lower = torch.linalg.cholesky(blocks)
