@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench fuzz clean
 
 # The main job on the embedded model: checkpoint in, a measured rung beside its plain preset and the card out, in demo/.
 demo: $(VENV)/.installed
@@ -28,6 +28,11 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ratios.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT)) \
 		$(if $(CALIBRATION),--calibration $(CALIBRATION))
+
+# Every parser under atheris, MINUTES of the CPU each; corpus and finds are in .fuzz/.
+fuzz: $(VENV)/.test
+	$(BIN)/python -m pip install -q -e '.[fuzz]'
+	PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(or $(MINUTES),1) $(PARSERS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

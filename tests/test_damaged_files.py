@@ -2,17 +2,22 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import struct
+import zipfile
 
 import numpy as np
 import pytest
 
+from bitladder.calibrate import Imatrix, ImatrixEntry, UnfinishedWork, read_imatrix, write_imatrix
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError
 from bitladder.evaluate import ResultFolder, load_task, parse_specs
 from bitladder.evaluate.base.basefile import BaseHeader
+from bitladder.files import read_arrays
+from bitladder.progress import SILENT
 from bitladder.rounding.second_moments import damped, upper_factor
 from bitladder.trial import Journal
 
@@ -85,6 +90,86 @@ def test_a_damaged_result_is_measured_again(value, tiny_gguf, tmp_path, capsys):
         assert invoke(command) == 0
         assert json.loads(capsys.readouterr().out)["ppl"] == known["ppl"]
     assert ResultFolder(tmp_path / "cache")
+
+
+def zipped(name, body, packed=zipfile.ZIP_STORED, entry=None):
+    """A zip archive of one member. `entry` (place, value) changes a byte of its entry in the archive's directory."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", packed) as archive:
+        archive.writestr(name, body)
+    data = bytearray(stream.getvalue())
+    if entry:
+        data[data.index(b"PK\x01\x02") + entry[0]] = entry[1]
+    return bytes(data)
+
+
+def npy(array, old=b"", new=b""):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue().replace(old, new) if old else stream.getvalue()
+
+
+DAMAGED = {
+    "empty": b"",
+    "not an archive": b"PK\x03\x04 and then nothing",
+    "an array alone": npy(np.zeros(3)),
+    "a header with an open quote": npy(np.zeros(3), b"'shape': (3,)", b"'shape': (3,'"),
+    "pickled": npy(np.array([{}], object)),
+    "a member that is no array": zipped("json.npy", b"text"),
+    "a member with an open quote": zipped("json.npy", npy(np.zeros(3), b"'shape': (3,)", b"'shape': (3,'")),
+    "a shape beyond the memory": zipped("json.npy", npy(np.zeros(3), b"'shape': (3,), }  ", b"'shape': (1<<60,) }")),
+    "strongly encrypted": zipped("json.npy", npy(np.zeros(3)), entry=(8, 0x41)),
+    "of another version": zipped("json.npy", npy(np.zeros(3)), entry=(6, 0xFF)),
+    "packed": zipped("json.npy", npy(np.zeros(1 << 20)), packed=zipfile.ZIP_DEFLATED),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_arrays_are_one_error(name, tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_bytes(DAMAGED[name])
+    with pytest.raises(BitladderError, match=r"x\.npz is damaged"):
+        read_arrays(path)
+    results = ResultFolder(tmp_path)
+    results.put({"a": 1}, {}, {})
+    (kept,) = tmp_path.rglob("??/*.npz")
+    assert results.get({"a": 1}) == ({}, {})
+    kept.write_bytes(DAMAGED[name])
+    assert results.get({"a": 1}) is None
+    work = UnfinishedWork(tmp_path / "out", "key")
+    for piece in ("piece", "state"):
+        work.path(piece).write_bytes(DAMAGED[name])
+    if name != "an array alone":
+        with pytest.raises(BitladderError, match="piece is damaged"):
+            work.get("piece")
+    assert work.load_state("label", {"json": np.zeros(3)}, SILENT) == 0
+
+
+def test_an_imatrix_that_no_program_writes(tmp_path, capsys):
+    entry = ImatrixEntry(np.ones((1, 4)), np.array([7]))
+    good = Imatrix({"blk.0.attn_q.weight": entry}, ["t"], 3, 4)
+    for form, old, new, says in (
+        ("gguf", struct.pack("<f", 7), struct.pack("<f", 1e30), "no numbers of tokens"),
+        (
+            "gguf",
+            b"imatrix.chunk_count\x04\0\0\0\x03",
+            b"imatrix.chunk_count\x05\0\0\0\xff\xff\xff\xff",
+            "wrong type or size",
+        ),
+        ("dat", struct.pack("<ii", 2, 4), struct.pack("<ii", 2, 0), "has 0 sums"),
+        ("dat", struct.pack("<ii", 2, 4), struct.pack("<ii", 2, -1), "has -1 sums"),
+    ):
+        path = tmp_path / f"i.{form}"
+        write_imatrix(good, path, form)
+        data = path.read_bytes()
+        at = data.index(old)
+        path.write_bytes(data[:at] + new + data[at + len(new) :])
+        for command in (["stats", str(path)], ["imatrix", "--in-file", str(path), "-o", str(tmp_path / "o.gguf")]):
+            assert invoke([*command, "-q"]) == 1
+            assert says in capsys.readouterr().err
+    most = ImatrixEntry(np.ones((1, 4)), np.array([2**52]))
+    write_imatrix(Imatrix({"blk.0.attn_q.weight": most}, ["t"], 2**50, 4), tmp_path / "most.gguf")
+    assert read_imatrix(tmp_path / "most.gguf").chunk_count == 2**32 - 1
 
 
 def test_task_files_do_not_fill_the_memory(tmp_path):

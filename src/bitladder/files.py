@@ -9,9 +9,12 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from bitladder.errors import BitladderError, UsageError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 PathLike = str | os.PathLike[str]
 # Bytes of a file name that `file_name` makes. File systems allow 255; names of rungs and temporary files are longer.
@@ -98,6 +101,28 @@ def write_text(path: PathLike, text: str) -> None:
 def write_json(path: PathLike, value: Any) -> None:
     """Writes indented JSON in one step (see `replacing`). Raises ValueError for NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_arrays(path: PathLike) -> "dict[str, npt.NDArray[Any]]":
+    """The arrays of a file that `numpy.savez` wrote, by name. Nothing in it is unpickled.
+
+    Raises BitladderError that names the file if it is missing or damaged. A packed file, which `savez` does not write
+    and which could fill the memory, is damaged too.
+    """
+    import numpy as np  # not for commands that only show their help
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if any(entry.compress_type for entry in file.zip.infolist()):
+                raise ValueError("it is packed")
+            arrays = {name: np.asanyarray(file[name]) for name in file.files}
+    except Exception as error:  # a damaged zip or array raises errors of a dozen classes
+        raise BitladderError(
+            f"{path} is damaged ({type(error).__name__}); delete it, so that it is made again"
+        ) from error
+    if any(array.dtype.hasobject or array.dtype.kind == "S" for array in arrays.values()):
+        raise BitladderError(f"{path} is damaged (it holds no arrays); delete it, so that it is made again")
+    return arrays
 
 
 def same_file(a: PathLike, b: PathLike) -> bool:

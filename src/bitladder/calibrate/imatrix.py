@@ -17,13 +17,26 @@ import numpy.typing as npt
 from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import replacing
-from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, Value, describe_kind, string, strings, u32
+from bitladder.gguf import (
+    GgufFile,
+    GgufWriter,
+    TensorInfo,
+    TensorPlan,
+    Value,
+    describe_kind,
+    one_line,
+    string,
+    strings,
+    u32,
+)
 
 Floats = npt.NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 # The count of an expert that no token reached, if sums stand in for it. llama-quantize rounds it up to one token
 # and takes these sums for the mean. Read here, it is rounded to 0, so that the expert is known to be unreached.
 STANDS_IN = np.float32(0.5)
+# What the format counts chunks in, and the tokens up to which float64 counts exactly.
+_MOST_CHUNKS, _MOST_TOKENS = 2**32 - 1, 2**53
 
 
 @dataclasses.dataclass
@@ -187,9 +200,10 @@ def _read_gguf(path: pathlib.Path) -> Imatrix:
             raise BitladderError(f"{path} lacks imatrix.{missing[0]}: it is not a complete imatrix")
         datasets, chunks, size = (file.get(f"imatrix.{key}") for key in ("datasets", "chunk_count", "chunk_size"))
         named = isinstance(datasets, list) and all(isinstance(name, str) for name in datasets)
-        if not named or type(chunks) is not int or type(size) is not int:
+        numbers = all(type(number) is int and 0 <= number <= _MOST_CHUNKS for number in (chunks, size))
+        if not named or not numbers:
             raise BitladderError(
-                f"{path}: imatrix.datasets, chunk_count or chunk_size has a wrong type: the imatrix is damaged"
+                f"{path}: imatrix.datasets, chunk_count or chunk_size has a wrong type or size: the imatrix is damaged"
             )
         entries = {}
         for name, tensor in file.tensors.items():
@@ -201,8 +215,10 @@ def _read_gguf(path: pathlib.Path) -> Imatrix:
                 raise BitladderError(f"{path}: {weight} has no F32 pair of sums and counts; the imatrix is damaged")
             sums = file.read(tensor).view(np.float32)
             # A count that is not a number counts as 0, and so does STANDS_IN.
-            tokens = file.read(counted).view(np.float32).reshape(-1)
-            counts = np.nan_to_num(np.rint(tokens), posinf=0, neginf=0).astype(np.int64)
+            tokens = np.nan_to_num(file.read(counted).view(np.float32).reshape(-1), posinf=0, neginf=0)
+            if (np.abs(tokens) > _MOST_TOKENS).any():
+                raise BitladderError(f"{path}: {weight} has counts that are no numbers of tokens; compute it again")
+            counts = np.rint(tokens).astype(np.int64)
             if len(counts) != len(sums):
                 raise BitladderError(f"{path}: {weight} has {len(sums)} rows of sums but {len(counts)} counts")
             stands_in = tokens == STANDS_IN
@@ -229,6 +245,8 @@ def _read_dat(path: pathlib.Path) -> Imatrix:
             name = data[position + 4 : position + 4 + size].decode("utf-8", "replace")
             calls, values = struct.unpack_from("<ii", data, position + 4 + size)
             position += 12 + size
+            if values < 1:
+                raise BitladderError(f"{path}: {one_line(name)} has {values} sums: it is damaged; compute it again")
             sums = np.frombuffer(data, "<f4", values, position)
             position += 4 * values
             entries[name] = ImatrixEntry(sums[None].copy(), np.array([calls], np.int64))
@@ -258,7 +276,7 @@ def write_imatrix(imatrix: Imatrix, path: str | os.PathLike[str], form: str = "g
     metadata: dict[str, Value] = {
         "general.type": string("imatrix"),
         "imatrix.datasets": strings(imatrix.datasets),
-        "imatrix.chunk_count": u32(imatrix.chunk_count),
+        "imatrix.chunk_count": u32(min(imatrix.chunk_count, _MOST_CHUNKS)),
         "imatrix.chunk_size": u32(imatrix.chunk_size),
     }
     f32 = type_by_name("f32")

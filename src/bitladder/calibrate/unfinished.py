@@ -107,8 +107,9 @@ class UnfinishedWork:
         """An array that was kept, read from the file when it is used. Raises BitladderError (`damaged`)."""
         path = self.folder / name
         try:
-            return np.load(path, "r", allow_pickle=False)  # type: ignore[no-any-return]
-        except (OSError, ValueError, EOFError) as error:
+            array: npt.NDArray[Any] = np.lib.format.open_memmap(path, "r")
+            return array
+        except Exception as error:  # a damaged header raises errors of its tokenizer too
             raise self.damaged(f"{path} is damaged") from error
 
     def kept_rows(self, name: str, shape: tuple[int, ...]) -> int:

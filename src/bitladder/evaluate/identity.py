@@ -6,7 +6,6 @@ A result is a JSON value and arrays in one .npz file. The name of the file is th
 import dataclasses
 import json
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.errors import BitladderError
-from bitladder.files import replacing, sha256_bytes, sha256_file
+from bitladder.files import read_arrays, replacing, sha256_bytes, sha256_file
 from bitladder.gguf import GgufFile, TensorInfo, joined_sha256, open_model, shards_of
 from bitladder.keys import key_of
 
@@ -127,10 +126,9 @@ class ResultFolder:
     def get(self, inputs: Mapping[str, Any]) -> tuple[Any, Arrays] | None:
         """The kept result of some inputs, or None if there is none or its file is damaged."""
         try:
-            with np.load(self._path(inputs), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = read_arrays(self._path(inputs))
             return json.loads(arrays.pop("json").tobytes()), arrays
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (BitladderError, KeyError, ValueError, RecursionError):
             return None
 
     def put(self, inputs: Mapping[str, Any], value: Any, arrays: Arrays) -> None:

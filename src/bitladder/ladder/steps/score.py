@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import numpy as np
-
 from bitladder import evaluate
-from bitladder.files import write_json
+from bitladder.files import read_arrays, write_json
 from bitladder.ladder.context import Run, read_json
 from bitladder.ladder.source import about
 from bitladder.ladder.steps.step import Product, Step
@@ -73,6 +71,5 @@ def paired_with_naive(run: Run, rung: str) -> evaluate.Paired:
     preset = evaluate.read_scores(run.layout.scores(naive(rung)))
     measured = []
     for label, scores in ((rung, this), (naive(rung), preset)):
-        with np.load(run.layout.tokens(label), allow_pickle=False) as file:
-            measured.append(evaluate.Measurement(scores, {key: file[key] for key in file.files}))
+        measured.append(evaluate.Measurement(scores, read_arrays(run.layout.tokens(label))))
     return evaluate.compare_pair(*measured)
