@@ -89,9 +89,7 @@ def amounts_of(options: RunOptions) -> tuple[dict[str, Any], list[dict[str, Any]
     parts = [
         {"step": step.name, **dataclasses.asdict(part)} for step in steps_of(options) for part in step.parts(extent)
     ]
-    about = dataclasses.asdict(extent)
-    del about["shape"]  # follows from the model
-    return about, parts
+    return dataclasses.asdict(extent), parts
 
 
 def table(recording: dict[str, Any]) -> str:

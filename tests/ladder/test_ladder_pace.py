@@ -11,12 +11,13 @@ from plain_options import plain_options
 
 from bitladder.cli import application
 from bitladder.ladder.estimate import extent_of, shape_of
-from bitladder.ladder.pace import Pace
+from bitladder.ladder.model_shape import Matrix, ModelShape
+from bitladder.ladder.pace import CLOSE, SPREAD, Pace, TimeLeft
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.steps.step import Extent, Part
 from bitladder.ladder.tracker import Best, Tracker
 from bitladder.progress import SILENT
-from bitladder.show.run_display import RunDisplay, line
+from bitladder.show.run_display import RunDisplay, in_words, line
 from bitladder.text import load_text
 from bitladder.units import duration
 
@@ -37,6 +38,13 @@ class Clock:
         return self.now
 
 
+def between(left, known, guessed=0.0):
+    """Whether the time left is what is known, and what is only guessed, smaller or larger by the factor of a guess."""
+    assert (left.least, left.most) == pytest.approx((known + guessed / SPREAD, known + guessed * SPREAD))
+    assert (left.seconds is None) == (left.most > CLOSE**2 * left.least)
+    return True
+
+
 def test_time_left_follows_what_was_seen():
     pace = Pace(PARTS)
     pace.begin("base", 0)
@@ -45,17 +53,19 @@ def test_time_left_follows_what_was_seen():
     pace.advance(0.05)
     assert pace.left(5) is None  # less than a tenth of the time is over
     pace.advance(0.5)
-    # 50 of 350 done in 10 s, at the same rate everywhere: 300 are left.
-    assert pace.left(10) == pytest.approx(10 / 50 * 300)
+    # 50 of 350 done in 10 s: 250 of that kind are left, and 50 of kinds whose rate is only guessed.
+    assert between(pace.left(10), 10 / 50 * 250, 10 / 50 * 50)
     pace.end(20, made=True)
-    assert pace.left(20) == pytest.approx(20 / 100 * 250)
+    assert between(pace.left(20), 20 / 100 * 200, 20 / 100 * 50)
     pace.begin("quantize A", 20)
     pace.bar("rounding", 20)
     pace.bar("guard", 50)  # rounding is over: 3 s for a unit of it, and none of a guard is known
     everything = (20 + 30) / (100 + 10)
-    assert pace.left(50) == pytest.approx(200 * 0.2 + 20 * 3 + 20 * everything)
+    assert between(pace.left(50), 200 * 0.2 + 20 * 3, 20 * everything)
+    # A guard that has lasted for its expected time may last as long as its kind may.
+    assert pace.left(60).most == pytest.approx(200 * 0.2 + 20 * 3 + 20 * everything * SPREAD - 10)
     pace.end(60, made=True)
-    assert pace.left(60) == pytest.approx(200 * 0.2 + 20 * 3 + 10 * 1)
+    assert between(pace.left(60), 200 * 0.2 + 20 * 3 + 10 * 1)
     pace.begin("measure A", 60)
     pace.bar("Divergence of A.gguf", 60)
     pace.end(80, made=True)
@@ -63,13 +73,13 @@ def test_time_left_follows_what_was_seen():
     pace.bar("rounding", 80)
     pace.advance(0.5)
     # What is under way goes on at its own rate: 10 of 20 units in 20 s.
-    assert pace.left(100) == pytest.approx(20 + 10 + 20)
+    assert between(pace.left(100), 20 + 10 + 20)
     pace.advance(0.2)  # a share never falls
-    assert pace.left(100) == pytest.approx(20 + 10 + 20)
+    assert between(pace.left(100), 20 + 10 + 20)
     pace.end(120, made=True)
     pace.begin("measure B", 120)
     pace.end(130, made=True)
-    assert pace.left(130) == 0
+    assert between(pace.left(130), 0)
 
 
 def test_what_was_complete_tells_nothing_of_time():
@@ -81,7 +91,7 @@ def test_what_was_complete_tells_nothing_of_time():
     pace.begin("measure B", 0)
     pace.bar("divergence of b", 0)
     pace.advance(0.5)
-    assert pace.left(1) == pytest.approx(1)
+    assert between(pace.left(1), 1)
 
 
 def test_every_step_that_takes_time_has_parts(tiny_gguf):
@@ -98,15 +108,17 @@ def test_every_step_that_takes_time_has_parts(tiny_gguf):
         assert amounts["quantize IQ3_S"] > amounts["quantize Q8_0"] > 0
 
 
-# Runs on the embedded model, recorded by benchmarks/pace.py: the command, how much there was to do, and the CPU seconds
-# of each part. The amounts are those of today.
+# Runs of the embedded model and of one with 127M weights, recorded by benchmarks/pace.py: the command, how much there
+# was to do, and the CPU seconds of each part. The amounts are those of today.
 RECORDED = sorted((pathlib.Path(__file__).parent / "pace").glob("*.json"))
 SLICES = 20
 
 
-def replayed(recording, options, shape):
+def replayed(recording, options):
     """(time, estimate of the time left) during a recorded run, and its whole time."""
-    extent = Extent(shape=shape, **recording["extent"])
+    shape = dict(recording["extent"]["shape"])
+    shape["matrices"] = tuple(Matrix(**matrix) for matrix in shape["matrices"])
+    extent = Extent(**recording["extent"] | {"shape": ModelShape(**shape)})
     pace = Pace({step.name: step.parts(extent) for step in steps_of(options)})
     now, current, moments = 0.0, "", []
     for part in recording["parts"]:
@@ -126,19 +138,22 @@ def replayed(recording, options, shape):
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=[path.stem for path in RECORDED])
-def test_time_left_of_recorded_runs(path, tiny_gguf, monkeypatch):
+def test_time_left_of_recorded_runs(path, monkeypatch):
     recording, options = json.loads(path.read_text()), []
     monkeypatch.setattr("bitladder.ladder.run", lambda options_of_run, **_: options.append(options_of_run))
     CliRunner().invoke(application, shlex.split(recording["command"])[1:])
-    moments, total = replayed(recording, options[0], shape_of(str(tiny_gguf)))
+    moments, total = replayed(recording, options[0])
     for now, estimate in moments:
         left = total - now
         if now < 0.1 * total / 1.5:
             assert estimate is None, f"{now:.1f} of {total:.1f} s"
         elif estimate is None:
             assert now < 0.1 * total * 1.5, f"nothing is said after {now:.1f} of {total:.1f} s"
-        elif now >= 0.1 * total:
-            assert left / 1.5 - 0.02 * total < estimate < left * 1.5 + 0.02 * total, f"{now:.1f} of {total:.1f} s"
+        else:
+            close = estimate.least - 0.02 * total < left < estimate.most + 0.02 * total
+            if estimate.seconds is not None:
+                close = left / CLOSE - 0.02 * total < estimate.seconds < left * CLOSE + 0.02 * total
+            assert close, f"{estimate} after {now:.1f} of {total:.1f} s"
 
 
 def test_tracker_tells_the_step_the_share_and_the_best():
@@ -149,10 +164,10 @@ def test_tracker_tells_the_step_the_share_and_the_best():
         with tracker.task("Base", 4) as task:
             clock.now += 10
             task.advance(2)
-            assert told[-1].working and told[-1].seconds_left == pytest.approx(10 / 50 * 300)
+            assert told[-1].working and between(told[-1].left, 10 / 50 * 250, 10 / 50 * 50)
             with tracker.task("inner", 10) as inner:
                 inner.advance(10)  # not the step's own bar
-            assert told[-1].seconds_left == pytest.approx(10 / 50 * 300)
+            assert between(told[-1].left, 10 / 50 * 250, 10 / 50 * 50)
     assert (told[-1].step, told[-1].number, told[-1].count) == ("base", 1, 5)
     with tracker.step("measure A", lambda: True):
         tracker.rung_scored("A", {"bytes": 7, "kld": {"value": 0.2, "error": 0.01}}, "naive")
@@ -201,3 +216,8 @@ def test_durations_in_words(seconds, words):
 def test_a_line_about_the_best():
     assert line(Best("exact", 83_847_296, 0.0719, 0.0007)) == "83.85 MB, KLD 0.07190 ± 0.00070 (exact)"
     assert line(Best("", 5_000_000_000, 0.1, 0.01)) == "5.000 GB, KLD 0.100 ± 0.010"
+
+
+def test_a_time_left_that_is_not_known_well_is_a_range():
+    assert in_words(TimeLeft(300, 480)) == "about 6 min"
+    assert in_words(TimeLeft(240, 720)) == "4 min to 12 min"

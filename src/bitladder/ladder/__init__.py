@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from bitladder.ladder.doctor import Diagnosis, WidthMisfit, diagnose
     from bitladder.ladder.estimate import Estimate, Machine, Stage, estimate, in_words
     from bitladder.ladder.options import RunOptions, choose_rungs
+    from bitladder.ladder.pace import TimeLeft
     from bitladder.ladder.run import RunResult, run
     from bitladder.ladder.tracker import Best, Status
 
@@ -20,6 +21,7 @@ __all__ = [
     "RunResult",
     "Stage",
     "Status",
+    "TimeLeft",
     "WidthMisfit",
     "choose_rungs",
     "diagnose",

@@ -1,16 +1,41 @@
 """How long a run will still take, from how long its work has taken so far.
 
 Each step has parts, each part an amount of work on one scale: seconds of a reference core, by the formulas of `cost`.
-How long a part of a kind really takes is learnt from parts of that kind that were done, and until there is one, from
-all others.
+How long a part of a kind really takes is learnt from parts of that kind that were done. Until there is one, it follows
+from all others, and is uncertain.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from bitladder.ladder.steps.step import Part
 
 # An estimate is given once this share of the time is over. Before that too little was seen.
 TOLD_AFTER = 0.1
+# The rate of a kind of which no part was done differs from the mean rate of the others by this factor at most, in the
+# runs that were recorded.
+SPREAD = 2.5
+# An estimate is one number if the truth lies within this factor of it; else it is a range.
+CLOSE = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeLeft:
+    """The time left.
+
+    Parameters:
+        least: seconds.
+        most: seconds.
+    """
+
+    least: float
+    most: float
+
+    @property
+    def seconds(self) -> float | None:
+        """The time left as one number, or None if least and most are too far apart for one."""
+        return math.sqrt(self.least * self.most) if self.most <= CLOSE**2 * self.least else None
 
 
 class Pace:
@@ -53,9 +78,9 @@ class Pace:
         self._left.pop(self._step, None)
         self._part = None
 
-    def left(self, now: float) -> float | None:
-        """Seconds until the last step is done; None until a tenth of the time is over."""
-        seen, rest = dict(self._seen), 0.0
+    def left(self, now: float) -> TimeLeft | None:
+        """The time until the last step is done; None until a tenth of the time is over."""
+        seen, known, unseen = dict(self._seen), 0.0, 0.0
         spent = self._spent
         if self._part is not None:
             elapsed = now - self._began
@@ -63,16 +88,28 @@ class Pace:
             if self._share > 0:
                 done = self._part.amount * self._share
                 _add(seen, self._part.kind, done, elapsed)
-                rest += (self._part.amount - done) * elapsed / done
+                known += (self._part.amount - done) * elapsed / done
         amount, seconds = (sum(kind[place] for kind in seen.values()) for place in (0, 1))
         if not amount:
             return None
+        rates = {kind: of_kind[1] / of_kind[0] for kind, of_kind in seen.items() if of_kind[0]}
+        begun = 0.0  # the expected time of a part that has not told how far it is, and that of a kind not seen
         if self._part is not None and not self._share:
-            expected = self._part.amount * _rate(seen, self._part.kind, seconds / amount)
-            rest += max(expected - (now - self._began), 0.0)
-        for parts in self._left.values():
-            rest += sum(part.amount * _rate(seen, part.kind, seconds / amount) for part in parts)
-        return rest if spent >= TOLD_AFTER * (spent + rest) else None
+            if self._part.kind in rates:
+                known += max(self._part.amount * rates[self._part.kind] - (now - self._began), 0.0)
+            else:
+                begun = self._part.amount * seconds / amount
+        for part in (part for parts in self._left.values() for part in parts):
+            if part.kind in rates:
+                known += part.amount * rates[part.kind]
+            else:
+                unseen += part.amount * seconds / amount
+        elapsed = now - self._began
+
+        def total(factor: float) -> float:
+            return known + unseen * factor + max(begun * factor - elapsed, 0.0)
+
+        return TimeLeft(total(1 / SPREAD), total(SPREAD)) if spent >= TOLD_AFTER * (spent + total(1)) else None
 
     def _finish_part(self, now: float) -> None:
         if self._part is not None:
@@ -84,9 +121,3 @@ class Pace:
 def _add(seen: dict[str, tuple[float, float]], kind: str, amount: float, seconds: float) -> None:
     before = seen.get(kind, (0.0, 0.0))
     seen[kind] = (before[0] + amount, before[1] + seconds)
-
-
-def _rate(seen: Mapping[str, tuple[float, float]], kind: str, otherwise: float) -> float:
-    """Seconds of a unit of work of a kind."""
-    amount, seconds = seen.get(kind, (0.0, 0.0))
-    return seconds / amount if amount else otherwise

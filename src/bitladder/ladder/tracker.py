@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from bitladder.ladder.pace import Pace
+from bitladder.ladder.pace import Pace, TimeLeft
 from bitladder.progress import Bar, Progress
 
 
@@ -35,7 +35,7 @@ class Status:
         step: name of the step.
         number: number of the step, from 1 on.
         count: number of steps.
-        seconds_left: estimate of the time left, or None.
+        left: estimate of the time left, or None.
         working: whether the step has work to do. A step that is complete has none.
         rungs: the rungs of the run.
         best: the best so far, by rung.
@@ -44,7 +44,7 @@ class Status:
     step: str
     number: int
     count: int
-    seconds_left: float | None
+    left: TimeLeft | None
     working: bool
     rungs: tuple[str, ...]
     best: Mapping[str, Best]

@@ -8,7 +8,7 @@ from bitladder.show.output import Output
 from bitladder.units import duration
 
 if TYPE_CHECKING:
-    from bitladder.ladder import Best, RunResult, Status
+    from bitladder.ladder import Best, RunResult, Status, TimeLeft
 
 
 class RunDisplay:
@@ -35,7 +35,7 @@ class RunDisplay:
             return
         if status.working and status.number != self._told:
             self._told = status.number
-            left = f", {duration(status.seconds_left)} left" if status.seconds_left is not None else ""
+            left = f", {in_words(status.left)} left" if status.left is not None else ""
             self._output.progress.info(f"[{status.number}/{status.count}] {status.step}{left}")
         for rung, best in status.best.items():
             if self._best.get(rung) != best and status.working:
@@ -56,9 +56,17 @@ class RunDisplay:
         for rung in status.rungs:
             best = status.best.get(rung)
             table.add_row(rung, line(best) if best else "–")
-        left = duration(status.seconds_left) if status.seconds_left is not None else "not known yet"
+        left = in_words(status.left) if status.left is not None else "not known yet"
         head = f"step {status.number} of {status.count}, {status.step} · time left: {left}"
         return Group(Text(head, "bold"), table)
+
+
+def in_words(left: "TimeLeft") -> str:
+    """The time left: one number where it is known well enough, else from the least to the most."""
+    if left.seconds is not None:
+        return duration(left.seconds)
+    least, most = (duration(seconds).removeprefix("about ") for seconds in (left.least, left.most))
+    return f"{least} to {most}"
 
 
 def line(best: "Best") -> str:
