@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import click
 
 from bitladder.cli import VERBS, application
+from bitladder.cli.typed import HelpfulCommand
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE, SITE = ROOT / "docs" / "commands.md", ROOT / "zensical.toml"
@@ -55,9 +56,16 @@ def sections(command: click.Command, name: str, level: int, parent: click.Contex
     context = click.Context(command, info_name=name, parent=parent)
     usage = " ".join([name, *command.collect_usage_pieces(context)])
     lines = [f"{'#' * level} {name}\n", f"```\n{usage}\n```\n", f"{paragraphs(command.help or '')}\n"]
-    options = [one for one in command.params if isinstance(one, click.Option) and one.name not in COMMON]
-    if options:
-        lines.append("\n".join(describe(option) for option in options) + "\n")
+    if isinstance(command, HelpfulCommand):
+        shown = "\n".join(f"bitladder {example}" for example in command.examples)
+        lines.append(f"```\n{shown}\n```\n\nMore: [{command.page}]({command.page})\n")
+    groups: dict[str, list[str]] = {"": []}
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name not in COMMON:
+            groups.setdefault(getattr(option, "group", ""), []).append(describe(option))
+    for title, bullets in groups.items():
+        if bullets:
+            lines.append((f"{title}:\n\n" if title else "") + "\n".join(bullets) + "\n")
     yield "\n".join(lines)
     if isinstance(command, click.Group):
         for child in command.list_commands(context):

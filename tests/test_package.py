@@ -24,7 +24,7 @@ WALLS = {
     "recipe": {"engine", "gguf"},
     "rounding": {"engine"},
     "calibrate": {"engine", "gguf", "text"},
-    "evaluate": {"engine", "gguf", "text"},
+    "evaluate": {"engine", "gguf", "hub", "text"},
     "compare": {"engine", "evaluate", "gguf", "hub", "text"},
     "quantize": {"calibrate", "engine", "gguf", "recipe"},
     "trial": {"engine", "evaluate", "gguf", "text"},

@@ -1,19 +1,24 @@
 """What a user types: mistyped names, spaces in lists, llama-quantize's own form, and SIGTERM."""
 
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
+import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
-from bitladder.cli import invoke
+from bitladder.cli import application, invoke
 from bitladder.cli.recipe import command as recipe_command
 from bitladder.cli.run import command as run_command
 from bitladder.cli.typed import joined_lists
 from bitladder.gguf import GgufFile
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
 @pytest.mark.parametrize(
@@ -27,6 +32,9 @@ from bitladder.gguf import GgufFile
         (["plan", "-m", "MODEL", "--size", "9M", "--menu", "q5_x"], "no such type; did you mean q5_0 or q5_1 or q5_K?"),
         (["eval", "-m", "MODEL", "--tasks", "helaswag:x"], "no task 'helaswag'; did you mean hellaswag?"),
         (["quantize", "Q4_K_M", "-m", "MODEL", "-o", "y.gguf", "--tensor-type", "attn_v=q6k"], "did you mean q6_K?"),
+        (["run", "x", "--out", "y", "--mode", "qualty"], "no choice 'qualty'; did you mean quality?"),
+        (["plan", "-m", "MODEL", "--moments", "MODEL", "--rounding", "bst"], "no choice 'bst'; did you mean best?"),
+        (["stats", "MODEL", "--by", "teonsr"], "no choice 'teonsr'; did you mean tensor?"),
     ],
     ids=lambda value: "" if isinstance(value, list) else value.rsplit(maxsplit=1)[-1],
 )
@@ -41,6 +49,46 @@ def test_a_mistyped_name_gets_the_closest_one(words, message, tiny_gguf, capsys,
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "models/tyni", "--out", "d"],
+        ["convert", "models/tyni"],
+        ["compare", "models/tyni:Q4_K_M", "--base", "MODEL"],
+        ["run", "MODEL", "--out", "d", "--compare", "models/tyni:Q4_K_M"],
+    ],
+    ids=["run", "convert", "compare", "others"],
+)
+def test_a_mistyped_path_without_a_network(words, tiny_gguf, capsys, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens on this port
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert invoke([str(tiny_gguf) if word == "MODEL" else word for word in words]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.splitlines()[-1].endswith("here, and the hub cannot be reached")
+    assert "Errno" not in error and not (tmp_path / "d" / "ladder.json").exists()
+
+
+def test_a_quant_is_warned_of_where_full_precision_is_meant(tiny_gguf, capsys, tmp_path):
+    quant, out = str(tmp_path / "quant.gguf"), str(tmp_path / "imatrix.gguf")
+    assert invoke(["quantize", "Q4_0", "-m", str(tiny_gguf), "-o", quant]) == 0
+    capsys.readouterr()
+    text = ["-f", "pydoc:test", "-c", "32", "--chunks", "2"]
+    kept = ["--no-cache", "--noise-chunks", "0", "--base-file", str(tmp_path / "base")]
+    for words, warned in (
+        (["imatrix", "-m", quant, *text, "-o", out], "-m"),
+        (["eval", "-m", quant, "--base", quant, *text, *kept], "--base"),
+        (["verify", quant, "-m", quant], "-m"),
+        (["imatrix", "-m", str(tiny_gguf), *text, "-o", out], None),
+        (["verify", quant, "-m", str(tiny_gguf)], None),
+    ):
+        assert invoke([*words, "-q"]) == 0
+        warning = f"warning: {warned} quant.gguf is quantized; give the F16, BF16 or F32 model if you have it\n"
+        assert capsys.readouterr().err == (warning if warned else "")
+
+
+@pytest.mark.parametrize(
     ("typed", "words"),
     [
         ("m --ladder Q4_K_M, Q6_K, Q8_0 --out d", "m --ladder Q4_K_M,Q6_K,Q8_0 --out d"),
@@ -52,6 +100,55 @@ def test_a_mistyped_name_gets_the_closest_one(words, message, tiny_gguf, capsys,
 )
 def test_a_list_may_have_spaces(typed, words):
     assert joined_lists(run_command, typed.split()) == words.split()
+
+
+def helpful(command=application, name=""):
+    """Every command that works, with its words."""
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for word in command.list_commands(context):
+            yield from helpful(command.get_command(context, word), f"{name} {word}".strip())
+    else:
+        yield name, command
+
+
+def test_help_ends_in_examples_that_parse_and_a_page():
+    for name, command in helpful():
+        shown = CliRunner().invoke(command, ["--help"]).output.splitlines()
+        assert shown[-1] == f"More: docs/{command.page}" and (DOCS / command.page).is_file()
+        assert command.examples and f"  bitladder {command.examples[0]}" in shown
+        assert all(len(line) <= 80 and "RANGE" not in line for line in shown[: shown.index("Examples:")])
+        for example in command.examples:
+            words = shlex.split(example)
+            assert " ".join(words).startswith(name)
+            # Options, their number of values, choices, and what is required; files need not be there.
+            context = click.Context(command, info_name=name)
+            values, rest, _ = command.make_parser(context).parse_args(words[len(name.split()) :])
+            assert rest == []
+            for param in command.params:
+                value = values.get(param.name)
+                missing = value is None or value is click.core.UNSET
+                assert not (param.required and missing), f"{example}: no {param.name}"
+                if isinstance(param.type, click.Choice) and not missing:
+                    param.type.convert(value, param, context)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("pl", {"plan"}),
+        ("run m --mode q", {"quality"}),
+        ("run m --ladder Q4_K_M,q6", {"Q4_K_M,Q6_K"}),
+        ("quantize Q5_K", {"Q5_K_M", "Q5_K_S"}),
+        ("recipe e", {"extract", "export"}),
+        ("run model", {"file"}),
+        ("eval --mo", {"--model"}),
+    ],
+)
+def test_the_shell_completes(words, completed):
+    *before, last = words.split()
+    items = ShellComplete(application, {}, "bitladder", "_BITLADDER_COMPLETE").get_completions(before, last)
+    assert {item.value if item.type == "plain" else item.type for item in items} == completed
 
 
 def test_groups_show_their_commands():

@@ -40,6 +40,16 @@ def file_name(text: str, ending: str = "") -> str:
     return (stem or "model") + ending
 
 
+def shown_name(path: PathLike) -> str:
+    """The name of a file for messages. A temporary file has the name of the file that it becomes.
+
+    Example:
+        >>> shown_name("run/.model-Q6_K.gguf.d3x9_k2a.tmp")
+        'model-Q6_K.gguf'
+    """
+    return re.sub(r"^\.(.+?)(\.[a-z0-9_]{8})?\.tmp$", r"\1", pathlib.Path(path).name)
+
+
 _unfinished: set[pathlib.Path] = set()
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from bitladder.errors import UsageError
 
@@ -26,13 +26,15 @@ class Option:
         least: the smallest value, or None.
         most: the largest value, or None.
         decides: whether the value decides the result. A number of threads does not.
-        names: what the value names ("model" is a file or an id of the hub). A card shows files without their folders.
+        names: what the value names ("model" is a file or an id of the hub). A card shows files without their folders,
+            and the shell completes files and presets.
         writes: the kind of file that a path names for writing (`cli.file_kinds`), or what chooses it
             by all values; "folder" for a directory.
         unset: what None means, for `--help`.
         commas: whether one flag names all items of a tuple, separated by commas.
         closed: whether options nested here have no flags: only Python sets them.
         hidden: whether the command that repeats a run leaves it out.
+        group: the heading of `--help` that it stands under; the class has one for fields without.
     """
 
     help: str = ""
@@ -41,12 +43,13 @@ class Option:
     least: float | None = None
     most: float | None = None
     decides: bool = True
-    names: Literal["file", "text", "tasks", "model"] | None = None
+    names: Literal["file", "text", "tasks", "model", "preset"] | None = None
     writes: str | Callable[[Mapping[str, Any]], str | None] | None = None
     unset: str | None = None
     commas: bool = False
     closed: bool = False
     hidden: bool = False
+    group: str = ""
 
 
 def option(default: Any, *flags: str, **more: Any) -> Any:
@@ -62,7 +65,12 @@ def option(default: Any, *flags: str, **more: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The base of all options. Raises UsageError that names the flag for a value outside its limits."""
+    """The base of all options. Raises UsageError that names the flag for a value outside its limits.
+
+    `GROUP` is the heading of `--help` for the fields of a class; empty for "Options".
+    """
+
+    GROUP: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for field in table(type(self)):
@@ -94,7 +102,8 @@ class OptionField:
     """A field of an `Options` class: its name, type (`item`) and default, and what it says of itself.
 
     `choices` are the words of a Literal. `many` is true for a tuple, whose items have the type `item`. `optional` is
-    true where None is allowed. `nested` is the class of a field that is options itself.
+    true where None is allowed. `nested` is the class of a field that is options itself. `group` is the heading that it
+    stands under in `--help`.
     """
 
     name: str
@@ -105,6 +114,7 @@ class OptionField:
     many: bool = False
     optional: bool = False
     nested: type[Options] | None = None
+    group: str = ""
 
     @property
     def usual(self) -> str:
@@ -139,7 +149,7 @@ def table(options: type[Options]) -> tuple[OptionField, ...]:
     """The fields of an `Options` class in their order."""
     if options not in _tables:
         hints = typing.get_type_hints(options)
-        _tables[options] = tuple(_field(field, hints[field.name]) for field in dataclasses.fields(options))
+        _tables[options] = tuple(_field(options, field, hints[field.name]) for field in dataclasses.fields(options))
     return _tables[options]
 
 
@@ -208,7 +218,7 @@ def _value(options: Options, field: OptionField) -> Any:
     raise KeyError(field.name)
 
 
-def _field(field: "dataclasses.Field[Any]", hint: Any) -> OptionField:
+def _field(owner: type[Options], field: "dataclasses.Field[Any]", hint: Any) -> OptionField:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     about = field.metadata.get(KEY, Option())
     inner, optional = hint, False
@@ -223,4 +233,4 @@ def _field(field: "dataclasses.Field[Any]", hint: Any) -> OptionField:
         choices, inner = typing.get_args(inner), str
     nested = inner if isinstance(inner, type) and issubclass(inner, Options) else None
     kind = inner if isinstance(inner, type) else object
-    return OptionField(field.name, kind, default, about, choices, many, optional, nested)
+    return OptionField(field.name, kind, default, about, choices, many, optional, nested, about.group or owner.GROUP)

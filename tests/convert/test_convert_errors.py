@@ -171,7 +171,7 @@ def test_hub(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.M
     def fetch(repository: str, **options: Any) -> str:
         asked[repository] = options
         if repository != "some-org/Small-130K-Chat":
-            raise ConnectionError("offline\nsecond line")
+            raise OSError("offline\nsecond line")
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)

@@ -10,7 +10,7 @@ import pytest
 
 from bitladder.cli import invoke
 from bitladder.report import RunModel, read_run
-from bitladder.show.ladder_tables import front, ladder_table
+from bitladder.show.ladder_tables import front
 from bitladder.show.scatter import Point, scatter
 
 
@@ -50,15 +50,6 @@ def test_table_and_plot(folder, capsys):
     assert "● Q8_0" in shown and "† by others" in shown
     assert invoke(["show", str(folder), "--no-plot"]) == 0
     assert "●" not in capsys.readouterr().out
-
-
-def test_narrow_terminals_have_fewer_columns(folder):
-    run = read_run(folder)
-    heads = [[column.header for column in ladder_table(run, width).columns] for width in (80, 130)]
-    assert heads == [
-        ["", "quant", "GB", "bpw", "PPL", "KLD", "RMS Δp", "KLD − preset's"],
-        ["", "quant", "GB", "bpw", "PPL", "ρPPL", "KLD", "RMS Δp", "same top", "KLD − preset's"],
-    ]
 
 
 def test_json_is_what_the_run_wrote(folder, capsys):

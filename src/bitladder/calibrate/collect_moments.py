@@ -249,6 +249,8 @@ def _position_weights(
 class RoundingMomentsOptions(Options):
     """Which second moments rounding gets. Gradients cost much, and correlations need many tokens: hence two files."""
 
+    GROUP = "Rounding"
+
     moments_chunks: int = option(
         64,
         "--moments-chunks",

@@ -74,7 +74,7 @@ def model_inputs(model: Model, threads: int | None = None) -> list[WeightInput]:
         if names:
             inputs.append(WeightInput(names, multiplications[0].shape[0], matrices, experts))
     if not inputs:
-        raise BitladderError(f"{model.path.name} multiplies by no weight of a block: nothing can be collected")
+        raise BitladderError(f"{model.name} multiplies by no weight of a block: nothing can be collected")
     return inputs
 
 

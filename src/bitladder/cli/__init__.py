@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from bitladder.cli.typed import NamingGroup
 from bitladder.engine import tell_of_deaths
@@ -52,6 +53,11 @@ class _LazyGroup(NamingGroup):
         module = importlib.import_module(f"bitladder.cli.{cmd_name}")
         command: click.Command = module.command
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Verbs and options. click would import the modules of all verbs."""
+        verbs = [CompletionItem(verb, help=text) for verb, text in VERBS.items() if verb.startswith(incomplete)]
+        return verbs + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

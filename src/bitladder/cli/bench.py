@@ -7,13 +7,19 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, OutputPath
+from bitladder.cli.typed import Choice
 from bitladder.errors import UsageError
 from bitladder.evaluate import SpeedChoice, SpeedError, SpeedOptions, SpeedRow, bench
 from bitladder.files import write_text
 from bitladder.show import FORMATS, Output, common_options, render, speed_table
 
 
-@click.command("bench", cls=Command)
+@click.command(
+    "bench",
+    cls=Command,
+    page="bench.md",
+    examples=("bench -m a.gguf -m b.gguf -p 512 -n 128 -r 5",),
+)
 @click.option(
     "-m",
     "--model",
@@ -32,7 +38,7 @@ from bitladder.show import FORMATS, Output, common_options, render, speed_table
     type=OutputPath("speeds"),
     help="Also write the rows to this file. Its suffix sets the format: .md, .csv, .jsonl, otherwise JSON.",
 )
-@click.option("--format", "form", type=click.Choice(["table", *FORMATS]), default="table", show_default=True)
+@click.option("--format", "form", type=Choice(["table", *FORMATS]), default="table", show_default=True)
 @common_options
 def command(
     models: tuple[pathlib.Path, ...],

@@ -14,7 +14,12 @@ from bitladder.show import Output, common_options
 from bitladder.text import Reading, load_text
 
 
-@click.command("calibrate", cls=Command)
+@click.command(
+    "calibrate",
+    cls=Command,
+    page="moments.md",
+    examples=("calibrate -m model-F16.gguf -f calibration.txt -o moments.gguf --imatrix imatrix.gguf",),
+)
 @shared.calibrating("moments", "moments.gguf", "Moments")
 @click.option("--imatrix", type=OutputPath("imatrix"), help="Write the importance matrix of the same chunks too.")
 @options_from(MomentsOptions, leave_out=("form",))
@@ -45,6 +50,7 @@ def command(
     elif model is None:
         raise UsageError("a text needs a model: pass -m")
     else:
+        shared.warn_if_quantized(output, "-m", model)
         texts = [load_text(spec) for spec in files]
         if options.weighting is None:
             reason, weighting = why_no_gradients(model), usual_weighting(model)

@@ -8,7 +8,13 @@ from bitladder.cli.outputs import Command, check_output
 from bitladder.show import Output, common_options
 
 
-@click.command("card", cls=Command, writes=True)
+@click.command(
+    "card",
+    cls=Command,
+    writes=True,
+    page="report.md",
+    examples=("card olmo2-ladder",),
+)
 @click.argument("run_dir", type=click.Path(path_type=pathlib.Path))
 @common_options
 def command(run_dir: pathlib.Path, *, output: Output) -> None:

@@ -5,8 +5,9 @@ import pathlib
 import click
 
 from bitladder.cli.from_options import options_from
-from bitladder.cli.options import json_file, kept_results
+from bitladder.cli.options import json_file, kept_results, warn_if_quantized
 from bitladder.cli.outputs import Command
+from bitladder.cli.typed import FileOrName
 from bitladder.compare import CompareOptions, compare_quants
 from bitladder.evaluate import MeasureOptions, Results
 from bitladder.files import write_json
@@ -14,13 +15,21 @@ from bitladder.show import Output, common_options, comparison_json, comparison_s
 from bitladder.text import load_text
 
 
-@click.command("compare", cls=Command)
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--base", required=True, metavar="MODEL", help="The full-precision GGUF, or a hub id of one.")
+@click.command(
+    "compare",
+    cls=Command,
+    page="compare.md",
+    examples=("compare mine-Q4_K_M.gguf OWNER/REPO:Q4_K_M --base model-F16.gguf -f test.txt",),
+)
+@click.argument("models", nargs=-1, required=True, type=FileOrName(), metavar="MODEL...")
+@click.option(
+    "--base", required=True, type=FileOrName(), metavar="MODEL", help="The full-precision GGUF, or a hub id of one."
+)
 @click.option(
     "-f",
     "--file",
     "text",
+    type=FileOrName(),
     default="pydoc:test",
     show_default=True,
     metavar="TEXT",
@@ -52,6 +61,7 @@ def command(
     from bitladder.hub import fetch
 
     loaded, full = load_text(text), fetch(base, "--base")
+    warn_if_quantized(output, "--base", full.path)
     files = [fetch(model) for model in models]
     compared = compare_quants(files, full.path, loaded, settings, options, results=results, progress=output.progress)
     if out:

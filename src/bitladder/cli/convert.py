@@ -7,12 +7,21 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, OutputPath, check_output
+from bitladder.cli.typed import FileOrName
 from bitladder.convert import ConvertOptions
 from bitladder.show import Output, common_options
 
 
-@click.command("convert", cls=Command)
-@click.argument("model")
+@click.command(
+    "convert",
+    cls=Command,
+    page="convert.md",
+    examples=(
+        "convert allenai/OLMo-2-0425-1B",
+        "convert ./checkpoint -o model-BF16.gguf --outtype bf16",
+    ),
+)
+@click.argument("model", type=FileOrName())
 @click.option(
     "-o",
     "--output",

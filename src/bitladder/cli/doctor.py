@@ -4,12 +4,18 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command
+from bitladder.cli.typed import FileOrName
 from bitladder.convert import ConvertOptions
 from bitladder.show import Output, common_options
 
 
-@click.command("doctor", cls=Command)
-@click.argument("model")
+@click.command(
+    "doctor",
+    cls=Command,
+    page="convert.md",
+    examples=("doctor allenai/OLMo-2-0425-1B", "doctor ./checkpoint --json"),
+)
+@click.argument("model", type=FileOrName())
 @options_from(ConvertOptions)
 @common_options
 def command(*, output: Output, model: str, options: ConvertOptions) -> int:

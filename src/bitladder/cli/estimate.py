@@ -7,12 +7,21 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command
+from bitladder.cli.typed import FileOrName
 from bitladder.ladder import RunOptions
 from bitladder.show import Output, common_options
 
 
-@click.command("estimate", cls=Command)
-@click.argument("model")
+@click.command(
+    "estimate",
+    cls=Command,
+    page="cost.md",
+    examples=(
+        "estimate allenai/OLMo-2-0425-1B",
+        "estimate model-F16.gguf --ladder Q4_K_M,Q6_K --mode naive --rounding stock -t 8",
+    ),
+)
+@click.argument("model", type=FileOrName())
 @options_from(RunOptions, arguments=("model",), leave_out=("replace_model",), out=pathlib.Path("ladder"))
 @common_options
 def command(*, output: Output, options: RunOptions) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from bitladder.cli.outputs import OutputFolder, OutputPath
+from bitladder.cli.typed import Choice, FileOrName, GroupedOption, Presets, Whole
 from bitladder.options import OptionField, Options, build, flat
 
 Command = Callable[..., Any]
@@ -59,12 +60,14 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
     about = field.option
     shown = about.help
     kind: Any = field.item
+    if field.item is str and about.names is not None:
+        kind = Presets() if about.names == "preset" else FileOrName()
     if field.choices:
-        kind = click.Choice(field.choices)
+        kind = Choice(field.choices)
     elif field.item is pathlib.Path:
         kind = _path_type(about.writes)
     elif field.item is int and about.least is not None:
-        kind = _Whole(int(about.least), None if about.most is None else int(about.most))
+        kind = Whole(int(about.least), None if about.most is None else int(about.most))
     more: dict[str, Any] = {"type": kind, "metavar": about.metavar}
     if field.item is bool:
         more = {"is_flag": True} if all("/" not in flag for flag in about.flags) else {}
@@ -82,19 +85,10 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
     # None is handed on too: click takes False for a pair of flags without a default.
     if default is not dataclasses.MISSING:
         more["default"] = default
-    return click.option(*about.flags, field.name, help=shown, **more)
+    return click.option(*about.flags, field.name, cls=GroupedOption, group=field.group, help=shown, **more)
 
 
 def _path_type(writes: Any) -> click.Path:
     if writes == "folder":
         return OutputFolder()
     return click.Path(path_type=pathlib.Path) if writes is None else OutputPath(writes)
-
-
-class _Whole(click.IntRange):
-    """A whole number with limits, of which `--help` says nothing: an error does."""
-
-    def _describe_range(self) -> str:
-        return ""
-
-    name = "number"

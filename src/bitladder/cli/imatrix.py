@@ -14,7 +14,15 @@ from bitladder.show import Output, common_options
 from bitladder.text import Reading, load_text
 
 
-@click.command("imatrix", cls=Command)
+@click.command(
+    "imatrix",
+    cls=Command,
+    page="imatrix.md",
+    examples=(
+        "imatrix -m model-F16.gguf -f calibration.txt -o imatrix.gguf",
+        "imatrix --in-file a.gguf --in-file b.gguf -o both.gguf",
+    ),
+)
 @shared.calibrating("imatrix", "imatrix.gguf", "Matrix")
 @options_from(Reading, parameter="reading", spread=False)
 @options_from(Decoding, parameter="decoding")
@@ -40,6 +48,7 @@ def command(
     elif model is None:
         raise UsageError("a text needs a model: pass -m")
     else:
+        shared.warn_if_quantized(output, "-m", model)
         texts = [load_text(spec) for spec in files]
         result = collect_imatrix(
             model,

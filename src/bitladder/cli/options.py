@@ -7,14 +7,17 @@ from typing import Any
 
 import click
 
+from bitladder.cli.file_kinds import is_quant
 from bitladder.cli.outputs import OutputFolder, OutputPath
+from bitladder.cli.typed import FileOrName, Whole
+from bitladder.show import Output
 
-threads = click.option("-t", "--threads", type=click.IntRange(1), help="Threads.  [default: all CPUs]")
+threads = click.option("-t", "--threads", type=Whole(1), help="Threads.  [default: all CPUs]")
 gpu_layers = click.option(
     "-ngl", "--gpu-layers", "--n-gpu-layers", "gpu_layers", default=0, show_default=True, help="Layers on the GPU."
 )
 n_ctx = click.option(
-    "-c", "--ctx-size", "n_ctx", default=512, show_default=True, type=click.IntRange(4), help="Tokens per chunk."
+    "-c", "--ctx-size", "n_ctx", default=512, show_default=True, type=Whole(4), help="Tokens per chunk."
 )
 n_ubatch = click.option(
     "-ub",
@@ -22,9 +25,21 @@ n_ubatch = click.option(
     "n_ubatch",
     default=512,
     show_default=True,
-    type=click.IntRange(1),
+    type=Whole(1),
     help="Tokens computed at once.",
 )
+
+
+def warn_if_quantized(output: Output, option: str, path: pathlib.Path | None) -> None:
+    """Warns of a quant where a full-precision model is meant: what is measured with it is not wrong, but of the quant.
+
+    Parameters:
+        output: gets the warning.
+        option: the option that names the model.
+        path: the model, or None.
+    """
+    if path is not None and is_quant(path):
+        output.progress.warn(f"{option} {path.name} is quantized; give the F16, BF16 or F32 model if you have it")
 
 
 def calibrating(kind: str, default: str, added: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -37,7 +52,9 @@ def calibrating(kind: str, default: str, added: str) -> Callable[[Callable[..., 
     """
     options = (
         click.option("-m", "--model", type=click.Path(path_type=pathlib.Path), help="Full-precision GGUF."),
-        click.option("-f", "--file", "files", multiple=True, help="Calibration text; may be repeated."),
+        click.option(
+            "-f", "--file", "files", multiple=True, type=FileOrName(), help="Calibration text; may be repeated."
+        ),
         click.option(
             "-o",
             "--output",
@@ -68,6 +85,7 @@ def guard(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """--guard: a text on which something must hold."""
     return click.option(
         "--guard",
+        type=FileOrName(),
         default="pydoc:test",
         show_default=True,
         metavar="TEXT",
@@ -83,7 +101,7 @@ def n_batch(default: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         "n_batch",
         default=default,
         show_default=True,
-        type=click.IntRange(1),
+        type=Whole(1),
         help="Tokens decoded together.",
     )
 

@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from bitladder.cli.file_kinds import KINDS
+from bitladder.cli.typed import HelpfulCommand
 from bitladder.errors import UsageError
 from bitladder.files import same_file
 
@@ -52,7 +53,7 @@ class OutputFolder(click.Path):
         super().__init__(file_okay=False, path_type=pathlib.Path)
 
 
-class Command(click.Command):
+class Command(HelpfulCommand):
     """A command that refuses an output that is an input or a file of another kind.
 
     `writes` says that a command without an `OutputPath` writes files, and so has --force.

@@ -6,7 +6,9 @@ import pathlib
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.options import warn_if_quantized
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
+from bitladder.cli.typed import Choice, FileOrName
 from bitladder.errors import UsageError
 from bitladder.plan import (
     FeedbackOptions,
@@ -24,7 +26,15 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 
 
 # A parameter for each option that stands for itself.
-@click.command("plan", cls=Command)
+@click.command(
+    "plan",
+    cls=Command,
+    page="plan.md",
+    examples=(
+        "plan -m model-F16.gguf --imatrix imatrix.gguf --like Q4_K_M -o model.toml",
+        "plan -m model-F16.gguf --imatrix imatrix.gguf --vram 8GiB --context 8192",
+    ),
+)
 @click.option("-m", "--model", required=True, type=_FILE, help="Full-precision GGUF.")
 @click.option("--imatrix", type=_FILE, help="Importance matrix of the same model.")
 @click.option(
@@ -39,7 +49,7 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 )
 @click.option(
     "--rounding",
-    type=click.Choice(["feedback", "descent", "best"]),
+    type=Choice(["feedback", "descent", "best"]),
     help="Rounding of these blocks; needs --moments.  [default: best]",
 )
 @click.option("--sensitivity", type=_FILE, help="Prices from an earlier plan; with --no-feedback nothing is measured.")
@@ -62,7 +72,9 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 )
 @click.option("--work", type=OutputFolder(), help="Folder for measurements and rendered blocks.  [default: MODEL.plan]")
 @click.option("--suggest-prune", is_flag=True, help="Instead, measure what the model loses without each block.")
-@click.option("-f", "--file", "text", help=f"Text to measure on.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]")
+@click.option(
+    "-f", "--file", "text", type=FileOrName(), help=f"Text to measure on.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]"
+)
 @common_options
 def command(
     *,
@@ -99,6 +111,7 @@ def command(
         decoding = dataclasses.asdict(options.decoding)
         del decoding["n_ctx"]
         prune = PruneOptions(**(decoding | size | amount))
+        warn_if_quantized(output, "-m", model)
         loaded = load_text(_PRUNE_TEXT if text is None else text)
         ranked = rank_blocks(model, loaded, prune, progress=output.progress)
         if output.json:

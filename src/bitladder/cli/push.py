@@ -5,10 +5,18 @@ import pathlib
 import click
 
 from bitladder.cli.outputs import Command
-from bitladder.show import Output, common_options
+from bitladder.show import Column, Output, Table, common_options, figures
 
 
-@click.command("push", cls=Command)
+@click.command(
+    "push",
+    cls=Command,
+    page="hub.md",
+    examples=(
+        "push olmo2-ladder OWNER/OLMo-2-1B-GGUF --dry-run",
+        "push olmo2-ladder OWNER/OLMo-2-1B-GGUF --private",
+    ),
+)
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
 @click.argument("repo", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Make the repository private, if it does not exist yet.")
@@ -23,8 +31,6 @@ def command(
     Only files that belong to the run are sent. After an interruption, give the same command again: it continues. Log in
     first with `hf auth login`, or set HF_TOKEN.
     """
-    from rich.table import Table
-
     from bitladder.errors import UsageError
     from bitladder.hub import HubName, parse
     from bitladder.report import publish
@@ -44,14 +50,12 @@ def command(
         if output.json:
             output.print_json({**data, "url": None})
             return
-        table = Table("file", box=None, pad_edge=False)
-        table.add_column("size", justify="right")
-        table.add_column("run it with")
+        table = Table([Column("file", fold=True), *figures("size"), Column("run it with", fold=True)])
         default = publish.default_file(entries)
         for entry in entries:
             hint = f"llama-server -hf {repo}:{entry.rung}" if entry.rung else ""
             hint += f"   (and -hf {repo})" if entry.name == default else ""
-            table.add_row(entry.name, _size(entry.bytes), hint)
+            table.add(entry.name, _size(entry.bytes), hint)
         output.print(table)
         output.line(f"{len(entries)} files, {_size(total)}, for {repo}; nothing was sent")
         return

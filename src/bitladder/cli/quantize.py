@@ -10,6 +10,7 @@ import click
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, OutputPath, check_output, note_input
+from bitladder.cli.typed import Presets
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
@@ -60,8 +61,16 @@ def _written(params: Mapping[str, Any]) -> str:
 
 
 # A parameter for each option that stands for itself.
-@click.command("quantize", cls=_Quantize)
-@click.argument("words", nargs=-1, metavar="[PRESET]")
+@click.command(
+    "quantize",
+    cls=_Quantize,
+    page="quantize.md",
+    examples=(
+        "quantize Q4_K_M -m model-F16.gguf -o model-Q4_K_M.gguf --imatrix imatrix.gguf",
+        "quantize -m model-F16.gguf -o model.gguf --recipe model.toml --imatrix imatrix.gguf",
+    ),
+)
+@click.argument("words", nargs=-1, type=Presets(), metavar="[PRESET]")
 @click.option("-m", "--model", "source", type=_PATH, help="F16, BF16 or F32 GGUF.")
 @click.option("-o", "--output", "out", type=OutputPath(_written), help="File to write. An existing file is replaced.")
 @click.option("--imatrix", type=_PATH, help="Importance matrix of the same model.")

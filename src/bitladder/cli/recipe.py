@@ -24,7 +24,13 @@ def command() -> None:
     """
 
 
-@command.command("show", cls=Command, short_help="Show a recipe in tables.")
+@command.command(
+    "show",
+    cls=Command,
+    page="recipe-format.md",
+    examples=("recipe show model-Q4_K_M.gguf",),
+    short_help="Show a recipe in tables.",
+)
 @click.argument("recipe", type=_FILE)
 @_model
 @common_options
@@ -42,7 +48,13 @@ def show(output: Output, recipe: pathlib.Path, model: pathlib.Path | None) -> No
             output.print(table)
 
 
-@command.command("check", cls=Command, short_help="Check a recipe against its model.")
+@command.command(
+    "check",
+    cls=Command,
+    page="recipe-format.md",
+    examples=("recipe check model.toml -m model-F16.gguf",),
+    short_help="Check a recipe against its model.",
+)
 @click.argument("recipe", type=_FILE)
 @click.option("-m", "--model", required=True, type=_FILE, help="The model's full-precision GGUF.")
 @common_options
@@ -64,7 +76,13 @@ def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
         raise BitladderError(f"{recipe}: {count} with {model.name}")
 
 
-@command.command("extract", cls=Command, short_help="Extract the recipe of a GGUF.")
+@command.command(
+    "extract",
+    cls=Command,
+    page="recipe-format.md",
+    examples=("recipe extract model-Q4_K_M.gguf -o model.toml",),
+    short_help="Extract the recipe of a GGUF.",
+)
 @click.argument("gguf", type=_FILE)
 @click.option("-o", "--output", "out", type=OutputPath("recipe"), help="File to write.  [default: print it]")
 @common_options
@@ -80,7 +98,13 @@ def extract(output: Output, gguf: pathlib.Path, out: pathlib.Path | None) -> Non
         output.line(recipes.recipe_toml(recipe).removesuffix("\n"))
 
 
-@command.command("diff", cls=Command, short_help="Compare two recipes.")
+@command.command(
+    "diff",
+    cls=Command,
+    page="recipe-format.md",
+    examples=("recipe diff mine.gguf theirs.gguf",),
+    short_help="Compare two recipes.",
+)
 @click.argument("a", type=_FILE, metavar="RECIPE_A")
 @click.argument("b", type=_FILE, metavar="RECIPE_B")
 @_model
@@ -102,7 +126,13 @@ def diff(output: Output, a: pathlib.Path, b: pathlib.Path, model: pathlib.Path |
             output.print(part)
 
 
-@command.command("export", cls=Command, short_help="Export for llama-quantize.")
+@command.command(
+    "export",
+    cls=Command,
+    page="recipe-format.md",
+    examples=("recipe export model.toml -m model-F16.gguf -o types.txt",),
+    short_help="Export for llama-quantize.",
+)
 @click.argument("recipe", type=_FILE)
 @click.option(
     "-o", "--output", "out", type=OutputPath("types"), help="File to write the lines to.  [default: print them]"

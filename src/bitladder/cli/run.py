@@ -4,12 +4,21 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, check_folder
+from bitladder.cli.typed import FileOrName
 from bitladder.ladder import RunOptions
 from bitladder.show import Output, common_options
 
 
-@click.command("run", cls=Command)
-@click.argument("model")
+@click.command(
+    "run",
+    cls=Command,
+    page="run.md",
+    examples=(
+        "run allenai/OLMo-2-0425-1B --out olmo2-ladder",
+        "run model-F16.gguf --out ladder --ladder Q4_K_M,Q6_K --mode naive --rounding stock",
+    ),
+)
+@click.argument("model", type=FileOrName())
 @options_from(RunOptions, arguments=("model",))
 @common_options
 def command(*, output: Output, options: RunOptions) -> None:
@@ -19,9 +28,9 @@ def command(*, output: Output, options: RunOptions) -> None:
     directory --out. The same command continues a run that was interrupted; what is complete is not made again.
     """
     from bitladder.ladder import run
-    from bitladder.report import write_card, write_report
+    from bitladder.report import read_run, write_card, write_report
     from bitladder.rundir import Layout
-    from bitladder.show import RunDisplay, result_table
+    from bitladder.show import RunDisplay, ladder_table
 
     check_folder(options.out, Layout(options.out).written_by_runs(), but=("model",))
     output.tame_hub()
@@ -35,4 +44,4 @@ def command(*, output: Output, options: RunOptions) -> None:
     if output.json:
         output.print_json(result.scores)
     else:
-        output.print(result_table(result))
+        output.print(ladder_table(read_run(options.out)))

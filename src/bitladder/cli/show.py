@@ -5,14 +5,20 @@ import pathlib
 import click
 
 from bitladder.cli.outputs import Command
+from bitladder.cli.typed import Whole
 from bitladder.show import Output, common_options
 
 
-@click.command("show", cls=Command)
+@click.command(
+    "show",
+    cls=Command,
+    page="run.md",
+    examples=("show olmo2-ladder",),
+)
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
 @click.option("--plot/--no-plot", default=True, show_default=True, help="Draw KLD against size below the table.")
-@click.option("--width", type=click.IntRange(40), help="Width of the plot.  [default: the terminal's, at most 80]")
-@click.option("--height", type=click.IntRange(5, 100), default=16, show_default=True, help="Lines of the plot.")
+@click.option("--width", type=Whole(40), help="Width of the plot.  [default: the terminal's, at most 80]")
+@click.option("--height", type=Whole(5, 100), default=16, show_default=True, help="Lines of the plot.")
 @common_options
 def command(*, output: Output, folder: pathlib.Path, plot: bool, width: int | None, height: int) -> None:
     """Show the ladder of RUN_DIR: sizes, quality with ±, speed, and KLD against size.
@@ -29,7 +35,7 @@ def command(*, output: Output, folder: pathlib.Path, plot: bool, width: int | No
         return
     text = run.base.scores.text
     output.line(f"{run.name}: {text.name}, {run.base.scores.chunks} chunks of {run.base.scores.n_ctx}")
-    output.print(ladder_table(run, output.width))
+    output.print(ladder_table(run))
     if plot and (lines := pareto_plot(run, width=width or min(output.width, 80), height=height)):
         output.line("")
         for line in lines:

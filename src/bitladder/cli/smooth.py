@@ -7,6 +7,7 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, OutputPath, check_output
+from bitladder.cli.typed import FileOrName
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.refine import ModelFiles, SmoothingOptions
@@ -16,7 +17,12 @@ from bitladder.text import load_text
 _PATH = click.Path(path_type=pathlib.Path)
 
 
-@click.command("smooth", cls=Command)
+@click.command(
+    "smooth",
+    cls=Command,
+    page="smooth.md",
+    examples=("smooth -m model-F16.gguf --imatrix imatrix.gguf -f held-out.txt",),
+)
 @click.option("-m", "--model", required=True, type=_PATH, help="Full-precision GGUF: F32, F16, BF16.")
 @click.option("--imatrix", required=True, type=_PATH, help="Importance matrix of that model.")
 @click.option(
@@ -33,7 +39,9 @@ _PATH = click.Path(path_type=pathlib.Path)
     help="Second moments of the model. Those of the new file are written as NAME.MOMENTS. Can be repeated.",
 )
 @options_from(SmoothingOptions)
-@click.option("-f", "--file", "text", help="Text for a trial: prints the KLD of Q4_K_M before and after.")
+@click.option(
+    "-f", "--file", "text", type=FileOrName(), help="Text for a trial: prints the KLD of Q4_K_M before and after."
+)
 @options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch"))
 @common_options
 def command(

@@ -5,19 +5,28 @@ import pathlib
 import click
 
 from bitladder.cli.outputs import Command, OutputPath
+from bitladder.cli.typed import Choice
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
 
 _FILE = click.Path(path_type=pathlib.Path)
 
 
-@click.command("stats", cls=Command)
+@click.command(
+    "stats",
+    cls=Command,
+    page="statistics.md",
+    examples=(
+        "stats imatrix.gguf --by kind",
+        "stats before.gguf after.gguf --heatmap change",
+    ),
+)
 @click.argument("imatrix", type=_FILE)
 @click.argument("other", type=_FILE, required=False, metavar="[IMATRIX2]")
 @click.option("-m", "--model", type=_FILE, help="The model's GGUF: lists its weights without an entry.")
 @click.option(
     "--by",
-    type=click.Choice(["tensor", "layer", "kind"]),
+    type=Choice(["tensor", "layer", "kind"]),
     default="tensor",
     show_default=True,
     help="Rows: each tensor, or averages by layer or kind.",
@@ -26,7 +35,7 @@ _FILE = click.Path(path_type=pathlib.Path)
     "--sort", metavar="COLUMN", help="Sort by a column, largest first; -COLUMN reverses the order.  [default: by layer]"
 )
 @click.option("--kind", "kinds", multiple=True, help="Only tensors of this kind, such as attn_v; may be repeated.")
-@click.option("--format", "form", type=click.Choice(["table", "csv", "json", "md"]), default="table", show_default=True)
+@click.option("--format", "form", type=Choice(["table", "csv", "json", "md"]), default="table", show_default=True)
 @click.option("--heatmap", metavar="COLUMN", help="Show a column as a map of layers × kinds instead of the table.")
 @click.option("--plot", type=OutputPath("plot"), help="Draw such a map to a .png (with bitladder[plot]) or .html file.")
 @click.option("--statistic", metavar="COLUMN", help="What --plot draws.  [default: sum; of two imatrices, change]")

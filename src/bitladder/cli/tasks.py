@@ -6,11 +6,20 @@ import pathlib
 import click
 
 from bitladder.cli.outputs import Command, OutputPath
+from bitladder.cli.typed import Whole
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
 
 
-@click.command("tasks", cls=Command)
+@click.command(
+    "tasks",
+    cls=Command,
+    page="tasks.md",
+    examples=(
+        "tasks",
+        "tasks hellaswag:hellaswag_val.txt --task-count 400 -o drawn.txt",
+    ),
+)
 @click.argument("spec", metavar="[NAME[:SOURCE]]", required=False)
 @click.option(
     "-o",
@@ -21,7 +30,7 @@ from bitladder.show import Output, common_options
 )
 @click.option(
     "--task-count",
-    type=click.IntRange(min=1),
+    type=Whole(1),
     help="Questions to draw, as `eval` draws them.  [default: all]",
 )
 @common_options

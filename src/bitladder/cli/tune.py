@@ -8,6 +8,7 @@ import click
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, OutputPath
+from bitladder.cli.typed import FileOrName
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
@@ -18,11 +19,18 @@ from bitladder.text import load_text
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
 
-@click.command("tune", cls=Command)
+@click.command(
+    "tune",
+    cls=Command,
+    page="tune.md",
+    examples=("tune model-Q4_K_M.gguf -m model-F16.gguf -o tuned.gguf -f calibration.txt",),
+)
 @click.argument("quant", type=_FILE)
 @click.option("-m", "--model", required=True, type=_FILE, help="The full-precision GGUF that QUANT was made from.")
 @click.option("-o", "--output", "out", required=True, type=OutputPath("quant"), help="GGUF to write.")
-@click.option("-f", "--file", "files", multiple=True, required=True, help="Calibration text; may be repeated.")
+@click.option(
+    "-f", "--file", "files", multiple=True, required=True, type=FileOrName(), help="Calibration text; may be repeated."
+)
 @options_from(TuneOptions)
 @shared.guard("KLD must fall")
 @options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch", "gpu_layers"))
@@ -48,6 +56,7 @@ def command(
     held_out = None if guard == "none" else load_text(guard)
     if held_out is not None and held_out.sha256 in {text.sha256 for text in texts}:
         raise UsageError(f"--guard {guard} is also a calibration text; name another text")
+    shared.warn_if_quantized(output, "-m", model)
     tuned = tune(model, quant, out, texts, held_out, options, decoding, output.progress)
     if output.json:
         facts = dataclasses.asdict(tuned) | {"path": out.name, "sha256": sha256_file(out)}

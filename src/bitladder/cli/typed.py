@@ -1,8 +1,103 @@
 """What is typed: unknown commands get the closest name, and lists may have spaces after their commas."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import click
+from click.shell_completion import CompletionItem
 
 from bitladder.errors import did_you_mean
+
+_FIRST, _LAST = "Options", "Options of all commands"
+_COMMON = ("as_json", "quiet", "verbose", "_click_default_help")
+
+
+class Choice(click.Choice[str]):
+    """Words to choose from. An unknown one gets the closest."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """The error about an unknown word."""
+        del ctx
+        return f"no choice {str(value)!r}{did_you_mean(str(value), self.choices, 'there are')}"
+
+
+class Whole(click.IntRange):
+    """A whole number with limits, of which `--help` says nothing: an error does."""
+
+    name = "n"
+
+    def _describe_range(self) -> str:
+        return ""
+
+
+class FileOrName(click.types.StringParamType):
+    """A text that may be a path, such as MODEL: the shell completes files."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """What `click.ParamType` says."""
+        del ctx, param
+        return [CompletionItem(incomplete, type="file")]
+
+
+class Presets(FileOrName):
+    """Presets, separated by commas: the shell completes their names; files, where no name fits."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """What `click.ParamType` says."""
+        from bitladder.engine import presets
+
+        first, comma, last = incomplete.rpartition(",")
+        if isinstance(param, click.Option):  # an argument may be a file, whose name has small letters
+            last = last.upper()
+        names = [name for name in presets() if name.startswith(last)]
+        return [CompletionItem(first + comma + name) for name in names] or super().shell_complete(
+            ctx, param, incomplete
+        )
+
+
+class GroupedOption(click.Option):
+    """An option that stands under a heading of `--help`."""
+
+    def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class HelpfulCommand(click.Command):
+    """A command whose `--help` has options under headings, then examples and the page that says more.
+
+    Parameters:
+        examples: command lines, without "bitladder".
+        page: the page of the documentation.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), page: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples, self.page = tuple(examples), page
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options, those of all commands last."""
+        groups: dict[str, list[tuple[str, str]]] = {_FIRST: []}
+        common: list[tuple[str, str]] = []
+        for param in (param for param in self.get_params(ctx) if isinstance(param, click.Option)):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                title = getattr(param, "group", "") or _FIRST
+                (common if param.name in _COMMON else groups.setdefault(title, [])).append(record)
+        for title, records in (groups | {_LAST: common}).items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples, and where more is."""
+        del ctx
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(f"  bitladder {example}\n")
+        if self.page:
+            formatter.write(f"\nMore: docs/{self.page}\n")
 
 
 class NamingGroup(click.Group):

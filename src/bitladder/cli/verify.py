@@ -13,7 +13,12 @@ from bitladder.show import Output, common_options
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
 
-@click.command("verify", cls=Command)
+@click.command(
+    "verify",
+    cls=Command,
+    page="quantize.md",
+    examples=("verify model-Q4_K_M.gguf -m model-F16.gguf --imatrix imatrix.gguf",),
+)
 @click.argument("quant", type=_FILE)
 @click.option(
     "-m", "--model", "source", required=True, type=_FILE, help="The full-precision GGUF that QUANT was made from."
@@ -38,6 +43,7 @@ def command(
     """Make every tensor of QUANT again, and compare the bytes. The exit code is 1 if a tensor differs."""
     from bitladder.refine import verify
 
+    options.warn_if_quantized(output, "-m", source)
     verified = verify(quant, source, imatrix=imatrix, moments=moments, threads=threads, progress=output.progress)
     if output.json:
         output.print_json({"quant": quant.name, "tensors": verified.origins, "differing": verified.differing})

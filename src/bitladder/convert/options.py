@@ -11,6 +11,8 @@ from bitladder.options import Options, option
 class ConvertOptions(Options):
     """What a conversion can be told; the parameters of `convert`."""
 
+    GROUP = "Conversion"
+
     outtype: Literal["auto", "f16", "bf16", "f32"] = option(
         "auto",
         "--outtype",

@@ -186,7 +186,7 @@ def sequence_logits(path: str | os.PathLike[str], tokens: Tokens, *, threads: in
         context.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
         logits = context.logits().copy()
     if not np.isfinite(logits).all():
-        raise overflow(f"the logits of {model.path.name} are")
+        raise overflow(f"the logits of {model.name} are")
     return logits
 
 

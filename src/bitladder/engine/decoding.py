@@ -11,6 +11,8 @@ MIN_CTX = 4
 class Decoding(Options):
     """How a model is decoded. Raises UsageError for a number outside its limits."""
 
+    GROUP = "Decoding"
+
     n_ctx: int = option(
         512, "-c", "--ctx-size", least=MIN_CTX, metavar="TOKENS", help="Tokens of a chunk, which is one context."
     )

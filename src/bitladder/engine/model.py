@@ -12,7 +12,7 @@ from bitladder.engine.cpu_kernels import extras_work
 from bitladder.engine.deaths import working_on
 from bitladder.engine.native import backend, llama, log
 from bitladder.errors import BitladderError
-from bitladder.files import Closing
+from bitladder.files import Closing, shown_name
 
 Tokens = npt.NDArray[np.int32]
 
@@ -64,6 +64,11 @@ class Model(Closing):
         self.bos: int = llama.llama_vocab_bos(self._vocab)
         self.eos: int = llama.llama_vocab_eos(self._vocab)
         self.add_bos: bool = llama.llama_vocab_get_add_bos(self._vocab)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return shown_name(self.path)
 
     @property
     def handle(self) -> int:

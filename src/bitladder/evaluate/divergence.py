@@ -93,7 +93,7 @@ def token_nll(context: Context, chunks: Chunks, workers: Workers, progress: Prog
     Raises:
         BitladderError: decoding fails, or the logits are not finite.
     """
-    name = context.model.path.name
+    name = context.model.name
     nll = np.empty((len(chunks), chunks.scored))
     with progress.task(f"Perplexity of {name}", len(chunks)) as task:
         for chunk in range(len(chunks)):
@@ -115,7 +115,7 @@ def compare_with_base(
         BitladderError: decoding fails, or the logits are not finite.
     """
     chunks = base.chunks.head(first + count)
-    name = context.model.path.name
+    name = context.model.name
     shape = (count, chunks.scored)
     nll, nll_base, kld = np.empty(shape), np.empty(shape), np.empty(shape)
     same_top = np.empty(shape, np.bool_)

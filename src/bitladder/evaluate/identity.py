@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.errors import BitladderError
-from bitladder.files import read_arrays, replacing, sha256_bytes, sha256_file
+from bitladder.files import read_arrays, replacing, sha256_bytes, sha256_file, shown_name
 from bitladder.gguf import GgufFile, TensorInfo, joined_sha256, open_model, shards_of
 from bitladder.keys import key_of
 
@@ -43,7 +43,7 @@ class Identity:
     @property
     def name(self) -> str:
         """The file's name without its folder."""
-        return self.path.name
+        return shown_name(self.path)
 
 
 def parts(path: pathlib.Path) -> list[pathlib.Path]:

@@ -115,7 +115,7 @@ class _Passes:
 
     def run(self, passes: Sequence[MeasureOptions], inputs: KernelInputs) -> list[NoiseFigure]:
         """The divergence of each pass from the pass before it, of the first from the base."""
-        chunks, name = self.base.chunks, self.model.path.name
+        chunks, name = self.base.chunks, self.model.name
         kld = np.empty((len(passes), self.count, chunks.scored))
         with contextlib.ExitStack() as stack, single_threaded():
             contexts = [stack.enter_context(self._context(settings, inputs)) for settings in passes]

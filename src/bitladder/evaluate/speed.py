@@ -192,7 +192,7 @@ class _Run(Closing):
         self._process(self._tokens(random, self._test.n_prompt))
         self._generate(self._tokens(random, min(self._test.n_gen, 1)))
         if not np.isfinite(self._context.logits()).all():
-            raise overflow(f"the logits of {self._model.path.name} are")
+            raise overflow(f"the logits of {self._model.name} are")
 
     def sample(self, repetition: int) -> int:
         """Times the test, in nanoseconds. The tokens depend only on the number of the repetition."""

@@ -23,6 +23,8 @@ class SpeedOptions(Options):
         UsageError: a value is outside its limits.
     """
 
+    GROUP = "Decoding"
+
     repetitions: int = option(5, "-r", "--repetitions", least=1, metavar="N", help="Times each test is measured.")
     threads: int | None = option(None, "-t", "--threads", least=1, metavar="N", help="Threads of the CPU.", unset="all")
     gpu_layers: int = option(
@@ -37,6 +39,8 @@ class SpeedOptions(Options):
 @dataclasses.dataclass(frozen=True)
 class SpeedChoice(Options):
     """Which tests are measured: lists and ranges in llama-bench's spelling."""
+
+    GROUP = "Tests"
 
     prompts: tuple[str, ...] = option(("512",), "-p", "--n-prompt", metavar="N,…", help="Prompt tokens; 0: no test.")
     gens: tuple[str, ...] = option(("128",), "-n", "--n-gen", metavar="N,…", help="Generated tokens; 0: no test.")

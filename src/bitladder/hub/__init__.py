@@ -6,7 +6,7 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.hub.names import PRESET, HubName, parse, pick, shards, side_word
-    from bitladder.hub.transfer import Fetched, fetch, fetch_checkpoint, fetch_outline, hub_id, upload
+    from bitladder.hub.transfer import Fetched, fetch, fetch_checkpoint, fetch_outline, hub_id, not_given, upload
 
 __all__ = [
     "PRESET",
@@ -16,6 +16,7 @@ __all__ = [
     "fetch_checkpoint",
     "fetch_outline",
     "hub_id",
+    "not_given",
     "parse",
     "pick",
     "shards",

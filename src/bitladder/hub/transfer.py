@@ -4,11 +4,13 @@ huggingface_hub is imported in the functions that use it: the import takes a whi
 """
 
 import dataclasses
+import errno
 import glob
 import json
 import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from bitladder.hub.names import FORMS, HubName, is_model, is_repository, parse, 
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 # Of an outline are fetched whole: JSON files up to this many bytes, other than tokenizer.json and vocab.json.
 SMALL_FILE = 4 << 20
+UNREACHABLE = "the hub cannot be reached"
 OTHER_FILES = ["original/*", "onnx/*", "consolidated*", "*/*.safetensors"]
 
 
@@ -64,7 +67,7 @@ def fetch(spec: str, option: str = "") -> Fetched:
     except BitladderError:
         raise
     except Exception as error:  # of the network or the hub: there is no common base class
-        raise BitladderError(f"{named}: no such file here, and the hub does not give it: {reason(error)}") from error
+        raise BitladderError(f"{named}: no such file here, and {not_given(error)}") from error
 
 
 def fetch_checkpoint(model: str | pathlib.Path) -> pathlib.Path:
@@ -84,9 +87,7 @@ def fetch_checkpoint(model: str | pathlib.Path) -> pathlib.Path:
     try:
         snapshot = snapshot_download(str(model), allow_patterns=CHECKPOINT_FILES, ignore_patterns=OTHER_FILES)
     except Exception as error:  # of the network or the hub: there is no common base class
-        raise BitladderError(
-            f"{model} is not a directory here, and the hub does not give it: {reason(error)}"
-        ) from error
+        raise BitladderError(f"{model}: no such folder here, and {not_given(error)}") from error
     return pathlib.Path(snapshot)
 
 
@@ -131,9 +132,7 @@ def fetch_outline(repo: str, folder: pathlib.Path) -> None:
                 target.touch()
                 os.truncate(target, file.size)
     except Exception as error:  # of the network or the hub: there is no common base class
-        raise BitladderError(
-            f"{repo} is not a directory here, and the hub does not give it: {reason(error)}"
-        ) from error
+        raise BitladderError(f"{repo}: no such folder here, and {not_given(error)}") from error
 
 
 def hub_id(folder: pathlib.Path) -> str | None:
@@ -190,10 +189,18 @@ def upload(
     return address
 
 
+def not_given(error: Exception) -> str:
+    """Why the hub gives no file, as the end of an error: it cannot be reached, or what it says."""
+    words = reason(error)
+    return words if words == UNREACHABLE else f"the hub does not give it: {words}"
+
+
 def reason(error: Exception) -> str:
     """An error of huggingface_hub, or from below it, in one line."""
     from huggingface_hub import errors
 
+    if _no_connection(error):
+        return UNREACHABLE
     if isinstance(error, errors.GatedRepoError):
         return "the repository is gated (accept its terms on the hub, then `hf auth login`)"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -203,6 +210,17 @@ def reason(error: Exception) -> str:
         # The first line has the number of the error, the last one the words of the server.
         lines = list(dict.fromkeys([lines[0], lines[-1]])) if lines else []
     return " ".join(lines)[:400] or type(error).__name__
+
+
+def _no_connection(error: BaseException | None) -> bool:
+    """Whether an error comes from a connection that fails. The classes of HTTP libraries differ; sockets' do not."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _download(name: HubName, named: str) -> Fetched:

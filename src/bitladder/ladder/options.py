@@ -46,7 +46,12 @@ class RunOptions(Options):
         help="Make the ladder of MODEL in a directory that has the ladder of another model.",
     )
     rungs: tuple[str, ...] = option(
-        ALL_RUNGS, "--ladder", commas=True, metavar="RUNGS", help="Presets separated by commas, or all (twelve)."
+        ALL_RUNGS,
+        "--ladder",
+        commas=True,
+        names="preset",
+        metavar="RUNGS",
+        help="Presets separated by commas, or all (twelve).",
     )
     calibration: tuple[str, ...] = option(
         (BUILTIN[0],),
@@ -54,10 +59,17 @@ class RunOptions(Options):
         names="text",
         metavar="TEXT",
         help="Text to calibrate on: a file, or a built-in text.",
+        group="Texts",
     )
-    text: str = option(BUILTIN[1], "--text", names="text", metavar="TEXT", help="Text to measure on.")
+    text: str = option(BUILTIN[1], "--text", names="text", metavar="TEXT", help="Text to measure on.", group="Texts")
     chunks: int | None = option(
-        None, "--chunks", least=1, metavar="N", unset="all", help="Measure on at most N chunks of the text."
+        None,
+        "--chunks",
+        least=1,
+        metavar="N",
+        unset="all",
+        help="Measure on at most N chunks of the text.",
+        group="Texts",
     )
     imatrix_chunks: int | None = option(
         None,
@@ -66,6 +78,7 @@ class RunOptions(Options):
         metavar="N",
         unset="all",
         help="Use at most N chunks of each calibration text for the importance matrix.",
+        group="Texts",
     )
     expert_coverage: int | None = option(
         None,
@@ -89,6 +102,7 @@ class RunOptions(Options):
         "--smooth/--no-smooth",
         unset="yes, except with --mode naive --rounding stock",
         help="Rescale channels first: the same model, less quantization loss.",
+        group="Smoothing",
     )
     tasks: str | None = option(
         None,
@@ -96,9 +110,16 @@ class RunOptions(Options):
         names="tasks",
         metavar="TASKS",
         help="Benchmarks to score with, as for eval: NAME:FILE,… or continuation:TEXT.",
+        group="Measuring",
     )
     task_count: int | None = option(
-        None, "--task-count", least=1, metavar="N", unset="all", help="Questions of each task, drawn at random."
+        None,
+        "--task-count",
+        least=1,
+        metavar="N",
+        unset="all",
+        help="Questions of each task, drawn at random.",
+        group="Measuring",
     )
     task_ctx: int = 768
     compare: tuple[str, ...] = option(
@@ -107,17 +128,28 @@ class RunOptions(Options):
         names="model",
         metavar="MODEL",
         help="GGUF of another maker to measure with the ladder: a file, OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf.",
+        group="Measuring",
     )
-    bench: bool = option(True, "--bench/--no-bench", help="Measure tokens per second.")
+    bench: bool = option(True, "--bench/--no-bench", help="Measure tokens per second.", group="Measuring")
     bench_tests: tuple[tuple[int, int], ...] = ((512, 0), (0, 128), (1024, 1024))
     bench_repetitions: int = 3
     conversion: ConvertOptions = option(ConvertOptions)
     decoding: Decoding = option(Decoding)
     quantized_by: str | None = option(
-        None, "--quantized-by", metavar="NAME", decides=False, help="Name of the maker of the quants, for the card."
+        None,
+        "--quantized-by",
+        metavar="NAME",
+        decides=False,
+        help="Name of the maker of the quants, for the card.",
+        group="Model card",
     )
     model_id: str | None = option(
-        None, "--base-model", metavar="ID", decides=False, help="Hub id of MODEL, for the card of a local model."
+        None,
+        "--base-model",
+        metavar="ID",
+        decides=False,
+        help="Hub id of MODEL, for the card of a local model.",
+        group="Model card",
     )
     datasets: tuple[str, ...] = option(
         (),
@@ -125,6 +157,7 @@ class RunOptions(Options):
         metavar="ID",
         decides=False,
         help="Hub id of a data set that the calibration text is from, for the card.",
+        group="Model card",
     )
 
     @property

@@ -15,7 +15,11 @@ from bitladder.options import Options, option
 class TargetOptions(Options):
     """What to plan for: exactly one of the first five."""
 
-    like: str | None = option(None, "--like", metavar="PRESET", help="Least KLD in at most the bytes of this preset.")
+    GROUP = "Target (one of the first five)"
+
+    like: str | None = option(
+        None, "--like", names="preset", metavar="PRESET", help="Least KLD in at most the bytes of this preset."
+    )
     size: str | None = option(
         None, "--size", metavar="SIZE", help="Least KLD in at most this file size (3.7GiB, 900MB, bytes)."
     )
@@ -33,6 +37,8 @@ class TargetOptions(Options):
 @dataclasses.dataclass(frozen=True)
 class Constraints(Options):
     """What a recipe must respect besides its size, as the command line writes it."""
+
+    GROUP = "Constraints"
 
     pins: tuple[str, ...] = option(
         (),
@@ -66,6 +72,8 @@ class LawOptions(Options):
 @dataclasses.dataclass(frozen=True)
 class PriceOptions(Options):
     """How types are priced, and how much is measured for that."""
+
+    GROUP = "Prices and measurement"
 
     method: Literal["forward", "fisher"] = option(
         "forward", "--prices", help="From swaps in the loaded model, or from gradients (needs bitladder[torch])."
@@ -107,6 +115,8 @@ class CorrectionOptions(Options):
 @dataclasses.dataclass(frozen=True)
 class FeedbackOptions(Options):
     """How many recipes are measured, and on how much text."""
+
+    GROUP = "Prices and measurement"
 
     chunks: int = option(12, "--chunks", least=2, metavar="N", help="Chunks that a recipe is measured on.")
     move_chunks: int | None = option(

@@ -35,6 +35,8 @@ _NOT_TO_OVERRIDE = ("general.alignment", "split.no", "split.count", "split.tenso
 class QuantizeOptions(Options):
     """How to quantize a model, with llama-quantize's options; docs/recipes.md says what each does."""
 
+    GROUP = "Types and metadata"
+
     preset: str | None = option(None, help="Name of a preset; None for the recipe alone.")
     types: Mapping[str, str] | None = option(
         None, help="A recipe: exact tensor name → type; None for the preset alone."

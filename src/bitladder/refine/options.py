@@ -14,6 +14,8 @@ from bitladder.text import HELD_OUT
 class SmoothingOptions(Options):
     """How channels are balanced and ordered, and how that is tried."""
 
+    GROUP = "Smoothing"
+
     scales: bool = option(True, "--scales/--no-scales", help="Rescale channels.")
     order: bool = option(
         True,
@@ -34,6 +36,8 @@ class SmoothingOptions(Options):
 @dataclasses.dataclass(frozen=True)
 class GuardOptions(Options):
     """How rounded blocks are tried."""
+
+    GROUP = "Rounding"
 
     guard_chunks: int = option(
         8,
@@ -60,6 +64,8 @@ class GuardOptions(Options):
 @dataclasses.dataclass(frozen=True)
 class TuneOptions(Options):
     """How scales are tuned (Adam, arXiv 1412.6980), and how that is tried."""
+
+    GROUP = "Tuning"
 
     tune_chunks: int = option(
         64,

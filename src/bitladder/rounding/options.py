@@ -16,6 +16,8 @@ class RoundingOptions(Options):
     as that helps; "best" changes scales too; "stock" keeps the library's blocks.
     """
 
+    GROUP = "Rounding"
+
     method: Method = option(
         "best",
         "--rounding",

@@ -99,7 +99,7 @@ class Layout:
 
     def naive_quant(self, rung: str) -> pathlib.Path:
         """The preset by itself, while it is measured."""
-        return self.folder / f".{rung}.naive.gguf.tmp"
+        return self.folder / f".{rung}-preset.gguf.tmp"
 
     def recipe(self, label: str) -> pathlib.Path:
         """The type of each tensor."""

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from bitladder.show.output import Output, common_options
     from bitladder.show.plain import one_printable_line
     from bitladder.show.recipe_tables import difference
-    from bitladder.show.run_display import RunDisplay, result_table
+    from bitladder.show.run_display import RunDisplay
     from bitladder.show.speed_tables import FORMATS, render, speed_table
+    from bitladder.show.table import Column, Table, figures
 
 __all__ = [
     "FORMATS",
+    "Column",
     "Output",
     "RunDisplay",
+    "Table",
     "check_target",
     "common_options",
     "comparison_json",
@@ -31,13 +34,13 @@ __all__ = [
     "estimate_lines",
     "estimate_table",
     "eval_tables",
+    "figures",
     "ladder_json",
     "ladder_table",
     "one_printable_line",
     "pareto_plot",
     "print_view",
     "render",
-    "result_table",
     "speed_table",
     "view_differences",
     "view_statistics",

@@ -82,17 +82,24 @@ def _title(comparison: "QuantComparison") -> str:
 
 
 def _model_table(comparison: "QuantComparison", labels: list[str]) -> Any:
-    from rich.table import Table
-
     from bitladder.compare import gravest
     from bitladder.report import with_error
+    from bitladder.show.table import Column, Table
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for head in ("GB", "bpw", "PPL", "PPL vs base", "KLD", "RMS Δp", "same top"):
-        table.add_column(head, justify="right")
-    table.add_column("finding")
-    table.add_column("beaten by", overflow="fold")
+    table = Table(
+        [
+            Column("model", fold=True),
+            Column("GB", right=True),
+            Column("bpw", right=True, rank=4),
+            Column("PPL", right=True, rank=3),
+            Column("PPL vs base", right=True, rank=5),
+            Column("KLD", right=True),
+            Column("RMS Δp", right=True, rank=6),
+            Column("same top", right=True, rank=2),
+            Column("finding", rank=1),
+            Column("beaten by", fold=True, rank=7),
+        ]
+    )
     labelled = zip(labels, comparison.models, strict=True)
     for label, model in sorted(labelled, key=lambda pair: pair[1].bytes):
         scores = model.measured.scores if model.measured else None
@@ -106,7 +113,7 @@ def _model_table(comparison: "QuantComparison", labels: list[str]) -> Any:
                 f"{100 * scores.same_top_p.value:.2f} %",
             ]
         size = f"{model.bytes / 1e9:.4f}", f"{model.bpw:.3f}"
-        table.add_row(label, *size, *cells, MARKS[gravest(model.findings)], _defeat(model, labels))
+        table.add(label, *size, *cells, MARKS[gravest(model.findings)], _defeat(model, labels))
     return table
 
 
@@ -148,15 +155,12 @@ def _verdicts(comparison: "QuantComparison", labels: list[str]) -> list[str]:
 
 
 def _type_table(comparison: "QuantComparison", labels: list[str]) -> Any:
-    from rich.table import Table
+    from bitladder.show.table import Column, Table
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("kind")
-    for label in labels:
-        table.add_column(label, overflow="fold")
+    table = Table([Column("kind"), *(Column(label, fold=True) for label in labels)])
     for kind in dict.fromkeys(kind for model in comparison.models for kind in model.types):
         counts = [model.types.get(kind, {}) for model in comparison.models]
         if all(set(types) <= {"f32"} for types in counts):
             continue  # norms and biases, which quantizers keep
-        table.add_row(kind, *(", ".join(f"{count} × {name}" for name, count in types.items()) for types in counts))
+        table.add(kind, *(", ".join(f"{count} × {name}" for name, count in types.items()) for types in counts))
     return table

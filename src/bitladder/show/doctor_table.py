@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from bitladder.gguf import ranges
 from bitladder.ladder import Diagnosis, WidthMisfit
+from bitladder.show.table import Column, Table
 
 SHOWN = 4  # kinds of tensors of a width that are named
 
@@ -20,17 +20,15 @@ def diagnosis_json(diagnosis: Diagnosis) -> dict[str, Any]:
 
 def diagnosis_table(diagnosis: Diagnosis) -> Table:
     """A line for each thing that matters to a run; the verdict comes last."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column("", no_wrap=True, style="bold")
-    table.add_column("", overflow="fold")
+    table = Table([Column(""), Column("", fold=True)])
     for topic, text in _lines(diagnosis):
-        table.add_row(Text(topic), Text(text))
+        table.add(Text(topic, "bold"), text)
     for remark in diagnosis.remarks:
-        table.add_row(Text("remark"), Text(remark))
+        table.add(Text("remark", "bold"), remark)
     if diagnosis.works:
-        table.add_row(Text("verdict"), Text("it works, as far as headers show"))
+        table.add(Text("verdict", "bold"), "it works, as far as headers show")
     for reason in diagnosis.reasons:
-        table.add_row(Text("cannot work"), Text(reason))
+        table.add(Text("cannot work", "bold"), reason)
     return table
 
 

@@ -25,13 +25,11 @@ def eval_tables(models: "list[Scores]") -> list[tuple[str, Any]]:
 
 
 def _table(models: "list[Scores]", rows: list[tuple[str, Callable[[Any], Cell]]]) -> Any:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table()
-    table.add_column("")
-    for scores in models:
-        table.add_column(scores.model, justify="right", overflow="fold")
+    from bitladder.show.table import Column, Table
+
+    table = Table([Column("", fold=True), *(Column(scores.model, right=True) for scores in models)])
     for label, cell in rows:
         cells = [cell(scores) for scores in models]
         if not any(text for text, _ in cells):
@@ -40,7 +38,7 @@ def _table(models: "list[Scores]", rows: list[tuple[str, Callable[[Any], Cell]]]
         best = min(ranked) if len(cells) > 1 and ranked else None
         bold = [rank is not None and rank == best for _, rank in cells]
         shown = [Text(text, "bold" if strong else "") for (text, _), strong in zip(cells, bold, strict=True)]
-        table.add_row(label, *shown)
+        table.add(label, *shown)
     return table
 
 

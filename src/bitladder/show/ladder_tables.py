@@ -1,16 +1,14 @@
 """The ladder of a run as tables, a plot and JSON."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Column, Table
 from rich.text import Text
 
-from bitladder.evaluate import RunScores
 from bitladder.ladder import Estimate, in_words
-from bitladder.report import FinishedRun, RunModel, by_size, gigabytes, percent, tables, with_error
+from bitladder.report import FinishedRun, RunModel, tables
 from bitladder.show.scatter import Point, scatter
+from bitladder.show.table import Column, Table, figures
 from bitladder.units import duration
 
 MARKS = {"rung": "●", "naive": "◇", "third-party": "†"}
@@ -19,32 +17,28 @@ LEGEND = {
     "naive": "◇ a plain preset",
     "third-party": "† by others",
 }
-# Columns of the report's table → their headings in the terminal.
-COLUMNS = {"PPL": "PPL", "ρPPL": "ρPPL", "KLD": "KLD", "RMS Δp": "RMS Δp", "Same top token": "same top"}
 ON_FRONT = "▸"
-# Lines that are narrower than these have no speeds, and not all figures.
-WITH_SPEEDS, WITH_ALL = 160, 110
+# Figures of the report's table → headings in the terminal, and the rank by which they give way in narrow ones.
+HEADS = {"PPL": ("PPL", 2), "ρPPL": ("ρPPL", 6), "KLD": ("KLD", 0), "RMS Δp": ("RMS Δp", 4)}
+HEADS |= {"Same top token": ("same top", 3), tables.GAIN: (tables.GAIN, 5)}
 
 
-def ladder_table(run: FinishedRun, width: int = 240) -> Table:
+def ladder_table(run: FinishedRun) -> Table:
     """A table of the full precision and every quant from the smallest to the largest.
 
     Figures within noise of the best are bold. "▸" marks the models on the Pareto front.
-
-    Parameters:
-        run: the run to show.
-        width: characters of a line; if it is short, some columns are left out.
     """
-    quality, speeds = tables.quality(run), tables.speeds(run) if width >= WITH_SPEEDS else None
-    shown_columns = list(COLUMNS) if width >= WITH_ALL else ["PPL", "KLD", "RMS Δp"]
-    picked = [(index, COLUMNS[head]) for index, head in enumerate(quality.heads) if head in shown_columns]
-    gain = [index for index, head in enumerate(quality.heads) if head == tables.GAIN]
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    table.add_column("")
-    table.add_column("quant", overflow="fold")
-    heads = ["GB", "bpw", *(name for _, name in picked), *(tables.GAIN for _ in gain)]
-    for head in [*heads, *(speeds.heads if speeds else ())]:
-        table.add_column(head, justify="right", overflow="fold")
+    quality, speeds = tables.quality(run), tables.speeds(run)
+    table = Table(
+        [
+            Column(""),
+            Column("quant", fold=True),
+            *figures("GB"),
+            *figures("bpw", rank=1),
+            *(Column(name, right=True, rank=rank) for name, rank in map(HEADS.__getitem__, quality.heads)),
+            *figures(*(speeds.heads if speeds else ()), rank=7),
+        ]
+    )
     best = front(run.quants)
     # The report leaves out rows without figures, so rows are found by their names.
     measured = {line.label: line.cells for line in quality.lines}
@@ -52,18 +46,15 @@ def ladder_table(run: FinishedRun, width: int = 240) -> Table:
     none = tables.Cell(tables.DASH)
     for model in run.models:
         label = tables.label(model)
-        row = measured.get(label, (none,) * len(quality.heads))
-        cells = [row[index] for index in [*(index for index, _ in picked), *gain]]
+        cells = [*measured.get(label, (none,) * len(quality.heads))]
         if speeds:
             cells += timed.get(label, (none,) * len(speeds.heads))
-        shown = [Text(cell.text, "bold" if cell.best else "") for cell in cells]
-        scores = model.scores
-        table.add_row(
+        table.add(
             ON_FRONT if model in best else "",
-            _cell(label),
-            f"{scores.bytes / 1e9:.4g}",
-            f"{scores.bpw:.2f}",
-            *shown,
+            " ".join(label.split()),
+            f"{model.scores.bytes / 1e9:.4g}",
+            f"{model.scores.bpw:.2f}",
+            *(Text(cell.text, "bold" if cell.best else "") for cell in cells),
         )
     return table
 
@@ -116,47 +107,6 @@ def ladder_json(run: FinishedRun) -> dict[str, Any]:
     return {"name": run.name, "base_model": run.origin, "command": run.record.command, "models": models}
 
 
-@dataclasses.dataclass(frozen=True)
-class LadderRow:
-    """A model of the table at the end of a run, every field as it is shown."""
-
-    label: str
-    file: str
-    size: str
-    bpw: str
-    ppl: str
-    rho: str
-    kld: str
-    rms: str
-    same_top: str
-
-
-def ladder_row(label: str, scores: RunScores) -> LadderRow:
-    """A model's figures as text. What was not measured is a dash."""
-    return LadderRow(
-        label=label,
-        file=scores.model,
-        size=gigabytes(scores.bytes),
-        bpw=f"{scores.bpw:.2f}",
-        ppl=with_error(scores.ppl),
-        rho=percent(scores.rho_ppl) if scores.rho_ppl is not None else tables.DASH,
-        kld=with_error(scores.kld) if scores.kld else tables.DASH,
-        rms=f"{with_error(scores.delta_p.rms, 100)} %" if scores.delta_p else tables.DASH,
-        same_top=f"{with_error(scores.same_top_p, 100)} %" if scores.same_top_p else tables.DASH,
-    )
-
-
-def ladder_rows(measured: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[LadderRow]:
-    """Rows of Scores JSON values: the first (full precision), then the others from the smallest file to the largest.
-
-    Parameters:
-        measured: the scores of each model.
-        labels: the label of each model.
-    """
-    scores = [(label, RunScores.model_validate(document)) for label, document in zip(labels, measured, strict=True)]
-    return [ladder_row(label, model) for label, model in [scores[0], *by_size(scores[1:])]]
-
-
 def _kld(model: RunModel) -> float:
     return model.scores.kld.value if model.scores.kld else float("inf")
 
@@ -165,14 +115,9 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
-def _cell(text: str) -> Text:
-    return Text(" ".join(text.split()))
-
-
 def estimate_table(estimate: Estimate) -> Table:
     """What each step of a run takes. The steps of one kind for several rungs are one line, of which the most counts."""
-    columns = (Column(head, justify="right") for head in ("wall", "core min", "memory GB", "disk GB"))
-    table = Table("step", *columns, box=None, pad_edge=False, collapse_padding=True)
+    table = Table([Column("step"), *figures("wall", "core min", "memory GB", "disk GB")])
     verbs = dict.fromkeys(stage.name.split()[0] for stage in estimate.stages)
     for verb in verbs:
         stages = [stage for stage in estimate.stages if stage.name.split()[0] == verb]
@@ -180,7 +125,7 @@ def estimate_table(estimate: Estimate) -> Table:
         if cores < 1:
             continue
         memory, disk = (max(getattr(stage, name) for stage in stages) for name in ("memory_bytes", "disk_bytes"))
-        table.add_row(
+        table.add(
             verb if len(stages) == 1 else f"{verb} × {len(stages)}",
             duration(seconds).removeprefix("about "),
             f"{cores / 60:.1f}",

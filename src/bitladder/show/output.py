@@ -78,13 +78,13 @@ class Output:
         sys.stdout.write(printable(text) + "\n")
 
     def print(self, renderable: Any) -> None:
-        """Prints a rich table or another renderable on stdout."""
-        self._stdout.print(renderable)
+        """Prints a table or another renderable of rich on stdout. A line that is too long is not cut."""
+        self._stdout.print(renderable, crop=False)
 
     def remark(self, renderable: Any) -> None:
         """Prints a rich table or a line on stderr unless quiet, for a person who watches the work."""
         if not self.quiet:
-            self._stderr.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
+            self._stderr.print(renderable, markup=False, crop=False, soft_wrap=isinstance(renderable, str))
 
 
 def _null() -> TextIO:

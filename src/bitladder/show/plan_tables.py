@@ -4,10 +4,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.table import Table
-
 from bitladder.gguf import ranges
 from bitladder.plan import MovedTensors, PlanResult, Share, Target, TriedRecipe, moved_tensors, shares
+from bitladder.show.table import Column, Table, figures
 from bitladder.trial import BlockLoss, Measurement
 from bitladder.units import size_text
 
@@ -26,33 +25,59 @@ def tables(result: PlanResult, places: Places) -> Iterator[Table]:
 
 
 def _shares(label: str, rows: list[Share]) -> Table:
-    table = _table(label, "tensors", "MB", "KLD, nats", "share", "types")
+    table = Table(
+        [
+            Column(label),
+            *figures("tensors", rank=1),
+            *figures("MB", "KLD, nats"),
+            *figures("share", rank=2),
+            Column("types", fold=True),
+        ]
+    )
     for row in rows:
         types = ", ".join(f"{count} × {kind}" if row.tensors > 1 else kind for kind, count in row.types.items())
         cells = f"{row.bytes / 1e6:.2f}", f"{row.kld:.5f}", f"{100 * row.share:.1f} %"
-        table.add_row(row.name, str(row.tensors), *cells, types)
+        table.add(row.name, str(row.tensors), *cells, types)
     return table
 
 
 def _moved(rows: list[MovedTensors]) -> Table:
-    table = _table("change from the preset", "", "tensors", "KB", "KLD, nats", "nats/MB", "layers")
+    table = Table(
+        [
+            Column("change from the preset", fold=True),
+            Column(""),
+            *figures("tensors", rank=1),
+            *figures("KB", "KLD, nats"),
+            *figures("nats/MB", rank=2),
+            Column("layers", fold=True),
+        ]
+    )
     arrows = {"up": "▲", "down": "▼", "level": "="}
     for row in rows:
         kld = "" if row.kld is None else f"{row.kld:+.5f}"
         rate = "" if row.rate is None else f"{row.rate:.4f}"
         what = f"{row.kind}: {row.before} → {row.after}"
         size = f"{row.bytes / 1e3:+.0f}"
-        table.add_row(what, arrows[row.direction], str(row.count), size, kld, rate, ranges(row.layers))
+        table.add(what, arrows[row.direction], str(row.count), size, kld, rate, ranges(row.layers))
     return table
 
 
 def _tried(rows: tuple[TriedRecipe, ...], best: TriedRecipe) -> Table:
-    table = _table("recipe", "bytes", "predicted KLD", "measured KLD", "judged KLD", "")
+    table = Table(
+        [
+            Column("recipe", fold=True),
+            *figures("bytes"),
+            *figures("predicted KLD", rank=2),
+            *figures("measured KLD"),
+            *figures("judged KLD", rank=1),
+            Column(""),
+        ]
+    )
     for row in rows:
         predicted = "" if row.predicted is None else f"{row.predicted:.5f}"
         judged = "" if row.judged is None else _figure(row.judged)
         chosen = "best" if row is best else ""
-        table.add_row(row.name, f"{row.bytes:,}", predicted, _figure(row.measured), judged, chosen)
+        table.add(row.name, f"{row.bytes:,}", predicted, _figure(row.measured), judged, chosen)
     return table
 
 
@@ -140,16 +165,7 @@ def prune_line(ranked: list[BlockLoss]) -> str:
 
 def prune_table(ranked: list[BlockLoss]) -> Table:
     """Blocks by the KLD of the model without them."""
-    table = Table("block", "KLD, nats", "size in MB")
-    for column in table.columns:
-        column.justify = "right"
+    table = Table(figures("block", "KLD, nats", "size in MB"))
     for loss in ranked:
-        table.add_row(str(loss.block), f"{loss.kld.value:.5f} ± {loss.kld.error:.5f}", f"{loss.bytes / 1e6:.2f}")
-    return table
-
-
-def _table(*heads: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="left" if index in (0, len(heads) - 1) else "right")
+        table.add(str(loss.block), f"{loss.kld.value:.5f} ± {loss.kld.error:.5f}", f"{loss.bytes / 1e6:.2f}")
     return table

@@ -5,11 +5,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from bitladder.gguf import block_of, name_in_block, ranges
 from bitladder.quantize import Fallback, Preflight, QuantizeResult
+from bitladder.show.table import Column, Table
 
 SHOWN = 6  # names in a cell; of the others only their number is shown
 
@@ -74,11 +72,9 @@ def _fallbacks(figures: Preflight) -> list[tuple[str, ...]]:
 
 
 def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, right: tuple[int, ...]) -> Table:
-    table = Table()
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index in right else "left", overflow="fold")
+    table = Table([Column(head, index in right, fold=index not in right) for index, head in enumerate(heads)])
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add(*row)
     return table
 
 

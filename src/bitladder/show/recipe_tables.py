@@ -4,14 +4,13 @@ import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.gguf import block_of, kind_of, one_line, ranges, reading_order
 from bitladder.recipe import RECIPE_KEY, Recipe, RecipeDiff, Shapes, Size, block_size, recipe_sha256, size_of
+from bitladder.show.table import Column, Table
 
 
 def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
@@ -45,9 +44,9 @@ def kinds_table(recipe: Recipe, shapes: Shapes) -> Table:
         counts = collections.Counter(recipe.tensors[name] for name in names).most_common()
         types = ", ".join(f"{count} × {type_name}" if len(names) > 1 else type_name for type_name, count in counts)
         size = whole and size_of(recipe.tensors, shapes, names)
-        table.add_row(cell(kind), str(len(names)), cell(types), *_cells(size))
-    table.add_section()
-    table.add_row("all", str(len(recipe.tensors)), "", *_cells(whole))
+        table.add(cell(kind), str(len(names)), cell(types), *_cells(size))
+    table.rule()
+    table.add("all", str(len(recipe.tensors)), "", *_cells(whole))
     return table
 
 
@@ -71,7 +70,7 @@ def layers_table(recipe: Recipe) -> Table | None:
     usual = {kind: collections.Counter(types.values()).most_common(1)[0][0] for kind, types in kinds.items()}
     for run, row in _runs(layers, [[types.get(layer, "") for types in kinds.values()] for layer in layers]):
         cells = [cell(text, _style(text, usual[kind])) for text, kind in zip(row, kinds, strict=True)]
-        table.add_row(ranges(run), *cells)
+        table.add(ranges(run), *cells)
     return table
 
 
@@ -94,11 +93,8 @@ def cell(text: str, style: str = "") -> Text:
 
 def table_of(first: str, *others: str) -> Table:
     """An empty table with these headings. Figures are aligned to the right."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(first)
-    for name in others:
-        table.add_column(Text(name), justify="right" if name in {"tensors", "bytes", "bpw", "up", "down"} else "left")
-    return table
+    right = {"tensors", "bytes", "bpw", "up", "down"}
+    return Table([Column(first), *(Column(name, name in right, fold=name in {"types", "layers"}) for name in others)])
 
 
 def _by_kind(tensors: dict[str, str]) -> dict[str, list[str]]:
@@ -159,7 +155,7 @@ def _moves(changes: RecipeDiff) -> Table:
     for group in changes.groups():
         arrow, colour = _ARROWS[group.direction]
         cells = [f"{group.before} → {group.after}", str(group.count), ranges(group.layers), _gain(group.bytes)]
-        table.add_row(cell(group.kind), cell(arrow, colour), *(cells if sized else cells[:-1]))
+        table.add(cell(group.kind), cell(arrow, colour), *(cells if sized else cells[:-1]))
     return table
 
 
@@ -171,11 +167,11 @@ def _kinds(changes: RecipeDiff) -> Table:
         moved[kind_of(move.name)][move.direction] += 1
     table = table_of("kind", "up", "down", "bytes")
     for kind, gain in gains.items():
-        table.add_row(cell(kind), str(moved[kind]["up"]), str(moved[kind]["down"]), _gain(gain))
+        table.add(cell(kind), str(moved[kind]["up"]), str(moved[kind]["down"]), _gain(gain))
     known = [gain for gain in gains.values() if gain is not None]
     total = sum(moved.values(), collections.Counter())
-    table.add_section()
-    table.add_row("all", str(total["up"]), str(total["down"]), _gain(sum(known) if len(known) == len(gains) else None))
+    table.rule()
+    table.add("all", str(total["up"]), str(total["down"]), _gain(sum(known) if len(known) == len(gains) else None))
     return table
 
 

@@ -8,7 +8,7 @@ from bitladder.show.output import Output
 from bitladder.units import duration
 
 if TYPE_CHECKING:
-    from bitladder.ladder import Best, RunResult, Status, TimeLeft
+    from bitladder.ladder import Best, Status, TimeLeft
 
 
 class RunDisplay:
@@ -77,19 +77,3 @@ def line(best: "Best") -> str:
     kld = with_error(Figure(value=best.kld, error=best.error))
     size = f"{best.bytes / 1e9:.3f} GB" if best.bytes >= 1e8 else f"{best.bytes / 1e6:.2f} MB"
     return f"{size}, KLD {kld}" + (f" ({best.name})" if best.name else "")
-
-
-def result_table(result: "RunResult") -> Any:
-    """The figures of a run. Columns that are too narrow wrap; no figure is cut off."""
-    from rich.table import Column, Table
-
-    from bitladder.show.ladder_tables import ladder_rows
-
-    others = result.labels[1 + len(result.rungs) :]
-    labels = ["full", *result.rungs, *(f"{name} †" for name in others)]
-    heads = ("GB", "bpw", "PPL", "ρPPL", "KLD", "RMS Δp")
-    columns = (Column(head, justify="right", overflow="fold") for head in heads)
-    table = Table("quant", *columns, box=None, pad_edge=False, collapse_padding=True)
-    for row in ladder_rows(result.scores, labels):
-        table.add_row(row.label, row.size, row.bpw, row.ppl, row.rho, row.kld, row.rms)
-    return table

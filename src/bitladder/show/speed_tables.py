@@ -11,6 +11,8 @@ from bitladder.engine import FLASH_ATTN, versions
 from bitladder.evaluate import SpeedOptions, SpeedRow
 
 LEFT = {"model", "file", "backend"}  # columns that are aligned to the left
+# Columns that give way in narrow terminals; options of which all rows have the same value are none of them.
+RANKS = {"params": 1, "size": 2, "backend": 3, "threads": 4}
 FORMATS = ("md", "json", "jsonl", "csv")
 
 
@@ -95,12 +97,12 @@ def columns(rows: Sequence[SpeedRow]) -> tuple[list[str], list[list[str]]]:
 
 def speed_table(rows: Sequence[SpeedRow]) -> Any:
     """The table for the terminal."""
-    from rich.table import Column, Table
+    from bitladder.show.table import Column, Table
 
     heads, cells = columns(rows)
-    table = Table(*(Column(head, justify="left" if head in LEFT else "right", overflow="fold") for head in heads))
+    table = Table([Column(head, head not in LEFT, RANKS.get(head, 0), head in LEFT) for head in heads])
     for line in cells:
-        table.add_row(*line)
+        table.add(*line)
     return table
 
 

@@ -129,6 +129,8 @@ def spread_evenly(available: int, count: int) -> npt.NDArray[np.int64]:
 class Reading(Options):
     """Which chunks of each text are read, and how the text is tokenized."""
 
+    GROUP = "Text"
+
     chunks: int | None = option(
         None, "--chunks", least=1, metavar="N", help="Chunks of each text that are read.", unset="all"
     )

@@ -189,7 +189,7 @@ class _NoiseTrial:
         decode_columns(self._context, self._tokens, 0, self._length)
         logits = self._context.logits().reshape(self.count, self._length, -1)[:, self._compared]
         if not np.isfinite(logits).all():
-            raise overflow(f"the logits of {self._context.model.path.name} are")
+            raise overflow(f"the logits of {self._context.model.name} are")
         logits -= logits.max(axis=-1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         return logits

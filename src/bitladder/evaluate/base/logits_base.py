@@ -181,7 +181,7 @@ def check_logits(base: LogitsBase, model: Model, text: Text | None, settings: Me
     The file names neither its model nor its text, so the tokens of the text must be those in the file. Without a text
     they are not checked.
     """
-    layout, name = base.layout, model.path.name
+    layout, name = base.layout, model.name
     if layout.n_vocab != model.n_vocab:
         raise BitladderError(
             f"{base.file.path} was made with a vocabulary of {layout.n_vocab} tokens, but {name} has {model.n_vocab}: "
@@ -200,7 +200,7 @@ def check_logits(base: LogitsBase, model: Model, text: Text | None, settings: Me
 
 
 def _check_text(base: LogitsBase, model: Model, text: Text) -> None:
-    layout, name = base.layout, model.path.name
+    layout, name = base.layout, model.name
     tokens = model.tokenize(text.text)
     kept = base.chunks.tokens.reshape(-1)
     short = min(len(kept), len(tokens))

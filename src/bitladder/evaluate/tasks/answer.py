@@ -147,7 +147,7 @@ def _answer(
             model, settings.replace(n_ctx=max(-(-most // n_seq), MIN_CTX)), n_seq=n_seq, kv_unified=True
         ) as context,
         Workers(settings.threads) as workers,
-        progress.task(f"{task.name} with {model.path.name}", len(questions)) as bar,
+        progress.task(f"{task.name} with {model.name}", len(questions)) as bar,
     ):
         for batch in planned:
             for question, means in zip(batch, choice_means(context, batch, workers), strict=True):

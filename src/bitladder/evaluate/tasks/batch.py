@@ -114,7 +114,7 @@ def _log_probabilities(
         if len(used):
             scored = logits if len(used) == len(logits) else logits[used]
             # ln Σ exp of a row is computed once, with token 0 as target, because a row can have several targets.
-            nll = score_rows(scored, np.zeros(len(used), np.int32), workers, what=context.model.path.name).nll
+            nll = score_rows(scored, np.zeros(len(used), np.int32), workers, what=context.model.name).nll
             result[here] = scored[places, targets[here]] - (nll + scored[:, 0])[places]
         first += len(logits)
     return result

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bitladder.errors import BitladderError
+from bitladder.hub import not_given
 from bitladder.text import plain_text
 
 _OPEN: dict[str, Callable[[io.BytesIO], Any]] = {
@@ -209,10 +210,7 @@ def download(data: HubData, task: str) -> list[pathlib.Path]:
             for name in data.files
         ]
     except Exception as error:  # errors of the network and the hub have no common base class
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BitladderError(
-            f"the hub does not give {data.repository}: {reason}; name a file instead: {task}:FILE"
-        ) from error
+        raise BitladderError(f"{data.repository}: {not_given(error)}; name a file instead: {task}:FILE") from error
 
 
 def parquet_records(file: QuestionFile) -> Iterator[QuestionRecord]:

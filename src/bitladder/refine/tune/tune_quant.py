@@ -151,7 +151,7 @@ def tune_in_place(
         progress.info(f"scales are not tuned: {reason}")
         return False
     texts, held_out = set_apart(calibration, options.held_out_share)
-    out = quant.with_name(f".{quant.name}.tuned.tmp")
+    out = quant.with_name(f".{quant.name}.tmp")
     try:
         tuned = tune(full, quant, out, texts, held_out, options, decoding, progress)
         out.replace(quant)

@@ -204,9 +204,12 @@ def print_view(output: Output, view: ImatrixView, form: str, heatmap: str | None
             output.progress.warn(note)
         return
     if with_rows:
-        lines = tables.markdown if form == "md" else tables.aligned
-        for line in [view.heading, "", *lines(view.rows, view.columns)]:
-            output.line(line)
+        output.line(f"{view.heading}\n")
+        if form == "md":
+            for line in tables.markdown(view.rows, view.columns):
+                output.line(line)
+        else:
+            output.print(tables.figure_table(view.rows, view.columns))
     if view.notes:
         output.line("")
     for note in view.notes:

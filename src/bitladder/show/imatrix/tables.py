@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from bitladder.errors import UsageError, did_you_mean
+from bitladder.show.table import Column, Table
 
 DASH = "–"
 
@@ -23,6 +24,7 @@ class FigureColumn:
         percent: whether a fraction is shown times 100.
         scale: how colours follow values: "log" for what spans powers of ten, "linear", or "signed" around 0.
         also: other names by which a user may call it.
+        rank: when it gives way in a narrow terminal (`show.table.Column`).
     """
 
     name: str
@@ -31,6 +33,7 @@ class FigureColumn:
     percent: bool = False
     scale: str = "linear"
     also: tuple[str, ...] = ()
+    rank: int = 0
 
     @property
     def numeric(self) -> bool:
@@ -41,7 +44,7 @@ class FigureColumn:
         """The value as text; a dash for None.
 
         Example:
-            >>> FigureColumn("zd", "ZD", 2, percent=True).cell(0.25)
+            >>> FigureColumn("zd", "ZD", 2, percent=True, rank=2).cell(0.25)
             '25.00%'
         """
         if value is None:
@@ -58,38 +61,38 @@ class FigureColumn:
         return text + ("%" if self.percent else "")
 
 
-_LAYER, _KIND, _N = FigureColumn("layer", "Layer"), FigureColumn("kind", "Tensor"), FigureColumn("n", "N")
-_COSSIM = FigureColumn("cossim", "CosSim", 4)
+_LAYER, _KIND, _N = FigureColumn("layer", "Layer"), FigureColumn("kind", "Tensor"), FigureColumn("n", "N", rank=4)
+_COSSIM = FigureColumn("cossim", "CosSim", 4, rank=3)
 
 TENSOR = (
     _LAYER,
     _KIND,
     FigureColumn("sum", "Σ(Act²)", 2, scale="log", also=("Σ",)),
-    FigureColumn("min", "Min", 4, scale="log"),
-    FigureColumn("max", "Max", 4, scale="log"),
-    FigureColumn("mean", "μ", 4, scale="log"),
-    FigureColumn("std", "σ", 4, scale="log"),
-    FigureColumn("active", "% Active", 2, percent=True),
+    FigureColumn("min", "Min", 4, scale="log", rank=5),
+    FigureColumn("max", "Max", 4, scale="log", rank=6),
+    FigureColumn("mean", "μ", 4, scale="log", rank=7),
+    FigureColumn("std", "σ", 4, scale="log", rank=8),
+    FigureColumn("active", "% Active", 2, percent=True, rank=1),
     _N,
-    FigureColumn("entropy", "Entropy", 4),
-    FigureColumn("entropy_norm", "E (norm)", 2, percent=True, also=("E(norm)",)),
-    FigureColumn("zd", "ZD", 2, percent=True),
+    FigureColumn("entropy", "Entropy", 4, rank=9),
+    FigureColumn("entropy_norm", "E (norm)", 2, percent=True, also=("E(norm)",), rank=3),
+    FigureColumn("zd", "ZD", 2, percent=True, rank=2),
     _COSSIM,
 )
 _GROUP = (
     FigureColumn("tensors", "Tensors"),
     FigureColumn("sum", "μΣ(Act²)", 2, scale="log"),
-    FigureColumn("active", "μ% Active", 2, percent=True),
+    FigureColumn("active", "μ% Active", 2, percent=True, rank=1),
     _N,
-    FigureColumn("entropy_norm", "μE (norm)", 2, percent=True, also=("μE(norm)",)),
-    FigureColumn("zd", "μZD", 4, percent=True),
-    FigureColumn("cossim", "μCosSim", 4),
+    FigureColumn("entropy_norm", "μE (norm)", 2, percent=True, also=("μE(norm)",), rank=3),
+    FigureColumn("zd", "μZD", 4, percent=True, rank=2),
+    FigureColumn("cossim", "μCosSim", 4, rank=4),
 )
 LAYER, KIND = (_LAYER, *_GROUP), (_KIND, *_GROUP)
 _DIFFERENCE = (
     _N,
-    FigureColumn("sum_a", "Σ(Act²) A", 2, scale="log"),
-    FigureColumn("sum_b", "Σ(Act²) B", 2, scale="log"),
+    FigureColumn("sum_a", "Σ(Act²) A", 2, scale="log", rank=2),
+    FigureColumn("sum_b", "Σ(Act²) B", 2, scale="log", rank=1),
     FigureColumn("change", "Change", 2, percent=True, scale="signed"),
     FigureColumn("cosine", "Cosine", 6),
 )
@@ -141,18 +144,13 @@ def sort_rows(rows: Iterable[R], columns: Sequence[FigureColumn], by: str) -> li
     return [row for row, _ in present] + [row for row, value in pairs if value is None]
 
 
-def aligned(rows: Iterable[FigureRow], columns: Sequence[FigureColumn]) -> list[str]:
-    """Lines with aligned columns, names to the left and figures to the right, of any width."""
-    cells = _cells(rows, columns)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column.name == "kind" else cell.rjust(width)
-            for cell, width, column in zip(line, widths, columns, strict=True)
-        ).rstrip()
-        for line in cells
-    ]
-    return [lines[0], "─" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]]
+def figure_table(rows: Iterable[FigureRow], columns: Sequence[FigureColumn]) -> Table:
+    """The table of the terminal: names to the left and figures to the right."""
+    table = Table([Column(column.heading, column.name != "kind", column.rank) for column in columns])
+    _, *body = _cells(rows, columns)
+    for cells in body:
+        table.add(*cells)
+    return table
 
 
 def markdown(rows: Iterable[FigureRow], columns: Sequence[FigureColumn]) -> list[str]:
