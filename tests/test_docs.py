@@ -53,7 +53,7 @@ def test_the_reference_has_all_that_help_has(verb, capsys):
         name = "bitladder " + " ".join(command)
         section = re.split(r"^#+ (?=bitladder )", REFERENCE, flags=re.MULTILINE)
         (text,) = [part for part in section if part.splitlines()[0] == name]
-        options = shown.split("\nCommands:")[0]
+        options = re.split(r"^[A-Z].*:$", shown, maxsplit=1, flags=re.MULTILINE)[1].split("\nCommands:")[0]
         for option in re.findall(r"^  (-[^ ,]+)", options, re.MULTILINE):
             if option not in ("--json", "-q", "-v", "-h"):
                 assert re.search(rf"^- `[^`]*{re.escape(option)}\b", text, re.MULTILINE), f"{name}: {option}"
