@@ -5,8 +5,11 @@ that draws bars.
 """
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Protocol
+
+LOG_SECONDS = 60  # between lines of a log
 
 
 class Bar(Protocol):
@@ -30,6 +33,36 @@ class Progress(Protocol):
 
     def warn(self, text: str) -> None:
         """Shows a line that the user should read even with --quiet."""
+
+
+class LoggedBar:
+    """The progress of a task as lines of a log: one when it begins, then one a minute.
+
+    Parameters:
+        write: gets each line.
+        label: what the task is.
+        total: its units.
+    """
+
+    def __init__(self, write: Callable[[str], None], label: str, total: float) -> None:
+        self._write, self._label, self._total = write, label, total
+        self._done, self._note = 0.0, ""
+        self._begun = self._logged = time.monotonic()
+        write(label)
+
+    def advance(self, amount: float = 1) -> None:
+        """Adds units that are done."""
+        self._done += amount
+        now = time.monotonic()
+        if now - self._logged < LOG_SECONDS or self._total <= 0:
+            return
+        self._logged = now
+        text = f"{self._label}: {self._done / self._total:.0%} after {(now - self._begun) / 60:.0f} min"
+        self._write(f"{text}, {self._note}" if self._note else text)
+
+    def note(self, text: str) -> None:
+        """Keeps a few words for the next line."""
+        self._note = text
 
 
 class _Nothing:

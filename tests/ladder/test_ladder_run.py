@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import random
+import shlex
 import shutil
 import struct
 import subprocess
@@ -30,8 +31,10 @@ from bitladder.evaluate.scores import BaseModelName, DeltaP, Divergence, NamedFi
 from bitladder.files import replacing
 from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, string
 from bitladder.ladder import run
+from bitladder.progress import SILENT
 from bitladder.quantize import QuantizeResult
-from bitladder.report import write_card
+from bitladder.report import read_unfinished, write_card
+from bitladder.rundir import complete_manifest, last_command
 
 RUNGS = ("IQ3_S", "Q4_K_M", "Q8_0")
 SCORES = ["score base", *(f"score {rung}" for rung in RUNGS)]
@@ -267,6 +270,46 @@ def test_what_was_done_before_an_error_stays(options, fakes):
     assert list(run(options).made) == ALL_STEPS[2:]
 
 
+def test_the_complete_ladder_stays_while_it_is_extended(options, fakes):
+    first = options.replace(rungs=("Q4_K_M", "Q8_0"), bench=False)
+    run(first)
+    write_card(options.out)
+    card = (options.out / "README.md").read_text()
+    extended = first.replace(rungs=(*first.rungs, "Q6_K"))
+    with mock.patch("bitladder.evaluate.measure", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        run(extended)
+    assert complete_manifest(options.out)[1].rungs == first.rungs
+    unfinished = read_unfinished(options.out)
+    assert (unfinished.record.rungs, sorted(unfinished.measured), unfinished.missing) == (
+        extended.rungs,
+        ["Q4_K_M", "Q8_0", "base"],
+        ("Q6_K",),
+    )
+    assert not write_card(options.out) and (options.out / "README.md").read_text() == card
+    assert run(extended).made == ("measure Q6_K", "score Q6_K")
+    assert complete_manifest(options.out)[1].rungs == extended.rungs and read_unfinished(options.out) is None
+    # Other rungs of the same names are no extension: what was measured is not of the files that are there.
+    (pathlib.Path(options.calibration[0])).write_text("other words " * 100)
+    with mock.patch("bitladder.evaluate.measure", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        run(extended)
+    with pytest.raises(BitladderError, match="not finished"):
+        write_card(options.out)
+
+
+def test_rungs_that_are_not_named_are_told_or_kept(options, fakes):
+    run(options)
+    listener = Listener()
+    listener.task = SILENT.task
+    narrow = options.replace(rungs=("Q8_0",), bench=False)
+    assert run(narrow, progress=listener).rungs == ("Q8_0",)
+    told = [line for line in listener.infos if "--keep" in line]
+    assert told == ["IQ3_S, Q4_K_M: not in the card, because --ladder does not name them (--keep does)"]
+    listener.infos.clear()
+    assert run(narrow.replace(keep=True), progress=listener).rungs == ("Q8_0", "IQ3_S", "Q4_K_M")
+    assert not any("--keep" in line for line in listener.infos)
+    assert complete_manifest(options.out)[1].rungs == ("Q8_0", "IQ3_S", "Q4_K_M")
+
+
 def test_a_gguf_is_used_where_it_is(options, fakes, tmp_path):
     run(options)
     model = tmp_path / "Elsewhere-F16.gguf"
@@ -339,7 +382,10 @@ def test_the_command(options, fakes):
                  "--rounding", "stock"]  # fmt: skip
     done = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert done.exit_code == 0
-    assert {line.split()[0] for line in done.stdout.splitlines()} == {"quant", "full", "IQ3_S", "Q8_0"}
+    assert {"F16", "IQ3_S", "Q8_0"} <= set(done.stdout.split())
+    assert last_command(options.out) == shlex.join(["bitladder", "run", *arguments])
+    log = (options.out / "run.log").read_text().splitlines()
+    assert log[-1].endswith(" done") and any("] quantize IQ3_S" in line for line in log)
     assert "quantized_by: me" in (options.out / "README.md").read_text()
     again = CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False)
     assert "nothing to do" in again.stderr

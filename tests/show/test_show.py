@@ -3,13 +3,16 @@
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 
 import pytest
 
 from bitladder.cli import invoke
+from bitladder.progress import SILENT
 from bitladder.report import RunModel, read_run
+from bitladder.rundir import Layout, RunLog, follow, last_command, run_log
 from bitladder.show.ladder_tables import front
 from bitladder.show.scatter import Point, scatter
 
@@ -115,3 +118,74 @@ def test_one_point():
 def test_not_a_run(tmp_path, capsys):
     assert invoke(["show", str(tmp_path)]) == 1
     assert "is not a run directory" in capsys.readouterr().err
+
+
+@pytest.fixture
+def extended(small_run, tmp_path):
+    """A run that is extended by Q6_K and was stopped before it was made; its log knows the command."""
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    manifest = json.loads((folder / "ladder.json").read_text())
+    manifest["before"] = manifest["run"]
+    manifest["run"] = manifest["run"] | {"rungs": ["Q4_K_M", "Q8_0", "Q6_K"], "complete": False}
+    (folder / "ladder.json").write_text(json.dumps(manifest))
+    RunLog(SILENT, Layout(folder), "bitladder run 'my model' --out d").begin()
+    return folder
+
+
+def test_a_run_that_is_extended_shows_the_ladder_before(extended, capsys):
+    assert invoke(["show", str(extended), "--no-plot"]) == 0
+    shown = capsys.readouterr()
+    assert "Q8_0" in shown.out and "Q6_K" not in shown.out
+    assert "Continue it with: bitladder run 'my model' --out d" in shown.err
+    assert invoke(["push", str(extended), "someone/Tiny-GGUF", "--dry-run"]) == 0
+
+
+def test_a_run_that_is_not_complete_shows_what_there_is(extended, capsys):
+    manifest = json.loads((extended / "ladder.json").read_text())
+    manifest["steps"]["quantize Q4_K_M"]["outputs"][0]["sha256"] = "0" * 64  # another file than was measured
+    (extended / "ladder.json").write_text(json.dumps(manifest))
+    assert invoke(["show", str(extended), "--json", "-q"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["complete"], shown["missing"]) == (False, ["Q6_K"])
+    for model in shown["models"]:
+        measured = json.loads((extended / "measured" / f"{model['label']}.json").read_text())
+        assert measured.items() <= model.items()
+    assert invoke(["show", str(extended)]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    kld = json.loads((extended / "measured" / "Q8_0.json").read_text())["kld"]["value"]
+    assert float(rows["Q8_0"].split(" ± ")[-2].split()[-1]) == pytest.approx(kld, rel=0.02)
+    assert rows["Q6_K"].split()[1:] == ["–"] * 4
+    assert invoke(["push", str(extended), "someone/Tiny-GGUF", "--dry-run"]) == 1
+
+
+def test_follow_ends_with_the_run(extended):
+    layout = Layout(extended)
+    layout.lock.write_text(f"{os.getpid()}\n")  # a process that lives
+    log = RunLog(SILENT, layout, "bitladder run m --out d")
+    log.begin()
+    script = [lambda: log.info("one"), lambda: log.warn("two\nlines"), layout.lock.unlink]
+    lines = list(follow(extended, sleep=lambda _seconds: script.pop(0)()))
+    assert [line[20:] for line in lines] == [
+        "$ bitladder run 'my model' --out d", "$ bitladder run m --out d", "one", "warning: two lines",
+    ]  # fmt: skip
+    assert not script and last_command(extended) == "bitladder run m --out d"
+
+
+def test_the_log_stays_small_and_is_followed_across_its_cut(extended, monkeypatch):
+    monkeypatch.setattr(run_log, "LARGEST", 4000)
+    monkeypatch.setattr(run_log, "KEPT", 1000)
+    layout = Layout(extended)
+    layout.lock.write_text(f"{os.getpid()}\n")
+    log = RunLog(SILENT, layout, "bitladder run m --out d")
+    log.begin()
+    numbers = iter(range(400))
+
+    def work(_seconds):
+        for _ in range(5):
+            log.write(f"line {next(numbers)}")
+        if next(numbers) > 390:
+            layout.lock.unlink()
+
+    followed = [line[20:] for line in follow(extended, sleep=work)]
+    assert followed[2:] == [f"line {number}" for number in range(396) if number % 6 != 5]
+    assert layout.log.stat().st_size <= 4100

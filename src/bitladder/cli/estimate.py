@@ -22,7 +22,7 @@ from bitladder.show import Output, common_options
     ),
 )
 @click.argument("model", type=FileOrName())
-@options_from(RunOptions, arguments=("model",), leave_out=("replace_model",), out=pathlib.Path("ladder"))
+@options_from(RunOptions, arguments=("model",), leave_out=("replace_model", "keep"), out=pathlib.Path("ladder"))
 @common_options
 def command(*, output: Output, options: RunOptions) -> None:
     """Show the time, memory and disk that each step of `bitladder run` would take for MODEL.

@@ -14,6 +14,7 @@ What is allowed on purpose:
 """
 
 import pathlib
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from bitladder.cli.typed import HelpfulCommand
 from bitladder.errors import UsageError
 from bitladder.files import same_file
 
-_FORCE, _READ = "bitladder.force", "bitladder.read"
+_FORCE, _READ, _WORDS = "bitladder.force", "bitladder.read", "bitladder.words"
 
 
 class OutputPath(click.Path):
@@ -65,6 +66,11 @@ class Command(HelpfulCommand):
             help = "Overwrite a file of another kind too, if it is no input."
             force = click.Option(["--force"], is_flag=True, expose_value=False, callback=_note_force, help=help)
             self.params.insert(max(0, len(self.params) - 3), force)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Notes the words for `typed_command`."""
+        ctx.meta[_WORDS] = [*args]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Applies the rule and calls the command."""
@@ -114,6 +120,12 @@ def check_folder(folder: pathlib.Path, patterns: Iterable[str], *, but: tuple[st
     for flag, source in _inputs(click.get_current_context(), but):
         if any(source.resolve().is_relative_to(path) or same_file(source, path) for path in written):
             raise UsageError(f"{source} is an input ({flag}) among the files that {folder} gets; copy it elsewhere")
+
+
+def typed_command() -> str:
+    """The command that runs, as a shell takes it."""
+    context = click.get_current_context()
+    return shlex.join(["bitladder", str(context.info_name), *context.meta[_WORDS]])
 
 
 def note_input(context: click.Context, flag: str, path: str) -> None:

@@ -3,7 +3,7 @@
 import click
 
 from bitladder.cli.from_options import options_from
-from bitladder.cli.outputs import Command, check_folder
+from bitladder.cli.outputs import Command, check_folder, typed_command
 from bitladder.cli.typed import FileOrName
 from bitladder.ladder import RunOptions
 from bitladder.show import Output, common_options
@@ -29,14 +29,15 @@ def command(*, output: Output, options: RunOptions) -> None:
     """
     from bitladder.ladder import run
     from bitladder.report import read_run, write_card, write_report
-    from bitladder.rundir import Layout
+    from bitladder.rundir import Layout, RunLog
     from bitladder.show import RunDisplay, ladder_table
 
     check_folder(options.out, Layout(options.out).written_by_runs(), but=("model",))
     output.tame_hub()
-    display = RunDisplay(output)
-    with display.shown():
-        result = run(options, progress=output.progress, watch=display.watch)
+    with RunLog(output.progress, Layout(options.out), typed_command()) as log:
+        display = RunDisplay(output, log)
+        with display.shown():
+            result = run(options, progress=log, watch=display.watch)
     written = [write_card(options.out), write_report(options.out)]
     if not result.made:
         done = "card and report were written again; nothing else to do" if any(written) else "nothing to do"

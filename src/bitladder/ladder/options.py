@@ -45,6 +45,13 @@ class RunOptions(Options):
         hidden=True,
         help="Make the ladder of MODEL in a directory that has the ladder of another model.",
     )
+    keep: bool = option(
+        False,
+        "--keep",
+        decides=False,
+        hidden=True,
+        help="Keep the rungs in the card that the directory has and --ladder does not name.",
+    )
     rungs: tuple[str, ...] = option(
         ALL_RUNGS,
         "--ladder",

@@ -26,7 +26,7 @@ from bitladder.ladder.steps.step import Extent, Step, TextsOfRun
 from bitladder.ladder.store import open_store
 from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.progress import SILENT, Progress
-from bitladder.rundir import Layout, RunRecord, naive
+from bitladder.rundir import Layout, RunRecord, load_manifest, naive
 from bitladder.text import load_text
 
 # Seconds: runs that take longer say at the start how long, and those that take longer still measure the machine first.
@@ -67,6 +67,9 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
         BitladderError: anything else. It is found before the work where that is possible.
     """
     rungs = choose_rungs(options.rungs, known=tuple(quantize.preset_names()), default=quantize.RUNGS)
+    left_out = left_out_rungs(options, rungs)
+    if options.keep:
+        rungs, left_out = (*rungs, *left_out), ()
     options = options.replace(rungs=rungs)
     source = locate(options.model)
     text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
@@ -93,6 +96,8 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
             if expected.seconds > TOLD_FROM:
                 progress.info(f"{in_words(expected)} (an estimate)")
         store.begin(run_record(options, source, others))
+        if left_out:
+            progress.info(f"{', '.join(left_out)}: not in the card, because --ladder does not name them (--keep does)")
         context = Run(
             options,
             source,
@@ -122,6 +127,18 @@ def expect(left: Sequence[Step], extent: Extent, *, rounds: bool) -> Estimate:
     if expected.seconds < MEASURED_FROM:
         return expected
     return estimate_steps(left, extent, measure_machine(extent.threads, rounds=rounds))
+
+
+def left_out_rungs(options: RunOptions, rungs: tuple[str, ...]) -> tuple[str, ...]:
+    """The rungs that the run directory has and that the run does not name, in the usual order."""
+    manifest = load_manifest(options.out) if options.out.is_dir() and not options.replace_model else None
+    if manifest is None:
+        return ()
+    return tuple(
+        rung
+        for rung in dict.fromkeys((*quantize.RUNGS, *quantize.preset_names()))
+        if rung not in rungs and f"quantize {rung}" in manifest.steps
+    )
 
 
 def tell(tracker: Tracker, step: Step, layout: Layout) -> None:

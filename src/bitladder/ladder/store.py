@@ -38,14 +38,13 @@ class Store:
         """Records the run. If its record differs from the last one, the directory is incomplete until `finish`."""
         last = self.manifest.run
         if last is None or last.model_copy(update={"complete": False}) != run:
-            self.manifest.run = run
-            self._save()
+            self._reopen(run)
 
     def finish(self) -> None:
         """Records that all steps of the run are complete."""
         run = self.manifest.run
         if run is not None and not run.complete:
-            self.manifest.run = run.model_copy(update={"complete": True})
+            self.manifest.run, self.manifest.before = run.model_copy(update={"complete": True}), None
             self._changed = True
         if self._changed:
             self._save()
@@ -71,8 +70,7 @@ class Store:
             self._progress.info(f"{name}: made again, because {reason}")
         run = self.manifest.run
         if run is not None and run.complete:
-            self.manifest.run = run.model_copy(update={"complete": False})
-            self._save()
+            self._reopen(run.model_copy(update={"complete": False}))
         began = time.monotonic()
         product = work()
         seconds = round(time.monotonic() - began, 3)
@@ -83,6 +81,13 @@ class Store:
         self.made.append(name)
         self._tell_left_over(last, record)
         return record
+
+    def _reopen(self, run: RunRecord) -> None:
+        """Records a run that is not complete, and keeps the record of the last one that was."""
+        if self.manifest.run is not None and self.manifest.run.complete:
+            self.manifest.before = self.manifest.run
+        self.manifest.run = run
+        self._save()
 
     def present(self) -> list[str]:
         """The names of the steps whose files are all there, whatever their inputs were."""

@@ -7,17 +7,19 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.report.best import by_size, worth_their_size
     from bitladder.report.card import render_card, write_card
-    from bitladder.report.finished_run import FinishedRun, RunModel, read_run
+    from bitladder.report.finished_run import FinishedRun, RunModel, UnfinishedRun, read_run, read_unfinished
     from bitladder.report.page import render_report, write_report
     from bitladder.report.tables import gigabytes, percent, with_error
 
 __all__ = [
     "FinishedRun",
     "RunModel",
+    "UnfinishedRun",
     "by_size",
     "gigabytes",
     "percent",
     "read_run",
+    "read_unfinished",
     "render_card",
     "render_report",
     "with_error",

@@ -2,15 +2,16 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import pydantic
 
 from bitladder.calibrate import TensorStatistics, read_imatrix, tensor_statistics
-from bitladder.evaluate import Figure, NamedFile, Role, RunScores, read_document, read_scores
+from bitladder.evaluate import Figure, NamedFile, Role, RunScores, Scores, read_document, read_scores
 from bitladder.gguf import GgufFile
 from bitladder.recipe import Recipe, read_recipe
-from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, naive
+from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, load_manifest, naive
 
 D = TypeVar("D", bound=pydantic.BaseModel)
 
@@ -159,7 +160,7 @@ def read_run(folder: pathlib.Path) -> FinishedRun:
         rungs=tuple(sorted(rungs, key=lambda model: model.size_order)),
         naive=presets,
         others=tuple(_model(layout, name, "third-party", name) for name in record.compared),
-        tried=_optional(layout.candidates, TriedRecipes),
+        tried=_tried(layout.candidates, record.rungs),
         prices={
             smoothed: prices
             for smoothed in sorted({model.scores.smoothed for model in rungs})
@@ -182,6 +183,43 @@ def read_importance(run: FinishedRun) -> list[TensorStatistics]:
     """The statistics of the importance matrix; empty without one. Raises BitladderError if it is damaged."""
     path = run.layout.imatrix
     return tensor_statistics(read_imatrix(path)) if path.is_file() else []
+
+
+@dataclasses.dataclass(frozen=True)
+class UnfinishedRun:
+    """What there is of a run that is not complete.
+
+    Parameters:
+        record: what the run was asked for.
+        measured: figures without speeds by label: "base" and rungs.
+        missing: the rungs that are not made or measured yet.
+    """
+
+    record: RunRecord
+    measured: dict[str, Scores]
+    missing: tuple[str, ...]
+
+
+def read_unfinished(folder: pathlib.Path) -> UnfinishedRun | None:
+    """What there is of the run that is under way, or was interrupted, in a directory; None if it is complete.
+
+    Raises BitladderError if the directory is none of a run, or a file cannot be read.
+    """
+    manifest, layout = load_manifest(folder), Layout(folder)
+    if manifest is None or manifest.run is None or manifest.run.complete:
+        return None
+    labels = ("base", *manifest.run.rungs)
+    there = [label for label in labels if f"measure {label}" in manifest.steps and layout.measured(label).is_file()]
+    measured = {label: read_document(layout.measured(label), Scores) for label in there}
+    return UnfinishedRun(manifest.run, measured, tuple(label for label in labels[1:] if label not in measured))
+
+
+def _tried(path: pathlib.Path, rungs: Collection[str]) -> TriedRecipes | None:
+    """The recipes that were tried for some rungs. A run that is under way may have tried others already."""
+    tried = _optional(path, TriedRecipes)
+    if tried is None:
+        return None
+    return tried.model_copy(update={"candidates": [one for one in tried.candidates if one.rung in rungs]})
 
 
 def _model(layout: Layout, label: str, role: Role, name: str) -> RunModel:

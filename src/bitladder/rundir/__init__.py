@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         complete_manifest,
         load_manifest,
     )
+    from bitladder.rundir.run_log import RunLog, follow, is_running, last_command
 
 __all__ = [
     "NAIVE",
@@ -24,10 +25,14 @@ __all__ = [
     "Layout",
     "Manifest",
     "OutputFile",
+    "RunLog",
     "RunRecord",
     "StepRecord",
     "check_source",
     "complete_manifest",
+    "follow",
+    "is_running",
+    "last_command",
     "load_manifest",
     "naive",
 ]

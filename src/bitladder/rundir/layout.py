@@ -32,6 +32,11 @@ class Layout:
         return self.folder / ".lock"
 
     @property
+    def log(self) -> pathlib.Path:
+        """What runs said, with times."""
+        return self.folder / "run.log"
+
+    @property
     def card(self) -> pathlib.Path:
         """The model card."""
         return self.folder / "README.md"

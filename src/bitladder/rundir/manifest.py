@@ -78,14 +78,37 @@ class Manifest(pydantic.BaseModel):
 
     Parameters:
         run: the last run.
+        before: the last run that was complete, while `run` is not.
         steps: complete steps by name: "convert", "quantize Q4_K_M".
         hashes: content hashes by the name of the file in the run.
     """
 
     schema_version: Literal[1] = 1
     run: RunRecord | None = None
+    before: RunRecord | None = None
     steps: dict[str, StepRecord] = {}
     hashes: dict[str, CachedHash] = {}
+
+    def whole(self) -> RunRecord | None:
+        """The run whose files belong together: the last one, or the one before it that is being extended."""
+        if self.run is not None and self.run.complete:
+            return self.run
+        return self.before if self.before is not None and self._kept(self.before) else None
+
+    def _kept(self, run: RunRecord) -> bool:
+        """Whether the rungs of a run, and what was measured of them, are still those that its scores are of."""
+        pairs = [("score base", "measure base")]
+        for rung in run.rungs:
+            quant, measured, score = f"quantize {rung}", f"measure {rung}", f"score {rung}"
+            pairs += [(score, quant), (score, measured), (measured, quant), (quant, "imatrix")]
+        pairs += [(f"score {name}", f"measure {name}") for name in run.compared]
+        for reader, read in pairs:
+            if not {reader, read} <= self.steps.keys():
+                return False
+            outputs = {output.path: output.sha256 for output in self.steps[read].outputs}
+            if self.steps[reader].inputs.get(read) != outputs:
+                return False
+        return True
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes ladder.json in one step."""
@@ -121,7 +144,7 @@ def load_manifest(folder: pathlib.Path) -> Manifest | None:
 
 
 def complete_manifest(folder: pathlib.Path) -> tuple[Manifest, RunRecord]:
-    """The manifest of a finished run, and its run record.
+    """The manifest of a finished run, and its run record. While a run is extended, that is the one before.
 
     Raises BitladderError if the directory has no run, or an unfinished one.
     """
@@ -129,9 +152,10 @@ def complete_manifest(folder: pathlib.Path) -> tuple[Manifest, RunRecord]:
     if manifest is None:
         name = Layout(folder).manifest.name
         raise BitladderError(f"{folder} is not a run directory: it has no {name}; bitladder run --out makes one")
-    if manifest.run is None or not manifest.run.complete:
+    run = manifest.whole()
+    if run is None:
         raise BitladderError(f"the run in {folder} is not finished; give its `bitladder run` command again first")
-    return manifest, manifest.run
+    return manifest, run
 
 
 class _SourceFacts(pydantic.BaseModel):

@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from bitladder.show.eval_tables import eval_tables
     from bitladder.show.imatrix.imatrix_view import print_view, view_differences, view_statistics
     from bitladder.show.imatrix.picture import check_target, write_plot
-    from bitladder.show.ladder_tables import estimate_lines, estimate_table, ladder_json, ladder_table, pareto_plot
+    from bitladder.show.ladder_tables import (
+        estimate_lines,
+        estimate_table,
+        ladder_json,
+        ladder_table,
+        pareto_plot,
+        unfinished_json,
+        unfinished_table,
+    )
     from bitladder.show.output import Output, common_options
     from bitladder.show.plain import one_printable_line
     from bitladder.show.recipe_tables import difference
@@ -42,6 +50,8 @@ __all__ = [
     "print_view",
     "render",
     "speed_table",
+    "unfinished_json",
+    "unfinished_table",
     "view_differences",
     "view_statistics",
     "write_plot",

@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from bitladder.ladder import Estimate, in_words
-from bitladder.report import FinishedRun, RunModel, tables
+from bitladder.report import FinishedRun, RunModel, UnfinishedRun, tables, with_error
 from bitladder.show.scatter import Point, scatter
 from bitladder.show.table import Column, Table, figures
 from bitladder.units import duration
@@ -57,6 +57,24 @@ def ladder_table(run: FinishedRun) -> Table:
             *(Text(cell.text, "bold" if cell.best else "") for cell in cells),
         )
     return table
+
+
+def unfinished_table(run: UnfinishedRun) -> Table:
+    """What there is of a run that is not complete: the figures of each rung that was measured."""
+    table = Table([Column("quant"), *figures("GB"), *figures("bpw", rank=2), *figures("PPL", rank=1), *figures("KLD")])
+    for label, scores in run.measured.items():
+        kld = with_error(scores.kld) if scores.kld else tables.DASH
+        size = f"{scores.bytes / 1e9:.4g}", f"{scores.bpw:.2f}"
+        table.add(label, *size, with_error(scores.ppl) if scores.ppl else tables.DASH, kld)
+    for rung in run.missing:
+        table.add(rung, *[tables.DASH] * 4)
+    return table
+
+
+def unfinished_json(run: UnfinishedRun, command: str) -> dict[str, Any]:
+    """The Scores JSON of each model that was measured, and the command that goes on."""
+    models = [{**scores.to_json(), "label": label} for label, scores in run.measured.items()]
+    return {"complete": False, "command": command, "models": models, "missing": list(run.missing)}
 
 
 def pareto_plot(run: FinishedRun, *, width: int, height: int) -> list[str]:

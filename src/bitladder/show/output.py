@@ -5,16 +5,13 @@ import functools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import click
 
-from bitladder.progress import Bar, Progress
+from bitladder.progress import Bar, LoggedBar, Progress
 from bitladder.show.plain import Plain, printable
-
-_LOG_SECONDS = 60  # between lines of a log
 
 
 class Output:
@@ -105,8 +102,7 @@ class _Bars:
             yield _NoBar()
             return
         if not self._console.is_terminal:
-            self._console.print(label, markup=False)
-            yield _Lines(self._console, label, total)
+            yield LoggedBar(self.info, label, total)
             return
         with self._drawing() as live:
             identity = live.add_task(label, total=total, note="")
@@ -179,27 +175,6 @@ class _Bar:
 
     def note(self, text: str) -> None:
         self._live.update(self._identity, note=text)
-
-
-class _Lines:
-    """The progress of a task as lines of a log."""
-
-    def __init__(self, console: Any, label: str, total: float) -> None:
-        self._console, self._label, self._total = console, label, total
-        self._done, self._note = 0.0, ""
-        self._begun = self._logged = time.monotonic()
-
-    def advance(self, amount: float = 1) -> None:
-        self._done += amount
-        now = time.monotonic()
-        if now - self._logged < _LOG_SECONDS or self._total <= 0:
-            return
-        self._logged = now
-        text = f"{self._label}: {self._done / self._total:.0%} after {(now - self._begun) / 60:.0f} min"
-        self._console.print(f"{text}, {self._note}" if self._note else text, markup=False, soft_wrap=True)
-
-    def note(self, text: str) -> None:
-        self._note = text
 
 
 class _NoBar:

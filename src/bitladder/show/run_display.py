@@ -9,15 +9,16 @@ from bitladder.units import duration
 
 if TYPE_CHECKING:
     from bitladder.ladder import Best, Status, TimeLeft
+    from bitladder.rundir import RunLog
 
 
 class RunDisplay:
-    """Told of every moment of a run. On a terminal a table that stays above the bars; elsewhere a line for each step
-    that is really done and for each rung that gets better.
+    """Told of every moment of a run. On a terminal a table that stays above the bars; elsewhere, and in the log, a line
+    for each step that is really done and for each rung that gets better.
     """
 
-    def __init__(self, output: Output) -> None:
-        self._output = output
+    def __init__(self, output: Output, log: "RunLog") -> None:
+        self._output, self._log = output, log
         self._status: Status | None = None
         self._told = 0
         self._best: dict[str, Best] = {}
@@ -31,15 +32,15 @@ class RunDisplay:
     def watch(self, status: "Status") -> None:
         """A new moment."""
         self._status = status
-        if self._output.live:
-            return
+        self._log.begin()
+        say = self._log.write if self._output.live else self._log.info
         if status.working and status.number != self._told:
             self._told = status.number
             left = f", {in_words(status.left)} left" if status.left is not None else ""
-            self._output.progress.info(f"[{status.number}/{status.count}] {status.step}{left}")
+            say(f"[{status.number}/{status.count}] {status.step}{left}")
         for rung, best in status.best.items():
             if self._best.get(rung) != best and status.working:
-                self._output.progress.info(f"{rung}: {line(best)}")
+                say(f"{rung}: {line(best)}")
         self._best = dict(status.best)
 
     def _table(self) -> Any:
