@@ -57,3 +57,21 @@ def test_the_reference_has_all_that_help_has(verb, capsys):
         for option in re.findall(r"^  (-[^ ,]+)", options, re.MULTILINE):
             if option not in ("--json", "-q", "-v", "-h"):
                 assert re.search(rf"^- `[^`]*{re.escape(option)}\b", text, re.MULTILINE), f"{name}: {option}"
+
+
+@pytest.mark.parametrize(
+    "page", sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "commands.md")
+)
+def test_rung_and_kld_are_explained_where_they_are_first_used(page):
+    """In a line with a link to the glossary, or below one."""
+    text = re.sub(
+        r"```.*?```|`[^`]*`", lambda match: re.sub(".", " ", match[0]), (ROOT / "docs" / page).read_text(), flags=re.S
+    )
+    use, link = re.search(r"\brungs?\b|\bKLD\b", text, re.IGNORECASE), text.find("glossary.md")
+    if use is not None and page != "glossary.md":
+        assert 0 <= text[: max(link, 0)].count("\n") <= text[: use.start()].count("\n") and link >= 0
+
+
+def test_the_index_lists_all_pages():
+    listed = set(re.findall(r"\(([\w-]+\.md)\)", (ROOT / "docs" / "index.md").read_text()))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
