@@ -72,6 +72,7 @@ WALLS = {
         "recipe",
         "refine",
         "report",
+        "rundir",
         "trial",
     },
 }
