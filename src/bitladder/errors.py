@@ -14,6 +14,10 @@ class BitladderError(Exception):
     code = 1
 
 
+class GradientsError(BitladderError):
+    """Gradients of a model cannot be had, or cannot be trusted. Whoever does not need them goes on without."""
+
+
 class UsageError(BitladderError):
     """An option's value is wrong."""
 

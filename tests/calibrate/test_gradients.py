@@ -10,13 +10,13 @@ import torch
 from rewritten import rewritten
 from transformers import LlamaForCausalLM, Olmo2ForCausalLM
 
-from bitladder.calibrate import GradientOptions, TorchModel, check_logits, weighted_moments
+from bitladder.calibrate import GradientOptions, TorchModel, check_logits, weighted_moments, why_no_gradients
 from bitladder.calibrate.gradients import usable
-from bitladder.calibrate.gradients.families import TorchLlama
 from bitladder.calibrate.gradients.gradient_pass import chunk_generator
 from bitladder.calibrate.gradients.grams import Gram, Leverage
+from bitladder.calibrate.gradients.modules import Modules
 from bitladder.convert import convert
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, GradientsError, UsageError
 
 TOKENS = np.random.default_rng(0).integers(2, 380, (3, 48)).astype(np.int32)
 LLAMA3 = {
@@ -55,21 +55,77 @@ def test_logits_are_the_librarys(models, name):
     assert found.positions == TOKENS.size and found.largest < 0.003 and found.same_top > 0.97
 
 
-def test_logits_of_qwen(models, tmp_path):
-    norms = [
-        (f"blk.{block}.attn_{part}_norm.weight", np.random.default_rng(block).uniform(0.5, 1.5, 16).astype(np.float32))
-        for block in range(2)
-        for part in "qk"
+def vectors(size, *names):
+    """Random norms of both blocks, by the ends of their names."""
+    rng = np.random.default_rng(0)
+    return [
+        (f"blk.{block}.{name}", rng.uniform(0.5, 1.5, size).astype(np.float32)) for block in (0, 1) for name in names
     ]
-    for name, source, extra in (("qwen2", "biases", []), ("qwen3", "tied", norms)):
-        reader = models / f"{source}.gguf"
-        without = [f"{part}.bias" for part in ("attn_output", "ffn_gate", "ffn_up", "ffn_down")]
-        path = rewritten(reader, tmp_path / f"{name}.gguf", architecture=name, extra=extra, without=without)
-        assert check_logits(path, TOKENS.reshape(-1)).largest < 0.003
+
+
+def matrices(rows, width, *names):
+    rng = np.random.default_rng(1)
+    return [
+        (f"blk.{block}.{name}", rng.normal(0, 0.15, (rows, width)).astype(np.float32))
+        for block in (0, 1)
+        for name in names
+    ]
+
+
+PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+AFTER = vectors(64, "post_attention_norm.weight", "post_ffw_norm.weight")
+HEAD_NORMS = vectors(16, "attn_q_norm.weight", "attn_k_norm.weight")
+CAPPED = {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 16}
+# By architecture: the model that it is made from, further numbers and tensors, and tensors that are left out.
+FAMILIES = {
+    "qwen2": ("biases", {}, [], [f"{name}.bias" for name in PROJECTIONS[3:]]),
+    "qwen3": ("tied", {}, HEAD_NORMS, []),
+    "gemma2": ("tied", CAPPED | {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 5.0}, AFTER, []),
+    "gemma3": ("tied", CAPPED, AFTER + HEAD_NORMS, []),
+    "granite": (
+        "tied",
+        {"logit_scale": 4.0, "residual_scale": 0.5, "embedding_scale": 3.0, "attention.scale": 0.2},
+        [],
+        [],
+    ),
+    "phi3": (
+        "biases",
+        {},
+        matrices(96, 64, "attn_qkv.weight") + matrices(192, 64, "ffn_up.weight"),
+        [".bias", *(f"{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"))],
+    ),
+    "starcoder2": (
+        "biases",
+        {"attention.layer_norm_epsilon": 1e-5},
+        [
+            *vectors(64, "attn_norm.bias", "ffn_norm.bias"),
+            ("output_norm.bias", np.linspace(-1, 1, 64, dtype=np.float32)),
+        ],
+        ["ffn_gate.weight", "ffn_gate.bias"],
+    ),
+    "smollm3": ("tied", {}, [], []),
+    "olmo2": ("olmo2", {"attention.sliding_window": 16}, [], []),  # OLMo 3
+}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_logits_of_other_families(models, architecture, tmp_path):
+    source, numbers, extra, without = FAMILIES[architecture]
+    path = rewritten(
+        models / f"{source}.gguf",
+        tmp_path / "model.gguf",
+        architecture=architecture,
+        numbers=numbers,
+        extra=extra,
+        without=without,
+    )
+    agreement = check_logits(path, TOKENS.reshape(-1))
+    assert agreement.largest < 0.003 and agreement.same_top > 0.97
+    assert why_no_gradients(path) is None
 
 
 def test_a_forward_pass_that_is_not_the_librarys_is_refused(models, monkeypatch):
-    monkeypatch.setattr(TorchLlama, "interleaved", False)
+    monkeypatch.setattr(Modules, "_rotates_neighbours", lambda self: True)  # q and k stay as they are in the file
     with pytest.raises(BitladderError, match=r"llama\.gguf: torch's logits differ .* cannot be trusted"):
         next(weighted_moments(models / "llama.gguf", TOKENS))
 
@@ -97,7 +153,9 @@ def test_what_is_not_known_is_refused(models, tmp_path):
     scale = [("blk.0.attn_q.scale", np.ones(1, np.float32))]
     with pytest.raises(BitladderError, match=r"no use for tensor blk\.0\.attn_q\.scale"):
         TorchModel(rewritten(models / "tied.gguf", tmp_path / "scaled.gguf", extra=scale))
-    with pytest.raises(BitladderError, match=r"architecture 'gpt2', only for llama"):
+    with pytest.raises(GradientsError, match=r"transformers has no architecture 'plm'"):
+        TorchModel(rewritten(models / "tied.gguf", tmp_path / "plm.gguf", architecture="plm"))
+    with pytest.raises(GradientsError, match=r"gpt2\.gguf: "):
         TorchModel(rewritten(models / "tied.gguf", tmp_path / "gpt2.gguf", architecture="gpt2"))
     with pytest.raises(UsageError, match=r"does not multiply by a weight called 'token_embd\.weight'"):
         next(weighted_moments(models / "llama.gguf", TOKENS, names=["token_embd.weight"]))

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from bitladder.calibrate.gradients.forward import TorchModel
     from bitladder.calibrate.gradients.options import GradientOptions
     from bitladder.calibrate.gradients.usable import (
-        CHECKED_TOKENS,
         check_logits,
         require_torch,
         torch_threads,
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
     from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 
 __all__ = [
-    "CHECKED_TOKENS",
     "FISHER",
     "IMATRIX",
     "MIN_CALIBRATION_CTX",

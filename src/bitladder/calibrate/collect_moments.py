@@ -5,6 +5,7 @@ What a token counts (w) comes from gradients, from trying what an error at its p
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,13 @@ from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixCollector, Imatr
 from bitladder.calibrate.coverage import coverage_warning
 from bitladder.calibrate.gradients.kept_moments import moments_by_gradients
 from bitladder.calibrate.gradients.options import GradientOptions
-from bitladder.calibrate.gradients.usable import has_half_products, require_torch, why_no_gradients
+from bitladder.calibrate.gradients.usable import (
+    check_logits,
+    has_half_products,
+    require_torch,
+    torch_threads,
+    why_no_gradients,
+)
 from bitladder.calibrate.gradients.weighted_moments import GRADIENT_MOMENTS
 from bitladder.calibrate.imatrix import read_imatrix, write_imatrix
 from bitladder.calibrate.inputs import Floats, model_inputs, refuse_short
@@ -28,7 +35,7 @@ from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, po
 from bitladder.calibrate.moments.schema import Provenance
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 from bitladder.engine import Decoding, Model, Tokens, main_memory, sequence_logits
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, GradientsError, UsageError
 from bitladder.files import sha256_file
 from bitladder.gguf import joined_sha256, shards_of
 from bitladder.keys import Algorithm
@@ -58,7 +65,7 @@ class MomentsOptions(Options):
         "--weighting",
         help="Weight of a token: the cost of an error there, by gradients (needs torch) or by its position (measured "
         "with noise); or 1.",
-        unset="gradients if torch is installed and knows the architecture, else positions",
+        unset="gradients if torch and transformers compute the model's logits, else positions",
     )
     memory: float | None = option(
         None,
@@ -105,7 +112,8 @@ class MomentsResult:
 def usual_weighting(model: Path) -> Weighting:
     """What tokens count by if nobody chooses: "gradients" where they can be had (`why_no_gradients`), or "positions".
 
-    Only the model's header is read. Whoever keeps moments under a key has this in the key.
+    Only the model's header is read. Whoever keeps moments under a key has this in the key. Where the logits show that
+    gradients cannot be trusted, `collect_moments` takes positions all the same.
     """
     return "gradients" if why_no_gradients(model) is None else "positions"
 
@@ -151,9 +159,16 @@ def collect_moments(
         raise UsageError("second moments need a text: pass -f")
     out, datasets = pathlib.Path(out), [text.name for text in texts]
     weighting = options.weighting or usual_weighting(model)
+    if options.weighting is None:
+        reason = why_no_gradients(model)
+        if weighting == "gradients":
+            reason = _why_not_trusted(model, texts, reading, decoding)
+            weighting = "positions" if reason else weighting
+        progress.info(f"tokens are weighted by {weighting}" + (f": {reason}" if reason else ""))
     settings = [reading, decoding, decoding.n_ubatch, options, weighting, imatrix is not None]
     if weighting == "gradients":
-        settings += [str(require_torch().__version__), has_half_products()]
+        torch_version, modules = str(require_torch().__version__), importlib.metadata.version("transformers")
+        settings += [torch_version, modules, has_half_products()]
     passes = 1
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(MomentsFile(path)) for path in in_files]
@@ -185,6 +200,20 @@ def collect_moments(
             write_imatrix(read_imatrix(work.path(IMATRIX_FILE)), imatrix, options.imatrix.form)
     work.remove()
     return result
+
+
+def _why_not_trusted(model: Path, texts: Sequence[Text], reading: Reading, decoding: Decoding) -> str | None:
+    """Why gradients of a model cannot be trusted, after a look at its logits; None if they can."""
+    with Model(model, vocab_only=True) as vocabulary:
+        tokens = reading.rows(vocabulary, texts, decoding.n_ctx)[0]
+    from bitladder.calibrate.gradients.forward import TorchModel
+
+    try:
+        with torch_threads(decoding.threads), TorchModel(model, threads=decoding.threads) as ours:
+            check_logits(model, ours.checked(tokens), threads=decoding.threads, ours=ours)
+    except GradientsError as error:
+        return str(error)
+    return None
 
 
 def merge_moments(out: Path, in_files: Sequence[Path], *, progress: Progress = SILENT) -> MomentsResult:
@@ -278,7 +307,7 @@ def collect_for_rounding(
 ) -> MomentsResult:
     """Collects what rounding for layers' outputs needs: weighted moments, and plain ones of more chunks.
 
-    Tokens are weighted as `usual_weighting` says.
+    Tokens are weighted by gradients where these can be had and trusted, and else by positions.
 
     Parameters:
         model: path of a full-precision GGUF.
@@ -308,12 +337,7 @@ def collect_for_rounding(
         options=MomentsOptions(weighting="tokens"),
         progress=progress,
     )
-    reason = why_no_gradients(model)
-    if reason is not None:
-        progress.info(f"tokens are weighted by their positions, not by gradients: {reason}")
-    weighted = MomentsOptions(
-        weighting=usual_weighting(model), positions=options.positions, gradients=options.gradients
-    )
+    weighted = MomentsOptions(positions=options.positions, gradients=options.gradients)
     return collect_moments(
         model,
         texts,

@@ -4,7 +4,7 @@ import pathlib
 
 import click
 
-from bitladder.calibrate import MomentsOptions, collect_moments, merge_moments, usual_weighting, why_no_gradients
+from bitladder.calibrate import MomentsOptions, collect_moments, merge_moments
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, OutputPath
@@ -52,10 +52,6 @@ def command(
     else:
         shared.warn_if_quantized(output, "-m", model)
         texts = [load_text(spec) for spec in files]
-        if options.weighting is None:
-            reason, weighting = why_no_gradients(model), usual_weighting(model)
-            options = options.replace(weighting=weighting)
-            output.remark(f"tokens are weighted by {weighting}" + (f": {reason}" if reason else ""))
         result = collect_moments(
             model,
             texts,

@@ -91,6 +91,11 @@ class Model(Closing):
         return buffer.value.decode("utf-8", "replace")
 
     @property
+    def rotates_neighbours(self) -> bool:
+        """Whether its rope rotates pairs of neighbours (llama.cpp's NORM), and not the halves of a head."""
+        return bool(llama.llama_model_rope_type(self.handle) == llama.LLAMA_ROPE_TYPE_NORM)
+
+    @property
     def n_params(self) -> int:
         """Number of weights."""
         return int(llama.llama_model_n_params(self.handle))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.gradients.usable import CHECKED_TOKENS, check_logits, require_torch, torch_threads
+from bitladder.calibrate.gradients.usable import check_logits, require_torch, torch_threads
 from bitladder.engine import Floats, Tokens
 from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 # An error ΔW, float32 [n_out, n_in], or a function that makes it when it is needed.
 Error = Floats | Callable[[], Floats]
 
-FISHER = Algorithm("Fisher costs", ("errors are summed over a sequence before they are squared",))
+FISHER = Algorithm(
+    "Fisher costs",
+    (
+        "errors are summed over a sequence before they are squared",
+        "the forward pass is that of transformers' modules",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +95,7 @@ def fisher_costs(
     options = options or FisherOptions()
     costs: dict[str, dict[str, FisherCost]] = {}
     with torch_threads(threads), TorchModel(path, memory=memory, threads=threads) as model:
-        check_logits(path, chunks[0, :CHECKED_TOKENS], threads=threads, ours=model)
+        check_logits(path, model.checked(chunks[0]), threads=threads, ours=model)
         groups: list[list[str]] = []
         room = 0
         for name in choose_matrices(model, candidates):

@@ -1,7 +1,7 @@
 """A GGUF model's forward pass in torch, float32, from the file's own tensors, and a backward pass through it.
 
-It knows the architectures that bitladder converts, and similar ones. Its logits are compared with the library's before
-it is used (`usable.check_logits`).
+Its modules are those of transformers. Its logits are compared with the library's before it is used
+(`usable.check_logits`).
 """
 
 import dataclasses
@@ -11,17 +11,17 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from bitladder.calibrate.gradients.families import FAMILIES
-from bitladder.calibrate.gradients.hyperparameters import read_hyperparameters
-from bitladder.calibrate.gradients.layers import Layers, Tap, nothing, rope_tables
+from bitladder.calibrate.gradients.configuration import EMBEDDING, HEAD
+from bitladder.calibrate.gradients.layers import Layers, Tap, nothing
+from bitladder.calibrate.gradients.modules import Modules
 from bitladder.calibrate.gradients.segments import HEAD_ROWS
 from bitladder.calibrate.gradients.torch_weights import TorchWeights
 from bitladder.engine import Floats, Tokens
-from bitladder.errors import BitladderError
+from bitladder.errors import GradientsError
 from bitladder.files import Closing
 from bitladder.gguf import GgufFile, block_of
 
-EMBEDDING, HEAD, DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+CHECKED_TOKENS = 128  # of the first chunk, whose logits are compared before work starts
 
 
 class TorchModel(Closing):
@@ -37,7 +37,7 @@ class TorchModel(Closing):
         half: whether products with weights are made in bfloat16.
 
     Raises:
-        BitladderError: the architecture, a key or a tensor is not known here.
+        GradientsError: transformers has no such model, or uses other tensors than the file has.
     """
 
     def __init__(
@@ -45,21 +45,16 @@ class TorchModel(Closing):
     ) -> None:
         self._file = GgufFile(path)
         self.path = self._file.path
-        family = FAMILIES.get(self._file.architecture)
-        if family is None:
-            raise BitladderError(
-                f"{self.path.name}: gradients are not known for architecture {self._file.architecture!r}, only for "
-                + ", ".join(sorted(FAMILIES))
-            )
-        self._family = family()
-        self.hyperparameters = read_hyperparameters(self._file, interleaved=family.interleaved)
         self.weights = TorchWeights(self._file, memory, threads)
-        self._layers = Layers(self.weights, self.hyperparameters)
-        self._layers.half = half
+        self._layers = Layers(self.weights, half)
         self.head = HEAD if self.weights.has(HEAD) else EMBEDDING
         self.n_vocab = self.weights.shape(self.head)[0]
-        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._probe()
+        try:
+            self.modules = Modules(self._file, self._layers)
+            self._probe()
+        except BaseException:
+            self.close()
+            raise
         self.matrices = [*self._layers.multiplied, self.head]
 
     def close(self) -> None:
@@ -82,11 +77,19 @@ class TorchModel(Closing):
         return self.weights.shape(name)
 
     def _probe(self) -> None:
-        """Runs one token: every tensor must be there, and this forward pass must use all that are there."""
-        self.logits(np.zeros(1, np.int32))
+        """Runs two tokens: every tensor must be there, and this forward pass must use all that are there."""
+        try:
+            self.logits(np.zeros(2, np.int32))
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:  # of foreign modules
+            raise GradientsError(f"{self.path.name}: transformers' modules fail: {error}") from error
         unused = self.weights.unused()
         if unused:
-            raise BitladderError(f"{self.path.name}: the torch forward pass has no use for tensor {unused[0]}")
+            raise GradientsError(f"{self.path.name}: the torch forward pass has no use for tensor {unused[0]}")
+
+    def checked(self, chunk: Tokens) -> Tokens:
+        """The first tokens of a chunk, whose logits are compared before work starts: more than a block sees at once."""
+        window = self.modules.window or 0
+        return chunk[: CHECKED_TOKENS + (window if window < len(chunk) else 0)]
 
     def logits(self, tokens: Tokens) -> Floats:
         """Logits of every position of one sequence: int32 [length] to float32 [length, n_vocab]."""
@@ -109,7 +112,7 @@ class TorchModel(Closing):
             generator: draws the labels.
             draws: how many labels are drawn for each position.
         """
-        blocks = self.hyperparameters.blocks
+        blocks = self.modules.blocks
         lowest = min((block for name in names if (block := block_of(name)) is not None), default=blocks)
         with torch.no_grad():
             stream = self.run(self.embed(tokens), 0, lowest)
@@ -130,18 +133,15 @@ class TorchModel(Closing):
         self._layers.tapped, self._layers.tap = frozenset(names), tap
         with torch.enable_grad():
             leaf = stream.detach().requires_grad_()
-            return Differentiable(leaf, self.run(leaf, first, stop, final=stop == self.hyperparameters.blocks))
+            return Differentiable(leaf, self.run(leaf, first, stop, final=stop == self.modules.blocks))
 
     def embed(self, tokens: Tokens) -> torch.Tensor:
         """The residual stream [1, length, width] before the first block."""
-        return self.weights.rows(EMBEDDING, torch.from_numpy(tokens.astype(np.int64)))[None]
+        return self.modules.embed(torch.from_numpy(tokens.astype(np.int64)))
 
     def run(self, stream: torch.Tensor, first: int, stop: int, *, final: bool = False) -> torch.Tensor:
         """Blocks first…stop−1, and the final norm, over a residual stream [1, length, width]."""
-        tables = self._rope(stream.shape[1])
-        for block in range(first, stop):
-            stream = self._family.block(self._layers, block, stream, tables)
-        return self._layers.norm(stream, "output_norm") if final else stream
+        return self.modules.run(stream, first, stop, final=final)
 
     def states(self, tokens: Tokens, names: Collection[str] = (), tap: Tap = nothing) -> torch.Tensor:
         """The inputs of the head, [length, width], for one sequence, int32 [length].
@@ -153,26 +153,26 @@ class TorchModel(Closing):
             stream = self.embed(tokens)
             if names:
                 stream.requires_grad_()
-            return self.run(stream, 0, self.hyperparameters.blocks, final=True)[0]
+            return self.run(stream, 0, self.modules.blocks, final=True)[0]
+
+    def head_products(self, states: torch.Tensor) -> torch.Tensor:
+        """Products [length, n_vocab] of final states [length, width] with the head."""
+        products = self._layers.multiply(states, self.head)
+        bias = self.head.replace(".weight", ".bias")
+        return products + self.weights.get(bias) if self.weights.has(bias) else products
 
     def head_logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits [length, n_vocab] of final states [length, width]."""
-        logits = self._layers.multiply(states, self.head)
-        bias = self.head.replace(".weight", ".bias")
-        return logits + self.weights.get(bias) if self.weights.has(bias) else logits
+        return self.modules.after_head(self.head_products(states))
 
-    def head_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """An objective's derivative by the final states, from that by the logits."""
-        return self._layers.back(gradient, self.head)
+    def head_gradient(self, gradient: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+        """An objective's derivative by the final states, from that by the logits.
 
-    def _rope(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._tables is None or len(self._tables[0]) < length:
-            divisors = None
-            # The library's other graphs ignore divisors. A file that has them all the same is refused (`_probe`).
-            if self.weights.has(DIVISORS) and self._family.takes_divisors:
-                divisors = self.weights.get(DIVISORS)
-            self._tables = rope_tables(self.hyperparameters.rope, length, divisors)
-        return self._tables[0][:length], self._tables[1][:length]
+        Parameters:
+            gradient: the derivative by the logits, [length, n_vocab].
+            products: as of `head_products`.
+        """
+        return self._layers.back(self.modules.before_head(gradient, products), self.head)
 
     @torch.no_grad()
     def head_backward(
@@ -200,15 +200,17 @@ class TorchModel(Closing):
     def _label_gradients(
         self, hidden: torch.Tensor, random: torch.Tensor, tap: Tap | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        gradient = torch.softmax(self.head_logits(hidden), -1)
+        products = self.head_products(hidden)
+        gradient = torch.softmax(self.modules.after_head(products), -1)
         sums = gradient.cumsum(-1)
         labels = torch.searchsorted(sums, random * sums[:, -1:], right=True).clamp_(max=self.n_vocab - 1)
         del sums
         # d log p(label) / d logits = onehot(label) − p
         gradient.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.float32))
+        gradient = self.modules.before_head(gradient, products)
         if tap is not None:
             tap(self.head, hidden, gradient)
-        return self.head_gradient(gradient), torch.linalg.vecdot(gradient, gradient)
+        return self._layers.back(gradient, self.head), torch.linalg.vecdot(gradient, gradient)
 
 
 @dataclasses.dataclass(frozen=True)

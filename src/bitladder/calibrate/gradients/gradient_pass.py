@@ -52,9 +52,9 @@ class GradientPass:
         self._pilots = len(pilots)
         # Every segment reads the chunks in this order.
         self._order = [*pilots, *(index for index in range(len(chunks)) if index not in pilots)]
-        length, width = chunks.shape[1], model.hyperparameters.width
+        length, width = chunks.shape[1], model.modules.width
         self._stream_shape, self._gradient_shape = (length, width), (options.draws, length, width)
-        stop = model.hyperparameters.blocks
+        stop = model.modules.blocks
         if work.has(NEXT_STOP):
             stop = int(work.get(NEXT_STOP))
         self._segments = plan_segments(model, plans, stop, memory, length, options.sketch) if stop else []
@@ -109,7 +109,7 @@ class GradientPass:
 
     def _chunk(self, segment: Segment, place: int, entries: dict[str, EntrySums]) -> None:
         """Computes one chunk forward and back through a segment, and adds it to the entries."""
-        model, index, last = self._model, self._order[place], segment.stop == self._model.hyperparameters.blocks
+        model, index, last = self._model, self._order[place], segment.stop == self._model.modules.blocks
         if segment.first:
             stream = torch.from_numpy(self._work.read_row(_stream(segment.first), place, self._stream_shape))[None]
         else:

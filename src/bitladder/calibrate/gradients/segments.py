@@ -67,7 +67,7 @@ def _output_shape(model: "TorchModel", name: str, options: GradientOptions) -> O
         return None
     if kind in _WIDE:
         return OutputShape(1, n_out, options.rank)
-    head = model.hyperparameters.head_dim
+    head = model.modules.head_dim
     return OutputShape(head, n_out // head) if kind in _HEADS else OutputShape(n_out, 1)
 
 
@@ -87,10 +87,10 @@ def plan_segments(
     by_block: dict[int, list[EntryPlan]] = {}
     for plan in plans:
         block = block_of(plan.names[0])
-        by_block.setdefault(model.hyperparameters.blocks if block is None else block, []).append(plan)
+        by_block.setdefault(model.modules.blocks if block is None else block, []).append(plan)
     lowest = min(by_block)
     segments: list[Segment] = []
-    entries = by_block.get(stop, []) if stop == model.hyperparameters.blocks else []
+    entries = by_block.get(stop, []) if stop == model.modules.blocks else []
     sums = sum(sums_bytes(plan, sketch) for plan in entries)
     kept, last = 0, stop
     for block in range(stop - 1, lowest - 1, -1):
@@ -113,4 +113,4 @@ def fixed_bytes(model: "TorchModel") -> int:
 def _graph_bytes(model: "TorchModel", length: int) -> int:
     """Bytes that the backward pass of a block keeps: some arrays of each width, as measured."""
     widths = [model.shape(name) for name in model.matrices if block_of(name) == 0]
-    return 4 * length * (3 * sum(n_out for n_out, _ in widths) + 12 * model.hyperparameters.width)
+    return 4 * length * (3 * sum(n_out for n_out, _ in widths) + 12 * model.modules.width)

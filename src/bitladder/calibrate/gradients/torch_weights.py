@@ -3,7 +3,7 @@
 import torch
 
 from bitladder.engine import RowKernels
-from bitladder.errors import BitladderError
+from bitladder.errors import GradientsError
 from bitladder.files import Closing
 from bitladder.gguf import GgufFile
 
@@ -44,14 +44,14 @@ class TorchWeights(Closing):
         return name in self._file.tensors
 
     def shape(self, name: str) -> tuple[int, int]:
-        """(rows, width) of a tensor; a vector has one row. Raises BitladderError for a name that is not there."""
+        """(rows, width) of a tensor; a vector has one row. Raises GradientsError for a name that is not there."""
         tensor = self._file.tensors.get(name)
         if tensor is None:
-            raise BitladderError(f"{self._file.path.name} has no tensor {name}")
+            raise GradientsError(f"{self._file.path.name} has no tensor {name}")
         return tensor.rows, tensor.width
 
     def get(self, name: str) -> torch.Tensor:
-        """float32 [rows, width], or [width] for a vector. Raises BitladderError for a name that is not there."""
+        """float32 [rows, width], or [width] for a vector. Raises GradientsError for a name that is not there."""
         self.used.add(name)
         kept = self._kept.get(name)
         return self._keep(self._kept, name, self._read(name)) if kept is None else kept

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitladder.calibrate.gradients.hyperparameters import read_hyperparameters
+from bitladder.calibrate.gradients.configuration import why_no_modules
 from bitladder.engine import Tokens, logit_differences, sequence_logits, threads_available
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, GradientsError
 from bitladder.gguf import open_model
 
 if TYPE_CHECKING:
     from bitladder.calibrate.gradients.forward import TorchModel
 
-CHECKED_TOKENS = 128  # of the first chunk, whose logits are compared before work starts
 # Of the logits' range. The library rounds the inputs of F16 matrices, and its cache, to F16: on real models that leaves
 # 0.002, and a rope of the wrong kind 0.4.
 TOLERANCE = 0.03
@@ -57,17 +56,8 @@ def why_no_gradients(model: str | os.PathLike[str]) -> str | None:
     """Why there are no gradients of a model, in a few words; None if there should be. Only its header is read."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed (pip install 'bitladder[torch]')"
-    from bitladder.calibrate.gradients.families import FAMILIES
-
     with open_model(model) as file:
-        family = FAMILIES.get(file.architecture)
-        if family is None:
-            return f"the torch forward pass does not know the architecture {file.architecture!r}"
-        try:
-            read_hyperparameters(file, interleaved=family.interleaved)
-        except BitladderError as error:
-            return str(error)
-    return None
+        return why_no_modules(file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +99,7 @@ def check_logits(
         ours: the torch model of the file, if it is open already.
 
     Raises:
-        BitladderError: the logits differ by more.
+        GradientsError: the logits differ by more.
     """
     require_torch()
     from bitladder.calibrate.gradients.forward import TorchModel
@@ -127,7 +117,7 @@ def check_logits(
         float(np.mean(logits.argmax(axis=1) == expected.argmax(axis=1))),
     )
     if not agreement.typical <= tolerance:
-        raise BitladderError(
+        raise GradientsError(
             f"{pathlib.Path(path).name}: torch's logits differ from llama.cpp's by {agreement.typical:.3g} of their "
             f"range (tolerance {tolerance:g}); gradients of this model cannot be trusted"
         )

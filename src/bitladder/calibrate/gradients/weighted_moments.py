@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from bitladder.calibrate.gradients.options import GradientOptions
 from bitladder.calibrate.gradients.usable import (
-    CHECKED_TOKENS,
     check_logits,
     has_half_products,
     require_torch,
@@ -45,6 +44,7 @@ GRADIENT_MOMENTS = Algorithm(
         "tokens weighted by leverages",
         "leverages estimated by products with random signs; gate and up share an input; O of q and k by heads, "
         "of gate and up of low rank; products with weights in bfloat16 where the CPU has them",
+        "the forward pass is that of transformers' modules",
     ),
 )
 
@@ -153,11 +153,11 @@ def gradient_pass(
 
     plans = plan_entries(model, choose_matrices(model, names), options)
     try:
-        check_logits(model.path, chunks[0, :CHECKED_TOKENS], threads=threads, ours=model)
+        check_logits(model.path, model.checked(chunks[0]), threads=threads, ours=model)
     except BitladderError:
         if options.half or not model.half:
             raise
         model.half = False  # bfloat16 alone can move the logits of a model too far
-        check_logits(model.path, chunks[0, :CHECKED_TOKENS], threads=threads, ours=model)
+        check_logits(model.path, model.checked(chunks[0]), threads=threads, ours=model)
     room = memory - model.weights.most_bytes - fixed_bytes(model)
     return GradientPass(model, chunks, plans, options, room, work)

@@ -129,12 +129,13 @@ class Student(Closing):
         total = 0.0
         for start in range(0, len(hidden), POSITIONS):
             rows = slice(start, start + POSITIONS)
-            ours = torch.log_softmax(self.model.head_logits(hidden[rows]), -1)
+            products = self.model.head_products(hidden[rows])
+            ours = torch.log_softmax(self.model.modules.after_head(products), -1)
             theirs = torch.log_softmax(teacher.head_logits(target[rows]), -1)
             probabilities = theirs.exp()
             total += float((probabilities * (theirs - ours)).sum())
             # d KLD / d logits = q − p
-            gradient[rows] = self.model.head_gradient(ours.exp_().sub_(probabilities))
+            gradient[rows] = self.model.head_gradient(ours.exp_().sub_(probabilities), products)
         return total / len(hidden), gradient / len(hidden)
 
 

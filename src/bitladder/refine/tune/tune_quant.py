@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 
 from bitladder.calibrate import (
-    CHECKED_TOKENS,
     UnfinishedWork,
     check_logits,
     job_key,
@@ -16,7 +15,7 @@ from bitladder.calibrate import (
     why_no_gradients,
 )
 from bitladder.engine import Decoding, Model, Tokens
-from bitladder.errors import UsageError
+from bitladder.errors import GradientsError, UsageError
 from bitladder.evaluate import Figure, MeasureOptions, mean, measure, paired_mean
 from bitladder.files import refuse_inputs, replacing, sha256_file
 from bitladder.gguf import open_model, refuse_other_model, refuse_other_vectors, shards_of
@@ -28,7 +27,13 @@ from bitladder.refine.options import TuneOptions
 from bitladder.text import Reading, Text, set_apart
 from bitladder.trial import kept_base
 
-TUNING = Algorithm("tuning", ("F16 numbers of blocks move by gradients of the KLD of the whole model",))
+TUNING = Algorithm(
+    "tuning",
+    (
+        "F16 numbers of blocks move by gradients of the KLD of the whole model",
+        "the forward pass is that of transformers' modules",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +160,9 @@ def tune_in_place(
     try:
         tuned = tune(full, quant, out, texts, held_out, options, decoding, progress)
         out.replace(quant)
+    except GradientsError as error:
+        progress.info(f"scales are not tuned: {error}")
+        return False
     finally:
         out.unlink(missing_ok=True)
     if not tuned.kept:
@@ -192,7 +200,7 @@ def _descend(
         TorchModel(files.full, memory=1 << 62, threads=threads) as teacher,
         Student(files.quant, threads=threads) as student,
     ):
-        check_logits(files.full, chunks[0, :CHECKED_TOKENS], threads=threads, ours=teacher)
+        check_logits(files.full, teacher.checked(chunks[0]), threads=threads, ours=teacher)
         klds = descend(student, teacher, chunks, options, keep=keep, progress=progress)
         return {name: scales.blocks() for name, scales in student.scales.items()}, klds
 

@@ -1,0 +1,130 @@
+"""The configuration of transformers' model for a GGUF file, from the file's metadata.
+
+Nothing here knows an architecture by its computation: transformers' own modules have that. What a configuration made
+here gets wrong shows in the logits, which are compared with the library's (`usable.check_logits`).
+"""
+
+import importlib.util
+import pathlib
+from typing import Any
+
+from bitladder.errors import GradientsError
+from bitladder.gguf import GgufFile
+
+EMBEDDING, HEAD, DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+# Model types of transformers whose names are not those of llama.cpp's architectures.
+_MODEL_TYPES = {"gemma3": "gemma3_text", "gpt-oss": "gpt_oss", "command-r": "cohere"}
+# Names in a configuration, by the key of the metadata. A model reads those that it knows.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "block_count": ("num_hidden_layers",),
+    "context_length": ("max_position_embeddings",),
+    "embedding_length": ("hidden_size",),
+    "feed_forward_length": ("intermediate_size",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+    "attention.sliding_window": ("sliding_window",),
+    "attention.scale": ("attention_multiplier",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logits_scaling", "logit_scale"),
+}
+_NOT_DENSE = {"expert_count": "it has experts", "ssm.state_size": "it has recurrent blocks"}
+# Gemmas whose scores are not scaled by the size of a head, by their blocks (llama.cpp: LLM_TYPE_27B).
+_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+
+
+def model_type(file: GgufFile) -> str:
+    """The name that transformers has for the architecture of a file."""
+    architecture = file.architecture
+    if architecture == "olmo2" and file.get("olmo2.attention.sliding_window"):
+        return "olmo3"
+    return _MODEL_TYPES.get(architecture, architecture)
+
+
+def why_no_modules(file: GgufFile) -> str | None:
+    """Why transformers has no model for a file, in a few words; None if it should have one. Nothing is imported."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return "transformers is not installed (pip install 'bitladder[torch]')"
+    folder = pathlib.Path(spec.origin).parent / "models" / model_type(file).removesuffix("_text")
+    if not folder.is_dir():
+        return f"transformers has no architecture {file.architecture!r}"
+    for key, reason in _NOT_DENSE.items():
+        if file.get(f"{file.architecture}.{key}"):
+            return f"{reason}, which have no gradients here"
+    return None
+
+
+def configuration(file: GgufFile) -> Any:
+    """A PreTrainedConfig of the model in a file. Raises GradientsError for metadata that it cannot be made of."""
+    from transformers import AutoConfig
+
+    if reason := why_no_modules(file):
+        raise GradientsError(f"{file.path.name}: there are no gradients of this model: {reason}")
+    values: dict[str, Any] = {
+        name: value for key, names in _NAMES.items() if (value := _value(file, key)) is not None for name in names
+    }
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    values.setdefault("num_key_value_heads", heads)
+    values.setdefault("sliding_window", None)
+    head = _value(file, "attention.key_length") or width // heads
+    if (_value(file, "attention.value_length") or head) != head:
+        raise GradientsError(f"{file.path.name}: keys and values of different sizes have no gradients here")
+    by_width = values["num_hidden_layers"] == _SCALED_BY_WIDTH.get(file.architecture)
+    pattern = file.get(f"{file.architecture}.attention.sliding_window_pattern")
+    if isinstance(pattern, list) and values["sliding_window"]:
+        values["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    values |= {
+        "vocab_size": file.tensors[EMBEDDING].rows,
+        "head_dim": head,
+        "query_pre_attn_scalar": width // heads if by_width else head,
+        "tie_word_embeddings": False,
+        "partial_rotary_factor": (_value(file, "rope.dimension_count") or head) / head,
+        "pad_token_id": None,
+    }
+    kind = model_type(file)
+    default = AutoConfig.for_model(kind)
+    ropes = getattr(default, "rope_parameters", None) or {}
+    rope = _rope(file) | {"partial_rotary_factor": values["partial_rotary_factor"]}
+    if "sliding_attention" in ropes:  # windows have a rope of their own
+        base = 10000.0 if file.architecture == "gemma3" else rope["rope_theta"]
+        local = {"rope_type": "default", "rope_theta": _value(file, "rope.freq_base_swa") or base}
+        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    else:
+        values["rope_parameters"] = rope
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise GradientsError(f"{file.path.name}: transformers refuses its configuration: {error}") from error
+
+
+def _value(file: GgufFile, key: str) -> Any:
+    """A number of the metadata, which some converters write once for each block; None if it is not there."""
+    value = file.get(f"{file.architecture}.{key}")
+    if isinstance(value, list):
+        if not value or any(number != value[0] for number in value):
+            raise GradientsError(f"{file.path.name}: {key} differs between blocks, which has no gradients here")
+        value = value[0]
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+        raise GradientsError(f"{file.path.name}: {file.architecture}.{key} is {value!r}; gradients need one number")
+    return value
+
+
+def _rope(file: GgufFile) -> dict[str, Any]:
+    """The parameters of the rotary position embedding."""
+    scaling = str(file.get(f"{file.architecture}.rope.scaling.type", "none"))
+    # The library reads the factor even where the type says that there is none.
+    factor = float(_value(file, "rope.scaling.factor") or _value(file, "rope.scale_linear") or 1.0)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _value(file, "rope.freq_base") or 10000.0}
+    if scaling == "yarn":
+        original = _value(file, "rope.scaling.original_context_length") or _value(file, "context_length")
+        fast, slow = _value(file, "rope.scaling.yarn_beta_fast"), _value(file, "rope.scaling.yarn_beta_slow")
+        rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        rope |= {"beta_fast": 32.0 if fast is None else fast, "beta_slow": 1.0 if slow is None else slow}
+    elif factor != 1:
+        rope |= {"rope_type": "linear", "factor": factor}
+    return rope

@@ -1,0 +1,255 @@
+"""transformers' own modules over the tensors of a GGUF file.
+
+A model is made without weights. Its linear layers are then replaced by products with the file's tensors, which are read
+when they are needed (`layers.Layers`); all other parameters, which are vectors, are filled in. Tensors are found by
+gguf's map of names. llama.cpp's converter changes two things that have to be undone: rows of q and k are permuted where
+its rope rotates neighbours, and 1 is added to the weights of some norms.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gguf
+import torch
+from torch import nn
+
+from bitladder.calibrate.gradients.configuration import DIVISORS, EMBEDDING, configuration
+from bitladder.calibrate.gradients.layers import Layers
+from bitladder.engine import Model
+from bitladder.errors import GradientsError
+from bitladder.gguf import GgufFile
+
+_PERMUTED = ("attn_q", "attn_k")
+
+
+class _Product(nn.Module):
+    """A linear layer whose weight and bias are tensors of the file; `heads` of its outputs are permuted, if any."""
+
+    def __init__(self, layers: Layers, prefix: str, heads: int = 0) -> None:
+        super().__init__()
+        self._layers, self._prefix, self._heads = layers, prefix, heads
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = self._layers.linear(inputs, self._prefix)
+        if not self._heads:
+            return outputs
+        # Neighbours (2i, 2i + 1) of a head become the halves i and n/2 + i.
+        pairs = outputs.view(*outputs.shape[:-1], self._heads, -1, 2)
+        return pairs.transpose(-1, -2).flatten(-3)
+
+
+class _Embedding(nn.Module):
+    """The embeddings of the file, times a scale."""
+
+    def __init__(self, layers: Layers, scale: float) -> None:
+        super().__init__()
+        self._layers, self._scale = layers, scale
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows = self._layers.weights.rows(EMBEDDING, tokens.reshape(-1)).view(*tokens.shape, -1)
+        return rows if self._scale == 1 else rows * self._scale
+
+
+class _Recorder(nn.Module):
+    """In the place of a block: keeps what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream: torch.Tensor = torch.empty(0)
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+
+    def forward(self, stream: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
+        self.stream, self.arguments = stream, (positional, named)
+        return stream
+
+
+class Modules:
+    """The blocks of a model, what comes before them, and what comes behind the head.
+
+    Parameters:
+        file: the model, open.
+        layers: the products with its weights.
+
+    Attributes:
+        blocks: number of blocks.
+        width: numbers of a hidden state.
+        head_dim: numbers of a head of queries.
+        window: positions that some block sees at most; None if all see all.
+
+    Raises:
+        GradientsError: transformers has no such model, or the file lacks a tensor of it.
+    """
+
+    def __init__(self, file: GgufFile, layers: Layers) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._name, self._layers = file.path.name, layers
+        config = configuration(file)
+        # The fused attention of torch has no cap of its scores.
+        config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+        try:
+            with torch.device("meta"):
+                self._causal: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+            raise GradientsError(f"{self._name}: transformers makes no such model: {error}") from error
+        self._causal.eval().requires_grad_(False)
+        self._base = getattr(self._causal, self._causal.base_model_prefix)
+        self.blocks: int = config.num_hidden_layers
+        self.width: int = config.hidden_size
+        self.head_dim: int = config.head_dim
+        self.window: int | None = config.sliding_window
+        architecture = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}[file.architecture]
+        self._names = gguf.get_tensor_name_map(architecture, self.blocks)
+        self._stack = self._block_list()
+        self._recorders = [_Recorder() for _ in range(self.blocks)]
+        self._length = 0
+        heads = {}
+        with Model(file.path, vocab_only=True) as vocabulary:
+            permuted = vocabulary.rotates_neighbours and not self._rotates_neighbours()
+        if permuted:
+            heads = dict(zip(_PERMUTED, (config.num_attention_heads, config.num_key_value_heads), strict=True))
+        self._causal.set_output_embeddings(nn.Identity())
+        self._fill(file, heads)
+        prefix = self._causal.base_model_prefix
+        self._norm = next(
+            module
+            for name, module in self._base.named_children()
+            if self._names.get_name(f"{prefix}.{name}") == "output_norm"
+        )
+        self._after: Callable[[torch.Tensor], torch.Tensor] | None = self._behind_head
+        probe = torch.linspace(-3, 3, 7).expand(1, 7)
+        if torch.equal(self._behind_head(probe), probe):
+            self._after = None
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The residual stream [1, length, width] before the first block, of tokens [length]."""
+        self._record({"input_ids": tokens[None]})
+        return self._recorders[0].stream
+
+    def run(self, stream: torch.Tensor, first: int, stop: int, *, final: bool) -> torch.Tensor:
+        """Blocks first…stop−1, and the final norm, over a residual stream [1, length, width]."""
+        if self._length != stream.shape[1]:
+            self._record({"inputs_embeds": stream.detach()})
+        for block in range(first, stop):
+            positional, named = self._recorders[block].arguments
+            out = self._stack[block](stream, *positional, **named)
+            stream = out[0] if isinstance(out, tuple) else out
+        return self._final(stream) if final else stream
+
+    def after_head(self, raw: torch.Tensor) -> torch.Tensor:
+        """The logits, from the products with the head: scaled or capped where the model does that."""
+        return raw if self._after is None else self._after(raw)
+
+    def before_head(self, gradient: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+        """The derivative by the products with the head, from that by the logits."""
+        if self._after is None:
+            return gradient
+        with torch.enable_grad():
+            leaf = raw.detach().requires_grad_()
+            (down,) = torch.autograd.grad(self._after(leaf), leaf, gradient)
+        return down
+
+    def _behind_head(self, raw: torch.Tensor) -> torch.Tensor:
+        """What the model does to the products with its head: the model runs without blocks and head."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        class Given(nn.Module):
+            def forward(self, *_: Any, **__: Any) -> Any:
+                return BaseModelOutputWithPast(last_hidden_state=raw[None])
+
+        prefix = self._causal.base_model_prefix
+        setattr(self._causal, prefix, Given())
+        try:
+            logits: torch.Tensor = self._causal(input_ids=torch.zeros(1, len(raw), dtype=torch.int64)).logits[0]
+        finally:
+            setattr(self._causal, prefix, self._base)
+        return logits
+
+    @torch.no_grad()
+    def _record(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Runs the model without its blocks, to see what these are called with."""
+        name, whole = self._stack_name, self._stack
+        setattr(self._base, name, nn.ModuleList(self._recorders))
+        try:
+            self._base(**inputs, use_cache=False)
+        finally:
+            setattr(self._base, name, whole)
+        self._length = next(iter(inputs.values())).shape[1]
+
+    def _block_list(self) -> nn.ModuleList:
+        for name, module in self._base.named_children():
+            if isinstance(module, nn.ModuleList) and len(module) == self.blocks:
+                self._stack_name = name
+                return module
+        raise GradientsError(f"{self._name}: the blocks of transformers' model are not in a list")
+
+    def _rotates_neighbours(self) -> bool:
+        """Whether the model itself rotates neighbours, so that its q and k are not permuted."""
+        rotate = getattr(sys.modules[type(self._base).__module__], "rotate_half", None)
+        return rotate is not None and rotate(torch.arange(4.0)).tolist() == [-1, 0, -3, 2]
+
+    def _tensor(self, module: str) -> str:
+        """The name that gguf has for a module."""
+        name = self._names.get_name(module)
+        if name is None:
+            raise GradientsError(f"{self._name}: gguf has no name for transformers' {module}")
+        return str(name)
+
+    def _fill(self, file: GgufFile, heads: dict[str, int]) -> None:
+        """Puts the file's tensors into the model; `heads` says of which outputs the order is undone."""
+        for name, module in list(self._causal.named_modules()):
+            parent = self._causal.get_submodule(name.rpartition(".")[0])
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, nn.Linear):
+                tensor = self._tensor(name)
+                product = _Product(self._layers, tensor, heads.get(tensor.split(".")[-1], 0))
+                setattr(parent, name.rpartition(".")[2], product)
+            elif isinstance(module, nn.Embedding) and name.startswith(self._causal.base_model_prefix):
+                if self._tensor(name) + ".weight" != EMBEDDING:
+                    raise GradientsError(f"{self._name}: embeddings of positions have no gradients here")
+                scale = float(getattr(module, "scalar_embed_scale", None) or 1.0)
+                setattr(parent, name.rpartition(".")[2], _Embedding(self._layers, scale))
+            elif any(part.endswith("inv_freq") for part, _ in module.named_buffers(recurse=False)):
+                setattr(parent, name.rpartition(".")[2], self._rotary(module, file))
+            elif own:
+                self._fill_vectors(name, module, own)
+        left = [name for name, buffer in self._causal.named_buffers() if buffer.is_meta]
+        left += [name for name, parameter in self._causal.named_parameters() if parameter.is_meta]
+        if left:
+            raise GradientsError(f"{self._name}: transformers' {left[0]} is in no tensor of the file")
+
+    def _fill_vectors(self, name: str, module: Any, own: dict[str, nn.Parameter]) -> None:
+        tensor = self._tensor(name)
+        for part, parameter in own.items():
+            if not self._layers.weights.has(f"{tensor}.{part}"):
+                raise GradientsError(f"{self._name}: there is no tensor {tensor}.{part}")
+            values = self._layers.weights.get(f"{tensor}.{part}")
+            if values.shape != parameter.shape:
+                raise GradientsError(f"{self._name}: {tensor}.{part} has another shape than transformers' {name}")
+            setattr(module, part, nn.Parameter(values.clone(), requires_grad=False))
+        if set(own) == {"weight"} and _adds_one(module):
+            module.weight = nn.Parameter(module.weight - 1, requires_grad=False)
+
+    def _rotary(self, module: Any, file: GgufFile) -> nn.Module:
+        rotary: Any = type(module)(config=self._causal.config)
+        if DIVISORS in file.tensors:
+            divisors = self._layers.weights.get(DIVISORS)
+            rotary.inv_freq = rotary.inv_freq / divisors
+        built: nn.Module = rotary
+        return built
+
+    def _final(self, stream: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self._norm(stream)
+        return result
+
+
+def _adds_one(norm: Any) -> bool:
+    """Whether a norm multiplies by 1 + weight."""
+    weight = norm.weight.data
+    try:
+        norm.weight.data = torch.zeros_like(weight)
+        with torch.no_grad():
+            return bool(norm(torch.linspace(1, 2, len(weight))[None]).abs().sum() > 0)
+    finally:
+        norm.weight.data = weight
