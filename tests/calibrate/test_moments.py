@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from heard import Heard
 from moe import write_moe
 
 from bitladder.calibrate import (
@@ -21,12 +22,13 @@ from bitladder.calibrate import (
     read_imatrix,
     weighted_moments,
 )
+from bitladder.calibrate.gradients.modules import Modules
 from bitladder.calibrate.moments import passes
 from bitladder.calibrate.moments.triangles import pack_triangle, sums_bytes, unpack_triangle
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine import Context, Decoding, Model
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, GradientsError, UsageError
 from bitladder.text import Reading, Text, load_text, spread_evenly, text_chunks
 
 DECODING = Decoding(n_ctx=64, threads=1)
@@ -308,6 +310,21 @@ def test_gradients_from_the_command_line(tied, text, tmp_path, capsys):
     assert all(np.array_equal(ours.entries[name].sums, entry.sums) for name, entry in theirs.entries.items())
     assert invoke(["calibrate", *(f"--in-file={tmp_path / n}.gguf" for n in "mp"), "-o", str(tmp_path / "x")]) == 1
     assert "weight tokens by gradients and by tokens" in capsys.readouterr().err
+
+
+def test_positions_where_gradients_cannot_be_trusted(tied, text, weigh, tmp_path, monkeypatch):
+    """Modules that compute other logits than the library: here these are taken to be capped."""
+    monkeypatch.setattr(Modules, "after_head", lambda self, raw: torch.tanh(raw))
+    weigh({"blk.0.attn_v.weight": np.linspace(2, 1, 64, dtype=np.float32)})
+    heard = Heard()
+    chosen = {"reading": Reading(chunks=2), "decoding": DECODING}
+    result = collect_moments(tied[1], [text], tmp_path / "m.gguf", **chosen, progress=heard)
+    assert result.weighting == "positions"
+    assert "weighted by positions: tied.gguf: torch's logits differ from llama.cpp's by" in "".join(heard.lines)
+    options = MomentsOptions(weighting="gradients")
+    with pytest.raises(GradientsError, match="cannot be trusted"):
+        collect_moments(tied[1], [text], tmp_path / "g.gguf", **chosen, options=options)
+    assert not (tmp_path / "g.gguf").exists()
 
 
 def test_positions_are_what_trying_them_says(moe, text, weigh, tmp_path, capsys):

@@ -42,7 +42,7 @@ def choose_matrices(model: "TorchModel", names: Collection[str] | None) -> list[
         return model.matrices[::-1]
     unknown = [name for name in names if name not in model.matrices]
     if unknown:
-        raise UsageError(f"{model.name} does not multiply by a weight called {unknown[0]!r}")
+        raise UsageError(f"{model.path.name} does not multiply by a weight called {unknown[0]!r}")
     return [name for name in reversed(model.matrices) if name in names]
 
 

@@ -83,7 +83,7 @@ class Student(Closing):
             }
         if not self.scales:
             self.model.close()
-            raise BitladderError(f"{self.model.name} has no quantized blocks whose scales could be tuned")
+            raise BitladderError(f"{self.model.path.name} has no quantized blocks whose scales could be tuned")
         self.parameters: dict[Key, torch.Tensor] = {
             (name, term): move for name, scales in self.scales.items() for term, move in enumerate(scales.moves)
         }
@@ -194,7 +194,7 @@ def descend(
         for step, (index, rate) in itertools.islice(steps, done, None):
             divergence, slopes = student.backward(chunks[index], teacher)
             if not math.isfinite(divergence):
-                raise overflow(f"in step {step} the KLD of {student.model.name} is")
+                raise overflow(f"in step {step} the KLD of {student.model.path.name} is")
             for key, slope in slopes.items():
                 mean = means[key].lerp_(slope, 1 - options.mean_decay)
                 square = squares[key].lerp_(slope.square_(), 1 - options.square_decay)
