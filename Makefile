@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs bench fuzz clean
+.PHONY: demo test lint docs bench fuzz lock audit clean
 
 # The main job on the embedded model: checkpoint in, a measured rung beside its plain preset and the card out, in demo/.
 demo: $(VENV)/.installed
@@ -40,10 +40,26 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install -q -e .
 	touch $@
 
-# The tests compare with PyTorch and transformers; PyTorch's build for CPUs is enough where the index has it.
-$(VENV)/.test: $(VENV)/.installed
+# The tests compare with PyTorch and transformers; PyTorch's build for CPUs is enough where the index has it. Builds of
+# PyTorch differ from index to index: it is not in the lock, and neither is what only it needs.
+$(VENV)/.test: pyproject.toml requirements-dev.lock
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements-dev.lock
 	$(BIN)/python -m pip install -q -e '.[dev]'
-	touch $@
+	touch $(VENV)/.installed $@
+
+# The newest versions that fit pyproject.toml, with their hashes.
+lock: $(VENV)/.test
+	$(BIN)/python -m pip install -q uv
+	echo "torch ; python_version < '3'" > $(VENV)/without-torch.txt
+	$(BIN)/uv pip compile -q pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+		--upgrade --no-header --no-annotate --override $(VENV)/without-torch.txt -o requirements-dev.lock
+
+# Known faults of the locked versions; needs the network.
+audit: $(VENV)/.test
+	$(BIN)/python -m pip install -q pip-audit
+	$(BIN)/pip-audit --no-deps --disable-pip -r requirements-dev.lock
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[docs]'

@@ -53,6 +53,7 @@ class FakeHub:
         self.downloads: list[str] = []
         self.sent = 0  # bytes of files
         self.unknown: list[str] = []
+        self.authorized = False  # whether a request came with a token
         self.refuse: tuple[int, str] | None = None
         self.stall: int | None = None
         self.stalled, self.release = threading.Event(), threading.Event()
@@ -103,6 +104,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer("PUT")
 
     def _answer(self, method: str) -> None:
+        self.hub.authorized |= "Authorization" in self.headers
         parts = urllib.parse.urlsplit(self.path)
         path, query = urllib.parse.unquote(parts.path), urllib.parse.parse_qs(parts.query)
         if self.hub.refuse and method != "GET":

@@ -15,6 +15,7 @@ from bitladder.hub import fetch, pick, shards
 from bitladder.report.publish import check_private, published_files
 
 REPO = "someone/Tiny-GGUF"
+TOKEN = "hf_" + "x" * 34
 MODELS = ["Tiny-Olmo2-8.9M-BF16.gguf", "Tiny-Olmo2-8.9M-Q4_K_M.gguf", "Tiny-Olmo2-8.9M-Q8_0.gguf"]
 
 
@@ -30,7 +31,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         # The protocol of chunks needs a server of its own; without it files go by LFS.
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 
 
@@ -44,7 +45,7 @@ def environment(hub, tmp_path):
     return os.environ | {
         "HF_ENDPOINT": hub.address,
         "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_" + "x" * 34,
+        "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
     }
 
@@ -202,6 +203,22 @@ def test_refusals_in_one_line(small_run, hub, capsys):
     assert invoke(["push", str(small_run), "other/Tiny"]) == 1
     said = capsys.readouterr().err
     assert "you may not write here" in said and "Traceback" not in said
+
+
+def test_the_token_is_nowhere(folder, hub, tmp_path, capfd):
+    """Not in what is printed, not in the run directory, not in the cache; even where the server repeats it."""
+    assert invoke(["push", str(folder), REPO, "-v"]) == 0
+    assert hub.authorized, "the token was not used at all"
+    hub.refuse = 403, f"the token {TOKEN} may not write here"
+    assert invoke(["push", str(folder), "other/Tiny", "-v"]) == 1
+    assert invoke(["eval", "-m", "someone/absent:Q4_K_M", "--no-cache", "-v"]) != 0
+    assert invoke(["compare", "someone/absent:Q4_K_M", "--base", "absent.gguf", "--no-cache", "-v"]) != 0
+    assert invoke(["card", str(folder)]) == 0
+    printed = "".join(capfd.readouterr())
+    assert "(the token) may not write here" in printed
+    assert TOKEN not in printed
+    files = [path for place in (folder, tmp_path / "cache") for path in place.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
 def test_what_the_hub_does_not_give(hub, tmp_path, monkeypatch):

@@ -196,8 +196,8 @@ def not_given(error: Exception) -> str:
 
 
 def reason(error: Exception) -> str:
-    """An error of huggingface_hub, or from below it, in one line."""
-    from huggingface_hub import errors
+    """An error of huggingface_hub, or from below it, in one line, without the token that a server may repeat."""
+    from huggingface_hub import errors, get_token
 
     if _no_connection(error):
         return UNREACHABLE
@@ -209,7 +209,10 @@ def reason(error: Exception) -> str:
     if isinstance(error, errors.HfHubHTTPError):
         # The first line has the number of the error, the last one the words of the server.
         lines = list(dict.fromkeys([lines[0], lines[-1]])) if lines else []
-    return " ".join(lines)[:400] or type(error).__name__
+    text = " ".join(lines)
+    if token := get_token():
+        text = text.replace(token, "(the token)")
+    return text[:400] or type(error).__name__
 
 
 def _no_connection(error: BaseException | None) -> bool:
