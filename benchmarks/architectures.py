@@ -1,25 +1,43 @@
 """What works for which architecture: docs/architectures.md, from random tiny models that transformers makes.
 
-    python benchmarks/architectures.py --tokenizer FOLDER [--only qwen3,gemma2] [--work FOLDER] [--docs]
+    python benchmarks/architectures.py [--only qwen3,gemma2] [--source FOLDER] [--docs] [--fixtures]
 
-FOLDER has the tokenizer of Qwen 2.5, one of those that llama.cpp's converter recognises. For each architecture a model
-with random weights is converted; its logits are compared with those of transformers; then the commands of the product
-are run on it. What fails is in the table with its reason. --docs writes the page. A minute for each architecture.
+For each architecture a model with random weights is converted by llama.cpp's converter. Its logits are compared with
+those of transformers. Then the commands of the product are run on it. What fails is in the table with its reason.
+FOLDER has the source of the converter; without it the one in the user's cache is taken, or downloaded. --docs writes
+the page. --fixtures writes the models and logits of tests/models. About half a minute for each architecture.
+
+The models have a vocabulary of 400 tokens, of tokenizers that are trained here. The converter takes only tokenizers
+whose hash it knows. So it runs with that one check left out, and in
+this process, which saves its start.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import multiprocessing
 import pathlib
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
+
+from bitladder.cli import invoke
+from bitladder.convert import build
+from bitladder.convert.upstream import _source
+from bitladder.errors import BitladderError
+from bitladder.gguf import GgufFile
+from bitladder.progress import SILENT
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -27,14 +45,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 import tiny_models  # noqa: E402
 from reference_logits import native_logits  # noqa: E402
 
-PAGE = ROOT / "docs" / "architectures.md"
+PAGE, FIXTURES = ROOT / "docs" / "architectures.md", ROOT / "tests" / "models"
 TOKENS = list(range(300, 324))
-PIECES = 400  # of a SentencePiece model
-WITH_PIECES = ("gemma2", "gemma3", "phi3")  # their converters want tokenizer.model
+PIECES = 400  # tokens of a vocabulary
+WITH_PIECES = ("gemma2", "gemma3", "gemma3-vision", "phi3", "ernie4.5")  # their converters want tokenizer.model
 SMALL = {
-    "vocab_size": 151936,
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "vocab_size": PIECES,
+    "hidden_size": 256,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -43,15 +61,15 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 LATENT = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 256,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 64,
     "num_key_value_heads": 4,
-    "moe_intermediate_size": 64,
+    "moe_intermediate_size": 256,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
@@ -59,7 +77,10 @@ LATENT = {
     "n_group": 1,
     "topk_group": 1,
 }
-SSM = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
+SSM = {"mamba_n_heads": 4, "mamba_d_head": 128, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
+GLM = {"head_dim": 64, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1,
+       "num_experts_per_tok": 2, "moe_intermediate_size": 256, "n_group": 1, "topk_group": 1}  # fmt: skip
+GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 64}
 # Name → class prefix in transformers, and what its configuration has besides the sizes above.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -68,10 +89,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3", {"sliding_window": 64}),
     "olmoe": ("Olmoe", {"num_key_value_heads": 4, **EXPERTS}),
     "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 32}),
-    "qwen3moe": ("Qwen3Moe", {"head_dim": 32, "norm_topk_prob": True, **EXPERTS}),
-    "gemma2": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
-    "gemma3": ("Gemma3Text", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
+    "qwen3": ("Qwen3", {"head_dim": 64}),
+    "qwen3moe": ("Qwen3Moe", {"head_dim": 64, "norm_topk_prob": True, **EXPERTS}),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma3": ("Gemma3Text", GEMMA),
+    "gemma3-vision": ("Gemma3", GEMMA),
     "phi3": ("Phi3", {}),
     "granite": ("Granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
     "granitehybrid": (
@@ -80,84 +102,180 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["mamba", "attention"],
             "num_local_experts": 0,
             "num_experts_per_tok": 0,
-            "shared_intermediate_size": 128,
+            "shared_intermediate_size": 256,
             **SSM,
         },
     ),
     "smollm3": ("SmolLM3", {"pretraining_tp": 1}),
-    "gpt-oss": ("GptOss", {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}),
-    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 128}),
-    "falcon-h1": ("FalconH1", {"mamba_d_ssm": 128, "head_dim": 16, **SSM}),
-    "mamba2": ("Mamba2", {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 1, "expand": 2}),
+    "gpt-oss": ("GptOss", {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 256}),
+    "falcon-h1": ("FalconH1", {"mamba_d_ssm": 512, "head_dim": 64, **SSM}),
+    "mamba2": ("Mamba2", {"intermediate_size": 512, "num_heads": 4, "head_dim": 128, "state_size": 16, "n_groups": 1,
+                          "expand": 2}),
     "deepseek2": ("DeepseekV2", LATENT | {"topk_method": "greedy"}),
     "deepseek3": ("DeepseekV3", LATENT),
-    "glm4moe": ("Glm4Moe", {"head_dim": 16, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1,
-                            "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}),
-    "cohere2": ("Cohere2", {"head_dim": 16, "sliding_window": 64, "logit_scale": 0.25, "rotary_pct": 1.0}),
+    "glm4moe": ("Glm4Moe", GLM),
+    "glm4moe-mtp": ("Glm4Moe", GLM),
+    "cohere2": ("Cohere2", {"head_dim": 64, "sliding_window": 64, "logit_scale": 0.25}),
     "starcoder2": ("Starcoder2", {}),
-    "ernie4.5": ("Ernie4_5", {"head_dim": 16}),
-    "exaone4": ("Exaone4", {"head_dim": 16, "sliding_window": 64}),
-    "seed-oss": ("SeedOss", {"head_dim": 16}),
+    "ernie4.5": ("Ernie4_5", {"head_dim": 64}),
+    "exaone4": ("Exaone4", {"head_dim": 64, "sliding_window": 64}),
+    "seed-oss": ("SeedOss", {"head_dim": 64}),
 }  # fmt: skip
+# Keys of config.json as the makers publish them, which the configuration classes of transformers leave out or rename.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek3": {"scoring_func": "sigmoid"},
+    "cohere2": {"rotary_pct": 1.0},
+    "granitehybrid": {"layer_types": ["mamba", "attention"]},
+    "glm4moe-mtp": {"num_nextn_predict_layers": 1},
+}
+# The models of the tests, the most different ones, and smaller; their logits lie beside them.
+SMALLER = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+IN_TESTS = ("qwen3moe", "gemma3-vision", "falcon-h1", "deepseek3", "glm4moe-mtp", "gpt-oss")
 
 
-def make(name: str, tokenizer: pathlib.Path, folder: pathlib.Path) -> Any:
+def make(name: str, folder: pathlib.Path, changed: dict[str, Any] | None = None) -> Any:
     """A checkpoint with random weights, wide enough that every part shows in the logits. Returns the model."""
     prefix, more = MODELS[name]
-    pieces = {"vocab_size": PIECES} if name in WITH_PIECES else {}
-    config = getattr(transformers, f"{prefix}Config")(**(SMALL | more | pieces))
+    sizes = SMALL | more | (changed or {})
+    config = getattr(transformers, f"{prefix}Config")
+    if name == "gemma3-vision":
+        vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"image_size": 56, "patch_size": 14}
+        config = config(text_config=sizes, vision_config=vision, mm_tokens_per_image=4, image_token_index=399,
+                        boi_token_index=397, eoi_token_index=398)  # fmt: skip
+    else:
+        config = config(**sizes)
     torch.manual_seed(0)
     kind = prefix.removesuffix("Text")
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
+    head = "ForConditionalGeneration" if name == "gemma3-vision" else "ForCausalLM"
+    model = getattr(transformers, f"{kind}{head}")(config).float().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.5 * parameter.shape[-1] ** -0.5)
             elif "norm" in key and "bias" not in key:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for key, values in model.named_buffers():
+            if "e_score_correction_bias" in key:
+                values.normal_(0, 0.1)
     model.save_pretrained(folder)
-    if pieces:
+    if PUBLISHED.get(name):
+        tiny_models.configure(folder, **PUBLISHED[name])
+    if name == "glm4moe-mtp":
+        add_prediction_head(folder, config.num_hidden_layers)
+    if name == "gemma3-vision":
+        rename(folder, {"vision_tower.": "vision_tower.vision_model."})
+        image = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 56, "width": 56}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(image))
+    if name in WITH_PIECES:
         tiny_models.train_sentencepiece(folder, PIECES)
         return model
-    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)  # for tokenizer.json
-    shutil.copy(tokenizer / "tokenizer_config.json", folder)  # in the form that every version reads
+    tokenizer = tiny_models.train_byte_level(folder)
+    if name.startswith("glm4moe"):
+        tokenizer.add_tokens(["[gMASK]", "<sop>", "<|endoftext|>", "<|user|>", "<|observation|>"], special_tokens=True)
+        tokenizer.save_pretrained(folder)
     return model
+
+
+def rename(folder: pathlib.Path, parts: dict[str, str]) -> None:
+    """Gives tensors the names under which their makers publish them, where transformers saves others."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    for old, new in parts.items():
+        tensors = {key if new in key else key.replace(old, new): value for key, value in tensors.items()}
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+def add_prediction_head(folder: pathlib.Path, blocks: int) -> None:
+    """Adds a block that predicts a further token, which transformers does not compute, with the names of GLM 4.5."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    before, start = f"model.layers.{blocks - 1}.", f"model.layers.{blocks}."
+    added = {start + key.removeprefix(before): value.flip(0) for key, value in tensors.items() if before in key}
+    embedding = tensors["model.embed_tokens.weight"]
+    width = embedding.shape[1]
+    added |= {f"{start}{key}.weight": torch.ones(width) for key in ("enorm", "hnorm", "shared_head.norm")}
+    added |= {f"{start}{key}.weight": embedding.clone() for key in ("embed_tokens", "shared_head.head")}
+    added[f"{start}eh_proj.weight"] = torch.randn(width, 2 * width) * 0.5 * (2 * width) ** -0.5
+    safetensors.torch.save_file(
+        {**tensors, **{key: value.contiguous() for key, value in added.items()}}, path, {"format": "pt"}
+    )
+
+
+def use_converter(source: pathlib.Path) -> None:
+    """Makes bitladder run the converter in this process, which saves its start, and lets it take every tokenizer."""
+    sys.path[:0] = [str(source), str(source / "gguf-py")]
+
+    def run_here(
+        converter: Any, folder: Any, target: Any, outtype: str, progress: Any, *, projector: bool = False
+    ) -> None:
+        # The converter needs the gguf package of its own version. It gives way again afterwards.
+        ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "gguf"}
+        import conversion
+
+        conversion.TextModel.get_vocab_base_pre = lambda self, tokenizer: "dbrx"
+        words, sys.argv = sys.argv, [str(converter.script), str(folder), "--outfile", str(target), "--outtype", outtype]
+        sys.argv += ["--mmproj"] if projector else []
+        try:
+            runpy.run_path(str(converter.script), run_name="__main__")
+        except (Exception, SystemExit) as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{pathlib.Path(last.filename).name}, {last.name}"
+            raise BitladderError(f"the converter failed: {type(error).__name__}: {error} ({where})") from error
+        finally:
+            sys.argv = words
+            for name in [name for name in sys.modules if name.partition(".")[0] in ("gguf", "conversion")]:
+                del sys.modules[name]
+            sys.modules.update(ours)
+
+    build.run_converter = run_here
 
 
 def difference(model: Any, path: pathlib.Path) -> float:
     """The largest difference of a logit from that of transformers, as a fraction of the range of the logits."""
+    expected = logits(model)
+    native = native_logits(path, TOKENS)[:, : expected.shape[1]]
+    return float(np.abs(native - expected).max() / np.ptp(expected))
+
+
+def logits(model: Any) -> np.ndarray[Any, Any]:
+    """The logits of transformers, float32 [tokens, vocabulary]."""
     with torch.no_grad():
-        expected = model(torch.tensor([TOKENS])).logits[0].float().numpy()
-    found = native_logits(path, TOKENS)[:, : expected.shape[1]]
-    return float(np.abs(found - expected).max() / np.ptp(expected))
+        values: np.ndarray[Any, Any] = model(torch.tensor([TOKENS])).logits[0].float().numpy()
+    return values
 
 
 def run(*words: str) -> tuple[str, str]:
     """Runs a command of bitladder. Returns its output, and its last error line if it fails."""
-    command = [sys.executable, "-m", "bitladder", *words, "-q"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    lines = [line.removeprefix("bitladder: ") for line in done.stderr.splitlines() if line.strip()]
-    return done.stdout, "" if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
+    shown, said = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said):
+        code = invoke([*words, "-q"])
+    lines = [line.removeprefix("bitladder: ") for line in said.getvalue().splitlines() if line.strip()]
+    return shown.getvalue(), "" if code == 0 else (lines[-1] if lines else f"exit code {code}")
 
 
-def examine(name: str, tokenizer: pathlib.Path, work: pathlib.Path) -> dict[str, str]:
+def examine(name: str, source: pathlib.Path, work: pathlib.Path) -> dict[str, str]:
     """One row: what each step gives, or why it does not work."""
     folder = work / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     row: dict[str, str] = {"name": name}
     try:
-        model = make(name, tokenizer, folder / "checkpoint")
+        model = make(name, folder / "checkpoint")
     except Exception as error:  # of transformers, whose configurations change
         return row | {"convert": f"transformers makes no such model: {str(error).splitlines()[0][:100]}"}
     full = folder / "full.gguf"
     text = ["-f", "pydoc:calibration", "-c", "128", "--chunks", "4"]
     m, imatrix, moments = ["-m", str(full)], str(folder / "imatrix.gguf"), str(folder / "moments.gguf")
     quant, rounded = str(folder / "quant.gguf"), str(folder / "rounded.gguf")
-    shown, problem = run("convert", str(folder / "checkpoint"), "-o", str(full), "--outtype", "f32")
+    converter = ["--converter", str(source)]
+    shown, problem = run("doctor", str(folder / "checkpoint"), *converter, "--json")
+    row["doctor"] = problem or ("works" if json.loads(shown)["works"] else json.loads(shown)["reasons"][0])
+    shown, problem = run("convert", str(folder / "checkpoint"), "-o", str(full), "--outtype", "f32", *converter)
     if problem:
         return row | {"convert": problem}
-    row["convert"] = shown.split(":")[1].split(",")[0].strip()
+    row["convert"] = shown.split(":")[1].split(",")[0].strip() + (" + mmproj" if "projector" in shown else "")
     row["logits"] = f"{difference(model, full):.1e}"
     row["imatrix"] = run("imatrix", *m, *text, "-o", imatrix)[1] or "yes"
     row["stats"] = run("stats", imatrix)[1] or "yes"
@@ -169,20 +287,8 @@ def examine(name: str, tokenizer: pathlib.Path, work: pathlib.Path) -> dict[str,
             break
     best = ["--rounding", "best", "--moments", moments, "--guard", "none"]
     row["rounding"] = run("quantize", "Q4_K_M", *m, "--imatrix", imatrix, "-o", rounded, *best)[1] or "yes"
-    figures = [
-        "--base",
-        str(full),
-        "-f",
-        "pydoc:test",
-        "-c",
-        "128",
-        "--chunks",
-        "4",
-        "--noise-chunks",
-        "0",
-        "--no-cache",
-    ]
-    shown, problem = run("eval", "-m", quant, *figures, "--json")
+    figures = ["--base", str(full), "-f", "pydoc:test", "-c", "128", "--chunks", "4", "--noise-chunks", "0"]
+    shown, problem = run("eval", "-m", quant, *figures, "--no-cache", "--json")
     row["KLD"] = problem or f"{json.loads(shown)['kld']['value']:.2g}"
     quick = ["--probe-tokens", "4000", "--no-feedback", "-c", "128", "--work", str(folder / "plan")]
     row["plan"] = (
@@ -193,9 +299,45 @@ def examine(name: str, tokenizer: pathlib.Path, work: pathlib.Path) -> dict[str,
     return row
 
 
+def write_fixture(name: str, source: pathlib.Path, work: pathlib.Path) -> None:
+    """Writes a smaller model in F16 and its logits to tests/models."""
+    folder = work / f"{name}-fixture"
+    shutil.rmtree(folder, ignore_errors=True)
+    changed = SMALLER | {key: 64 for key in MODELS[name][1] if key in ("moe_intermediate_size", "block_ff_dim")}
+    changed |= {key: 64 for key in MODELS[name][1] if key in ("q_lora_rank", "kv_lora_rank")}
+    changed |= {"mamba_d_head": 32, "mamba_d_ssm": 128} if "mamba_d_ssm" in MODELS[name][1] else {}
+    changed |= {"num_key_value_heads": 2} if "kv_lora_rank" in MODELS[name][1] else {}
+    model = make(name, folder / "checkpoint", changed)
+    FIXTURES.mkdir(exist_ok=True)
+    converter = ["--converter", str(source), "--no-mmproj"]
+    out = FIXTURES / f"{name}.gguf"
+    problem = run("convert", str(folder / "checkpoint"), "-o", str(out), "--outtype", "f16", *converter)[1]
+    if problem:
+        raise SystemExit(f"{name}: {problem}")
+    with torch.no_grad(), GgufFile(out) as file:  # the logits of the weights as they are stored
+        halves = {tuple(tensor.shape[::-1]) for tensor in file.tensors.values() if tensor.type.name == "f16"}
+        for parameter in model.parameters():
+            if tuple(parameter.shape) in halves or parameter.dim() > 1:
+                parameter.copy_(parameter.half().float())
+    np.save(FIXTURES / f"{name}.npy", logits(model).astype(np.float32))
+    shutil.rmtree(folder)
+
+
 def page(rows: list[dict[str, str]]) -> str:
     """The page: a table, and the reasons of what does not work."""
-    columns = ["convert", "logits", "imatrix", "stats", "quantize", "moments", "rounding", "KLD", "plan", "prune"]
+    columns = [
+        "doctor",
+        "convert",
+        "logits",
+        "imatrix",
+        "stats",
+        "quantize",
+        "moments",
+        "rounding",
+        "KLD",
+        "plan",
+        "prune",
+    ]
     lines = ["| model | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     reasons: list[str] = []
     for row in rows:
@@ -216,9 +358,11 @@ def page(rows: list[dict[str, str]]) -> str:
 HEAD = f"""# Architectures
 
 `bitladder convert` converts Llama and OLMo-2 itself, and everything else with llama.cpp's own converter
-([conversion](convert.md#other-architectures)). This table says what works for random tiny models that transformers
-{transformers.__version__} makes. It is written by `python benchmarks/architectures.py --tokenizer FOLDER --docs`.
+([conversion](convert.md#other-architectures)). [`bitladder doctor`](convert.md#does-my-model-work) says what works for
+a model of yours. This table says what works for random tiny models that transformers {transformers.__version__} makes,
+all converted by llama.cpp's converter. It is written by `python benchmarks/architectures.py --docs`.
 
+- **doctor**: what `bitladder doctor` says of the checkpoint.
 - **convert**: the architecture as the GGUF names it.
 - **logits**: the largest difference from the logits of transformers, as a fraction of their range (F32).
 - **imatrix**, **stats**, **quantize**: importance matrix, its statistics, and Q4_K_M with it.
@@ -227,26 +371,47 @@ HEAD = f"""# Architectures
 - **KLD**: a base of the full-precision model, and the mean KLD of Q4_K_M.
 - **plan**, **prune**: types by measured costs, and what each block is worth.
 
-A number in brackets names the reason below the table. Some lie in the tiny models: a tokenizer that a converter does
-not take, keys that transformers leaves out, and rows of 64 weights, where a preset's types are the smallest that fit.
-Why DeepSeek V3's logits differ is not known.
+A number in brackets names the reason below the table. `glm4moe-mtp` has a prediction head, which transformers does not
+compute and no text reaches. `gemma3-vision` has a vision part, which becomes a projector. Makers publish keys of
+config.json that transformers leaves out or renames when it saves a model; they are written as published
+(`scoring_func` of DeepSeek V3, `rotary_pct` of Cohere 2, `layer_types` of Granite 4). Without `scoring_func` llama.cpp
+computes the experts of DeepSeek V3 by a softmax, and its logits differ by 7 % of their range. So such a checkpoint is
+refused.
 
 """
+
+
+def apart(step: Callable[..., Any], name: str, *more: Any) -> dict[str, str]:
+    """The row of an architecture from a child of this process, so that one that dies takes no other with it."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=lambda: sender.send(step(name, *more)))
+    child.start()
+    sender.close()
+    try:
+        row: dict[str, str] = receiver.recv() or {"name": name}
+    except EOFError:
+        row = {"name": name, "convert": "the process died"}
+    child.join()
+    return row
 
 
 def main() -> None:
     """Examines the architectures and prints or writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=pathlib.Path, required=True)
-    parser.add_argument("--only", default=",".join(MODELS))
+    parser.add_argument("--source", type=pathlib.Path)
+    parser.add_argument("--only", default="")
     parser.add_argument("--work", type=pathlib.Path)
     parser.add_argument("--docs", action="store_true")
+    parser.add_argument("--fixtures", action="store_true")
     arguments = parser.parse_args()
+    source = (arguments.source or _source(None, None, SILENT)).resolve()
+    use_converter(source)
+    names = arguments.only.split(",") if arguments.only else list(IN_TESTS if arguments.fixtures else MODELS)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or pathlib.Path(temporary)
         rows = []
-        for name in arguments.only.split(","):
-            rows.append(examine(name, arguments.tokenizer, work))
+        for name in names:
+            rows.append(apart(write_fixture if arguments.fixtures else examine, name, source, work))
             print(json.dumps(rows[-1]), flush=True)
     if arguments.docs:
         PAGE.write_text(page(rows), encoding="utf-8")

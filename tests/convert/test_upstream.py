@@ -8,7 +8,9 @@ import sys
 import tarfile
 
 import pytest
+from heard import Heard as Notes
 
+from bitladder.cli import invoke
 from bitladder.convert import convert, upstream, uses_upstream
 from bitladder.convert.check_converted import check_converted
 from bitladder.convert.upstream import Converter, refuse_code, requirements, run_converter, unpack, upstream_converter
@@ -190,3 +192,51 @@ def test_the_real_one(tmp_path):
     """Downloads the converter and makes its environment: minutes, and gigabytes where PyTorch has no CPU build."""
     program = upstream_converter(progress=Heard())
     assert program.script.is_file() and program.python.is_file()
+
+
+MAP = '_MODEL_MAP: dict = {"SeeingModel": "m"}'
+LISTED = {
+    "conversion/__init__.py": f"TEXT{MAP}\nMMPROJ{MAP}\n",
+    "conversion/m.py": "@ModelBase.register('SeeingModel')\nclass M:\n    model_arch = gguf.MODEL_ARCH.OLMO2\n",
+    "gguf-py/gguf/constants.py": '    MODEL_ARCH.OLMO2: "olmo2",\n',
+}
+
+
+def of_class(name: str, checkpoint: pathlib.Path, folder: pathlib.Path, **more: str) -> pathlib.Path:
+    """A copy of a checkpoint that says to be of another class, without Python code."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.py"), dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [name]} | more))
+    return folder
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_projector_is_converted_beside_the_model(fails, tiny_gguf, tiny_checkpoint, tmp_path):
+    """The script copies a model; asked for the projector, it writes another file or fails."""
+    for name, text in LISTED.items():
+        (tmp_path / "converter" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "converter" / name).write_text(text)
+    body = f"import shutil\nif '--mmproj' in sys.argv and {fails}:\n    sys.exit('ValueError: no such part')\n"
+    body += f"shutil.copy({str(tiny_gguf)!r}, target)\n"
+    converter = script(tmp_path / "converter", body).script.parent
+    folder = of_class("SeeingModel", tiny_checkpoint, tmp_path / "Seeing")
+    heard = Notes()
+    out, beside = tmp_path / "F.gguf", tmp_path / "mmproj-F.gguf"
+    result = convert(folder, out, converter=converter, projector=beside, progress=heard)
+    assert out.is_file()
+    assert beside.is_file() is not fails
+    assert result.projector == (None if fails else beside)
+    assert any("without its projector" in line and "no such part" in line for line in heard.warnings) is fails
+    assert convert(folder, out, converter=converter, progress=heard).projector is None
+    assert invoke(["convert", str(folder), "-o", str(tmp_path / "G.gguf"), "--converter", str(converter), "-q"]) == 0
+    assert (tmp_path / "mmproj-G.gguf").is_file() is not fails
+
+
+def test_a_checkpoint_that_lacks_what_llama_cpp_needs(tiny_checkpoint, tmp_path):
+    folder = of_class("DeepseekV3ForCausalLM", tiny_checkpoint, tmp_path / "V3")
+    converter = script(tmp_path, "").script
+    with pytest.raises(UsageError, match=r'config.json has no scoring_func.* add "scoring_func": "sigmoid"'):
+        convert(folder, tmp_path / "o.gguf", converter=converter)
+    of_class("DeepseekV3ForCausalLM", tiny_checkpoint, folder, scoring_func="sigmoid")
+    with pytest.raises(BitladderError, match="wrote no GGUF|No such file"):
+        convert(folder, tmp_path / "o.gguf", converter=converter)

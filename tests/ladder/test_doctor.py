@@ -1,6 +1,8 @@
 """`bitladder doctor`: what it says of a model is what happens to it, and it reads next to nothing."""
 
+import importlib
 import json
+import pathlib
 import shutil
 
 import fake_hub
@@ -13,7 +15,7 @@ from bitladder.convert import convert
 from bitladder.engine import Request, preset_types
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
-from bitladder.ladder import diagnose
+from bitladder.ladder import Machine, RunOptions, diagnose
 from bitladder.quantize import QuantizeOptions, quantize
 
 CONVERTER = {
@@ -191,7 +193,7 @@ def test_of_a_checkpoint_on_the_hub_little_is_fetched(llama, tmp_path, monkeypat
         about = diagnose("someone/Tiny")
         assert server.sent < 130_000 < len(files["model.safetensors"]) / 10
         assert "tokenizer.json" not in server.downloads
-        with pytest.raises(BitladderError, match=r"someone/Nothing .*no such repository"):
+        with pytest.raises(BitladderError, match=r"someone/Nothing.*no such repository"):
             diagnose("someone/Nothing")
     here = diagnose(str(folder))
     assert about.works and about.source == "checkpoint on the hub"
@@ -205,3 +207,15 @@ def test_what_is_no_model(tmp_path, capsys):
     (tmp_path / "x.gguf").write_text("nothing")
     assert invoke(["doctor", str(tmp_path / "x.gguf")]) == 1
     assert "not a GGUF file" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_a_run_takes_is_what_estimate_says(llama, monkeypatch, capsys):
+    module = importlib.import_module("bitladder.ladder.estimate")
+    monkeypatch.setattr(module, "measure_machine", lambda threads=None: Machine())
+    assert invoke(["doctor", str(llama), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    expected = module.estimate(RunOptions(model=str(llama), out=pathlib.Path("ladder")))
+    assert shown["estimate"]["core_seconds"] == pytest.approx(expected.core_seconds)
+    assert shown["estimate"]["disk_bytes"] == expected.disk_bytes > 0
+    assert invoke(["doctor", str(llama)]) == 0
+    assert "it works" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 from bitladder.cli import invoke
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import fetch, pick, shards
+from bitladder.report.card import render_card
 from bitladder.report.publish import check_private, published_files
 
 REPO = "someone/Tiny-GGUF"
@@ -139,6 +140,23 @@ def test_dry_run_sends_nothing(small_run, monkeypatch, capsys):
     data = json.loads(capsys.readouterr().out)
     assert data["bytes"] == sum((small_run / file["name"]).stat().st_size for file in data["files"])
     assert {file["rung"] for file in data["files"]} == {None, "Q4_K_M", "Q8_0"}
+
+
+def test_a_projector_goes_too_and_is_in_the_card(folder):
+    path = folder / "mmproj-Tiny-Olmo2-8.9M-BF16.gguf"
+    path.write_bytes(b"GGUF")
+    manifest = json.loads((folder / "ladder.json").read_text())
+    convert = manifest["steps"]["convert"]
+    assert len(convert["outputs"]) == 1
+    convert["outputs"].append({**convert["outputs"][0], "path": path.name, "bytes": 4})
+    convert["facts"]["projector"] = {"file": path.name, "bytes": 4}
+    convert["facts"]["prediction_weights"] = 1234
+    (folder / "ladder.json").write_text(json.dumps(manifest))
+    entry = next(entry for entry in published_files(folder) if entry.name == path.name)
+    assert (entry.bytes, entry.rung) == (4, None)
+    card = render_card(folder)
+    assert f"[{path.name}]({path.name})" in card and f"--mmproj {path.name}" in card
+    assert "1234 weights" in card and "Q8_0, because no calibration text reaches them" in card
 
 
 def test_only_a_finished_run_goes(folder):

@@ -44,11 +44,17 @@ def command(model: str, out: pathlib.Path | None, options: ConvertOptions, *, ou
         upstream=options.upstream,
         converter=options.converter,
         trust_remote_code=options.trust_remote_code,
+        projector=target.with_name(f"mmproj-{target.name}") if options.mmproj else None,
         progress=output.progress,
     )
     if output.json:
-        output.print_json(dataclasses.asdict(result) | {"path": str(result.path)})
+        output.print_json(
+            dataclasses.asdict(result)
+            | {"path": str(result.path), "projector": result.projector and str(result.projector)}
+        )
     else:
         output.line(
             f"{result.path}: {result.architecture}, {result.outtype}, {result.tensors} tensors, {result.bytes:,} bytes"
         )
+        if result.projector is not None:
+            output.line(f"{result.projector}: projector, {result.projector.stat().st_size:,} bytes")

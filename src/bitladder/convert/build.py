@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.convert import model_metadata
-from bitladder.convert.check_converted import check_converted
+from bitladder.convert.check_converted import check_converted, check_finite_file
 from bitladder.convert.checkpoint import Checkpoint
 from bitladder.convert.config import Config, read_json
 from bitladder.convert.families import Family, architectures, family_for, named_family
@@ -27,8 +27,8 @@ from bitladder.convert.tensors import (
     small_end_loss,
 )
 from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
-from bitladder.convert.upstream import converter_at, refuse_code, run_converter
-from bitladder.errors import UsageError
+from bitladder.convert.upstream import Converter, converter_at, known_to, refuse_code, refuse_incomplete, run_converter
+from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing
 from bitladder.hub import fetch_checkpoint
 from bitladder.keys import Algorithm
@@ -39,6 +39,7 @@ CONVERT = Algorithm(
     (
         "tensors, vocabulary and metadata as convert_hf_to_gguf.py writes them",
         "where places of a checkpoint differ, the one that transformers takes; all end tokens; FP8 is dequantized",
+        "the projector of images or sounds beside the model",
     ),
 )
 
@@ -53,6 +54,7 @@ class ConvertResult:
         outtype: f16, bf16 or f32.
         tensors: number of tensors.
         bytes: size of the file.
+        projector: the file of the projector of images or sounds; None if there is none.
     """
 
     path: pathlib.Path
@@ -60,6 +62,7 @@ class ConvertResult:
     outtype: str
     tensors: int
     bytes: int
+    projector: pathlib.Path | None = None
 
 
 @CONVERT.entry
@@ -71,6 +74,7 @@ def convert(
     upstream: bool | None = None,
     converter: pathlib.Path | None = None,
     trust_remote_code: bool = False,
+    projector: pathlib.Path | None = None,
     progress: Progress = SILENT,
 ) -> ConvertResult:
     """Writes a checkpoint as a GGUF file.
@@ -86,6 +90,8 @@ def convert(
         converter: convert_hf_to_gguf.py, a folder with it, or llama-cpp-python's source archive, to use as llama.cpp's
             converter instead of downloading it. A script runs with this Python.
         trust_remote_code: whether llama.cpp's converter may run Python code that the checkpoint brings.
+        projector: the file to write a projector of images or sounds to, if llama.cpp's converter knows the
+            checkpoint's; None for none.
         progress: is told how much is done.
 
     Raises:
@@ -97,13 +103,23 @@ def convert(
     if uses_upstream(folder, upstream=upstream, converter=converter):
         names = architectures(Config(read_json(folder / "config.json"), folder / "config.json"))
         refuse_code(folder, names, trusted=trust_remote_code)
+        refuse_incomplete(read_json(folder / "config.json"), folder / "config.json")
         program = converter_at(converter, progress)
         progress.info(f"{', '.join(names) or folder.name}: llama.cpp's converter ({program.script.name}) converts it")
+        beside = projector if projector is not None and _has_projector(folder, converter, progress) else None
         with replacing(out) as temporary:
             run_converter(program, folder, temporary, outtype, progress)
-            converted = check_converted(temporary, folder, progress)
+            more = _convert_projector(program, folder, beside, outtype, progress) if beside is not None else 0
+            converted = check_converted(temporary, folder, progress, more)
         size = pathlib.Path(out).stat().st_size
-        return ConvertResult(pathlib.Path(out), converted.architecture, converted.outtype, converted.tensors, size)
+        return ConvertResult(
+            pathlib.Path(out),
+            converted.architecture,
+            converted.outtype,
+            converted.tensors,
+            size,
+            beside if more else None,
+        )
     with _gguf_warnings(progress):
         checkpoint = Checkpoint(folder, progress)
         family = family_for(checkpoint.config)
@@ -116,6 +132,27 @@ def convert(
             tensors = write_file(temporary, checkpoint, family, copies, outtype=decided, progress=progress)
     name = gguf.MODEL_ARCH_NAMES[family.arch]
     return ConvertResult(pathlib.Path(out), name, decided, tensors, pathlib.Path(out).stat().st_size)
+
+
+def _has_projector(folder: pathlib.Path, converter: pathlib.Path | None, progress: Progress) -> bool:
+    """Whether llama.cpp's converter knows the projector of a checkpoint. One that has no list knows none."""
+    try:
+        return known_to(converter, read_json(folder / "config.json"), progress).projector
+    except BitladderError:
+        return False
+
+
+def _convert_projector(
+    program: Converter, folder: pathlib.Path, out: pathlib.Path, outtype: str, progress: Progress
+) -> int:
+    """Writes the projector, and returns its number of weights. One that cannot be converted is a warning, and 0."""
+    try:
+        with replacing(out) as temporary:
+            run_converter(program, folder, temporary, outtype, progress, projector=True)
+            return check_finite_file(temporary, progress)
+    except BitladderError as error:
+        progress.warn(f"the model is converted without its projector of images or sounds: {error}")
+        return 0
 
 
 def uses_upstream(folder: pathlib.Path, *, upstream: bool | None, converter: pathlib.Path | None) -> bool:

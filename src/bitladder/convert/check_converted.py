@@ -27,7 +27,20 @@ class Converted:
     tensors: int
 
 
-def check_converted(path: pathlib.Path, checkpoint: pathlib.Path, progress: Progress) -> Converted:
+def check_finite_file(path: pathlib.Path, progress: Progress) -> int:
+    """The number of weights of a GGUF. Raises BitladderError that names a tensor with a value that is not finite."""
+    with (
+        GgufFile(path) as file,
+        progress.task("Checking the converted weights", file.tensor_bytes) as bar,
+    ):
+        for tensor in file.tensors.values():
+            bar.note(tensor.name)
+            refuse_not_finite(tensor, file.read(tensor))
+            bar.advance(tensor.nbytes)
+        return sum(tensor.elements for tensor in file.tensors.values())
+
+
+def check_converted(path: pathlib.Path, checkpoint: pathlib.Path, progress: Progress, beside: int = 0) -> Converted:
     """Checks a GGUF that another converter wrote.
 
     Every value is finite, and the library loads the file, so no tensor that its architecture needs is missing. A
@@ -37,17 +50,13 @@ def check_converted(path: pathlib.Path, checkpoint: pathlib.Path, progress: Prog
         path: the GGUF file.
         checkpoint: directory of the checkpoint.
         progress: gets the warning.
+        beside: number of weights in the projector beside it.
 
     Raises:
         BitladderError: names the tensor that is not finite, or has the library's reason.
     """
+    weights = check_finite_file(path, progress) + beside
     with GgufFile(path) as file:
-        weights = sum(tensor.elements for tensor in file.tensors.values())
-        with progress.task("Checking the converted weights", file.tensor_bytes) as bar:
-            for tensor in file.tensors.values():
-                bar.note(tensor.name)
-                refuse_not_finite(tensor, file.read(tensor))
-                bar.advance(tensor.nbytes)
         converted = Converted(file.architecture, _outtype(file), len(file.tensors))
     with Model(path):
         pass

@@ -31,6 +31,11 @@ class ConvertOptions(Options):
         metavar="PATH",
         help="Use this instead of the download: convert_hf_to_gguf.py, its folder, or llama-cpp-python's .tar.gz.",
     )
+    mmproj: bool = option(
+        True,
+        "--mmproj/--no-mmproj",
+        help="Convert the projector of images or sounds too, to a file mmproj-… beside the model.",
+    )
     trust_remote_code: bool = option(
         False, "--trust-remote-code", help="Let llama.cpp's converter run Python code that MODEL brings."
     )

@@ -16,7 +16,7 @@ from bitladder.convert.options import ConvertOptions
 from bitladder.convert.quantized import check_quantization
 from bitladder.convert.safetensors import Shape
 from bitladder.convert.tensors import OUTTYPES, STORED, choose_outtype, plan_copies
-from bitladder.convert.upstream import known_to, refuse_code
+from bitladder.convert.upstream import known_to, refuse_code, refuse_incomplete
 from bitladder.errors import BitladderError
 from bitladder.progress import SILENT, Progress
 
@@ -110,6 +110,7 @@ def _of_upstream(
     """The outline of what llama.cpp's converter would write, as far as the gguf package has the names of tensors."""
     config, names = checkpoint.config, architectures(checkpoint.config)
     refuse_code(checkpoint.folder, names, trusted=options.trust_remote_code)
+    refuse_incomplete(config.values, config.path)
     known = known_to(options.converter, config.values, progress)
     if known.architecture is None:
         raise BitladderError(
@@ -136,7 +137,7 @@ def _of_upstream(
         elif len(shape) > 1:
             unmatched[name] = weights
     _write(out, known.architecture, values, blocks, shapes, outtype)
-    return Outline(out, False, tokenizer, known.projector, unmatched=unmatched, **left)
+    return Outline(out, False, tokenizer, known.projector and options.mmproj, unmatched=unmatched, **left)
 
 
 def _write(

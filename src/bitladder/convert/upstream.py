@@ -29,6 +29,9 @@ from bitladder.progress import SILENT, Progress
 LIBRARY = "llama-cpp-python"
 SCRIPT = "convert_hf_to_gguf.py"
 REQUIREMENTS = "requirements/requirements-convert_hf_to_gguf.txt"
+# Class → key of config.json and its value. transformers does not need the key, and leaves it out when it saves a model.
+# llama.cpp computes something else without it.
+NEEDED = {"DeepseekV3ForCausalLM": ("scoring_func", "sigmoid")}
 # What is unpacked of vendor/llama.cpp.
 WANTED = (SCRIPT, "conversion/", "gguf-py/", "requirements/", "LICENSE")
 MOST_UNPACKED = 64 << 20  # bytes; what is wanted has some 2 MB
@@ -242,9 +245,15 @@ def requirements(home: pathlib.Path) -> tuple[list[str], list[str]]:
 
 
 def run_converter(
-    converter: Converter, folder: pathlib.Path, target: pathlib.Path, outtype: str, progress: Progress
+    converter: Converter,
+    folder: pathlib.Path,
+    target: pathlib.Path,
+    outtype: str,
+    progress: Progress,
+    *,
+    projector: bool = False,
 ) -> None:
-    """Converts a checkpoint.
+    """Converts a checkpoint, or the projector of images or sounds that it has.
 
     Parameters:
         converter: the converter.
@@ -252,6 +261,7 @@ def run_converter(
         target: the file to write.
         outtype: f16, bf16, f32 or auto.
         progress: shows how much is done, as the converter says.
+        projector: whether the projector is meant.
 
     Raises:
         BitladderError: the converter fails or writes no GGUF; the message has its last lines.
@@ -264,9 +274,11 @@ def run_converter(
         str(target),
         "--outtype",
         outtype,
+        *(["--mmproj"] if projector else []),
     ]
+    label = f"Converting {'the projector' if projector else ''} with {converter.script.name}".replace("  ", " ")
     lines: list[str] = []
-    with progress.task(f"Converting with {converter.script.name}", 100) as bar:
+    with progress.task(label, 100) as bar:
         done = 0
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
@@ -309,6 +321,25 @@ def refuse_code(folder: pathlib.Path, names: Sequence[str], *, trusted: bool) ->
             f"{folder} ({', '.join(names)}) brings Python code ({', '.join(code[:3])}), which llama.cpp's converter "
             "may run; read it, then give --trust-remote-code"
         )
+
+
+def refuse_incomplete(config: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Refuses a checkpoint that llama.cpp would compute otherwise than transformers, for want of a key in config.json.
+
+    Parameters:
+        config: the values of config.json.
+        path: the file.
+
+    Raises:
+        UsageError: names the key.
+    """
+    for name in _class_names(config):
+        key, value = NEEDED.get(name, ("", ""))
+        if key and config.get(key) is None:
+            raise UsageError(
+                f'{path} has no {key}, and without it llama.cpp computes another model; add "{key}": "{value}", as the '
+                f"makers of {name} publish it"
+            )
 
 
 def _download(version: str, folder: pathlib.Path, progress: Progress) -> pathlib.Path:

@@ -13,7 +13,7 @@ from bitladder.compare import check_structure, check_weights, perplexity_sign
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Scores
 from bitladder.files import file_name
-from bitladder.gguf import GgufFile, open_model, plain_path
+from bitladder.gguf import GgufFile, open_model, plain_path, prediction_tensors
 from bitladder.hub import Fetched, fetch
 from bitladder.ladder.store import Store
 from bitladder.progress import Progress
@@ -116,6 +116,7 @@ def describe(path: pathlib.Path) -> dict[str, Any]:
             "bytes": file.size,
             "bpw": file.bpw,
             "parameters": sum(tensor.elements for tensor in file.tensors.values()),
+            "prediction_weights": sum(file.tensors[name].elements for name in prediction_tensors(file)),
             "general": {key.removeprefix("general."): value for key, value in general.items()},
             "origin": _origin(general),
         }

@@ -24,6 +24,7 @@ PLANNING = Algorithm(
         "recipes are measured, prices corrected, and the problem solved again",
         "rivals compete, and text to which nothing was fitted decides",
         "corrections are fitted to the recipes of the plan itself, not to all that the journal holds",
+        "matrices that no calibration text reaches are not planned",
     ),
     uses=(ALLOCATION, SWAPPED_KLD),
 )

@@ -80,6 +80,11 @@ class Planner(Closing):
         self.work = inputs.model.with_name(f"{inputs.model.stem}.plan") if inputs.work is None else inputs.work
         with contextlib.ExitStack() as opened:
             self.subject = opened.enter_context(Subject(inputs.model, inputs.imatrix))
+            if unreached := self.subject.unreached:
+                progress.warn(
+                    f"no calibration text reaches {len(unreached)} tensors ({unreached[0]}, …): they are not planned, "
+                    "and get Q8_0"
+                )
             if self.subject.imatrix and (zeros := zeros_in(self.subject.imatrix, self.subject.tensors)):
                 progress.warn(zeros)
             rounding = None
@@ -298,10 +303,10 @@ class Planner(Closing):
             feedback = loop.run(others | dict(rivals or {}), self.progress)
             problem, allocation, types = feedback.problem, feedback.allocation, feedback.best.types
             tokens = measurements.tokens
-        whole = {name: types.get(name, tensor.type.name) for name, tensor in self.subject.file.tensors.items()}
+        whole, nbytes = self.subject.complete(self.full_types() | dict(types))
         return PlanResult(
             types=whole,
-            bytes=self.subject.file_bytes(types),
+            bytes=nbytes,
             allocation=allocation,
             problem=problem,
             prices=prices,

@@ -1,8 +1,9 @@
 """The model of a plan: a full-precision file, its importance, and what the library allows for each tensor."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from bitladder.calibrate import Imatrix, read_imatrix
 from bitladder.engine import Request, TensorType, all_types, preset_types, storable, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import Closing, sha256_file
-from bitladder.gguf import TensorPlan, block_of, file_size, kind_of, open_model, padded
+from bitladder.gguf import TensorPlan, block_of, file_size, kind_of, open_model, padded, prediction_tensors
 from bitladder.progress import SILENT
 from bitladder.quantize import RUNGS, VERSION_KEY, QuantizeOptions, prepare
 from bitladder.recipe import changeable, exact_patterns
@@ -42,7 +43,8 @@ class Subject(Closing):
         imatrix: the importance matrix of the same model, or None.
 
     Attributes:
-        tensors: names of the tensors that can be quantized, in the order of the file.
+        tensors: names of the tensors that can be planned, in the order of the file.
+        unreached: names of further tensors that can be quantized, which no calibration text reached.
         importance: tensor → mean squared inputs, float32, shape [matrices, width].
         places: tensor → (kind, layer); the layer is None outside of blocks.
 
@@ -57,8 +59,18 @@ class Subject(Closing):
         self.file = open_model(path)
         self._needy: dict[str, set[str]] = {}
         try:
-            self.tensors = self._changeable()
-            self.importance = self._importances()
+            changeable = self._changeable()
+            self.importance = self._importances(changeable)
+            heads = set(prediction_tensors(self.file))
+            self.unreached = [
+                name
+                for name in changeable
+                if name not in self.importance
+                and (name in heads or (self.imatrix is not None and block_of(name) is not None))
+            ]
+            self.tensors = [name for name in changeable if name not in set(self.unreached)]
+            if not self.tensors:
+                raise BitladderError(f"the imatrix {imatrix} knows no tensor of {path} that can be planned")
         except BaseException:
             self.file.close()
             raise
@@ -81,13 +93,13 @@ class Subject(Closing):
             raise BitladderError(f"{self.path} has no tensor that can be quantized")
         return names
 
-    def _importances(self) -> dict[str, Floats]:
+    def _importances(self, names: Sequence[str]) -> dict[str, Floats]:
         matrix = self.imatrix
         if matrix is None:
             return {}
         if not matrix.entries.keys() & self.file.tensors.keys():
             raise BitladderError(f"the imatrix {self.imatrix_path} belongs to another model: no tensor is in both")
-        importance = {name: matrix.columns(name, self.file.tensors[name]) for name in self.tensors}
+        importance = {name: matrix.columns(name, self.file.tensors[name]) for name in names}
         return {name: columns for name, columns in importance.items() if columns is not None}
 
     def needy(self, name: str) -> set[str]:
@@ -126,23 +138,32 @@ class Subject(Closing):
                 fitting = preset
         return fitting
 
-    def file_bytes(self, types: Mapping[str, str]) -> int:
-        """The exact size of the file that `bitladder quantize --recipe` writes."""
+    def complete(self, types: Mapping[str, str]) -> tuple[dict[str, str], int]:
+        """The type of every tensor of the file, and the exact size of what `bitladder quantize --recipe` writes.
+
+        Tensors that are not planned get Q8_0 if they can be quantized.
+        """
         options = QuantizeOptions(types=dict(types), preset="Q8_0")
         with prepare(self.path, options, imatrix=self.imatrix_path, progress=SILENT) as prepared:
-            return prepared.bytes
+            return prepared.choice.types, prepared.bytes
 
     def overhead(self) -> int:
-        """Bytes of a planned file outside of the tensors that get a type: header, padding, norms."""
-        block = type_by_name("q8_0").block
-        stored = {name: self.file.tensors[name] for name in self.tensors}
-        types = {name: tensor.type.name if tensor.width % block else "q8_0" for name, tensor in stored.items()}
-        return self.file_bytes(types) - sum(self.tensor_bytes(name, kind) for name, kind in types.items())
+        """Bytes of a planned file outside of the tensors that get a type: header, padding, norms, unreached heads."""
+        types, nbytes = self._in_eight_bits
+        return nbytes - sum(self.tensor_bytes(name, types[name]) for name in self.tensors)
 
     def header_bytes(self) -> int:
         """Bytes of a planned file that are no weights: header and padding."""
-        names = set(self.tensors)
-        return self.overhead() - sum(tensor.nbytes for name, tensor in self.file.tensors.items() if name not in names)
+        types, _ = self._in_eight_bits
+        planned = set(self.tensors)
+        return self.overhead() - sum(self.plain_bytes(name, types[name]) for name in types if name not in planned)
+
+    @functools.cached_property
+    def _in_eight_bits(self) -> tuple[dict[str, str], int]:
+        """As `complete`, with Q8_0 for every tensor whose width can hold it."""
+        block = type_by_name("q8_0").block
+        stored = {name: self.file.tensors[name] for name in self.tensors}
+        return self.complete({name: t.type.name if t.width % block else "q8_0" for name, t in stored.items()})
 
     def tensor_bytes(self, name: str, kind: str) -> int:
         """Bytes of a tensor in the file, padding included."""

@@ -6,13 +6,13 @@ its answer is checked for everything that would fail later.
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from bitladder.engine import PresetTypes, Request, TensorType, all_types, check_overrides, plain_type, preset_types
 from bitladder.errors import BitladderError, UsageError
-from bitladder.gguf import GgufFile, TensorInfo
+from bitladder.gguf import GgufFile, TensorInfo, prediction_tensors
 from bitladder.quantize.prune import Pruning, plan_pruning
-from bitladder.quantize.quantize_options import QuantizeOptions, check_options, parse_override
+from bitladder.quantize.quantize_options import AS_PRESET, QuantizeOptions, check_options, parse_override
 from bitladder.recipe import PatternMatch, exact_patterns, match_patterns, parse_tensor_type, target_type
 
 # The tensors of --token-embedding-type and --output-tensor-type. llama-quantize has no fallback for their widths.
@@ -81,13 +81,13 @@ class ChosenTypes:
         return {tensor.name: tensor.type.name for tensor in self.tensors}
 
 
-def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> ChosenTypes:
+def choose(file: GgufFile, options: QuantizeOptions, *, importance: Collection[str] | None) -> ChosenTypes:
     """Chooses the type of every tensor. Nothing is written.
 
     Parameters:
         file: the source.
         options: preset, recipe, patterns and so on.
-        imatrix: whether there is an importance matrix.
+        importance: names of the tensors that an importance matrix knows; None if there is none.
 
     Raises:
         UsageError: the options cannot be used with this file.
@@ -101,8 +101,9 @@ def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> Chosen
     recipe = _recipe_types(file, options.types or {}, sources)
     pairs = [parse_tensor_type(text) for text in options.tensor_types]
     matches = match_patterns(file.path, pairs, list(sources))
-    overrides = recipe | {name: match.type for match in matches for name in match.first}
-    request = _request(options, overrides, sources, imatrix)
+    named = recipe | {name: match.type for match in matches for name in match.first}
+    unreached = _unreached(file, options, named.keys() | set(importance or ()), sources)
+    request = _request(options, unreached | named, sources, importance is not None)
     check_overrides(file.path, request.kv)
     answer = preset_types(file.path, request)
     if answer.types.keys() != sources.keys():
@@ -111,8 +112,9 @@ def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> Chosen
     remarks = []
     if options.types is not None:
         answer, unnamed = _exactly(file, recipe, request, answer, sources)
-        remarks = _unnamed(options, unnamed)
-    reasons = _reasons(options, recipe, matches)
+        remarks = _unnamed(options, [name for name in unnamed if name not in unreached])
+    reasons = {name: ("no text reaches it", kind) for name, kind in unreached.items()}
+    reasons |= _reasons(options, recipe, matches)
     tensors = []
     for name, kind in answer.types.items():
         source, without_fallback = sources[name], answer.misfits.get(name, kind)
@@ -122,7 +124,7 @@ def choose(file: GgufFile, options: QuantizeOptions, *, imatrix: bool) -> Chosen
         tensors.append(TensorChoice(name, source, kind, without_fallback, reason))
     uses = tuple(_use(match, tensors) for match in matches)
     _refuse(options, tensors)
-    warnings = (*remarks, *_warnings(tensors, uses))
+    warnings = (*remarks, *_of_unreached(unreached, tensors), *_warnings(tensors, uses))
     return ChosenTypes(tuple(tensors), uses, warnings, request, answer.needs_imatrix, pruning)
 
 
@@ -132,6 +134,40 @@ def _renamed(file: GgufFile, pruning: Pruning | None) -> dict[str, TensorInfo]:
         return dict(file.tensors)
     renamed = {pruning.new_name(name): tensor for name, tensor in file.tensors.items()}
     return {name: tensor for name, tensor in renamed.items() if name is not None}
+
+
+def _unreached(
+    file: GgufFile, options: QuantizeOptions, known: Collection[str], sources: Mapping[str, TensorInfo]
+) -> dict[str, TensorType]:
+    """The type of the tensors of prediction heads that nothing else decides: no text says which weights matter there.
+
+    Parameters:
+        file: the source.
+        options: the options.
+        known: tensors that a recipe, a pattern or an importance matrix names.
+        sources: new name → tensor of the source.
+    """
+    heads = set(prediction_tensors(file))
+    plain = options.copies or (options.preset is not None and plain_type(options.preset) is not None)
+    if options.unreached_type == AS_PRESET or options.pure or plain or not heads:
+        return {}
+    kind = target_type(options.unreached_type, "--unreached-type")
+    return {
+        name: kind
+        for name, tensor in sources.items()
+        if tensor.name in heads and name not in known and len(tensor.shape) > 1 and tensor.type.bpw > kind.bpw
+    }
+
+
+def _of_unreached(unreached: Mapping[str, TensorType], tensors: list[TensorChoice]) -> list[str]:
+    """A remark on the tensors of prediction heads."""
+    quantized = [tensor for tensor in tensors if tensor.name in unreached and tensor.changes]
+    if not quantized:
+        return []
+    return [
+        f"no text reaches the prediction heads: {len(quantized)} tensors ({quantized[0].name}, …) become "
+        f"{quantized[0].requested.name}; --unreached-type {AS_PRESET} gives them the types of llama-quantize"
+    ]
 
 
 def _recipe_types(file: GgufFile, types: Mapping[str, str], sources: Mapping[str, TensorInfo]) -> dict[str, TensorType]:

@@ -201,7 +201,7 @@ def prepare(
         used = selected(read_imatrix(imatrix) if imatrix is not None else None, options)
         if imatrix is None and (options.include_weights or options.exclude_weights):
             progress.warn("--include-weights and --exclude-weights have no effect without --imatrix")
-        choice = choose(file, options, imatrix=used is not None)
+        choice = choose(file, options, importance=None if used is None else used.entries.keys())
         importance = importance_of(file.path, choice, used, progress)
         for line in choice.warnings:
             progress.warn(line)

@@ -10,6 +10,7 @@ from bitladder.errors import UsageError
 from bitladder.options import Options, option
 
 COPY = "COPY"
+AS_PRESET = "preset"  # of --unreached-type
 # The ladder, from the smallest to the largest.
 RUNGS = (
     "IQ3_S",
@@ -64,6 +65,12 @@ class QuantizeOptions(Options):
         (), "--override-kv", metavar="KEY=TYPE:VALUE", help="Metadata to set (int, float, bool, str)."
     )
     prune_layers: tuple[int, ...] = option((), help="Numbers of the blocks to leave out.")
+    unreached_type: str = option(
+        "q8_0",
+        "--unreached-type",
+        metavar="TYPE",
+        help=f"Type of prediction heads (MTP, NextN), which no text reaches; {AS_PRESET}: as llama-quantize.",
+    )
     no_fallback: bool = option(
         False, "--no-fallback", help="Stop where a width cannot hold the type, and use no other instead."
     )

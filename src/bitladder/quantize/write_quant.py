@@ -25,6 +25,7 @@ QUANTIZE = Algorithm(
         "all of llama-quantize's options, recipes by exact names, metadata in its order",
         "a tensor's blocks may come from elsewhere, and its metadata says from where",
         "a matrix whose importance is 0 throughout is quantized as if all its columns counted alike",
+        "prediction heads that no text reaches get Q8_0",
     ),
 )
 

@@ -74,6 +74,8 @@ def facts(run: FinishedRun) -> dict[str, Any]:
         "run": run,
         "record": run.record,
         "full": run.full,
+        "projector": run.manifest.steps["convert"].facts.get("projector"),
+        "prediction_weights": run.manifest.steps["convert"].facts.get("prediction_weights", 0),
         "has_full_file": bool(run.manifest.steps["convert"].outputs),
         "base": base,
         "base_size": gigabytes(base.bytes),

@@ -88,7 +88,7 @@ def _paths(layout: Layout, manifest: Manifest, run: RunRecord) -> Iterator[tuple
     """Paths of the files and, for models, their labels."""
     convert = manifest.steps["convert"]
     for output in convert.outputs:  # there are none if the run started from a GGUF, which belongs to the user
-        yield layout.model(output.path), str(convert.facts["encoding"])
+        yield layout.model(output.path), None if side_word(output.path) else str(convert.facts["encoding"])
     rungs = {rung: read_scores(layout.scores(rung)) for rung in run.rungs}
     for rung, scores in rungs.items():
         yield layout.model(scores.model), rung

@@ -67,6 +67,11 @@ class Layout:
         return self.folder / ".converted.tmp"
 
     @property
+    def converting_projector(self) -> pathlib.Path:
+        """The projector until the name of the model is known."""
+        return self.folder / ".projector.tmp"
+
+    @property
     def work(self) -> pathlib.Path:
         """What planning, smoothing and rounding keep: large, and of use to this run and `bitladder verify` only."""
         return self.folder / ".planning"
@@ -97,6 +102,10 @@ class Layout:
     def full(self, stem: str, encoding: str) -> pathlib.Path:
         """The full-precision model."""
         return self.folder / f"{stem}-{encoding}.gguf"
+
+    def projector(self, full: pathlib.Path) -> pathlib.Path:
+        """The projector of images or sounds that goes with a full-precision model and all its quants."""
+        return full.with_name(f"mmproj-{full.name}")
 
     def quant(self, stem: str, rung: str) -> pathlib.Path:
         """The file of a rung."""

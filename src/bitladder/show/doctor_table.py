@@ -7,22 +7,26 @@ from typing import Any
 from rich.text import Text
 
 from bitladder.gguf import ranges
-from bitladder.ladder import Diagnosis, WidthMisfit
+from bitladder.ladder import Diagnosis, Estimate, WidthMisfit, in_words
 from bitladder.show.table import Column, Table
 
 SHOWN = 4  # kinds of tensors of a width that are named
 
 
-def diagnosis_json(diagnosis: Diagnosis) -> dict[str, Any]:
-    """The diagnosis as a JSON value."""
-    return {"works": diagnosis.works, **dataclasses.asdict(diagnosis)}
+def diagnosis_json(diagnosis: Diagnosis, cost: Estimate | None = None) -> dict[str, Any]:
+    """The diagnosis as a JSON value, with what a run takes."""
+    names = ("seconds", "core_seconds", "memory_bytes", "disk_bytes")
+    sums = None if cost is None else {name: getattr(cost, name) for name in names}
+    return {"works": diagnosis.works, **dataclasses.asdict(diagnosis), "estimate": sums}
 
 
-def diagnosis_table(diagnosis: Diagnosis) -> Table:
-    """A line for each thing that matters to a run; the verdict comes last."""
+def diagnosis_table(diagnosis: Diagnosis, cost: Estimate | None = None) -> Table:
+    """A line for each thing that matters to a run, and what the whole ladder takes; the verdict comes last."""
     table = Table([Column(""), Column("", fold=True)])
     for topic, text in _lines(diagnosis):
         table.add(Text(topic, "bold"), text)
+    if cost is not None:
+        table.add(Text("a run", "bold"), f"{in_words(cost)} (`bitladder estimate` for other options)")
     for remark in diagnosis.remarks:
         table.add(Text("remark", "bold"), remark)
     if diagnosis.works:
@@ -64,7 +68,7 @@ def _lines(about: Diagnosis) -> Iterator[tuple[str, str]]:
             f"{about.prediction:,} weights for further tokens; no text reaches them, so they get Q8_0",
         )
     if about.perception:
-        done = "converted to a projector beside the model" if about.projector else "left out: no converter knows them"
+        done = "converted to a projector beside the model" if about.projector else "left out"
         yield "images, sounds", f"{about.perception:,} weights, {done}"
     yield from _widths(about)
     why = f"positions: {about.no_gradients}" if about.no_gradients else "gradients"

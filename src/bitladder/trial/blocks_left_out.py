@@ -11,7 +11,7 @@ import pathlib
 from bitladder.engine import Decoding
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Figure, HiddenBase, MeasureOptions, load_or_compute_base, mean
-from bitladder.gguf import GgufFile, block_of, name_in_block
+from bitladder.gguf import GgufFile, block_of, name_in_block, prediction_tensors
 from bitladder.options import option
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text
@@ -99,8 +99,9 @@ def _blocks(file: GgufFile) -> tuple[dict[int, int], dict[int, list[str]]]:
     sizes: dict[int, int] = collections.Counter()
     ends: dict[int, list[str]] = collections.defaultdict(list)
     halves: dict[int, set[tuple[str, ...]]] = collections.defaultdict(set)
+    heads = set(prediction_tensors(file))  # no text that is measured here reaches them
     for tensor in file.tensors.values():
-        block = block_of(tensor.name)
+        block = None if tensor.name in heads else block_of(tensor.name)
         stem, _, suffix = name_in_block(tensor.name).rpartition(".")
         if block is None or suffix not in ("weight", "bias"):
             continue

@@ -13,7 +13,7 @@ CONVERT = 2e-9  # seconds of a byte that is written
 
 
 class Convert(Step):
-    """checkpoint → full-precision GGUF."""
+    """checkpoint → full-precision GGUF, and the projector of images or sounds."""
 
     verb = "convert"
     algorithms = (convert.CONVERT,)
@@ -24,8 +24,9 @@ class Convert(Step):
         return ("model", "converter") if self.options.conversion.converter else ("model",)
 
     def decides(self) -> Mapping[str, Any]:
-        """The type of the matrices, and whose converter is asked for."""
-        return {"outtype": self.options.conversion.outtype, "upstream": self.options.conversion.upstream}
+        """The type of the matrices, whose converter is asked for, and whether a projector is wanted."""
+        conversion = self.options.conversion
+        return {"outtype": conversion.outtype, "upstream": conversion.upstream, "mmproj": conversion.mmproj}
 
     def surroundings(self, run: Run) -> Mapping[str, Any]:
         """If llama.cpp's own converter converts: its version, and the code of the checkpoint that it may run."""
@@ -73,20 +74,27 @@ class Convert(Step):
         return Product([], {**describe(path), "sha256": run.store.sha256(path, f"model: {path.name}")})
 
     def _converted(self, run: Run) -> Product:
-        hidden = run.layout.converting
+        hidden, hidden_projector = run.layout.converting, run.layout.converting_projector
         try:
-            convert.convert(
+            converted = convert.convert(
                 run.source.path,
                 hidden,
                 outtype=self.options.conversion.outtype,
                 upstream=self.options.conversion.upstream,
                 converter=self.options.conversion.converter,
                 trust_remote_code=self.options.conversion.trust_remote_code,
+                projector=hidden_projector if self.options.conversion.mmproj else None,
                 progress=run.progress,
             )
             facts = describe(hidden)
             path = run.layout.full(facts["stem"], facts["encoding"])
             hidden.replace(path)
+            paths = [path]
+            if converted.projector is not None:
+                paths.append(run.layout.projector(path))
+                hidden_projector.replace(paths[-1])
+                facts |= {"projector": {"file": paths[-1].name, "bytes": paths[-1].stat().st_size}}
         finally:
             hidden.unlink(missing_ok=True)
-        return Product([path], facts | {"file": path.name, "sha256": run.store.sha256(path, path.name)})
+            hidden_projector.unlink(missing_ok=True)
+        return Product(paths, facts | {"file": path.name, "sha256": run.store.sha256(path, path.name)})

@@ -29,6 +29,7 @@ PRICES = Algorithm(
         "types with minimums are a family of their own in the law",
         "a type that was not measured takes the larger factor of its neighbours",
         "rounded blocks of few passes are priced",
+        "matrices that no calibration text reaches are not planned",
     ),
     uses=(RENDERING, SWAPPED_KLD),
 )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from bitladder.calibrate import Imatrix
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile, block_of, block_prefix
+from bitladder.gguf import GgufFile, block_of, block_prefix, prediction_tensors
 from bitladder.progress import Progress
 from bitladder.refine.model_files import Doubles, Floats, column_squares
 from bitladder.refine.options import SmoothingOptions
@@ -61,7 +61,7 @@ def links_of(file: GgufFile) -> list[Link]:
     """The links of a model, by block. Raises SmoothingError for a model without any that is known here."""
     blocks = sorted({block for name in file.tensors if (block := block_of(name)) is not None})
     links = [link for block in blocks for link in _of_block(file, block)]
-    if "output.weight" in file.tensors and "output_norm.weight" in file.tensors:
+    if not prediction_tensors(file) and "output.weight" in file.tensors and "output_norm.weight" in file.tensors:
         links.append(_of_norm(file, "output_norm", ["output.weight"]))
     if not links:
         raise SmoothingError(
@@ -73,7 +73,8 @@ def links_of(file: GgufFile) -> list[Link]:
 
 def _of_block(file: GgufFile, block: int) -> list[Link]:
     start, links = block_prefix(block), []
-    names = {name.removeprefix(start).removesuffix(".weight") for name in file.tensors if name.startswith(start)}
+    weights = [name for name in file.tensors if name.startswith(start) and name.endswith(".weight")]
+    names = {name.removeprefix(start).removesuffix(".weight") for name in weights}
     for norm, known in _NORMS.items():
         readers = [f"{start}{stem}.weight" for stem in known if stem in names]
         # With attention and feed-forward side by side one norm serves both, and the other does not exist.

@@ -25,6 +25,7 @@ SMOOTHING = Algorithm(
     (
         "channels are balanced by powers of two between norms, v, up and the weights behind them",
         "channels are ordered where the head cannot be scaled",
+        "the norm before a head stays where prediction heads share the head",
     ),
 )
 
