@@ -33,6 +33,7 @@ HALF = {"probe_tokens": 50_000, "chunks": 8, "random_recipes": 6, "rounds": 3, "
 VARIANTS: dict[str, dict[str, Any]] = {
     "preset": STOCK,
     "smoothed": STOCK | {"smooth": True},
+    "fast": {"effort": "fast"},
     "planned, few tokens, no feedback": PLAN | {"planning": FEW | {"measure": False}},
     "planned, few tokens": PLAN | {"planning": FEW},
     "planned, half the tokens": PLAN | {"planning": HALF},
@@ -46,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smoothed, rounded": ROUND | {"smooth": True},
     "smoothed, planned few, rounded": ALL | {"planning": FEW},
     "smoothed, planned, rounded": ALL,
+    "normal": {"effort": "normal"},
     "the same, priced by six passes": ALL | {"planning": {"price_passes": 6}},
     "the same, tuned on 16 chunks": ALL | {"tune_chunks": 16},
     "the same, tuned on 64 chunks": ALL | {"tune_chunks": 64},
@@ -94,16 +96,16 @@ def forget_peak() -> None:
 
 def options_of(base: dict[str, Any], variant: dict[str, Any]) -> RunOptions:
     """The options of a variant."""
-    planning = dict(variant.get("planning", {}))
-    options = RunOptions(base["model"], base["out"]).replace(
+    own = {name: value for name, value in variant.items() if name not in ("planning", "effort")}
+    options = RunOptions(base["model"], base["out"]).at_effort(variant.get("effort", "high"))
+    options = options.replace(
         rungs=base["rungs"],
         calibration=base["calibration"],
         text=base["text"],
         chunks=base["chunks"],
-        threads=1,
-        **{name: value for name, value in variant.items() if name != "planning"},
+        **({"threads": 1, "bench": False, "imatrix_chunks": 40} | own),
     )
-    return options.replace(planning=options.planning.replace(**planning))
+    return options.replace(planning=options.planning.replace(**variant.get("planning", {})))
 
 
 def measure(base: dict[str, Any], name: str, variant: dict[str, Any], out: pathlib.Path) -> None:

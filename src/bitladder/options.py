@@ -6,12 +6,13 @@ The command line, the command that repeats a run, keys of results and the refere
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from bitladder.errors import UsageError
 
 KEY = "option"
+Effort = Literal["fast", "normal", "high"]
 T = TypeVar("T", bound="Options")
 
 
@@ -35,6 +36,7 @@ class Option:
         closed: whether options nested here have no flags: only Python sets them.
         hidden: whether the command that repeats a run leaves it out.
         group: the heading of `--help` that it stands under; the class has one for fields without.
+        efforts: other defaults, by effort (`Effort`).
     """
 
     help: str = ""
@@ -50,6 +52,7 @@ class Option:
     closed: bool = False
     hidden: bool = False
     group: str = ""
+    efforts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def option(default: Any, *flags: str, **more: Any) -> Any:
@@ -95,6 +98,23 @@ class Options:
         if changes:
             raise TypeError(f"{type(self).__name__} has no option {min(changes)}")
         return dataclasses.replace(self, **parts)
+
+    def at_effort(self, effort: str, keep: Container[str] = ()) -> Self:
+        """The same options, but those that cost time have their values of an effort.
+
+        Parameters:
+            effort: "fast", "normal" or "high", which has the defaults.
+            keep: names of fields that stay as they are.
+        """
+        changes: dict[str, Any] = {}
+        for field in table(type(self)):
+            if field.name == "effort":
+                changes["effort"] = effort
+            elif field.nested is not None:
+                changes[field.name] = getattr(self, field.name).at_effort(effort, () if field.option.closed else keep)
+            elif effort in field.option.efforts and field.name not in keep:
+                changes[field.name] = field.option.efforts[effort]
+        return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +207,15 @@ def build(options: type[T], values: dict[str, Any]) -> T:
 def words(options: Options, shown: Mapping[str, Callable[[Any], Any]] | None = None) -> list[str]:
     """The flags and values of all fields that differ from their default, as words of a command line.
 
-    `shown` turns a value into what may be shown of it, by what the field names ("file", "text", "tasks").
+    `shown` turns a value into what may be shown of it, by what the field names ("file", "text", "tasks"). Defaults are
+    those of the options' effort, if they have one.
     """
     parts: list[str] = []
     shown = shown or {}
+    effort = getattr(options, "effort", "high")
     for field in flat(type(options)):
         value = _value(options, field)
-        if value == field.default or field.option.hidden:
+        if value == field.option.efforts.get(effort, field.default) or field.option.hidden:
             continue
         flag = field.usual
         if field.item is bool and not field.many:

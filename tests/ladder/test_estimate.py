@@ -3,7 +3,9 @@
 import importlib
 import json
 import pathlib
+import shlex
 import shutil
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner
@@ -13,8 +15,10 @@ from bitladder.calibrate import MomentsFile, RoundingMomentsOptions, collect_for
 from bitladder.cli import application
 from bitladder.engine import Decoding
 from bitladder.errors import BitladderError, UsageError
-from bitladder.ladder import Machine, RunOptions, cost, estimate, run
+from bitladder.ladder import Machine, RunOptions, choose_effort, cost, estimate, run
 from bitladder.ladder.estimate import measure_machine, shape_of
+from bitladder.ladder.options import command_line
+from bitladder.options import Effort
 from bitladder.text import load_text
 
 CONFIGS = {
@@ -123,3 +127,74 @@ def test_a_run_that_does_not_fit_into_memory_is_refused(tiny_gguf, tmp_path, mon
     options = plain_options(model=str(tiny_gguf), out=tmp_path / "out", rungs=("Q8_0",), chunks=2)
     with pytest.raises(BitladderError, match=r"the step .* needs about .* GB of memory, and this machine has 0.1 GB"):
         run(options)
+
+
+def options_of(*words, monkeypatch):
+    """The options that `bitladder run` makes of its command line."""
+    seen = []
+    monkeypatch.setattr("bitladder.ladder.run", lambda options, **_: seen.append(options))
+    done = CliRunner().invoke(application, ["run", *words])
+    assert seen, done.output
+    return seen[0]
+
+
+@pytest.mark.parametrize("effort", get_args(Effort))
+def test_what_is_typed_counts_more_than_the_effort(effort, tmp_path, monkeypatch):
+    words = ["examples/tiny-olmo2", "--out", str(tmp_path / "out"), "--effort", effort]
+    plain = options_of(*words, monkeypatch=monkeypatch)
+    usual = RunOptions(words[0], tmp_path / "out")
+    assert plain == usual.at_effort(effort) and (plain == usual) == (effort == "high")
+    # 64 is the default, which the lower efforts change.
+    typed = options_of(*words, "--tune-chunks", "64", "--rounding", "best", monkeypatch=monkeypatch)
+    assert typed.refine.tuning.tune_chunks == 64 and typed.refine.rounding.method == "best"
+    assert typed.planning == plain.planning
+    for options in (plain, typed):
+        again = shlex.split(command_line(options, options.model, ()))[2:]
+        again[again.index("--out") + 1] = str(options.out)
+        assert options_of(*again, monkeypatch=monkeypatch) == options
+
+
+def test_less_effort_costs_less():
+    options = RunOptions("examples/tiny-olmo2", pathlib.Path("out")).replace(rungs=("Q4_K_M",))
+    seconds = [estimate(options.at_effort(name), machine=Machine()).seconds for name in get_args(Effort)]
+    assert seconds[0] < 0.7 * seconds[1] and seconds[1] < 0.7 * seconds[2]
+
+
+def test_hours_choose_the_effort(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("bitladder.ladder.estimate"), "measure_machine", lambda _: Machine())
+    options = RunOptions("examples/tiny-olmo2", pathlib.Path("out")).replace(rungs=("Q4_K_M",))
+    hours = {name: estimate(options.at_effort(name), machine=Machine()).seconds / 3600 for name in get_args(Effort)}
+    for name, enough in hours.items():
+        assert choose_effort(options, 1.01 * enough).effort == name
+    assert choose_effort(options, 1.01 * hours["fast"], {"tune_chunks"}).refine.tuning.tune_chunks == 64
+    with pytest.raises(UsageError, match="with the least effort the run takes"):
+        choose_effort(options, 0.5 * hours["fast"])
+    done = CliRunner().invoke(application, ["run", "m", "--out", "o", "--effort", "fast", "--hours", "3"])
+    assert "both choose the effort" in str(done.exception)
+
+
+@pytest.mark.parametrize(("flag", "tokens"), [((), 16_000), (("--probe-tokens", "100000"), 100_000)])
+def test_plan_and_quantize_have_efforts_too(flag, tokens, tiny_gguf, tmp_path, monkeypatch):
+    seen = []
+
+    class StopError(Exception):
+        pass
+
+    def planner(inputs, options, progress):
+        seen.append(options)
+        raise StopError
+
+    monkeypatch.setattr("bitladder.plan.Planner", planner)
+    CliRunner().invoke(application, ["plan", "-m", str(tiny_gguf), "--like", "Q8_0", "--effort", "fast", *flag])
+    assert seen[0].prices.probe_tokens == tokens and seen[0].feedback.chunks == 4
+
+    def rounded(*args, **_):
+        seen.append(args[3])
+        raise StopError
+
+    monkeypatch.setattr("bitladder.refine.quantize_rounded", rounded)
+    moments = tmp_path / "m.gguf"
+    moments.touch()
+    words = ["-m", str(tiny_gguf), "-o", str(tmp_path / "q.gguf"), "--moments", str(moments), "--rounding", "best"]
+    CliRunner().invoke(application, ["quantize", "Q8_0", *words, "--effort", "normal"])
+    assert (seen[1].rounding.passes, seen[1].rounding.method, seen[1].guard.guard_chunks) == (2, "best", 4)

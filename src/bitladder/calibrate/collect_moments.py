@@ -286,6 +286,7 @@ class RoundingMomentsOptions(Options):
         least=1,
         metavar="N",
         help="Chunks of each calibration text, spread over it, for second moments.",
+        efforts={"normal": 8},
     )
     plain_share: int = option(
         2, least=1, help="Moments in which all tokens count alike are of so many times the chunks."

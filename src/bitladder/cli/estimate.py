@@ -6,6 +6,7 @@ import pathlib
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.options import hours_option, within_hours
 from bitladder.cli.outputs import Command
 from bitladder.cli.typed import FileOrName
 from bitladder.ladder import RunOptions
@@ -23,8 +24,9 @@ from bitladder.show import Output, common_options
 )
 @click.argument("model", type=FileOrName())
 @options_from(RunOptions, arguments=("model",), leave_out=("replace_model", "keep"), out=pathlib.Path("ladder"))
+@hours_option
 @common_options
-def command(*, output: Output, options: RunOptions) -> None:
+def command(*, output: Output, options: RunOptions, hours: float | None) -> None:
     """Show the time, memory and disk that each step of `bitladder run` would take for MODEL.
 
     Give the options of the run. Nothing is loaded: of MODEL only config.json and headers are read, and of a hub id
@@ -34,6 +36,7 @@ def command(*, output: Output, options: RunOptions) -> None:
     from bitladder.show import estimate_lines, estimate_table
 
     output.tame_hub()
+    options = within_hours(options, hours)
     total = estimate(options)
     if output.json:
         sums = {name: getattr(total, name) for name in ("seconds", "core_seconds", "memory_bytes", "disk_bytes")}

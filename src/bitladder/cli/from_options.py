@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from bitladder.cli.outputs import OutputFolder, OutputPath
 from bitladder.cli.typed import Choice, FileOrName, GroupedOption, Presets, Whole
@@ -25,6 +26,7 @@ def options_from(
 ) -> Callable[[Command], Command]:
     """Gives a command one option for each field of `cls` that has a flag, and hands it an object of `cls`.
 
+    If the command has an option --effort, options that nobody typed have their values of that effort.
 
     Parameters:
         cls: the options; those nested in it are flattened.
@@ -40,7 +42,10 @@ def options_from(
         def collecting(*args: Any, **kwargs: Any) -> Any:
             values = {field.name: _typed(field, kwargs.pop(field.name)) for field in fields}
             values |= {name: kwargs.pop(name) for name in arguments}
-            return command(*args, **kwargs, **{parameter: build(cls, values)})
+            options = build(cls, values)
+            if (effort := values.get("effort", kwargs.get("effort"))) is not None:
+                options = options.at_effort(effort, typed(cls))
+            return command(*args, **kwargs, **{parameter: options})
 
         decorated: Command = collecting
         for field in reversed(fields):
@@ -48,6 +53,13 @@ def options_from(
         return decorated
 
     return decorate
+
+
+def typed(cls: type[Options]) -> set[str]:
+    """The fields of `cls` whose options stand on the command line of the command that runs."""
+    context = click.get_current_context()
+    names = (field.name for field in flat(cls))
+    return {name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
 def _typed(field: OptionField, value: Any) -> Any:
@@ -68,6 +80,8 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
         kind = _path_type(about.writes)
     elif field.item is int and about.least is not None:
         kind = Whole(int(about.least), None if about.most is None else int(about.most))
+    if about.efforts:
+        shown += f" With --effort {', '.join(f'{name}: {_shown(value)}' for name, value in about.efforts.items())}."
     more: dict[str, Any] = {"type": kind, "metavar": about.metavar}
     if field.item is bool:
         more = {"is_flag": True} if all("/" not in flag for flag in about.flags) else {}
@@ -86,6 +100,10 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
     if default is not dataclasses.MISSING:
         more["default"] = default
     return click.option(*about.flags, field.name, cls=GroupedOption, group=field.group, help=shown, **more)
+
+
+def _shown(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _path_type(writes: Any) -> click.Path:

@@ -3,14 +3,20 @@
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from bitladder.cli.file_kinds import is_quant
+from bitladder.cli.from_options import typed
 from bitladder.cli.outputs import OutputFolder, OutputPath
 from bitladder.cli.typed import FileOrName, Whole
+from bitladder.errors import UsageError
+from bitladder.options import Effort
 from bitladder.show import Output
+
+if TYPE_CHECKING:
+    from bitladder.ladder import RunOptions
 
 threads = click.option("-t", "--threads", type=Whole(1), help="Threads.  [default: all CPUs]")
 gpu_layers = click.option(
@@ -91,6 +97,42 @@ def guard(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         metavar="TEXT",
         help=f"Text on which {what}. Use neither a calibration text nor your evaluation text. none: no check.",
     )
+
+
+def effort(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--effort of a command whose options have values by effort. It stands above those (`from_options`)."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, effort: str, **kwargs: Any) -> Any:
+        return command(*args, **kwargs)
+
+    return click.option(
+        "--effort",
+        type=click.Choice(get_args(Effort)),
+        default="high",
+        show_default=True,
+        help="How much time may be spent; an option that you give counts more.",
+    )(wrapper)
+
+
+hours_option = click.option(
+    "--hours",
+    type=click.FloatRange(0, min_open=True),
+    metavar="N",
+    help="Take the highest effort whose estimate is at most N hours, instead of --effort.",
+)
+
+
+def within_hours(options: "RunOptions", hours: float | None) -> "RunOptions":
+    """The options with the highest effort that --hours allows. Raises UsageError if --effort is there too."""
+    from bitladder.ladder import RunOptions, choose_effort
+
+    if hours is None:
+        return options
+    chosen = typed(RunOptions)
+    if "effort" in chosen:
+        raise UsageError("--effort and --hours both choose the effort: give one of them")
+    return choose_effort(options, hours, chosen)
 
 
 def n_batch(default: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -5,6 +5,7 @@ import pathlib
 
 import click
 
+from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
 from bitladder.cli.options import warn_if_quantized
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
@@ -76,6 +77,7 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
     "-f", "--file", "text", type=FileOrName(), help=f"Text to measure on.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]"
 )
 @common_options
+@shared.effort
 def command(
     *,
     output: Output,

@@ -91,6 +91,7 @@ def _written(params: Mapping[str, Any]) -> str:
 @click.option("--dry-run", is_flag=True, help="Show the types and the exact size. Write nothing.")
 @shared.threads
 @common_options
+@shared.effort
 def command(
     output: Output,
     words: tuple[str, ...],

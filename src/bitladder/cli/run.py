@@ -3,6 +3,7 @@
 import click
 
 from bitladder.cli.from_options import options_from
+from bitladder.cli.options import hours_option, within_hours
 from bitladder.cli.outputs import Command, check_folder, typed_command
 from bitladder.cli.typed import FileOrName
 from bitladder.ladder import RunOptions
@@ -20,8 +21,9 @@ from bitladder.show import Output, common_options
 )
 @click.argument("model", type=FileOrName())
 @options_from(RunOptions, arguments=("model",))
+@hours_option
 @common_options
-def command(*, output: Output, options: RunOptions) -> None:
+def command(*, output: Output, options: RunOptions, hours: float | None) -> None:
     """Make the whole ladder of MODEL: convert, measure, calibrate, quantize, score, and write the card.
 
     MODEL is a checkpoint's directory, a Hugging Face hub id, or a full-precision GGUF. Everything goes into the
@@ -34,6 +36,9 @@ def command(*, output: Output, options: RunOptions) -> None:
 
     check_folder(options.out, Layout(options.out).written_by_runs(), but=("model",))
     output.tame_hub()
+    options = within_hours(options, hours)
+    if hours is not None:
+        output.progress.info(f"--hours {hours:g}: effort {options.effort}")
     with RunLog(output.progress, Layout(options.out), typed_command()) as log:
         display = RunDisplay(output, log)
         with display.shown():

@@ -6,7 +6,7 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.ladder.doctor import Diagnosis, WidthMisfit, diagnose
-    from bitladder.ladder.estimate import Estimate, Machine, Stage, estimate, in_words
+    from bitladder.ladder.estimate import Estimate, Machine, Stage, choose_effort, estimate, in_words
     from bitladder.ladder.options import RunOptions, choose_rungs
     from bitladder.ladder.pace import TimeLeft
     from bitladder.ladder.run import RunResult, run
@@ -23,6 +23,7 @@ __all__ = [
     "Status",
     "TimeLeft",
     "WidthMisfit",
+    "choose_effort",
     "choose_rungs",
     "diagnose",
     "estimate",

@@ -4,9 +4,9 @@ import dataclasses
 import importlib.util
 import pathlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from bitladder.ladder.model_shape import ModelShape, shape_of_checkpoint, shape_
 from bitladder.ladder.options import RunOptions, choose_rungs
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.steps.step import Extent, Step
+from bitladder.options import Effort
 from bitladder.rounding import RoundingOptions, round_tensor
 from bitladder.text import Text, load_text
 from bitladder.units import duration
@@ -134,6 +135,29 @@ def estimate(options: RunOptions, *, machine: Machine | None = None) -> Estimate
     if machine is None:
         machine = measure_machine(options.decoding.threads)
     return estimate_steps(steps_of(options, ["other"] * len(options.compare)), extent, machine)
+
+
+def choose_effort(options: RunOptions, hours: float, keep: Container[str] = ()) -> RunOptions:
+    """The options with the highest effort whose estimate is at most some hours.
+
+    Parameters:
+        options: the options of the run.
+        hours: of wall time.
+        keep: names of fields that no effort changes.
+
+    Raises:
+        UsageError: the least effort takes longer; the error says how long.
+    """
+    machine = measure_machine(options.decoding.threads)
+    for effort in reversed(get_args(Effort)):
+        tried = options.at_effort(effort, keep)
+        expected = estimate(tried, machine=machine)
+        if expected.seconds <= 3600 * hours:
+            return tried
+    raise UsageError(
+        f"--hours {hours:g}: with the least effort the run takes {in_words(expected)}; choose fewer rungs (--ladder) "
+        "or fewer chunks (--chunks, --imatrix-chunks), or give more hours"
+    )
 
 
 def estimate_steps(steps: Sequence[Step], extent: Extent, machine: Machine, done: Collection[str] = ()) -> Estimate:

@@ -10,7 +10,7 @@ from bitladder.calibrate import RoundingMomentsOptions
 from bitladder.convert import ConvertOptions
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError, did_you_mean
-from bitladder.options import Options, option, words
+from bitladder.options import Effort, Options, option, words
 from bitladder.plan import PlanOptions
 from bitladder.refine import RefineOptions
 from bitladder.text import BUILTIN
@@ -52,6 +52,12 @@ class RunOptions(Options):
         hidden=True,
         help="Keep the rungs in the card that the directory has and --ladder does not name.",
     )
+    effort: Effort = option(
+        "high",
+        "--effort",
+        decides=False,
+        help="How much time may be spent (docs/cost.md); an option that you give counts more.",
+    )
     rungs: tuple[str, ...] = option(
         ALL_RUNGS,
         "--ladder",
@@ -77,6 +83,7 @@ class RunOptions(Options):
         unset="all",
         help="Measure on at most N chunks of the text.",
         group="Texts",
+        efforts={"fast": 20, "normal": 40},
     )
     imatrix_chunks: int | None = option(
         None,
@@ -86,6 +93,7 @@ class RunOptions(Options):
         unset="all",
         help="Use at most N chunks of each calibration text for the importance matrix.",
         group="Texts",
+        efforts={"fast": 16, "normal": 48},
     )
     expert_coverage: int | None = option(
         None,
@@ -138,8 +146,10 @@ class RunOptions(Options):
         group="Measuring",
     )
     bench: bool = option(True, "--bench/--no-bench", help="Measure tokens per second.", group="Measuring")
-    bench_tests: tuple[tuple[int, int], ...] = ((512, 0), (0, 128), (1024, 1024))
-    bench_repetitions: int = 3
+    bench_tests: tuple[tuple[int, int], ...] = option(
+        ((512, 0), (0, 128), (1024, 1024)), efforts={"fast": ((512, 0), (0, 64)), "normal": ((512, 0), (0, 128))}
+    )
+    bench_repetitions: int = option(3, efforts={"fast": 1, "normal": 1})
     conversion: ConvertOptions = option(ConvertOptions)
     decoding: Decoding = option(Decoding)
     quantized_by: str | None = option(

@@ -45,6 +45,7 @@ class GuardOptions(Options):
         least=1,
         metavar="N",
         help="Most chunks of held-out text on which rounded blocks are checked.",
+        efforts={"fast": 2, "normal": 4},
     )
     guard_offset: float = option(
         0.5, least=0, most=1, help="Where in a calibration text these passages begin (0 to 1)."
@@ -73,6 +74,7 @@ class TuneOptions(Options):
         least=0,
         metavar="N",
         help="Chunks of each calibration text for tuning. For run: 0 turns tuning off; ignored with --rounding stock.",
+        efforts={"fast": 0, "normal": 0},
     )
     tune_rate: float = option(
         3e-4, "--tune-rate", least=1e-12, most=0.1, help="Largest change of a scale by one chunk, as a share of it."

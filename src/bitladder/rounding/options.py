@@ -23,12 +23,18 @@ class RoundingOptions(Options):
         "--rounding",
         help="stock: llama.cpp's rounding; best: lower loss, hours for large models; feedback, descent: simpler "
         "forms of best.",
+        efforts={"fast": "stock"},
     )
     damping: float = option(0.1, least=0, help="Added to the diagonals of second moments, as a share of their mean.")
     shrinkage: float = option(
         0.1, least=0, most=1, help="What second moments off their diagonals are reduced by beforehand, as a share."
     )
-    passes: int = option(6, least=0, help="How often a tensor is gone through after feedback, at most.")
+    passes: int = option(
+        6,
+        least=0,
+        help="How often a tensor is gone through after feedback, at most.",
+        efforts={"fast": 1, "normal": 2},
+    )
     by_importance: bool = option(False, help="Round columns with large inputs first, not from left to right.")
     two_sided: bool = option(True, help="Rows make up for each other's errors where output moments are known.")
     steps: tuple[float, ...] = option(

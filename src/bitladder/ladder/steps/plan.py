@@ -14,7 +14,8 @@ from bitladder.quantize import QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.trial import RENDERING
 
-RECIPES = 1.8  # time of a token on which a recipe is measured, of that of one that is compared
+RECIPES = 1.5  # time of a token on which a recipe is measured, of that of one that is compared
+RIVALS = 6  # of other methods, about
 
 
 class PlanRung(Step):
@@ -40,12 +41,13 @@ class PlanRung(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Recipes are measured."""
-        if not self.options.planning.measure:
-            return []
         feedback, n_ctx = self.options.planning.feedback, self.options.planning.decoding.n_ctx
-        taught = feedback.random_recipes * feedback.teaching_chunks
-        tried = (feedback.rounds + feedback.exchanges + feedback.finalists) * feedback.text_chunks
-        seconds = RECIPES * cost.comparing(extent.shape, (taught + tried) * n_ctx, n_ctx)
+        kinds = len({matrix.kind for matrix in extent.shape.matrices}) + 1
+        tried = RIVALS + 1 + feedback.rounds + feedback.exchanges
+        taught = 2 * kinds + (feedback.random_recipes if feedback.rounds > 1 else 0)
+        judged = (feedback.finalists + RIVALS) * feedback.judging_chunks
+        chunks = tried * feedback.chunks + taught * feedback.teaching_chunks + judged
+        seconds = RECIPES * cost.comparing(extent.shape, chunks * n_ctx, n_ctx)
         return [Part("recipes", seconds, "measure recipes")]
 
     def memory(self, extent: Extent) -> float:

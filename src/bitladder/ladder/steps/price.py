@@ -24,7 +24,6 @@ from bitladder.text import joined
 # time, and their bits for each weight.
 ALL_TYPES, ALL_BITS = 20.0, 80
 HIGH_TYPES, HIGH_BITS = 12.0, 60
-SWAPPED = 0.4  # time of a token of the budget on which a swap is measured, of that of one that is compared
 ORIGINAL, SMOOTHED = "original", "smoothed"
 
 
@@ -70,20 +69,26 @@ class Price(Step):
         rendering = round_part(
             self.options, extent, "render every tensor", types=self._types(), passes=min(passes, prices.price_passes)
         )
-        seconds = SWAPPED * cost.comparing(extent.shape, prices.probe_tokens, n_ctx)
-        checked = SWAPPED * cost.comparing(extent.shape, prices.check_pairs * prices.probe_chunks * n_ctx, n_ctx)
-        base = base_part(extent, self.options.planning.chunks * n_ctx, n_ctx)
+        kinds = len({matrix.kind for matrix in extent.shape.matrices}) + 1
+        once = prices.probe_chunks * n_ctx  # tokens of a swap
+        singles = min(prices.probe_tokens * (1 - share), once * (extent.shape.blocks * (kinds - 1) + 1))
+        whole = min(prices.probe_tokens * share, once * kinds * self._types())
+
+        def swaps(tokens: float, label: str) -> Part:
+            return Part("swaps", cost.comparing(extent.shape, tokens, n_ctx), label)
+
         return [
-            base,
+            base_part(extent, self.options.planning.chunks * n_ctx, n_ctx),
             rendering,
-            Part("swaps", seconds * (1 - share), "probe tensors"),
-            Part("swaps", seconds * share, "whole kinds"),
-            Part("swaps", checked, "check single swaps"),
+            swaps(singles, "probe tensors"),
+            swaps(whole, "whole kinds"),
+            swaps(prices.check_pairs * once, "check single swaps"),
         ]
 
     def _types(self) -> float:
         """How many types are rendered, each counted with its time as a multiple of that of Q4_K."""
-        return ALL_TYPES if any(map(below_four_bits, self.options.rungs)) else HIGH_TYPES
+        types = ALL_TYPES if any(map(below_four_bits, self.options.rungs)) else HIGH_TYPES
+        return types if self.options.planning.menu == "all" else types / 2
 
     def memory(self, extent: Extent) -> float:
         """The loaded model and what is swapped, or rounding."""
@@ -95,6 +100,7 @@ class Price(Step):
         if self.label == ORIGINAL and self.options.smooths:
             return Room()
         bits = ALL_BITS if any(map(below_four_bits, self.options.rungs)) else HIGH_BITS
+        bits /= 1 if self.options.planning.menu == "all" else 2
         return Room(min(self.options.planning.cache_bytes, bits / 8 * extent.shape.weights))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:

@@ -16,9 +16,7 @@ from bitladder.refine import ROUNDED_QUANT, TUNING, guard_json, guard_text, quan
 from bitladder.text import Reading, Text, set_apart
 
 TUNE = 5.0  # time of a token of tuning, of that of one that is decoded
-# Evaluations of a guard, about: of kinds, of layers and their groups, and of single tensors.
-GUARD_CHUNKS = 2  # that decide a comparison, about
-GUARD_KINDS, GUARD_LAYERS, GUARD_TENSORS = 33, 7, 48
+GUARD_CHUNKS = 2  # that decide a comparison of the guard, about. It tries each kind, then groups of layers.
 
 
 class Quantize(Step):
@@ -69,9 +67,8 @@ class Quantize(Step):
         parts = [
             round_part(self.options, extent, "rounding", passes=self.options.refine.rounding.passes),
             base_part(extent, guard_chunks * extent.chunk, extent.chunk),
-            Part("guard", GUARD_KINDS * evaluation, "guard"),
-            Part("guard", GUARD_LAYERS * evaluation, "guard, layers"),
-            Part("guard", GUARD_TENSORS * evaluation, "guard, tensors"),
+            Part("guard", (2 + len({matrix.kind for matrix in extent.shape.matrices})) * evaluation, "guard"),
+            Part("guard", extent.shape.blocks**0.5 * evaluation, "guard, layers"),
             library_part(self.label, extent),
         ]
         if self.options.tunes:

@@ -6,8 +6,8 @@ loaded full-precision model. All other tensors have the blocks that were kept so
 that raises it is tried in halves of its layers, down to single tensors.
 
 A layer that harms can hide behind a kind that gains in all others. So blocks are then taken out again: those of groups
-of neighbouring layers, of each layer in the groups that gain least, and of each tensor in the layers that gain least.
-If a kind was refused, the moments are doubtful, and every layer is examined.
+of neighbouring layers, of each layer in the groups that gain nothing clear, and of each tensor in such layers. If a
+kind was refused, the moments are doubtful: every layer is examined, and the tensors of at least one.
 
 Two sets of blocks are compared on the same tokens: on one chunk, then on twice as many, until the difference is clear,
 or clearly too small to matter. Most are after one chunk.
@@ -41,6 +41,7 @@ GUARD = Algorithm(
         "groups of layers are examined first, then layers, then tensors",
         "inputs are rounded as the kernels round them, as where recipes are planned",
         "a comparison ends with the first chunks that decide it",
+        "where every kind was kept, only parts that harm or gain nothing clear are looked into",
     ),
     uses=(SWAPPED_KLD,),
 )
@@ -176,8 +177,8 @@ class Guard(Closing):
         removals: list[GuardTrial] = []
         layers = _layers([name for name in candidates if name in self._in])
         if trusted and len(layers) > self._options.single_layers:
-            layers = self._weakest(_neighbours(layers), removals, progress)
-        tensors = self._weakest(layers, removals, progress)
+            layers = self._weakest(_neighbours(layers), removals, progress, least=0)
+        tensors = self._weakest(layers, removals, progress, least=0 if trusted else 1)
         with progress.task("guard, tensors", len(tensors)) as bar:
             for tensor in tensors:
                 change = self._change(self._in, self._in.difference(tensor.names))
@@ -187,10 +188,14 @@ class Guard(Closing):
                 bar.advance()
         return removals
 
-    def _weakest(self, parts: Sequence[_Part], removals: list[GuardTrial], progress: Progress) -> list[_Part]:
-        """The parts inside those that gain least: inside at least one, and inside those that harm or gain nothing
-        clear."""
+    def _weakest(
+        self, parts: Sequence[_Part], removals: list[GuardTrial], progress: Progress, *, least: int
+    ) -> list[_Part]:
+        """The parts inside those that harm or gain nothing clear, and inside at least so many of those that gain
+        least."""
         gains = []
+        if not parts:
+            return []
         with progress.task("guard, layers", len(parts)) as bar:
             for part in parts:
                 change = self._change(self._in, self._in.difference(part.names))
@@ -202,7 +207,7 @@ class Guard(Closing):
         return [
             inner
             for place, (change, part) in enumerate(gains)
-            if not place or not change.value <= (-change.error if place < self._options.unclear else 0)
+            if place < least or not change.value <= (-change.error if place < self._options.unclear else 0)
             for inner in part.inside
         ]
 
