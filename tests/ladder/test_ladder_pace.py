@@ -114,11 +114,26 @@ RECORDED = sorted((pathlib.Path(__file__).parent / "pace").glob("*.json"))
 SLICES = 20
 
 
-def replayed(recording, options):
-    """(time, estimate of the time left) during a recorded run, and its whole time."""
+@pytest.mark.parametrize("path", RECORDED, ids=[path.stem for path in RECORDED])
+def test_amounts_are_seconds_of_the_machine_that_recorded_them(path, monkeypatch):
+    recording, options = json.loads(path.read_text()), []
+    monkeypatch.setattr("bitladder.ladder.run", lambda options_of_run, **_: options.append(options_of_run))
+    CliRunner().invoke(application, shlex.split(recording["command"])[1:])
+    steps, extent = steps_of(options[0]), extent_in(recording)
+    seconds = sum(part["seconds"] for part in recording["parts"])
+    assert sum(part.amount for step in steps for part in step.parts(extent)) == pytest.approx(seconds, rel=0.3)
+
+
+def extent_in(recording):
+    """How much there was to do in a recorded run."""
     shape = dict(recording["extent"]["shape"])
     shape["matrices"] = tuple(Matrix(**matrix) for matrix in shape["matrices"])
-    extent = Extent(**recording["extent"] | {"shape": ModelShape(**shape)})
+    return Extent(**recording["extent"] | {"shape": ModelShape(**shape)})
+
+
+def replayed(recording, options):
+    """(time, estimate of the time left) during a recorded run, and its whole time."""
+    extent = extent_in(recording)
     pace = Pace({step.name: step.parts(extent) for step in steps_of(options)})
     now, current, moments = 0.0, "", []
     for part in recording["parts"]:

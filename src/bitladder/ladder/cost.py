@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 PRODUCTS, BLAS = 80e9, 75e9
 GRADIENT_PRODUCTS = 98e9  # of torch in bfloat16
+GRADIENT_TOKEN, GRADIENT_BESIDE = 4e-4, 1.15  # seconds of any token; and time of all, of that of products and sums
 BESIDE = 1.25  # time of a decoded token, of that of its matrix products
 QUANT = 1.7  # speed of a quant's products
 EXPONENTIALS = 2.5e-9  # seconds for each logit of a scored token
 
 # Seconds of rounding in Q4_K with `best` and six passes: for each weight; for each weight and column; for each weight
 # and row; and for each column cubed, for the factors that all types of a tensor share.
-ROUND_WEIGHT, ROUND_COLUMN, ROUND_ROW, FACTORS = 0.8e-6, 2.2e-10, 1.0e-10, 1.2e-10
+ROUND_WEIGHT, ROUND_COLUMN, ROUND_ROW, FACTORS = 1.0e-6, 2.2e-10, 1.0e-10, 1.2e-10
 PASSES = 6
 # Times of a type, of that of Q4_K; types of points search a codebook.
 POINTS, OTHERS = 3.5, 1.2
@@ -86,7 +87,8 @@ def weighted_moments(shape: ModelShape, tokens: float) -> float:
     weights = shape.active + shape.head
     sums = 1.2 * sum(shape.gradient_squares) + 8 * RANK * shape.factor_rows
     inverses = sum(matrix.count * matrix.width**3 for matrix in shape.matrices if matrix.width <= SKETCHED)
-    return tokens * (4 * weights / GRADIENT_PRODUCTS + sums / BLAS) + inverses / BLAS
+    token = GRADIENT_TOKEN + GRADIENT_BESIDE * (4 * weights / GRADIENT_PRODUCTS + sums / BLAS)
+    return tokens * token + inverses / BLAS
 
 
 # Bytes.

@@ -89,7 +89,8 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
         check_texts(steps, TextsOfRun(text, calibration, source.path))
     with open_store(options.out, keep=keep, progress=progress) as store:
         refuse_other_model(options, source, store)
-        left = [step for step in steps if step.name not in store.present()]
+        present = set(store.present())
+        left = [step for step in steps if step.name not in present]
         if left:
             expected = expect(left, extent, rounds=options.rounds)
             check_room(options, expected, progress)

@@ -99,7 +99,7 @@ class Price(Step):
         """The rendered blocks of all types that are kept; they stay for the plans."""
         if self.label == ORIGINAL and self.options.smooths:
             return Room()
-        bits = ALL_BITS if any(map(below_four_bits, self.options.rungs)) else HIGH_BITS
+        bits: float = ALL_BITS if any(map(below_four_bits, self.options.rungs)) else HIGH_BITS
         bits /= 1 if self.options.planning.menu == "all" else 2
         return Room(min(self.options.planning.cache_bytes, bits / 8 * extent.shape.weights))
 
