@@ -80,9 +80,15 @@ def test_the_guard_reports_what_it_measured(rounded):
     groups = [trial for trial in guard.removals if "-" in trial.kind]
     layers = [trial for trial in guard.removals if trial.kind.startswith("blk.") and trial not in groups]
     single = [trial for trial in guard.removals if not trial.kind.startswith("blk.")]
-    for whole, parts in ((groups, layers), (layers, single)):
-        weakest = max(whole, key=lambda trial: trial.change.value)
-        assert set(weakest.tensors) <= {name for trial in parts for name in trial.tensors}
+    weakest = max(groups, key=lambda trial: trial.change.value)
+    assert set(weakest.tensors) <= {name for trial in layers for name in trial.tensors}
+    assert all(trial.kept for trial in guard.trials)  # so tensors are tried where a layer harms or gains nothing clear
+    tried = {name for trial in single for name in trial.tensors}
+    for layer in layers:
+        if layer.change.value > 0:
+            assert set(layer.tensors) <= tried
+        elif layer.change.value < -layer.change.error:
+            assert not tried & set(layer.tensors)
     assert all(after < before for before, after in rounded.losses.values())
 
 

@@ -16,7 +16,7 @@ from bitladder.refine import ROUNDED_QUANT, TUNING, guard_json, guard_text, quan
 from bitladder.text import Reading, Text, set_apart
 
 TUNE = 5.0  # time of a token of tuning, of that of one that is decoded
-GUARD_CHUNKS = 2  # that decide a comparison of the guard, about. It tries each kind, then groups of layers.
+GUARD_CHUNKS = 2  # that decide a comparison of the guard, about. It tries each kind, then groups of layers, and layers.
 
 
 class Quantize(Step):
@@ -68,7 +68,7 @@ class Quantize(Step):
             round_part(self.options, extent, "rounding", passes=self.options.refine.rounding.passes),
             base_part(extent, guard_chunks * extent.chunk, extent.chunk),
             Part("guard", (2 + len({matrix.kind for matrix in extent.shape.matrices})) * evaluation, "guard"),
-            Part("guard", extent.shape.blocks**0.5 * evaluation, "guard, layers"),
+            Part("guard", 2 * extent.shape.blocks**0.5 * evaluation, "guard, layers"),
             library_part(self.label, extent),
         ]
         if self.options.tunes:

@@ -6,8 +6,8 @@ loaded full-precision model. All other tensors have the blocks that were kept so
 that raises it is tried in halves of its layers, down to single tensors.
 
 A layer that harms can hide behind a kind that gains in all others. So blocks are then taken out again: those of groups
-of neighbouring layers, of each layer in the groups that gain nothing clear, and of each tensor in such layers. If a
-kind was refused, the moments are doubtful: every layer is examined, and the tensors of at least one.
+of neighbouring layers, of each layer in the groups that gain least, and of each tensor in layers that gain nothing
+clear. If a kind was refused, the moments are doubtful: every layer is examined, and the tensors of at least one.
 
 Two sets of blocks are compared on the same tokens: on one chunk, then on twice as many, until the difference is clear,
 or clearly too small to matter. Most are after one chunk.
@@ -41,7 +41,7 @@ GUARD = Algorithm(
         "groups of layers are examined first, then layers, then tensors",
         "inputs are rounded as the kernels round them, as where recipes are planned",
         "a comparison ends with the first chunks that decide it",
-        "where every kind was kept, only parts that harm or gain nothing clear are looked into",
+        "where every kind was kept, tensors are tried only in layers that harm or gain nothing clear",
     ),
     uses=(SWAPPED_KLD,),
 )
@@ -177,7 +177,7 @@ class Guard(Closing):
         removals: list[GuardTrial] = []
         layers = _layers([name for name in candidates if name in self._in])
         if trusted and len(layers) > self._options.single_layers:
-            layers = self._weakest(_neighbours(layers), removals, progress, least=0)
+            layers = self._weakest(_neighbours(layers), removals, progress, least=1)
         tensors = self._weakest(layers, removals, progress, least=0 if trusted else 1)
         with progress.task("guard, tensors", len(tensors)) as bar:
             for tensor in tensors:
