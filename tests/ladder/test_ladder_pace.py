@@ -17,6 +17,7 @@ from bitladder.ladder.plan import steps_of
 from bitladder.ladder.steps.step import Extent, Part
 from bitladder.ladder.tracker import Best, Tracker
 from bitladder.progress import SILENT
+from bitladder.rundir import Layout, RunLog
 from bitladder.show.run_display import RunDisplay, in_words, line
 from bitladder.text import load_text
 from bitladder.units import duration
@@ -201,12 +202,13 @@ def test_a_failed_step_is_not_over():
     assert len(told) == 1
 
 
-def test_lines_for_a_pipe(capsys):
+def test_lines_for_a_pipe(tmp_path, capsys):
     from bitladder.show import Output
 
     output = Output()
-    display, clock = RunDisplay(output), Clock()
-    tracker = Tracker(Pace(PARTS), 5, ("A", "B"), output.progress, display.watch, clock)
+    log = RunLog(output.progress, Layout(tmp_path), "bitladder run")
+    display, clock = RunDisplay(output, log), Clock()
+    tracker = Tracker(Pace(PARTS), 5, ("A", "B"), log, display.watch, clock)
     with display.shown():
         with tracker.step("base", lambda: False):
             pass  # complete from before: no word about it
