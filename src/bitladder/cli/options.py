@@ -117,7 +117,7 @@ def effort(command: Callable[..., Any]) -> Callable[..., Any]:
 
 hours_option = click.option(
     "--hours",
-    type=click.FloatRange(0, min_open=True),
+    type=float,
     metavar="N",
     help="Take the highest effort whose estimate is at most N hours, instead of --effort.",
 )
@@ -130,6 +130,8 @@ def within_hours(options: "RunOptions", hours: float | None) -> "RunOptions":
     if hours is None:
         return options
     chosen = typed(RunOptions)
+    if not hours > 0:
+        raise UsageError(f"--hours is {hours:g}; it must be more than 0")
     if "effort" in chosen:
         raise UsageError("--effort and --hours both choose the effort: give one of them")
     return choose_effort(options, hours, chosen)
