@@ -108,10 +108,11 @@ def moments_sums(shape: ModelShape, *, gradients: bool) -> float:
     return 2.2 * sum(matrix.squares for matrix in shape.inputs)
 
 
-def decoding_bytes(extent: "Extent") -> float:
-    """Of a loaded model that is decoded, with the logits of a chunk."""
+def decoding_bytes(extent: "Extent", logits: int | None = None) -> float:
+    """Of a loaded model that is decoded, with so many rows of logits; None stands for those of a chunk, twice."""
     shape = extent.shape
-    return PROCESS + model_bytes(shape) + 2 * 4 * extent.chunk * shape.vocabulary + cache_bytes(extent)
+    rows = 2 * extent.chunk if logits is None else logits
+    return PROCESS + model_bytes(shape) + 4 * rows * shape.vocabulary + cache_bytes(extent)
 
 
 def cache_bytes(extent: "Extent") -> float:

@@ -36,6 +36,10 @@ class CollectImatrix(Step):
         """Every token is decoded."""
         return [Part("imatrix", WATCHED * cost.decoding(extent.shape, extent.imatrix, extent.chunk, logits=0))]
 
+    def memory(self, extent: Extent) -> float:
+        """The model, and logits of a batch."""
+        return cost.decoding_bytes(extent, self.options.decoding.n_batch)
+
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Each calibration text."""
         return texts.calibration_cuts(self.options.decoding.n_ctx)
