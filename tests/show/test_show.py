@@ -4,16 +4,21 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import random
+import re
+import shlex
 import shutil
 
 import pytest
 
 from bitladder.cli import invoke
+from bitladder.engine import Context, Decoding, Model, log
 from bitladder.progress import SILENT
 from bitladder.report import RunModel, read_run
 from bitladder.rundir import Layout, RunLog, follow, last_command, run_log
-from bitladder.show.ladder_tables import front
+from bitladder.show import ladder_tables
+from bitladder.show.ladder_tables import front, next_steps
 from bitladder.show.scatter import Point, scatter
 
 
@@ -118,6 +123,31 @@ def test_one_point():
 def test_not_a_run(tmp_path, capsys):
     assert invoke(["show", str(tmp_path)]) == 1
     assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_what_comes_next(small_run, monkeypatch):
+    """The largest rung that fits with the cache of its context; what the cache takes is what llama.cpp reports."""
+    run = read_run(small_run)
+    sizes = [model.scores.bytes for model in run.rungs]
+    with (
+        log.tapped() as pieces,
+        Model(small_run / run.rungs[0].scores.model) as model,
+        Context(model, Decoding(n_ctx=ladder_tables.CONTEXT, threads=1)),
+    ):
+        pass
+    cache = round(float(re.search(r"KV buffer size = +([\d.]+) MiB", "".join(pieces))[1]) * 2**20)
+    # Memories around the two files with the cache, which is that of 8192 tokens in F16.
+    memories = [(sizes[0] + cache - 1) / 1e9, (sizes[0] + cache) / 1e9, (sizes[1] + cache) / 1e9]
+    monkeypatch.setattr(ladder_tables, "MEMORIES", memories)
+    lines = "\n".join(next_steps(run))
+    assert f"for {memories[0]} GB: no rung" in lines
+    for memory, rung in zip(memories[1:], ("Q4_K_M", "Q8_0"), strict=True):
+        (line,) = [line for line in lines.splitlines() if f"for {memory} GB" in line]
+        (path,) = [word for word in shlex.split(line) if word.endswith(".gguf")]
+        assert f": {rung}, llama-server -m " in line and pathlib.Path(path).samefile(
+            next(small_run.glob(f"*{rung}.gguf"))
+        )
+    assert str(small_run / "README.md") in lines and f"bitladder push {small_run} OWNER/NAME" in lines
 
 
 @pytest.fixture

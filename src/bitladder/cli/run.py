@@ -32,7 +32,7 @@ def command(*, output: Output, options: RunOptions, hours: float | None) -> None
     from bitladder.ladder import run
     from bitladder.report import read_run, write_card, write_report
     from bitladder.rundir import Layout, RunLog
-    from bitladder.show import RunDisplay, ladder_table
+    from bitladder.show import RunDisplay, ladder_table, next_steps
 
     check_folder(options.out, Layout(options.out).written_by_runs(), but=("model",))
     output.tame_hub()
@@ -50,4 +50,7 @@ def command(*, output: Output, options: RunOptions, hours: float | None) -> None
     if output.json:
         output.print_json(result.scores)
     else:
-        output.print(ladder_table(read_run(options.out)))
+        finished = read_run(options.out)
+        output.print(ladder_table(finished))
+        for line in next_steps(finished):
+            output.remark(line)

@@ -7,7 +7,14 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.report.best import by_size, worth_their_size
     from bitladder.report.card import render_card, write_card
-    from bitladder.report.finished_run import FinishedRun, RunModel, UnfinishedRun, read_run, read_unfinished
+    from bitladder.report.finished_run import (
+        FinishedRun,
+        RunModel,
+        UnfinishedRun,
+        read_run,
+        read_shapes,
+        read_unfinished,
+    )
     from bitladder.report.page import render_report, write_report
     from bitladder.report.tables import gigabytes, percent, with_error
 
@@ -19,6 +26,7 @@ __all__ = [
     "gigabytes",
     "percent",
     "read_run",
+    "read_shapes",
     "read_unfinished",
     "render_card",
     "render_report",

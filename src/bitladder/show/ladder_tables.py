@@ -1,12 +1,13 @@
 """The ladder of a run as tables, a plot and JSON."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
 
 from bitladder.ladder import Estimate, in_words
-from bitladder.report import FinishedRun, RunModel, UnfinishedRun, tables, with_error
+from bitladder.report import FinishedRun, RunModel, UnfinishedRun, read_shapes, tables, with_error, worth_their_size
 from bitladder.show.scatter import Point, scatter
 from bitladder.show.table import Column, Table, figures
 from bitladder.units import duration
@@ -18,6 +19,7 @@ LEGEND = {
     "third-party": "† by others",
 }
 ON_FRONT = "▸"
+MEMORIES, CONTEXT = (8, 16, 24), 8192  # GB, and tokens, for which a run recommends a rung
 # Figures of the report's table → headings in the terminal, and the rank by which they give way in narrow ones.
 HEADS = {"PPL": ("PPL", 2), "ρPPL": ("ρPPL", 6), "KLD": ("KLD", 0), "RMS Δp": ("RMS Δp", 4)}
 HEADS |= {"Same top token": ("same top", 3), tables.GAIN: (tables.GAIN, 5)}
@@ -57,6 +59,42 @@ def ladder_table(run: FinishedRun) -> Table:
             *(Text(cell.text, "bold" if cell.best else "") for cell in cells),
         )
     return table
+
+
+def next_steps(run: FinishedRun) -> list[str]:
+    """What comes after a run: its pages, the rung for usual memories, and the commands that show and publish it."""
+    layout = run.layout
+    folder = shlex.quote(str(layout.folder))
+    lines = [f"card: {layout.card}", f"report: {layout.report}"]
+    worth = worth_their_size([(rung.label, rung.scores) for rung in run.rungs])
+    rungs, beside = [rung for rung in run.rungs if rung.label in worth], _cache_bytes(run)
+    chosen: dict[str, list[int]] = {}
+    for memory in MEMORIES:
+        fitting = [rung for rung in rungs if rung.scores.bytes + beside <= memory * 10**9]
+        if fitting:
+            chosen.setdefault(fitting[-1].label, []).append(memory)
+        else:
+            lines.append(f"for {memory} GB: no rung with a context of {CONTEXT} tokens")
+    for rung in rungs:
+        if memories := chosen.get(rung.label):
+            sizes = " or ".join(map(str, memories))
+            file = shlex.quote(str(layout.model(rung.scores.model)))
+            lines.append(f"for {sizes} GB: {rung.label}, llama-server -m {file} -c {CONTEXT}")
+    return [*lines, f"show: bitladder show {folder}", f"publish: bitladder push {folder} OWNER/NAME"]
+
+
+def _cache_bytes(run: FinishedRun) -> int:
+    """Bytes of keys and values of the context in F16, from the shapes of the matrices that make them.
+
+    Buffers of the graph come on top, some hundred MB. A window of attention makes the cache smaller.
+    """
+    rows = 0
+    for name, (width, *rest) in read_shapes(run).items():
+        if name.endswith((".attn_k.weight", ".attn_v.weight")):
+            rows += rest[0]
+        elif name.endswith(".attn_qkv.weight"):  # a fused matrix has as many rows of queries as it has columns
+            rows += rest[0] - width
+    return 2 * rows * CONTEXT
 
 
 def unfinished_table(run: UnfinishedRun) -> Table:
