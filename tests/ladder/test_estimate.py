@@ -5,6 +5,7 @@ import json
 import pathlib
 import shlex
 import shutil
+import subprocess
 from typing import get_args
 
 import pytest
@@ -83,6 +84,42 @@ def test_the_disk_of_a_run_is_what_was_estimated(tiny_checkpoint, small_run):
     written = sum(path.stat().st_size for path in small_run.rglob("*") if path.is_file())
     assert written == pytest.approx(expected.kept_bytes, rel=0.1)
     assert expected.disk_bytes >= expected.kept_bytes
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of some bytes, and returns its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size):
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("this user may not mount a small file system")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+NAIVE = {"mode": "naive", "method": "stock"}
+PLANNED = {"mode": "quality", "method": "feedback", "tune_chunks": 0, "moments_chunks": 4}
+
+
+@pytest.mark.parametrize("how", [NAIVE, pytest.param(PLANNED, marks=pytest.mark.slow)], ids=["naive", "planned"])
+def test_a_run_fits_on_a_disk_of_its_estimate_and_is_refused_on_a_smaller_one(how, tiny_gguf, small_disk):
+    chunks = {"chunks": 4, "imatrix_chunks": 4, "n_ctx": 128, "bench": False, "threads": 1}
+    options = plain_options(model=str(tiny_gguf), rungs=("Q4_K_M", "IQ3_S"), **how, **chunks)
+    needed = estimate(options, machine=Machine()).disk_bytes
+    small = small_disk(needed * 9 // 10)
+    options = options.replace(out=small / "out")
+    with pytest.raises(BitladderError, match=r"the step .* needs about .* GB of the disk, which has .* GB free"):
+        run(options)
+    assert [path.name for path in small.rglob("*") if path.is_file()] == ["ladder.json"]
+    # JSON, recipes and blocks of the file system are not counted.
+    subprocess.run(["mount", "-o", f"remount,size={needed + (2 << 20)}", str(small)], check=True)
+    assert set(run(options).rungs) == {"Q4_K_M", "IQ3_S"}
 
 
 def test_more_work_takes_longer():

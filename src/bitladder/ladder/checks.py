@@ -123,8 +123,8 @@ def check_room(options: RunOptions, cost: Estimate, progress: Progress) -> None:
     free, largest = shutil.disk_usage(options.out).free, max(cost.stages, key=lambda stage: stage.disk_bytes)
     if largest.disk_bytes > free:
         raise BitladderError(
-            f"--out {options.out}: the step {largest.name} needs about {largest.disk_bytes / 1e9:.1f} GB of the disk, "
-            f"which has {free / 1e9:.1f} GB free; choose fewer rungs (--ladder) or another disk"
+            f"--out {options.out}: the step {largest.name} needs about {largest.disk_bytes / 1e9:.3g} GB of the disk, "
+            f"which has {free / 1e9:.3g} GB free; choose fewer rungs (--ladder) or another disk"
         )
     memory, hungriest = main_memory(), max(cost.stages, key=lambda stage: stage.memory_bytes)
     if not memory or hungriest.memory_bytes <= memory:

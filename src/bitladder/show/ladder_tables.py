@@ -80,7 +80,11 @@ def next_steps(run: FinishedRun) -> list[str]:
             sizes = " or ".join(map(str, memories))
             file = shlex.quote(str(layout.model(rung.scores.model)))
             lines.append(f"for {sizes} GB: {rung.label}, llama-server -m {file} -c {CONTEXT}")
-    return [*lines, f"show: bitladder show {folder}", f"publish: bitladder push {folder} OWNER/NAME"]
+    lines += [f"show: bitladder show {folder}", f"publish: bitladder push {folder} OWNER/NAME"]
+    work = sum(path.stat().st_size for path in layout.work.rglob("*") if path.is_file())
+    if work:
+        lines.append(f"may be deleted: {layout.work} ({_size(work)}), which only further runs there and verify use")
+    return lines
 
 
 def _cache_bytes(run: FinishedRun) -> int:
