@@ -149,6 +149,16 @@ def test_a_few_positions_may_be_ill_conditioned(models, monkeypatch, share):
             check_logits(models / "llama.gguf", tokens)
 
 
+def without_heads(source, out):
+    """The model with another name for its number of heads, of the same length."""
+    key = b"llama.attention.head_count"
+    data = source.read_bytes().replace(
+        len(key).to_bytes(8, "little") + key, len(key).to_bytes(8, "little") + key[:-1] + b"x"
+    )
+    out.write_bytes(data)
+    return out
+
+
 def test_what_is_not_known_is_refused(models, tmp_path):
     scale = [("blk.0.attn_q.scale", np.ones(1, np.float32))]
     with pytest.raises(BitladderError, match=r"no use for tensor blk\.0\.attn_q\.scale"):
@@ -157,6 +167,8 @@ def test_what_is_not_known_is_refused(models, tmp_path):
         TorchModel(rewritten(models / "tied.gguf", tmp_path / "plm.gguf", architecture="plm"))
     with pytest.raises(GradientsError, match=r"gpt2\.gguf: "):
         TorchModel(rewritten(models / "tied.gguf", tmp_path / "gpt2.gguf", architecture="gpt2"))
+    with pytest.raises(GradientsError, match=r"headless\.gguf has no attention\.head_count"):
+        TorchModel(without_heads(models / "tied.gguf", tmp_path / "headless.gguf"))
     with pytest.raises(UsageError, match=r"does not multiply by a weight called 'token_embd\.weight'"):
         next(weighted_moments(models / "llama.gguf", TOKENS, names=["token_embd.weight"]))
 

@@ -68,6 +68,10 @@ def configuration(file: GgufFile) -> Any:
     values: dict[str, Any] = {
         name: value for key, names in _NAMES.items() if (value := _value(file, key)) is not None for name in names
     }
+    missing = {"num_hidden_layers", "hidden_size", "num_attention_heads"} - values.keys()
+    if missing or EMBEDDING not in file.tensors:
+        lacks = EMBEDDING if not missing else next(key for key, names in _NAMES.items() if names[0] in missing)
+        raise GradientsError(f"{file.path.name} has no {lacks}, which gradients need")
     width, heads = values["hidden_size"], values["num_attention_heads"]
     values.setdefault("num_key_value_heads", heads)
     values.setdefault("sliding_window", None)
@@ -87,8 +91,10 @@ def configuration(file: GgufFile) -> Any:
         "pad_token_id": None,
     }
     kind = model_type(file)
-    default = AutoConfig.for_model(kind)
-    ropes = getattr(default, "rope_parameters", None) or {}
+    try:
+        ropes = getattr(AutoConfig.for_model(kind), "rope_parameters", None) or {}
+    except ValueError:
+        raise GradientsError(f"{file.path.name}: transformers has no model type {kind!r}") from None
     rope = _rope(file) | {"partial_rotary_factor": values["partial_rotary_factor"]}
     if "sliding_attention" in ropes:  # windows have a rope of their own
         base = 10000.0 if file.architecture == "gemma3" else rope["rope_theta"]

@@ -99,8 +99,10 @@ class Modules:
         self.width: int = config.hidden_size
         self.head_dim: int = config.head_dim
         self.window: int | None = config.sliding_window
-        architecture = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}[file.architecture]
-        self._names = gguf.get_tensor_name_map(architecture, self.blocks)
+        architectures = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}
+        if file.architecture not in architectures:
+            raise GradientsError(f"{self._name}: gguf does not know the architecture {file.architecture!r}")
+        self._names = gguf.get_tensor_name_map(architectures[file.architecture], self.blocks)
         self._stack = self._block_list()
         self._recorders = [_Recorder() for _ in range(self.blocks)]
         self._length = 0
