@@ -34,7 +34,7 @@ VERBS = {
     "stats": "Show what an importance matrix holds, or how two of them differ.",
     "eval": "Measure perplexity and divergence from the full-precision model.",
     "compare": "Compare quants of one model from any maker: quality, types, origin, winner at equal size.",
-    "verify": "Make the tensors of a quant again from the full-precision model, and compare the bytes.",
+    "verify": "Make the tensors of a quant, or of a run, again and compare the bytes.",
     "bench": "Measure prompt processing and text generation in tokens per second.",
     "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
     "show": "Show the ladder of a run, with a small plot.",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bitladder.ladder.pace import TimeLeft
     from bitladder.ladder.run import RunResult, run
     from bitladder.ladder.tracker import Best, Status
+    from bitladder.ladder.verify_run import verify_run
 
 __all__ = [
     "Best",
@@ -29,5 +30,6 @@ __all__ = [
     "estimate",
     "in_words",
     "run",
+    "verify_run",
 ]
 open_door(__name__)

@@ -6,6 +6,7 @@ A file that others made is verified too, as far as the library's own kernels and
 import contextlib
 import dataclasses
 import pathlib
+import random
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -47,10 +48,12 @@ def verify(
     *,
     imatrix: pathlib.Path | None = None,
     moments: Sequence[pathlib.Path] = (),
+    rounding: RoundingOptions | None = None,
+    sample: int | None = None,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> VerifiedQuant:
-    """Derives every tensor of a quant again and compares bytes.
+    """Derives tensors of a quant again and compares bytes.
 
     Rounding repeats to the bit on one kind of processor; another may add in another order.
 
@@ -59,6 +62,8 @@ def verify(
         source: path of the full-precision GGUF that it was made from.
         imatrix: path of the importance matrix that it was made with.
         moments: paths of the second moments that it was made with.
+        rounding: how it was rounded; None is the method that the file names, with the usual constants.
+        sample: how many tensors, drawn at random, other ones each time; None takes all.
         threads: threads of the CPU; None takes all.
         progress: where work is shown.
 
@@ -79,19 +84,23 @@ def verify(
             ways["stock"] = opened.enter_context(Renderer(full, importance, threads=threads))
         ways["stock without importance"] = opened.enter_context(Renderer(full, {}, threads=threads))
         if moments:
-            rounding = _rounding(file, [opened.enter_context(MomentsFile(path)) for path in moments])
-            ways["rounded"] = opened.enter_context(Renderer(full, importance, rounding=rounding, threads=threads))
+            method = _rounding(file, [opened.enter_context(MomentsFile(path)) for path in moments], rounding)
+            ways["rounded"] = opened.enter_context(Renderer(full, importance, rounding=method, threads=threads))
         origins: dict[str, Origin] = {}
-        bar = opened.enter_context(progress.task("verify", file.tensor_bytes))
-        for name, tensor in file.tensors.items():
-            origins[name] = _origin(file, tensor, full, ways)
-            bar.note(name)
+        tensors = list(file.tensors.values())
+        if sample is not None and sample < len(tensors):
+            drawn = set(random.sample(range(len(tensors)), sample))
+            tensors = [tensor for place, tensor in enumerate(tensors) if place in drawn]
+        bar = opened.enter_context(progress.task(f"verify {quant.name}", sum(tensor.nbytes for tensor in tensors)))
+        for tensor in tensors:
+            origins[tensor.name] = _origin(file, tensor, full, ways)
+            bar.note(tensor.name)
             bar.advance(tensor.nbytes)
     return VerifiedQuant(origins)
 
 
-def _rounding(quant: GgufFile, moments: Sequence[MomentsFile]) -> OutputRounding:
-    """The rounding method that the metadata of a quant name."""
+def _rounding(quant: GgufFile, moments: Sequence[MomentsFile], options: RoundingOptions | None) -> OutputRounding:
+    """The rounding method that the metadata of a quant name, with options of it if they are known."""
     method, digest = quant.get(METHOD_KEY), quant.get(MOMENTS_KEY)
     if method not in get_args(Method):
         raise BitladderError(
@@ -100,7 +109,7 @@ def _rounding(quant: GgufFile, moments: Sequence[MomentsFile]) -> OutputRounding
     if digest != joined_sha256(moments):
         names = " and ".join(str(file.path) for file in moments)
         raise BitladderError(f"{quant.path} was made with other second moments than {names} ({MOMENTS_KEY})")
-    return OutputRounding(moments, RoundingOptions(method=method))
+    return OutputRounding(moments, options or RoundingOptions(method=method))
 
 
 def _origin(quant: GgufFile, tensor: TensorInfo, full: GgufFile, ways: Mapping[Origin, Renderer]) -> Origin:

@@ -113,7 +113,7 @@ class EntrySums:
             self._of_inputs.of(inputs) if self.learned and self._of_inputs is not None else torch.ones(len(inputs))
         )
         gram.add(gradients, weights)
-        self._totals[1 + place] += float(weights.double().sum())
+        self._totals[1 + place] += float(weights.double().numpy().sum())
 
     def _weights(self, place: int, gradients: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         leverage = self._of_outputs[place]
@@ -129,7 +129,7 @@ class EntrySums:
         total = torch.stack([self._waiting[each] for each in self.plan.names]).sum(0)
         self._waiting.clear()
         self.inputs.add(inputs, total)
-        self._totals[0] += float(total.double().sum())
+        self._totals[0] += float(total.double().numpy().sum())
 
     def packed_inputs(self) -> Floats:
         """E[w xxᵀ]: the upper triangle by rows, float32 [1, n_in (n_in + 1) / 2]."""

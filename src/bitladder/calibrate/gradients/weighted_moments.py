@@ -45,6 +45,7 @@ GRADIENT_MOMENTS = Algorithm(
         "leverages estimated by products with random signs; gate and up share an input; O of q and k by heads, "
         "of gate and up of low rank; products with weights in bfloat16 where the CPU has them",
         "the forward pass is that of transformers' modules",
+        "factorizations and sums are computed in one thread: the same bytes by any number of threads",
     ),
 )
 

@@ -132,6 +132,8 @@ class Quantize(Step):
             facts["tuned"] = tune_in_place(
                 files.model, out, run.calibration, options.refine.tuning, decoding, run.progress
             )
+        # Gradients add up in an order that follows from the threads. All else gives the same bytes again.
+        facts["reproducible"] = not facts.get("tuned")
         recipe = recipe_of(run, result, out.name)
         if plan is not None:
             origin = f"bitladder run --mode {plan['mode']}: {plan['made']}"
