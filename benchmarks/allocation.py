@@ -95,7 +95,7 @@ def main() -> None:
         feedback=FeedbackOptions(chunks=options.plan_chunks),
     )
     text = load_text(str(options.calibration))
-    inputs = PlanInputs(options.model, options.imatrix, text, work=options.work / "plan")
+    inputs = PlanInputs(options.model, options.imatrix, [text], work=options.work / "plan")
     rows: list[dict[str, Any]] = []
     with Planner(inputs, plan) as planner:
         presets = {rung: planner.subject.preset(rung) for rung in options.rungs}

@@ -101,7 +101,7 @@ def options_of(base: dict[str, Any], variant: dict[str, Any]) -> RunOptions:
     options = options.replace(
         rungs=base["rungs"],
         calibration=base["calibration"],
-        text=base["text"],
+        texts=(base["text"],),
         chunks=base["chunks"],
         **({"threads": 1, "bench": False, "imatrix_chunks": 40} | own),
     )

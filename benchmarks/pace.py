@@ -77,15 +77,15 @@ def amounts_of(options: RunOptions) -> tuple[dict[str, Any], list[dict[str, Any]
     from bitladder.ladder.estimate import extent_of, shape_of
     from bitladder.ladder.plan import steps_of
     from bitladder.quantize import RUNGS, preset_names
-    from bitladder.text import load_text
+    from bitladder.text import load_text, load_texts
 
     rungs = choose_rungs(options.rungs, known=tuple(preset_names()), default=RUNGS)
     options = options.replace(rungs=rungs)
     tasks = [load_task(spec) for spec in parse_specs(options.tasks)] if options.tasks else []
     questions = {task.name: min(len(task.items), options.task_count or len(task.items)) for task in tasks}
     shape = shape_of(options.model)
-    text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
-    extent = extent_of(options, shape, text, calibration, questions, models=1 + len(rungs))
+    texts, calibration = load_texts(options.texts), [load_text(spec) for spec in options.calibration]
+    extent = extent_of(options, shape, texts, calibration, questions, models=1 + len(rungs))
     parts = [
         {"step": step.name, **dataclasses.asdict(part)} for step in steps_of(options) for part in step.parts(extent)
     ]

@@ -55,7 +55,7 @@ def tiny_run(folder: pathlib.Path, out: pathlib.Path, method: str = "feedback") 
     planning = build(PlanOptions, {**few, "chunks": 2, "menu": "k", "n_ctx": 64})
     chunks = dict.fromkeys(("imatrix_chunks", "moments_chunks", "tune_chunks"), 8)
     chunks |= dict.fromkeys(("trial_chunks", "guard_chunks", "tune_guard_chunks"), 2)
-    names = {"model": str(model), "out": out, "calibration": (str(texts[0]),), "text": str(texts[1])}
+    names = {"model": str(model), "out": out, "calibration": (str(texts[0]),), "texts": (str(texts[1]),)}
     small = {"n_ctx": 64, "chunks": 4, "rungs": ("Q4_K_S",), "threads": 1, "bench": False, "method": method}
     return build(RunOptions, {**names, **small, **chunks, "planning": planning})
 

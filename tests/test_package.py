@@ -19,7 +19,7 @@ WALLS = {
     "engine": set(),
     "gguf": {"engine"},
     "hub": set(),
-    "text": {"engine"},
+    "text": {"engine", "gguf"},
     "convert": {"engine", "gguf", "hub"},
     "recipe": {"engine", "gguf"},
     "rounding": {"engine"},

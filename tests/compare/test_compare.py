@@ -9,11 +9,19 @@ import tiny_models
 import torch
 
 from bitladder.cli import invoke
-from bitladder.compare import check_structure, check_weights, defeats, perplexity_sign, size_groups
+from bitladder.compare import (
+    check_structure,
+    check_weights,
+    defeats,
+    gaps_on_texts,
+    perplexity_sign,
+    size_groups,
+)
 from bitladder.convert import convert
-from bitladder.evaluate import Figure, Measurement, Scores
+from bitladder.evaluate import Figure, Measurement, NamedFile, Scores, mixed_pairs, over_texts
 from bitladder.gguf import GgufFile
 from bitladder.quantize import quantize
+from bitladder.text import load_text
 
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 385, "max_position_embeddings": 256}
 
@@ -183,6 +191,48 @@ def test_the_winner_is_told_by_pairs():
     assert [one and one.by for one in defeats(models, 1)] == [None, None, 1, 1, None]
     alike = [measured("a", 1000, 0.20, 1), measured("c", 1000, 0.2001, 3)]
     assert not size_groups(alike, 1.01)[0].sure and defeats(alike, 1.01) == [None, None]
+
+
+def test_models_that_texts_order_in_two_ways():
+    """Own errors of ±0.1 hide everything; pairs do not."""
+    names = ("prose", "code")
+
+    def on_texts(name, size, klds, seed):
+        parts = []
+        for place, kld in enumerate(klds):
+            part = measured(name, size, kld, seed + place)
+            text = {"text": NamedFile(name=names[place], sha256=names[place]), "tokens_scored": 800}
+            part.scores.__dict__.update(text)
+            tokens = part.arrays["kld"]
+            arrays = {"nll": np.ones(800), "nll_base": np.ones(800), "kld": tokens, "delta_p": np.zeros(800),
+                      "same_top": np.ones(800, bool)}  # fmt: skip
+            parts.append(Measurement(part.scores, arrays))
+        return over_texts(parts)
+
+    models = [on_texts("a", 1000, (0.20, 0.30), 1), on_texts("b", 1005, (0.10, 0.35), 11),
+              on_texts("c", 1500, (0.09, 0.20), 21), on_texts("d", 1600, (0.15, 0.15), 31)]  # fmt: skip
+    pairs = mixed_pairs(
+        [model.scores.bytes for model in models], lambda this, other: gaps_on_texts(models[this], models[other])
+    )
+    # c is better than a and b on both; d, the largest, is worse than b and c on prose only.
+    assert [(pair.this, pair.other) for pair in pairs] == [(0, 1), (3, 1), (3, 2)]
+    gap = models[0].arrays["kld"].mean() - models[1].arrays["kld"].mean()
+    assert np.mean([figure.value for figure in pairs[0].gaps]) == pytest.approx(gap)
+
+
+def test_several_texts(folder, capsys, tmp_path):
+    (tmp_path / "more.txt").write_text(load_text("pydoc:test").text[:6000])
+    quants = [folder / name for name in ("base-Q8_0.gguf", "base-Q4_0.gguf")]
+    assert run(folder, *quants, "-f", tmp_path / "more.txt", "-o", tmp_path / "out.json") == 0
+    shown = capsys.readouterr().out
+    assert "more.txt + test.txt" in shown and "KLD on each text" in shown
+    for model in json.loads((tmp_path / "out.json").read_text())["models"]:
+        scores = model["scores"]
+        on_texts = [text["kld"]["value"] for text in scores["texts"]]
+        assert scores["kld"]["value"] == pytest.approx(np.mean(on_texts))
+        gaps = [text["ln_ppl_ratio"]["value"] for text in scores["texts"]]
+        assert model["ln_ppl_less_base"]["value"] == pytest.approx(np.mean(gaps))
+    assert json.loads((tmp_path / "out.json").read_text())["mixed"] == []
 
 
 def test_command(folder, capsys, tmp_path):

@@ -128,6 +128,40 @@ def test_figures_of_equal_models():
     assert (found["same_top_p"].value, found["same_top_p"].error) == (1, 0)
 
 
+def test_texts_count_alike():
+    """Against one text in which the tokens of the shorter one are repeated until both are as long."""
+    random = np.random.default_rng(3)
+    lengths, repeats = (200, 600), (3, 1)
+    texts = []
+    for length in lengths:
+        nll_base = random.gamma(2, 1.5, length) + length / 300
+        nll, kld = nll_base + 0.1 * random.standard_normal(length), random.gamma(1, 0.1 * length / 200, length)
+        texts.append(TokenScores(nll, nll_base, kld, np.exp(-nll) - np.exp(-nll_base), random.random(length) < 0.9))
+    found = figures.divergence_figures(*texts)
+    names = [field.name for field in dataclasses.fields(TokenScores)]
+    pooled = {
+        name: np.concatenate([np.repeat(getattr(text, name), n) for text, n in zip(texts, repeats, strict=True)])
+        for name in names
+    }
+    expected = figures.divergence_figures(TokenScores(**pooled))
+    for name in ("ppl", "ppl_base", "ppl_ratio", "ln_ppl_ratio", "kld", "same_top_p"):
+        assert found[name].value == pytest.approx(expected[name].value)
+    for name in ("mean", "rms"):
+        assert getattr(found["delta_p"], name).value == pytest.approx(getattr(expected["delta_p"], name).value)
+    assert found["tokens_scored"] == sum(lengths)
+    for share in (50, 90, 99, 99.9):
+        name = {50: "median", 90: "p90", 99: "p99", 99.9: "p999"}[share]
+        below = np.mean(pooled["kld"] <= getattr(found["kld"], name))
+        assert below == pytest.approx(share / 100, abs=4 / len(pooled["kld"]))  # a token has three of its places
+    alone = [figures.divergence_figures(text) for text in texts]
+    for name in ("kld", "ln_ppl_ratio", "same_top_p"):
+        assert found[name].error == pytest.approx(np.hypot(*(text[name].error for text in alone)) / 2)
+    assert found["ppl"].error / found["ppl"].value == pytest.approx(
+        np.hypot(*(text["ppl"].error / text["ppl"].value for text in alone)) / 2
+    )
+    assert found["rho_ppl"] == pytest.approx(np.mean([text["rho_ppl"] for text in alone]))
+
+
 def test_a_broken_model_has_no_perplexity():
     with pytest.raises(BitladderError, match="broken"):
         figures.perplexity(np.full(20, 1e4))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bitladder.evaluate import Figure
+from bitladder.evaluate.figures import average
 from bitladder.evaluate.paired import mcnemar, paired_mean, paired_perplexity, paired_task, unit
-from bitladder.evaluate.tasks.task import average
 
 CHUNKS, SCORED = 60, 25
 
@@ -38,9 +38,25 @@ def test_a_mean_is_as_sure_as_resampled_chunks_say(likelihoods):
     assert figure.error > 1.2 * (second - first).std() / np.sqrt(len(first))
 
 
+def test_chunks_of_different_lengths_count_by_their_tokens(likelihoods):
+    """As where only answers are scored."""
+    first, second = likelihoods
+    rng = np.random.default_rng(4)
+    kept = rng.random(len(first)) < np.repeat(rng.random(CHUNKS), SCORED)
+    chunk = np.repeat(np.arange(CHUNKS, dtype=np.int32), SCORED)[kept]
+    gaps = (second - first)[kept]
+    figure = paired_mean(second[kept], first[kept], chunk)
+    sums, counts = np.bincount(chunk, gaps, CHUNKS), np.bincount(chunk, minlength=CHUNKS)
+    assert figure.value == pytest.approx(gaps.mean())
+    expected = bootstrap(lambda drawn: sums[drawn].sum() / counts[drawn].sum(), CHUNKS)
+    assert figure.error == pytest.approx(expected, rel=0.1)
+    whole = np.repeat(np.arange(CHUNKS, dtype=np.int32), SCORED)
+    assert paired_mean(second, first, whole).error == pytest.approx(paired_mean(second, first, CHUNKS).error)
+
+
 def test_perplexities_differ_as_resampled_chunks_say(likelihoods):
     rows = [values.reshape(CHUNKS, -1) for values in likelihoods]
-    figure = paired_perplexity(likelihoods[1], likelihoods[0], CHUNKS)
+    figure = paired_perplexity([(likelihoods[1], likelihoods[0], CHUNKS)])
 
     def difference(drawn):
         return np.exp(rows[1][drawn].mean()) - np.exp(rows[0][drawn].mean())

@@ -37,9 +37,9 @@ def wanted(folder):
     (spec,) = parse_specs(f"continuation:{folder / 'test.txt'}")
     with ev.open_or_compute(folder / "full.gguf", None, text, SETTINGS, folder / "Q4_0.gguf") as base:
         yield ev.EvalRequest(
-            text,
+            (text,),
             SETTINGS,
-            base,
+            (base,),
             (load_task(spec),),
             ev.MeasureOptions(n_ctx=768, threads=1),
             task_count=12,
@@ -112,11 +112,11 @@ def test_another_version_of_an_algorithm_measures_again(folder, wanted, tmp_path
 
 def test_another_version_of_the_base_is_another_base(folder, wanted, tmp_path, monkeypatch):
     path = tmp_path / "old.base"
-    ev.make_base(folder / "full.gguf", wanted.text, path, SETTINGS)
+    ev.make_base(folder / "full.gguf", wanted.texts[0], path, SETTINGS)
     new = dataclasses.replace(cache.BASE, changes=(*cache.BASE.changes, "another way"))
     monkeypatch.setattr(cache, "BASE", new)
     with pytest.raises(BitladderError, match="another version of bitladder's algorithm"):
-        ev.open_base(path, wanted.text, SETTINGS, ev.identify(folder / "full.gguf"))
+        ev.open_base(path, wanted.texts[0], SETTINGS, ev.identify(folder / "full.gguf"))
 
 
 def test_entries_of_algorithms_are_noticed(folder, wanted):
@@ -160,11 +160,11 @@ def in_batches(path, chunks, sizes):
 
 def test_the_noise_floor_is_what_another_batch_size_does(folder, wanted):
     """To the full-precision model, and to quants of which nearly all is rounded inputs."""
-    noise = noise_floor(wanted.base, 4, SETTINGS)
+    noise = noise_floor(wanted.bases[0], 4, SETTINGS)
     assert (noise.chunks, noise.n_ubatch) == (4, 8)
-    chunks = wanted.base.chunks.head(4)
+    chunks = wanted.bases[0].chunks.head(4)
     # What keeping a base costs, by a measurement in which nothing else differs.
-    kept = ev.measure(folder / "full.gguf", wanted.text, SETTINGS, base=wanted.base).scores.kld
+    kept = ev.measure(folder / "full.gguf", wanted.texts[0], SETTINGS, base=wanted.bases[0]).scores.kld
     found, expected = noise.batch, in_batches(folder / "full.gguf", chunks, (128, 8))
     # The root of a small divergence is a distance: two differ by no more than their ends do.
     assert abs(np.sqrt(found.value) - np.sqrt(expected.mean())) <= np.sqrt(kept.value) + 1e-4
@@ -175,8 +175,8 @@ def test_the_noise_floor_is_what_another_batch_size_does(folder, wanted):
 
 
 def test_the_noise_floor_lies_below_the_best_quant(folder, wanted):
-    noise = noise_floor(wanted.base, 4, SETTINGS)
-    best = ev.measure(folder / "Q8_0.gguf", wanted.text, SETTINGS, base=wanted.base).scores.kld.value
+    noise = noise_floor(wanted.bases[0], 4, SETTINGS)
+    best = ev.measure(folder / "Q8_0.gguf", wanted.texts[0], SETTINGS, base=wanted.bases[0]).scores.kld.value
     # Q8_0's kernels round inputs as well, so its divergence is this and that of its weights together.
     assert noise.batch.value < noise.activations.value < best
     assert noise.activations.max >= noise.activations.value > 0
@@ -199,11 +199,52 @@ def test_the_other_batch_is_on_the_other_side_of_a_kernel(n_ctx, n_batch, n_ubat
 
 def test_no_text(folder, wanted):
     (scores,) = ev.evaluate_several(
-        [folder / "Q8_0.gguf"], ev.EvalRequest(None, SETTINGS, tasks=wanted.tasks, task_count=12)
+        [folder / "Q8_0.gguf"], ev.EvalRequest((), SETTINGS, tasks=wanted.tasks, task_count=12)
     )
     assert scores.ppl is None
     assert scores.tasks["continuation"].count == 12
     assert scores.tasks_average is None  # of the five benchmarks, none was run
+
+
+def test_several_texts(folder, tmp_path, capsys):
+    """Each text is measured as by itself, the mean is that of both, and a pair is compared on each."""
+    (tmp_path / "other.txt").write_text(load_text("pydoc:calibration").text[:9_000], encoding="utf-8")
+    texts = [folder / "test.txt", tmp_path / "other.txt"]
+    base = ["--base", folder / "full.gguf", "-c", 128, "--chunks", 9, "-t", 1, "--noise-chunks", 0]
+    base += ["--cache", tmp_path / "cache", "-q"]
+    models = ["-m", folder / "Q4_0.gguf", "-m", folder / "Q6_K.gguf"]
+    alone = []
+    for text in texts:
+        assert invoke([str(word) for word in ["eval", *models, *base, "-f", text, "--json"]]) == 0
+        alone.append(json.loads(capsys.readouterr().out))
+    both = [word for text in texts for word in ("-f", text)]
+    assert invoke([str(word) for word in ["eval", *models, *base, *both, "-o", tmp_path / "out.json"]]) == 0
+    shown = capsys.readouterr().out
+    assert "test.txt + other.txt" in shown and "means of the texts" in shown and "KLD, other.txt" in shown
+    together = json.loads((tmp_path / "out.json").read_text())
+    for place in (0, 1):
+        scores, parts = together[place], [part[place] for part in alone]
+        assert scores["chunks"] == sum(part["chunks"] for part in parts)
+        assert scores["kld"]["value"] == pytest.approx(np.mean([part["kld"]["value"] for part in parts]))
+        assert scores["kld"]["error"] == pytest.approx(np.hypot(*(part["kld"]["error"] for part in parts)) / 2)
+        assert scores["ppl"]["value"] == pytest.approx(np.sqrt(np.prod([part["ppl"]["value"] for part in parts])))
+        for text, part in zip(scores["texts"], parts, strict=True):
+            for name in ("text", "chunks", "tokens_scored", "ppl", "kld", "delta_p", "same_top_p"):
+                assert text[name] == part[name]
+    pair = together[1]["paired"]
+    assert [text["paired"] for text in together[1]["texts"]] == [part[1]["paired"] for part in alone]
+    gaps = [part[1]["paired"]["kld"] for part in alone]
+    assert pair["kld"]["value"] == pytest.approx(np.mean([gap["value"] for gap in gaps]))
+    assert pair["kld"]["error"] == pytest.approx(np.hypot(*(gap["error"] for gap in gaps)) / 2)
+    assert pair["ppl"]["value"] == pytest.approx(together[1]["ppl"]["value"] - together[0]["ppl"]["value"])
+
+
+def test_one_file_holds_one_text(folder, tmp_path, capsys):
+    words = ["eval", "-m", folder / "Q4_0.gguf", "-f", "pydoc:test", "-f", folder / "test.txt", "--base"]
+    assert invoke([str(word) for word in [*words, folder / "full.gguf", "--base-file", tmp_path / "x.base"]]) == 2
+    assert "--base-file names a file of one text" in capsys.readouterr().err
+    assert invoke([str(word) for word in ["eval", "-m", folder / "Q4_0.gguf", *["-f", "pydoc:test"] * 2]]) == 2
+    assert "name each text once" in capsys.readouterr().err
 
 
 def test_command(folder, tmp_path, capsys):

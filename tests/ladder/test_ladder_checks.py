@@ -31,10 +31,9 @@ def test_a_short_text_is_refused_before_the_directory_of_the_run_is_made(tiny_gg
     assert tokens(short) < 2 * N_CTX <= len(short.text)
     for text in (short, long):
         (tmp_path / text.name).write_text(text.text)
-    for flag, field in (("--text", "text"), ("--calibration", "calibration")):
-        names = {"text": long.name, "calibration": long.name} | {field: short.name}
-        paths = {key: str(tmp_path / name) for key, name in names.items()}
-        paths["calibration"] = (paths["calibration"],)
+    for flag, field in (("--text", "texts"), ("--calibration", "calibration")):
+        names = {"texts": (long.name,), "calibration": (long.name,)} | {field: (long.name, short.name)}
+        paths = {key: tuple(str(tmp_path / name) for name in used) for key, used in names.items()}
         options = plain_options(model=str(tiny_gguf), out=tmp_path / "out", rungs=("Q8_0",), n_ctx=N_CTX, **paths)
         with pytest.raises(UsageError, match=f"{flag} {short.name} has {tokens(short)} tokens; .* needs {2 * N_CTX}"):
             run(options)
@@ -47,7 +46,11 @@ def test_of_a_checkpoint_the_text_is_refused_when_it_is_converted(tiny_checkpoin
     short = words(2 * N_CTX // 5)
     (tmp_path / short.name).write_text(short.text)
     options = plain_options(
-        model=str(tiny_checkpoint), out=tmp_path / "out", rungs=("Q8_0",), n_ctx=N_CTX, text=str(tmp_path / short.name)
+        model=str(tiny_checkpoint),
+        out=tmp_path / "out",
+        rungs=("Q8_0",),
+        n_ctx=N_CTX,
+        texts=(str(tmp_path / short.name),),
     )
     with pytest.raises(UsageError, match=f"--text {short.name} has"):
         run(options)
@@ -68,6 +71,6 @@ def test_each_step_says_which_texts_it_cuts(changes, needed, step, tiny_gguf, to
     enough, long = needed, words(10_000)
     while tokens(words(enough)) > needed:
         enough -= 1
-    check_texts(steps, TextsOfRun(long, [words(enough + needed // 8)], tiny_gguf))
+    check_texts(steps, TextsOfRun([long], [words(enough + needed // 8)], tiny_gguf))
     with pytest.raises(UsageError, match=f"the step {step} needs"):
-        check_texts(steps, TextsOfRun(long, [words(enough - needed // 8)], tiny_gguf))
+        check_texts(steps, TextsOfRun([long], [words(enough - needed // 8)], tiny_gguf))

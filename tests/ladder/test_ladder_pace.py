@@ -100,7 +100,7 @@ def test_every_step_that_takes_time_has_parts(tiny_gguf):
     for mode, method in (("naive", "stock"), ("quality", "best")):
         options = plain_options(rungs=("IQ3_S", "Q8_0"), mode=mode, method=method, chunks=8)
         shape = dataclasses.replace(shape_of(str(tiny_gguf)), bytes=None)
-        extent = extent_of(options, shape, text, [text], {"arc": 40}, models=3)
+        extent = extent_of(options, shape, [text], [text], {"arc": 40}, models=3)
         parts = {step.name: step.parts(extent) for step in steps_of(options)}
         untimed = {"candidates", "price original", "score base", "score IQ3_S", "score Q8_0"}
         assert {name for name, of_step in parts.items() if not of_step} == untimed & parts.keys()

@@ -76,7 +76,7 @@ def test_the_command_names_no_paths():
     plain = "bitladder run org/name --out out --mode naive --rounding stock"
     assert command_line(options(), "org/name", RUNGS) == plain
     full = options(
-        text="/home/me/my text.txt",
+        texts=("/home/me/my text.txt", "pydoc:test"),
         calibration=("/a/b.txt", "pydoc:test"),
         converter=pathlib.Path("/opt/c.py"),
         threads=2,
@@ -87,8 +87,9 @@ def test_the_command_names_no_paths():
     line = command_line(full, "name", ("Q8_0",))
     assert line == (
         "bitladder run name --out out --ladder Q4_K_M,Q8_0 --calibration b.txt --calibration pydoc:test"
-        " --text 'my text.txt' --mode naive --rounding stock --tasks arc:arc.bin,mmlu,continuation:pydoc:test"
-        " --no-bench --converter c.py --threads 2 --calibration-dataset org/texts"
+        " --text 'my text.txt' --text pydoc:test --mode naive --rounding stock"
+        " --tasks arc:arc.bin,mmlu,continuation:pydoc:test --no-bench --converter c.py --threads 2"
+        " --calibration-dataset org/texts"
     )
 
 

@@ -92,9 +92,9 @@ class Fakes:
     def open_base(self, path, text, settings, model):
         return mock.Mock(content=path.read_bytes(), model=model)
 
-    def base_scores(self, base, text, settings):
+    def measure_base(self, base, text, settings):
         options = {"n_ctx": settings.n_ctx, "chunks": settings.chunks, "threads": None, "gpu_layers": 0}
-        return self.evaluate(base.model, text, base=None, progress=None, **options)
+        return Measurement(self.evaluate(base.model, text, base=None, progress=None, **options), {})
 
     def evaluate(self, model, text, *, base, n_ctx, chunks, threads, gpu_layers, progress):
         self.scored.append(model.name)
@@ -136,7 +136,7 @@ class Fakes:
             "bitladder.convert.convert": self.convert, "bitladder.evaluate.make_base": self.make_base,
             "bitladder.evaluate.measure": self.measure, "bitladder.evaluate.open_base": self.open_base,
             "bitladder.evaluate.identify": lambda path: path,
-            "bitladder.evaluate.base_scores": self.base_scores, "bitladder.calibrate.collect_imatrix": self.collect,
+            "bitladder.evaluate.measure_base": self.measure_base, "bitladder.calibrate.collect_imatrix": self.collect,
             "bitladder.quantize.quantize": self.quantize, "bitladder.evaluate.bench": self.bench,
             "bitladder.ladder.run.check_texts": lambda steps, texts: None,  # the model has no vocabulary
         }  # fmt: skip
@@ -186,7 +186,7 @@ def make_inputs(folder):
 
 def inputs_of(folder, out="out"):
     return plain_options(
-        model=str(folder / "toy"), out=folder / out, rungs=RUNGS, text=str(folder / "text.txt"),
+        model=str(folder / "toy"), out=folder / out, rungs=RUNGS, texts=(str(folder / "text.txt"),),
         calibration=(str(folder / "calibration.txt"),),
     )  # fmt: skip
 
@@ -261,7 +261,7 @@ def test_a_change_redoes_only_what_depends_on_it(options, fakes, tmp_path):
 
 def test_what_was_done_before_an_error_stays(options, fakes):
     with (
-        mock.patch("bitladder.evaluate.base_scores", side_effect=KeyboardInterrupt),
+        mock.patch("bitladder.evaluate.measure_base", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         run(options)
@@ -368,7 +368,7 @@ def test_what_cannot_work_is_said_before_work(options, fakes, tmp_path):
     refused(UsageError, "--out", out=tmp_path / "toy")
     refused(UsageError, "--out .* is a file", out=tmp_path / "text.txt")
     refused(UsageError, "--converter", converter=tmp_path / "none.py")
-    refused(BitladderError, "nothing.txt", text=str(tmp_path / "nothing.txt"))
+    refused(BitladderError, "nothing.txt", texts=(str(tmp_path / "nothing.txt"),))
     refused(BitladderError, "is not a GGUF", model=str(tmp_path / "text.txt"))
     with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=100)):
         refused(BitladderError, "--out .* GB free")
@@ -377,7 +377,7 @@ def test_what_cannot_work_is_said_before_work(options, fakes, tmp_path):
 def test_the_command(options, fakes):
     from bitladder.cli.run import command
 
-    arguments = [options.model, "--out", str(options.out), "--ladder", "iq3_s,Q8_0", "--text", options.text,
+    arguments = [options.model, "--out", str(options.out), "--ladder", "iq3_s,Q8_0", "--text", options.texts[0],
                  "--calibration", options.calibration[0], "--quantized-by", "me", "--mode", "naive",
                  "--rounding", "stock"]  # fmt: skip
     done = CliRunner().invoke(command, arguments, catch_exceptions=False)
@@ -431,7 +431,7 @@ def test_the_real_thing_on_the_embedded_model(tiny_checkpoint, calibration_text,
     if not any(tiny_checkpoint.glob("*.safetensors")):
         pytest.skip("the embedded model is not there")
     options = plain_options(
-        model=str(tiny_checkpoint), out=tmp_path / "out", rungs=("Q4_K_M",), text=str(calibration_text),
+        model=str(tiny_checkpoint), out=tmp_path / "out", rungs=("Q4_K_M",), texts=(str(calibration_text),),
         calibration=(str(calibration_text),), chunks=2, imatrix_chunks=2, n_ctx=64,
         tasks=f"continuation:{calibration_text}", task_count=8, bench_tests=((32, 0), (0, 8), (16, 8)),
     )  # fmt: skip

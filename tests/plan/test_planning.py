@@ -64,7 +64,7 @@ def arguments(small, tmp_path):
 
 
 def inputs(small, work):
-    return PlanInputs(small / "small-f16.gguf", small / "imatrix.gguf", load_text(str(small / "text.txt")), work=work)
+    return PlanInputs(small / "small-f16.gguf", small / "imatrix.gguf", [load_text(str(small / "text.txt"))], work=work)
 
 
 def test_inputs_are_rounded_as_the_kernels_round_them():
@@ -148,7 +148,7 @@ def test_prices_are_valid_for_all_that_decides_them_and_nothing_else(small, tmp_
         "method": key(usual.replace(prices=PriceOptions(method="fisher"))),
         "rounded inputs": key(usual.replace(decoding=DECODING.replace(gpu_layers=1))),
         "tokens of a chunk": key(usual.replace(decoding=DECODING.replace(n_ctx=32))),
-        "text": key(files=dataclasses.replace(files, text=text)),
+        "text": key(files=dataclasses.replace(files, texts=[text])),
         "imatrix": key(files=dataclasses.replace(files, imatrix=None)),
     }
     assert len({key(), *decisive.values()}) == 1 + len(decisive), decisive
@@ -320,12 +320,12 @@ def test_excerpts_are_spread_and_do_not_overlap():
     lines = [f"line {number} " + "x" * 40 for number in range(20_000)]
     text = load_text("pydoc:test")
     long = type(text)("long", "\n".join(lines), "")
-    one, two = excerpts(long, 4, 64), excerpts(long, 4, 64, offset=0.5)
+    one, two = excerpts([long], 4, 64), excerpts([long], 4, 64, offset=0.5)
     seen = [{line for line in part.text.split("\n") if line in set(lines)} for part in (one, two)]
     assert not seen[0] & seen[1] and one.sha256 != two.sha256
     numbers = sorted(int(line.split()[1]) for line in seen[0])
     assert numbers[0] < 1000 and numbers[-1] > 15_000
-    assert excerpts(text, 10_000, 512) is text
+    assert excerpts([text], 10_000, 512) is text
 
 
 @pytest.mark.parametrize("method", ["forward", "fisher"])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bitladder.engine import Model
-from bitladder.errors import BitladderError
-from bitladder.text import Reading, Text, excerpts, joined, load_text, set_apart, text_chunks
+from bitladder.errors import BitladderError, UsageError
+from bitladder.text import Reading, Text, excerpts, load_text, load_texts, set_apart, text_chunks
 
 RAW = b"caf\xc3\xa9 \xff\xfe end"  # not UTF-8
 
@@ -31,21 +31,41 @@ def test_what_is_set_apart_and_what_is_left_make_up_the_texts():
     assert [text.name for text in kept] == [text.name for text in texts]
     ends = [text.text.removeprefix(part.text) for text, part in zip(texts, kept, strict=True)]
     assert [part.text + end for part, end in zip(kept, ends, strict=True)] == [text.text for text in texts]
-    assert held_out.text == "\n\n".join(ends) and held_out.name == "pydoc:test + raw"
+    assert [text.text for text in held_out] == ends and [text.name for text in held_out] == ["pydoc:test", "raw"]
     assert [len(end) / len(text.text) for text, end in zip(texts, ends, strict=True)] == pytest.approx(
         [0.25] * 2, abs=0.1
     )
-    assert joined(texts[:1]) is texts[0]
 
 
 def test_passages_lie_all_over_the_text():
     text = load_text("pydoc:test")
-    short = excerpts(text, chunks=3, n_ctx=64)
+    short = excerpts([text], chunks=3, n_ctx=64)
     passages = [passage for passage in short.text.split("\n\n") if passage]
     places = [text.text.index(passage) / len(text.text) for passage in passages]
     assert places == sorted(places) and places[0] < 0.3 and places[-1] > 0.7
     assert len(short.text) >= 3 * 64 * 4
-    assert excerpts(short, chunks=3, n_ctx=64) is short
+    assert excerpts([short], chunks=3, n_ctx=64) is short
+
+
+def test_passages_of_several_texts_take_turns():
+    texts = [Text.of(name, "\n".join(f"{name}{line:05}" for line in range(lines))) for name, lines in
+             (("a", 9000), ("b", 30), ("c", 4000))]  # fmt: skip
+    passages = excerpts(texts, chunks=9, n_ctx=64).text.split("\n\n")
+    # b has one passage to give; the others give the rest, half and half.
+    assert [passage[0] for passage in passages] == ["a", "b", "c", *"acacac", "a"]
+    for name, lines in (("a", 9000), ("c", 4000)):
+        places = [int(passage[1:6]) for passage in passages if passage[0] == name]
+        assert places == sorted(places) and places[0] < lines / 4 and places[-1] > lines * 0.7
+
+
+def test_texts_are_told_apart(tmp_path):
+    for folder, content in (("a", "one text"), ("b", "another text"), ("c", "one text")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "wiki.txt").write_text(content)
+    files = [str(tmp_path / folder / "wiki.txt") for folder in "abc"]
+    assert [text.name for text in load_texts(files[:2])] == ["wiki.txt", "wiki.txt (2)"]
+    with pytest.raises(UsageError, match=r"wiki\.txt and wiki\.txt are the same"):
+        load_texts(files)
 
 
 def test_chunks_of_several_texts_follow_one_another(tiny_gguf):

@@ -56,7 +56,7 @@ def test_the_guard_measures_what_the_planner_measures(tiny_gguf, prepared, tmp_p
     """The same recipe on the same text has the same KLD, whoever measures it."""
     decoding, text = PlanDecoding(n_ctx=128, threads=1), load_text(str(prepared / "text.txt"))
     options = PlanOptions(decoding=decoding, feedback=FeedbackOptions(chunks=4))
-    inputs = PlanInputs(tiny_gguf, prepared / "imatrix.gguf", text, work=tmp_path)
+    inputs = PlanInputs(tiny_gguf, prepared / "imatrix.gguf", [text], work=tmp_path)
     with Planner(inputs, options) as planner:
         preset = planner.subject.preset("Q5_K_S")
         planned = planner.measured_kld(preset)

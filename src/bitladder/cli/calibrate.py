@@ -51,7 +51,7 @@ def command(
         raise UsageError("a text needs a model: pass -m")
     else:
         shared.warn_if_quantized(output, "-m", model)
-        texts = [load_text(spec) for spec in files]
+        texts = [load_text(spec, model) for spec in files]
         result = collect_moments(
             model,
             texts,

@@ -12,7 +12,7 @@ from bitladder.compare import CompareOptions, compare_quants
 from bitladder.evaluate import MeasureOptions, Results
 from bitladder.files import write_json
 from bitladder.show import Output, common_options, comparison_json, comparison_sections
-from bitladder.text import load_text
+from bitladder.text import load_texts
 
 
 @click.command(
@@ -28,12 +28,13 @@ from bitladder.text import load_text
 @click.option(
     "-f",
     "--file",
-    "text",
+    "texts",
     type=FileOrName(),
-    default="pydoc:test",
+    default=("pydoc:test",),
     show_default=True,
+    multiple=True,
     metavar="TEXT",
-    help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration).",
+    help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration). Can be repeated.",
 )
 @options_from(CompareOptions)
 @options_from(MeasureOptions, parameter="settings", leave_out=("n_batch", "n_ubatch"))
@@ -43,7 +44,7 @@ from bitladder.text import load_text
 def command(
     models: tuple[str, ...],
     base: str,
-    text: str,
+    texts: tuple[str, ...],
     out: pathlib.Path | None,
     results: Results,
     *,
@@ -60,8 +61,9 @@ def command(
     # Imported here, after the bars of the hub were hidden.
     from bitladder.hub import fetch
 
-    loaded, full = load_text(text), fetch(base, "--base")
+    full = fetch(base, "--base")
     warn_if_quantized(output, "--base", full.path)
+    loaded = load_texts(texts, full.path, assistant_only=options.assistant_only)
     files = [fetch(model) for model in models]
     compared = compare_quants(files, full.path, loaded, settings, options, results=results, progress=output.progress)
     if out:

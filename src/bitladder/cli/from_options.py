@@ -92,9 +92,9 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
         shown += " Can be repeated."
     if default is dataclasses.MISSING:
         more["required"] = True
-    elif default is None:
+    elif default is None or (field.many and not default):
         shown += f"  [default: {about.unset}]" if about.unset else ""
-    elif not (field.many and not default) and not more.get("is_flag"):
+    elif not more.get("is_flag"):
         more["show_default"] = True
     # None is handed on too: click takes False for a pair of flags without a default.
     if default is not dataclasses.MISSING:

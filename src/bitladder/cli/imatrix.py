@@ -49,7 +49,7 @@ def command(
         raise UsageError("a text needs a model: pass -m")
     else:
         shared.warn_if_quantized(output, "-m", model)
-        texts = [load_text(spec) for spec in files]
+        texts = [load_text(spec, model) for spec in files]
         result = collect_imatrix(
             model,
             texts,

@@ -74,7 +74,13 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 @click.option("--work", type=OutputFolder(), help="Folder for measurements and rendered blocks.  [default: MODEL.plan]")
 @click.option("--suggest-prune", is_flag=True, help="Instead, measure what the model loses without each block.")
 @click.option(
-    "-f", "--file", "text", type=FileOrName(), help=f"Text to measure on.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]"
+    "-f",
+    "--file",
+    "texts",
+    type=FileOrName(),
+    multiple=True,
+    metavar="TEXT",
+    help=f"Text to measure on, passages of each; may be repeated.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]",
 )
 @common_options
 @shared.effort
@@ -93,7 +99,7 @@ def command(
     n_ctx: int | None,
     work: pathlib.Path | None,
     suggest_prune: bool,
-    text: str | None,
+    texts: tuple[str, ...],
 ) -> None:
     """Choose a type for each tensor: least KLD for a size, or least size for a KLD.
 
@@ -113,8 +119,10 @@ def command(
         decoding = dataclasses.asdict(options.decoding)
         del decoding["n_ctx"]
         prune = PruneOptions(**(decoding | size | amount))
+        if len(texts) > 1:
+            raise UsageError("--suggest-prune measures on one text: name one (-f)")
         warn_if_quantized(output, "-m", model)
-        loaded = load_text(_PRUNE_TEXT if text is None else text)
+        loaded = load_text(texts[0] if texts else _PRUNE_TEXT, model)
         ranked = rank_blocks(model, loaded, prune, progress=output.progress)
         if output.json:
             output.print_json(plan_tables.prune_json(ranked))
@@ -128,7 +136,7 @@ def command(
         raise UsageError(f"--rounding {rounding} needs second moments: pass --moments (bitladder calibrate makes them)")
     how = RoundingOptions() if rounding is None else RoundingOptions(method=rounding)  # type: ignore[arg-type]
     options = options.replace(decoding=options.decoding.replace(**size), feedback=options.feedback.replace(**amount))
-    inputs = PlanInputs(model, imatrix, load_text(_TEXT if text is None else text), moments, how, work)
+    inputs = PlanInputs(model, imatrix, [load_text(spec, model) for spec in texts or (_TEXT,)], moments, how, work)
     with Planner(inputs, options, output.progress) as planner:
         target, preset = target_of(aim, planner.subject, options.decoding)
         if sensitivity is None:

@@ -144,7 +144,7 @@ def command(
             out,
             options,
             RefineOptions(rounding=rounding, guard=trying),
-            None if guard == "none" else load_text(guard),
+            None if guard == "none" else load_text(guard, source),
             Decoding(threads=threads),
             progress=output.progress,
         )

@@ -29,7 +29,15 @@ def command(*, output: Output, folder: pathlib.Path, follows: bool, plot: bool, 
     """
     from bitladder.report import read_run, read_unfinished
     from bitladder.rundir import follow, last_command, load_manifest
-    from bitladder.show import ladder_json, ladder_table, pareto_plot, unfinished_json, unfinished_table
+    from bitladder.show import (
+        ladder_json,
+        ladder_table,
+        mixed_lines,
+        pareto_plot,
+        text_table,
+        unfinished_json,
+        unfinished_table,
+    )
 
     if follows:
         for line in follow(folder):
@@ -54,6 +62,11 @@ def command(*, output: Output, folder: pathlib.Path, follows: bool, plot: bool, 
     text = run.base.scores.text
     output.line(f"{run.name}: {text.name}, {run.base.scores.chunks} chunks of {run.base.scores.n_ctx}")
     output.print(ladder_table(run))
+    if run.texts:
+        output.line("\nKLD on each text")
+        output.print(text_table(run))
+        for line in mixed_lines(run):
+            output.line(line)
     if plot and (lines := pareto_plot(run, width=width or min(output.width, 80), height=height)):
         output.line("")
         for line in lines:

@@ -63,7 +63,7 @@ def command(
     """
     from bitladder.refine import smooth_model, try_smoothing
 
-    loaded = load_text(text) if text else None
+    loaded = load_text(text, model) if text else None
     out = out or model.with_name(f"{model.stem}-smooth.gguf")
     imatrix_out = imatrix_out or out.with_name(f"{out.stem}.imatrix.gguf")
     source = ModelFiles(model, imatrix, moments)

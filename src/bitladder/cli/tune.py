@@ -52,8 +52,8 @@ def command(
     """
     from bitladder.refine import tune
 
-    texts = [load_text(spec) for spec in files]
-    held_out = None if guard == "none" else load_text(guard)
+    texts = [load_text(spec, model) for spec in files]
+    held_out = None if guard == "none" else load_text(guard, model)
     if held_out is not None and held_out.sha256 in {text.sha256 for text in texts}:
         raise UsageError(f"--guard {guard} is also a calibration text; name another text")
     shared.warn_if_quantized(output, "-m", model)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         QuantComparison,
         compare_quants,
         defeats,
+        gaps_on_texts,
         perplexity_sign,
         size_groups,
     )
@@ -25,6 +26,7 @@ __all__ = [
     "check_weights",
     "compare_quants",
     "defeats",
+    "gaps_on_texts",
     "gravest",
     "perplexity_sign",
     "size_groups",

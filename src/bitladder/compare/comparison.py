@@ -4,33 +4,39 @@ Files are compared by the paired difference of KLD. Two files differ if the diff
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 import pathlib
 from collections.abc import Sequence
 
 from bitladder.compare.same_model import OriginFinding, check_structure, check_weights, gravest
+from bitladder.errors import UsageError
 from bitladder.evaluate import (
+    SURE,
     EvalRequest,
     Figure,
     Measurement,
     MeasureOptions,
+    MixedPair,
+    Reference,
     Results,
+    average,
     compare_pair,
     measure_several,
+    mixed_pairs,
     open_or_compute,
     paired_mean,
+    with_pair,
 )
 from bitladder.gguf import kind_of, open_model, reading_order
 from bitladder.hub import Fetched
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
-from bitladder.text import Text
+from bitladder.text import Text, answers_option
 
 # A perplexity below the base's by more than this many standard errors is no accident of the text.
 SURE_PPL = 3.0
-# A difference of less than this many standard errors counts as noise.
-SURE = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,7 @@ class CompareOptions(Options):
         metavar="PERCENT",
         help="Files whose sizes differ by no more count as equally large.",
     )
+    assistant_only: bool = answers_option()
 
     @property
     def largest(self) -> float:
@@ -120,17 +127,18 @@ class ComparedModel:
 
 @dataclasses.dataclass(frozen=True)
 class QuantComparison:
-    """All files in the order of the command line. Indices in `groups` and in each `defeat` are those of `models`."""
+    """All files in the order of the command line. Indices in `groups`, `mixed` and in each `defeat` are of `models`."""
 
     base: str
     models: tuple[ComparedModel, ...]
     groups: tuple[SizeGroup, ...]
+    mixed: tuple[MixedPair, ...] = ()
 
 
 def compare_quants(
     models: Sequence[Fetched],
     base: pathlib.Path,
-    text: Text,
+    texts: Sequence[Text],
     settings: MeasureOptions,
     options: CompareOptions | None = None,
     *,
@@ -144,7 +152,7 @@ def compare_quants(
     Parameters:
         models: the files to compare.
         base: the full-precision GGUF.
-        text: the text to measure on.
+        texts: the texts to measure on, which count alike.
         settings: how to decode, and how many chunks.
         options: which sizes count as equal; None takes the defaults.
         results: where results are kept; None keeps nothing.
@@ -154,20 +162,32 @@ def compare_quants(
         BitladderError: a file is not a model, or as `evaluate.measure_several`.
     """
     options = options or CompareOptions()
+    if len(texts) > 1 and options.base_file:
+        raise UsageError("--base-file names a file of one text; name one text (-f), or leave --base-file out")
     compared = [_describe(file, base, settings, progress) for file in models]
     fitting = [index for index, model in enumerate(compared) if gravest(model.findings) != "other"]
     groups: list[SizeGroup] = []
+    contradictions: list[MixedPair] = []
     if fitting:
         paths = [models[index].path for index in fitting]
-        with open_or_compute(base, options.base_file, text, settings, paths[0], progress) as opened:
-            request = EvalRequest(text=text, settings=settings, base=opened)
+        with contextlib.ExitStack() as stack:
+            bases = list[Reference]()
+            for text in texts:
+                bases.append(open_or_compute(base, options.base_file, text, settings, paths[0], progress))
+                stack.callback(bases[-1].close)
+            request = EvalRequest(texts=tuple(texts), settings=settings, bases=tuple(bases))
             measured = measure_several(paths, request, results=results, progress=progress)
         for index, measurement, defeat in zip(fitting, measured, defeats(measured, options.largest), strict=True):
             by = dataclasses.replace(defeat, by=fitting[defeat.by]) if defeat else None
             compared[index] = _with_scores(compared[index], measurement, by)
         for group in size_groups(measured, options.largest):
             groups.append(dataclasses.replace(group, members=tuple(fitting[place] for place in group.members)))
-    return QuantComparison(base.name, tuple(compared), tuple(groups))
+        sizes = [model.scores.bytes for model in measured]
+        for pair in mixed_pairs(
+            sizes, lambda this, other: gaps_on_texts(measured[this], measured[other]), options.largest
+        ):
+            contradictions.append(dataclasses.replace(pair, this=fitting[pair.this], other=fitting[pair.other]))
+    return QuantComparison(base.name, tuple(compared), tuple(groups), tuple(contradictions))
 
 
 def _describe(fetched: Fetched, base: pathlib.Path, settings: MeasureOptions, progress: Progress) -> ComparedModel:
@@ -187,8 +207,13 @@ def _describe(fetched: Fetched, base: pathlib.Path, settings: MeasureOptions, pr
 
 
 def _with_scores(model: ComparedModel, measured: Measurement, defeat: Defeat | None) -> ComparedModel:
-    gap = paired_mean(measured.arrays["nll"], measured.arrays["nll_base"], measured.scores.chunks or 1)
-    kld = float(measured.arrays["kld"].mean())
+    gap = average(
+        [
+            paired_mean(arrays["nll"], arrays["nll_base"], arrays.get("chunk", text.chunks or 1))
+            for text, arrays in measured.by_text
+        ]
+    )
+    kld = measured.scores.kld.value if measured.scores.kld else 0.0
     doubted = any(finding.about == "weights" for finding in model.findings)
     findings = (*model.findings, *perplexity_sign(gap, kld, doubted))
     return dataclasses.replace(model, measured=measured, ln_ppl=gap, findings=findings, defeat=defeat)
@@ -250,6 +275,12 @@ def size_groups(models: Sequence[Measurement], largest: float) -> list[SizeGroup
         else:
             groups.append([index])
     return [_ranked(models, group) for group in groups if len(group) > 1]
+
+
+def gaps_on_texts(this: Measurement, other: Measurement) -> list[Figure]:
+    """KLD of this less that of the other on each of several texts, paired token by token, nats per token."""
+    texts = with_pair(this, other).texts
+    return [text.paired.kld for text in texts if text.paired and text.paired.kld]
 
 
 def kld_gap(this: Measurement, other: Measurement) -> Figure | None:

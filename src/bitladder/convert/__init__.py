@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bitladder.convert.families import architectures
     from bitladder.convert.options import ConvertOptions
     from bitladder.convert.outline import Outline, write_outline
+    from bitladder.convert.tokenizer import read_chat_templates
     from bitladder.convert.upstream import converter_file, library_version
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "converter_file",
     "default_name",
     "library_version",
+    "read_chat_templates",
     "read_json",
     "uses_upstream",
     "write_outline",

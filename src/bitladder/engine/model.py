@@ -124,6 +124,16 @@ class Model(Closing):
             raise BitladderError(f"{self.path} cannot tokenize the text: {log.last_error()}")
         return np.frombuffer(out, np.int32, count).copy()
 
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for. A control token is written out."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, True)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
     def detokenize(self, tokens: Sequence[int] | Tokens, *, special: bool = False) -> str:
         """The text of some tokens. With `special` control tokens are written out."""
         ids = (llama.llama_token * len(tokens))(*[int(t) for t in tokens])

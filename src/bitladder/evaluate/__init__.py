@@ -10,23 +10,32 @@ if TYPE_CHECKING:
     from bitladder.evaluate.base.hidden import BASE, HiddenBase
     from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file
     from bitladder.evaluate.divergence import TokenScores, compare_with_base
-    from bitladder.evaluate.figures import mean
+    from bitladder.evaluate.figures import average, mean
     from bitladder.evaluate.identity import Identity, NoResults, ResultFolder, Results, identify
     from bitladder.evaluate.logit_rows import Workers
     from bitladder.evaluate.measure import (
         MEASURE,
         Measurement,
         Reference,
-        base_scores,
         evaluate,
         make_base,
         measure,
         measure_and_keep,
+        measure_base,
         open_or_compute,
+        over_texts,
     )
     from bitladder.evaluate.measure_options import MeasureOptions
     from bitladder.evaluate.noise import NOISE, noise_floor
-    from bitladder.evaluate.paired import compare_pair, paired_mean, paired_task
+    from bitladder.evaluate.paired import (
+        SURE,
+        MixedPair,
+        compare_pair,
+        mixed_pairs,
+        paired_mean,
+        paired_task,
+        with_pair,
+    )
     from bitladder.evaluate.scores import (
         SCORES,
         Divergence,
@@ -37,6 +46,7 @@ if TYPE_CHECKING:
         Role,
         RunScores,
         Scores,
+        TextScores,
         read_document,
         read_scores,
     )
@@ -62,6 +72,7 @@ __all__ = [
     "MEASURE",
     "NOISE",
     "SCORES",
+    "SURE",
     "TASKS",
     "Divergence",
     "EvalOptions",
@@ -72,6 +83,7 @@ __all__ = [
     "LogitsFile",
     "MeasureOptions",
     "Measurement",
+    "MixedPair",
     "NamedFile",
     "NoResults",
     "Noise",
@@ -88,11 +100,12 @@ __all__ = [
     "SpeedOptions",
     "SpeedRow",
     "SpeedTest",
+    "TextScores",
     "TokenScores",
     "Workers",
     "add_tasks",
+    "average",
     "average_of_five",
-    "base_scores",
     "bench",
     "cache_path",
     "compare_pair",
@@ -111,10 +124,13 @@ __all__ = [
     "mean",
     "measure",
     "measure_and_keep",
+    "measure_base",
     "measure_several",
+    "mixed_pairs",
     "noise_floor",
     "open_base",
     "open_or_compute",
+    "over_texts",
     "paired_mean",
     "paired_task",
     "parse_specs",
@@ -123,5 +139,6 @@ __all__ = [
     "summarize",
     "task_command",
     "task_meanings",
+    "with_pair",
 ]
 open_door(__name__)

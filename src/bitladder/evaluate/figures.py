@@ -2,9 +2,13 @@
 
 The standard error of a mean is sqrt(var/(n−1)) with the population variance. Errors of derived figures follow to first
 order. Percentiles are interpolated linearly. Tokens count as independent, as in llama-perplexity.
+
+Of several texts each counts alike, however long it is: means are means over texts, with the error of independent texts,
+perplexity is e to the mean NLL, and the tokens of a percentile are weighted by 1 / (tokens of their text).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +24,33 @@ _KLD_SHARES = {"p999": 99.9, "p99": 99, "p95": 95, "p90": 90, "median": 50, "p10
 _DELTA_P_SHARES = {**_KLD_SHARES, "p75": 75, "p25": 25}
 
 
-def mean(values: Doubles) -> Figure:
-    """The mean of values, float64 [n], and its standard error, which is 0 for a single value.
+def average(figures: Sequence[Figure]) -> Figure:
+    """The plain mean of independent figures, with its standard error.
+
+    Example:
+        >>> average([Figure(value=0.5, error=0.03), Figure(value=0.7, error=0.04)])
+        Figure(value=0.6, error=0.025)
+    """
+    if len(figures) == 1:
+        return figures[0]
+    value = sum(figure.value for figure in figures) / len(figures)
+    error = math.sqrt(sum(figure.error**2 for figure in figures)) / len(figures)
+    return Figure(value=value, error=error)
+
+
+def mean(*texts: Doubles) -> Figure:
+    """The mean of the values of each text, float64 [tokens], and its standard error, which is 0 for a single value.
 
     Example:
         >>> mean(np.array([1.0, 3.0]))
         Figure(value=2.0, error=1.0)
+        >>> mean(np.array([1.0, 3.0]), np.array([4.0]))
+        Figure(value=3.0, error=0.5)
     """
+    return average([_mean(values) for values in texts])
+
+
+def _mean(values: Doubles) -> Figure:
     count = len(values)
     error = math.sqrt(float(values.var()) / (count - 1)) if count > 1 else 0.0
     return Figure(value=float(values.mean()), error=error)
@@ -40,14 +64,9 @@ def exp(figure: Figure) -> Figure:
     return Figure(value=value, error=value * figure.error)
 
 
-def perplexity(nll: Doubles) -> Figure:
-    """exp of the mean negative log-likelihood, nats, float64 [tokens]."""
-    return exp(mean(nll))
-
-
-def ln_ratio(nll: Doubles, nll_base: Doubles) -> Figure:
-    """ln (PPL/PPL base): the mean of the differences. Its variance includes the covariance of the two."""
-    return mean(nll - nll_base)
+def perplexity(*nll: Doubles) -> Figure:
+    """exp of the mean negative log-likelihood of each text, nats, float64 [tokens]."""
+    return exp(mean(*nll))
 
 
 def correlation(a: Doubles, b: Doubles) -> float:
@@ -65,16 +84,21 @@ def share(hits: npt.NDArray[np.bool_]) -> Figure:
     return Figure(value=value, error=math.sqrt(value * (1 - value) / (count - 1)) if count > 1 else 0.0)
 
 
-def root_mean_square(values: Doubles) -> Figure:
+def root_mean_square(*texts: Doubles) -> Figure:
     """The root of the mean square. Its error is the error of the mean square times 0.5/root."""
-    square = mean(values**2)
+    square = mean(*(values**2 for values in texts))
     root = math.sqrt(square.value)
     return Figure(value=root, error=0.5 / root * square.error if root else 0.0)
 
 
-def percentiles(values: Doubles, shares: dict[str, float]) -> dict[str, float]:
+def percentiles(texts: Sequence[Doubles], shares: dict[str, float]) -> dict[str, float]:
     """Percentiles by name, with "min" and "max". `shares` has the percentage of each name."""
-    at_shares = np.percentile(values, list(shares.values()), method="linear")
+    values = np.concatenate(texts)
+    if len(texts) == 1:
+        at_shares = np.percentile(values, list(shares.values()), method="linear")
+    else:  # with weights, numpy takes a value that is there
+        weights = np.concatenate([np.full(len(text), 1 / len(text)) for text in texts])
+        at_shares = np.percentile(values, list(shares.values()), weights=weights, method="inverted_cdf")
     return {
         **dict(zip(shares, map(float, at_shares), strict=True)),
         "min": float(values.min()),
@@ -82,21 +106,23 @@ def percentiles(values: Doubles, shares: dict[str, float]) -> dict[str, float]:
     }
 
 
-def divergence_figures(tokens: TokenScores) -> dict[str, Any]:
-    """All fields of `Scores` that follow from a comparison with a base, by name."""
-    ratio = ln_ratio(tokens.nll, tokens.nll_base)
+def likelihood_figures(*nll: Doubles) -> dict[str, Any]:
+    """The fields of `Scores` that follow from the negative log-likelihood of each text, nats, float64 [tokens]."""
+    return {"ppl": perplexity(*nll), "tokens_scored": sum(map(len, nll))}
+
+
+def divergence_figures(*texts: TokenScores) -> dict[str, Any]:
+    """All fields of `Scores` that follow from a comparison of each text with its base, by name."""
+    # The variance of a difference includes the covariance of the two.
+    ratio = mean(*(tokens.nll - tokens.nll_base for tokens in texts))
+    kld, delta_p = [tokens.kld for tokens in texts], [tokens.delta_p for tokens in texts]
     return {
-        "tokens_scored": len(tokens.nll),
-        "ppl": perplexity(tokens.nll),
-        "ppl_base": perplexity(tokens.nll_base),
+        **likelihood_figures(*(tokens.nll for tokens in texts)),
+        "ppl_base": perplexity(*(tokens.nll_base for tokens in texts)),
         "ppl_ratio": exp(ratio),
         "ln_ppl_ratio": ratio,
-        "rho_ppl": correlation(tokens.nll, tokens.nll_base),
-        "kld": Divergence(**mean(tokens.kld).model_dump(), **percentiles(tokens.kld, _KLD_SHARES)),
-        "delta_p": DeltaP(
-            mean=mean(tokens.delta_p),
-            rms=root_mean_square(tokens.delta_p),
-            **percentiles(tokens.delta_p, _DELTA_P_SHARES),
-        ),
-        "same_top_p": share(tokens.same_top),
+        "rho_ppl": sum(correlation(tokens.nll, tokens.nll_base) for tokens in texts) / len(texts),
+        "kld": Divergence(**mean(*kld).model_dump(), **percentiles(kld, _KLD_SHARES)),
+        "delta_p": DeltaP(mean=mean(*delta_p), rms=root_mean_square(*delta_p), **percentiles(delta_p, _DELTA_P_SHARES)),
+        "same_top_p": average([share(tokens.same_top) for tokens in texts]),
     }

@@ -1,30 +1,32 @@
-"""Measures one model file over a text."""
+"""Measures one model file over a text, and puts together what was measured over several."""
 
 import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import versions
-from bitladder.errors import UsageError
+from bitladder.engine import Model, versions
+from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate.base import hidden
 from bitladder.evaluate.base.basefile import is_base_file
 from bitladder.evaluate.base.cache import check_fits, load_or_compute_base, open_base
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import is_logits_file, write_logits_file
-from bitladder.evaluate.divergence import compare_with_base, refuse_alike, token_nll
-from bitladder.evaluate.figures import divergence_figures, perplexity
+from bitladder.evaluate.divergence import TokenScores, compare_with_base, refuse_alike, token_nll
+from bitladder.evaluate.figures import divergence_figures, likelihood_figures
 from bitladder.evaluate.identity import Identity, check_vocabularies, identify, unlike
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.measure_options import MeasureOptions
-from bitladder.evaluate.scores import BaseModelName, NamedFile, Scores
+from bitladder.evaluate.scores import BaseModelName, NamedFile, Scores, TextScores
+from bitladder.files import sha256_bytes
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
-from bitladder.text import Text, text_chunks
+from bitladder.text import Chunks, Text, text_chunks
 
 MEASURE = Algorithm(
     "measure",
@@ -46,11 +48,75 @@ class Measurement:
     """A model's scores, and the scores of each token that they are means of.
 
     `arrays` has the fields of `TokenScores` by name, or "nll" alone if there was no base. Each array is
-    [chunks × scored], in the order of the text, so that two models can be compared token by token.
+    [chunks × scored], in the order of the texts, so that two models can be compared token by token. Where only answers
+    are scored, it is shorter, and "chunk" has the number of the chunk of each token.
     """
 
     scores: Scores
     arrays: Arrays
+
+    @property
+    def by_text(self) -> list[tuple[TextScores, Arrays]]:
+        """The figures and the arrays of each text."""
+        texts = self.scores.texts or (self.scores,)
+        ends = np.cumsum([text.tokens_scored or 0 for text in texts])
+        split = {name: np.split(values, ends[:-1]) for name, values in self.arrays.items()}
+        return [(text, {name: parts[place] for name, parts in split.items()}) for place, text in enumerate(texts)]
+
+
+def token_scores(arrays: Arrays) -> TokenScores:
+    """The arrays of a measurement against a base, in the class that has them."""
+    return TokenScores(**{field.name: arrays[field.name] for field in dataclasses.fields(TokenScores)})
+
+
+def counted(arrays: Arrays, chunks: Chunks, name: str) -> Arrays:
+    """The values of the tokens that count, where only answers are scored.
+
+    Parameters:
+        arrays: values of all scored tokens by name, each [chunks × scored].
+        chunks: the chunks, which know the answers.
+        name: the text, for the error.
+
+    Raises:
+        BitladderError: no token of an answer is scored.
+    """
+    if chunks.answers is None:
+        return arrays
+    flags = chunks.counted
+    if not flags.any():
+        raise BitladderError(f"{name}: no answer lies in the second half of a chunk, which is what is scored")
+    kept = {key: values[flags.ravel()] for key, values in arrays.items()}
+    return {**kept, "chunk": np.nonzero(flags)[0].astype(np.int32)}
+
+
+def over_texts(measured: Sequence[Measurement]) -> Measurement:
+    """What was measured of a model on several texts, as one: figures on each, and means in which each counts alike.
+
+    Parameters:
+        measured: a measurement on each text. The only one of a single text stays as it is.
+    """
+    if len(measured) == 1:
+        return measured[0]
+    parts, scores = [text.arrays for text in measured], [text.scores for text in measured]
+    names = [text.text for text in scores if text.text]
+    if all("kld" in arrays for arrays in parts):
+        figures = divergence_figures(*map(token_scores, parts))
+    else:
+        figures = likelihood_figures(*(arrays["nll"] for arrays in parts))
+    together = scores[0].model_copy(
+        update={
+            **figures,
+            "text": NamedFile(
+                name=" + ".join(text.name for text in names),
+                sha256=sha256_bytes("".join(text.sha256 for text in names).encode()),
+            ),
+            "chunks": sum(text.chunks or 0 for text in scores),
+            "texts": tuple(
+                TextScores(**{name: getattr(text, name) for name in TextScores.model_fields}) for text in scores
+            ),
+        }
+    )
+    return Measurement(together, {name: np.concatenate([arrays[name] for arrays in parts]) for name in parts[0]})
 
 
 def evaluate(
@@ -129,20 +195,22 @@ def measure(
             )
         if base:
             chunks = base.chunks.head(settings.limit(len(base.chunks)))
-        else:
-            chunks = text_chunks(loaded, _needed(text), settings.n_ctx, chunks=settings.chunks)
+        if base is None or (text is not None and text.answers is not None):
+            cut = text_chunks(loaded, _needed(text), settings.n_ctx, chunks=settings.chunks)
+            chunks = dataclasses.replace(chunks, answers=cut.answers) if base else cut
         context = stack.enter_context(settings.context(loaded))
         workers = stack.enter_context(Workers(settings.threads))
         if base is None:
-            nll = token_nll(context, chunks, workers, progress)
-            arrays: Arrays = {"nll": nll}
-            figures: dict[str, Any] = {"ppl": perplexity(nll), "tokens_scored": len(nll)}
+            arrays: Arrays = {"nll": token_nll(context, chunks, workers, progress)}
         else:
             run = compare_logits if isinstance(base, LogitsBase) else compare_with_base
             tokens = run(context, base, len(chunks), workers, progress)  # type: ignore[arg-type]
             arrays = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
-            figures = {**divergence_figures(tokens), "base": reference_name(base)}
         refuse_alike(arrays["nll"], identity.name)
+        arrays = counted(arrays, chunks, text.name if text else "")
+        figures = likelihood_figures(arrays["nll"]) if base is None else divergence_figures(token_scores(arrays))
+        if base is not None:
+            figures["base"] = reference_name(base)
     return Measurement(_scores(identity, text, settings.n_ctx, len(chunks), figures), arrays)
 
 
@@ -155,9 +223,8 @@ def measure_and_keep(
         BitladderError: as `write_logits_file`.
     """
     nll = write_logits_file(model, text, out, settings, progress)
-    figures = {"ppl": perplexity(nll), "tokens_scored": len(nll)}
     scored = settings.n_ctx - 1 - settings.n_ctx // 2
-    return _scores(identify(model), text, settings.n_ctx, len(nll) // scored, figures)
+    return _scores(identify(model), text, settings.n_ctx, len(nll) // scored, likelihood_figures(nll))
 
 
 def _needed(text: Text | None) -> Text:
@@ -167,7 +234,7 @@ def _needed(text: Text | None) -> Text:
 
 
 @MEASURE.entry
-def base_scores(base: HiddenBase, text: Text, settings: MeasureOptions) -> Scores:
+def measure_base(base: HiddenBase, text: Text, settings: MeasureOptions) -> Measurement:
     """The perplexity of the full-precision model, from its base. Nothing is decoded.
 
     Raises:
@@ -175,9 +242,13 @@ def base_scores(base: HiddenBase, text: Text, settings: MeasureOptions) -> Score
     """
     check_fits(base, text, settings)
     count = settings.limit(len(base.chunks))
-    nll = np.concatenate([base.rows(chunk).nll for chunk in range(count)])
-    figures = {"ppl": perplexity(nll), "tokens_scored": len(nll)}
-    return _scores(base.model, text, settings.n_ctx, count, figures)
+    arrays: Arrays = {"nll": np.concatenate([base.rows(chunk).nll for chunk in range(count)])}
+    if text.answers is not None:
+        with Model(base.model.path, vocab_only=True) as vocabulary:
+            chunks = text_chunks(vocabulary, text, settings.n_ctx, chunks=settings.chunks)
+        arrays = counted(arrays, chunks, text.name)
+    scores = _scores(base.model, text, settings.n_ctx, count, likelihood_figures(arrays["nll"]))
+    return Measurement(scores, arrays)
 
 
 def _scores(identity: Identity, text: Text | None, n_ctx: int, chunks: int, figures: dict[str, Any]) -> Scores:

@@ -19,6 +19,7 @@ SCORES = Algorithm(
         "the speeds are put in from a file of their own",
         "a rung has its paired difference from the preset",
         "a rung says how its weights were rounded, and whether it is smoothed and tuned",
+        "with several texts the figures on each, and their means",
     ),
 )
 
@@ -201,28 +202,24 @@ class Paired(_Part):
     tasks_average: Figure | None = None
 
 
-class Scores(_Part):
-    """Everything that was measured of one model file.
-
-    What was not measured is None or empty, and absent from the JSON.
-
-    Parameters:
-        model: the file's name, without folder.
-        sha256: of the file's content.
-        bytes: the file's size.
-        bpw: bits per weight over all tensors.
-        chunks: chunks that the figures are means over, of `n_ctx` tokens each.
-        tokens_scored: tokens that the figures are means over.
-        tasks: scores by the name of the task.
-        tasks_average: mean accuracy of the five benchmarks, where all five were scored; `tasks_average_error` is its
-            standard error.
-    """
-
+class _ModelFile(_Part):
     model: str
     sha256: str
     bytes: int = pydantic.Field(gt=0)
     bpw: float
     base: BaseModelName | None = None
+
+
+class TextScores(_Part):
+    """What was measured of a model on one text, or the mean over several texts, each of which counts alike.
+
+    Parameters:
+        text: the text; of several, their names, and the hash of their hashes.
+        chunks: chunks that the figures are means over, of `n_ctx` tokens each.
+        tokens_scored: tokens that the figures are means over.
+        paired: how the model differs from another one on the same tokens.
+    """
+
     text: NamedFile | None = None
     n_ctx: int | None = None
     chunks: int | None = None
@@ -235,13 +232,43 @@ class Scores(_Part):
     kld: Divergence | None = None
     delta_p: DeltaP | None = None
     same_top_p: Figure | None = None
+    paired: Paired | None = None
+
+
+class Scores(TextScores, _ModelFile):
+    """Everything that was measured of one model file.
+
+    What was not measured is None or empty, and absent from the JSON.
+
+    Parameters:
+        model: the file's name, without folder.
+        sha256: of the file's content.
+        bytes: the file's size.
+        bpw: bits per weight over all tensors.
+        texts: with several texts, the figures on each. The figures beside it are then their means.
+        tasks: scores by the name of the task.
+        tasks_average: mean accuracy of the five benchmarks, where all five were scored; `tasks_average_error` is its
+            standard error.
+        noise: the noise floor of the base, on the first text.
+    """
+
+    texts: tuple[TextScores, ...] = ()
     tasks: dict[str, TaskScore] = {}
     tasks_average: float | None = None
     tasks_average_error: float | None = None
     bench: list[BenchRow] = []
     noise: Noise | None = None
-    paired: Paired | None = None
     versions: dict[str, str]
+
+    @property
+    def texts_used(self) -> tuple[NamedFile, ...]:
+        """The texts that the model was measured on."""
+        return tuple(part.text for part in (self.texts or (self,)) if part.text)
+
+    def on(self, index: int) -> Self:
+        """The same scores with the figures on one of several texts in place of their means, and without tasks."""
+        fields = {name: getattr(self.texts[index], name) for name in TextScores.model_fields}
+        return self.model_copy(update={**fields, "texts": (), "tasks": {}, "tasks_average": None})
 
     def to_json(self) -> dict[str, Any]:
         """The scores as a value for `json.dump`, without what was not measured and what does not hold."""

@@ -1,4 +1,4 @@
-"""Measures several models over one text and any tasks. What was measured before is read from the kept results."""
+"""Measures several models over texts and any tasks. What was measured before is read from the kept results."""
 
 import contextlib
 import dataclasses
@@ -10,6 +10,7 @@ import pydantic
 
 from bitladder.engine import Model, kernels, library
 from bitladder.errors import UsageError
+from bitladder.evaluate.base.basefile import is_base_file
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.base.logits_file import LogitsFile
 from bitladder.evaluate.identity import Arrays, Identity, NoResults, Results, identify
@@ -22,19 +23,21 @@ from bitladder.evaluate.measure import (
     measure,
     measure_and_keep,
     open_or_compute,
+    over_texts,
     reference_name,
 )
 from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.noise import NOISE, noise_floor
-from bitladder.evaluate.paired import compare_pair
+from bitladder.evaluate.paired import with_pair
 from bitladder.evaluate.scores import Noise, Scores, TaskScore
 from bitladder.evaluate.tasks.answer import TASKS, score_task
 from bitladder.evaluate.tasks.load import load_task, parse_specs
 from bitladder.evaluate.tasks.task import QuestionSet, average_of_five
+from bitladder.files import sha256_bytes
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
-from bitladder.text import Text, load_text
+from bitladder.text import Text, answers_option, load_texts
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 TEXT = "pydoc:test"
@@ -68,8 +71,8 @@ class EvalOptions(Options):
         help="Log-probabilities in llama-perplexity's format: written from the model, or read with --kl-divergence.",
     )
     read_logits: bool = option(False, "--kl-divergence", help="Compare with --kl-divergence-base.")
-    text: str | None = option(
-        None,
+    texts: tuple[str, ...] = option(
+        (),
         "-f",
         "--file",
         metavar="TEXT",
@@ -77,6 +80,7 @@ class EvalOptions(Options):
         help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration).",
         unset=f"{TEXT}; no text if only --tasks is used",
     )
+    assistant_only: bool = answers_option()
     tasks: str | None = option(
         None,
         "--tasks",
@@ -109,6 +113,12 @@ class EvalOptions(Options):
                 "--kl-divergence-base without --kl-divergence writes the file from one full-precision model: leave "
                 "--base and --tasks out"
             )
+        if self.writes_logits and self.assistant_only:
+            raise UsageError("--kl-divergence-base has all tokens of a text; leave --assistant-only out")
+
+        if len(self.texts) > 1 and (self.logits or self.base_file):
+            flag = "--kl-divergence-base" if self.logits else "--base-file"
+            raise UsageError(f"{flag} names a file of one text; name one text (-f), or leave {flag} out")
 
     @property
     def writes_logits(self) -> bool:
@@ -143,26 +153,31 @@ def evaluate_files(
     if options.writes_logits and len(models) > 1:
         raise UsageError("--kl-divergence-base without --kl-divergence writes the file from one full-precision model")
     tasks = tuple(load_task(spec) for spec in parse_specs(options.tasks)) if options.tasks else ()
-    spec = options.text
-    if spec is None and not options.read_logits and (options.base or not tasks):
-        spec = TEXT
-    text = load_text(spec) if spec else None
+    specs = options.texts
+    if not specs and not options.read_logits and (options.base or not tasks):
+        specs = (TEXT,)
+    if options.assistant_only and not specs:
+        raise UsageError("--assistant-only needs conversations: name them with -f")
+    rendering = options.base if options.base and not is_base_file(options.base) else models[0]
+    texts = load_texts(specs, rendering, assistant_only=options.assistant_only)
     n_ctx = options.n_ctx
     if n_ctx is None and options.logits and options.read_logits:
         with LogitsFile(options.logits) as file:
             n_ctx = file.layout.n_ctx
     settings = settings.replace(n_ctx=TEXT_CTX if n_ctx is None else n_ctx)
-    if options.logits and options.writes_logits and text:
-        return [measure_and_keep(models[0], text, options.logits, settings, progress)]
+    if options.logits and options.writes_logits:
+        return [measure_and_keep(models[0], texts[0], options.logits, settings, progress)]
     with contextlib.ExitStack() as stack:
-        base = None
+        bases: list[Reference] = []
         if reference := options.logits or options.base:
-            base = open_or_compute(reference, options.base_file, text, settings, models[0], progress)
-            stack.enter_context(base)
+            of_each: Sequence[Text | None] = texts or [None]
+            for text in of_each:
+                bases.append(open_or_compute(reference, options.base_file, text, settings, models[0], progress))
+                stack.callback(bases[-1].close)
         request = EvalRequest(
-            text=text,
+            texts=tuple(texts),
             settings=settings,
-            base=base,
+            bases=tuple(bases),
             tasks=tasks,
             task_settings=settings.replace(n_ctx=TASK_CTX if options.n_ctx is None else options.n_ctx, chunks=None),
             task_count=options.task_count,
@@ -176,22 +191,29 @@ class EvalRequest:
     """What to measure of each model.
 
     Parameters:
-        text: the text to measure on; None measures no perplexity, except on the tokens of a file of log-probabilities.
-        settings: how to decode the text, and how many chunks.
-        base: the full-precision model's predictions; None measures no divergence.
+        texts: the texts to measure on, which count alike. Without one no perplexity is measured, except on the tokens
+            of a file of log-probabilities.
+        settings: how to decode a text, and how many chunks.
+        bases: the full-precision model's predictions on each text; without them no divergence is measured.
         tasks: the tasks to score.
         task_settings: how to decode tasks.
         task_count: questions of each task; None asks all.
-        noise_chunks: chunks of the base for the noise floor; 0 measures none.
+        noise_chunks: chunks of the first base for the noise floor; 0 measures none.
     """
 
-    text: Text | None
+    texts: tuple[Text, ...]
     settings: MeasureOptions
-    base: Reference | None = None
+    bases: tuple[Reference, ...] = ()
     tasks: tuple[QuestionSet, ...] = ()
     task_settings: MeasureOptions = dataclasses.field(default_factory=lambda: MeasureOptions(n_ctx=TASK_CTX))
     task_count: int | None = None
     noise_chunks: int = 0
+
+    @property
+    def parts(self) -> list[tuple[Text | None, Reference | None]]:
+        """Each text with its base. The tokens of a file of log-probabilities stand for a text."""
+        texts: Sequence[Text | None] = self.texts or [None] * len(self.bases)
+        return list(zip(texts, self.bases or [None] * len(texts), strict=True))
 
 
 def evaluate_several(
@@ -208,9 +230,8 @@ def evaluate_several(
     Raises:
         BitladderError: as `measure` and `tasks.score_task`.
     """
-    measured = measure_several(models, request, results=results, progress=progress)
-    pairs = [None, *(compare_pair(model, measured[0]) for model in measured[1:])]
-    return [model.scores.model_copy(update={"paired": pair}) for model, pair in zip(measured, pairs, strict=True)]
+    first, *others = measure_several(models, request, results=results, progress=progress)
+    return [first.scores, *(with_pair(model, first) for model in others)]
 
 
 def measure_several(
@@ -219,19 +240,21 @@ def measure_several(
     """Measures as `evaluate_several`, and returns the scores of each token too, so that any two can be compared."""
     results = results or NoResults()
     identities = [identify(model) for model in models]
-    if isinstance(request.base, HiddenBase):
-        for identity in identities:  # all of them before the first is measured
-            check_vocabulary(identity, request.base)
+    first = request.bases[0] if request.bases else None
     noise = None
-    if isinstance(request.base, HiddenBase) and request.noise_chunks:
-        noise = _noise(request.base, request, results, progress)
+    if isinstance(first, HiddenBase):
+        for identity in identities:  # all of them before the first is measured
+            check_vocabulary(identity, first)
+        if request.noise_chunks:
+            noise = _noise(first, request, results, progress)
     measured = [_measure(identity, request, results, progress) for identity in identities]
     return [dataclasses.replace(model, scores=model.scores.model_copy(update={"noise": noise})) for model in measured]
 
 
 def _measure(identity: Identity, request: EvalRequest, results: Results, progress: Progress) -> Measurement:
-    if request.text is not None or request.base is not None:
-        measured = _measure_text(identity, request, results, progress)
+    if request.parts:
+        parts = [_measure_text(identity, *part, request.settings, results, progress) for part in request.parts]
+        measured = over_texts(parts)
     else:
         measured = Measurement(Scores(**identity_fields(identity)), {})
     tasks = _measure_tasks(identity, request, results, progress)
@@ -239,12 +262,20 @@ def _measure(identity: Identity, request: EvalRequest, results: Results, progres
     return Measurement(scores, measured.arrays)
 
 
-def _measure_text(identity: Identity, request: EvalRequest, results: Results, progress: Progress) -> Measurement:
-    base, text = request.base, request.text
+def _measure_text(
+    identity: Identity,
+    text: Text | None,
+    base: Reference | None,
+    settings: MeasureOptions,
+    results: Results,
+    progress: Progress,
+) -> Measurement:
     names: dict[str, Any] = {"model": identity.name}  # the same content can have another name by now
-    inputs = _inputs(MEASURE, identity.sha256, request.settings)
+    inputs = _inputs(MEASURE, identity.sha256, settings)
     if text:
         inputs["text"] = text.sha256
+        if text.answers is not None:
+            inputs["answers"] = sha256_bytes(repr(text.answers).encode())
         names["text"] = {"name": text.name, "sha256": text.sha256}
     if base:
         reference = reference_name(base)
@@ -256,7 +287,7 @@ def _measure_text(identity: Identity, request: EvalRequest, results: Results, pr
         scores, arrays = kept
         if all(values.shape == (scores.tokens_scored,) for values in arrays.values()) and "nll" in arrays:
             return Measurement(scores, arrays)
-    measured = measure(identity, text, request.settings, base=base, progress=progress)
+    measured = measure(identity, text, settings, base=base, progress=progress)
     results.put(inputs, measured.scores.to_json(), measured.arrays)
     return measured
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.calibrate import MIN_CALIBRATION_CTX
-from bitladder.convert import ConvertOptions, converter_file
+from bitladder.convert import ConvertOptions, converter_file, read_chat_templates
 from bitladder.engine import Model, main_memory
 from bitladder.errors import BitladderError, UsageError
 from bitladder.ladder.estimate import Estimate
@@ -13,7 +13,7 @@ from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Source
 from bitladder.ladder.steps.step import Step, TextsOfRun
 from bitladder.ladder.store import Store
-from bitladder.progress import Progress
+from bitladder.progress import SILENT, Progress
 from bitladder.text import MIN_CHUNKS, Text
 
 SURELY = 1.3  # an estimate of memory that is above what there is by this factor is surely right in that
@@ -21,14 +21,14 @@ CHARACTERS = 32  # of a token: the beginning of a text with so many for each tok
 
 
 def check_options(
-    options: RunOptions, source: Source, text: Text, calibration: Sequence[Text], progress: Progress
+    options: RunOptions, source: Source, texts: Sequence[Text], calibration: Sequence[Text], progress: Progress
 ) -> None:
     """Refuses what a step would refuse later, and warns of options that have no effect.
 
     Parameters:
         options: the options of the run.
         source: the model.
-        text: the text to measure with.
+        texts: the texts to measure with.
         calibration: the texts to calibrate on.
         progress: who is warned.
 
@@ -45,17 +45,24 @@ def check_options(
         raise UsageError(f"--ctx-size is {n_ctx}; calibration needs at least {MIN_CALIBRATION_CTX} tokens")
     # A token has at least one byte, so a text of fewer bytes is too short in any vocabulary.
     needed = MIN_CHUNKS * n_ctx
-    for flag, checked in [("--text", text), *(("--calibration", calibrated) for calibrated in calibration)]:
+    used = [("--text", text) for text in texts] + [("--calibration", text) for text in calibration]
+    for flag, checked in used:
         size = len(checked.text.encode("utf-8", "surrogateescape"))
         if size < needed:
             raise UsageError(
                 f"{flag} {checked.name} has {size} bytes; {needed} tokens are needed with --ctx-size {n_ctx}. "
                 "Use a longer text or a smaller --ctx-size"
             )
+    talks = next((text.name for text in [*texts, *calibration] if text.conversations), None)
+    if talks and not source.is_gguf and "default" not in read_chat_templates(source.path, SILENT):
+        raise UsageError(f"{talks} holds conversations, but {source.name} has no chat template: give plain text")
     if source.is_gguf and conversion != ConvertOptions():
         progress.warn("MODEL is already a GGUF: options of its conversion have no effect")
-    if text.sha256 in {calibrated.sha256 for calibrated in calibration}:
-        progress.warn(f"{text.name} is used to calibrate and to measure: the figures will be better than on other text")
+    for text in texts:
+        if text.sha256 in {calibrated.sha256 for calibrated in calibration}:
+            progress.warn(
+                f"{text.name} is used to calibrate and to measure: the figures will be better than on other text"
+            )
 
 
 def refuse_other_model(options: RunOptions, source: Source, store: Store) -> None:
@@ -99,9 +106,10 @@ def check_texts(steps: Sequence[Step], texts: TextsOfRun) -> None:
                     continue
                 checked.add((part.text.sha256, part.n_ctx))
                 needed = MIN_CHUNKS * part.n_ctx
-                if len(vocabulary.tokenize(part.text.text[: CHARACTERS * needed])) > needed:
+                special = part.text.special
+                if len(vocabulary.tokenize(part.text.text[: CHARACTERS * needed], parse_special=special)) > needed:
                     continue
-                tokens = len(vocabulary.tokenize(part.text.text))
+                tokens = len(vocabulary.tokenize(part.text.text, parse_special=special))
                 if tokens < needed:
                     raise UsageError(
                         f"{part.flag} {part.text.name} has {tokens} tokens; the step {step.name} needs {needed}. "

@@ -17,7 +17,7 @@ from bitladder.plan import PlanInputs, Planner
 from bitladder.recipe import TextUsed
 from bitladder.refine import ModelFiles
 from bitladder.rundir import Layout, StepRecord
-from bitladder.text import Text, joined
+from bitladder.text import Text
 
 BASE = "base"
 
@@ -29,7 +29,7 @@ class Run(Closing):
         options: the options of the run.
         source: the model that the run starts from.
         store: the open run directory.
-        text: the text to measure with.
+        texts: the texts to measure with.
         calibration: the texts to calibrate on.
         tasks: the benchmarks to score with.
         others: files of somebody else.
@@ -42,7 +42,7 @@ class Run(Closing):
         source: Source,
         store: Store,
         *,
-        text: Text,
+        texts: Sequence[Text],
         calibration: Sequence[Text],
         tasks: Sequence[evaluate.QuestionSet],
         others: Sequence[Other],
@@ -50,18 +50,17 @@ class Run(Closing):
     ) -> None:
         self.options, self.source, self.store, self.progress = options, source, store, progress
         self.layout = Layout(store.folder)
-        self.text, self.calibration, self.tasks = text, list(calibration), list(tasks)
+        self.texts, self.calibration, self.tasks = list(texts), list(calibration), list(tasks)
         self.others = {other.name: other for other in others}
         self._records: dict[str, StepRecord] = {}
         self._digests = self._input_digests()
-        self._open_base: evaluate.HiddenBase | None = None
+        self._open_bases: list[evaluate.HiddenBase] = []
         self._open_planner: tuple[bool, Planner] | None = None
 
     def _input_digests(self) -> dict[str, Any]:
         digests: dict[str, Any] = {
             "model": self.source.digest(self.store),
-            "text": text_used(self.text).model_dump(),
-            "calibration": [text_used(text).model_dump() for text in self.calibration],
+            **self._text_digests(),
             "tasks": [[task.name, task.source, task.sha256] for task in self.tasks],
         }
         for other in self.others.values():
@@ -71,11 +70,22 @@ class Run(Closing):
             digests["converter"] = self.store.sha256(script, f"converter: {script.name}")
         return digests
 
+    def _text_digests(self) -> dict[str, Any]:
+        used = {"text": self.texts, "calibration": self.calibration}
+        return {name: [text_used(text).model_dump() for text in texts] for name, texts in used.items()}
+
+    def _render_texts(self) -> None:
+        """Renders conversations with the chat template of the full-precision model."""
+        only = self.options.assistant_only
+        self.texts = [text.rendered(self.full, assistant_only=only) for text in self.texts]
+        self.calibration = [text.rendered(self.full) for text in self.calibration]
+        self._digests |= self._text_digests()
+
     def close(self) -> None:
         """Frees the loaded models."""
-        if self._open_base is not None:
-            self._open_base.close()
-        self._open_base = None
+        for base in self._open_bases:
+            base.close()
+        self._open_bases = []
         self._close_planner()
 
     def _close_planner(self) -> None:
@@ -89,6 +99,7 @@ class Run(Closing):
         self._records[step.name] = record
         if step.name == "convert":  # the same file may lie elsewhere under another name, given as MODEL
             self._digests[step.name] = {"model": record.facts["sha256"]}
+            self._render_texts()
         else:
             self._digests[step.name] = {output.path: output.sha256 for output in record.outputs}
         step.completed(self)
@@ -139,12 +150,15 @@ class Run(Closing):
             chunks=self.options.chunks,
         )
 
-    def base(self) -> evaluate.HiddenBase:
-        """The base, opened once for all rungs: opening it hashes the full-precision model."""
-        if self._open_base is None:
+    def bases(self) -> list[evaluate.HiddenBase]:
+        """The base of each text, opened once for all rungs: opening one hashes the full-precision model."""
+        if not self._open_bases:
             identity = evaluate.identify(self.full)
-            self._open_base = evaluate.open_base(self.files("base")[0], self.text, self.settings(), identity)
-        return self._open_base
+            self._open_bases = [
+                evaluate.open_base(path, text, self.settings(), identity)
+                for path, text in zip(self.files("base"), self.texts, strict=True)
+            ]
+        return self._open_bases
 
     def material(self, *, smoothed: bool) -> ModelFiles:
         """The files that rungs are made of: a model, smoothed or not, its imatrix and its second moments."""
@@ -162,7 +176,7 @@ class Run(Closing):
             inputs = PlanInputs(
                 files.model,
                 files.imatrix,
-                joined(self.calibration),
+                self.calibration,
                 files.moments,
                 options.refine.rounding,
                 self.layout.material_work(smoothed=smoothed),

@@ -27,7 +27,7 @@ from bitladder.ladder.plan import steps_of
 from bitladder.ladder.steps.step import Extent, Step
 from bitladder.options import Effort
 from bitladder.rounding import RoundingOptions, round_tensor
-from bitladder.text import Text, load_text
+from bitladder.text import Text, load_text, load_texts
 from bitladder.units import duration
 
 CHARACTERS = 4  # of a token, about
@@ -124,14 +124,14 @@ def estimate(options: RunOptions, *, machine: Machine | None = None) -> Estimate
     rungs = choose_rungs(options.rungs, known=tuple(quantize.preset_names()), default=quantize.RUNGS)
     options = options.replace(rungs=rungs)
     shape = shape_of(options.model)
-    text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
+    texts, calibration = load_texts(options.texts), [load_text(spec) for spec in options.calibration]
     questions = {}
     if options.tasks:
         tasks = [evaluate.load_task(spec) for spec in evaluate.parse_specs(options.tasks)]
         questions = {task.name: min(len(task.items), options.task_count or len(task.items)) for task in tasks}
     path = pathlib.Path(options.model)
     full = path if path.is_file() else None
-    extent = extent_of(options, shape, text, calibration, questions, models=1 + len(rungs), full=full)
+    extent = extent_of(options, shape, texts, calibration, questions, models=1 + len(rungs), full=full)
     if machine is None:
         machine = measure_machine(options.decoding.threads)
     return estimate_steps(steps_of(options, ["other"] * len(options.compare)), extent, machine)
@@ -205,7 +205,7 @@ def shape_of(model: str) -> ModelShape:
 def extent_of(
     options: RunOptions,
     shape: ModelShape,
-    text: Text,
+    texts: Sequence[Text],
     calibration: Sequence[Text],
     questions: Mapping[str, int],
     *,
@@ -217,21 +217,21 @@ def extent_of(
     Parameters:
         options: the options of the run.
         shape: of the model.
-        text: what is measured with.
+        texts: what is measured with.
         calibration: what is calibrated on.
         questions: asked of each model, by benchmark.
         models: files that are measured, with the full-precision model.
         full: MODEL if it is a GGUF. Its vocabulary counts the tokens; else a token has four characters.
     """
 
-    def tokens(texts: Sequence[Text], chunks: int | None) -> int:
-        counts = [len(text.text) // CHARACTERS for text in texts]
+    def tokens(used: Sequence[Text], chunks: int | None) -> int:
+        counts = [len(text.text) // CHARACTERS for text in used]
         return sum(min(count, chunks * options.decoding.n_ctx) if chunks else count for count in counts)
 
     wide = 4 if options.conversion.outtype == "f32" else 2
     return Extent(
         shape=shape,
-        text=tokens([text], options.chunks),
+        text=tokens(texts, options.chunks),
         imatrix=tokens(calibration, options.imatrix_chunks),
         moments=tokens(calibration, options.moments.moments_chunks),
         plain_moments=tokens(calibration, options.moments.plain_share * options.moments.moments_chunks),

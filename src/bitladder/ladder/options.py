@@ -13,7 +13,7 @@ from bitladder.errors import UsageError, did_you_mean
 from bitladder.options import Effort, Options, option, words
 from bitladder.plan import PlanOptions
 from bitladder.refine import RefineOptions
-from bitladder.text import BUILTIN
+from bitladder.text import BUILTIN, answers_option
 
 Mode = Literal["quality", "size", "naive"]
 # Presets that do not quantize: the full-precision file is no rung.
@@ -74,14 +74,22 @@ class RunOptions(Options):
         help="Text to calibrate on: a file, or a built-in text.",
         group="Texts",
     )
-    text: str = option(BUILTIN[1], "--text", names="text", metavar="TEXT", help="Text to measure on.", group="Texts")
+    texts: tuple[str, ...] = option(
+        (BUILTIN[1],),
+        "--text",
+        names="text",
+        metavar="TEXT",
+        help="Text to measure on. Several count alike.",
+        group="Texts",
+    )
+    assistant_only: bool = answers_option(group="Texts")
     chunks: int | None = option(
         None,
         "--chunks",
         least=1,
         metavar="N",
         unset="all",
-        help="Measure on at most N chunks of the text.",
+        help="Measure on at most N chunks of each text.",
         group="Texts",
         efforts={"fast": 20, "normal": 40},
     )

@@ -27,7 +27,7 @@ from bitladder.ladder.store import open_store
 from bitladder.ladder.tracker import Tracker, Watch
 from bitladder.progress import SILENT, Progress
 from bitladder.rundir import Layout, RunRecord, load_manifest, naive
-from bitladder.text import load_text
+from bitladder.text import load_text, load_texts
 
 # Seconds: runs that take longer say at the start how long, and those that take longer still measure the machine first.
 TOLD_FROM, MEASURED_FROM = 60, 300
@@ -72,21 +72,23 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
         rungs, left_out = (*rungs, *left_out), ()
     options = options.replace(rungs=rungs)
     source = locate(options.model)
-    text, calibration = load_text(options.text), [load_text(spec) for spec in options.calibration]
-    check_options(options, source, text, calibration, progress)
+    # Of a checkpoint, conversations are rendered when it is converted and so has its chat template.
+    full = source.path if source.is_gguf else None
+    texts = load_texts(options.texts, full, assistant_only=options.assistant_only)
+    calibration = [load_text(spec, full) for spec in options.calibration]
+    check_options(options, source, texts, calibration, progress)
     shape = shape_of(str(source.path))  # refuses what is not a model before a directory is made
     tasks = [evaluate.load_task(spec) for spec in evaluate.parse_specs(options.tasks)] if options.tasks else []
     others = find_others(options.compare, (BASE, *quantize.preset_names()))
     steps = steps_of(options, [other.name for other in others])
     questions = {task.name: min(len(task.items), options.task_count or len(task.items)) for task in tasks}
     models = 1 + len(rungs) + len(others)
-    full = source.path if source.is_gguf else None
-    extent = extent_of(options, shape, text, calibration, questions, models=models, full=full)
+    extent = extent_of(options, shape, texts, calibration, questions, models=models, full=full)
     pace = Pace({step.name: step.parts(extent) for step in steps})
     tracker = Tracker(pace, len(steps), rungs, progress, watch)
     keep = source.path if source.is_gguf else None
     if source.is_gguf:
-        check_texts(steps, TextsOfRun(text, calibration, source.path))
+        check_texts(steps, TextsOfRun(texts, calibration, source.path))
     with open_store(options.out, keep=keep, progress=progress) as store:
         refuse_other_model(options, source, store)
         present = set(store.present())
@@ -103,7 +105,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
             options,
             source,
             store,
-            text=text,
+            texts=texts,
             calibration=calibration,
             tasks=tasks,
             others=others,
@@ -115,7 +117,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
                     context.do(step)
                     tell(tracker, step, context.layout)
                 if step.verb == "convert" and not source.is_gguf:  # the vocabulary is known from here on
-                    check_texts(steps, TextsOfRun(text, calibration, context.full))
+                    check_texts(steps, TextsOfRun(context.texts, context.calibration, context.full))
         store.finish()
         labels = (BASE, *rungs, *(other.name for other in others))
         scores = [read_json(context.layout.scores(label)) for label in labels]

@@ -6,7 +6,7 @@ import functools
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.calibrate import MomentsFile, zeros_in
@@ -41,7 +41,8 @@ class PlanInputs:
     Parameters:
         model: path of a full-precision GGUF.
         imatrix: path of the importance matrix of the same model, or None.
-        text: what recipes are measured on. It should be neither the text of the imatrix nor the one to judge by.
+        texts: what recipes are measured on: passages of each. It should be neither the text of the imatrix nor the one
+            to judge by.
         moments: paths of second moments of the same model. None of them: the library's own blocks are priced.
         rounding: how blocks are chosen by these moments.
         work: folder for rendered blocks, measurements and prices; None for MODEL.plan beside the model.
@@ -49,22 +50,22 @@ class PlanInputs:
 
     model: pathlib.Path
     imatrix: pathlib.Path | None
-    text: Text
+    texts: Sequence[Text]
     moments: tuple[pathlib.Path, ...] = ()
     rounding: RoundingOptions = dataclasses.field(default_factory=RoundingOptions)
     work: pathlib.Path | None = None
 
 
-def planning_text(text: Text, options: PlanOptions) -> Text:
-    """The passages of a text on which recipes are measured."""
-    return excerpts(text, options.chunks, options.decoding.n_ctx)
+def planning_text(texts: Sequence[Text], options: PlanOptions) -> Text:
+    """The passages of texts on which recipes are measured."""
+    return excerpts(texts, options.chunks, options.decoding.n_ctx)
 
 
 class Planner(Closing):
     """Plans for one model: prices once, then any number of targets.
 
     Parameters:
-        inputs: the files and the text.
+        inputs: the files and the texts.
         options: how to plan.
         progress: where work is shown.
 
@@ -76,7 +77,7 @@ class Planner(Closing):
         self.options, self.progress = options, progress
         decoding = dataclasses.asdict(options.decoding)
         self._settings = MeasureOptions(**decoding, chunks=options.chunks)
-        self.text = planning_text(inputs.text, options)
+        self.text = planning_text(inputs.texts, options)
         self.work = inputs.model.with_name(f"{inputs.model.stem}.plan") if inputs.work is None else inputs.work
         with contextlib.ExitStack() as opened:
             self.subject = opened.enter_context(Subject(inputs.model, inputs.imatrix))

@@ -94,6 +94,8 @@ def facts(run: FinishedRun) -> dict[str, Any]:
         "generation": GENERATION if any(rung.scores.speed(GENERATION) for rung in run.rungs) else None,
         "sizes": tables.sizes(run),
         "quality": tables.quality(run),
+        "by_text": tables.by_text(run),
+        "mixed": tables.mixed(run),
         "all_paired": tables.all_paired(run),
         "doubts": {tables.label(other): other.scores.doubts for other in run.others if other.scores.doubts},
         "tasks": tables.tasks(run),
@@ -109,7 +111,9 @@ def facts(run: FinishedRun) -> dict[str, Any]:
         "imatrix": _imatrix(recipes),
         "unreached": _unreached(run.manifest.steps["imatrix"].facts.get("unreached", [])),
         "versions": _versions([recipe.versions for recipe in recipes] + [scores.versions for scores in scored]),
-        "calibrated_on_text": any(base.text.sha256 in _calibration(recipe) for recipe in recipes),
+        "calibrated_on_text": any(
+            text.sha256 in _calibration(recipe) for recipe in recipes for text in base.texts_used
+        ),
         "credits": _credits(run),
     }
 
@@ -194,7 +198,7 @@ def _versions(used: Sequence[dict[str, str]]) -> str:
 
 def _credits(run: FinishedRun) -> dict[str, Any]:
     """The texts and files of others that were used."""
-    names = [run.base.scores.text.name, *_calibration_names(run)]
+    names = [*(text.name for text in run.base.scores.texts_used), *_calibration_names(run)]
     return {
         "wikitext": any("wiki" in name.lower() for name in names),
         "python": any(name.startswith("pydoc:") for name in names),

@@ -127,6 +127,26 @@ class FinishedRun:
         return sorted(models, key=lambda model: model.size_order)
 
     @property
+    def texts(self) -> list[str]:
+        """The names of several texts that every model was measured on; empty for a single text."""
+        names = [text.name for text in self.base.scores.texts_used]
+        return names if all(len(model.scores.texts) == len(names) for model in self.models) else []
+
+    def on(self, index: int) -> "FinishedRun":
+        """The run with the figures on one of several texts in place of their means."""
+
+        def on_text(model: RunModel) -> RunModel:
+            return dataclasses.replace(model, scores=model.scores.on(index))
+
+        return dataclasses.replace(
+            self,
+            base=on_text(self.base),
+            rungs=tuple(map(on_text, self.rungs)),
+            naive={rung: on_text(model) for rung, model in self.naive.items()},
+            others=tuple(map(on_text, self.others)),
+        )
+
+    @property
     def models(self) -> list[RunModel]:
         """The full-precision model and all quants, from the smallest to the largest."""
         return [self.base, *self.quants]

@@ -70,12 +70,15 @@ def render_report(folder: pathlib.Path) -> str:
 def make_charts(run: FinishedRun) -> dict[str, dict[str, Any]]:
     """Every chart that the run has figures for: section → name of the choice → figure of plotly.js."""
     charts: dict[str, dict[str, Any]] = {}
-    if chart := pareto(run):
-        charts["pareto"] = {"": chart}
+    # The first choice is the mean of several texts.
+    views = {"mean of the texts": run} if run.texts else {"": run}
+    views |= {text: run.on(index) for index, text in enumerate(run.texts)}
+    if pareto(run):
+        charts["pareto"] = {name: chart for name, view in views.items() if (chart := pareto(view))}
     if chart := predicted(prediction_pairs(run)):
         charts["predicted"] = {"": chart}
-    if chart := percentiles(run):
-        charts["percentiles"] = {"": chart}
+    if percentiles(run):
+        charts["percentiles"] = {name: chart for name, view in views.items() if (chart := percentiles(view))}
     if table := tables.tasks(run):
         charts["tasks"] = {name: task_bars(run, name) for name in reversed(table.heads)}
     if tests := tables.speed_tests(run):

@@ -6,7 +6,7 @@ import decimal
 import math
 from collections.abc import Callable, Sequence
 
-from bitladder.evaluate import Figure, Role, RunScores
+from bitladder.evaluate import Figure, Role, RunScores, mixed_pairs
 from bitladder.report import best
 from bitladder.report.finished_run import FinishedRun, RunModel
 
@@ -149,6 +149,35 @@ def quality(run: FinishedRun) -> Table:
     if run.naive:
         columns.append(_gained(run))
     return _table(run, columns)
+
+
+def by_text(run: FinishedRun) -> Table | None:
+    """KLD on each of several texts, and its difference from the preset's; None for a single text."""
+    if not run.texts:
+        return None
+    columns = []
+    for index, text in enumerate(run.texts):
+        on_text = run.on(index)
+        columns.append(_figures(on_text, f"KLD, {text}", lambda s: s.kld, best.kld))
+        if run.naive:
+            columns.append((f"{GAIN}, {text}", _gained(on_text)[1]))
+    return _table(run, columns)
+
+
+def mixed(run: FinishedRun) -> list[str]:
+    """A sentence for each two files of which one is better on one text and worse on another."""
+    runs = [run.on(index) for index in range(len(run.texts))]
+
+    def gaps(this: int, other: int) -> list[Figure]:
+        found = (best.kld(on_text.quants[this].scores, on_text.quants[other].scores) for on_text in runs)
+        return [figure for figure in found if figure]
+
+    sentences = []
+    for pair in mixed_pairs([model.scores.bytes for model in run.quants], gaps):
+        on_texts = (f"{signed(gap)} on {text}" for gap, text in zip(pair.gaps, run.texts, strict=True))
+        this, other = (label(run.quants[place]) for place in (pair.this, pair.other))
+        sentences.append(f"KLD of {this} less that of {other}: {', '.join(on_texts)}.")
+    return sentences
 
 
 def tasks(run: FinishedRun) -> Table | None:

@@ -24,6 +24,10 @@ def comparison_sections(comparison: "QuantComparison") -> list[tuple[str, Any]]:
         sections.append(("\nFindings", odd))
     if verdicts := _verdicts(comparison, labels):
         sections.append(("\nAt equal size", verdicts))
+    if any(model.measured and model.measured.scores.texts for model in comparison.models):
+        sections.append(("\nKLD on each text", _text_table(comparison, labels)))
+    if comparison.mixed:
+        sections.append(("\nBetter on one text, worse on another", _mixed(comparison, labels)))
     sections.append(("\nTypes by kind", _type_table(comparison, labels)))
     return sections
 
@@ -56,7 +60,11 @@ def comparison_json(comparison: "QuantComparison") -> dict[str, Any]:
         }
         for group in comparison.groups
     ]
-    return {"base": comparison.base, "models": models, "equal_size": groups}
+    pairs = [
+        {"model": labels[pair.this], "other": labels[pair.other], "kld": [gap.model_dump() for gap in pair.gaps]}
+        for pair in comparison.mixed
+    ]
+    return {"base": comparison.base, "models": models, "equal_size": groups, "mixed": pairs}
 
 
 def comparison_labels(comparison: "QuantComparison") -> list[str]:
@@ -75,9 +83,10 @@ def _title(comparison: "QuantComparison") -> str:
     scores = next((model.measured.scores for model in comparison.models if model.measured), None)
     if scores is None or scores.text is None:
         return f"Against {comparison.base}: nothing can be measured"
+    alike = "; texts count alike" if scores.texts else ""
     return (
         f"Against {comparison.base} on {scores.text.name}, {scores.chunks} chunks of {scores.n_ctx}, "
-        f"{scores.tokens_scored} tokens scored"
+        f"{scores.tokens_scored} tokens scored{alike}"
     )
 
 
@@ -151,6 +160,29 @@ def _verdicts(comparison: "QuantComparison", labels: list[str]) -> list[str]:
         lines.append(f"{verdict}: {gap} ({sizes} bytes)")
         for index, figure in zip(group.members[2:], group.gaps[1:], strict=True):
             lines.append(f"  then {labels[index]}: {_gap(figure)}")
+    return lines
+
+
+def _text_table(comparison: "QuantComparison", labels: list[str]) -> Any:
+    from bitladder.report import with_error
+    from bitladder.show.table import Column, Table, figures
+
+    labelled = zip(labels, comparison.models, strict=True)
+    measured = [(label, model.measured.scores) for label, model in labelled if model.measured]
+    table = Table([Column("model", fold=True), *figures(*(text.name for text in measured[0][1].texts_used))])
+    for label, scores in sorted(measured, key=lambda pair: pair[1].bytes):
+        table.add(label, *(with_error(text.kld) if text.kld else "–" for text in scores.texts))
+    return table
+
+
+def _mixed(comparison: "QuantComparison", labels: list[str]) -> list[str]:
+    """For each pair of files that texts order in two ways, the difference on each text."""
+    lines = []
+    for pair in comparison.mixed:
+        model = comparison.models[pair.this].measured
+        names = [text.name for text in model.scores.texts_used] if model else []
+        gaps = ", ".join(f"{_gap(gap)} on {name}" for name, gap in zip(names, pair.gaps, strict=True))
+        lines.append(f"{labels[pair.this]} less {labels[pair.other]}: KLD {gaps}")
     return lines
 
 

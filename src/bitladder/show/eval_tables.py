@@ -18,6 +18,10 @@ def eval_tables(models: "list[Scores]") -> list[tuple[str, Any]]:
     """
     ordered = sorted(models, key=lambda scores: scores.bytes)
     shown = [(_title(models[0]), _table(ordered, _rows(models)))]
+    for index, text in enumerate(models[0].texts):
+        on_text = [scores.on(index) for scores in ordered]
+        title = f"{text.text.name if text.text else ''}, {text.chunks} chunks, {text.tokens_scored} tokens scored"
+        shown.append((title, _table(on_text, _figure_rows())))
     paired = [scores for scores in ordered if scores.paired]
     if paired:
         shown.append((_pair_title(models), _table(paired, _pair_rows(models))))
@@ -47,6 +51,8 @@ def _title(first: "Scores") -> str:
         return "Tasks"
     source = first.text.name if first.text else first.base.model if first.base else ""
     title = f"{source}, {first.chunks} chunks of {first.n_ctx}, {first.tokens_scored} tokens scored"
+    if first.texts:
+        title += "; means of the texts, which count alike"
     if first.noise:
         title += _noise(first.noise)
     return title
@@ -92,6 +98,20 @@ def _rows(models: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]]:
     rows: list[tuple[str, Callable[[Any], Cell]]] = [
         ("size", lambda s: (f"{s.bytes / 1e6:,.1f} MB", None)),
         ("bits per weight", lambda s: (f"{s.bpw:.3f}", None)),
+        *_figure_rows(),
+    ]
+    for name, task in models[0].tasks.items():
+        label = f"{name}, {task.count} questions, chance {100 * task.chance:.1f} %"
+        if task.skipped:
+            label += f", {task.skipped} left out"
+        rows.append((label, functools.partial(_task, name)))
+    rows.append(("average of the five", _average))
+    return rows
+
+
+def _figure_rows() -> list[tuple[str, Callable[[Any], Cell]]]:
+    """The rows of what is measured on a text."""
+    rows: list[tuple[str, Callable[[Any], Cell]]] = [
         ("PPL", lambda s: _low(s.ppl, 4)),
         ("PPL base", lambda s: (_pm(s.ppl_base, 4), None)),
         ("ln PPL ratio", lambda s: (_pm(s.ln_ppl_ratio, 5), None)),
@@ -104,12 +124,6 @@ def _rows(models: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]]:
         ("Δp RMS", lambda s: _low(s.delta_p.rms if s.delta_p else None, 3, 100, " %")),
         ("same top p", lambda s: _high(s.same_top_p, 3)),
     ]
-    for name, task in models[0].tasks.items():
-        label = f"{name}, {task.count} questions, chance {100 * task.chance:.1f} %"
-        if task.skipped:
-            label += f", {task.skipped} left out"
-        rows.append((label, functools.partial(_task, name)))
-    rows.append(("average of the five", _average))
     return rows
 
 
@@ -134,10 +148,17 @@ def _pair_rows(models: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]
         ("ln PPL", lambda s: (_pm(s.paired.ln_ppl, 5, sign="+"), None)),
         ("KLD mean", lambda s: (_pm(s.paired.kld, 6, sign="+"), None)),
     ]
+    for index, text in enumerate(models[0].texts):
+        rows.append((f"KLD, {text.text.name if text.text else index}", functools.partial(_pair_text, index)))
     for name in models[0].tasks:
         rows.append((f"{name} (right only here : only in the first)", functools.partial(_pair_task, name)))
     rows.append(("average of the five", lambda s: (_pm(s.paired.tasks_average, 2, 100, " %", "+"), None)))
     return rows
+
+
+def _pair_text(index: int, scores: "Scores") -> Cell:
+    pair = scores.texts[index].paired
+    return _pm(pair.kld if pair else None, 6, sign="+"), None
 
 
 def _pair_task(name: str, scores: "Scores") -> Cell:

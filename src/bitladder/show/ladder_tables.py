@@ -119,6 +119,21 @@ def unfinished_json(run: UnfinishedRun, command: str) -> dict[str, Any]:
     return {"complete": False, "command": command, "models": models, "missing": list(run.missing)}
 
 
+def text_table(run: FinishedRun) -> Table:
+    """A table of the KLD of every quant on each of several texts. Figures within noise of the best are bold."""
+    shown = tables.by_text(run) or tables.Table((), ())
+    table = Table([Column("quant", fold=True), *figures(*shown.heads)])
+    for line in shown.lines:
+        cells = (Text(cell.text, "bold" if cell.best else "") for cell in line.cells)
+        table.add(" ".join(line.label.split()), *cells)
+    return table
+
+
+def mixed_lines(run: FinishedRun) -> list[str]:
+    """A line for each two quants that texts order in two ways."""
+    return [f"Better on one text, worse on another: {sentence}" for sentence in tables.mixed(run)]
+
+
 def pareto_plot(run: FinishedRun, *, width: int, height: int) -> list[str]:
     """Lines that plot size against KLD, both logarithmic; empty if no model has a KLD above 0.
 

@@ -1,4 +1,4 @@
-"""Texts: loaded, excerpted, joined and set apart, and cut into chunks of tokens."""
+"""Texts: loaded, excerpted and set apart, and cut into chunks of tokens."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,18 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.text.chunks import MIN_CHUNKS, Chunks, Reading, spread_evenly, text_chunks
     from bitladder.text.plain import plain_text
-    from bitladder.text.texts import BUILTIN, HELD_OUT, Text, builtin_text, excerpts, joined, load_text, set_apart
+    from bitladder.text.records import json_lines, json_list, need_pyarrow, parquet_rows
+    from bitladder.text.texts import (
+        BUILTIN,
+        HELD_OUT,
+        Text,
+        answers_option,
+        builtin_text,
+        excerpts,
+        load_text,
+        load_texts,
+        set_apart,
+    )
 
 __all__ = [
     "BUILTIN",
@@ -16,10 +27,15 @@ __all__ = [
     "Chunks",
     "Reading",
     "Text",
+    "answers_option",
     "builtin_text",
     "excerpts",
-    "joined",
+    "json_lines",
+    "json_list",
     "load_text",
+    "load_texts",
+    "need_pyarrow",
+    "parquet_rows",
     "plain_text",
     "set_apart",
     "spread_evenly",

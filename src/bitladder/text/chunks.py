@@ -7,7 +7,7 @@ scores only the second half of a chunk, so that every scored token has at least 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # texts need no native library
     from bitladder.engine import Model
 
 Tokens = npt.NDArray[np.int32]
+Flags = npt.NDArray[np.bool_]
+T = TypeVar("T", bound=np.generic)
 MIN_CHUNKS = 2  # of a text, as llama-perplexity has it
 
 
@@ -31,11 +33,13 @@ class Chunks:
         tokens: token ids as the text has them, int32, shape [chunks, n_ctx].
         bos: id that replaces the first token of each chunk when the chunk is decoded, or None.
         available: chunks that the text has, of which these are some.
+        answers: whether each token is of an answer, bool, shape [chunks, n_ctx]; None if all tokens count.
     """
 
     tokens: Tokens
     bos: int | None
     available: int
+    answers: Flags | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -69,7 +73,15 @@ class Chunks:
 
     def head(self, count: int) -> "Chunks":
         """The first `count` chunks."""
-        return dataclasses.replace(self, tokens=self.tokens[:count])
+        answers = None if self.answers is None else self.answers[:count]
+        return dataclasses.replace(self, tokens=self.tokens[:count], answers=answers)
+
+    @property
+    def counted(self) -> Flags:
+        """Which scored tokens count, bool, shape [chunks, scored]."""
+        if self.answers is None:
+            return np.ones((len(self), self.scored), bool)
+        return self.answers[:, self.first + 1 :]
 
 
 def text_chunks(
@@ -94,9 +106,12 @@ def text_chunks(
         parse_special: whether "<|im_end|>" and the like in the text are read as the tokens that they name.
 
     Raises:
-        BitladderError: the text has fewer than two chunks, or fewer than two are left behind `from_chunk`.
+        BitladderError: the text has fewer than two chunks, or fewer than two are left behind `from_chunk`; or it is
+            conversations that nobody has rendered.
     """
-    tokens = model.tokenize(text.text, parse_special=parse_special)
+    if text.conversations:
+        raise BitladderError(f"{text.name} holds conversations, which cannot be used here; name a plain text")
+    tokens = model.tokenize(text.text, parse_special=parse_special or text.special)
     if len(tokens) < MIN_CHUNKS * n_ctx:
         raise BitladderError(
             f"the text {text.name} has {len(tokens)} tokens, but chunks of {n_ctx} tokens need at least "
@@ -109,10 +124,55 @@ def text_chunks(
             f"--from-chunk {from_chunk} leaves too few"
         )
     count = available if chunks is None else min(chunks, available)
-    rows = tokens[: (from_chunk + available) * n_ctx].reshape(-1, n_ctx)[from_chunk:]
-    rows = rows[spread_evenly(available, count) if spread else slice(count)]
+    chosen = spread_evenly(available, count) if spread else slice(count)
+
+    def cut(values: npt.NDArray[T]) -> npt.NDArray[T]:
+        return values[: (from_chunk + available) * n_ctx].reshape(-1, n_ctx)[from_chunk:][chosen]
+
+    answers = None if text.answers is None else cut(answer_tokens(model, text, tokens))
     bos = model.bos if model.add_bos and model.bos >= 0 else None
-    return Chunks(rows, bos, available)
+    return Chunks(cut(tokens), bos, available, answers)
+
+
+def answer_tokens(model: "Model", text: Text, tokens: Tokens) -> Flags:
+    """Whether each token has its first byte in an answer, bool, shape [tokens].
+
+    The bytes that tokens stand for follow one another in the text, but for blanks that a tokenizer puts in, and BOS.
+
+    Parameters:
+        model: the model whose vocabulary is used.
+        text: the text, with its answers.
+        tokens: the tokens of the text, int32.
+
+    Raises:
+        BitladderError: the tokenizer changes the text, so that no place is known.
+    """
+    data = text.text.encode("utf-8", "surrogateescape")
+    inside = np.zeros(len(data) + 1, bool)
+    seen = byte = 0  # characters up to here have so many bytes
+    for start, end in text.answers or ():
+        byte += len(text.text[seen:start].encode("utf-8", "surrogateescape"))
+        size = len(text.text[start:end].encode("utf-8", "surrogateescape"))
+        inside[byte : byte + size] = True
+        seen, byte = end, byte + size
+    pieces: dict[int, bytes] = {}
+    places = np.empty(len(tokens), np.int64)
+    place = 0
+    for number, token in enumerate(tokens.tolist()):
+        piece = pieces.get(token)
+        if piece is None:
+            piece = pieces[token] = model.piece(token)
+        places[number] = place
+        if data.startswith(piece, place):
+            place += len(piece)
+        elif piece.startswith(b" ") and data.startswith(piece[1:], place):
+            place += len(piece) - 1
+        elif number:
+            raise BitladderError(
+                f"{model.path.name}: its tokenizer changes the text, so that tokens of answers cannot be told; leave "
+                "--assistant-only out"
+            )
+    return inside[places]
 
 
 def spread_evenly(available: int, count: int) -> npt.NDArray[np.int64]:

@@ -1,19 +1,29 @@
-"""Texts to calibrate on and to measure with: loaded, and made from others (passages, ends set apart, several joined).
+"""Texts to calibrate on and to measure with: loaded, and made from others (passages, ends set apart).
 
-A text is a file that the user names, or one of two built-in texts: `pydoc:calibration` and `pydoc:test`. These are
-made from `pydoc_data.topics`, the language reference that comes with every CPython, so that a first run needs no
-download. The two share no paragraph.
+A text is a file that the user names, conversations in such a file (`chat`), or one of two built-in texts:
+`pydoc:calibration` and `pydoc:test`. These are made from `pydoc_data.topics`, the language reference that comes with
+every CPython, so that a first run needs no download. The two share no paragraph.
 """
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import zlib
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_bytes
+from bitladder.options import option
+from bitladder.text.chat import (
+    ChatTemplate,
+    Conversation,
+    chat_sha256,
+    is_chat,
+    read_conversations,
+    rendered_text,
+)
 from bitladder.text.plain import plain_text
 
 BUILTIN = ("pydoc:calibration", "pydoc:test")
@@ -29,24 +39,67 @@ class Text:
         name: the name in reports, never a path.
         text: the characters. Bytes that are not UTF-8 are kept as surrogate escapes, so that the tokenizer sees the
             bytes of the file. One newline at the very end is dropped, as llama.cpp's tools do.
-        sha256: SHA-256 of the bytes, in hexadecimal digits.
+        sha256: SHA-256 of the bytes, in hexadecimal digits; of a text whose special tokens are parsed `chat_sha256`.
+        special: whether "<|im_end|>" and the like in it are always read as the tokens that they name.
+        answers: of conversations, the only characters whose tokens are scored (the first, and the one after the last of
+            each answer); None scores all.
+        conversations: conversations that no model has rendered yet. `text` has their contents, to judge the length.
     """
 
     name: str
     text: str
     sha256: str
+    special: bool = False
+    answers: tuple[tuple[int, int], ...] | None = None
+    conversations: tuple[Conversation, ...] = dataclasses.field(default=(), repr=False)
 
     @classmethod
-    def of(cls, name: str, text: str) -> Self:
+    def of(cls, name: str, text: str, *, special: bool = False) -> Self:
         """A text of these characters."""
-        return cls(name, text, sha256_bytes(text.encode("utf-8", "surrogateescape")))
+        digest = chat_sha256(text) if special else sha256_bytes(text.encode("utf-8", "surrogateescape"))
+        return cls(name, text, digest, special)
+
+    def rendered(self, model: pathlib.Path, *, assistant_only: bool = False) -> "Text":
+        """Conversations as text, in the chat template of a GGUF. Any other text stays as it is.
+
+        Parameters:
+            model: the file with the template.
+            assistant_only: whether only answers are scored.
+
+        Raises:
+            BitladderError: the model has no template, or it fails (`chat.ChatTemplate.render`).
+        """
+        if not self.conversations:
+            return self
+        text, answers = rendered_text(self.conversations, ChatTemplate.of(model), answers=assistant_only)
+        return dataclasses.replace(Text.of(self.name, text, special=True), answers=answers)
 
 
-def load_text(spec: str) -> Text:
+def answers_option(**more: Any) -> Any:
+    """The option --assistant-only, which several commands have; `more` as for `options.option`."""
+    words = "Score only the answers. Every text must be conversations (.jsonl, .json)."
+    return option(False, "--assistant-only", help=words, **more)
+
+
+def load_text(spec: str, model: pathlib.Path | None = None, *, assistant_only: bool = False) -> Text:
     """Loads "pydoc:calibration", "pydoc:test" or a file.
 
-    Raises BitladderError if there is no such file or text, or if it is empty or not text.
+    Parameters:
+        spec: the text. A file that ends in .jsonl, .json or .parquet holds conversations.
+        model: the GGUF whose chat template renders conversations. Without one they stay as they are.
+        assistant_only: whether only the answers of conversations are scored.
+
+    Raises:
+        BitladderError: there is no such file or text, it is empty or not text; or as `Text.rendered`.
+        UsageError: `assistant_only`, and the text has no answers.
     """
+    text = _load(spec)
+    if assistant_only and not text.conversations:
+        raise UsageError(f"--assistant-only needs conversations (.jsonl, .json, .parquet); {text.name} has none")
+    return text if model is None else text.rendered(model, assistant_only=assistant_only)
+
+
+def _load(spec: str) -> Text:
     if spec in BUILTIN:
         text = builtin_text(spec.removeprefix("pydoc:"))
         return Text(spec, text.removesuffix("\n"), sha256_bytes(text.encode()))
@@ -58,8 +111,28 @@ def load_text(spec: str) -> Text:
         raise BitladderError(f"cannot read the text {spec}: {reason} (a file, {known})") from error
     if not data.strip():
         raise BitladderError(f"the text {spec} is empty")
+    if is_chat(path):
+        conversations = read_conversations(path, data)
+        contents = "\n".join(content for part in conversations for content in part.contents)
+        return Text(path.name, contents, sha256_bytes(data), conversations=conversations)
     text = plain_text(data, f"the text {spec}").removesuffix("\n")
     return Text(path.name, text, sha256_bytes(data))
+
+
+def load_texts(specs: Sequence[str], model: pathlib.Path | None = None, *, assistant_only: bool = False) -> list[Text]:
+    """Loads several texts to measure on, as `load_text`. Texts of the same name get a number.
+
+    Raises UsageError if two of them are the same text.
+    """
+    texts: list[Text] = []
+    for text in (load_text(spec, model, assistant_only=assistant_only) for spec in specs):
+        if same := next((other for other in texts if other.sha256 == text.sha256), None):
+            raise UsageError(f"the texts {same.name} and {text.name} are the same: name each text once")
+        number, names = 1, {other.name for other in texts}
+        while (name := text.name if number == 1 else f"{text.name} ({number})") in names:
+            number += 1
+        texts.append(dataclasses.replace(text, name=name))
+    return texts
 
 
 @functools.cache
@@ -93,39 +166,52 @@ def builtin_text(half: str) -> str:
     return _halves()[{"calibration": 0, "test": 1}[half]]
 
 
-def excerpts(text: Text, chunks: int, n_ctx: int, *, offset: float = 0.0) -> Text:
-    """Passages spread evenly over a text, long enough together for some chunks. Each begins with a line.
+def excerpts(texts: Sequence[Text], chunks: int, n_ctx: int, *, offset: float = 0.0) -> Text:
+    """Passages spread evenly over each text, long enough together for some chunks. Each begins with a line.
+
+    Of several texts each gives as many passages, as far as it is long enough, and they take turns: any beginning of the
+    result is of all texts.
 
     Parameters:
-        text: the text. A text that is short is returned whole.
+        texts: the texts. A single text that is short is returned whole.
         chunks: chunks that the passages hold.
         n_ctx: tokens of a chunk.
         offset: moves all passages, in distances between two passages, 0 … 1. Passages of two offsets do not overlap if
-            the text is long enough.
+            the texts are long enough.
     """
-    count = chunks + 1
-    length = n_ctx * CHARACTERS
-    if len(text.text) <= count * length * 2:
-        return text
-    stride = len(text.text) / count
+    count, length = chunks + 1, n_ctx * CHARACTERS
+    if len(texts) == 1 and len(texts[0].text) <= count * length * 2:
+        return texts[0]
+    shares = _shares(count, [-(-len(text.text) // length) for text in texts])
+    parts = [_passages(text.text, share, length, offset) for text, share in zip(texts, shares, strict=True)]
+    passages = [passage for turn in itertools.zip_longest(*parts) for passage in turn if passage]
+    names = " + ".join(text.name for text in texts)
+    special = any(text.special for text in texts)
+    return Text.of(f"{names} ({len(passages)} passages)", "\n\n".join(passages), special=special)
+
+
+def _shares(count: int, most: Sequence[int]) -> list[int]:
+    """`count` passages divided among texts as evenly as the most that each can give allows."""
+    shares = [0] * len(most)
+    while sum(shares) < min(count, sum(most)):
+        least = min((share, place) for place, share in enumerate(shares) if share < most[place])
+        shares[least[1]] += 1
+    return shares
+
+
+def _passages(text: str, count: int, length: int, offset: float) -> list[str]:
+    """Passages of so many characters, spread evenly over a text."""
     passages = []
     for index in range(count):
-        start = int((index + offset) * stride)
-        line = text.text.find("\n", start, start + length)
+        start = int((index + offset) * len(text) / count)
+        line = text.find("\n", start, start + length)
         start = line + 1 if line >= 0 else start
-        passages.append(text.text[start : start + length].strip("\n"))
-    return Text.of(f"{text.name} ({count} passages)", "\n\n".join(passages))
+        passages.append(text[start : start + length].strip("\n"))
+    return passages
 
 
-def joined(texts: Sequence[Text]) -> Text:
-    """Several texts as one, with an empty line between two."""
-    if len(texts) == 1:
-        return texts[0]
-    return Text.of(" + ".join(text.name for text in texts), "\n\n".join(text.text for text in texts))
-
-
-def set_apart(texts: Sequence[Text], share: float = HELD_OUT) -> tuple[list[Text], Text]:
-    """Each text without its end, and the ends joined, which are then held out.
+def set_apart(texts: Sequence[Text], share: float = HELD_OUT) -> tuple[list[Text], list[Text]]:
+    """Each text without its end, and the ends, which are then held out.
 
     Parameters:
         texts: the texts.
@@ -135,6 +221,6 @@ def set_apart(texts: Sequence[Text], share: float = HELD_OUT) -> tuple[list[Text
     ends: list[Text] = []
     for text in texts:
         cut = int(len(text.text) * (1 - share))
-        beginnings.append(Text.of(text.name, text.text[:cut]))
-        ends.append(Text.of(text.name, text.text[cut:]))
-    return beginnings, joined(ends)
+        beginnings.append(Text.of(text.name, text.text[:cut], special=text.special))
+        ends.append(Text.of(text.name, text.text[cut:], special=text.special))
+    return beginnings, ends

@@ -201,7 +201,7 @@ def check_logits(base: LogitsBase, model: Model, text: Text | None, settings: Me
 
 def _check_text(base: LogitsBase, model: Model, text: Text) -> None:
     layout, name = base.layout, model.name
-    tokens = model.tokenize(text.text)
+    tokens = model.tokenize(text.text, parse_special=text.special)
     kept = base.chunks.tokens.reshape(-1)
     short = min(len(kept), len(tokens))
     different = np.flatnonzero(kept[:short] != tokens[:short])

@@ -29,6 +29,8 @@ def load(source: str) -> QuestionSet:
         BitladderError: the text cannot be read, or is too short.
     """
     text = load_text(source)
+    if text.conversations:
+        raise BitladderError(f"{text.name} holds conversations; questions are made from plain text")
     stretches = list(_stretches(text.text))
     if len(stretches) < CHOICES:
         raise BitladderError(

@@ -4,9 +4,7 @@ import bz2
 import csv
 import dataclasses
 import gzip
-import importlib.util
 import io
-import json
 import lzma
 import pathlib
 import re
@@ -16,7 +14,7 @@ from typing import Any
 
 from bitladder.errors import BitladderError
 from bitladder.hub import not_given
-from bitladder.text import plain_text
+from bitladder.text import json_lines, json_list, need_pyarrow, parquet_rows, plain_text
 
 _OPEN: dict[str, Callable[[io.BytesIO], Any]] = {
     ".bz2": bz2.BZ2File,
@@ -130,25 +128,12 @@ RecordReader = Callable[[QuestionFile], Iterator[QuestionRecord]]
 
 def json_records(file: QuestionFile) -> Iterator[QuestionRecord]:
     """The records of a .jsonl file (an object in each line) or a .json file (a list of objects)."""
-    if file.suffix == ".json":
-        values = _parse(file.text, file.name)
-        if not isinstance(values, list):
-            raise BitladderError(f"{file.name}: not a list of records")
-        numbered = [(f"{file.name}, record {number}", value) for number, value in enumerate(values, 1)]
-    else:
-        lines = [(f"{file.name}, line {number}", line) for number, line in enumerate(file.text.split("\n"), 1)]
-        numbered = [(where, _parse(line, where)) for where, line in lines if line.strip()]
+    read = json_list if file.suffix == ".json" else json_lines
+    numbered = read(file.text, file.name)
     for where, value in numbered:
         if not isinstance(value, dict):
             raise BitladderError(f"{where}: not an object")
         yield QuestionRecord(where, value)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
-        raise BitladderError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from error
 
 
 def csv_rows(file: QuestionFile) -> Iterator[tuple[str, list[str]]]:
@@ -201,7 +186,7 @@ def download(data: HubData, task: str) -> list[pathlib.Path]:
     Raises:
         BitladderError: pyarrow is missing, or the files cannot be fetched.
     """
-    _need_pyarrow(data.label)
+    need_pyarrow(data.label)
     from huggingface_hub import hf_hub_download  # slow to import, and local files do not need it
 
     try:
@@ -215,18 +200,5 @@ def download(data: HubData, task: str) -> list[pathlib.Path]:
 
 def parquet_records(file: QuestionFile) -> Iterator[QuestionRecord]:
     """The rows of a parquet file. Raises BitladderError if pyarrow is missing or the file is not parquet."""
-    _need_pyarrow(file.name)
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(io.BytesIO(file.data)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BitladderError(f"{file.name}: not a parquet file: {str(error).splitlines()[0]}") from error
-    for number, row in enumerate(rows, 1):
-        yield QuestionRecord(f"{file.name}, row {number}", row)
-
-
-def _need_pyarrow(what: str) -> None:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise BitladderError(f"{what} is parquet, which needs pyarrow: pip install 'bitladder[hub-data]'")
+    for where, row in parquet_rows(file.data, file.name):
+        yield QuestionRecord(where, row)

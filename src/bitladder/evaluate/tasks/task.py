@@ -2,13 +2,12 @@
 
 import dataclasses
 import enum
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.figures import share
+from bitladder.evaluate.figures import average, share
 from bitladder.evaluate.scores import Figure, SkippedRecord, TaskScore
 from bitladder.evaluate.tasks.question_files import HubData, QuestionFile
 
@@ -178,18 +177,6 @@ class TaskResult:
             skipped_records=tuple(SkippedRecord(record=skip.record, reason=skip.reason) for skip in self.skipped),
             answers=" ".join(f"{answer.record}:{answer.chosen}:{answer.correct}" for answer in self.answers),
         )
-
-
-def average(figures: Sequence[Figure]) -> Figure:
-    """The plain mean of independent figures, with its standard error.
-
-    Example:
-        >>> average([Figure(value=0.5, error=0.03), Figure(value=0.7, error=0.04)])
-        Figure(value=0.6, error=0.025)
-    """
-    value = sum(figure.value for figure in figures) / len(figures)
-    error = math.sqrt(sum(figure.error**2 for figure in figures)) / len(figures)
-    return Figure(value=value, error=error)
 
 
 def average_of_five(figures: Mapping[str, Figure]) -> Figure | None:

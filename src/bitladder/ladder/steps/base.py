@@ -15,18 +15,18 @@ def base_part(extent: Extent, tokens: float, n_ctx: int) -> Part:
 
 
 class Base(Step):
-    """full-precision GGUF, text → base file."""
+    """full-precision GGUF, texts → a base file of each."""
 
     verb = "base"
     algorithms = (evaluate.BASE,)
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The model and the text."""
+        """The model and the texts."""
         return ("convert", "text")
 
     def decides(self) -> Mapping[str, Any]:
-        """How the text is decoded, and how much of it."""
+        """How texts are decoded, and how much of each."""
         return {"decoding": self.options.decoding, "chunks": self.options.chunks}
 
     def parts(self, extent: Extent) -> list[Part]:
@@ -38,11 +38,13 @@ class Base(Step):
         return Room(extent.text / 2 * (2 * extent.shape.width + 16))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
-        """The text that all models are measured on."""
-        return [CutText("--text", texts.text, self.options.decoding.n_ctx)]
+        """The texts that all models are measured on."""
+        return [CutText("--text", text, self.options.decoding.n_ctx) for text in texts.texts]
 
     def make(self, run: Run) -> Product:
-        """Computes the base."""
-        out = run.layout.folder / evaluate.cache_path(run.full, run.text, self.options.decoding.n_ctx).name
-        evaluate.make_base(run.full, run.text, out, run.settings(), progress=run.progress)
-        return Product([out])
+        """Computes the base of each text."""
+        n_ctx, folder = self.options.decoding.n_ctx, run.layout.folder
+        files = [folder / evaluate.cache_path(run.full, text, n_ctx).name for text in run.texts]
+        for text, out in zip(run.texts, files, strict=True):
+            evaluate.make_base(run.full, text, out, run.settings(), progress=run.progress)
+        return Product(files)

@@ -18,19 +18,19 @@ QUESTION = 0.5  # contexts that the choices of a question take
 
 
 class Measure(Step):
-    """quant, base, text → figures without speeds, and what each token scored."""
+    """quant, bases, texts → figures without speeds, and what each token scored."""
 
     verb = "measure"
     algorithms = (evaluate.MEASURE, evaluate.TASKS)
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The model, what it is compared with, and the text."""
+        """The model, what it is compared with, and the texts."""
         own = "convert" if self.label == BASE else f"quantize {self.label}" if self.rung else f"file {self.label}"
         return tuple(dict.fromkeys((own, *measured_with(self))))
 
     def decides(self) -> Mapping[str, Any]:
-        """How the text and the tasks are decoded, and how much of them."""
+        """How texts and tasks are decoded, and how much of them."""
         return scoring(self)
 
     def parts(self, extent: Extent) -> list[Part]:
@@ -44,11 +44,14 @@ class Measure(Step):
         facts: dict[str, Any] = {}
         files = [out]
         if self.label == BASE:
-            scores = with_tasks(run, evaluate.base_scores(run.base(), run.text, run.settings()), run.full)
-            if self.options.chunks is not None and (scores.chunks or 0) < self.options.chunks:
-                run.progress.warn(
-                    f"{run.text.name} has only {scores.chunks} chunks (--chunks {self.options.chunks}); all are used"
-                )
+            pairs = zip(run.bases(), run.texts, strict=True)
+            measured = evaluate.over_texts([evaluate.measure_base(*pair, run.settings()) for pair in pairs])
+            scores = with_tasks(run, measured.scores, run.full)
+            for text, _ in measured.by_text:
+                if text.text and self.options.chunks is not None and (text.chunks or 0) < self.options.chunks:
+                    run.progress.warn(
+                        f"{text.text.name} has only {text.chunks} chunks (--chunks {self.options.chunks}); all are used"
+                    )
         else:
             measured = measure(run, run.model(self.label))
             scores = measured.scores
@@ -69,6 +72,8 @@ def scoring(step: Step) -> dict[str, Any]:
     """The options that decide figures."""
     options = step.options
     decides: dict[str, Any] = {"decoding": options.decoding, "chunks": options.chunks}
+    if options.assistant_only:
+        decides["assistant_only"] = True
     if options.tasks:
         decides |= {"task_count": options.task_count, "task_ctx": options.task_ctx}
     return decides
@@ -88,7 +93,12 @@ def task_parts(step: Step, extent: Extent) -> list[Part]:
 
 def measure(run: Run, path: pathlib.Path) -> evaluate.Measurement:
     """The divergence of a quant, token by token, and its benchmarks."""
-    measured = evaluate.measure(path, run.text, run.settings(), base=run.base(), progress=run.progress)
+    measured = evaluate.over_texts(
+        [
+            evaluate.measure(path, text, run.settings(), base=base, progress=run.progress)
+            for text, base in zip(run.texts, run.bases(), strict=True)
+        ]
+    )
     return dataclasses.replace(measured, scores=with_tasks(run, measured.scores, path))
 
 
@@ -108,6 +118,6 @@ def keep_tokens(run: Run, label: str, measured: evaluate.Measurement) -> pathlib
     """Writes what each token scored, so that a rung and its preset can be compared token by token."""
     path = run.layout.tokens(label)
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        arrays = {key: measured.arrays[key] for key in ("nll", "kld") if key in measured.arrays}
+        arrays = {key: measured.arrays[key] for key in ("nll", "kld", "chunk") if key in measured.arrays}
         np.savez(stream, **arrays)  # type: ignore[arg-type]
     return path

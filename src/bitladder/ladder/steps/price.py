@@ -18,7 +18,6 @@ from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, St
 from bitladder.plan import PRICES, planning_text, price_rungs
 from bitladder.quantize import RUNGS, QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
-from bitladder.text import joined
 
 # Types that are rendered for a ladder with rungs below 4 bits and for one without: their number, each counted by its
 # time, and their bits for each weight.
@@ -105,7 +104,7 @@ class Price(Step):
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages of the calibration texts, on which recipes are measured too."""
-        text = planning_text(joined(texts.calibration), self.options.planning)
+        text = planning_text(texts.calibration, self.options.planning)
         return [CutText("--calibration", text, self.options.planning.decoding.n_ctx)]
 
     def make(self, run: Run) -> Product:

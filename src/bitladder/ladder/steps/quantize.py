@@ -12,8 +12,16 @@ from bitladder.ladder.options import RunOptions
 from bitladder.ladder.steps.base import base_part
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, write_recipe
-from bitladder.refine import ROUNDED_QUANT, TUNING, guard_json, guard_text, quantize_rounded, tune_in_place
-from bitladder.text import Reading, Text, set_apart
+from bitladder.refine import (
+    ROUNDED_QUANT,
+    TUNING,
+    guard_json,
+    guard_text,
+    quantize_rounded,
+    tune_in_place,
+    tuning_texts,
+)
+from bitladder.text import Reading, Text
 
 TUNE = 5.0  # time of a token of tuning, of that of one that is decoded
 GUARD_CHUNKS = 2  # that decide a comparison of the guard, about. It tries each kind, then groups of layers, and layers.
@@ -100,7 +108,7 @@ class Quantize(Step):
         if options.rounds:
             used.append(guard_text(texts.calibration, options.refine.guard, n_ctx))
         if options.tunes and why_no_gradients(texts.full) is None:
-            beginnings, ends = set_apart(texts.calibration, options.refine.tuning.held_out_share)
+            beginnings, ends = tuning_texts(texts.calibration, options.refine.tuning, n_ctx)
             used += [*beginnings, ends]
         return [CutText("--calibration", text, n_ctx) for text in used]
 

@@ -61,15 +61,16 @@ class Score(Step):
             fields["rounding"] = options.refine.rounding.method
             fields["tuned"] = bool(run.facts(f"quantize {rung}").get("tuned"))
         if options.betters:
-            fields["paired"] = paired_with_naive(run, rung)
+            paired = paired_with_naive(run, rung)
+            fields |= {"paired": paired.paired, "texts": paired.texts}
         return fields
 
 
-def paired_with_naive(run: Run, rung: str) -> evaluate.Paired:
-    """The paired differences of a rung from the preset by itself (negative is better)."""
+def paired_with_naive(run: Run, rung: str) -> evaluate.Scores:
+    """The scores of a rung with the paired differences from the preset by itself (negative is better)."""
     this = evaluate.read_document(run.layout.measured(rung), evaluate.Scores)
     preset = evaluate.read_scores(run.layout.scores(naive(rung)))
     measured = []
     for label, scores in ((rung, this), (naive(rung), preset)):
         measured.append(evaluate.Measurement(scores, read_arrays(run.layout.tokens(label))))
-    return evaluate.compare_pair(*measured)
+    return evaluate.with_pair(*measured)

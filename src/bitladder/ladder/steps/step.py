@@ -85,12 +85,12 @@ class TextsOfRun:
     """The texts of a run.
 
     Parameters:
-        text: what is measured with.
+        texts: what is measured with.
         calibration: what is calibrated on.
         full: the full-precision GGUF.
     """
 
-    text: Text
+    texts: Sequence[Text]
     calibration: Sequence[Text]
     full: pathlib.Path
 

@@ -30,6 +30,7 @@ PRICES = Algorithm(
         "a type that was not measured takes the larger factor of its neighbours",
         "rounded blocks of few passes are priced",
         "matrices that no calibration text reaches are not planned",
+        "passages of several texts take turns",
     ),
     uses=(RENDERING, SWAPPED_KLD),
 )

@@ -25,12 +25,15 @@ from bitladder.refine.round.output_rounding import (
     joined_sha256,
     refuse_other_moments,
 )
-from bitladder.text import Text, excerpts, joined
+from bitladder.text import Text, excerpts
 from bitladder.trial import Renderer, kept_base, render_all
 
 ROUNDED_QUANT = Algorithm(
     "rounded quant",
-    ("the preset's or a recipe's types, rounded blocks where the guard keeps them",),
+    (
+        "the preset's or a recipe's types, rounded blocks where the guard keeps them",
+        "the guard's passages of several texts take turns",
+    ),
     uses=(OUTPUT_ROUNDING, GUARD),
 )
 
@@ -115,7 +118,7 @@ def guard_text(calibration: Sequence[Text], options: GuardOptions, n_ctx: int) -
         options: how many chunks, and where they begin.
         n_ctx: tokens of a chunk.
     """
-    return excerpts(joined(calibration), options.guard_chunks, n_ctx, offset=options.guard_offset)
+    return excerpts(calibration, options.guard_chunks, n_ctx, offset=options.guard_offset)
 
 
 def _round(

@@ -16,7 +16,7 @@ from bitladder.quantize import QuantizeOptions, prepare
 from bitladder.refine.model_files import ModelFiles
 from bitladder.refine.options import SmoothingOptions
 from bitladder.refine.smooth.smoothed_model import SMOOTHING
-from bitladder.text import Text, excerpts, joined
+from bitladder.text import Text, excerpts
 from bitladder.trial import SWAPPED_KLD, Renderer, SwappedModel, kept_base
 
 SMOOTHING_TRIAL = Algorithm(
@@ -24,6 +24,7 @@ SMOOTHING_TRIAL = Algorithm(
     (
         "quants of both models are compared with full precision",
         "blocks of both are swapped into the loaded models, as where recipes are planned",
+        "passages of several texts take turns",
     ),
     uses=(SMOOTHING, SWAPPED_KLD),
 )
@@ -108,7 +109,7 @@ def trial_text(calibration: Sequence[Text], options: SmoothingOptions, n_ctx: in
         options: how many chunks, and where they begin.
         n_ctx: tokens of a chunk.
     """
-    return excerpts(joined(calibration), options.trial_chunks, n_ctx, offset=options.trial_offset)
+    return excerpts(calibration, options.trial_chunks, n_ctx, offset=options.trial_offset)
 
 
 def _preset_kld(

@@ -24,7 +24,7 @@ from bitladder.progress import SILENT, Progress
 from bitladder.quantize import TUNE_KEY
 from bitladder.refine.model_files import Bytes, copy_model
 from bitladder.refine.options import TuneOptions
-from bitladder.text import Reading, Text, set_apart
+from bitladder.text import Reading, Text, excerpts, set_apart
 from bitladder.trial import kept_base
 
 TUNING = Algorithm(
@@ -32,6 +32,7 @@ TUNING = Algorithm(
     (
         "F16 numbers of blocks move by gradients of the KLD of the whole model",
         "the forward pass is that of transformers' modules",
+        "of several texts passages of each end are held out, and take turns",
     ),
 )
 
@@ -155,7 +156,7 @@ def tune_in_place(
     if reason is not None:
         progress.info(f"scales are not tuned: {reason}")
         return False
-    texts, held_out = set_apart(calibration, options.held_out_share)
+    texts, held_out = tuning_texts(calibration, options, decoding.n_ctx)
     out = quant.with_name(f".{quant.name}.tmp")
     try:
         tuned = tune(full, quant, out, texts, held_out, options, decoding, progress)
@@ -168,6 +169,18 @@ def tune_in_place(
     if not tuned.kept:
         progress.info(f"{quant.name}: tuned scales increase the KLD on held-out text; the quant is not changed")
     return tuned.kept
+
+
+def tuning_texts(calibration: Sequence[Text], options: TuneOptions, n_ctx: int) -> tuple[list[Text], Text]:
+    """What scales are tuned on in a run, each calibration text without its end, and the ends, on which that is tried.
+
+    Parameters:
+        calibration: the texts.
+        options: the share of a text that is its end, and how many chunks of the ends are used.
+        n_ctx: tokens of a chunk.
+    """
+    texts, ends = set_apart(calibration, options.held_out_share)
+    return texts, ends[0] if len(ends) == 1 else excerpts(ends, options.tune_guard_chunks, n_ctx)
 
 
 def _try(files: _Files, text: Text, settings: MeasureOptions, progress: Progress) -> tuple[Figure, Figure, Figure]:
