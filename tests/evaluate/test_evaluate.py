@@ -302,7 +302,7 @@ def test_base_scores_are_what_evaluating_the_base_gives(folder, tmp_path):
     ev.make_base(full, text, tmp_path / "base", ev.MeasureOptions(n_ctx=128, chunks=3, threads=1))
     settings = ev.MeasureOptions(n_ctx=128, chunks=3, threads=1)
     with ev.open_base(tmp_path / "base", text, settings, ev.identify(full)) as base:
-        kept = ev.base_scores(base, text, settings)
+        kept = ev.measure_base(base, text, settings).scores
     measured = ev.evaluate(full, text, ev.MeasureOptions(n_ctx=128, chunks=3, threads=1))
     assert kept.ppl.value == pytest.approx(measured.ppl.value, rel=1e-6)
     assert kept.ppl.error == pytest.approx(measured.ppl.error, rel=1e-5)
