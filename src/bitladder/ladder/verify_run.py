@@ -65,7 +65,9 @@ def _options(recorded: dict[str, Any] | None) -> RoundingOptions | None:
     if not recorded:
         return None
     try:
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()
+        }
         return RoundingOptions(**values)
     except (TypeError, UsageError) as error:
         raise BitladderError(f"the run was rounded by another version of bitladder ({error}); run it again") from error
