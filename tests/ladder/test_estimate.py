@@ -141,7 +141,7 @@ def test_a_machine_is_measured_in_multiples_of_the_reference():
 def test_the_command(tmp_path, monkeypatch):
     module = importlib.import_module("bitladder.ladder.estimate")  # the package has a function of this name
     monkeypatch.setattr(module, "measure_machine", lambda *_, **__: Machine(threads=2))
-    words = ["estimate", "examples/tiny-olmo2", "--ladder", "Q4_K_M, Q6_K", "--out", str(tmp_path / "out")]
+    words = ["estimate", "examples/tiny-olmo2", "-t", "2", "--ladder", "Q4_K_M, Q6_K", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(application, words, catch_exceptions=False)
     assert done.exit_code == 0 and "quantize × 2" in done.stdout and "total: about" in done.stdout
     done = CliRunner().invoke(application, [*words, "--json"], catch_exceptions=False)
@@ -235,3 +235,14 @@ def test_plan_and_quantize_have_efforts_too(flag, tokens, tiny_gguf, tmp_path, m
     words = ["-m", str(tiny_gguf), "-o", str(tmp_path / "q.gguf"), "--moments", str(moments), "--rounding", "best"]
     CliRunner().invoke(application, ["quantize", "Q8_0", *words, "--effort", "normal"])
     assert (seen[1].rounding.passes, seen[1].rounding.method, seen[1].guard.guard_chunks) == (2, "best", 4)
+
+
+def test_as_many_threads_round_as_fit_into_memory(tiny_gguf, monkeypatch):
+    module = importlib.import_module("bitladder.ladder.estimate")
+    shape, options = shape_of(str(tiny_gguf)), plain_options(method="best", threads=8)
+    text = load_text("pydoc:test")
+    eight = cost.rounding_bytes(shape, 8) + shape.bytes / 2
+    for memory, threads in ((0, 8), (eight + 1, 8), (eight - 1, 7), (1 << 20, 1)):
+        monkeypatch.setattr(module, "main_memory", lambda memory=memory: int(memory))
+        extent = module.extent_of(options, shape, text, [text], {}, models=2)
+        assert extent.rounding_threads == threads

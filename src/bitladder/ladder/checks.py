@@ -142,5 +142,7 @@ def check_room(options: RunOptions, cost: Estimate, progress: Progress) -> None:
         f"{memory / 1e9:.1f} GB"
     )
     if hungriest.memory_bytes > SURELY * memory:
-        raise BitladderError(f"{needs}; bitladder estimate shows what each step needs")
+        raise BitladderError(
+            f"{needs}; try --effort normal or fast, or --tune-chunks 0 (bitladder estimate shows what each step needs)"
+        )
     progress.warn(needs)

@@ -7,6 +7,7 @@ from typing import Any
 
 from bitladder import evaluate
 from bitladder.convert import converter_file
+from bitladder.engine import Decoding
 from bitladder.files import Closing
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Other, Source
@@ -34,6 +35,7 @@ class Run(Closing):
         tasks: the benchmarks to score with.
         others: files of somebody else.
         progress: gets bars and remarks.
+        rounding_threads: how many threads round at once, which memory limits.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class Run(Closing):
         tasks: Sequence[evaluate.QuestionSet],
         others: Sequence[Other],
         progress: Tracker,
+        rounding_threads: int,
     ) -> None:
         self.options, self.source, self.store, self.progress = options, source, store, progress
+        self._rounding_threads = rounding_threads
         self.layout = Layout(store.folder)
         self.texts, self.calibration, self.tasks = list(texts), list(calibration), list(tasks)
         self.others = {other.name: other for other in others}
@@ -160,6 +164,12 @@ class Run(Closing):
             ]
         return self._open_bases
 
+    @property
+    def decoding(self) -> Decoding:
+        """How models are decoded where tensors are rounded too: with no more threads than fit into memory."""
+        decoding = self.options.decoding
+        return decoding.replace(threads=self._rounding_threads) if self.options.rounds else decoding
+
     def material(self, *, smoothed: bool) -> ModelFiles:
         """The files that rungs are made of: a model, smoothed or not, its imatrix and its second moments."""
         if smoothed:
@@ -181,7 +191,7 @@ class Run(Closing):
                 options.refine.rounding,
                 self.layout.material_work(smoothed=smoothed),
             )
-            decoding = options.decoding
+            decoding = self.decoding
             planning = options.planning.replace(threads=decoding.threads, gpu_layers=decoding.gpu_layers)
             self._open_planner = (smoothed, Planner(inputs, planning, self.progress))
         return self._open_planner[1]

@@ -136,5 +136,13 @@ def gradient_bytes(extent: "Extent") -> float:
 
 def rounding_bytes(shape: ModelShape, threads: int) -> float:
     """Of rounding: each thread has a matrix, its second moments and their factors."""
-    each = (4 * (4 * m.rows * m.width + 5 * m.width**2 + 3 * m.rows**2) for m in shape.matrices)
+    each = (4 * (6 * m.rows * m.width + 8 * m.width**2 + 4 * m.rows**2) for m in shape.matrices)
     return PROCESS + threads * max(each) + 4 * shape.head
+
+
+def rounding_threads(shape: ModelShape, threads: int, memory: int) -> int:
+    """The most threads, at least one, that round within a memory in which pages of the model's file stay too."""
+    fit = threads
+    while fit > 1 and rounding_bytes(shape, fit) + model_bytes(shape) / 2 > memory:
+        fit -= 1
+    return fit

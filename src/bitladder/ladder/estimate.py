@@ -13,6 +13,7 @@ import numpy as np
 from bitladder import evaluate, hub, quantize
 from bitladder.calibrate import MomentsOptions, usual_weighting
 from bitladder.engine import (
+    main_memory,
     products_per_second,
     quantize_rows,
     single_threaded,
@@ -173,14 +174,16 @@ def estimate_steps(steps: Sequence[Step], extent: Extent, machine: Machine, done
     for step in steps:
         if step.name in done:
             continue
-        seconds = sum(part.amount / getattr(machine, part.rate) for part in step.parts(extent))
+        parts = [(part, part.amount / getattr(machine, part.rate)) for part in step.parts(extent)]
+        rounding = min(machine.threads, extent.rounding_threads)
+        wall = sum(each / (rounding if part.kind == "rounding" else machine.threads) for part, each in parts)
         room = step.room(extent)
         kept += room.kept
         stages.append(
             Stage(
                 step.name,
-                seconds / machine.threads,
-                seconds,
+                wall,
+                sum(each for _, each in parts),
                 int(step.memory(extent)),
                 int(kept + room.beside),
             )
@@ -228,6 +231,7 @@ def extent_of(
         counts = [len(text.text) // CHARACTERS for text in used]
         return sum(min(count, chunks * options.decoding.n_ctx) if chunks else count for count in counts)
 
+    threads = options.decoding.threads or threads_available()
     wide = 4 if options.conversion.outtype == "f32" else 2
     return Extent(
         shape=shape,
@@ -241,7 +245,8 @@ def extent_of(
         models=models,
         converted=0 if full is not None else wide * shape.weights,
         gradients=options.rounds and _by_gradients(full),
-        threads=options.decoding.threads or threads_available(),
+        threads=threads,
+        rounding_threads=cost.rounding_threads(shape, threads, main_memory()) if main_memory() else threads,
         limit=MomentsOptions().memory_bytes(),
     )
 

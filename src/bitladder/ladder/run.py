@@ -110,6 +110,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
             tasks=tasks,
             others=others,
             progress=tracker,
+            rounding_threads=extent.rounding_threads,
         )
         with context:
             for step in steps:

@@ -91,7 +91,7 @@ class Price(Step):
 
     def memory(self, extent: Extent) -> float:
         """The loaded model and what is swapped, or rounding."""
-        rounding = cost.rounding_bytes(extent.shape, extent.threads) if self.options.rounds else 0
+        rounding = cost.rounding_bytes(extent.shape, extent.rounding_threads) if self.options.rounds else 0
         return max(swapped_bytes(extent), rounding)
 
     def room(self, extent: Extent) -> Room:

@@ -93,7 +93,7 @@ class Quantize(Step):
             return cost.PROCESS + 8 * extent.shape.largest
         guard = cost.decoding_bytes(extent) + 8 * extent.shape.largest
         tuning = cost.PROCESS + cost.TORCH + cost.TUNED * extent.shape.weights if self.options.tunes else 0
-        return max(cost.rounding_bytes(extent.shape, extent.threads), guard, tuning)
+        return max(cost.rounding_bytes(extent.shape, extent.rounding_threads), guard, tuning)
 
     def room(self, extent: Extent) -> Room:
         """The file, and while it is tuned a second one; rounded blocks are kept beside the prices' blocks."""
@@ -131,7 +131,7 @@ class Quantize(Step):
                 types,
                 options.refine,
                 guard_text(run.calibration, options.refine.guard, decoding.n_ctx),
-                decoding,
+                run.decoding,
                 work=run.layout.material_work(smoothed=smoothed) / "rendered",
                 progress=run.progress,
             )

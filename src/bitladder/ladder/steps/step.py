@@ -205,6 +205,7 @@ class Extent:
         converted: bytes of the full-precision file that the run makes; 0 if MODEL is such a file.
         gradients: whether second moments are weighted by gradients.
         threads: threads of the CPU.
+        rounding_threads: of them, those that round at once (`cost.rounding_threads`).
         limit: bytes of memory for second moments.
     """
 
@@ -220,4 +221,5 @@ class Extent:
     converted: int = 0
     gradients: bool = True
     threads: int = 1
+    rounding_threads: int = 1
     limit: int = 8 << 30
