@@ -244,5 +244,5 @@ def test_as_many_threads_round_as_fit_into_memory(tiny_gguf, monkeypatch):
     eight = cost.rounding_bytes(shape, 8) + shape.bytes / 2
     for memory, threads in ((0, 8), (eight + 1, 8), (eight - 1, 7), (1 << 20, 1)):
         monkeypatch.setattr(module, "main_memory", lambda memory=memory: int(memory))
-        extent = module.extent_of(options, shape, text, [text], {}, models=2)
+        extent = module.extent_of(options, shape, [text], [text], {}, models=2)
         assert extent.rounding_threads == threads
