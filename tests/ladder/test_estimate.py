@@ -103,14 +103,9 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-NAIVE = {"mode": "naive", "method": "stock"}
-PLANNED = {"mode": "quality", "method": "feedback", "tune_chunks": 0, "moments_chunks": 4}
-
-
-@pytest.mark.parametrize("how", [NAIVE, pytest.param(PLANNED, marks=pytest.mark.slow)], ids=["naive", "planned"])
-def test_a_run_fits_on_a_disk_of_its_estimate_and_is_refused_on_a_smaller_one(how, tiny_gguf, small_disk):
+def test_a_run_fits_on_a_disk_of_its_estimate_and_is_refused_on_a_smaller_one(tiny_gguf, small_disk):
     chunks = {"chunks": 4, "imatrix_chunks": 4, "n_ctx": 128, "bench": False, "threads": 1}
-    options = plain_options(model=str(tiny_gguf), rungs=("Q4_K_M", "IQ3_S"), **how, **chunks)
+    options = plain_options(model=str(tiny_gguf), rungs=("Q4_K_M", "IQ3_S"), **chunks)
     needed = estimate(options, machine=Machine()).disk_bytes
     small = small_disk(needed * 9 // 10)
     options = options.replace(out=small / "out")
