@@ -37,7 +37,7 @@ def test_every_step_comes_after_those_it_needs():
         assert set(step.needs) <= done
         done.add(step.name)
     assert [step.name for step in steps_of(options())] == [
-        "convert", "base", "measure base", "imatrix", "quantize Q4_K_M", "measure Q4_K_M", "quantize Q8_0",
+        "convert", "memory", "base", "measure base", "imatrix", "quantize Q4_K_M", "measure Q4_K_M", "quantize Q8_0",
         "measure Q8_0", "bench", "score base", "score Q4_K_M", "score Q8_0",
     ]  # fmt: skip
 
@@ -54,8 +54,8 @@ def test_an_option_changes_only_what_depends_on_it():
     assert differing(tasks="continuation:x.txt") == [*measured, *scored]
     assert differing(rungs=("Q8_0",)) == ["bench", "score base", "score Q8_0"]
     assert differing(rungs=(*RUNGS, "Q6_K")) == ["quantize Q6_K", "measure Q6_K", "bench", *scored, "score Q6_K"]
-    assert len(differing(outtype="f32")) == 12
-    assert differing(gpu_layers=10) == [step.name for step in steps_of(options())][1:]
+    assert len(differing(outtype="f32")) == 13
+    assert differing(gpu_layers=10) == [step.name for step in steps_of(options())][2:]
     # How many layers are on the GPU decides speed, and nothing else.
     ten, all_of_them = steps_of(options(gpu_layers=10)), steps_of(options(gpu_layers=99))
     pairs = zip(ten, all_of_them, strict=True)

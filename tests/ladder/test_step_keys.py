@@ -11,13 +11,15 @@ import pytest
 from plain_options import plain_options
 
 from bitladder.engine import Decoding
-from bitladder.evaluate import MeasureOptions
+from bitladder.evaluate import MeasureOptions, read_scores
 from bitladder.keys import recorded, versions_of
 from bitladder.ladder import RunOptions
 from bitladder.ladder import run as run_ladder
 from bitladder.ladder.context import Run
 from bitladder.options import Options, table
 from bitladder.plan import FeedbackOptions, PlanDecoding, PlanOptions, PriceOptions
+from bitladder.recipe import read_recipe
+from bitladder.rundir import Layout, naive
 
 # What a step may read though it is in no key.
 ELSEWHERE = {
@@ -143,6 +145,7 @@ def keyed(step):
 DECODINGS = {cls.__name__: {field.name: repr(field.default) for field in table(cls)} for cls in DECODING_CLASSES}
 # Other values of these: a step derives them from what is in its key, or its algorithm sets them.
 DERIVED = {
+    ("memory", "n_ctx"): "the algorithm asks for contexts of its own",
     ("bench", "n_ctx"): "as many tokens as the test has",
     ("bench", "threads"): "as many as the machine has",
     ("measure", "n_ctx"): "as many tokens as the questions have",
@@ -162,8 +165,8 @@ def every_class(cls):
 def test_every_kind_of_step_was_seen(seen):
     verbs = {step.verb for step, _, _ in seen.values()}
     assert verbs == {
-        "convert", "base", "measure", "imatrix", "moments", "smooth", "trial", "price", "plan", "candidates", "naive",
-        "quantize", "bench", "score",
+        "convert", "memory", "base", "measure", "imatrix", "moments", "smooth", "trial", "price", "plan", "candidates",
+        "naive", "quantize", "bench", "score",
     }  # fmt: skip
 
 
@@ -193,3 +196,13 @@ def test_every_algorithm_that_a_step_uses_is_in_its_key(seen):
         if algorithms - versions_of(*step.algorithms).keys()
     }
     assert missing == {}
+
+
+def test_a_rung_of_other_types_takes_turns_with_its_preset(seen):
+    layout = Layout(seen["bench"][0].options.out)
+    rung, preset = (read_scores(layout.scores(label)) for label in ("Q3_K_S", naive("Q3_K_S")))
+    own, plain = (read_recipe(layout.recipe(label)).tensors for label in ("Q3_K_S", naive("Q3_K_S")))
+    assert preset.role == "naive" and preset.rung == "Q3_K_S" and preset.model == rung.model
+    assert own != plain and [row.test for row in rung.bench] == [row.test for row in preset.bench] == ["pp8"]
+    assert preset.bench[0].tokens_per_second != rung.bench[0].tokens_per_second
+    assert not layout.naive_quant("Q3_K_S").exists()

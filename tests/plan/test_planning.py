@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from bitladder import evaluate as ev
 from bitladder.calibrate import collect_imatrix
 from bitladder.cli import invoke
 from bitladder.convert import convert
-from bitladder.engine import Decoding, type_by_name
+from bitladder.engine import Context, Decoding, Model, log, type_by_name
 from bitladder.engine.activations import rounded
 from bitladder.engine.cpu_kernels import input_type
 from bitladder.errors import UsageError
@@ -28,6 +29,7 @@ from bitladder.plan import (
     Target,
     Window,
     load_prices,
+    memory_beside_weights,
 )
 from bitladder.plan.options import LawOptions
 from bitladder.plan.prices.menu import measured_speeds, menu_types, within_speed
@@ -250,6 +252,17 @@ def test_buffers_leave_less_for_weights(arguments, small, tmp_path, capsys):
     assert sizes[1] <= sizes[0] <= 8 * 2**20
     assert invoke([*common, "--vram", "100KiB", "--context", "64"]) == 2
     assert "--context" in capsys.readouterr().err
+
+
+def test_the_memory_of_a_context_is_that_of_the_buffers_that_the_library_allocates(small):
+    path, contexts = small / "small-f16.gguf", (256, 4096)
+    beside = memory_beside_weights(path, contexts)
+    for context in contexts:
+        with Model(path) as model, log.tapped() as pieces, Context(model, Decoding(n_ctx=context), swa_full=False):
+            pass
+        buffers = re.findall(r"(?:KV|RS|compute|output)\s+buffer size = +([\d.]+) MiB", "".join(pieces))
+        assert len(buffers) == 3
+        assert beside[context] == pytest.approx(sum(map(float, buffers)) * 2**20, abs=2**14)
 
 
 def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path):

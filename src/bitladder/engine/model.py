@@ -27,6 +27,7 @@ class Model(Closing):
             `extras`). A repacked weight cannot be replaced.
         gpu_layers: layers that the GPU computes (-ngl).
         vocab_only: whether only the vocabulary is loaded.
+        simulated: whether neither weights nor contexts take memory; the library only reports what they would take.
 
     Raises:
         BitladderError: the file does not load; the message has the library's words.
@@ -40,6 +41,7 @@ class Model(Closing):
         repack: bool = True,
         gpu_layers: int = 0,
         vocab_only: bool = False,
+        simulated: bool = False,
     ) -> None:
         self.path = pathlib.Path(path)
         if not self.path.is_file():
@@ -47,7 +49,9 @@ class Model(Closing):
         backend()
         working_on(self.path)
         params = llama.llama_model_default_params()
-        params.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mmap else llama.LLAMA_LOAD_MODE_NONE
+        mapped = mmap and not simulated
+        params.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mapped else llama.LLAMA_LOAD_MODE_NONE
+        params.no_alloc = simulated
         params.use_extra_bufts = repack and not vocab_only and extras_work()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocab_only

@@ -8,6 +8,7 @@ from bitladder.calibrate import MIN_CALIBRATION_CTX
 from bitladder.convert import ConvertOptions, converter_file, read_chat_templates
 from bitladder.engine import Model, main_memory
 from bitladder.errors import BitladderError, UsageError
+from bitladder.hub import check_repository
 from bitladder.ladder.estimate import Estimate
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Source
@@ -40,6 +41,8 @@ def check_options(
         converter_file(conversion.converter)
     if not source.is_gguf and options.out.resolve() == source.path.resolve():
         raise UsageError(f"--out {options.out} is the directory of the checkpoint; name another one")
+    if options.repo is not None:
+        check_repository(options.repo)
     n_ctx = options.decoding.n_ctx
     if n_ctx < MIN_CALIBRATION_CTX:
         raise UsageError(f"--ctx-size is {n_ctx}; calibration needs at least {MIN_CALIBRATION_CTX} tokens")

@@ -176,6 +176,13 @@ class RunOptions(Options):
         help="Hub id of MODEL, for the card of a local model.",
         group="Model card",
     )
+    repo: str | None = option(
+        None,
+        "--repo",
+        metavar="OWNER/NAME",
+        decides=False,
+        help="Repository of the hub that the ladder is for: the card then has download links and commands.",
+    )
     datasets: tuple[str, ...] = option(
         (),
         "--calibration-dataset",

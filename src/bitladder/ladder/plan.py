@@ -8,6 +8,7 @@ from bitladder.ladder.steps.bench import Bench
 from bitladder.ladder.steps.convert import Convert
 from bitladder.ladder.steps.imatrix import CollectImatrix
 from bitladder.ladder.steps.measure import Measure
+from bitladder.ladder.steps.memory import Memory
 from bitladder.ladder.steps.moments import CollectMoments
 from bitladder.ladder.steps.naive import Naive
 from bitladder.ladder.steps.plan import Candidates, PlanRung
@@ -17,12 +18,14 @@ from bitladder.ladder.steps.score import Score
 from bitladder.ladder.steps.smooth import Smooth
 from bitladder.ladder.steps.step import Step
 from bitladder.ladder.steps.trial import SmoothingTrial
+from bitladder.rundir import naive
 
 
 def steps_of(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
     """The steps of a run, each after those that it reads; `others` names the files of --compare."""
     rungs = options.rungs
-    steps: list[Step] = [Convert(options), Base(options), Measure(options, "base"), CollectImatrix(options)]
+    steps: list[Step] = [Convert(options), Memory(options), Base(options), Measure(options, "base")]
+    steps.append(CollectImatrix(options))
     if options.rounds:
         steps.append(CollectMoments(options))
     if options.smooths:
@@ -40,4 +43,5 @@ def steps_of(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
     steps += [Measure(options, name) for name in others]
     if options.bench:
         steps.append(Bench(options, others))
-    return [*steps, *(Score(options, label) for label in ("base", *rungs, *others))]
+    presets = [naive(rung) for rung in rungs] if options.betters else []
+    return [*steps, *(Score(options, label) for label in ("base", *presets, *rungs, *others))]

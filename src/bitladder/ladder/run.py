@@ -98,7 +98,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
             check_room(options, expected, progress)
             if expected.seconds > TOLD_FROM:
                 progress.info(f"{in_words(expected)} (an estimate)")
-        store.begin(run_record(options, source, others))
+        store.begin(run_record(options, source, others, store.manifest.run))
         if left_out:
             progress.info(f"{', '.join(left_out)}: not in the card, because --ladder does not name them (--keep does)")
         context = Run(
@@ -150,16 +150,17 @@ def tell(tracker: Tracker, step: Step, layout: Layout) -> None:
     if step.rung and step.verb == "measure":
         tracker.rung_scored(step.rung, read_json(layout.measured(step.rung)))
     elif step.rung and step.verb == "naive":
-        tracker.rung_scored(step.rung, read_json(layout.scores(naive(step.rung))), "plain preset")
+        tracker.rung_scored(step.rung, read_json(layout.measured(naive(step.rung))), "plain preset")
 
 
-def run_record(options: RunOptions, source: Source, others: list[Other]) -> RunRecord:
-    """The record of this run for the manifest."""
+def run_record(options: RunOptions, source: Source, others: list[Other], last: RunRecord | None) -> RunRecord:
+    """The record of this run for the manifest. The repository of the last run stays, unless another one is named."""
     return RunRecord(
         command=command_line(options, source.name, quantize.RUNGS),
         model=source.name,
         model_id=options.model_id or source.model_id,
         datasets=options.datasets,
+        repo=options.repo or (last.repo if last else None),
         rungs=options.rungs,
         n_ctx=options.decoding.n_ctx,
         quantized_by=options.quantized_by,

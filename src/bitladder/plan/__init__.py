@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from bitladder.plan.result import MovedTensors, PlanResult, Share, moved_tensors, planned_recipe, shares
     from bitladder.plan.rungs import RungMode, candidates, plan_rung, price_rungs
     from bitladder.plan.subject import Preset, Subject
-    from bitladder.plan.target import Target, check_target, target_of
+    from bitladder.plan.target import MEMORY, Target, check_target, memory_beside_weights, target_of
 
 __all__ = [
     "FISHER_PRICES",
+    "MEMORY",
     "PLANNING",
     "PRICES",
     "Constraints",
@@ -52,6 +53,7 @@ __all__ = [
     "candidates",
     "check_target",
     "load_prices",
+    "memory_beside_weights",
     "moved_tensors",
     "plan_rung",
     "planned_recipe",

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import pathlib
 import re
+from collections.abc import Iterable
 
 from bitladder.engine import MIN_CTX, Context, Decoding, Model, log
 from bitladder.errors import BitladderError, UsageError
+from bitladder.keys import Algorithm
 from bitladder.plan.allocate.allocation import smallest_bytes, smallest_cost
 from bitladder.plan.allocate.problem import Allocation, Problem
 from bitladder.plan.options import PlanDecoding, TargetOptions
@@ -13,7 +16,9 @@ from bitladder.plan.subject import Preset, Subject
 from bitladder.trial import Measurement
 from bitladder.units import bpw_bytes, parse_size
 
-_BUFFER = re.compile(r"(KV|compute|RS|output)\s+buffer size\s*=\s*([\d.]+) MiB")
+MEMORY = Algorithm("memory", ("caches, compute and output buffers, as the library reports them",))
+# Caches report a size of their own; the size of their buffer is 0 if nothing is allocated.
+_BUFFER = re.compile(r"(?:\w: size =|state buffer size =|(?:compute|output)\s+buffer size\s*=)\s*([\d.]+) MiB")
 _WAYS = ("like", "size", "bpw", "kld", "vram")
 
 
@@ -87,28 +92,44 @@ def target_of(options: TargetOptions, subject: Subject, decoding: PlanDecoding) 
     else:
         text += f" context {options.context}"
         memory = parse_size(str(options.vram), "--vram")
-        with Model(subject.path, gpu_layers=decoding.gpu_layers) as model:
-            nbytes = vram_bytes(memory, memory_beside_weights(model, options.context, decoding.threads), text)
+        beside = memory_beside_weights(
+            subject.path, [options.context], threads=decoding.threads, gpu_layers=decoding.gpu_layers
+        )
+        nbytes = vram_bytes(memory, beside[options.context], text)
     return Target(text, max_bytes=nbytes), subject.fitting_preset(nbytes)
 
 
-def memory_beside_weights(model: Model, context: int, threads: int | None = None) -> int:
-    """Bytes of KV cache, compute and output buffers of a context, as the library reports them.
+@MEMORY.entry
+def memory_beside_weights(
+    model: pathlib.Path, contexts: Iterable[int], *, threads: int | None = None, gpu_layers: int = 0
+) -> dict[int, int]:
+    """Bytes of caches, compute and output buffers that a context takes, as the library reports them.
+
+    Nothing is allocated. The figures are those of llama.cpp's defaults: a cache in F16, batches of 512 tokens at once.
 
     Parameters:
-        model: a loaded model.
-        context: tokens of the context.
+        model: the GGUF; its weights are not loaded.
+        contexts: tokens of each context.
         threads: of the CPU; None for all.
+        gpu_layers: layers that a GPU computes.
+
+    Returns:
+        Bytes by the tokens of the context.
 
     Raises:
-        BitladderError: the context cannot be made, or the library does not report its buffers.
+        BitladderError: the model or a context cannot be made, or the library does not report its buffers.
     """
-    with log.tapped() as pieces, Context(model, Decoding(n_ctx=max(context, MIN_CTX), threads=threads)):
-        pass
-    sizes = _BUFFER.findall("".join(pieces))
-    if not sizes:
-        raise BitladderError("the library did not report the sizes of its buffers; give --size instead of --vram")
-    return round(sum(float(size) for _, size in sizes) * 2**20)
+    beside = {}
+    with Model(model, gpu_layers=gpu_layers, simulated=True) as simulated:
+        for context in contexts:
+            decoding = Decoding(n_ctx=max(context, MIN_CTX), threads=threads)
+            with log.tapped() as pieces, Context(simulated, decoding, swa_full=False):
+                pass
+            sizes = _BUFFER.findall("".join(pieces))
+            if not sizes:
+                raise BitladderError("the library did not report the sizes of its buffers; give --size, not --vram")
+            beside[context] = round(sum(map(float, sizes)) * 2**20)
+    return beside
 
 
 def vram_bytes(vram: int, beside: int, text: str) -> int:

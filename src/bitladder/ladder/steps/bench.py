@@ -1,26 +1,35 @@
 """The step that measures tokens per second."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitladder import evaluate
+from bitladder import evaluate, quantize
 from bitladder.files import write_json
 from bitladder.ladder import cost
 from bitladder.ladder.context import BASE, Run
 from bitladder.ladder.options import RunOptions
-from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.ladder.steps.naive import preset_file
+from bitladder.ladder.steps.quantize import library_part, quant_bytes
+from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
+from bitladder.recipe import read_recipe
+from bitladder.rundir import naive
 
 GENERATED = 10  # a generated token takes the time of so many in a prompt
 
+# Rows of `Scores.bench` by label.
+Rows = dict[str, list[dict[str, Any]]]
+
 
 class Bench(Step):
-    """all models → tokens per second.
+    """all models, presets by themselves → tokens per second.
 
-    It is one step for all: the models take turns, so that a busy moment of the machine hits all alike.
+    It is one step for all: the models take turns, so that a busy moment of the machine hits all alike. A rung whose
+    types differ from those of its preset takes turns with the preset, of which there is a file only in this time.
     """
 
     verb = "bench"
-    algorithms = (evaluate.BENCH,)
+    algorithms = (evaluate.BENCH, quantize.QUANTIZE)
 
     def __init__(self, options: RunOptions, others: Sequence[str]) -> None:
         super().__init__(options)
@@ -28,8 +37,10 @@ class Bench(Step):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """All models."""
-        rungs = (f"quantize {rung}" for rung in self.options.rungs)
+        """All models, and what presets are made of."""
+        rungs = [f"quantize {rung}" for rung in self.options.rungs]
+        if self.options.plans:
+            rungs += ["imatrix", *(f"naive {rung}" for rung in self.options.rungs)]
         return ("convert", *rungs, *(f"file {name}" for name in self._others))
 
     def decides(self) -> Mapping[str, Any]:
@@ -42,22 +53,57 @@ class Bench(Step):
             self.options.bench_repetitions, threads=decoding.threads, gpu_layers=decoding.gpu_layers
         )
 
+    @property
+    def _short(self) -> tuple[tuple[int, int], ...]:
+        """The tests that presets take too: those that only read or only generate."""
+        return tuple(test for test in self.options.bench_tests if 0 in test)
+
     def parts(self, extent: Extent) -> list[Part]:
-        """Tokens read and generated, a warm-up included."""
-        once = sum(prompt + GENERATED * generated for prompt, generated in self.options.bench_tests)
-        tokens = once * (self.options.bench_repetitions + 1) * extent.models
-        return [Part("speed", cost.decoding(extent.shape, tokens, extent.chunk))]
+        """Tokens read and generated, a warm-up included, and the files of presets."""
+
+        def speed(tests: Sequence[tuple[int, int]], models: int) -> Part:
+            once = sum(prompt + GENERATED * generated for prompt, generated in tests)
+            tokens = once * (self.options.bench_repetitions + 1) * models
+            return Part("speed", cost.decoding(extent.shape, tokens, extent.chunk))
+
+        parts = [speed(self.options.bench_tests, extent.models)]
+        if self.options.plans:
+            for rung in self.options.rungs:
+                parts += [library_part(rung, extent), speed(self._short, 2)]
+        return parts
+
+    def room(self, extent: Extent) -> Room:
+        """The file of a preset, while it is measured."""
+        return Room(beside=max(quant_bytes(rung, extent) for rung in self.options.rungs) if self.options.plans else 0)
 
     def make(self, run: Run) -> Product:
-        """Measures, and writes rows of `Scores.bench` by label."""
-        labels = (BASE, *self.options.rungs, *self._others)
-        tests = [evaluate.SpeedTest(*test) for test in self.options.bench_tests]
-        paths = [run.model(label) for label in labels]
-        rows = evaluate.bench(paths, tests, self._speed(), run.progress)
-        # A file of somebody else can have the name of one of ours, so rows are matched by their place.
-        by_label = {
-            label: [row.bench_row().model_dump() for row in rows[place * len(tests) : (place + 1) * len(tests)]]
-            for place, label in enumerate(labels)
-        }
-        write_json(run.layout.bench, by_label)
+        """Measures, and writes the rows by label."""
+        beside = [rung for rung in self.options.rungs if self._short and self._differs(run, rung)]
+        alone = [label for label in (BASE, *self.options.rungs, *self._others) if label not in beside]
+        rows = self._measured(run, {label: run.model(label) for label in alone}, self.options.bench_tests)
+        for rung in beside:
+            with preset_file(run, rung):
+                pair = {rung: run.model(rung), naive(rung): run.layout.naive_quant(rung)}
+                rows |= self._measured(run, pair, self._short)
+            rest = [test for test in self.options.bench_tests if test not in self._short]
+            if rest:
+                rows[rung] += self._measured(run, {rung: run.model(rung)}, rest)[rung]
+        write_json(run.layout.bench, rows)
         return Product([run.layout.bench])
+
+    def _differs(self, run: Run, rung: str) -> bool:
+        """Whether a rung has other types than its preset. A file of the same types is as fast."""
+        if not self.options.plans:
+            return False
+        own, preset = (read_recipe(run.layout.recipe(label)).tensors for label in (rung, naive(rung)))
+        return own != preset
+
+    def _measured(self, run: Run, models: Mapping[str, pathlib.Path], tests: Sequence[tuple[int, int]]) -> Rows:
+        """The rows of models that take turns, by label."""
+        chosen = [evaluate.SpeedTest(*test) for test in tests]
+        rows = evaluate.bench(list(models.values()), chosen, self._speed(), run.progress)
+        # A file of somebody else can have the name of one of ours, so rows are matched by their place.
+        return {
+            label: [row.bench_row().model_dump() for row in rows[place * len(chosen) : (place + 1) * len(chosen)]]
+            for place, label in enumerate(models)
+        }

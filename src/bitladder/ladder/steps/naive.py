@@ -1,6 +1,7 @@
 """The step that measures a preset by itself. Its file is not kept."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bitladder import evaluate, quantize
@@ -14,7 +15,7 @@ from bitladder.rundir import naive
 
 
 class Naive(Step):
-    """full-precision GGUF, imatrix → figures and recipe of the preset, as llama-quantize makes it."""
+    """full-precision GGUF, imatrix → figures without speeds and recipe of the preset, as llama-quantize makes it."""
 
     verb = "naive"
     algorithms = (quantize.QUANTIZE, evaluate.MEASURE, evaluate.TASKS)
@@ -39,23 +40,28 @@ class Naive(Step):
     def make(self, run: Run) -> Product:
         """Makes the file, measures it, and removes it."""
         rung, label = self.label, naive(self.label)
-        out, recipe, file = run.layout.scores(label), run.layout.recipe(label), run.layout.naive_quant(rung)
-        try:
-            result = quantize.quantize(
-                run.full,
-                file,
-                quantize.QuantizeOptions(rung),
-                imatrix=run.files("imatrix")[0],
-                threads=self.options.decoding.threads,
-                progress=run.progress,
-            )
+        out, recipe, file = run.layout.measured(label), run.layout.recipe(label), run.layout.naive_quant(rung)
+        with preset_file(run, rung) as result:
             name = run.layout.quant(run.facts("convert")["stem"], rung).name
             measured = measure(run, file)
-            place = {"model": name, "role": "naive", "rung": rung, "mode": "naive"}
-            scores = evaluate.RunScores.of(measured.scores, **place)
-            write_json(out, scores.to_json())
+            write_json(out, measured.scores.model_copy(update={"model": name}).to_json())
             write_recipe(recipe, recipe_of(run, result, name))
             tokens = keep_tokens(run, label, measured)
-        finally:
-            file.unlink(missing_ok=True)
         return Product([out, recipe, tokens], {"bytes": result.bytes, "bpw": result.bpw})
+
+
+@contextlib.contextmanager
+def preset_file(run: Run, rung: str) -> Iterator[quantize.QuantizeResult]:
+    """Makes the preset by itself, and removes its file (`Layout.naive_quant`) in the end."""
+    file = run.layout.naive_quant(rung)
+    try:
+        yield quantize.quantize(
+            run.full,
+            file,
+            quantize.QuantizeOptions(rung),
+            imatrix=run.files("imatrix")[0],
+            threads=run.options.decoding.threads,
+            progress=run.progress,
+        )
+    finally:
+        file.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from bitladder.files import read_arrays, write_json
 from bitladder.ladder.context import Run, read_json
 from bitladder.ladder.source import about
 from bitladder.ladder.steps.step import Product, Step
-from bitladder.rundir import naive
+from bitladder.rundir import NAIVE, naive
 
 
 class Score(Step):
@@ -23,7 +23,7 @@ class Score(Step):
     def needs(self) -> tuple[str, ...]:
         """What was measured, timed and planned."""
         options, rung = self.options, self.rung
-        needs = [f"measure {self.label}"]
+        needs = [self._measurement]
         if options.bench:
             needs.append("bench")
         if rung:
@@ -31,6 +31,17 @@ class Score(Step):
             needs += [f"plan {rung}"] if options.plans else []
             needs += [f"naive {rung}"] if options.betters else []
         return tuple(needs)
+
+    @property
+    def _preset(self) -> str | None:
+        """The rung whose preset by itself the label stands for, or None."""
+        rung = self.label.removesuffix(NAIVE)
+        return rung if rung != self.label and rung in self.options.rungs else None
+
+    @property
+    def _measurement(self) -> str:
+        """The step that measured the model."""
+        return f"naive {self._preset}" if self._preset else f"measure {self.label}"
 
     def decides(self) -> dict[str, Any]:
         """How the rung was made, which its scores say."""
@@ -43,9 +54,11 @@ class Score(Step):
             place |= about(run.others[label], run.facts(f"measure {label}")["doubts"])
         if self.rung:
             place |= self._rung_fields(run)
-        scores = evaluate.read_document(run.files(f"measure {label}")[0], evaluate.Scores)
+        if self._preset:
+            place |= {"role": "naive", "rung": self._preset, "mode": "naive"}
+        scores = evaluate.read_document(run.files(self._measurement)[0], evaluate.Scores)
         if self.options.bench:
-            place["bench"] = read_json(run.layout.bench)[label]
+            place["bench"] = read_json(run.layout.bench).get(label, [])
         out = run.layout.scores(label)
         write_json(out, evaluate.RunScores.of(scores, **place).to_json())
         return Product([out])
@@ -69,7 +82,7 @@ class Score(Step):
 def paired_with_naive(run: Run, rung: str) -> evaluate.Scores:
     """The scores of a rung with the paired differences from the preset by itself (negative is better)."""
     this = evaluate.read_document(run.layout.measured(rung), evaluate.Scores)
-    preset = evaluate.read_scores(run.layout.scores(naive(rung)))
+    preset = evaluate.read_document(run.layout.measured(naive(rung)), evaluate.Scores)
     measured = []
     for label, scores in ((rung, this), (naive(rung), preset)):
         measured.append(evaluate.Measurement(scores, read_arrays(run.layout.tokens(label))))
