@@ -70,6 +70,7 @@ def small_run(tiny_checkpoint: pathlib.Path, tmp_path_factory: pytest.TempPathFa
         "n_ctx": 128,
         "bench": False,
         "threads": 1,
+        "repo": "someone/Tiny-GGUF",
     }
     run(plain_options(model=str(tiny_checkpoint), out=folder, **options))
     write_card(folder)

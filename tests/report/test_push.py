@@ -326,3 +326,18 @@ def test_a_card_that_is_not_utf8(folder, capsys):
     (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\ncaf\xe9\n")
     assert invoke(["push", str(folder), REPO, "--dry-run"]) == 1
     assert "README.md is not UTF-8" in capsys.readouterr().err
+
+
+def test_the_card_names_the_repository_unless_somebody_edited_it(folder, hub, capsys):
+    card, other, third = folder / "README.md", "someone/Other-GGUF", "someone/Third-GGUF"
+    assert invoke(["push", str(folder), other, "--dry-run"]) == 0
+    assert f"llama-server -hf {REPO}:" in card.read_text() and other not in card.read_text()
+    assert invoke(["push", str(folder), other, "-q"]) == 0
+    assert f"llama-server -hf {other}:" in card.read_text()
+    assert hub.repositories[other].files["README.md"] == card.read_bytes()
+    card.write_text(card.read_text() + "\nMine.\n")
+    assert invoke(["push", str(folder), third]) == 0
+    assert "README.md was edited" in capsys.readouterr().err and third not in card.read_text()
+    assert invoke(["card", str(folder), "--repo", REPO]) == 0
+    assert REPO in card.read_text() and "Mine." not in card.read_text()
+    assert invoke(["card", str(folder), "--repo", "a/b/c"]) == 2

@@ -16,15 +16,20 @@ from bitladder.show import Output, common_options
     examples=("card olmo2-ladder",),
 )
 @click.argument("run_dir", type=click.Path(path_type=pathlib.Path))
+@click.option("--repo", metavar="OWNER/NAME", help="Repository of the hub for the card's download links and commands.")
 @common_options
-def command(run_dir: pathlib.Path, *, output: Output) -> None:
+def command(run_dir: pathlib.Path, *, output: Output, repo: str | None) -> None:
     """Write README.md and report.html of RUN_DIR again, from the files in it."""
-    from bitladder.report import write_card, write_report
+    from bitladder.hub import check_repository
+    from bitladder.report import publish, write_card, write_report
     from bitladder.rundir import Layout
 
     layout = Layout(run_dir)
     check_output(layout.card, "card")
     check_output(layout.report, "report")
+    if repo is not None:
+        check_repository(repo)
+        publish.name_repository(run_dir, repo)
     written = [(layout.card, write_card(run_dir)), (layout.report, write_report(run_dir))]
     if output.json:
         output.print_json([{"path": str(path), "changed": changed} for path, changed in written])

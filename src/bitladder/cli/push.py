@@ -31,13 +31,14 @@ def command(
     Only files that belong to the run are sent. After an interruption, give the same command again: it continues. Log in
     first with `hf auth login`, or set HF_TOKEN.
     """
-    from bitladder.errors import UsageError
-    from bitladder.hub import HubName, parse
+    from bitladder.hub import check_repository
     from bitladder.report import publish
 
-    name = parse(repo)
-    if name != HubName(repo, None, None, None):
-        raise UsageError(f"{repo} is not a repository of the hub; name one as OWNER/NAME")
+    check_repository(repo)
+    if not dry_run and not publish.name_repository(folder, repo):
+        output.progress.warn(
+            f"README.md was edited, so its commands do not name {repo}; `bitladder card {folder}` writes it again"
+        )
     entries = publish.published_files(folder, exclude)
     publish.check_private(folder, entries)
     warnings = publish.warnings(folder, entries)

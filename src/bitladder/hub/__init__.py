@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.hub.names import PRESET, HubName, parse, pick, shards, side_word
+    from bitladder.hub.names import PRESET, HubName, check_repository, parse, pick, shards, side_word
     from bitladder.hub.transfer import Fetched, fetch, fetch_checkpoint, fetch_outline, hub_id, not_given, upload
 
 __all__ = [
     "PRESET",
     "Fetched",
     "HubName",
+    "check_repository",
     "fetch",
     "fetch_checkpoint",
     "fetch_outline",

@@ -11,6 +11,8 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from bitladder.errors import UsageError
+
 # Words that mark a file as no model. llama.cpp looks for them in this case, anywhere in the file's name.
 SIDE_FILES = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 # Without :QUANT the first of these that the repository has is taken; without any of them, the first model.
@@ -51,6 +53,12 @@ def parse(spec: str) -> HubName | None:
 def is_repository(spec: str) -> bool:
     """Whether a text is OWNER/REPO and nothing more."""
     return re.fullmatch(_REPO, spec) is not None
+
+
+def check_repository(spec: str) -> None:
+    """Raises UsageError unless a text is OWNER/NAME and nothing more."""
+    if not is_repository(spec):
+        raise UsageError(f"{spec} is not a repository of the hub; name one as OWNER/NAME")
 
 
 def side_word(path: str) -> str | None:

@@ -1,6 +1,5 @@
 """Which figures of a column are the best, as far as noise allows, and which files to choose."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -33,7 +32,7 @@ def best(models: Sequence[RunModel], difference: Difference, *, higher: bool = F
         higher: whether the highest figure is the best; otherwise the lowest is.
 
     Returns:
-        A flag for each model. With fewer than two figures no model is the best.
+        A flag for each model. No model is the best if there are fewer than two figures, or if all are within noise.
     """
     sign = -1.0 if higher else 1.0
     leader: RunModel | None = None
@@ -47,7 +46,8 @@ def best(models: Sequence[RunModel], difference: Difference, *, higher: bool = F
     gaps = [difference(model.scores, leader.scores) if leader else None for model in models]
     if sum(gap is not None for gap in gaps) < 2:
         return [False] * len(models)
-    return [gap is not None and sign * gap.value <= NOISE * gap.error for gap in gaps]
+    marks = [gap is not None and sign * gap.value <= NOISE * gap.error for gap in gaps]
+    return [False] * len(models) if marks == [gap is not None for gap in gaps] else marks
 
 
 def independent(figure: Callable[[RunScores], Figure | None]) -> Difference:
@@ -102,19 +102,48 @@ def tasks_average(this: RunScores, other: RunScores) -> Figure | None:
     return average_of_five(gaps)
 
 
-@dataclasses.dataclass(frozen=True)
-class Recommendation:
-    """A rung that is worth its size, and a sentence on its quality."""
-
-    model: RunModel
-    when: str
+# Memories that machines have, in GB.
+MEMORIES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 512, 1024)
 
 
-def recommendations(rungs: Sequence[RunModel]) -> list[Recommendation]:
-    """The rungs that are worth their size, smallest first, each with a sentence."""
-    labels = worth_their_size([(rung.label, rung.scores) for rung in rungs])
-    chosen = [rung for rung in sorted(rungs, key=lambda rung: rung.size_order) if rung.label in labels]
-    return [Recommendation(rung, _when(rung.scores)) for rung in chosen]
+def by_memory(rungs: Sequence[RunModel], beside: int) -> list[tuple[int, RunModel]]:
+    """The best rung for each usual memory, in GB. Memories that change nothing are left out.
+
+    Parameters:
+        rungs: the rungs that are worth their size, from the smallest to the largest.
+        beside: bytes that the context takes beside the file.
+    """
+    choices: list[tuple[int, RunModel]] = []
+    for memory in MEMORIES:
+        fitting = [rung for rung in rungs if rung.scores.bytes + beside <= memory * 10**9]
+        if fitting and (not choices or choices[-1][1] is not fitting[-1]):
+            choices.append((memory, fitting[-1]))
+    return choices
+
+
+def in_a_sentence(rung: RunModel, rungs: Sequence[RunModel], preset: RunModel | None) -> str:
+    """What a file is for: how near it is to full precision, and how it compares with smaller ones and the preset.
+
+    Parameters:
+        rung: the file.
+        rungs: all rungs.
+        preset: the preset by itself, if there is one.
+    """
+    mine = rung.scores
+    if mine.kld is None:
+        return "Not measured."
+    verdict = next((text for limit, text in LEVELS if mine.kld.value <= limit), WORST)
+    if mine.same_top_p is not None:
+        verdict += f": same next token {100 * mine.same_top_p.value:.1f} % of the time"
+    worth = worth_their_size([(other.label, other.scores) for other in rungs])
+    if rung.label not in worth:
+        smaller = [other for other in rungs if other.label in worth and other.size_order < rung.size_order]
+        return f"{verdict}. {smaller[-1].label} is smaller and as good." if smaller else f"{verdict}."
+    gap = kld(mine, preset.scores) if preset else None
+    if preset and preset.scores.kld and gap and abs(gap.value) > NOISE * gap.error:
+        share = 100 * abs(gap.value) / preset.scores.kld.value
+        verdict += f"; KLD {share:.0f} % {'below' if gap.value < 0 else 'above'} the preset's"
+    return f"{verdict}."
 
 
 def worth_their_size(rungs: Sequence[tuple[str, RunScores]]) -> list[str]:
@@ -136,13 +165,3 @@ def worth_their_size(rungs: Sequence[tuple[str, RunScores]]) -> list[str]:
 def by_size(rungs: Sequence[tuple[str, RunScores]]) -> list[tuple[str, RunScores]]:
     """Labelled scores from the smallest file to the largest."""
     return sorted(rungs, key=lambda rung: (rung[1].bytes, rung[0]))
-
-
-def _when(scores: RunScores) -> str:
-    """How near a file is to full precision, and how often greedy decoding takes the same token."""
-    assert scores.kld is not None
-    kld = scores.kld.value
-    verdict = next((text for limit, text in LEVELS if kld <= limit), WORST)
-    if scores.same_top_p is None:
-        return f"{verdict}."
-    return f"{verdict}: same next token {100 * scores.same_top_p.value:.1f} % of the time."

@@ -14,10 +14,11 @@ from bitladder.evaluate import RunScores, task_meanings
 from bitladder.files import write_text
 from bitladder.recipe import Recipe, recipe_sha256
 from bitladder.report import tables
-from bitladder.report.best import recommendations
-from bitladder.report.finished_run import FinishedRun, RunModel, read_run
-from bitladder.report.tables import gigabytes, with_error
+from bitladder.report.best import LEVELS, by_memory, in_a_sentence, worth_their_size
+from bitladder.report.finished_run import FinishedRun, RunModel, read_chat_template, read_run
+from bitladder.report.tables import gigabytes, with_errors
 from bitladder.rundir import Layout
+from bitladder.text import BUILTIN, render_chats
 
 # The speed in the table of choices: in a chat the user waits for generated tokens.
 GENERATION = "tg128"
@@ -60,13 +61,13 @@ def render_card(folder: pathlib.Path) -> str:
         finalize=lambda value: _CONTROL.sub("", value) if isinstance(value, str) else value,
     )
     environment.filters |= {"cell": _cell, "code": _code, "link": _link}
-    return environment.get_template("card.md.jinja").render(front=front_matter(run), **facts(run))
+    return environment.get_template("card.md.jinja").render(
+        front=front_matter(run), prompt=_prompt(run), hashes=_hashes(run), **facts(run)
+    )
 
 
 def facts(run: FinishedRun) -> dict[str, Any]:
     """What the card and the HTML report say of a run, by the names that their templates use."""
-    recommended = recommendations(run.rungs)
-    labels = {choice.model.label for choice in recommended}
     base = run.base.scores
     scored = [model.scores for model in run.models]
     recipes = [rung.recipe for rung in run.rungs if rung.recipe]
@@ -79,18 +80,15 @@ def facts(run: FinishedRun) -> dict[str, Any]:
         "has_full_file": bool(run.manifest.steps["convert"].outputs),
         "base": base,
         "base_size": gigabytes(base.bytes),
-        "choices": [
-            {
-                "label": choice.model.label,
-                "file": choice.model.scores.model,
-                "size": gigabytes(choice.model.scores.bytes),
-                "kld": with_error(choice.model.scores.kld) if choice.model.scores.kld else tables.DASH,
-                "speed": _speed(choice.model),
-                "when": choice.when,
-            }
-            for choice in recommended
-        ],
-        "not_chosen": [rung.label for rung in run.rungs if rung.label not in labels],
+        "choices": _choices(run),
+        "memory_heads": [f"Memory, {_thousands(tokens)} (GB)" for tokens in run.beside],
+        "fitting": _fitting(run),
+        "example": _example(run),
+        "sampling": _sampling(run),
+        "builtin": {
+            "measured": base.text.name in BUILTIN,
+            "calibration": any(name in BUILTIN for name in _calibration_names(run)),
+        },
         "generation": GENERATION if any(rung.scores.speed(GENERATION) for rung in run.rungs) else None,
         "sizes": tables.sizes(run),
         "quality": tables.quality(run),
@@ -118,9 +116,100 @@ def facts(run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _speed(model: RunModel) -> str:
-    figure = model.scores.speed(GENERATION)
-    return with_error(figure) if figure else tables.DASH
+def _choices(run: FinishedRun) -> list[dict[str, Any]]:
+    """The table of choices, a row for each rung: what somebody who downloads must know of a file."""
+    scores = [rung.scores for rung in run.rungs]
+    presets = [run.naive.get(rung.label) for rung in run.rungs]
+    worth = worth_their_size([(rung.label, rung.scores) for rung in run.rungs])
+    columns = zip(
+        run.rungs,
+        presets,
+        with_errors([one.kld for one in scores]),
+        with_errors([one.speed(GENERATION) for one in scores]),
+        with_errors([preset.scores.speed(GENERATION) if preset else None for preset in presets]),
+        strict=True,
+    )
+    return [
+        {
+            "label": rung.label,
+            "file": rung.scores.model,
+            "recommended": rung.label in worth,
+            "size": gigabytes(rung.scores.bytes),
+            "memory": [gigabytes(rung.scores.bytes + beside) for beside in run.beside.values()],
+            "kld": kld,
+            "speed": speed,
+            "preset_speed": "same types" if _same_types(rung, preset) else preset_speed,
+            "when": in_a_sentence(rung, run.rungs, preset),
+        }
+        for rung, preset, kld, speed, preset_speed in columns
+    ]
+
+
+def _same_types(rung: RunModel, preset: RunModel | None) -> bool:
+    """Whether a rung has the types of its preset, and so its speed."""
+    return bool(preset and preset.recipe and rung.recipe and preset.recipe.tensors == rung.recipe.tensors)
+
+
+def _thousands(tokens: int) -> str:
+    """A number of tokens as people write it, such as "8k"."""
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def _fitting(run: FinishedRun) -> dict[str, Any] | None:
+    """The best rung for usual memories, with a context of medium length; None if all fit into the smallest."""
+    if not run.beside:
+        return None
+    context = sorted(run.beside)[len(run.beside) // 2]
+    worth = worth_their_size([(rung.label, rung.scores) for rung in run.rungs])
+    choices = by_memory([rung for rung in run.rungs if rung.label in worth], run.beside[context])
+    if len(choices) < 2:
+        return None
+    return {"context": _thousands(context), "choices": [(memory, rung.label) for memory, rung in choices]}
+
+
+def _example(run: FinishedRun) -> dict[str, str]:
+    """The file of the commands: the smallest one whose loss is small, or the best one."""
+    small = [rung for rung in run.rungs if rung.scores.kld and rung.scores.kld.value <= LEVELS[1][0]]
+    rung = small[0] if small else run.rungs[-1]
+    return {"label": rung.label, "file": rung.scores.model}
+
+
+def _sampling(run: FinishedRun) -> str:
+    """The settings of sampling that the makers of the model recommend, such as "temp 0.6, top_p 0.95"."""
+    prefix = "sampling."
+    general = {key.removeprefix(prefix): value for key, value in run.full["general"].items() if key.startswith(prefix)}
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in general.items()
+    )
+
+
+def _prompt(run: FinishedRun) -> dict[str, str] | None:
+    """How a conversation begins, by the chat template of the model, in a fence that it cannot end."""
+    template = read_chat_template(run)
+    if template is None:
+        return None
+    user = {"role": "user", "content": "{prompt}"}
+    for messages in ([{"role": "system", "content": "{system_prompt}"}, user], [user]):
+        try:
+            text = render_chats(template, [messages], prompt=True, seconds=5)[0].rstrip("\n")
+        except BitladderError:  # some templates refuse a system message
+            continue
+        longest = max(map(len, re.findall("`+", text)), default=0)
+        return {"text": text, "fence": "`" * max(3, longest + 1)}
+    return None
+
+
+def _hashes(run: FinishedRun) -> list[tuple[str, str]]:
+    """Name and SHA-256 of all files that are named in the card."""
+    imatrix = _imatrix([rung.recipe for rung in run.rungs if rung.recipe])
+    return [
+        *((rung.scores.model, rung.scores.sha256) for rung in run.rungs),
+        (imatrix["name"], imatrix["sha256"]),
+        (run.full["file"], run.full["sha256"]),
+        (f"{run.base.scores.text.name} (measured)", run.base.scores.text.sha256),
+        *((f"{text['name']} (calibration)", text["sha256"]) for text in imatrix["texts"]),
+        *((f"recipe of {rung.label}", recipe_sha256(rung.recipe.tensors)) for rung in run.rungs if rung.recipe),
+    ]
 
 
 def _made(model: RunModel) -> dict[str, str]:
@@ -132,7 +221,6 @@ def _made(model: RunModel) -> dict[str, str]:
         "chosen_by": _chosen_by(model),
         "types": tables.type_counts(model),
         "sha256": model.scores.sha256,
-        "recipe_sha256": recipe_sha256(model.recipe.tensors),
     }
 
 

@@ -1,8 +1,9 @@
 """A finished run as the report reads it from the run directory."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 import pydantic
@@ -12,6 +13,7 @@ from bitladder.evaluate import Figure, NamedFile, Role, RunScores, Scores, read_
 from bitladder.gguf import GgufFile
 from bitladder.recipe import Recipe, read_recipe
 from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, load_manifest, naive
+from bitladder.text import ChatTemplate, chat_template
 
 D = TypeVar("D", bound=pydantic.BaseModel)
 
@@ -121,6 +123,13 @@ class FinishedRun:
         return self.record.model_id or self.full.get("origin")
 
     @property
+    def beside(self) -> dict[int, int]:
+        """Bytes of cache and buffers by the tokens of the context; empty if they are not known."""
+        memory = self.manifest.steps.get("memory")
+        facts = memory.facts.get("beside", {}) if memory else {}
+        return {int(tokens): int(size) for tokens, size in facts.items()}
+
+    @property
     def quants(self) -> list[RunModel]:
         """Rungs, presets by themselves and files of others, from the smallest to the largest."""
         models = [*self.rungs, *self.naive.values(), *self.others]
@@ -191,12 +200,26 @@ def read_run(folder: pathlib.Path) -> FinishedRun:
 
 def read_shapes(run: FinishedRun) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in GGUF order, from the header of a model file; empty if there is no such file."""
-    for name in [run.full["file"], *(model.scores.model for model in run.rungs)]:
-        path = run.layout.model(name)
-        if path.is_file():
-            with GgufFile(path) as file:
-                return {tensor.name: tuple(tensor.shape) for tensor in file.tensors.values()}
-    return {}
+    with _any_model(run) as file:
+        return {tensor.name: tuple(tensor.shape) for tensor in file.tensors.values()} if file else {}
+
+
+def read_chat_template(run: FinishedRun) -> ChatTemplate | None:
+    """The chat template of the model; None if it has none, or if there is no model file."""
+    with _any_model(run) as file:
+        return chat_template(file) if file else None
+
+
+@contextlib.contextmanager
+def _any_model(run: FinishedRun) -> Iterator[GgufFile | None]:
+    """One of the model files, opened; None if there is none."""
+    paths = (run.layout.model(name) for name in (run.full["file"], *(rung.scores.model for rung in run.rungs)))
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        yield None
+        return
+    with GgufFile(path) as file:
+        yield file
 
 
 def read_importance(run: FinishedRun) -> list[TensorStatistics]:

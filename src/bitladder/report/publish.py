@@ -15,6 +15,8 @@ import yaml
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import read_scores
 from bitladder.hub import PRESET, pick, side_word
+from bitladder.report.card import render_card, write_card
+from bitladder.report.page import write_report
 from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, naive
 
 # The start of a path of this machine: /home/…, ~/…, ./…, C:\…, \\server, file:…
@@ -75,6 +77,31 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
         for name in excluded:
             del files[name]
     return list(files.values())
+
+
+def name_repository(folder: pathlib.Path, repo: str) -> bool:
+    """Records the repository that a finished run is for, and writes the pages that name it.
+
+    A card that somebody edited stays as it is.
+
+    Returns:
+        Whether the card names the repository.
+
+    Raises:
+        BitladderError: the run is not finished, or a file of it cannot be read.
+    """
+    manifest, run = complete_manifest(folder)
+    layout = Layout(folder)
+    if run.repo == repo:
+        return True
+    edited = layout.card.is_file() and layout.card.read_text(encoding="utf-8", errors="replace") != render_card(folder)
+    manifest.run = run.model_copy(update={"repo": repo})
+    manifest.save(folder)
+    if not edited:
+        write_card(folder)
+        if layout.report.is_file():
+            write_report(folder)
+    return not edited
 
 
 def groups(entries: Sequence[PublishedFile]) -> list[tuple[str, list[str]]]:

@@ -11,29 +11,60 @@ from bitladder.report import best
 from bitladder.report.finished_run import FinishedRun, RunModel
 
 # A smaller value is written with a power of ten, because a plain decimal has too many zeros.
-SMALLEST_PLAIN = 1e-3
+SMALLEST_PLAIN = 1e-5
 
 
-def with_error(figure: Figure, scale: float = 1.0) -> str:
+def with_errors(figures: Sequence[Figure | None], scale: float = 1.0) -> list[str]:
+    """Figures of a column with their errors, all in one form: with powers of ten if one of them needs them.
+
+    Example:
+        >>> with_errors([Figure(value=0.0005118, error=5.4e-06), None])
+        ['0.0005118 ± 0.0000054', '–']
+    """
+    powers = any(figure and 0 < abs(figure.value * scale) < SMALLEST_PLAIN for figure in figures)
+    return [with_error(figure, scale, powers=powers) if figure else DASH for figure in figures]
+
+
+def with_error(figure: Figure, scale: float = 1.0, *, powers: bool | None = None) -> str:
     """A figure with its error as text. Both are multiplied by `scale` (100 for percent).
+
+    Parameters:
+        figure: the figure.
+        scale: the factor.
+        powers: whether it is written with powers of ten; None: only if it is tiny.
 
     Example:
         >>> with_error(Figure(value=12.3456, error=0.0723))
         '12.346 ± 0.072'
     """
     value, error = figure.value * scale, figure.error * scale
+    if powers is None:
+        powers = 0 < abs(value) < SMALLEST_PLAIN
     if not math.isfinite(value):
         return str(value)
     if not math.isfinite(error) or error <= 0:
-        return f"{value:.4g}"
+        return f"{value:.3e}" if powers else significant(value)
     # Rounding can add a digit (0.0996 → 0.10), so the decimal place is that of the rounded error.
     rounded = decimal.Decimal(f"{error:.1e}")
     exponent = rounded.adjusted() - 1
-    if 0 < abs(value) < SMALLEST_PLAIN:
+    if powers:
         digits = max(0, _magnitude(value) - exponent)
         return f"{value:.{digits}e} ± {error:.1e}"
     places = max(0, -exponent)
     return f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """A number with so many significant digits, as a plain decimal unless it is tiny.
+
+    Example:
+        >>> significant(0.00051184), significant(12.3456), significant(2.0)
+        ('0.0005118', '12.35', '2')
+    """
+    if 0 < abs(value) < SMALLEST_PLAIN:
+        return f"{value:.{digits - 1}e}"
+    text = f"{value:.{max(0, digits - 1 - _magnitude(value))}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def percent(share: float, *, least: int = 2, most: int = 5) -> str:
@@ -127,6 +158,11 @@ class Table:
     lines: tuple[Line, ...]
 
     @property
+    def bold(self) -> bool:
+        """Whether a cell is marked as the best."""
+        return any(cell.best for line in self.lines for cell in line.cells)
+
+    @property
     def roles(self) -> set[Role]:
         """The roles of its models, which a legend has to explain."""
         return {line.role for line in self.lines}
@@ -205,16 +241,19 @@ def speeds(run: FinishedRun) -> Table | None:
 
 
 def sizes(run: FinishedRun) -> Table:
-    """Size in GB and bits per weight; if there are presets by themselves, theirs and the share that is saved."""
+    """Size in GB and bits per weight; with presets by themselves theirs too, and what is saved if something is."""
     lines = []
     heads: tuple[str, ...] = ("Size (GB)", "Bits per weight")
+    saves = any(_saved(rung.scores, naive.scores).value for rung in run.rungs if (naive := _preset(run, rung)))
     if run.naive:
-        heads += ("Preset's size (GB)", "Preset's bits per weight", "Saved")
+        heads += ("Preset's size (GB)", "Preset's bits per weight", *(("Saved",) if saves else ()))
     for model in sorted([*run.rungs, *run.others], key=lambda model: model.size_order):
         cells = [*_size(model.scores)]
         if run.naive:
             naive = _preset(run, model)
-            cells += [*_size(naive.scores), _saved(model.scores, naive.scores)] if naive else [Cell(DASH)] * 3
+            cells += _size(naive.scores) if naive else [Cell(DASH)] * 2
+            if saves:
+                cells.append(_saved(model.scores, naive.scores) if naive else Cell(DASH))
         lines.append(Line(label(model), model.role, model.scores.model, tuple(cells)))
     return Table(heads, tuple(lines))
 
@@ -259,8 +298,8 @@ def _figures(
     figures = [figure(model.scores) for model in run.models]
     marks = [False, *best.best(run.quants, difference, higher=higher)]
     return head, [
-        Cell(with_error(value, scale) + unit, value.value * scale, is_best) if value else Cell(DASH)
-        for value, is_best in zip(figures, marks, strict=True)
+        Cell(text + unit, value.value * scale, is_best) if value else Cell(DASH)
+        for value, text, is_best in zip(figures, with_errors(figures, scale), marks, strict=True)
     ]
 
 
@@ -274,12 +313,15 @@ def _plain(
 
 def _gained(run: FinishedRun) -> _Column:
     """The KLD of each rung less that of its preset."""
-    cells = []
-    for model in run.models:
-        naive = _preset(run, model)
-        figure = best.kld(model.scores, naive.scores) if naive else None
-        cells.append(Cell(signed(figure), figure.value) if figure else Cell(DASH))
-    return GAIN, cells
+    presets = [_preset(run, model) for model in run.models]
+    figures = [
+        best.kld(model.scores, naive.scores) if naive else None
+        for model, naive in zip(run.models, presets, strict=True)
+    ]
+    return GAIN, [
+        Cell(signed(figure, text), figure.value) if figure else Cell(DASH)
+        for figure, text in zip(figures, with_errors(figures), strict=True)
+    ]
 
 
 def _preset(run: FinishedRun, model: RunModel) -> RunModel | None:
@@ -292,9 +334,8 @@ def all_paired(run: FinishedRun) -> bool:
     return all(best.paired_kld(rung.scores, naive.scores) for rung in run.rungs if (naive := _preset(run, rung)))
 
 
-def signed(figure: Figure) -> str:
-    """A difference with its sign, as "−0.0123 ± 0.0004"."""
-    text = with_error(figure)
+def signed(figure: Figure, text: str) -> str:
+    """A difference as text with its sign, as "−0.0123 ± 0.0004"."""
     return text.replace("-", "−", 1) if figure.value < 0 else f"+{text}"
 
 
@@ -303,8 +344,9 @@ def _size(scores: RunScores) -> tuple[Cell, Cell]:
 
 
 def _saved(this: RunScores, naive: RunScores) -> Cell:
-    share = 100 * (1 - this.bytes / naive.bytes)
-    return Cell(f"{share:.1f} %".replace("-", "−"), share)
+    """The share of the preset's bytes that a rung saves, in percent; 0 if it is less than can be seen."""
+    share = round(100 * (1 - this.bytes / naive.bytes), 1)
+    return Cell(f"{share:.1f} %".replace("-", "−"), share) if share else Cell("same size", 0.0)
 
 
 def _rms(scores: RunScores) -> Figure | None:

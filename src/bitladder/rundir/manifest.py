@@ -58,6 +58,7 @@ class RunRecord(pydantic.BaseModel):
         mode: how the types of the rungs were chosen; None for the presets by themselves.
         compared: names of files of somebody else, whose scores are in scores/NAME.json.
         datasets: data sets of the hub that the calibration text is from.
+        repo: the repository of the hub that the ladder is for; None if it is not known.
         complete: whether every step is complete, so that the files belong together.
     """
 
@@ -70,6 +71,7 @@ class RunRecord(pydantic.BaseModel):
     mode: str | None = None
     compared: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
+    repo: str | None = None
     complete: bool = False
 
 
