@@ -59,7 +59,7 @@ WALLS = {
         "text",
         "trial",
     },
-    "report": {"calibrate", "engine", "evaluate", "gguf", "hub", "recipe", "rundir"},
+    "report": {"calibrate", "engine", "evaluate", "gguf", "hub", "recipe", "rundir", "text"},
     "show": {
         "calibrate",
         "compare",

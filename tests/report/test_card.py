@@ -444,7 +444,7 @@ def test_memory_is_that_of_the_file_and_of_what_the_context_takes(run_dir):
     change_step(run_dir, "memory", beside=beside)
     card = render_card(run_dir)
     head, *rows = tables(card)["Choose a file"][0]
-    assert head[:5] == ["File", "Size (GB)", "Memory, 4k (GB)", "Memory, 8k (GB)", "Memory, 32k (GB)"]
+    assert head[:5] == ["File", "Size (GB)", "4k context (GB)", "8k context (GB)", "32k context (GB)"]
     for row, rung in zip(rows, ["IQ3_S", "Q4_K_M", "IQ4_NL", "Q8_0"], strict=True):
         assert [float(cell) for cell in row[2:5]] == [
             pytest.approx((MEASURED[rung][0] + more) / 1e9, abs=0.005) for more in beside.values()
@@ -452,7 +452,7 @@ def test_memory_is_that_of_the_file_and_of_what_the_context_takes(run_dir):
     # 3.66 + 1.2, 4.92 + 1.2 and 8.52 + 1.2 GB; IQ4_NL is not worth its size.
     assert "With 8k tokens of context: 6 GB → **IQ3_S**, 8 GB → **Q4_K_M**, 12 GB → **Q8_0**." in card
     change_step(run_dir, "memory", beside={})
-    assert "Memory" not in render_card(run_dir)
+    assert "context (GB)" not in render_card(run_dir)
 
 
 def test_the_speed_stands_beside_that_of_the_preset(run_dir):

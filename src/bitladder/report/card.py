@@ -81,7 +81,7 @@ def facts(run: FinishedRun) -> dict[str, Any]:
         "base": base,
         "base_size": gigabytes(base.bytes),
         "choices": _choices(run),
-        "memory_heads": [f"Memory, {_thousands(tokens)} (GB)" for tokens in run.beside],
+        "memory_heads": [f"{_thousands(tokens)} context (GB)" for tokens in run.beside],
         "fitting": _fitting(run),
         "example": _example(run),
         "sampling": _sampling(run),

@@ -130,6 +130,14 @@ class FinishedRun:
         return {int(tokens): int(size) for tokens, size in facts.items()}
 
     @property
+    def other_text(self) -> str | None:
+        """The text on which candidates were measured, if it is not that of the scores."""
+        tried = self.tried
+        if not tried or not tried.text or not any(recipe.kld for recipe in tried.candidates):
+            return None
+        return tried.text.name if tried.text.sha256 != self.base.scores.text.sha256 else None
+
+    @property
     def quants(self) -> list[RunModel]:
         """Rungs, presets by themselves and files of others, from the smallest to the largest."""
         models = [*self.rungs, *self.naive.values(), *self.others]

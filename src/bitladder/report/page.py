@@ -53,7 +53,7 @@ def render_report(folder: pathlib.Path) -> str:
         **facts(run),
         charts=charts,
         tried=run.tried,
-        other_text=_other_text(run),
+        other_text=run.other_text,
         agreement=agreement(prediction_pairs(run)),
         tensors=tensors,
         checks={PRICED_MODELS[smoothed]: prices.check for smoothed, prices in run.prices.items() if prices.check},
@@ -63,6 +63,7 @@ def render_report(folder: pathlib.Path) -> str:
         plotly=_plotly(),
         count_text=tables.count_text,
         gigabytes=gigabytes,
+        significant=tables.significant,
         with_error=with_error,
     )
 
@@ -85,14 +86,6 @@ def make_charts(run: FinishedRun) -> dict[str, dict[str, Any]]:
         # Most readers look for generation, so it comes first.
         charts["speed"] = {test: speed(run, test) for test in sorted(tests, key=lambda test: not test.startswith("tg"))}
     return charts
-
-
-def _other_text(run: FinishedRun) -> str | None:
-    """The text on which candidates were measured, if it is not that of the scores."""
-    tried = run.tried
-    if not tried or not tried.text or not any(recipe.kld for recipe in tried.candidates):
-        return None
-    return tried.text.name if tried.text.sha256 != run.base.scores.text.sha256 else None
 
 
 def _json(value: Any) -> markupsafe.Markup:

@@ -33,6 +33,7 @@ class Tensors:
         files: by label, the type of each tensor in that order; "" if the file does not have the tensor.
         made_of: by label, the model that the prices of the file are of.
         presets: by rung, the label of the preset by itself.
+        opened: the file that is shown first: the rung in the middle of the ladder.
         bpw: bits per weight of every type that occurs.
         priced: the types for which any tensor has a price.
         statistics: key, title and unit of the statistics that are known.
@@ -42,6 +43,7 @@ class Tensors:
     files: dict[str, list[str]]
     made_of: dict[str, str]
     presets: dict[str, str]
+    opened: str | None
     bpw: dict[str, float]
     priced: list[str]
     statistics: list[dict[str, Any]]
@@ -64,6 +66,7 @@ def read_tensors(run: FinishedRun) -> Tensors:
         files={label: [types.get(name, "") for name in names] for label, types in files.items()},
         made_of={model.label: PRICED_MODELS[model.scores.smoothed] for model in run.quants if model.recipe},
         presets={rung: naive.label for rung, naive in run.naive.items() if naive.recipe},
+        opened=run.rungs[len(run.rungs) // 2].label if run.rungs else None,
         bpw=known,
         priced=sorted(priced, key=lambda kind: (known.get(kind, 0.0), kind)),
         statistics=[

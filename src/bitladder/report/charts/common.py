@@ -26,8 +26,12 @@ LOOKS = {
 }
 
 
-def figure(data: Sequence[Chart], *, x: Chart, y: Chart, height: int = 420, **layout: Any) -> Chart:
-    """A figure of plotly.js with the common looks."""
+def figure(
+    data: Sequence[Chart], *, x: Chart, y: Chart, y2: Chart | None = None, height: int = 420, **layout: Any
+) -> Chart:
+    """A figure of plotly.js with the common looks. `y2` is a second axis, at the right."""
+    if y2:
+        layout["yaxis2"] = _axis({"overlaying": "y", "side": "right", "showgrid": False, **y2})
     return {
         "data": list(data),
         "layout": {

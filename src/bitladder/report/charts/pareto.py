@@ -11,17 +11,22 @@ from bitladder.report.tables import count_text, gigabytes, with_error
 
 
 def pareto(run: FinishedRun) -> Chart | None:
-    """The chart; None if no divergence was measured. The `meta` of a trace names its group."""
+    """The chart; None if no divergence was measured. The `meta` of a trace names its group.
+
+    Candidates that were measured on another text have an axis of their own, and are hidden at first.
+    """
     quants = [model for model in run.quants if model.scores.kld]
     tried = [recipe for recipe in run.tried.candidates if recipe.kld] if run.tried else []
     if not quants:
         return None
-    data = [_candidates(tried)] if tried else []
+    apart = run.other_text is not None
+    data = [_candidates(tried) | ({"yaxis": "y2", "hidden": True} if apart else {})] if tried else []
     data.append(_front(quants))
     data += [_models(quants, role) for role in ("naive", "third-party", "rung") if any(q.role == role for q in quants)]
     sizes = [model.scores.bytes / 1e9 for model in quants] + [recipe.bytes / 1e9 for recipe in tried]
     losses = [model.scores.kld.value for model in quants if model.scores.kld]
-    losses += [recipe.kld.value for recipe in tried if recipe.kld]
+    others = [recipe.kld.value for recipe in tried if recipe.kld]
+    losses += [] if apart else others
     # Labels stand to the left of their dots, so the leftmost one needs room. The range is in powers of ten.
     least, most = math.log10(min(sizes)), math.log10(max(sizes))
     span = most - least or 0.1
@@ -30,6 +35,7 @@ def pareto(run: FinishedRun) -> Chart | None:
         x=axis("size in GB", sizes, range=[least - 0.18 * span, most + 0.06 * span]),
         y=axis("mean KLD in nats per token", losses),
         height=480,
+        y2=axis("KLD of candidates, on their text", others) if apart else None,
     )
 
 

@@ -48,7 +48,10 @@ class Agreement:
 
 
 def prediction_pairs(run: FinishedRun) -> list[PredictionPair]:
-    """All recipes that were predicted and measured. A logarithmic axis has room for positive figures only."""
+    """The recipes that were predicted and measured, all on one text: that of the candidates, if there are some.
+
+    A logarithmic axis has room for positive figures only.
+    """
     pairs = [
         PredictionPair(
             "candidate",
@@ -60,11 +63,12 @@ def prediction_pairs(run: FinishedRun) -> list[PredictionPair]:
         for candidate in (run.tried.candidates if run.tried else [])
         if candidate.kld and candidate.predicted_kld is not None
     ]
-    pairs += [
-        PredictionPair("rung", rung.label, rung.scores.predicted_kld, rung.scores.kld, describe(rung))
-        for rung in run.rungs
-        if rung.scores.kld and rung.scores.predicted_kld is not None
-    ]
+    if not (pairs and run.other_text):
+        pairs += [
+            PredictionPair("rung", rung.label, rung.scores.predicted_kld, rung.scores.kld, describe(rung))
+            for rung in run.rungs
+            if rung.scores.kld and rung.scores.predicted_kld is not None
+        ]
     return [pair for pair in pairs if pair.predicted > 0 and pair.measured.value > 0]
 
 

@@ -42,7 +42,7 @@ function thinOut(traces, { xaxis, yaxis, height }, width) {
   const place = (axis, length) => {
     const scale = axis.type === "log" ? Math.log10 : (value) => value;
     const key = axis === xaxis ? "x" : "y";
-    const values = traces.flatMap((trace) => trace[key]).map(scale).filter(Number.isFinite);
+    const values = traces.filter((trace) => !trace.yaxis).flatMap((trace) => trace[key]).map(scale).filter(Number.isFinite);
     if (axis.rangemode === "tozero") values.push(0);
     const [least, most] = [Math.min(...values), Math.max(...values)];
     return (value) => ((scale(value) - least) / (most - least || 1)) * length;
@@ -70,10 +70,12 @@ function chartOf(element) {
   const section = element.dataset.section;
   const choices = data.charts[section];
   const controls = document.querySelector(`[data-for="${section}"]`);
-  const state = { choice: Object.keys(choices)[0], hidden: new Set(), linear: new Set() };
+  const first = Object.keys(choices)[0];
+  const hidden = choices[first].data.filter((trace) => trace.hidden).map((trace) => trace.meta);
+  const state = { choice: first, hidden: new Set(hidden), linear: new Set() };
   const make = () => {
     const { data: traces, layout } = structuredClone(choices[state.choice]);
-    for (const axis of state.linear) {
+    for (const axis of Object.keys(layout).filter((name) => state.linear.has(name.replace(/2$/, "")))) {
       layout[axis] = { ...layout[axis], type: "linear", tickvals: null, ticktext: null, range: null, rangemode: "tozero" };
     }
     // Another axis or choice gives a new view. Every other change keeps the reader's zoom.
@@ -95,7 +97,7 @@ function connect(controls, choices, state, redraw) {
   if (groups) {
     for (const trace of choices[state.choice].data) {
       const label = document.createElement("label");
-      const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: true });
+      const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: !trace.hidden });
       box.dataset.group = trace.meta;
       box.addEventListener("change", () => { toggle(state.hidden, trace.meta, !box.checked); redraw(); });
       label.append(box, ` ${trace.name}`);

@@ -27,14 +27,14 @@ async function main() {
   document.documentElement.dataset.ready = "yes";
 }
 
-const opened = [];
+const unfolded = [];
 
 function print(begin) {
   document.documentElement.classList.toggle("printed", begin);
   // On paper all folded parts are unfolded.
-  if (begin) opened.push(...document.querySelectorAll("details:not([open])"));
-  for (const details of opened) details.open = begin;
-  if (!begin) opened.length = 0;
+  if (begin) unfolded.push(...document.querySelectorAll("details:not([open])"));
+  for (const details of unfolded) details.open = begin;
+  if (!begin) unfolded.length = 0;
   for (const [element, make] of drawn) paint(element, begin ? onPaper(make(), element) : make());
 }
 

@@ -1,5 +1,5 @@
 // The tensors of the chosen file: three heat maps, and a table that can be searched and sorted.
-const { tensors, files, made_of: madeOf, presets, bpw, priced, statistics } = data.tensors;
+const { tensors, files, made_of: madeOf, presets, opened, bpw, priced, statistics } = data.tensors;
 const OWN = "each tensor's own type";
 const chosen = { file: null, price: OWN, statistic: null };
 
@@ -25,8 +25,7 @@ function pickers() {
     const select = document.getElementById(name);
     if (!select) continue;
     select.append(...values.map((value) => new Option(value)));
-    // Types differ most in the middle of the ladder.
-    select.selectedIndex = name === "file" ? Math.floor((values.length - 1) / 2) : 0;
+    select.selectedIndex = name === "file" ? Math.max(0, values.indexOf(opened)) : 0;
     chosen[name] = select.value;
     select.addEventListener("change", () => {
       chosen[name] = select.value;
@@ -88,7 +87,14 @@ function powers(logs) {
   return { tickvals, ticktext: tickvals.map((one) => digits(10 ** one, most - least < 1.5 ? 2 : 1)) };
 }
 
-const digits = (value, count = 3) => (value === null || value === undefined ? "–" : Number(value.toPrecision(count)).toString());
+// A plain decimal, however small, so that a column has one form.
+function digits(value, count = 3) {
+  if (value === null || value === undefined) return "–";
+  const rounded = Number(value.toPrecision(count));
+  if (rounded === 0 || Math.abs(rounded) >= 1e-6) return rounded.toString();
+  return rounded.toFixed(Math.min(20, count - 1 - Math.floor(Math.log10(Math.abs(rounded)))));
+}
+
 const statisticOf = (tensor, one) => {
   const value = tensor.statistics?.[one.key];
   return value === null || value === undefined ? null : one.percent ? 100 * value : value;
