@@ -275,5 +275,5 @@ _ROUTES = [
     (rf"/api/models/{_NAME}/revision/([^/]+)", ("GET",), "info"),
     (rf"/{_NAME}\.git/info/lfs/objects/batch", ("POST",), "batch"),
     (r"/lfs/(\w+)", ("PUT",), "put"),
-    (rf"/{_NAME}/resolve/([^/]+)/(.+)", ("GET", "HEAD"), "resolve"),
+    (rf"(?:/datasets)?/{_NAME}/resolve/([^/]+)/(.+)", ("GET", "HEAD"), "resolve"),
 ]

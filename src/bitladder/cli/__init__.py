@@ -36,6 +36,7 @@ VERBS = {
     "compare": "Compare quants of one model from any maker: quality, types, origin, winner at equal size.",
     "verify": "Make the tensors of a quant, or of a run, again and compare the bytes.",
     "bench": "Measure prompt processing and text generation in tokens per second.",
+    "texts": "List the texts that there are to calibrate on and to measure with, and fetch them.",
     "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
     "show": "Show the ladder of a run, with a small plot.",
     "card": "Write the model card and the report of a run again.",

@@ -6,16 +6,28 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.hub.names import PRESET, HubName, check_repository, parse, pick, shards, side_word
-    from bitladder.hub.transfer import Fetched, fetch, fetch_checkpoint, fetch_outline, hub_id, not_given, upload
+    from bitladder.hub.transfer import (
+        TEXTS,
+        Fetched,
+        fetch,
+        fetch_checkpoint,
+        fetch_outline,
+        fetch_texts,
+        hub_id,
+        not_given,
+        upload,
+    )
 
 __all__ = [
     "PRESET",
+    "TEXTS",
     "Fetched",
     "HubName",
     "check_repository",
     "fetch",
     "fetch_checkpoint",
     "fetch_outline",
+    "fetch_texts",
     "hub_id",
     "not_given",
     "parse",

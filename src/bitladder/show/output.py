@@ -62,7 +62,11 @@ class Output:
         return self._stdout.width
 
     def tame_hub(self) -> None:
-        """Hides huggingface_hub's bars if ours are hidden. Must be called before huggingface_hub is imported."""
+        """Hides huggingface_hub's bars if ours are hidden, and its remarks on each attempt without a network.
+
+        Must be called before huggingface_hub is imported.
+        """
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         if self.quiet or not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
