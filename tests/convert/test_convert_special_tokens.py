@@ -103,7 +103,7 @@ ENDS: dict[str, tuple[Any, Any, Any, set[int], str]] = {
     "they differ": ("A", B, [C], {A, B, C}, "names the end token"),
     "six of them": (None, None, [A, B, C, D, E, F], {A, B, C, D, E, F}, ""),
     "known by name too": (None, [A, 1, B], None, {A, B}, ""),
-    "seven are too many": (None, None, [A, B, C, D, E, F, G], {A, B, C, D, E, F}, "no place for one more"),
+    "seven are too many": (None, None, [A, B, C, D, E, F, G], {A, B, C, D, E, F}, "cannot hold another end token"),
     "none": (None, None, None, {11}, "no end token is named"),
     "strings and floats": (None, str(A), [float(B), f"{A}"], {A, B}, ""),
     "some are no tokens": (None, None, [A, -1, 400, 1 << 40, True, None, "x", [B], {}, 1.5], {A}, "left out"),

@@ -153,7 +153,7 @@ def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path):
         (QuantizeOptions("Q8_0", override_kv=("k" * 128 + "=int:1",)), "KEY=TYPE:VALUE"),
         (QuantizeOptions("Q8_0", override_kv=("general.alignment=int:64",)), "general.alignment follows"),
         (QuantizeOptions("Q8_0", override_kv=("general.architecture=str:odd",)), "cannot quantize .*odd"),
-        (QuantizeOptions("Q8_0", override_kv=("llama.block_count=int:-1",)), "breaks down with llama.block_count=-1"),
+        (QuantizeOptions("Q8_0", override_kv=("llama.block_count=int:-1",)), "fails with llama.block_count=-1"),
     ],
 )
 def test_options_that_cannot_be_used(options, match, model, tmp_path):

@@ -288,9 +288,7 @@ class RoundingMomentsOptions(Options):
         help="Chunks of each calibration text, spread over it, for second moments.",
         efforts={"normal": 8},
     )
-    plain_share: int = option(
-        2, least=1, help="Moments in which all tokens count alike are of so many times the chunks."
-    )
+    plain_share: int = option(2, least=1, help="Times as many chunks for moments in which all tokens count alike.")
     positions: PositionOptions = option(PositionOptions)
     gradients: GradientOptions = option(GradientOptions)
 

@@ -104,7 +104,7 @@ def _front_matter(path: pathlib.Path, progress: Progress) -> dict[Any, Any]:
         with path.open("rb") as stream:
             data = stream.read(LONGEST)
     except OSError as error:
-        progress.warn(f"cannot read {path}: {error.strerror}; nothing of it goes into the GGUF")
+        progress.warn(f"cannot read {path}: {error.strerror}; the GGUF gets no metadata from it")
         return {}
     # A line of Latin-1 spoils only the letters in it that are not ASCII.
     lines = data.decode("utf-8-sig", "replace").splitlines()
@@ -121,11 +121,11 @@ def _front_matter(path: pathlib.Path, progress: Progress) -> dict[Any, Any]:
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         progress.warn(
-            f"{path}: the front matter cannot be read ({plain(reason, 200)}); nothing of it goes into the GGUF"
+            f"{path}: the front matter cannot be read ({plain(reason, 200)}); the GGUF gets no metadata from it"
         )
         return {}
     if card is not None and not isinstance(card, dict):
-        progress.warn(f"{path}: the front matter is no list of names and values; nothing of it goes into the GGUF")
+        progress.warn(f"{path}: the front matter is no list of names and values; the GGUF gets no metadata from it")
     return card if isinstance(card, dict) else {}
 
 

@@ -188,7 +188,7 @@ class _Reader:
         free = [role for role in END_ROLES if role not in roles]
         roles |= dict(zip(free, unknown, strict=False))
         for token in unknown[len(free) :]:
-            self.progress.warn(f"llama.cpp has no place for one more end token: it will not end at {self.shown(token)}")
+            self.progress.warn(f"llama.cpp cannot hold another end token: answers will not end at {self.shown(token)}")
         return roles
 
     def adds(self, role: str, place: list[int] | None) -> bool:

@@ -221,7 +221,7 @@ def _kv(values: Mapping[str, int | float | bool | str]) -> Any:
 
 
 def check_overrides(path: str | os.PathLike[str], kv: Mapping[str, int | float | bool | str]) -> None:
-    """Raises BitladderError that names the values if the library breaks down with them; `kv` as in `Request`."""
+    """Raises BitladderError that names the values if the library fails with them; `kv` as in `Request`."""
     if kv:
         _check_overrides(os.fspath(path), json.dumps(dict(kv)))
 
@@ -238,11 +238,11 @@ def _check_overrides(path: str, kv: str) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise BitladderError(f"the library comes to no end with {shown}; give values that the model can have") from None
+        raise BitladderError(f"the library does not finish with {shown}; give values that the model can have") from None
     if process.returncode != 0:
         lines = [line.strip() for line in process.stderr.decode("utf-8", "replace").splitlines() if "ASSERT" in line]
         reason = f" ({lines[0].rpartition('/')[2]})" if lines else ""
-        raise BitladderError(f"the library breaks down with {shown}{reason}; give values that the model can have")
+        raise BitladderError(f"the library fails with {shown}{reason}; give values that the model can have")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ class PlanOptions(Options):
     fast_share: float = option(
         0.9,
         least=0.01,
-        help="Share of the speed of a K-quant of equal size from which on a type is fast (--menu fast).",
+        help="Speed from which a type is fast (--menu fast), as a share of that of a K-quant of the same size.",
     )
     measure: bool = option(True, "--feedback/--no-feedback", help="Measure recipes and correct prices.")
     metadata_bytes: int = option(

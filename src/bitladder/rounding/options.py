@@ -27,12 +27,12 @@ class RoundingOptions(Options):
     )
     damping: float = option(0.1, least=0, help="Added to the diagonals of second moments, as a share of their mean.")
     shrinkage: float = option(
-        0.1, least=0, most=1, help="What second moments off their diagonals are reduced by beforehand, as a share."
+        0.1, least=0, most=1, help="Share by which entries of second moments off the diagonal are reduced first."
     )
     passes: int = option(
         6,
         least=0,
-        help="How often a tensor is gone through after feedback, at most.",
+        help="Most passes over a tensor after feedback.",
         efforts={"fast": 1, "normal": 2},
     )
     by_importance: bool = option(False, help="Round columns with large inputs first, not from left to right.")
@@ -46,7 +46,9 @@ class RoundingOptions(Options):
     )
     scale_moves: int = option(2, least=0, help="How far the scale of points may move in one pass.")
     scale_every: int = option(
-        2, least=1, help="Scales of points, and steps of blocks, are tried in the first pass and in every so many."
+        2,
+        least=1,
+        help="Passes from one trial of scales and steps to the next; the first pass has one.",
     )
     enough: float = option(0.002, least=0, help="Passes end when one lowers the output error by less than this share.")
     hold: float = option(

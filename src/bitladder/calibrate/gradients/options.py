@@ -19,7 +19,7 @@ class GradientOptions(Options):
     damping: float = option(
         0.1, help="Damping of the moments that leverages are made of, as a share of their diagonal."
     )
-    sketch: int = option(128, least=1, help="Leverages of wider inputs and outputs are estimated by so many products.")
+    sketch: int = option(128, least=1, help="Random products that estimate the leverages of wider inputs and outputs.")
     rank: int = option(
         128, least=1, help="Columns of the factor that is kept for the gradients of the outputs of gate and up."
     )
