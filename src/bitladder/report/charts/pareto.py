@@ -20,7 +20,7 @@ def pareto(run: FinishedRun) -> Chart | None:
     if not quants:
         return None
     apart = run.other_text is not None
-    data = [_candidates(tried) | ({"yaxis": "y2", "hidden": True} if apart else {})] if tried else []
+    data = [_candidates(tried) | ({"yaxis": "y2", "visible": False} if apart else {})] if tried else []
     data.append(_front(quants))
     data += [_models(quants, role) for role in ("naive", "third-party", "rung") if any(q.role == role for q in quants)]
     sizes = [model.scores.bytes / 1e9 for model in quants] + [recipe.bytes / 1e9 for recipe in tried]

@@ -71,7 +71,7 @@ function chartOf(element) {
   const choices = data.charts[section];
   const controls = document.querySelector(`[data-for="${section}"]`);
   const first = Object.keys(choices)[0];
-  const hidden = choices[first].data.filter((trace) => trace.hidden).map((trace) => trace.meta);
+  const hidden = choices[first].data.filter((trace) => trace.visible === false).map((trace) => trace.meta);
   const state = { choice: first, hidden: new Set(hidden), linear: new Set() };
   const make = () => {
     const { data: traces, layout } = structuredClone(choices[state.choice]);
@@ -80,7 +80,9 @@ function chartOf(element) {
     }
     // Another axis or choice gives a new view. Every other change keeps the reader's zoom.
     layout.uirevision = [state.choice, ...state.linear].join();
-    return { data: traces.filter((trace) => !state.hidden.has(trace.meta)), layout };
+    // A trace that is hidden at first is shown once its box is checked.
+    const shown = traces.filter((trace) => !state.hidden.has(trace.meta)).map((trace) => ({ ...trace, visible: true }));
+    return { data: shown, layout };
   };
   if (controls) connect(controls, choices, state, () => draw(element, make));
   keys(element);
@@ -97,7 +99,7 @@ function connect(controls, choices, state, redraw) {
   if (groups) {
     for (const trace of choices[state.choice].data) {
       const label = document.createElement("label");
-      const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: !trace.hidden });
+      const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: trace.visible !== false });
       box.dataset.group = trace.meta;
       box.addEventListener("change", () => { toggle(state.hidden, trace.meta, !box.checked); redraw(); });
       label.append(box, ` ${trace.name}`);
