@@ -210,15 +210,15 @@ def test_warnings(folder, capsys):
     assert "no license" in said and "base_model" not in said
 
 
-def test_refusals_in_one_line(small_run, hub, capsys):
+def test_refusals_in_one_line(folder, hub, capsys):
     for name in ("Tiny", "a/b/c", "a/b:Q4_K_M", "./x/y"):
-        assert invoke(["push", str(small_run), name, "--dry-run"]) == 2
+        assert invoke(["push", str(folder), name, "--dry-run"]) == 2
         assert "OWNER/NAME" in capsys.readouterr().err
     hub.add(REPO, {})
-    assert invoke(["push", str(small_run), REPO, "--private"]) == 1
+    assert invoke(["push", str(folder), REPO, "--private"]) == 1
     assert "public already" in capsys.readouterr().err
     hub.refuse = 403, "you may not write here"
-    assert invoke(["push", str(small_run), "other/Tiny"]) == 1
+    assert invoke(["push", str(folder), "other/Tiny"]) == 1
     said = capsys.readouterr().err
     assert "you may not write here" in said and "Traceback" not in said
 

@@ -35,10 +35,6 @@ def command(
     from bitladder.report import publish
 
     check_repository(repo)
-    if not dry_run and not publish.name_repository(folder, repo):
-        output.progress.warn(
-            f"README.md was edited, so its commands do not name {repo}; `bitladder card {folder}` writes it again"
-        )
     entries = publish.published_files(folder, exclude)
     publish.check_private(folder, entries)
     warnings = publish.warnings(folder, entries)
@@ -63,6 +59,10 @@ def command(
     from bitladder.hub import upload
 
     output.tame_hub()
+    if not publish.name_repository(folder, repo):
+        output.progress.warn(
+            f"README.md was edited, so its commands do not name {repo}; `bitladder card {folder}` writes it again"
+        )
     output.progress.info(f"{len(entries)} files, {_size(total)}, to {repo}")
     url = upload(folder, publish.groups(entries), repo, private=private)
     if output.json:
