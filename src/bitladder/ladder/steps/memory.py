@@ -3,8 +3,9 @@
 from bitladder import plan
 from bitladder.errors import BitladderError
 from bitladder.gguf import open_model
+from bitladder.ladder import cost
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.step import Product, Step
+from bitladder.ladder.steps.step import Extent, Product, Step
 
 CONTEXTS = (4096, 8192, 32_768)  # tokens
 
@@ -19,6 +20,11 @@ class Memory(Step):
     def needs(self) -> tuple[str, ...]:
         """The model."""
         return ("convert",)
+
+    def memory(self, extent: Extent) -> float:
+        """Those of a process: nothing is loaded."""
+        del extent
+        return cost.PROCESS
 
     def make(self, run: Run) -> Product:
         """Asks the library. The facts have the bytes by the tokens of the context."""
