@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pydantic
 
 from bitladder.calibrate import TensorStatistics, read_imatrix, tensor_statistics
+from bitladder.errors import BitladderError
 from bitladder.evaluate import Figure, NamedFile, Role, RunScores, Scores, read_document, read_scores
 from bitladder.gguf import GgufFile
 from bitladder.recipe import Recipe, read_recipe
@@ -213,9 +214,10 @@ def read_shapes(run: FinishedRun) -> dict[str, tuple[int, ...]]:
 
 
 def read_chat_template(run: FinishedRun) -> ChatTemplate | None:
-    """The chat template of the model; None if it has none, or if there is no model file."""
-    with _any_model(run) as file:
+    """The chat template of the model; None if it has none, or if there is no model file that can be read."""
+    with contextlib.suppress(BitladderError), _any_model(run) as file:
         return chat_template(file) if file else None
+    return None
 
 
 @contextlib.contextmanager
