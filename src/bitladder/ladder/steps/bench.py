@@ -45,7 +45,11 @@ class Bench(Step):
 
     def decides(self) -> Mapping[str, Any]:
         """What decides speeds, beside the machine. Here the numbers of threads and of layers on a GPU do."""
-        return {"bench_tests": self.options.bench_tests, "speed": self._speed()}
+        decides: dict[str, Any] = {"bench_tests": self.options.bench_tests, "speed": self._speed()}
+        if self.options.plans:
+            presets = tuple(quantize.QuantizeOptions(rung) for rung in self.options.rungs)
+            decides |= {"mode": self.options.mode, "quantization": presets}
+        return decides
 
     def _speed(self) -> evaluate.SpeedOptions:
         decoding = self.options.decoding
