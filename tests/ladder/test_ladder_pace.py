@@ -102,7 +102,8 @@ def test_every_step_that_takes_time_has_parts(tiny_gguf):
         shape = dataclasses.replace(shape_of(str(tiny_gguf)), bytes=None)
         extent = extent_of(options, shape, [text], [text], {"arc": 40}, models=3)
         parts = {step.name: step.parts(extent) for step in steps_of(options)}
-        untimed = {"candidates", "price original", "score base", "score IQ3_S", "score Q8_0"}
+        untimed = {"memory", "candidates", "price original", "score base"}
+        untimed |= {f"score {rung}{part}" for rung in ("IQ3_S", "Q8_0") for part in ("", ".naive")}
         assert {name for name, of_step in parts.items() if not of_step} == untimed & parts.keys()
         amounts = {name: sum(part.amount for part in of_step) for name, of_step in parts.items()}
         assert extent.text == 8 * 512

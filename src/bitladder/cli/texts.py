@@ -19,7 +19,13 @@ def command() -> None:
     """
 
 
-@command.command("list", cls=Command, short_help="List the texts that have names.")
+@command.command(
+    "list",
+    cls=Command,
+    short_help="List the texts that have names.",
+    page="run.md#what-is-made",
+    examples=("texts list",),
+)
 @common_options
 def list_texts(*, output: Output) -> None:
     """List the texts that have names: those that are built in, and those that `fetch` downloads."""
@@ -34,7 +40,13 @@ def list_texts(*, output: Output) -> None:
         output.line(f"{name}: {meaning}")
 
 
-@command.command("fetch", cls=Command, short_help="Download texts, and check that they are the published ones.")
+@command.command(
+    "fetch",
+    cls=Command,
+    short_help="Download texts, and check that they are the published ones.",
+    page="run.md#what-is-made",
+    examples=("texts fetch wikitext-2", "texts fetch wikitext-2 -o texts"),
+)
 @click.argument("name")
 @click.option(
     "-o",

@@ -182,6 +182,7 @@ class RunOptions(Options):
         metavar="OWNER/NAME",
         decides=False,
         help="Repository of the hub that the ladder is for: the card then has download links and commands.",
+        group="Model card",
     )
     datasets: tuple[str, ...] = option(
         (),
