@@ -23,7 +23,7 @@ def command() -> None:
     "list",
     cls=Command,
     short_help="List the texts that have names.",
-    page="run.md#what-is-made",
+    page="run.md",
     examples=("texts list",),
 )
 @common_options
@@ -44,7 +44,7 @@ def list_texts(*, output: Output) -> None:
     "fetch",
     cls=Command,
     short_help="Download texts, and check that they are the published ones.",
-    page="run.md#what-is-made",
+    page="run.md",
     examples=("texts fetch wikitext-2", "texts fetch wikitext-2 -o texts"),
 )
 @click.argument("name")
