@@ -18,7 +18,7 @@ from bitladder.report.best import LEVELS, by_memory, in_a_sentence, worth_their_
 from bitladder.report.finished_run import FinishedRun, RunModel, read_chat_template, read_run
 from bitladder.report.tables import gigabytes, with_errors
 from bitladder.rundir import Layout
-from bitladder.text import BUILTIN, render_chats
+from bitladder.text import BUILTIN, Conversation
 
 # The speed in the table of choices: in a chat the user waits for generated tokens.
 GENERATION = "tg128"
@@ -86,7 +86,7 @@ def facts(run: FinishedRun) -> dict[str, Any]:
         "example": _example(run),
         "sampling": _sampling(run),
         "builtin": {
-            "measured": base.text.name in BUILTIN,
+            "measured": any(text.name in BUILTIN for text in base.texts_used),
             "calibration": any(name in BUILTIN for name in _calibration_names(run)),
         },
         "generation": GENERATION if any(rung.scores.speed(GENERATION) for rung in run.rungs) else None,
@@ -191,7 +191,8 @@ def _prompt(run: FinishedRun) -> dict[str, str] | None:
     user = {"role": "user", "content": "{prompt}"}
     for messages in ([{"role": "system", "content": "{system_prompt}"}, user], [user]):
         try:
-            text = render_chats(template, [messages], prompt=True, seconds=5)[0].rstrip("\n")
+            conversation = Conversation("the prompt format", tuple(messages))
+            text = template.render([conversation], prompt=True)[0][0].rstrip("\n")
         except BitladderError:  # some templates refuse a system message
             continue
         longest = max(map(len, re.findall("`+", text)), default=0)
@@ -206,7 +207,7 @@ def _hashes(run: FinishedRun) -> list[tuple[str, str]]:
         *((rung.scores.model, rung.scores.sha256) for rung in run.rungs),
         (imatrix["name"], imatrix["sha256"]),
         (run.full["file"], run.full["sha256"]),
-        (f"{run.base.scores.text.name} (measured)", run.base.scores.text.sha256),
+        *((f"{text.name} (measured)", text.sha256) for text in run.base.scores.texts_used),
         *((f"{text['name']} (calibration)", text["sha256"]) for text in imatrix["texts"]),
         *((f"recipe of {rung.label}", recipe_sha256(rung.recipe.tensors)) for rung in run.rungs if rung.recipe),
     ]

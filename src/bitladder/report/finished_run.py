@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import pydantic
@@ -14,7 +14,7 @@ from bitladder.evaluate import Figure, NamedFile, Role, RunScores, Scores, read_
 from bitladder.gguf import GgufFile
 from bitladder.recipe import Recipe, read_recipe
 from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, load_manifest, naive
-from bitladder.text import ChatTemplate, chat_template
+from bitladder.text import ChatTemplate
 
 D = TypeVar("D", bound=pydantic.BaseModel)
 
@@ -136,7 +136,8 @@ class FinishedRun:
         tried = self.tried
         if not tried or not tried.text or not any(recipe.kld for recipe in tried.candidates):
             return None
-        return tried.text.name if tried.text.sha256 != self.base.scores.text.sha256 else None
+        scored = {text.sha256 for text in self.base.scores.texts_used}
+        return tried.text.name if scored != {tried.text.sha256} else None
 
     @property
     def quants(self) -> list[RunModel]:
@@ -209,27 +210,25 @@ def read_run(folder: pathlib.Path) -> FinishedRun:
 
 def read_shapes(run: FinishedRun) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in GGUF order, from the header of a model file; empty if there is no such file."""
-    with _any_model(run) as file:
-        return {tensor.name: tuple(tensor.shape) for tensor in file.tensors.values()} if file else {}
+    path = _any_model(run)
+    if path is None:
+        return {}
+    with GgufFile(path) as file:
+        return {tensor.name: tuple(tensor.shape) for tensor in file.tensors.values()}
 
 
 def read_chat_template(run: FinishedRun) -> ChatTemplate | None:
     """The chat template of the model; None if it has none, or if there is no model file that can be read."""
-    with contextlib.suppress(BitladderError), _any_model(run) as file:
-        return chat_template(file) if file else None
+    path = _any_model(run)
+    with contextlib.suppress(BitladderError):
+        return ChatTemplate.of(path) if path else None
     return None
 
 
-@contextlib.contextmanager
-def _any_model(run: FinishedRun) -> Iterator[GgufFile | None]:
-    """One of the model files, opened; None if there is none."""
+def _any_model(run: FinishedRun) -> pathlib.Path | None:
+    """The path of one of the model files; None if there is none."""
     paths = (run.layout.model(name) for name in (run.full["file"], *(rung.scores.model for rung in run.rungs)))
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        yield None
-        return
-    with GgufFile(path) as file:
-        yield file
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_importance(run: FinishedRun) -> list[TensorStatistics]:

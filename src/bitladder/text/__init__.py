@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
+    from bitladder.text.chat import ChatTemplate, Conversation
     from bitladder.text.chunks import MIN_CHUNKS, Chunks, Reading, spread_evenly, text_chunks
     from bitladder.text.plain import plain_text
     from bitladder.text.records import json_lines, json_list, need_pyarrow, parquet_rows
@@ -24,7 +25,9 @@ __all__ = [
     "BUILTIN",
     "HELD_OUT",
     "MIN_CHUNKS",
+    "ChatTemplate",
     "Chunks",
+    "Conversation",
     "Reading",
     "Text",
     "answers_option",

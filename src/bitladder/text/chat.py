@@ -172,9 +172,11 @@ class ChatTemplate:
             )
 
     def render(
-        self, conversations: Sequence[Conversation], *, answers: bool = False
+        self, conversations: Sequence[Conversation], *, answers: bool = False, prompt: bool = False
     ) -> tuple[list[str], list[list[int]]]:
         """The text of each conversation and, with `answers`, where each of its answers begins at the earliest.
+
+        With `prompt` the beginning of an answer follows, as for generation.
 
         Raises:
             BitladderError: the template fails, refuses a conversation, does not end, or makes too much text.
@@ -186,6 +188,7 @@ class ChatTemplate:
             "conversations": [{"messages": part.messages, **part.more} for part in conversations],
             "tokens": {"bos_token": self.bos, "eos_token": self.eos},
             "answers": answers,
+            "prompt": prompt,
             "seconds": seconds,
             "bytes": BYTES,
             "characters": CHARACTERS + CHARACTERS_EACH * longest,

@@ -4,7 +4,8 @@ A template is code of a stranger. Jinja's sandbox keeps it from files and from P
 loops and huge strings. So it runs in a process of its own, which the system ends when its time or memory is used up.
 
 The parent writes one JSON object to stdin: `template`, `conversations` (`messages`, `tools`), `tokens` (bos_token,
-eos_token), `answers`, and the limits `seconds`, `bytes` and `characters`. The answer is one JSON object on stdout:
+eos_token), `answers`, `prompt` (whether the beginning of an answer follows), and the limits `seconds`, `bytes` and
+`characters`. The answer is one JSON object on stdout:
 `texts`, and with `answers` where each answer of each text begins at the earliest; or `error` with the number of the
 conversation.
 """
@@ -78,7 +79,7 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
             return "".join(pieces)
 
         for place, conversation in enumerate(request["conversations"], 1):  # noqa: B007  # the error names it
-            texts.append(one(conversation, prompt=False))
+            texts.append(one(conversation, prompt=request["prompt"]))
             if request["answers"]:
                 starts.append(answer_starts(conversation, texts[-1], one))
     except TooLongError as error:
