@@ -155,7 +155,8 @@ def test_a_projector_goes_too_and_is_in_the_card(folder):
     entry = next(entry for entry in published_files(folder) if entry.name == path.name)
     assert (entry.bytes, entry.rung) == (4, None)
     card = render_card(folder)
-    assert f"[{path.name}]({path.name})" in card and f"--mmproj {path.name}" in card
+    address = f"https://huggingface.co/{REPO}/resolve/main/{path.name}?download=true"
+    assert f"[{path.name}]({address})" in card and f"--mmproj {path.name}" in card
     assert "1234 weights" in card and "Q8_0, because no calibration text reaches them" in card
 
 
