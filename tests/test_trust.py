@@ -39,7 +39,11 @@ def faults(tree):
         if options.get("shell", "False") != "False":
             yield node.lineno, f"{called} runs a shell"
         # Templates of the package are trusted. Those of others need the sandbox.
-        if called.endswith("Environment") and "Sandboxed" not in called and "PackageLoader" not in options["loader"]:
+        if (
+            called.endswith("Environment")
+            and "Sandboxed" not in called
+            and "PackageLoader" not in options.get("loader", "")
+        ):
             yield node.lineno, f"{called} without the package's own templates"
         if called.endswith(("jinja2.Template", "NativeEnvironment")):
             yield node.lineno, f"{called} is no sandbox"
