@@ -14,6 +14,7 @@ this process, which saves its start.
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -37,6 +38,7 @@ from bitladder.convert import build
 from bitladder.convert.upstream import _source
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
+from bitladder.ladder import Machine
 from bitladder.progress import SILENT
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -230,6 +232,8 @@ def use_converter(source: pathlib.Path) -> None:
             sys.modules.update(ours)
 
     build.run_converter = run_here
+    # How fast this machine is does not matter here.
+    importlib.import_module("bitladder.ladder.estimate").measure_machine = lambda threads=None: Machine()
 
 
 def difference(model: Any, path: pathlib.Path) -> float:
@@ -344,7 +348,7 @@ def page(rows: list[dict[str, str]]) -> str:
         cells = []
         for column in columns:
             value = row.get(column, "–")
-            if len(value) > 12:
+            if len(value) > 16:
                 if value not in reasons:
                     reasons.append(value)
                 value = f"({reasons.index(value) + 1})"
@@ -368,7 +372,7 @@ all converted by llama.cpp's converter. It is written by `python benchmarks/arch
 - **imatrix**, **stats**, **quantize**: importance matrix, its statistics, and Q4_K_M with it.
 - **moments**: how tokens are weighted for second moments: by gradients, or by positions.
 - **rounding**: Q4_K_M with `--rounding best`.
-- **KLD**: a base of the full-precision model, and the mean KLD of Q4_K_M.
+- **[KLD](glossary.md#measurement)**: a base of the full-precision model, and the mean KLD of Q4_K_M.
 - **plan**, **prune**: types by measured costs, and what each block is worth.
 
 A number in brackets names the reason below the table. `glm4moe-mtp` has a prediction head, which transformers does not
