@@ -9,6 +9,7 @@ every file is compared with the undisturbed run's, and a new directory begins.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -109,11 +110,13 @@ def in_child(work: Callable[[], None], seconds: float = 600.0) -> int:
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # what the child started
             return status
         if time.monotonic() > until:
             os.killpg(child, signal.SIGKILL)
             return os.waitpid(child, 0)[1]
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

@@ -96,9 +96,12 @@ def replacing(path: PathLike, *, sync: bool = True) -> Iterator[pathlib.Path]:
                 os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise BitladderError(f"cannot write {path}: {error.strerror or error}") from error
+        # numpy says only how much was written.
+        reason = error.strerror or f"the disk takes no more ({error})"
+        raise BitladderError(f"cannot write {path}: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that can no longer be written to
+            temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
 
 

@@ -38,3 +38,23 @@ def test_a_folder_with_another_key_is_emptied_and_a_strange_one_is_left_alone(tm
     (tmp_path / "out.parts").mkdir()
     with pytest.raises(BitladderError, match=r"out\.parts is in the way"):
         UnfinishedWork(out, "key")
+
+
+@pytest.mark.parametrize("place", [0, 9, -1])
+def test_a_changed_byte_is_noticed_and_the_work_begins_anew(place, tmp_path):
+    rows = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    for name in ("array", "rows", "appended"):
+        work = UnfinishedWork(tmp_path / "out", "key")
+        work.put("array", rows)
+        work.put_rows("rows", (2, 12), iter(rows.reshape(2, 12)))
+        for index, row in enumerate(rows):
+            work.append_row("appended", index, row)
+        assert np.array_equal(work.get("array"), rows) and np.array_equal(work.get("rows"), rows.reshape(2, 12))
+        assert work.kept_rows("appended", (3, 4)) == 2 and np.array_equal(work.read_row("appended", 1, (3, 4)), rows[1])
+        data = bytearray((work.folder / name).read_bytes())
+        data[len(data) // 2 + place if place >= 0 else place] ^= 4
+        (work.folder / name).write_bytes(data)
+        again = UnfinishedWork(tmp_path / "out", "key")
+        with pytest.raises(BitladderError, match=f"{name} is damaged, and was deleted"):
+            again.read_row(name, 1, (3, 4)) if name == "appended" else again.get(name)
+        assert not any(tmp_path.iterdir())

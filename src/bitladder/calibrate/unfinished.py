@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from bitladder.text import Text
 
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[Any]]
+SUM = 4  # bytes of the checksum behind each piece and each row: what was damaged would change a result unnoticed
 
 
 def job_key(model: str | os.PathLike[str], texts: Sequence[Text], *algorithms: Algorithm, **settings: Any) -> str:
@@ -49,6 +51,32 @@ def job_key(model: str | os.PathLike[str], texts: Sequence[Text], *algorithms: A
     )
 
 
+def _sum_of(path: pathlib.Path, size: int) -> bytes:
+    """The checksum of the first `size` bytes of a file."""
+    crc = 0
+    with path.open("rb") as stream:
+        while size > 0 and (part := stream.read(min(size, 1 << 20))):
+            crc, size = zlib.crc32(part, crc), size - len(part)
+    return crc.to_bytes(SUM, "little")
+
+
+def _seal(path: pathlib.Path) -> None:
+    """Puts the checksum of a file behind it. Readers of arrays stop before it."""
+    total = _sum_of(path, path.stat().st_size)
+    with path.open("ab") as stream:
+        stream.write(total)
+
+
+def _check_seal(path: pathlib.Path) -> None:
+    """Raises ValueError if a file is not as it was sealed."""
+    size = path.stat().st_size - SUM
+    with path.open("rb") as stream:
+        stream.seek(max(size, 0))
+        kept = stream.read()
+    if kept != _sum_of(path, size):
+        raise ValueError("another checksum")
+
+
 class UnfinishedWork:
     """A folder OUT.parts beside an output: finished pieces, and the state of the piece that is being made.
 
@@ -68,6 +96,7 @@ class UnfinishedWork:
         self._key = key
         self._seconds = seconds
         self._next = time.monotonic() + seconds
+        self._checked = set[str]()  # pieces whose sums were right
         if self.folder.exists() and not self._has_key():
             self.remove()
 
@@ -91,22 +120,29 @@ class UnfinishedWork:
 
     def put(self, name: str, array: npt.NDArray[Any]) -> None:
         """Keeps an array."""
-        with replacing(self.path(name)) as temporary, temporary.open("wb") as stream:
-            np.save(stream, array)
+        with replacing(self.path(name)) as temporary:
+            with temporary.open("wb") as stream:
+                np.save(stream, array)
+            _seal(temporary)
 
     def put_rows(self, name: str, shape: tuple[int, int], rows: Iterable[Floats]) -> None:
         """Keeps a float32 array of this shape, whose rows are made one after the other."""
         # No memory map: where the disk is full, a write fails, but a map kills the process.
-        with replacing(self.path(name)) as temporary, temporary.open("wb") as stream:
-            head = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(stream, head)
-            for row in rows:
-                stream.write(np.ascontiguousarray(row, np.float32).data)
+        with replacing(self.path(name)) as temporary:
+            with temporary.open("wb") as stream:
+                head = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(stream, head)
+                for row in rows:
+                    stream.write(np.ascontiguousarray(row, np.float32).data)
+            _seal(temporary)
 
     def get(self, name: str) -> npt.NDArray[Any]:
         """An array that was kept, read from the file when it is used. Raises BitladderError (`damaged`)."""
         path = self.folder / name
         try:
+            if name not in self._checked:
+                _check_seal(path)
+                self._checked.add(name)
             array: npt.NDArray[Any] = np.lib.format.open_memmap(path, "r")
             return array
         except Exception as error:  # a damaged header raises errors of its tokenizer too
@@ -115,7 +151,7 @@ class UnfinishedWork:
     def kept_rows(self, name: str, shape: tuple[int, ...]) -> int:
         """How many arrays of this shape were appended to a piece. What a crash left of another one does not count."""
         path = self.folder / name
-        return path.stat().st_size // (4 * math.prod(shape)) if path.is_file() else 0
+        return path.stat().st_size // (4 * math.prod(shape) + SUM) if path.is_file() else 0
 
     def append_row(self, name: str, index: int, row: Floats) -> None:
         """Puts a float32 array at the end of a piece, after the first `index` of them. What is behind is cut off."""
@@ -123,21 +159,25 @@ class UnfinishedWork:
         try:
             self._write_row(path, index, row)
         except OSError as error:
-            raise BitladderError(f"cannot write {path}: {error.strerror or error}") from error
+            raise BitladderError(f"cannot write {path}: {error.strerror}") from error
 
     def _write_row(self, path: pathlib.Path, index: int, row: Floats) -> None:
         with path.open("r+b" if path.exists() else "wb") as stream:
-            stream.truncate(index * row.nbytes)
-            stream.seek(index * row.nbytes)
-            stream.write(np.ascontiguousarray(row, np.float32).data)
+            stream.truncate(index * (row.nbytes + SUM))
+            stream.seek(index * (row.nbytes + SUM))
+            data = np.ascontiguousarray(row, np.float32).tobytes()
+            stream.write(data + zlib.crc32(data).to_bytes(SUM, "little"))
 
     def read_row(self, name: str, index: int, shape: tuple[int, ...]) -> Floats:
         """The array number `index` of this shape in a piece. Raises BitladderError (`damaged`)."""
-        count = math.prod(shape)
-        row = np.fromfile(self.folder / name, np.float32, count, offset=4 * index * count)
-        if row.size < count:
-            raise self.damaged(f"{self.folder / name} ends early")
-        return row.reshape(shape)
+        size = 4 * math.prod(shape)
+        path = self.folder / name
+        with path.open("rb") as stream:
+            stream.seek(index * (size + SUM))
+            data, kept = bytearray(stream.read(size)), stream.read(SUM)
+        if len(kept) < SUM or zlib.crc32(data) != int.from_bytes(kept, "little"):
+            raise self.damaged(f"{path} is damaged")
+        return np.frombuffer(data, np.float32).reshape(shape)
 
     def damaged(self, what: str) -> BitladderError:
         """The error of damaged work. The folder is deleted, so that the next call begins anew."""

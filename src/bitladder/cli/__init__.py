@@ -44,6 +44,10 @@ VERBS = {
 }
 
 
+# What a disk may answer that is full, broken, can only be read, or belongs to somebody else.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 class _LazyGroup(NamingGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -120,9 +124,10 @@ def invoke(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK:
             raise
-        message, code = f"cannot write: {error.strerror}", 1
+        place = f" {error.filename}" if error.filename else ""
+        message, code = f"cannot write{place}: {error.strerror}", 1
     except MemoryError:
         message, code = "not enough memory; close other programs, or use a smaller -b", 1
     _tell(message)

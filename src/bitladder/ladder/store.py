@@ -41,13 +41,18 @@ class Store:
             self._reopen(run)
 
     def finish(self) -> None:
-        """Records that all steps of the run are complete."""
+        """Records that all steps of the run are complete, and removes what unfinished steps left."""
         run = self.manifest.run
         if run is not None and not run.complete:
             self.manifest.run, self.manifest.before = run.model_copy(update={"complete": True}), None
             self._changed = True
         if self._changed:
             self._save()
+        # Every step is complete: unfinished work is of steps that this run does not have, or has with other options.
+        for place in (self.folder, Layout(self.folder).work):
+            for path in place.glob("*.parts"):
+                if (path / "key").is_file():
+                    shutil.rmtree(path, ignore_errors=True)
 
     def ensure(self, name: str, inputs: Mapping[str, Any], work: Callable[[], Product]) -> StepRecord:
         """Does a step unless it is complete with the same inputs.
@@ -231,8 +236,9 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # A killed run leaves the file, which does no harm.
-            Layout(folder).lock.unlink(missing_ok=True)
+            # A killed run leaves the file, which does no harm. So does a disk that can no longer be written to.
+            with contextlib.suppress(OSError):
+                Layout(folder).lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

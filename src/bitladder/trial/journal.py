@@ -65,6 +65,7 @@ class _Line(pydantic.BaseModel):
 
     context: str
     key: str
+    check: str
     label: str
     kld: tuple[float, ...] = pydantic.Field(min_length=1)
     squares: tuple[float, ...]
@@ -75,6 +76,8 @@ class _Line(pydantic.BaseModel):
     def _fits(self) -> "_Line":
         if len(self.kld) != len(self.squares) or min(self.kld) < 0:
             raise ValueError("no measurement")
+        if self.check != _check(self.kld, self.squares, self.tokens):
+            raise ValueError("damaged")
         return self
 
 
@@ -92,6 +95,7 @@ class Journal:
         self.path, self._context, self.tokens_per_chunk = path, context, tokens_per_chunk
         self.measurements: dict[str, Measurement] = {}
         self.new = 0  # measurements by this process
+        self._torn = False  # whether the last line has no end
         if path is not None and path.is_file():
             self._read(path)
 
@@ -100,6 +104,7 @@ class Journal:
             lines = path.read_bytes().split(b"\n")
         except OSError as error:
             raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+        self._torn = bool(lines[-1])
         for line in lines:
             try:
                 entry = _Line.model_validate_json(line)
@@ -142,6 +147,7 @@ class Journal:
         entry = {
             "context": self._context,
             "key": key,
+            "check": _check(measurement.chunks, measurement.squares, measurement.tokens),
             "label": measurement.label,
             "kld": measurement.chunks,
             "squares": measurement.squares,
@@ -152,9 +158,15 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One write of the whole line: several processes may share the file.
             with self.path.open("ab", buffering=0) as stream:
-                stream.write((json.dumps(entry) + "\n").encode())
+                stream.write(b"\n" * self._torn + (json.dumps(entry) + "\n").encode())
+            self._torn = False
         except OSError as error:
             raise BitladderError(f"cannot write {self.path}: {error.strerror}") from error
+
+
+def _check(kld: tuple[float, ...], squares: tuple[float, ...], tokens: int) -> str:
+    """The hash of the figures of a line: a digit that was damaged would change a plan unnoticed."""
+    return key_of({"kld": kld, "squares": squares, "tokens": tokens})
 
 
 def recipe_key(types: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ takes its blocks from here: another rounding method changes the blocks and nothi
 """
 
 import collections
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -237,15 +238,16 @@ def _write(path: pathlib.Path, blocks: Bytes, error: float) -> None:
     checksum shows whether a power cut has left a file incomplete.
     """
     body = blocks.tobytes() + struct.pack("<d", error)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(body + struct.pack("<I", zlib.crc32(body)))
         temporary.replace(path)
     except OSError as problem:
         raise BitladderError(f"cannot write {path}: {problem.strerror}") from problem
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _read(path: pathlib.Path, size: int) -> tuple[Bytes, float] | None:
