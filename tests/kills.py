@@ -120,9 +120,9 @@ def in_child(work: Callable[[], None], seconds: float = 600.0) -> int:
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    """Every file and folder of a run directory. The manifest is without times."""
+    """Every file and folder of a run directory. The manifest is without times, and the log tells of each attempt."""
     files = {}
-    for path in folder.rglob("*"):
+    for path in set(folder.rglob("*")) - {Layout(folder).log}:
         files[path.relative_to(folder).as_posix()] = path.read_bytes() if path.is_file() else b"folder"
     manifest = load_manifest(folder)
     if manifest is not None:

@@ -119,7 +119,7 @@ class Manifest(pydantic.BaseModel):
     def without_times(self) -> dict[str, Any]:
         """The manifest as JSON without what differs between two runs that give the same.
 
-        These are the only figures of time in a run directory, beside the measured speeds of `bench`: how long steps
+        These are the only figures of time in a run directory, beside run.log and the speeds of `bench`: how long steps
         took, and the times and inodes of files whose hashes are kept.
         """
         return self.model_dump(
