@@ -519,3 +519,23 @@ def test_the_prompt_format_is_that_of_the_template_in_the_file(run_dir):
     )
     fences = [token.content for token in MarkdownIt().parse(render_card(run_dir)) if token.type == "fence"]
     assert expected + "\n" in fences
+
+
+def test_a_file_that_is_better_on_one_text_and_worse_on_another_is_named(run_dir):
+    names = ("wiki.test.raw", "chat.jsonl")
+    klds = {"Q4_K_M": (0.02, 0.05), "IQ4_NL": (0.04, 0.03)}
+    for rung in ("base", *RUNGS):
+        whole = scores(rung)
+        parts = []
+        for place, name in enumerate(names):
+            part = {key: whole[key] for key in ("n_ctx", "chunks", "tokens_scored", "ppl", "kld") if key in whole}
+            part["text"] = {"name": name, "sha256": f"{place}e" * 32}
+            if rung in klds:
+                part["kld"] = whole["kld"] | figure(klds[rung][place], 0.0005)
+            parts.append(part)
+        rewrite(run_dir, rung, texts=parts)
+    card = render_card(run_dir)
+    gaps = "+0.02000 ± 0.00071 on wiki.test.raw, −0.02000 ± 0.00071 on chat.jsonl."
+    assert f"KLD of IQ4_NL less that of Q4_K_M: {gaps}" in card
+    rows = {row[0]: row for row in table(card, "On each text")}
+    assert [cell.strip("*") for cell in rows["Q4_K_M"][1:]] == ["0.02000 ± 0.00050", "0.05000 ± 0.00050"]

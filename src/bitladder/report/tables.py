@@ -334,8 +334,9 @@ def all_paired(run: FinishedRun) -> bool:
     return all(best.paired_kld(rung.scores, naive.scores) for rung in run.rungs if (naive := _preset(run, rung)))
 
 
-def signed(figure: Figure, text: str) -> str:
-    """A difference as text with its sign, as "−0.0123 ± 0.0004"."""
+def signed(figure: Figure, text: str | None = None) -> str:
+    """A difference with its sign, as "−0.0123 ± 0.0004"; `text` is the difference in the form of its column."""
+    text = text or with_error(figure)
     return text.replace("-", "−", 1) if figure.value < 0 else f"+{text}"
 
 
