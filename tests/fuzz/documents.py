@@ -3,6 +3,7 @@
 import bz2
 import contextlib
 import gzip
+import io
 import json
 import lzma
 import pathlib
@@ -10,6 +11,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+
+import rich.console
 
 from bitladder.cli import file_kinds
 from bitladder.convert import convert, default_name
@@ -221,7 +224,7 @@ def _task_seeds(place: Place) -> Iterator[tuple[str, bytes]]:
 
 def _read_text(place: Place, name: str, data: bytes) -> None:
     text = load_text(str(place.file(name, data)))
-    assert excerpts(text, 2, 8).text
+    assert excerpts([text], 2, 8).text
 
 
 def _read_journal(place: Place, name: str, data: bytes) -> None:
@@ -259,7 +262,8 @@ def _read_run(place: Place, name: str, data: bytes) -> None:
             read_scores(path)
         complete_manifest(folder)
         run = read_run(folder)
-        json.dumps(ladder_json(run)), ladder_table(run, 80), pareto_plot(run, width=60, height=8)
+        json.dumps(ladder_json(run)), pareto_plot(run, width=60, height=8)
+        rich.console.Console(file=io.StringIO(), width=80).print(ladder_table(run))
         render_card(folder)
         entries = publish.published_files(folder)
         publish.check_private(folder, entries)

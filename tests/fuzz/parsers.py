@@ -236,7 +236,7 @@ LOGITS = Parser("logits", _read_logits, _logits_seeds, ("l.kld",))
 
 
 _SCORES = {"model": "m.gguf", "sha256": "ab", "bytes": 5, "bpw": 4.5, "versions": {}}
-_SCORES |= {"seconds": 1.0, "n_ctx": 8, "chunks": 1, "tokens_scored": 3, "ppl": {"value": 2.0, "error": 0.1}}
+_SCORES |= {"n_ctx": 8, "chunks": 1, "tokens_scored": 3, "ppl": {"value": 2.0, "error": 0.1}}
 _INPUTS = {"kind": "measure"}
 
 
