@@ -29,7 +29,7 @@ from bitladder.calibrate import UnfinishedWork
 from bitladder.cli import main as command_line
 from bitladder.ladder import RunOptions
 from bitladder.options import words
-from bitladder.rundir import Layout
+from bitladder.rundir import Layout, load_manifest
 
 INTERRUPTED = {"interrupt": 130, "terminate": 143}  # exit codes
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -102,6 +102,7 @@ class Faults:
     def __init__(self, folder: pathlib.Path, quick: bool, draw: random.Random) -> None:
         self._folder, self._quick, self._draw = folder, quick, draw
         self.failures: list[str] = []
+        self._unused = set[str]()  # damaged files of no step: a complete run does not look at its caches
         reference = self.options("undisturbed")
         operations = Operations(str(reference.out))
         sys.addaudithook(operations)
@@ -187,8 +188,12 @@ class Faults:
         attempt(options, functools.partial(sys.addaudithook, operation), options.out.parent / "log")
         manifest = Layout(options.out).manifest
         files = [path for path in sorted(options.out.rglob("*")) if path.is_file() and path != manifest]
+        recorded = load_manifest(options.out)
+        outputs = {output.path for step in recorded.steps.values() for output in step.outputs} if recorded else set()
         for path in self._draw.sample(files, min(len(files), 5)):
             harm(path, self._draw)
+            if (name := Layout(options.out).name(path)) not in outputs:
+                self._unused.add(name)
         return lambda: None
 
     def two(self, options: RunOptions) -> Callable[[], None]:
@@ -220,7 +225,8 @@ class Faults:
         if code not in expected or (code == 1) != (len(lines) == 1) or (code != 1 and lines):
             self._fail(f"{fault} {number}: exit code {code}, {len(lines)} lines", log)
         code, lines = attempt(options, lambda: None, log)
-        names = differing(options.out, self.undisturbed) if not code else []
+        names = [] if code else [name for name in differing(options.out, self.undisturbed) if name not in self._unused]
+        self._unused.clear()
         if code or names:
             self._fail(f"{fault} {number}, continued: exit code {code}, {lines}; other files: {names[:5]}", log)
         else:
