@@ -95,8 +95,11 @@ class Price(Step):
         return max(swapped_bytes(extent), rounding)
 
     def room(self, extent: Extent) -> Room:
-        """The rendered blocks of all types that are kept; they stay for the plans."""
-        if self.label == ORIGINAL and self.options.smooths:
+        """The rendered blocks of all types that are kept; they stay for the plans.
+
+        Trials decide by rung which model it is made of, so two rungs can need the blocks of both models.
+        """
+        if self.label == ORIGINAL and self.options.smooths and len(self.options.rungs) == 1:
             return Room()
         bits: float = ALL_BITS if any(map(below_four_bits, self.options.rungs)) else HIGH_BITS
         bits /= 1 if self.options.planning.menu == "all" else 2
