@@ -29,6 +29,7 @@ NEEDS = {
     "tasks": ["hellaswag:{questions}"],
 }
 NO_OUTPUT = {"verify", "show", "push", "card", "run", "recipe show", "recipe check", "recipe diff"}
+NO_OUTPUT |= {"doctor", "estimate", "texts list", "texts fetch"}
 
 
 def leaves(command=application, name=""):

@@ -217,7 +217,7 @@ def test_another_vocabulary(folder, text, base_path, tmp_path):
         ev.evaluate(tmp_path / "foreign.gguf", text, ev.MeasureOptions(n_ctx=128, threads=1, chunks=6), **made)
     request = ev.EvalRequest((text,), ev.MeasureOptions(n_ctx=128, threads=1, chunks=6))
     with ev.load_or_compute_base(folder / "full.gguf", text, request.settings, path=tmp_path / "new.base") as base:
-        request = dataclasses.replace(request, base=base)
+        request = dataclasses.replace(request, bases=(base,))
         with (
             mock.patch("bitladder.evaluate.several.measure", side_effect=AssertionError),
             pytest.raises(BitladderError, match="different vocabularies"),

@@ -10,8 +10,10 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import numpy as np
+import numpy.typing as npt
 import rich.console
 
 from bitladder.cli import file_kinds
@@ -37,7 +39,7 @@ from bitladder.report import publish, read_run, render_card, render_report, writ
 from bitladder.rundir import complete_manifest, load_manifest
 from bitladder.show import ladder_json, ladder_table, pareto_plot
 from bitladder.text import excerpts, load_text
-from bitladder.trial import Journal, recipe_key
+from bitladder.trial import Journal
 from bitladder.units import parse_size
 from fuzz.rule import Parser, Place
 
@@ -236,9 +238,16 @@ def _read_journal(place: Place, name: str, data: bytes) -> None:
 
 
 def _journal_seeds(place: Place) -> Iterator[tuple[str, bytes]]:
-    types = {"blk.0.attn_q.weight": "q4_K"}
-    line = {"context": "c", "key": recipe_key(types), "label": "probe", "kld": [0.5, 0.25], "squares": [0.3, 0.1]}
-    yield "measured.jsonl", json.dumps(line | {"tokens": 4, "types": types}).encode() + b"\n"
+    path = place.scratch / "seed.jsonl"
+    path.unlink(missing_ok=True)
+    Journal(path, "c", 8).measure(_Model(), {"blk.0.attn_q.weight": "q4_K"}, 2, "probe")
+    yield "measured.jsonl", path.read_bytes()
+
+
+class _Model:
+    def kld(self, types: Mapping[str, str], chunks: int) -> npt.NDArray[np.float64]:
+        """The same divergence of every token."""
+        return np.full((chunks, 4), 0.5)
 
 
 _RUN_FILES = (

@@ -258,9 +258,10 @@ def _read_results(place: Place, name: str, data: bytes) -> None:
         arrays = {"sums": np.zeros((2, 3), np.float32)}
         if not work.load_state("pass", arrays, _Hears(heard)):
             raise BitladderError("the state does not count: the pass starts again")
-    else:
+    elif name == "piece":
         assert work.get(name).ndim >= 0
-        work.read_row(name, 0, (2, 3))
+    else:
+        assert work.read_row(name, 0, (2, 3)).shape == (2, 3)
 
 
 class _Hears(type(SILENT)):  # type: ignore[misc]
@@ -281,12 +282,14 @@ def _results_seeds(place: Place) -> Iterator[tuple[str, bytes]]:
     stream = io.BytesIO()
     np.savez(stream, label="pass", done=3, sums=np.ones((2, 3), np.float32))
     yield "state", stream.getvalue()
-    stream = io.BytesIO()
-    np.save(stream, np.ones((4, 5), np.float32))
-    yield "piece", stream.getvalue()
+    work = UnfinishedWork(place.scratch / "seed", "key")
+    work.put("piece", np.ones((4, 5), np.float32))
+    work.append_row("row", 0, np.ones((2, 3), np.float32))
+    for name in ("piece", "row"):
+        yield name, work.path(name).read_bytes()
 
 
-RESULTS = Parser("results", _read_results, _results_seeds, ("result", "state", "piece"))
+RESULTS = Parser("results", _read_results, _results_seeds, ("result", "state", "piece", "row"))
 
 
 ALL = (GGUF, SPLIT, IMATRIX, MOMENTS, BASE, LOGITS, RESULTS)

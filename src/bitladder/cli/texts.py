@@ -4,7 +4,7 @@ import pathlib
 
 import click
 
-from bitladder.cli.outputs import Command
+from bitladder.cli.outputs import Command, OutputFolder
 from bitladder.cli.typed import NamingGroup
 from bitladder.show import Output, common_options
 
@@ -52,7 +52,7 @@ def list_texts(*, output: Output) -> None:
     "-o",
     "--output",
     "folder",
-    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    type=OutputFolder(),
     default=".",
     show_default=True,
     help="Directory for the files.",

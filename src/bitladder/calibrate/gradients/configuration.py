@@ -88,7 +88,7 @@ def configuration(file: GgufFile) -> Any:
         "query_pre_attn_scalar": width // heads if by_width else head,
         "tie_word_embeddings": False,
         "partial_rotary_factor": (_value(file, "rope.dimension_count") or head) / head,
-        "pad_token_id": None,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),  # of which nothing is computed
     }
     kind = model_type(file)
     try:
