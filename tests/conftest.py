@@ -7,6 +7,9 @@ import pytest
 from llama_cpp_tools import Tools
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Tables follow the width of a terminal. pytest-xdist sets one for its workers.
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
 
 
 @pytest.fixture(scope="session")
