@@ -33,6 +33,7 @@ from bitladder.plan import (
 )
 from bitladder.plan.options import LawOptions
 from bitladder.plan.prices.menu import measured_speeds, menu_types, within_speed
+from bitladder.plan.subject import Subject
 from bitladder.quantize import quantize
 from bitladder.recipe import read_recipe
 from bitladder.text import builtin_text, excerpts, load_text
@@ -83,6 +84,16 @@ def test_inputs_are_rounded_as_the_kernels_round_them():
             assert out[row, start + place] == pytest.approx(block[place], rel=1e-6)
     assert input_type(type_by_name("q4_K")).name == "q8_K" and input_type(type_by_name("q5_0")).name == "q8_0"
     assert input_type(type_by_name("f32")) is None
+
+
+@pytest.mark.parametrize("preset", ["Q4_0", "Q4_K_M", "Q6_K"])
+def test_the_recipe_of_a_preset_fits_into_its_size(preset, small, tmp_path):
+    """Else a plan for the preset's size could not fall back on the preset, however bad its own recipes are."""
+    with Subject(small / "small-f16.gguf", small / "imatrix.gguf") as subject:
+        target = subject.preset(preset)
+        assert subject.complete({name: target.types[name] for name in subject.tensors})[1] <= target.bytes
+    quantize(small / "small-f16.gguf", tmp_path / "q.gguf", preset, imatrix=small / "imatrix.gguf", threads=1)
+    assert (tmp_path / "q.gguf").stat().st_size == target.bytes
 
 
 def test_the_command_plans_and_its_file_is_as_large_as_it_says(small, arguments, tmp_path, capsys):

@@ -25,6 +25,7 @@ PLANNING = Algorithm(
         "rivals compete, and text to which nothing was fitted decides",
         "corrections are fitted to the recipes of the plan itself, not to all that the journal holds",
         "matrices that no calibration text reaches are not planned",
+        "a preset's own recipe fits into its size, with the key of our version, so that it can win",
         "passages of several texts take turns",
     ),
     uses=(ALLOCATION, SWAPPED_KLD),

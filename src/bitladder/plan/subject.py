@@ -12,9 +12,9 @@ from bitladder.calibrate import Imatrix, read_imatrix
 from bitladder.engine import Request, TensorType, all_types, preset_types, storable, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import Closing, sha256_file
-from bitladder.gguf import TensorPlan, block_of, file_size, kind_of, open_model, padded, prediction_tensors
+from bitladder.gguf import TensorPlan, block_of, kind_of, open_model, padded, prediction_tensors
 from bitladder.progress import SILENT
-from bitladder.quantize import RUNGS, VERSION_KEY, QuantizeOptions, prepare
+from bitladder.quantize import RUNGS, QuantizeOptions, prepare
 from bitladder.recipe import changeable, exact_patterns
 
 Floats = npt.NDArray[np.float32]
@@ -27,7 +27,7 @@ class Preset:
     Parameters:
         name: as the user wrote it.
         types: tensor → type, for every tensor of the file.
-        bytes: size of the file that llama-quantize writes.
+        bytes: size of the file that `bitladder quantize` writes: llama-quantize's, and the key of our version.
     """
 
     name: str
@@ -123,8 +123,7 @@ class Subject(Closing):
     def preset(self, name: str) -> Preset:
         """The types and size that llama-quantize gives the model. Raises BitladderError for a preset it cannot make."""
         with prepare(self.path, QuantizeOptions(name), imatrix=self.imatrix_path, progress=SILENT) as prepared:
-            metadata = {key: value for key, value in prepared.metadata.items() if key != VERSION_KEY}
-            return Preset(name, prepared.choice.types, file_size(metadata, prepared.plans))
+            return Preset(name, prepared.choice.types, prepared.bytes)
 
     def fitting_preset(self, max_bytes: int) -> Preset | None:
         """The largest of the usual presets whose file is not above a size; None if every file is."""

@@ -37,10 +37,11 @@ class Output:
             console.push_render_hook(Plain())  # type: ignore[arg-type]  # it has the methods of the base class
         self._bars = _Bars(self._stderr, quiet)
         self.progress: Progress = self._bars
-        if verbose:
+        # An earlier command of this process may have set it. The library is not loaded to say no.
+        if verbose or "bitladder.engine.native" in sys.modules:
             from bitladder.engine import log
 
-            log.verbose = True
+            log.verbose = verbose
 
     @property
     def live(self) -> bool:
