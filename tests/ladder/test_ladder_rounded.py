@@ -54,7 +54,7 @@ def test_a_rung_has_less_divergence_than_its_preset_and_is_made_once(options):
 def test_a_rung_is_tuned_on_text_it_is_not_tried_on(options, tmp_path):
     texts = [load_text("pydoc:calibration")]
     first, end = set_apart(texts, 0.1)
-    assert first[0].text + end.text == texts[0].text
+    assert first[0].text + end[0].text == texts[0].text
     assert first[0].sha256 != texts[0].sha256
     tuned = options.replace(out=tmp_path / "ladder", tune_chunks=24, n_ctx=128)
     run(tuned)

@@ -55,7 +55,8 @@ def test_card_report_and_terminal_show_each_text(folder, capsys):
     heads = "| Model | KLD, prose.txt | KLD − preset's, prose.txt | KLD, code.txt | KLD − preset's, code.txt |"
     assert heads in card
     for text in scores(folder, "base")["texts"]:
-        assert card.count(f"`{text['text']['name']}` (SHA-256 `{text['text']['sha256']}`)") == 1
+        row = next(line for line in card.splitlines() if text["text"]["sha256"] in line)
+        assert row.startswith(f"| `{text['text']['sha256']}` | {text['text']['name']}")
     assert '{"mean of the texts": {' in report and '"prose.txt": {' in report
     assert "KLD on each text" in report
     (rung,) = read_run(folder).on(1).rungs
