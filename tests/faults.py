@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kills import Operations, contents, differing, in_child, tiny_run
+from kills import Operations, contents, differing, in_child, make_ready, tiny_run, undisturbed
 
 from bitladder import ladder
 from bitladder.calibrate import UnfinishedWork
@@ -42,6 +42,15 @@ def command(options: RunOptions) -> None:
     ladder.run = lambda given, **more: original(given.replace(planning=options.planning), **more)
     UnfinishedWork.__init__.__defaults__ = (0.0,)  # a pass keeps its state after each chunk
     command_line(["run", "-q", options.model, *words(options)])
+
+
+def completed(options: RunOptions) -> None:
+    """The command, whose exit code must be 0."""
+    try:
+        command(options)
+    except SystemExit as stop:
+        if stop.code:
+            raise
 
 
 def attempt(options: RunOptions, prepare: Callable[[], Any], log: pathlib.Path) -> tuple[int, list[str]]:
@@ -103,17 +112,9 @@ class Faults:
         self._folder, self._quick, self._draw = folder, quick, draw
         self.failures: list[str] = []
         self._unused = set[str]()  # damaged files of no step: a complete run does not look at its caches
+        make_ready(folder)
         reference = self.options("undisturbed")
-        operations = Operations(str(reference.out))
-        sys.addaudithook(operations)
-        began = time.monotonic()
-        try:
-            command(reference)
-        except SystemExit as stop:
-            if stop.code:
-                raise
-        operations.folder = os.devnull
-        self._seconds, self._operations = time.monotonic() - began, operations.count
+        self._seconds, self._operations = undisturbed(functools.partial(completed, reference), reference.out)
         self.undisturbed = contents(reference.out)
         self._largest = max(path.stat().st_size for path in reference.out.rglob("*") if path.is_file())
         print(f"undisturbed: {self._seconds:.1f} s, {self._operations} operations", flush=True)

@@ -11,8 +11,11 @@ every file is compared with the undisturbed run's, and a new directory begins.
 import argparse
 import contextlib
 import dataclasses
+import functools
+import importlib
 import os
 import pathlib
+import pkgutil
 import random
 import shutil
 import signal
@@ -25,6 +28,7 @@ from typing import Any
 
 import tiny_models
 
+import bitladder
 from bitladder.calibrate import UnfinishedWork
 from bitladder.ladder import RunOptions, run
 from bitladder.options import build
@@ -93,7 +97,7 @@ class Operations:
             self.act()
 
 
-def in_child(work: Callable[[], None], seconds: float = 600.0) -> int:
+def in_child(work: Callable[[], object], seconds: float = 600.0) -> int:
     """Does work in a child with its own process group, which is killed after some seconds. Returns its wait status."""
     child = os.fork()
     if not child:
@@ -117,6 +121,47 @@ def in_child(work: Callable[[], None], seconds: float = 600.0) -> int:
             os.killpg(child, signal.SIGKILL)
             return os.waitpid(child, 0)[1]
         time.sleep(0.005)
+
+
+def make_ready(folder: pathlib.Path) -> None:
+    """Imports what a run imports on the way, so that no attempt does, and makes the model in a child.
+
+    So this process keeps one thread. Libraries start more when they compute, and a child that is forked beside one
+    can wait for ever.
+
+    Parameters:
+        folder: where the model and the texts are made.
+    """
+    for module in pkgutil.walk_packages(bitladder.__path__, "bitladder."):
+        if not module.name.endswith(("__main__", "render_chat")):
+            importlib.import_module(module.name)
+    for name in ("torch", "transformers.models.llama.modeling_llama", "highspy", "plotly.graph_objects"):
+        importlib.import_module(name)
+    if in_child(functools.partial(tiny_run, folder, folder)):
+        raise SystemExit("the model cannot be made")
+
+
+def undisturbed(work: Callable[[], object], out: pathlib.Path) -> tuple[float, int]:
+    """Does work in a child that nobody disturbs. Returns its seconds, and its number of operations below a folder."""
+    read, write = os.pipe()
+
+    def counted() -> None:
+        operations = Operations(str(out))
+        sys.addaudithook(operations)
+        began = time.monotonic()
+        work()
+        os.write(write, f"{time.monotonic() - began} {operations.count}".encode())
+
+    tasks = pathlib.Path("/proc/self/task")
+    threads = len(list(tasks.iterdir())) if tasks.is_dir() else 1
+    if threads > 1:
+        raise SystemExit(f"this process has {threads} threads and must not fork; set OMP_NUM_THREADS=1")
+    if in_child(counted):
+        raise SystemExit("the undisturbed run fails")
+    os.close(write)
+    with os.fdopen(read) as stream:
+        seconds, operations = stream.read().split()
+    return float(seconds), int(operations)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -150,13 +195,9 @@ class Kills:
         self._folder, self._method, self._share, self._draw = folder, method, share, draw
         self.faults: list[str] = []
         self.killed = self.finished = 0
+        make_ready(folder)
         reference = self._options("undisturbed")
-        operations = Operations(str(reference.out))
-        sys.addaudithook(operations)
-        began = time.monotonic()
-        make(reference)  # in this process, so that each attempt has everything imported and compiled
-        operations.folder = os.devnull
-        self._seconds, self._operations = time.monotonic() - began, operations.count
+        self._seconds, self._operations = undisturbed(functools.partial(make, reference), reference.out)
         self._undisturbed = contents(reference.out)
         print(f"undisturbed: {self._seconds:.1f} s, {self._operations} operations, {len(self._undisturbed)} files")
 

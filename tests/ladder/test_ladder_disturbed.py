@@ -8,9 +8,6 @@ import sys
 import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1]
-# The scripts fork. A child that is forked beside a thread of a library can wait for ever (seen once), so these tests
-# are not part of the normal run until each attempt has an interpreter of its own.
-pytestmark = pytest.mark.slow
 
 
 def ends_well(script, words, folder):
