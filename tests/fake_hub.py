@@ -8,10 +8,13 @@ import contextlib
 import hashlib
 import http.server
 import json
+import pathlib
 import re
 import threading
 import urllib.parse
 from collections.abc import Iterator
+
+import pytest
 
 
 class Repository:
@@ -82,6 +85,19 @@ def serving() -> Iterator[FakeHub]:
         hub.release.set()
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def instead_of_the_hub(monkeypatch: pytest.MonkeyPatch, cache: pathlib.Path) -> Iterator[FakeHub]:
+    """A running server that this process talks to instead of huggingface.co, with a cache of its own."""
+    from huggingface_hub import constants
+
+    with serving() as server:
+        files = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        yield server
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -178,17 +178,11 @@ def test_what_no_converter_knows(mixture, converter, tmp_path, name, words):
 
 
 def test_of_a_checkpoint_on_the_hub_little_is_fetched(llama, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
     folder = shutil.copytree(llama, tmp_path / "Tiny")
     shutil.rmtree(tmp_path / "big", ignore_errors=True)
     tiny_models.llama(folder, hidden_size=96, intermediate_size=4000, num_attention_heads=4, head_dim=16)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with fake_hub.serving() as server:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with fake_hub.instead_of_the_hub(monkeypatch, tmp_path / "cache") as server:
         server.add("someone/Tiny", files)
         about = diagnose("someone/Tiny")
         assert server.sent < 130_000 < len(files["model.safetensors"]) / 10

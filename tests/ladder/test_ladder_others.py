@@ -25,13 +25,7 @@ REPO = "someone/Tiny-GGUF"
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub that this process talks to instead of huggingface.co."""
-    from huggingface_hub import constants
-
-    with fake_hub.serving() as server:
-        files = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with fake_hub.instead_of_the_hub(monkeypatch, tmp_path / "cache") as server:
         yield server
 
 

@@ -27,15 +27,9 @@ def archive(parts):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in PARTS.items()}
     monkeypatch.setitem(TEXTS, "a-2", TextArchive("org/texts", "a-2.zip", "texts", hashes))
-    with fake_hub.serving() as server:
-        files = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with fake_hub.instead_of_the_hub(monkeypatch, tmp_path / "cache") as server:
         yield server
 
 
