@@ -35,7 +35,7 @@ import transformers
 
 from bitladder.cli import invoke
 from bitladder.convert import build
-from bitladder.convert.upstream import _source
+from bitladder.convert.upstream import converter_source
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
 from bitladder.ladder import Machine
@@ -408,7 +408,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true")
     parser.add_argument("--fixtures", action="store_true")
     arguments = parser.parse_args()
-    source = (arguments.source or _source(None, None, SILENT)).resolve()
+    source = (arguments.source or converter_source(None, None, SILENT)).resolve()
     use_converter(source)
     names = arguments.only.split(",") if arguments.only else list(IN_TESTS if arguments.fixtures else MODELS)
     with tempfile.TemporaryDirectory() as temporary:

@@ -90,4 +90,4 @@ def no_download_of_the_converter(request: pytest.FixtureRequest, monkeypatch: py
         raise BitladderError("llama.cpp's converter is not downloaded by tests")
 
     if request.path.name != "test_upstream.py":
-        monkeypatch.setattr(upstream, "_source", refuse)
+        monkeypatch.setattr(upstream, "converter_source", refuse)
