@@ -72,17 +72,15 @@ class Recorder:
 
 def amounts_of(options: RunOptions) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """How much there is to do in a run, and the parts of its steps with their amounts, as JSON."""
-    from bitladder.evaluate import load_task, parse_specs
     from bitladder.ladder import choose_rungs
-    from bitladder.ladder.estimate import extent_of, shape_of
+    from bitladder.ladder.estimate import extent_of, question_counts, shape_of, tasks_of
     from bitladder.ladder.plan import steps_of
     from bitladder.quantize import RUNGS, preset_names
     from bitladder.text import load_text, load_texts
 
     rungs = choose_rungs(options.rungs, known=tuple(preset_names()), default=RUNGS)
     options = options.replace(rungs=rungs)
-    tasks = [load_task(spec) for spec in parse_specs(options.tasks)] if options.tasks else []
-    questions = {task.name: min(len(task.items), options.task_count or len(task.items)) for task in tasks}
+    questions = question_counts(tasks_of(options), options)
     shape = shape_of(options.model)
     texts, calibration = load_texts(options.texts), [load_text(spec) for spec in options.calibration]
     extent = extent_of(options, shape, texts, calibration, questions, models=1 + len(rungs))

@@ -126,10 +126,7 @@ def estimate(options: RunOptions, *, machine: Machine | None = None) -> Estimate
     options = options.replace(rungs=rungs)
     shape = shape_of(options.model)
     texts, calibration = load_texts(options.texts), [load_text(spec) for spec in options.calibration]
-    questions = {}
-    if options.tasks:
-        tasks = [evaluate.load_task(spec) for spec in evaluate.parse_specs(options.tasks)]
-        questions = {task.name: min(len(task.items), options.task_count or len(task.items)) for task in tasks}
+    questions = question_counts(tasks_of(options), options)
     path = pathlib.Path(options.model)
     full = path if path.is_file() else None
     extent = extent_of(options, shape, texts, calibration, questions, models=1 + len(rungs), full=full)
@@ -189,6 +186,16 @@ def estimate_steps(steps: Sequence[Step], extent: Extent, machine: Machine, done
             )
         )
     return Estimate(tuple(stages), machine, int(kept))
+
+
+def tasks_of(options: RunOptions) -> list[evaluate.QuestionSet]:
+    """The questions of all benchmarks of a run."""
+    return [evaluate.load_task(spec) for spec in evaluate.parse_specs(options.tasks)] if options.tasks else []
+
+
+def question_counts(tasks: Sequence[evaluate.QuestionSet], options: RunOptions) -> dict[str, int]:
+    """How many questions each model is asked, by benchmark."""
+    return {task.name: min(len(task.items), options.task_count or len(task.items)) for task in tasks}
 
 
 def shape_of(model: str) -> ModelShape:

@@ -6,7 +6,7 @@ import math
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gguf
@@ -217,7 +217,7 @@ def _of_config(config: Mapping[str, Any], model: str) -> ModelShape:
     width, blocks, heads, inner, vocabulary = (int(config[key]) for key in sizes)
     head = int(config.get("head_dim") or width // heads)
     keys = head * int(config.get("num_key_value_heads") or heads)
-    experts = int(config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 1)
+    experts = _experts(config)
     inner = int(config.get("moe_intermediate_size") or inner) if experts > 1 else inner
     share = _expert_share(config) if experts > 1 else 1.0
     counts: collections.Counter[Matrix] = collections.Counter()
@@ -232,17 +232,17 @@ def _of_config(config: Mapping[str, Any], model: str) -> ModelShape:
     return _shape(counts, weights=weights, blocks=blocks, width=width, vocabulary=vocabulary, tied=tied, head_size=head)
 
 
+def _experts(config: Mapping[str, Any]) -> int:
+    """Experts of a block; 1 for a dense model."""
+    return int(config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 1)
+
+
 def _expert_share(config: Mapping[str, Any]) -> float:
     """The share of tokens that reaches an expert."""
-    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 1
     used = config.get("num_experts_per_tok") or config.get("num_experts_per_token") or config.get("moe_topk") or 1
-    return min(1.0, int(used) / int(experts))
+    return min(1.0, int(used) / _experts(config))
 
 
 def _shape(counts: Mapping[Matrix, int], **rest: Any) -> ModelShape:
-    return ModelShape(matrices=tuple(_counted(counts.items())), **rest)
-
-
-def _counted(counts: Iterable[tuple[Matrix, int]]) -> Iterable[Matrix]:
-    for matrix, count in counts:
-        yield dataclasses.replace(matrix, count=count)
+    matrices = tuple(dataclasses.replace(matrix, count=count) for matrix, count in counts.items())
+    return ModelShape(matrices=matrices, **rest)

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from bitladder import evaluate, quantize
+from bitladder import quantize
 from bitladder.ladder.checks import check_options, check_room, check_texts, refuse_other_model
 from bitladder.ladder.context import BASE, Run, read_json
 from bitladder.ladder.estimate import (
@@ -16,7 +16,9 @@ from bitladder.ladder.estimate import (
     extent_of,
     in_words,
     measure_machine,
+    question_counts,
     shape_of,
+    tasks_of,
 )
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
 from bitladder.ladder.pace import Pace
@@ -78,10 +80,10 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
     calibration = [load_text(spec, full) for spec in options.calibration]
     check_options(options, source, texts, calibration, progress)
     shape = shape_of(str(source.path))  # refuses what is not a model before a directory is made
-    tasks = [evaluate.load_task(spec) for spec in evaluate.parse_specs(options.tasks)] if options.tasks else []
+    tasks = tasks_of(options)
     others = find_others(options.compare, (BASE, *quantize.preset_names()))
     steps = steps_of(options, [other.name for other in others])
-    questions = {task.name: min(len(task.items), options.task_count or len(task.items)) for task in tasks}
+    questions = question_counts(tasks, options)
     models = 1 + len(rungs) + len(others)
     extent = extent_of(options, shape, texts, calibration, questions, models=models, full=full)
     pace = Pace({step.name: step.parts(extent) for step in steps})
