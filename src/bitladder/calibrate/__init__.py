@@ -53,7 +53,7 @@ if TYPE_CHECKING:
         tensor_statistics,
         weighted_mean,
     )
-    from bitladder.calibrate.statistics.gaps import Gaps, expert_lines, find_gaps, listed
+    from bitladder.calibrate.statistics.gaps import Gaps, expert_lines, find_gaps, first_lines, listed
     from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 
 __all__ = [
@@ -93,6 +93,7 @@ __all__ = [
     "compare_imatrices",
     "expert_lines",
     "find_gaps",
+    "first_lines",
     "fisher_costs",
     "grouped_differences",
     "job_key",

@@ -12,11 +12,10 @@ import numpy.typing as npt
 
 from bitladder.calibrate.imatrix import Imatrix
 from bitladder.calibrate.inputs import Experts, Floats, WeightInput
-from bitladder.calibrate.statistics.gaps import expert_lines
+from bitladder.calibrate.statistics.gaps import expert_lines, first_lines
 from bitladder.engine import Multiplication
 
 Counts = npt.NDArray[np.int64]
-MOST_LINES = 8  # of experts, in a message
 
 
 class ExpertCounter:
@@ -102,12 +101,10 @@ def coverage_warning(counts: Mapping[str, Counts], tokens: int, wanted: int | No
         return None
     lines = expert_lines(gaps, "never reached" if wanted is None else f"with fewer than {least} tokens")
     needs = [tokens_needed(counts[name], tokens, least) for name in gaps]
-    more = [f"and {len(lines) - MOST_LINES} more lines (bitladder stats)"] if len(lines) > MOST_LINES else []
     return "; ".join(
         [
             "experts that no token reached count as the mean of the others of their layer",
-            *lines[:MOST_LINES],
-            *more,
+            *first_lines(lines),
             "no estimate of the text that would reach them: too few experts were reached"
             if None in needs
             else f"an estimated {max(need for need in needs if need is not None):,.0f} tokens of such text would "

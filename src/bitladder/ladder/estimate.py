@@ -122,16 +122,43 @@ def estimate(options: RunOptions, *, machine: Machine | None = None) -> Estimate
         UsageError: an option cannot be used.
         BitladderError: there is no such model, or its shape is not known.
     """
-    rungs = choose_rungs(options.rungs, known=tuple(quantize.preset_names()), default=quantize.RUNGS)
-    options = options.replace(rungs=rungs)
-    shape = shape_of(options.model)
-    texts, calibration = load_texts(options.texts), [load_text(spec) for spec in options.calibration]
-    questions = question_counts(tasks_of(options), options)
+    inputs = _inputs(options)
+    return _estimate(options, inputs, machine or measure_machine(options.decoding.threads))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What an estimate reads, whatever the effort is."""
+
+    rungs: tuple[str, ...]
+    shape: ModelShape
+    texts: Sequence[Text]
+    calibration: Sequence[Text]
+    tasks: Sequence[evaluate.QuestionSet]
+
+
+def _inputs(options: RunOptions) -> _Inputs:
+    return _Inputs(
+        choose_rungs(options.rungs, known=tuple(quantize.preset_names()), default=quantize.RUNGS),
+        shape_of(options.model),
+        load_texts(options.texts),
+        [load_text(spec) for spec in options.calibration],
+        tasks_of(options),
+    )
+
+
+def _estimate(options: RunOptions, inputs: _Inputs, machine: Machine) -> Estimate:
+    options = options.replace(rungs=inputs.rungs)
     path = pathlib.Path(options.model)
-    full = path if path.is_file() else None
-    extent = extent_of(options, shape, texts, calibration, questions, models=1 + len(rungs), full=full)
-    if machine is None:
-        machine = measure_machine(options.decoding.threads)
+    extent = extent_of(
+        options,
+        inputs.shape,
+        inputs.texts,
+        inputs.calibration,
+        question_counts(inputs.tasks, options),
+        models=1 + len(inputs.rungs) + len(options.compare),
+        full=path if path.is_file() else None,
+    )
     return estimate_steps(steps_of(options, ["other"] * len(options.compare)), extent, machine)
 
 
@@ -146,10 +173,10 @@ def choose_effort(options: RunOptions, hours: float, keep: Container[str] = ()) 
     Raises:
         UsageError: the least effort takes longer; the error says how long.
     """
-    machine = measure_machine(options.decoding.threads)
+    machine, inputs = measure_machine(options.decoding.threads), _inputs(options)
     for effort in reversed(get_args(Effort)):
         tried = options.at_effort(effort, keep)
-        expected = estimate(tried, machine=machine)
+        expected = _estimate(tried, inputs, machine)
         if expected.seconds <= 3600 * hours:
             return tried
     raise UsageError(

@@ -3,11 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
-from bitladder.evaluate import FIVE, Figure, RunScores, average_of_five, paired_task
+from bitladder.evaluate import FIVE, SURE, Figure, RunScores, average_of_five, paired_task
 from bitladder.report.finished_run import RunModel
-
-# A difference of less than this many standard errors counts as noise.
-NOISE = 2.0
 
 # The figure of one model less that of another, in the order (this, other); None if one of them was not measured.
 Difference = Callable[[RunScores, RunScores], Figure | None]
@@ -24,7 +21,7 @@ WORST = "Very large loss"
 
 
 def best(models: Sequence[RunModel], difference: Difference, *, higher: bool = False) -> list[bool]:
-    """For each model, whether its figure is the best, or within NOISE standard errors of the best.
+    """For each model, whether its figure is the best, or within SURE standard errors of the best.
 
     Parameters:
         models: the models of a column.
@@ -46,7 +43,7 @@ def best(models: Sequence[RunModel], difference: Difference, *, higher: bool = F
     gaps = [difference(model.scores, leader.scores) if leader else None for model in models]
     if sum(gap is not None for gap in gaps) < 2:
         return [False] * len(models)
-    marks = [gap is not None and sign * gap.value <= NOISE * gap.error for gap in gaps]
+    marks = [gap is not None and sign * gap.value <= SURE * gap.error for gap in gaps]
     return [False] * len(models) if marks == [gap is not None for gap in gaps] else marks
 
 
@@ -140,7 +137,7 @@ def in_a_sentence(rung: RunModel, rungs: Sequence[RunModel], preset: RunModel | 
         smaller = [other for other in rungs if other.label in worth and other.size_order < rung.size_order]
         return f"{verdict}. {smaller[-1].label} is smaller and as good." if smaller else f"{verdict}."
     gap = kld(mine, preset.scores) if preset else None
-    if preset and preset.scores.kld and gap and abs(gap.value) > NOISE * gap.error:
+    if preset and preset.scores.kld and gap and abs(gap.value) > SURE * gap.error:
         share = 100 * abs(gap.value) / preset.scores.kld.value
         verdict += f"; KLD {share:.0f} % {'below' if gap.value < 0 else 'above'} the preset's"
     return f"{verdict}."
@@ -155,7 +152,7 @@ def worth_their_size(rungs: Sequence[tuple[str, RunScores]]) -> list[str]:
     for label, scores in by_size(rungs):
         if scores.kld is None:
             continue
-        if not chosen or chosen[-1][1].value - scores.kld.value > NOISE * math.hypot(
+        if not chosen or chosen[-1][1].value - scores.kld.value > SURE * math.hypot(
             chosen[-1][1].error, scores.kld.error
         ):
             chosen.append((label, scores.kld))

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCardData
 
+from bitladder.calibrate import first_lines
 from bitladder.errors import BitladderError
 from bitladder.evaluate import RunScores, task_meanings
 from bitladder.files import write_text
@@ -107,7 +108,7 @@ def facts(run: FinishedRun) -> dict[str, Any]:
         "smoothed": any(rung.scores.smoothed for rung in run.rungs),
         "tuned": any(rung.scores.tuned for rung in run.rungs),
         "imatrix": _imatrix(recipes),
-        "unreached": _unreached(run.manifest.steps["imatrix"].facts.get("unreached", [])),
+        "unreached": first_lines(run.manifest.steps["imatrix"].facts.get("unreached", [])),
         "versions": _versions([recipe.versions for recipe in recipes] + [scores.versions for scores in scored]),
         "calibrated_on_text": any(
             text.sha256 in _calibration(recipe) for recipe in recipes for text in base.texts_used
@@ -257,11 +258,6 @@ def _imatrix(recipes: list[Recipe]) -> dict[str, Any]:
     if len(matrices) != 1:
         raise BitladderError("the recipes name different importance matrices; give the `bitladder run` command again")
     return next(iter(matrices.values())).model_dump()
-
-
-def _unreached(lines: list[str]) -> list[str]:
-    """Lines of experts that no token reached, at most eight."""
-    return lines if len(lines) <= 8 else [*lines[:8], f"and {len(lines) - 8} more lines (bitladder stats)"]
 
 
 def _calibration(recipe: Recipe) -> set[str]:

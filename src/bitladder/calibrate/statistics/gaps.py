@@ -12,6 +12,7 @@ from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry
 from bitladder.errors import BitladderError
 from bitladder.gguf import TensorInfo, imatrix_order, imatrix_place, open_model, ranges
 
+MOST_LINES = 8  # of experts, in a message or a card
 _WHY = {
     "token_embd": "looked up, not multiplied: it never has one",
     "output": "collected only with imatrix --process-output",
@@ -167,6 +168,12 @@ def expert_lines(gaps: Mapping[str, tuple[list[int], int]], what: str) -> list[s
         f"{'' if layer is None else f'block {layer}: '}{count} of {of} experts {what} in {', '.join(kinds)}: {experts}"
         for (layer, experts, count, of), kinds in shared.items()
     ]
+
+
+def first_lines(lines: list[str]) -> list[str]:
+    """The first lines of a list of experts, and how many more there are."""
+    more = len(lines) - MOST_LINES
+    return lines if more <= 0 else [*lines[:MOST_LINES], f"and {more} more lines (bitladder stats)"]
 
 
 def _s(count: int) -> str:
