@@ -112,6 +112,20 @@ def helpful(command=application, name=""):
         yield name, command
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", ".", "--height", "200"], "'--height': 200 is no number from 5 to 100"),
+        (["show", ".", "--width", "3"], "'--width': 3 is no number at least 40"),
+        (["bench", "-m", "m.gguf", "-r", "0"], "'--repetitions': 0 is no number at least 1"),
+        (["imatrix", "-m", "m.gguf", "-c", "some"], "'some' is not a valid integer"),
+    ],
+)
+def test_a_number_out_of_its_limits_is_told_them(words, message, capsys):
+    assert invoke(words) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_help_ends_in_examples_that_parse_and_a_page():
     for name, command in helpful():
         shown = CliRunner().invoke(command, ["--help"]).output.splitlines()

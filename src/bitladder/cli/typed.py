@@ -29,6 +29,15 @@ class Whole(click.IntRange):
     def _describe_range(self) -> str:
         return ""
 
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What `click.ParamType` says."""
+        number = click.INT.convert(value, param, ctx)
+        assert self.min is not None
+        if number < self.min or (self.max is not None and number > self.max):
+            limits = f"at least {self.min}" if self.max is None else f"from {self.min} to {self.max}"
+            self.fail(f"{number} is no number {limits}", param, ctx)
+        return number
+
 
 class FileOrName(click.types.StringParamType):
     """A text that may be a path, such as MODEL: the shell completes files."""

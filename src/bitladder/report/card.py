@@ -125,8 +125,8 @@ def _choices(run: FinishedRun) -> list[dict[str, Any]]:
     columns = zip(
         run.rungs,
         presets,
-        with_errors([one.kld for one in scores]),
-        with_errors([one.speed(GENERATION) for one in scores]),
+        with_errors([score.kld for score in scores]),
+        with_errors([score.speed(GENERATION) for score in scores]),
         with_errors([preset.scores.speed(GENERATION) if preset else None for preset in presets]),
         strict=True,
     )

@@ -271,7 +271,7 @@ def _tried(path: pathlib.Path, rungs: Collection[str]) -> TriedRecipes | None:
     tried = _optional(path, TriedRecipes)
     if tried is None:
         return None
-    return tried.model_copy(update={"candidates": [one for one in tried.candidates if one.rung in rungs]})
+    return tried.model_copy(update={"candidates": [recipe for recipe in tried.candidates if recipe.rung in rungs]})
 
 
 def _model(layout: Layout, label: str, role: Role, name: str) -> RunModel:

@@ -205,8 +205,8 @@ def mixed(run: FinishedRun) -> list[str]:
     runs = [run.on(index) for index in range(len(run.texts))]
 
     def gaps(this: int, other: int) -> list[Figure]:
-        found = (best.kld(on_text.quants[this].scores, on_text.quants[other].scores) for on_text in runs)
-        return [figure for figure in found if figure]
+        figures = (best.kld(on_text.quants[this].scores, on_text.quants[other].scores) for on_text in runs)
+        return [figure for figure in figures if figure]
 
     sentences = []
     for pair in mixed_pairs([model.scores.bytes for model in run.quants], gaps):

@@ -74,10 +74,10 @@ def read_conversations(path: pathlib.Path, data: bytes) -> tuple[Conversation, .
     Raises:
         BitladderError: a record is no conversation; the error names the file and the record.
     """
-    found = [_conversation(where, value) for where, value in _records(path, data)]
-    if not found:
+    conversations = tuple(_conversation(where, value) for where, value in _records(path, data))
+    if not conversations:
         raise BitladderError(f"{path.name} has no conversations")
-    return tuple(found)
+    return conversations
 
 
 def _records(path: pathlib.Path, data: bytes) -> Numbered:

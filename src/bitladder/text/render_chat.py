@@ -55,12 +55,12 @@ def environment() -> Any:
     def tojson(value: Any, ensure_ascii: bool = False, **more: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **more)
 
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    made.filters["tojson"] = tojson
-    made.globals |= {"raise_exception": raise_exception, "strftime_now": TODAY.strftime}
-    return made
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": TODAY.strftime}
+    return sandbox
 
 
 def render(request: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
     try:
         template = environment().from_string(request["template"])
 
-        def one(conversation: dict[str, Any], *, prompt: bool) -> str:
+        def render_one(conversation: dict[str, Any], *, prompt: bool) -> str:
             pieces, size = [], 0
             for piece in template.generate(**request["tokens"], **conversation, add_generation_prompt=prompt):
                 pieces.append(piece)
@@ -79,9 +79,9 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
             return "".join(pieces)
 
         for place, conversation in enumerate(request["conversations"], 1):  # noqa: B007  # the error names it
-            texts.append(one(conversation, prompt=request["prompt"]))
+            texts.append(render_one(conversation, prompt=request["prompt"]))
             if request["answers"]:
-                starts.append(answer_starts(conversation, texts[-1], one))
+                starts.append(answer_starts(conversation, texts[-1], render_one))
     except TooLongError as error:
         return {"error": str(error), "place": place}
     except MemoryError:
@@ -94,13 +94,13 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
     return {"texts": texts, "starts": starts}
 
 
-def answer_starts(conversation: dict[str, Any], text: str, one: Callable[..., str]) -> list[int]:
+def answer_starts(conversation: dict[str, Any], text: str, render_one: Callable[..., str]) -> list[int]:
     """For each answer the characters of the text before it: what the template makes to prompt for it; 0 if unknown."""
     starts = []
     for number, message in enumerate(conversation["messages"]):
         if message["role"] == "assistant":
             try:
-                before = one(conversation | {"messages": conversation["messages"][:number]}, prompt=True)
+                before = render_one(conversation | {"messages": conversation["messages"][:number]}, prompt=True)
             except Exception:  # such as a template that refuses to begin with an answer
                 before = ""
             starts.append(len(before) if text.startswith(before) else 0)
@@ -108,6 +108,6 @@ def answer_starts(conversation: dict[str, Any], text: str, one: Callable[..., st
 
 
 if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    limit(asked["seconds"], asked["bytes"])
-    json.dump(render(asked), sys.stdout)
+    received = json.load(sys.stdin)
+    limit(received["seconds"], received["bytes"])
+    json.dump(render(received), sys.stdout)
