@@ -75,10 +75,9 @@ def amounts_of(options: RunOptions) -> tuple[dict[str, Any], list[dict[str, Any]
     from bitladder.ladder import choose_rungs
     from bitladder.ladder.estimate import extent_of, question_counts, shape_of, tasks_of
     from bitladder.ladder.plan import steps_of
-    from bitladder.quantize import RUNGS, preset_names
     from bitladder.text import load_text, load_texts
 
-    rungs = choose_rungs(options.rungs, known=tuple(preset_names()), default=RUNGS)
+    rungs = choose_rungs(options.rungs)
     options = options.replace(rungs=rungs)
     questions = question_counts(tasks_of(options), options)
     shape = shape_of(options.model)
@@ -120,7 +119,7 @@ def main(options: RunOptions, record: pathlib.Path | None) -> None:
     extent, amounts = amounts_of(options)
     run(options, progress=recorder, watch=recorder.watch)
     recorder.finish()
-    recording = {"command": command_line(options, options.model, ()), "extent": extent, "amounts": amounts}
+    recording = {"command": command_line(options, options.model), "extent": extent, "amounts": amounts}
     recording |= {"parts": recorder.parts}
     if record:
         record.write_text(json.dumps(recording, indent=1) + "\n")

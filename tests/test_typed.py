@@ -153,6 +153,8 @@ def test_help_ends_in_examples_that_parse_and_a_page():
         ("pl", {"plan"}),
         ("run m --mode q", {"quality"}),
         ("run m --ladder Q4_K_M,q6", {"Q4_K_M,Q6_K"}),
+        ("estimate m --ladder pub", {"publish"}),
+        ("plan -m m --like l", {"file"}),
         ("quantize Q5_K", {"Q5_K_M", "Q5_K_S"}),
         ("recipe e", {"extract", "export"}),
         ("run model", {"file"}),

@@ -45,7 +45,7 @@ class Option:
     least: float | None = None
     most: float | None = None
     decides: bool = True
-    names: Literal["file", "text", "tasks", "model", "preset"] | None = None
+    names: Literal["file", "text", "tasks", "model", "preset", "ladder"] | None = None
     writes: str | Callable[[Mapping[str, Any]], str | None] | None = None
     unset: str | None = None
     commas: bool = False

@@ -181,7 +181,7 @@ def test_what_is_typed_counts_more_than_the_effort(effort, tmp_path, monkeypatch
     assert typed.refine.tuning.tune_chunks == 64 and typed.refine.rounding.method == "best"
     assert typed.planning == plain.planning
     for options in (plain, typed):
-        again = shlex.split(command_line(options, options.model, ()))[2:]
+        again = shlex.split(command_line(options, options.model))[2:]
         again[again.index("--out") + 1] = str(options.out)
         assert options_of(*again, monkeypatch=monkeypatch) == options
 

@@ -15,7 +15,6 @@ from bitladder.ladder import run
 from bitladder.ladder import source as module
 from bitladder.ladder.options import command_line
 from bitladder.ladder.source import find_others, locate
-from bitladder.quantize import RUNGS
 from bitladder.report import read_run
 from bitladder.rundir import load_manifest
 
@@ -61,7 +60,7 @@ def test_measured_like_the_rungs_and_only_once(options, small_run, hub):
     assert [one.label for one in read_run(options.out).others] == [name]
     assert not (options.out / "theirs-Q8_0.gguf").exists()
     assert set(told[-1].best) == {"Q4_K_M", "Q8_0"}  # of rungs, whoever else is measured
-    assert f"--compare {REPO}:Q8_0" in command_line(asked, "x", RUNGS)
+    assert f"--compare {REPO}:Q8_0" in command_line(asked, "x")
 
 
 def test_another_content_is_measured_again(options, small_run, tmp_path):
@@ -71,7 +70,7 @@ def test_another_content_is_measured_again(options, small_run, tmp_path):
     assert run(asked).made == ("measure other", "score other")
     shutil.copy(small_run / "Tiny-Olmo2-8.9M-Q4_K_M.gguf", other)
     assert run(asked).made == ("measure other", "score other")
-    assert "--compare other.gguf" in command_line(asked, "x", RUNGS)  # no path of this machine
+    assert "--compare other.gguf" in command_line(asked, "x")  # no path of this machine
     again = run(options)  # left out again: the ladder is complete without it
     assert again.made == () and again.labels == ("base", "Q4_K_M", "Q8_0")
     assert load_manifest(options.out).run.compared == ()

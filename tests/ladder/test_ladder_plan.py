@@ -8,6 +8,7 @@ from bitladder.keys import key_of
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import file_stem
+from bitladder.quantize import LADDERS
 
 RUNGS = ("Q4_K_M", "Q8_0")
 SOURCES = {"model", "converter", "text", "calibration", "tasks"}
@@ -63,18 +64,24 @@ def test_an_option_changes_only_what_depends_on_it():
 
 
 def test_choosing_rungs():
-    known, default = ("F16", "Q4_K_M", "Q6_K", "Q8_0"), ("Q6_K", "Q8_0")
-    assert choose_rungs(("all",), known=known, default=default) == default
-    assert choose_rungs(("q8_0", "Q4_K_M", "q8_0"), known=known, default=default) == ("Q8_0", "Q4_K_M")
-    with pytest.raises(UsageError, match="--ladder: no preset ZEBRA; all means Q6_K, Q8_0; the presets are Q4_K_M"):
-        choose_rungs(("Q8_0", "zebra"), known=known, default=default)
+    assert choose_rungs(("seed",)) == LADDERS["seed"] and len(LADDERS["seed"]) == 12
+    assert choose_rungs(("q8_0", "Q4_K_M", "q8_0")) == ("Q8_0", "Q4_K_M")
+    assert choose_rungs(("LOW", "iq2_m", "Q8_0")) == (*LADDERS["low"], "Q8_0")
+    for wrong, close in (
+        ("zebra", "zebra; the ladders and presets are seed, publish, low, IQ1_M"),
+        ("publsh", r"publsh; did you mean publish\?"),
+        ("f16", "f16; "),
+        ("all", "all; "),
+    ):
+        with pytest.raises(UsageError, match=f"--ladder: no preset {close}"):
+            choose_rungs(("Q8_0", wrong))
     with pytest.raises(UsageError, match="no preset is named"):
-        choose_rungs((), known=known, default=default)
+        choose_rungs(())
 
 
 def test_the_command_names_no_paths():
     plain = "bitladder run org/name --out out --mode naive --rounding stock"
-    assert command_line(options(), "org/name", RUNGS) == plain
+    assert command_line(options(rungs=LADDERS["seed"]), "org/name") == plain
     full = options(
         texts=("/home/me/my text.txt", "pydoc:test"),
         calibration=("/a/b.txt", "pydoc:test"),
@@ -84,7 +91,7 @@ def test_the_command_names_no_paths():
         bench=False,
         datasets=("org/texts",),
     )
-    line = command_line(full, "name", ("Q8_0",))
+    line = command_line(full, "name")
     assert line == (
         "bitladder run name --out out --ladder Q4_K_M,Q8_0 --calibration b.txt --calibration pydoc:test"
         " --text 'my text.txt' --text pydoc:test --mode naive --rounding stock"

@@ -9,7 +9,7 @@ from bitladder.gguf import GgufFile
 from bitladder.ladder import run
 from bitladder.ladder.options import command_line
 from bitladder.ladder.plan import steps_of
-from bitladder.quantize import RUNGS, TUNE_KEY
+from bitladder.quantize import TUNE_KEY
 from bitladder.report import write_card
 from bitladder.rundir import Layout
 from bitladder.text import load_text, set_apart
@@ -74,5 +74,5 @@ def test_what_depends_on_rounding_is_planned(options):
     assert not {"moments", "naive Q3_K_S"} & stock
     planned = {step.name: step for step in steps_of(options.replace(mode="quality"))}
     assert "moments" in planned["price original"].needs
-    line = command_line(options, "m.gguf", RUNGS)
+    line = command_line(options, "m.gguf")
     assert "--moments-chunks 6 --rounding feedback --tune-chunks 0" in line

@@ -12,7 +12,7 @@ from bitladder.gguf import GgufFile
 from bitladder.ladder import run
 from bitladder.ladder.options import command_line
 from bitladder.ladder.plan import steps_of
-from bitladder.quantize import RUNGS, quantize
+from bitladder.quantize import quantize
 from bitladder.refine import ModelFiles, smooth_model, verify
 from bitladder.refine.smooth.smoothed_model import KEY
 from bitladder.rundir import Layout
@@ -92,11 +92,11 @@ def test_smoothing_is_planned_unless_all_is_stock(tiny_gguf, tmp_path):
     options = options_for(tiny_gguf, tmp_path / "out")
     steps = {step.name: step for step in steps_of(options)}
     assert "trial Q4_K_M" in steps["quantize Q4_K_M"].needs and "smooth" not in steps["naive Q4_K_M"].needs
-    assert "--mode naive --rounding stock --smooth --no-bench" in command_line(options, "m.gguf", RUNGS)
+    assert "--mode naive --rounding stock --smooth --no-bench" in command_line(options, "m.gguf")
     best = options.replace(mode="quality", method="best", smooth=None)
     steps = {step.name: step for step in steps_of(best)}
     assert "moments" in steps["smooth"].needs
     assert all("trial Q4_K_M" in steps[name].needs for name in ("plan Q4_K_M", "quantize Q4_K_M"))
     assert "smooth" in steps["price smoothed"].needs and "smooth" not in steps["price original"].needs
-    assert "smooth" not in command_line(best, "m.gguf", RUNGS)
-    assert "--no-smooth" in command_line(best.replace(smooth=False), "m.gguf", RUNGS)
+    assert "smooth" not in command_line(best, "m.gguf")
+    assert "--no-smooth" in command_line(best.replace(smooth=False), "m.gguf")

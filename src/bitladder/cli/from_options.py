@@ -73,7 +73,7 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Command], Comma
     shown = about.help
     kind: Any = field.item
     if field.item is str and about.names is not None:
-        kind = Presets() if about.names == "preset" else FileOrName()
+        kind = Presets(ladders=about.names == "ladder") if about.names in ("preset", "ladder") else FileOrName()
     if field.choices:
         kind = Choice(field.choices)
     elif field.item is pathlib.Path:

@@ -49,16 +49,24 @@ class FileOrName(click.types.StringParamType):
 
 
 class Presets(FileOrName):
-    """Presets, separated by commas: the shell completes their names; files, where no name fits."""
+    """Presets, separated by commas: the shell completes their names; files, where no name fits.
+
+    Parameters:
+        ladders: whether names of ladders may stand among them.
+    """
+
+    def __init__(self, *, ladders: bool = False) -> None:
+        self._ladders = ladders
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """What `click.ParamType` says."""
-        from bitladder.engine import presets
+        from bitladder.quantize import LADDERS, preset_names
 
         first, comma, last = incomplete.rpartition(",")
+        names = [name for name in preset_names() if name.startswith(last)]
         if isinstance(param, click.Option):  # an argument may be a file, whose name has small letters
-            last = last.upper()
-        names = [name for name in presets() if name.startswith(last)]
+            every = (*(LADDERS if self._ladders else ()), *preset_names())
+            names = [name for name in every if name.lower().startswith(last.lower())]
         return [CompletionItem(first + comma + name) for name in names] or super().shell_complete(
             ctx, param, incomplete
         )

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from bitladder import evaluate, hub, quantize
+from bitladder import evaluate, hub
 from bitladder.calibrate import MomentsOptions, usual_weighting
 from bitladder.engine import (
     main_memory,
@@ -139,7 +139,7 @@ class _Inputs:
 
 def _inputs(options: RunOptions) -> _Inputs:
     return _Inputs(
-        choose_rungs(options.rungs, known=tuple(quantize.preset_names()), default=quantize.RUNGS),
+        choose_rungs(options.rungs),
         shape_of(options.model),
         load_texts(options.texts),
         [load_text(spec) for spec in options.calibration],

@@ -12,13 +12,14 @@ from bitladder.engine import Decoding
 from bitladder.errors import UsageError, did_you_mean
 from bitladder.options import Effort, Options, option, words
 from bitladder.plan import PlanOptions
+from bitladder.quantize import LADDERS, preset_names
 from bitladder.refine import RefineOptions
 from bitladder.text import BUILTIN, answers_option
 
 Mode = Literal["quality", "size", "naive"]
 # Presets that do not quantize: the full-precision file is no rung.
 FULL_PRECISION = ("ALL_F32", "F16", "BF16")
-ALL_RUNGS = ("all",)
+USUAL = ("seed",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,13 @@ class RunOptions(Options):
         help="How much time may be spent (docs/cost.md); an option that you give counts more.",
     )
     rungs: tuple[str, ...] = option(
-        ALL_RUNGS,
+        USUAL,
         "--ladder",
         commas=True,
-        names="preset",
+        names="ladder",
         metavar="RUNGS",
-        help="Presets separated by commas, or all (twelve).",
+        help="Presets or ladders, separated by commas: seed (the usual twelve), publish (Q2_K to Q8_0), low (2 to 3.5 "
+        "bits).",
     )
     calibration: tuple[str, ...] = option(
         (BUILTIN[0],),
@@ -219,35 +221,34 @@ class RunOptions(Options):
         return self.plans or self.rounds or self.smooths
 
 
-def choose_rungs(rungs: tuple[str, ...], *, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
+def choose_rungs(rungs: tuple[str, ...]) -> tuple[str, ...]:
     """The presets that `rungs` names, each once.
 
     Parameters:
-        rungs: names in upper or lower case; ("all",) stands for `default`.
-        known: the presets of the library.
-        default: the usual ladder.
+        rungs: names of presets and of ladders (`quantize.LADDERS`), in upper or lower case.
 
     Raises:
-        UsageError: a name is not a preset that quantizes; the error names the closest ones, or lists all.
+        UsageError: a name is neither, or does not quantize; the error names the closest ones, or lists all.
 
     Example:
-        >>> choose_rungs(("q6_k", "Q6_K"), known=("Q6_K", "Q8_0"), default=("Q8_0",))
-        ('Q6_K',)
+        >>> choose_rungs(("q6_k", "low"))[:3]
+        ('Q6_K', 'IQ2_XXS', 'IQ2_XS')
     """
-    names = tuple(name.upper() for name in rungs)
-    if names == ("ALL",):
-        return default
-    known = tuple(name for name in known if name not in FULL_PRECISION)
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        close = did_you_mean(unknown[0] if unknown else "", known, f"all means {', '.join(default)}; the presets are")
+    known = [name for name in preset_names() if name not in FULL_PRECISION]
+    chosen, unknown = [], []
+    for name in rungs:
+        chosen += LADDERS.get(name.lower(), (name.upper(),))
+        unknown += [] if name.lower() in LADDERS or name.upper() in known else [name]
+    if unknown or not rungs:
+        names = [*LADDERS, *known]
+        close = did_you_mean(unknown[0] if unknown else "", names, "the ladders and presets are")
         raise UsageError(f"--ladder: no preset {', '.join(unknown) or 'is named'}{close}")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(chosen))
 
 
-def command_line(options: RunOptions, model: str, default_rungs: tuple[str, ...]) -> str:
+def command_line(options: RunOptions, model: str) -> str:
     """The command that repeats a run, for the card. It has names instead of paths, and no defaults."""
-    rungs = ALL_RUNGS if options.rungs == default_rungs else options.rungs
+    rungs = next(((name,) for name, ladder in LADDERS.items() if ladder == options.rungs), options.rungs)
     shown: Mapping[str, Callable[[Any], Any]] = {
         "file": _last_part,
         "text": _last_part,

@@ -68,7 +68,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
         UsageError: a step cannot use an option or a text. This is found before any work.
         BitladderError: anything else. It is found before the work where that is possible.
     """
-    rungs = choose_rungs(options.rungs, known=tuple(quantize.preset_names()), default=quantize.RUNGS)
+    rungs = choose_rungs(options.rungs)
     left_out = left_out_rungs(options, rungs)
     if options.keep:
         rungs, left_out = (*rungs, *left_out), ()
@@ -158,7 +158,7 @@ def tell(tracker: Tracker, step: Step, layout: Layout) -> None:
 def run_record(options: RunOptions, source: Source, others: list[Other], last: RunRecord | None) -> RunRecord:
     """The record of this run for the manifest. The repository of the last run stays, unless another one is named."""
     return RunRecord(
-        command=command_line(options, source.name, quantize.RUNGS),
+        command=command_line(options, source.name),
         model=source.name,
         model_id=options.model_id or source.model_id,
         datasets=options.datasets,

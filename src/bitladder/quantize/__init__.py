@@ -7,11 +7,12 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.quantize.preflight import Fallback, Preflight, check_room, preflight, substitutes
     from bitladder.quantize.prepare import DROPPED, TUNE_KEY, VERSION_KEY, PreparedQuant, prepare
-    from bitladder.quantize.quantize_options import RUNGS, QuantizeOptions, parse_layers, preset_names
+    from bitladder.quantize.quantize_options import LADDERS, RUNGS, QuantizeOptions, parse_layers, preset_names
     from bitladder.quantize.write_quant import QUANTIZE, QuantizeResult, quantize, write
 
 __all__ = [
     "DROPPED",
+    "LADDERS",
     "QUANTIZE",
     "RUNGS",
     "TUNE_KEY",

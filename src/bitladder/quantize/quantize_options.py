@@ -11,7 +11,7 @@ from bitladder.options import Options, option
 
 COPY = "COPY"
 AS_PRESET = "preset"  # of --unreached-type
-# The ladder, from the smallest to the largest.
+# The usual ladder, from the smallest to the largest.
 RUNGS = (
     "IQ3_S",
     "IQ3_M",
@@ -26,6 +26,12 @@ RUNGS = (
     "Q6_K",
     "Q8_0",
 )
+# Ladders by name. Makers of quants publish about the second; the third is for models that hardly fit.
+LADDERS = {
+    "seed": RUNGS,
+    "publish": ("Q2_K", "IQ3_XXS", "IQ3_XS", *RUNGS[1:5], "IQ4_XS", *RUNGS[5:]),
+    "low": ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_XS", "IQ3_S"),
+}
 # llama_model_kv_override has 128 bytes for a key and for a string, each with its final zero.
 _LIMIT = 127
 _F32_MAX = float(np.finfo(np.float32).max)
