@@ -1,29 +1,39 @@
 """What runs of larger models take by the formulas of docs/cost.md: its table and README's, as Markdown.
 
-    python benchmarks/cost_table.py
+    python benchmarks/cost_table.py            # prints them
+    python benchmarks/cost_table.py --write    # writes them into README.md and docs/cost.md, between their marks
 
 Nothing is measured. Shapes are those of published models, made from the numbers of their config.json. Seconds are those
 of eight reference cores; with fewer bytes of memory than threads need for rounding, fewer of them round.
+
+With a GPU (`GPU`), the layers that fit into its memory are decoded at its published rates. All else is the work of the
+same cores: rounding, gradients, the library's blocks, divergences, and the products of the head with the base.
 """
 
+import contextlib
 import dataclasses
 import json
-import math
 import pathlib
+import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Iterator
+from unittest import mock
 
 import click
 
 from bitladder.ladder import Estimate, Machine, RunOptions, cost
 from bitladder.ladder.estimate import estimate_steps, extent_of, shape_of
+from bitladder.ladder.model_shape import ModelShape
 from bitladder.ladder.plan import steps_of
+from bitladder.ladder.steps import bench, imatrix
 from bitladder.options import build
 from bitladder.quantize import RUNGS
 from bitladder.text import Text, builtin_text, load_text
 
 THREADS, MEMORY = 8, 25 * 10**9
 MACHINES = (16, 32, 64, 128, 256)  # GB
+ROOT = pathlib.Path(__file__).parent.parent
+FULL_BITS, QUANT_BITS = 16, 4.9  # of a weight
 # width, blocks, heads, heads of keys, width of the feed-forward network, tokens, whether the head is the embedding
 MODELS = {
     "1B (OLMo-2)": (2048, 16, 16, 16, 8192, 100_352, False),
@@ -34,21 +44,81 @@ MODELS = {
     "32B (OLMo-2)": (5120, 64, 40, 8, 27_648, 100_352, False),
     "70B (Llama 3)": (8192, 80, 64, 8, 28_672, 128_256, False),
 }
+IN_README = ("1B", "3B", "7B", "13B", "32B")
 KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
         "vocab_size", "tie_word_embeddings")  # fmt: skip
 
 
-def estimated(
-    options: RunOptions, texts: list[Text], calibration: list[Text], memory: int = MEMORY, rates: Collection[str] = ()
-) -> Estimate:
-    """What a run takes on reference cores with so much memory; of the parts with some rates only, if there are any."""
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU, by what its maker publishes.
+
+    Parameters:
+        name: of the card.
+        products: operations a second in products of float16 matrices, summed in float32.
+        bandwidth: bytes a second of its memory.
+        memory: bytes.
+        bus: bytes a second between it and the CPU.
+        used: share of its memory that holds layers.
+    """
+
+    name: str
+    products: float
+    bandwidth: float
+    memory: float
+    bus: float
+    used: float = 0.9
+
+    def share(self, shape: ModelShape, bits: float) -> float:
+        """The share of the layers that fits, of a file with so many bits a weight."""
+        return min(1.0, self.used * self.memory / (shape.weights * bits / 8))
+
+
+GPU = Gpu("RTX 4090", products=165e12, bandwidth=1008e9, memory=24e9, bus=25e9)
+
+
+@contextlib.contextmanager
+def on_gpu(gpu: Gpu, shape: ModelShape) -> Iterator[None]:
+    """While this is open, formulas of what the library decodes are those of a GPU with the CPU."""
+    decoding, full, quant = cost.decoding, gpu.share(shape, FULL_BITS), gpu.share(shape, QUANT_BITS)
+
+    def time(share: float, cpu: float = 1.0) -> float:
+        """Time of what is decoded, of that on the CPU in full precision."""
+        return share * THREADS * cost.PRODUCTS / gpu.products + (1 - share) / cpu
+
+    def decoded(shape: ModelShape, tokens: float, n_ctx: int, logits: float = 0.5) -> float:
+        seconds = time(full) * decoding(shape, tokens, n_ctx, logits)
+        if logits == 0:  # inputs are added up by the CPU
+            inputs = sum(matrix.count * matrix.share * matrix.width for matrix in shape.inputs)
+            seconds += THREADS * tokens * 4 * inputs / gpu.bus
+        return seconds
+
+    def compared(shape: ModelShape, tokens: float, n_ctx: int, speed: float = 1.0) -> float:
+        is_quant = speed == cost.QUANT
+        seconds = time(quant, cost.QUANT) if is_quant else time(full)
+        head = tokens / 2 * 2 * shape.head / cost.BLAS
+        return seconds * decoding(shape, tokens, n_ctx) + 2 * cost.scoring(shape, tokens) + head
+
+    # A generated token reads the file once. Its time is counted in those of a token of a prompt.
+    token = 2 * shape.active * cost.BESIDE / gpu.products
+    generated = shape.weights * FULL_BITS / 8 / gpu.bandwidth / token if full == 1 else bench.GENERATED
+    with (
+        mock.patch.object(cost, "decoding", decoded),
+        mock.patch.object(cost, "comparing", compared),
+        mock.patch.object(bench, "GENERATED", generated),
+        mock.patch.object(imatrix, "WATCHED", 1.0),
+    ):
+        yield
+
+
+def estimated(options: RunOptions, texts: list[Text], calibration: list[Text], memory: int = MEMORY) -> Estimate:
+    """What a run takes on reference cores with so much memory."""
     shape = shape_of(options.model)
     extent = extent_of(options, shape, texts, calibration, {}, models=1 + len(options.rungs))
     extent = dataclasses.replace(
         extent, rounding_threads=cost.rounding_threads(shape, THREADS, memory), threads=THREADS
     )
-    fast = {rate: math.inf for rate in ("products", "blas", "kernels") if rates and rate not in rates}
-    return estimate_steps(steps_of(options), extent, Machine(threads=THREADS, **fast))
+    return estimate_steps(steps_of(options), extent, Machine(threads=THREADS))
 
 
 def of_size(tokens: int) -> Text:
@@ -75,10 +145,15 @@ def hours(seconds: float) -> str:
     return f"{number:.2g}" if number < 10 else f"{number:,.0f}"
 
 
-def readme_row(name: str, model: str, rungs: tuple[str, ...] = ("Q4_K_M",)) -> str:
-    """A row of the README: a machine, memory, disk and hours of some rungs with the built-in texts.
+def span(seconds: float) -> str:
+    """Minutes, from an hour on hours."""
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{hours(seconds)} h"
 
-    The machine is the smallest of `MACHINES` in which the run fits. A GPU takes over matrix products of the library.
+
+def readme_row(name: str, model: str, rungs: tuple[str, ...] = ("Q4_K_M",)) -> tuple[str, list[str]]:
+    """A row of the README: a machine, memory, disk and hours of some rungs with the built-in texts; and the hours.
+
+    The machine is the smallest of `MACHINES` in which the run fits. Hours with a GPU are in brackets.
     """
     base = build(RunOptions, {"model": model, "out": pathlib.Path("ladder"), "rungs": rungs})
     texts, calibration = [load_text(spec) for spec in base.texts], [load_text(spec) for spec in base.calibration]
@@ -88,23 +163,59 @@ def readme_row(name: str, model: str, rungs: tuple[str, ...] = ("Q4_K_M",)) -> s
         memory, disk = (max(getattr(total, name) for total in totals) for name in ("memory_bytes", "disk_bytes"))
         if memory <= machine * 10**9:
             break
-    totals.append(estimated(ways[-1], texts, calibration, machine * 10**9, ("blas", "kernels")))
-    times = " | ".join(f"{hours(total.seconds)} h" for total in totals)
-    return f"| {name.split(maxsplit=1)[0]} | {machine} GB | {memory / 1e9:.0f} GB | {disk / 1e9:.0f} GB | {times} |"
+    with on_gpu(GPU, shape_of(model)):
+        faster = [estimated(options, texts, calibration, machine * 10**9) for options in ways]
+    times = [span(total.seconds) for total in totals]
+    cells = [f"{time} ({span(total.seconds)})" for time, total in zip(times, faster, strict=True)]
+    sizes = f"{machine} GB | {memory / 1e9:.0f} GB | {disk / 1e9:.0f} GB"
+    return f"| {name.split(maxsplit=1)[0]} | {sizes} | {' | '.join(cells)} |", [*times, f"{disk / 1e9:.0f} GB"]
+
+
+README_HEAD = """\
+| weights | machine | memory | disk | `--effort fast` | `--rounding stock` | rounded, `--tune-chunks 0` |
+|--:|--:|--:|--:|--:|--:|--:|"""
+COST_HEAD = """\
+| model | fast: rung, ladder | memory | normal: rung, ladder | memory | high: rung, ladder | memory |
+|---|--:|--:|--:|--:|--:|--:|"""
+
+
+def tables() -> dict[str, str]:
+    """The text between the marks of each page, by its name."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = {name: str(pathlib.Path(folder, name.split()[0])) for name in MODELS}
+        for name, numbers in MODELS.items():
+            pathlib.Path(models[name]).mkdir()
+            config = pathlib.Path(models[name], "config.json")
+            config.write_text(json.dumps(dict(zip(KEYS, numbers, strict=True))))
+        readme = [readme_row(name, model)[0] for name, model in models.items() if name.split()[0] in IN_README]
+        *times, disk = readme_row("7B", models["7B (OLMo-2)"], RUNGS)[1]
+        whole = f"All twelve rungs of a 7B take {times[0]}, {times[1]} and {times[2]}, and {disk} of disk."
+        rows = [cost_row(name, model) for name, model in models.items()]
+    return {
+        "README.md": "\n".join([README_HEAD, *readme, "", whole]),
+        "docs/cost.md": "\n".join([COST_HEAD, *rows]),
+    }
+
+
+def written(page: str, table: str) -> str:
+    """A page with the table between its marks."""
+    marks = r"(<!-- cost_table\.py -->\n).*?(<!-- end -->)"
+    text, count = re.subn(marks, lambda match: f"{match[1]}\n{table}\n\n{match[2]}", page, flags=re.DOTALL)
+    if count != 1:
+        raise click.ClickException("the page has no marks <!-- cost_table.py --> and <!-- end -->")
+    return text
 
 
 @click.command()
-def main() -> None:
+@click.option("--write", is_flag=True, help="Write the tables into README.md and docs/cost.md.")
+def main(write: bool) -> None:
     """Prints both tables."""
-    with tempfile.TemporaryDirectory() as folder:
-        for row in (readme_row, cost_row):
-            for name, numbers in MODELS.items():
-                path = pathlib.Path(folder, name.split()[0])
-                path.mkdir(exist_ok=True)
-                (path / "config.json").write_text(json.dumps(dict(zip(KEYS, numbers, strict=True))))
-                click.echo(row(name, str(path)))
-            click.echo()
-        click.echo(f"all rungs: {readme_row('7B', str(pathlib.Path(folder, '7B')), RUNGS)}")
+    for name, table in tables().items():
+        path = ROOT / name
+        if write:
+            path.write_text(written(path.read_text(encoding="utf-8"), table), encoding="utf-8")
+        else:
+            click.echo(f"{name}\n\n{table}\n")
 
 
 if __name__ == "__main__":

@@ -168,11 +168,11 @@ def test_help_loads_no_heavy_library():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["quantize", "-m", "absent.gguf", "-o", "x.gguf", "Q4_K_M"], 1, "absent.gguf"),
-        (["imatrix", "-m", "absent.gguf", "-f", "absent.txt"], 1, "absent.txt"),
+        (["quantize", "-m", "absent.gguf", "-o", "x.gguf", "Q4_K_M"], 2, "absent.gguf"),
+        (["imatrix", "-m", "absent.gguf", "-f", "absent.txt"], 2, "absent.gguf"),
         (["imatrix", "-f", "pydoc:test"], 2, "-m"),
-        (["imatrix", "-o", "x.gguf"], 1, "--in-file"),
-        (["run", "absent", "--out", "x"], 1, "absent"),
+        (["imatrix", "-o", "x.gguf"], 2, "--in-file"),
+        (["run", "absent", "--out", "x"], 2, "absent"),
         (["run", ".", "--out", "x"], 1, "config.json"),
         (["quantize"], 2, "Missing"),
         (["nonsense"], 2, "nonsense"),

@@ -211,6 +211,57 @@ def test_an_impossible_target_is_refused_before_measuring(target, tiny_gguf, tmp
     assert not work.exists()
 
 
+MISSING = """
+run gone.gguf --out out
+run ./gone/dir --out out
+estimate gone.gguf
+doctor gone.gguf
+convert gone -o x.gguf
+imatrix -m gone.gguf -f pydoc:calibration -o i.gguf
+calibrate -m gone.gguf -f pydoc:calibration -o m.gguf
+smooth -m gone.gguf --imatrix gone.gguf -o x.gguf
+quantize Q4_K_M -m gone.gguf -o x.gguf
+quantize gone.gguf x.gguf Q4_K_M
+tune gone.gguf -m gone.gguf -o x.gguf
+plan -m gone.gguf --like Q4_K_M
+eval -m gone.gguf
+bench -m gone.gguf
+compare gone.gguf --base gone.gguf
+stats gone.gguf
+verify gone.gguf -m gone.gguf
+recipe show gone.toml
+recipe check gone.toml -m gone.gguf
+recipe diff gone.toml gone.gguf
+recipe extract gone.gguf
+recipe export gone.toml
+show gone
+card gone
+push gone someone/model
+"""
+
+
+@pytest.mark.parametrize("line", MISSING.strip().splitlines())
+def test_a_name_that_stands_for_no_file_is_a_wrong_option_in_every_command(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert invoke(line.split()) == 2
+    assert "gone" in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_a_group_without_a_command_shows_its_help(capsys):
+    assert invoke(["recipe"]) == 2
+    assert "Commands:" in capsys.readouterr().err.splitlines()
+
+
+def test_a_cache_folder_that_is_not_absolute_is_ignored(tmp_path, monkeypatch):
+    """By the specification of XDG_CACHE_HOME. numba made its cache in the current directory."""
+    asked = "import os; from bitladder.cli import main\ntry: main(['--version'])\n"
+    asked += "finally: print(os.environ.get('XDG_CACHE_HOME'))"
+    for value in ("", "cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "None"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
 def test_sigterm_stops_as_ctrl_c_does(tiny_gguf, calibration_text, tmp_path):
     out = tmp_path / "imatrix.gguf"

@@ -357,14 +357,14 @@ def test_triangles(width):
     ("arguments", "code", "message"),
     [
         (["-f", "pydoc:test"], 2, "pass -m"),
-        ([], 1, "--in-file"),
-        (["-m", "absent.gguf", "-f", "pydoc:test"], 1, "absent.gguf"),
-        (["-m", "absent.gguf", "-f", "absent.txt"], 1, "absent.txt"),
+        ([], 2, "--in-file"),
+        (["-m", "absent.gguf", "-f", "pydoc:test"], 2, "absent.gguf"),
+        (["-m", "MODEL", "-f", "absent.txt"], 2, "absent.txt"),
         (["-m", "MODEL", "-f", "pydoc:test", "-c", "8"], 2, "-c 8 is too small"),
         (["-m", "MODEL", "-f", "short.txt", "--weighting", "tokens"], 1, "short.txt has"),
         (["-m", "MODEL", "-f", "pydoc:test", "-o", "x", "--imatrix", "x"], 2, "the same file"),
         (["--in-file", "MODEL"], 1, "holds no second moments"),
-        (["--in-file", "absent.gguf"], 1, "absent.gguf"),
+        (["--in-file", "absent.gguf"], 2, "absent.gguf"),
         (["--imatrix", "x", "--in-file", "MODEL"], 2, "needs a text"),
     ],
 )

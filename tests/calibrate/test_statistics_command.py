@@ -276,14 +276,14 @@ def test_png_without_matplotlib(capsys, pair, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["absent.gguf"], 1, "no such imatrix file"),
+        (["absent.gguf"], 2, "absent.gguf: no such file"),
         (["a.gguf", "--sort", "size"], 2, "no such column: 'size'; there are layer, kind, sum"),
         (["a.gguf", "--kind", "attn"], 2, "no tensor of kind 'attn'; did you mean attn_k or attn_q or attn_v?"),
         (["a.gguf", "--heatmap", "kind"], 2, "no such column: 'kind'; there are sum"),
         (["a.gguf", "--heatmap", "sum", "--json"], 2, "--heatmap is for the terminal"),
         (["a.gguf", "--plot", "x.svg"], 2, "ends in .png or .html"),
         (["a.gguf", "--statistic", "sum"], 2, "add --plot FILE"),
-        (["a.gguf", "-m", "absent.gguf"], 1, "cannot open absent.gguf"),
+        (["a.gguf", "-m", "absent.gguf"], 2, "-m absent.gguf: no such file"),
         (["a.gguf", "--heatmap", "cossim", "--kind", "attn_k"], 1, "no tensor has a CosSim"),
     ],
 )

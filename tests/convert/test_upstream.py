@@ -138,6 +138,15 @@ def test_progress_is_what_the_converter_says(tmp_path):
     assert heard.advanced == 100
 
 
+def test_the_converter_gets_no_tokens(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "secret")
+    body = "import os; open(target, 'wb').write(b'GGUF' + repr(dict(os.environ)).encode())"
+    run_converter(script(tmp_path, body), tmp_path, tmp_path / "o.gguf", "f16", Heard())
+    seen = (tmp_path / "o.gguf").read_text()
+    assert "PATH" in seen and "secret" not in seen
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

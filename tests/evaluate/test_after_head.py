@@ -54,6 +54,7 @@ def test_a_model_has_no_divergence_from_itself(name, llama, tmp_path, capsys):
     scores = json.loads(capsys.readouterr().out)
     assert abs(scores["kld"]["value"]) < 1e-6
     assert scores["same_top_p"]["value"] > 0.99
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]  # --no-cache keeps no base
 
 
 def test_what_is_not_known_is_refused(llama, tmp_path, capsys, monkeypatch):

@@ -35,7 +35,7 @@ def folder(tiny_gguf, tmp_path_factory):
 def wanted(folder):
     text = load_text(str(folder / "test.txt"))
     (spec,) = parse_specs(f"continuation:{folder / 'test.txt'}")
-    with ev.open_or_compute(folder / "full.gguf", None, text, SETTINGS, folder / "Q4_0.gguf") as base:
+    with ev.load_or_compute_base(folder / "full.gguf", text, SETTINGS) as base:
         yield ev.EvalRequest(
             (text,),
             SETTINGS,

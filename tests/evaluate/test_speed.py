@@ -258,12 +258,12 @@ def test_command_with_one_damaged_model(tiny_gguf, damaged, capsys):
         (["-r", "0"], 2, "-r"),
         (["-o", "md"], 2, "--format md"),
         (["-fa", "perhaps"], 2, "-fa"),
-        ([], 1, "no such model file: absent.gguf"),
+        (["-m", "absent.gguf"], 2, "absent.gguf: no such file"),
     ],
 )
-def test_wrong_options_are_one_line(arguments, code, message, tmp_path, monkeypatch, capsys):
+def test_wrong_options_are_one_line(arguments, code, message, tiny_gguf, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert invoke(["bench", "-m", "absent.gguf", *arguments]) == code
+    assert invoke(["bench", "-m", str(tiny_gguf), *arguments]) == code
     captured = capsys.readouterr()
     assert message in captured.err and "Traceback" not in captured.err and not captured.out
     assert not list(tmp_path.iterdir())

@@ -189,7 +189,7 @@ def test_command(tmp_path, capsys):
     assert invoke(["tasks", f"winogrande:{tmp_path / 'w.csv'}", "-o", str(tmp_path / "again.csv")]) == 0
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "w.csv").read_bytes()
     assert "chance 50.00 %" in capsys.readouterr().out
-    assert invoke(["tasks", f"winogrande:{tmp_path / 'absent.csv'}"]) == 1
+    assert invoke(["tasks", f"winogrande:{tmp_path / 'absent.csv'}"]) == 2
     assert "absent.csv" in capsys.readouterr().err
     assert invoke(["tasks"]) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == list(task_names())

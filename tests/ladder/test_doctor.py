@@ -187,6 +187,7 @@ def test_of_a_checkpoint_on_the_hub_little_is_fetched(llama, tmp_path, monkeypat
         about = diagnose("someone/Tiny")
         assert server.sent < 130_000 < len(files["model.safetensors"]) / 10
         assert "tokenizer.json" not in server.downloads
+        assert about.shape and about.shape.weights == about.weights  # what a run takes needs nothing further
         with pytest.raises(BitladderError, match=r"someone/Nothing.*no such repository"):
             diagnose("someone/Nothing")
     here = diagnose(str(folder))

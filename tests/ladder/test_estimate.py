@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 from click.testing import CliRunner
+from kills import tiny_run
 from plain_options import plain_options
 
 from bitladder.calibrate import MomentsFile, RoundingMomentsOptions, collect_for_rounding
@@ -20,6 +21,7 @@ from bitladder.ladder import Machine, RunOptions, choose_effort, cost, estimate,
 from bitladder.ladder.estimate import measure_machine, shape_of
 from bitladder.ladder.options import command_line
 from bitladder.options import Effort
+from bitladder.rundir import Layout
 from bitladder.text import load_text
 
 CONFIGS = {
@@ -115,6 +117,22 @@ def test_a_run_fits_on_a_disk_of_its_estimate_and_is_refused_on_a_smaller_one(ti
     # JSON, recipes and blocks of the file system are not counted.
     subprocess.run(["mount", "-o", f"remount,size={needed + (2 << 20)}", str(small)], check=True)
     assert set(run(options).rungs) == {"Q4_K_M", "IQ3_S"}
+
+
+def test_what_no_later_step_reads_is_deleted_so_that_a_run_fits_on_a_smaller_disk(small_disk, tmp_path):
+    """The whole way: second moments, smoothing, prices, a plan, rounding and tuning."""
+    options = tiny_run(tmp_path, tmp_path / "other")
+    released = options.replace(release=True)
+    needed, less = (estimate(each, machine=Machine()).disk_bytes for each in (options, released))
+    small = small_disk((needed + less) // 2)
+    with pytest.raises(BitladderError, match=f"choose --release, which needs {less / 1e9:.3g} GB, fewer rungs"):
+        run(options.replace(out=small / "out"))
+    # JSON, recipes and blocks of the file system are not counted.
+    subprocess.run(["mount", "-o", f"remount,size={less + (2 << 20)}", str(small)], check=True)
+    result, other = run(released.replace(out=small / "out")), run(options)
+    assert not Layout(result.folder).work.exists() and Layout(other.folder).work.exists()
+    for path in (path for path in result.folder.rglob("*") if path.is_file() and path.name != "ladder.json"):
+        assert path.read_bytes() == (other.folder / path.relative_to(result.folder)).read_bytes(), path
 
 
 def test_more_work_takes_longer():

@@ -176,7 +176,7 @@ def test_time_left_of_recorded_runs(path, monkeypatch):
 def test_tracker_tells_the_step_the_share_and_the_best():
     clock, told = Clock(), []
     tracker = Tracker(Pace(PARTS), 5, ("A", "B"), SILENT, told.append, clock)
-    with tracker.step("base", lambda: True):
+    with tracker.step("base", 1, lambda: True):
         assert not told[-1].working  # nothing has begun: the step may be complete
         with tracker.task("Base", 4) as task:
             clock.now += 10
@@ -186,7 +186,7 @@ def test_tracker_tells_the_step_the_share_and_the_best():
                 inner.advance(10)  # not the step's own bar
             assert between(told[-1].left, 10 / 50 * 250, 10 / 50 * 50)
     assert (told[-1].step, told[-1].number, told[-1].count) == ("base", 1, 5)
-    with tracker.step("measure A", lambda: True):
+    with tracker.step("measure A", 2, lambda: True):
         tracker.rung_scored("A", {"bytes": 7, "kld": {"value": 0.2, "error": 0.01}}, "naive")
         tracker.rung_tried("A", Best("worse", 7, 0.3, 0.01))
         assert told[-1].best == {"A": Best("naive", 7, 0.2, 0.01)}
@@ -198,7 +198,7 @@ def test_tracker_tells_the_step_the_share_and_the_best():
 def test_a_failed_step_is_not_over():
     told = []
     tracker = Tracker(Pace(PARTS), 5, ("A", "B"), SILENT, told.append, Clock())
-    with pytest.raises(KeyError), tracker.step("base", lambda: True):
+    with pytest.raises(KeyError), tracker.step("base", 1, lambda: True):
         raise KeyError
     assert len(told) == 1
 
@@ -211,9 +211,9 @@ def test_lines_for_a_pipe(tmp_path, capsys):
     display, clock = RunDisplay(output, log), Clock()
     tracker = Tracker(Pace(PARTS), 5, ("A", "B"), log, display.watch, clock)
     with display.shown():
-        with tracker.step("base", lambda: False):
+        with tracker.step("base", 1, lambda: False):
             pass  # complete from before: no word about it
-        with tracker.step("measure A", lambda: True):
+        with tracker.step("measure A", 2, lambda: True):
             with tracker.task("Divergence of A.gguf", 2) as task:
                 clock.now += 60
                 task.advance(1)

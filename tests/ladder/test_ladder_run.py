@@ -34,7 +34,7 @@ from bitladder.ladder import run
 from bitladder.progress import SILENT
 from bitladder.quantize import QuantizeResult
 from bitladder.report import read_unfinished, write_card
-from bitladder.rundir import complete_manifest, last_command
+from bitladder.rundir import Layout, complete_manifest, last_command
 
 RUNGS = ("IQ3_S", "Q4_K_M", "Q8_0")
 SCORES = ["score base", *(f"score {rung}" for rung in RUNGS)]
@@ -217,7 +217,7 @@ def test_a_run_makes_everything_and_again_nothing(options, fakes):
     assert list(result.made) == ALL_STEPS
     assert write_card(options.out)
     assert set(contents(options.out)) == {
-        "README.md", "imatrix.gguf", "Toy-64-F16.gguf", "Toy-64-F16.text.txt.512.base", "bench.json",
+        "README.md", "imatrix.gguf", "Toy-64-F16.gguf", ".planning/Toy-64-F16.text.txt.512.base", "bench.json",
         *(f"Toy-64-{rung}.gguf" for rung in RUNGS), *(f"recipes/{rung}.toml" for rung in RUNGS),
         *(f"{folder}/{name}.json" for folder in ("measured", "scores") for name in ("base", *RUNGS)),
         *(f"measured/{rung}.npz" for rung in RUNGS),
@@ -258,6 +258,21 @@ def test_a_change_redoes_only_what_depends_on_it(options, fakes, tmp_path):
     (options.out / "Toy-64-Q4_K_M.gguf").unlink()
     (options.out / "scores" / "Q8_0.json").write_text("{}")
     assert list(run(silent).made) == ["quantize Q4_K_M", "score Q8_0"]
+
+
+def test_deleted_files_of_the_work_folder_are_made_again_when_a_step_reads_them(options, fakes):
+    run(options)
+    before, work = contents(options.out), Layout(options.out).work
+    shutil.rmtree(work)
+    assert run(options).made == () and not work.exists()
+    more = options.replace(rungs=(*RUNGS, "Q6_K"), bench=False)
+    result = run(more)
+    assert sorted(result.made) == sorted([*SCORES, "base", "quantize Q6_K", "measure Q6_K", "score Q6_K"])
+    after = contents(options.out)
+    assert all(after[path] == content for path, content in before.items() if not path.startswith(("scores", "bench")))
+    assert run(more).made == () and work.exists()
+    assert run(more.replace(release=True)).made == () and not work.exists()
+    assert contents(options.out) == {path: content for path, content in after.items() if ".planning" not in path}
 
 
 def test_what_was_done_before_an_error_stays(options, fakes):

@@ -76,6 +76,14 @@ def test_rungs_are_made_of_the_smoothed_model_where_it_helps(tiny_gguf, tmp_path
         for name, tensor in ours.tensors.items():
             assert (ours.read(tensor) == again.read(again.tensors[name])).all()
     assert not verify(quant, tmp_path / "s.gguf", imatrix=tmp_path / "si.gguf").differing
+    # A rung that is added makes again what was deleted and it reads. The first one stays.
+    before = quant.read_bytes()
+    shutil.rmtree(Layout(folder).work)
+    assert run(options).made == ()
+    added = run(options.replace(rungs=("Q4_K_M", "Q8_0"), release=True)).made
+    new = {"trial Q8_0", "naive Q8_0", "quantize Q8_0", "measure Q8_0", "score Q8_0", "score Q8_0.naive"}
+    assert set(added) == {"smooth", "base", *new} and quant.read_bytes() == before
+    assert not Layout(folder).work.exists()
 
 
 def test_where_it_does_not_help_rungs_are_made_of_the_model_as_it_is(tiny_gguf, tmp_path):

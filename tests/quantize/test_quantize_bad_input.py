@@ -218,7 +218,7 @@ def test_a_quantized_source_needs_leave(model, tmp_path):
         (["-o", "q.gguf", "--tensor-type-file"], 2, "requires an argument"),
         (["-o", "q.gguf", "--prune-layers", "1,x", "Q8_0"], 2, "--prune-layers 1,x"),
         (["-o", "q.gguf", "--split-max-size", "2X", "Q8_0"], 2, "--split-max-size"),
-        (["-o", "q.gguf", "--recipe", "absent.toml"], 1, "absent.toml"),
+        (["-o", "q.gguf", "--recipe", "absent.toml"], 2, "absent.toml"),
         (["-o", ".", "Q8_0"], 2, "is a directory"),
     ],
 )

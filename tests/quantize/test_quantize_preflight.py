@@ -89,5 +89,5 @@ def test_the_command_tells_before_it_works(narrow, tmp_path, capsys):
     assert invoke([*common, "-o", str(tmp_path / "q.gguf")]) == 0
     captured = capsys.readouterr()
     assert "type does not fit" in captured.err
-    assert f"{told['bytes']} bytes" in captured.out
+    assert f"{told['bytes']:,} bytes" in captured.out
     assert (tmp_path / "q.gguf").stat().st_size == told["bytes"] == sum(told["files"])

@@ -1,6 +1,8 @@
 """The inner loops of rounding against brute force, numpy's F16, and feedback written as GPTQ's paper has it."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -275,3 +277,16 @@ def test_lanes_round_to_the_nearest_f16():
         wanted = np.clip(tried[first : first + LANES], -65504, 65504)
         best = wanted.astype(np.float16).astype(F32)
         assert np.array_equal(np.abs(numbers - wanted), np.abs(best - wanted))
+
+
+def test_where_nothing_can_be_written_loops_are_compiled_again():
+    """As for a user without a home whose package belongs to somebody else."""
+    code = """
+import numba.core.caching as caching
+def refuse(self): raise OSError(30, "read-only")
+caching._CacheLocator.ensure_cache_path = refuse
+from bitladder.rounding.kernels import half
+print(half(0.1))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == float(np.float16(0.1))

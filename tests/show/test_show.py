@@ -126,18 +126,20 @@ def test_not_a_run(tmp_path, capsys):
 
 
 def test_what_comes_next(small_run, monkeypatch):
-    """The largest rung that fits with the cache of its context; what the cache takes is what llama.cpp reports."""
+    """The largest rung that fits with the caches and buffers of its context, as llama.cpp reports them."""
     run = read_run(small_run)
+    context = run.usual_context
+    assert context in run.beside and f"-c {context}" in "\n".join(next_steps(run))
     sizes = [model.scores.bytes for model in run.rungs]
     with (
-        log.tapped() as pieces,
         Model(small_run / run.rungs[0].scores.model) as model,
-        Context(model, Decoding(n_ctx=ladder_tables.CONTEXT, threads=1)),
+        log.tapped() as pieces,
+        Context(model, Decoding(n_ctx=context, threads=1)),
     ):
         pass
-    cache = round(float(re.search(r"KV buffer size = +([\d.]+) MiB", "".join(pieces))[1]) * 2**20)
-    # Memories around the two files with the cache, which is that of 8192 tokens in F16.
-    memories = [(sizes[0] + cache - 1) / 1e9, (sizes[0] + cache) / 1e9, (sizes[1] + cache) / 1e9]
+    beside = 2**20 * sum(map(float, re.findall(r"buffer size = +([\d.]+) MiB", "".join(pieces))))
+    # Memories around the two files with what stands beside them.
+    memories = [(sizes[0] + beside - 100) / 1e9, (sizes[0] + beside + 100) / 1e9, (sizes[1] + beside + 100) / 1e9]
     monkeypatch.setattr(ladder_tables, "MEMORIES", memories)
     lines = "\n".join(next_steps(run))
     assert f"for {memories[0]} GB: no rung" in lines

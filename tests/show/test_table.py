@@ -77,6 +77,19 @@ def test_a_column_for_each_model_goes_on_below():
     assert note(lines) == ""
 
 
+@pytest.mark.parametrize("width", WIDTHS[:2])
+def test_long_names_of_models_as_headings_take_several_lines(width):
+    names = [f"Some-Extraordinarily-Long-Model-Name-Instruct-Distill-v2.5-2026-Q{number}_K_M.gguf" for number in (3, 4)]
+    table = Table([Column("", fold=True), *(Column(name, right=True) for name in names)])
+    table.add("continuation, 6 questions, chance 25.0 %", "66.67 ± 21.08 %", "50.00 ± 22.36 %")
+    lines = rendered(table, width)
+    assert max(map(cell_len, lines)) <= width
+    heads = [table.partition("─")[0].splitlines() for table in "\n".join(lines).split("\n\n")]
+    columns = [column for head in heads for column in zip(*(line.split() for line in head), strict=True)]
+    assert ["".join(column) for column in columns] == names
+    assert {"66.67 ± 21.08 %", "50.00 ± 22.36 %"} == set(re.findall(r"[\d.]+ ± [\d.]+ %", "\n".join(lines)))
+
+
 def test_all_tables_are_of_this_kind():
     """Only what stays on the screen while a run works is drawn by rich itself."""
     source = pathlib.Path(bitladder.__file__).parent

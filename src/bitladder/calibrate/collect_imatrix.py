@@ -27,7 +27,7 @@ from bitladder.calibrate.inputs import (
 )
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 from bitladder.engine import Context, Decoding, Model, Multiplication, Tokens
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import UsageError
 from bitladder.gguf import in_main_block
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option
@@ -204,7 +204,7 @@ def merge_imatrices(
         BitladderError: there is no file to merge, or the files are of different models.
     """
     if not in_files:
-        raise BitladderError("nothing to do: give a text (-f) or matrices to merge (--in-file)")
+        raise UsageError("nothing to do: give a text (-f) or matrices to merge (--in-file)")
     total = _sum(in_files, n_ctx)
     return _write(total, pathlib.Path(out), form, total.chunk_count, None, progress)
 

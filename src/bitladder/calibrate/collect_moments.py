@@ -35,7 +35,7 @@ from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, po
 from bitladder.calibrate.moments.schema import Provenance
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 from bitladder.engine import Decoding, Model, Tokens, main_memory, sequence_logits
-from bitladder.errors import BitladderError, GradientsError, UsageError
+from bitladder.errors import GradientsError, UsageError
 from bitladder.files import sha256_file
 from bitladder.gguf import joined_sha256, shards_of
 from bitladder.keys import Algorithm
@@ -228,7 +228,7 @@ def merge_moments(out: Path, in_files: Sequence[Path], *, progress: Progress = S
         BitladderError: there is no file to merge, or the files do not fit together.
     """
     if not in_files:
-        raise BitladderError("nothing to do: give a text (-f) or moments to merge (--in-file)")
+        raise UsageError("nothing to do: give a text (-f) or moments to merge (--in-file)")
     with contextlib.ExitStack() as stack:
         sources = [stack.enter_context(MomentsFile(path)) for path in in_files]
         return _write(pathlib.Path(out), sources, 0, None, progress)

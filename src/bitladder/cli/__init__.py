@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -80,6 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     tell_of_deaths()
+    # The specification of this variable has a path that is not absolute ignored. numba would use it, or make its cache
+    # in the current directory.
+    if not pathlib.Path(os.environ.get("XDG_CACHE_HOME", os.sep)).is_absolute():
+        del os.environ["XDG_CACHE_HOME"]
     code = invoke(arguments)
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -109,6 +114,9 @@ def invoke(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a command; the message is its help
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             # click's own form: the usage, a hint, and the message.

@@ -7,7 +7,7 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, OutputPath
-from bitladder.cli.typed import Choice
+from bitladder.cli.typed import INPUT, Choice
 from bitladder.errors import UsageError
 from bitladder.evaluate import SpeedChoice, SpeedError, SpeedOptions, SpeedRow, bench
 from bitladder.files import write_text
@@ -24,7 +24,7 @@ from bitladder.show import FORMATS, Output, common_options, render, speed_table
     "-m",
     "--model",
     "models",
-    type=click.Path(path_type=pathlib.Path),
+    type=INPUT,
     multiple=True,
     required=True,
     help="A GGUF file. Several files take turns, one repetition each.",

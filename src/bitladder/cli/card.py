@@ -5,6 +5,7 @@ import pathlib
 import click
 
 from bitladder.cli.outputs import Command, check_output
+from bitladder.cli.typed import FOLDER
 from bitladder.show import Output, common_options
 
 
@@ -15,7 +16,7 @@ from bitladder.show import Output, common_options
     page="report.md",
     examples=("card olmo2-ladder",),
 )
-@click.argument("run_dir", type=click.Path(path_type=pathlib.Path))
+@click.argument("run_dir", type=FOLDER)
 @click.option("--repo", metavar="OWNER/NAME", help="Repository of the hub for the card's download links and commands.")
 @common_options
 def command(run_dir: pathlib.Path, *, output: Output, repo: str | None) -> None:

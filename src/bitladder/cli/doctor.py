@@ -8,7 +8,6 @@ from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command
 from bitladder.cli.typed import FileOrName
 from bitladder.convert import ConvertOptions
-from bitladder.errors import BitladderError
 from bitladder.show import Output, common_options
 
 
@@ -32,11 +31,8 @@ def command(*, output: Output, model: str, options: ConvertOptions) -> int:
 
     output.tame_hub()
     diagnosis, cost = diagnose(model, options, progress=output.progress), None
-    if diagnosis.works:
-        try:
-            cost = estimate(RunOptions(model=model, out=pathlib.Path("ladder"), conversion=options))
-        except BitladderError as error:
-            output.progress.warn(f"time, memory and disk are not known: {error}")
+    if diagnosis.works and diagnosis.shape is not None:
+        cost = estimate(RunOptions(model, pathlib.Path("ladder"), conversion=options), shape=diagnosis.shape)
     if output.json:
         output.print_json(diagnosis_json(diagnosis, cost))
     else:

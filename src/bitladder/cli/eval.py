@@ -7,6 +7,7 @@ import click
 from bitladder.cli.from_options import options_from
 from bitladder.cli.options import json_file, kept_results, warn_if_quantized
 from bitladder.cli.outputs import Command
+from bitladder.cli.typed import INPUT
 from bitladder.evaluate import EvalOptions, MeasureOptions, Results, evaluate_files
 from bitladder.files import write_json
 from bitladder.show import Output, common_options, eval_tables
@@ -25,7 +26,7 @@ from bitladder.show import Output, common_options, eval_tables
     "-m",
     "--model",
     "models",
-    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+    type=INPUT,
     multiple=True,
     required=True,
     help="A GGUF file; may be repeated.",

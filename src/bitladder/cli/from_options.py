@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from bitladder.cli.outputs import OutputFolder, OutputPath
-from bitladder.cli.typed import Choice, FileOrName, GroupedOption, Presets, Whole
+from bitladder.cli.typed import PLACE, Choice, FileOrName, GroupedOption, Presets, Whole
 from bitladder.options import OptionField, Options, build, flat
 
 Command = Callable[..., Any]
@@ -109,4 +109,4 @@ def _shown(value: Any) -> str:
 def _path_type(writes: Any) -> click.Path:
     if writes == "folder":
         return OutputFolder()
-    return click.Path(path_type=pathlib.Path) if writes is None else OutputPath(writes)
+    return PLACE if writes is None else OutputPath(writes)

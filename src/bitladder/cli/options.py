@@ -10,7 +10,7 @@ import click
 from bitladder.cli.file_kinds import is_quant
 from bitladder.cli.from_options import typed
 from bitladder.cli.outputs import OutputFolder, OutputPath
-from bitladder.cli.typed import FileOrName, Whole
+from bitladder.cli.typed import INPUT, FileOrName, Whole
 from bitladder.errors import UsageError
 from bitladder.options import Effort
 from bitladder.show import Output
@@ -57,7 +57,7 @@ def calibrating(kind: str, default: str, added: str) -> Callable[[Callable[..., 
         added: what --in-file adds, in a word.
     """
     options = (
-        click.option("-m", "--model", type=click.Path(path_type=pathlib.Path), help="Full-precision GGUF."),
+        click.option("-m", "--model", type=INPUT, help="Full-precision GGUF."),
         click.option(
             "-f", "--file", "files", multiple=True, type=FileOrName(), help="Calibration text; may be repeated."
         ),
@@ -74,7 +74,7 @@ def calibrating(kind: str, default: str, added: str) -> Callable[[Callable[..., 
             "--in-file",
             "in_files",
             multiple=True,
-            type=click.Path(path_type=pathlib.Path),
+            type=INPUT,
             help=f"{added} to add; may be repeated. Without -f, they are only merged.",
         ),
     )
@@ -167,7 +167,7 @@ def kept_results(command: Callable[..., Any]) -> Callable[..., Any]:
         type=OutputFolder(),
         help="Folder where results are kept.  [default: the user's cache folder]",
     )
-    none = click.option("--no-cache", is_flag=True, help="Measure everything again, and keep no results.")
+    none = click.option("--no-cache", is_flag=True, help="Measure everything again, and keep no results and no base.")
     return folder(none(wrapper))
 
 

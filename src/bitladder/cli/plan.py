@@ -9,7 +9,7 @@ from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
 from bitladder.cli.options import warn_if_quantized
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
-from bitladder.cli.typed import Choice, FileOrName
+from bitladder.cli.typed import INPUT, Choice, FileOrName
 from bitladder.errors import UsageError
 from bitladder.plan import (
     FeedbackOptions,
@@ -22,7 +22,6 @@ from bitladder.show import Output, common_options
 from bitladder.text import load_text
 from bitladder.trial import PruneOptions
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 
 
@@ -36,15 +35,15 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
         "plan -m model-F16.gguf --imatrix imatrix.gguf --vram 8GiB --context 8192",
     ),
 )
-@click.option("-m", "--model", required=True, type=_FILE, help="Full-precision GGUF.")
-@click.option("--imatrix", type=_FILE, help="Importance matrix of the same model.")
+@click.option("-m", "--model", required=True, type=INPUT, help="Full-precision GGUF.")
+@click.option("--imatrix", type=INPUT, help="Importance matrix of the same model.")
 @click.option(
     "-o", "--output", "out", type=OutputPath("recipe"), help="Recipe to write.  [default: MODEL-TARGET.toml, here]"
 )
 @options_from(TargetOptions, parameter="aim")
 @click.option(
     "--moments",
-    type=_FILE,
+    type=INPUT,
     multiple=True,
     help="Second moments (from bitladder calibrate). Types are then priced with the blocks of quantize --rounding.",
 )
@@ -53,7 +52,7 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
     type=Choice(["feedback", "descent", "best"]),
     help="Rounding of these blocks; needs --moments.  [default: best]",
 )
-@click.option("--sensitivity", type=_FILE, help="Prices from an earlier plan; with --no-feedback nothing is measured.")
+@click.option("--sensitivity", type=INPUT, help="Prices from an earlier plan; with --no-feedback nothing is measured.")
 @options_from(PlanOptions, leave_out=("n_ctx", "chunks"))
 # These two have another default with --suggest-prune. None says that they are not given.
 @click.option(

@@ -5,6 +5,7 @@ import pathlib
 import click
 
 from bitladder.cli.outputs import Command
+from bitladder.cli.typed import FOLDER
 from bitladder.show import Column, Output, Table, common_options, figures
 
 
@@ -17,7 +18,7 @@ from bitladder.show import Column, Output, Table, common_options, figures
         "push olmo2-ladder OWNER/OLMo-2-1B-GGUF --private",
     ),
 )
-@click.argument("folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
+@click.argument("folder", metavar="RUN_DIR", type=FOLDER)
 @click.argument("repo", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Make the repository private, if it does not exist yet.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files of this name. May be repeated.")

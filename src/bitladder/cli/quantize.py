@@ -10,7 +10,7 @@ import click
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, OutputPath, check_output, note_input
-from bitladder.cli.typed import Presets
+from bitladder.cli.typed import INPUT, Presets
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from bitladder.refine import RoundedQuant
 
 _UNQUANTIZED = ("F16", "BF16", "F32", "ALL_F32", "COPY")
-_PATH = click.Path(path_type=pathlib.Path)
 
 
 class _Quantize(Command):
@@ -71,10 +70,10 @@ def _written(params: Mapping[str, Any]) -> str:
     ),
 )
 @click.argument("words", nargs=-1, type=Presets(), metavar="[PRESET]")
-@click.option("-m", "--model", "source", type=_PATH, help="F16, BF16 or F32 GGUF.")
+@click.option("-m", "--model", "source", type=INPUT, help="F16, BF16 or F32 GGUF.")
 @click.option("-o", "--output", "out", type=OutputPath(_written), help="File to write. An existing file is replaced.")
-@click.option("--imatrix", type=_PATH, help="Importance matrix of the same model.")
-@click.option("--recipe", type=_PATH, help="Recipe (TOML): the type of each tensor. PRESET decides the others.")
+@click.option("--imatrix", type=INPUT, help="Importance matrix of the same model.")
+@click.option("--recipe", type=INPUT, help="Recipe (TOML): the type of each tensor. PRESET decides the others.")
 @click.option("--tensor-type-file", metavar="FILE", help="Entries of --tensor-type in a file, separated by whitespace.")
 @options_from(QuantizeOptions)
 @click.option("--prune-layers", metavar="L0,L1,…", help="Blocks to leave out.")
@@ -83,7 +82,7 @@ def _written(params: Mapping[str, Any]) -> str:
 @click.option(
     "--moments",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+    type=INPUT,
     help="Second moments of the same model, from bitladder calibrate. Several files are averaged.",
 )
 @shared.guard("rounded blocks must lower KLD")
@@ -169,6 +168,8 @@ def _as_llama_quantize(words: tuple[str, ...], params: Mapping[str, Any]) -> dic
     if len(words) not in (3, 4) or any(params[name] is not None for name in options):
         forms = "PRESET -m IN.gguf -o OUT.gguf, or IN.gguf OUT.gguf PRESET [THREADS]"
         raise UsageError(f"{' '.join(words)}: write {forms}")
+    if not pathlib.Path(words[0]).is_file():
+        raise UsageError(f"{words[0]}: no such file")
     values = {"source": pathlib.Path(words[0]), "out": pathlib.Path(words[1]), "words": (words[2],)}
     if len(words) == 3:
         return values

@@ -6,14 +6,13 @@ import click
 
 from bitladder import recipe as recipes
 from bitladder.cli.outputs import Command, OutputPath
-from bitladder.cli.typed import NamingGroup
+from bitladder.cli.typed import INPUT, NamingGroup
 from bitladder.errors import BitladderError
 from bitladder.files import write_text
 from bitladder.gguf import open_model
 from bitladder.show import Output, common_options, difference, recipe_tables
 
-_FILE = click.Path(path_type=pathlib.Path)
-_model = click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF, for shapes and checks.")
+_model = click.option("-m", "--model", type=INPUT, help="The model's full-precision GGUF, for shapes and checks.")
 
 
 @click.group("recipe", cls=NamingGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,7 +30,7 @@ def command() -> None:
     examples=("recipe show model-Q4_K_M.gguf",),
     short_help="Show a recipe in tables.",
 )
-@click.argument("recipe", type=_FILE)
+@click.argument("recipe", type=INPUT)
 @_model
 @common_options
 def show(output: Output, recipe: pathlib.Path, model: pathlib.Path | None) -> None:
@@ -55,8 +54,8 @@ def show(output: Output, recipe: pathlib.Path, model: pathlib.Path | None) -> No
     examples=("recipe check model.toml -m model-F16.gguf",),
     short_help="Check a recipe against its model.",
 )
-@click.argument("recipe", type=_FILE)
-@click.option("-m", "--model", required=True, type=_FILE, help="The model's full-precision GGUF.")
+@click.argument("recipe", type=INPUT)
+@click.option("-m", "--model", required=True, type=INPUT, help="The model's full-precision GGUF.")
 @common_options
 def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
     """Check that RECIPE can be carried out on a model, and show the exact size of its tensors.
@@ -70,7 +69,7 @@ def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
     else:
         for finding in checked.findings:
             output.line(finding.line())
-        output.line(f"{checked.size.bytes} bytes of tensors, {checked.size.bpw:.4f} bpw")
+        output.line(f"{checked.size.bytes:,} bytes of tensors, {checked.size.bpw:.4f} bpw")
     if checked.problems:
         count = f"{checked.problems} problem{'s' if checked.problems > 1 else ''}"
         raise BitladderError(f"{recipe}: {count} with {model.name}")
@@ -83,7 +82,7 @@ def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
     examples=("recipe extract model-Q4_K_M.gguf -o model.toml",),
     short_help="Extract the recipe of a GGUF.",
 )
-@click.argument("gguf", type=_FILE)
+@click.argument("gguf", type=INPUT)
 @click.option("-o", "--output", "out", type=OutputPath("recipe"), help="File to write.  [default: print it]")
 @common_options
 def extract(output: Output, gguf: pathlib.Path, out: pathlib.Path | None) -> None:
@@ -105,8 +104,8 @@ def extract(output: Output, gguf: pathlib.Path, out: pathlib.Path | None) -> Non
     examples=("recipe diff mine.gguf theirs.gguf",),
     short_help="Compare two recipes.",
 )
-@click.argument("a", type=_FILE, metavar="RECIPE_A")
-@click.argument("b", type=_FILE, metavar="RECIPE_B")
+@click.argument("a", type=INPUT, metavar="RECIPE_A")
+@click.argument("b", type=INPUT, metavar="RECIPE_B")
 @_model
 @common_options
 def diff(output: Output, a: pathlib.Path, b: pathlib.Path, model: pathlib.Path | None) -> None:
@@ -133,11 +132,11 @@ def diff(output: Output, a: pathlib.Path, b: pathlib.Path, model: pathlib.Path |
     examples=("recipe export model.toml -m model-F16.gguf -o types.txt",),
     short_help="Export for llama-quantize.",
 )
-@click.argument("recipe", type=_FILE)
+@click.argument("recipe", type=INPUT)
 @click.option(
     "-o", "--output", "out", type=OutputPath("types"), help="File to write the lines to.  [default: print them]"
 )
-@click.option("-m", "--model", type=_FILE, help="The model's full-precision GGUF. Lines without effect are left out.")
+@click.option("-m", "--model", type=INPUT, help="The model's full-precision GGUF. Lines without effect are left out.")
 @common_options
 def export(output: Output, recipe: pathlib.Path, out: pathlib.Path | None, model: pathlib.Path | None) -> None:
     """Export RECIPE as lines for llama-quantize --tensor-type-file, and show the command that uses them.

@@ -5,7 +5,7 @@ import pathlib
 import click
 
 from bitladder.cli.outputs import Command
-from bitladder.cli.typed import Whole
+from bitladder.cli.typed import FOLDER, Whole
 from bitladder.show import Output, common_options
 
 
@@ -15,7 +15,7 @@ from bitladder.show import Output, common_options
     page="run.md",
     examples=("show olmo2-ladder", "show olmo2-ladder --follow"),
 )
-@click.argument("folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
+@click.argument("folder", metavar="RUN_DIR", type=FOLDER)
 @click.option("--follow", "follows", is_flag=True, help="Show what a run says until it ends; it may work elsewhere.")
 @click.option("--plot/--no-plot", default=True, show_default=True, help="Draw KLD against size below the table.")
 @click.option("--width", type=Whole(40), help="Width of the plot.  [default: the terminal's, at most 80]")
@@ -30,6 +30,7 @@ def command(*, output: Output, folder: pathlib.Path, follows: bool, plot: bool, 
     from bitladder.report import read_run, read_unfinished
     from bitladder.rundir import follow, last_command, load_manifest
     from bitladder.show import (
+        deletable,
         ladder_json,
         ladder_table,
         mixed_lines,
@@ -71,3 +72,5 @@ def command(*, output: Output, folder: pathlib.Path, follows: bool, plot: bool, 
         output.line("")
         for line in lines:
             output.line(line)
+    for line in deletable(run):
+        output.remark(line)

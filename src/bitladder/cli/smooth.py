@@ -7,14 +7,12 @@ import click
 
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, OutputPath, check_output
-from bitladder.cli.typed import FileOrName
+from bitladder.cli.typed import INPUT, FileOrName
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.refine import ModelFiles, SmoothingOptions
 from bitladder.show import Output, common_options
 from bitladder.text import load_text
-
-_PATH = click.Path(path_type=pathlib.Path)
 
 
 @click.command(
@@ -23,8 +21,8 @@ _PATH = click.Path(path_type=pathlib.Path)
     page="smooth.md",
     examples=("smooth -m model-F16.gguf --imatrix imatrix.gguf -f held-out.txt",),
 )
-@click.option("-m", "--model", required=True, type=_PATH, help="Full-precision GGUF: F32, F16, BF16.")
-@click.option("--imatrix", required=True, type=_PATH, help="Importance matrix of that model.")
+@click.option("-m", "--model", required=True, type=INPUT, help="Full-precision GGUF: F32, F16, BF16.")
+@click.option("--imatrix", required=True, type=INPUT, help="Importance matrix of that model.")
 @click.option(
     "-o", "--output", "out", type=OutputPath("full model"), help="GGUF to write.  [default: MODEL-smooth.gguf]"
 )
@@ -35,7 +33,7 @@ _PATH = click.Path(path_type=pathlib.Path)
 @click.option(
     "--moments",
     multiple=True,
-    type=_PATH,
+    type=INPUT,
     help="Second moments of the model. Those of the new file are written as NAME.MOMENTS. Can be repeated.",
 )
 @options_from(SmoothingOptions)

@@ -5,11 +5,9 @@ import pathlib
 import click
 
 from bitladder.cli.outputs import Command, OutputPath
-from bitladder.cli.typed import Choice
+from bitladder.cli.typed import INPUT, Choice
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
-
-_FILE = click.Path(path_type=pathlib.Path)
 
 
 @click.command(
@@ -21,9 +19,9 @@ _FILE = click.Path(path_type=pathlib.Path)
         "stats before.gguf after.gguf --heatmap change",
     ),
 )
-@click.argument("imatrix", type=_FILE)
-@click.argument("other", type=_FILE, required=False, metavar="[IMATRIX2]")
-@click.option("-m", "--model", type=_FILE, help="The model's GGUF: lists its weights without an entry.")
+@click.argument("imatrix", type=INPUT)
+@click.argument("other", type=INPUT, required=False, metavar="[IMATRIX2]")
+@click.option("-m", "--model", type=INPUT, help="The model's GGUF: lists its weights without an entry.")
 @click.option(
     "--by",
     type=Choice(["tensor", "layer", "kind"]),

@@ -8,15 +8,13 @@ import click
 from bitladder.cli import options as shared
 from bitladder.cli.from_options import options_from
 from bitladder.cli.outputs import Command, OutputPath
-from bitladder.cli.typed import FileOrName
+from bitladder.cli.typed import INPUT, FileOrName
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
 from bitladder.refine import TuneOptions
 from bitladder.show import Output, common_options
 from bitladder.text import load_text
-
-_FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
 
 @click.command(
@@ -25,8 +23,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
     page="tune.md",
     examples=("tune model-Q4_K_M.gguf -m model-F16.gguf -o tuned.gguf -f calibration.txt",),
 )
-@click.argument("quant", type=_FILE)
-@click.option("-m", "--model", required=True, type=_FILE, help="The full-precision GGUF that QUANT was made from.")
+@click.argument("quant", type=INPUT)
+@click.option("-m", "--model", required=True, type=INPUT, help="The full-precision GGUF that QUANT was made from.")
 @click.option("-o", "--output", "out", required=True, type=OutputPath("quant"), help="GGUF to write.")
 @click.option(
     "-f", "--file", "files", multiple=True, required=True, type=FileOrName(), help="Calibration text; may be repeated."

@@ -1,12 +1,14 @@
 """What is typed: unknown commands get the closest name, and lists may have spaces after their commas."""
 
+import pathlib
+import stat
 from collections.abc import Sequence
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from bitladder.errors import did_you_mean
+from bitladder.errors import UsageError, did_you_mean
 
 _FIRST, _LAST = "Options", "Options of all commands"
 _COMMON = ("as_json", "quiet", "verbose", "_click_default_help")
@@ -70,6 +72,28 @@ class Presets(FileOrName):
         return [CompletionItem(first + comma + name) for name in names] or super().shell_complete(
             ctx, param, incomplete
         )
+
+
+class InputPath(click.Path):
+    """A path that is read. That there is no such file, or folder, is an error in one line, before anything else."""
+
+    def __init__(self, *, file: bool = True, folder: bool = False) -> None:
+        super().__init__(file_okay=file, dir_okay=folder, path_type=pathlib.Path)
+        self._kind = "file or folder" if file and folder else "folder" if folder else "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What `click.ParamType` says."""
+        path, flag = pathlib.Path(value), f"{param.opts[0]} " if isinstance(param, click.Option) else ""
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            raise UsageError(f"{flag}{path}: no such {self._kind}") from error
+        if not (self.dir_okay if is_folder else self.file_okay):
+            raise UsageError(f"{flag}{path} is a {'folder' if is_folder else 'file'}; name a {self._kind}")
+        return path
+
+
+INPUT, FOLDER, PLACE = InputPath(), InputPath(file=False, folder=True), InputPath(folder=True)
 
 
 class GroupedOption(click.Option):

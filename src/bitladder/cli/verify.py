@@ -8,13 +8,12 @@ import click
 
 from bitladder.cli import options
 from bitladder.cli.outputs import Command
+from bitladder.cli.typed import INPUT, PLACE
 from bitladder.errors import BitladderError, UsageError
 from bitladder.show import Output, common_options
 
 if TYPE_CHECKING:
     from bitladder.refine import VerifiedQuant
-
-_FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 
 
 @click.command(
@@ -26,18 +25,18 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
         "verify olmo2-ladder --sample 20",
     ),
 )
-@click.argument("quant", metavar="QUANT|RUN_DIR", type=click.Path(exists=True, path_type=pathlib.Path))
+@click.argument("quant", metavar="QUANT|RUN_DIR", type=PLACE)
 @click.option(
     "-m",
     "--model",
     "source",
-    type=_FILE,
+    type=INPUT,
     help="The full-precision GGUF that QUANT was made from; of a run, if it was given one.",
 )
-@click.option("--imatrix", type=_FILE, help="The importance matrix that QUANT was made with.")
+@click.option("--imatrix", type=INPUT, help="The importance matrix that QUANT was made with.")
 @click.option(
     "--moments",
-    type=_FILE,
+    type=INPUT,
     multiple=True,
     help="The second moments that QUANT was made with, if it was made with --rounding.",
 )

@@ -4,7 +4,6 @@ Files are compared by the paired difference of KLD. Two files differ if the diff
 """
 
 import collections
-import contextlib
 import dataclasses
 import math
 import pathlib
@@ -19,13 +18,12 @@ from bitladder.evaluate import (
     Measurement,
     MeasureOptions,
     MixedPair,
-    Reference,
     Results,
     average,
     compare_pair,
     measure_several,
     mixed_pairs,
-    open_or_compute,
+    opened_bases,
     paired_mean,
     with_pair,
 )
@@ -155,7 +153,7 @@ def compare_quants(
         texts: the texts to measure on, which count alike.
         settings: how to decode, and how many chunks.
         options: which sizes count as equal; None takes the defaults.
-        results: where results are kept; None keeps nothing.
+        results: where results are kept; None keeps nothing, and no predictions of the base either.
         progress: receives the progress.
 
     Raises:
@@ -170,12 +168,9 @@ def compare_quants(
     contradictions: list[MixedPair] = []
     if fitting:
         paths = [models[index].path for index in fitting]
-        with contextlib.ExitStack() as stack:
-            bases = list[Reference]()
-            for text in texts:
-                bases.append(open_or_compute(base, options.base_file, text, settings, paths[0], progress))
-                stack.callback(bases[-1].close)
-            request = EvalRequest(texts=tuple(texts), settings=settings, bases=tuple(bases))
+        opened = opened_bases(base, options.base_file, texts, settings, paths[0], results=results, progress=progress)
+        with opened as bases:
+            request = EvalRequest(texts=tuple(texts), settings=settings, bases=bases)
             measured = measure_several(paths, request, results=results, progress=progress)
         for index, measurement, defeat in zip(fitting, measured, defeats(measured, options.largest), strict=True):
             by = dataclasses.replace(defeat, by=fitting[defeat.by]) if defeat else None

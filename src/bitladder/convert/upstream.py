@@ -9,6 +9,7 @@ Source of the layout of the archive and of the requirements: vendor/llama.cpp in
 
 import dataclasses
 import importlib.metadata
+import os
 import pathlib
 import re
 import shutil
@@ -31,6 +32,11 @@ REQUIREMENTS = "requirements/requirements-convert_hf_to_gguf.txt"
 WANTED = (SCRIPT, "conversion/", "gguf-py/", "requirements/", "LICENSE")
 MOST_UNPACKED = 64 << 20  # bytes; what is wanted has some 2 MB
 LINES = 5  # last lines of a program that an error shows
+# Environment variables that the converter gets: those that Python and its libraries need, and no tokens.
+PASSED = ("PATH", "HOME", "USERPROFILE", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+PASSED += ("DYLD_LIBRARY_PATH", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+# What pip does not get of its environment, in which it may have indexes, proxies and certificates.
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _PERCENT = re.compile(r"(\d{1,3})%\|")
 
 
@@ -216,7 +222,12 @@ def run_converter(
     with progress.task(label, 100) as bar:
         done = 0
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={name: os.environ[name] for name in PASSED if name in os.environ},
         )
         try:
             assert process.stderr is not None
@@ -312,7 +323,8 @@ def _install(python: pathlib.Path, requirement: str, indexes: Sequence[str], adv
 def _pip(words: Sequence[str]) -> str | None:
     """Runs pip. Returns the last line of its messages if it fails."""
     command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *words]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    environment = {name: value for name, value in os.environ.items() if name not in TOKENS}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     if done.returncode == 0:
         return None
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         measure,
         measure_and_keep,
         measure_base,
-        open_or_compute,
+        opened_bases,
         over_texts,
     )
     from bitladder.evaluate.measure_options import MeasureOptions
@@ -129,7 +129,7 @@ __all__ = [
     "mixed_pairs",
     "noise_floor",
     "open_base",
-    "open_or_compute",
+    "opened_bases",
     "over_texts",
     "paired_mean",
     "paired_task",

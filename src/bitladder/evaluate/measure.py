@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compar
 from bitladder.evaluate.base.logits_file import is_logits_file, write_logits_file
 from bitladder.evaluate.divergence import TokenScores, compare_with_base, refuse_alike, token_nll
 from bitladder.evaluate.figures import divergence_figures, likelihood_figures
-from bitladder.evaluate.identity import Identity, check_vocabularies, identify, unlike
+from bitladder.evaluate.identity import Identity, NoResults, Results, check_vocabularies, identify, unlike
 from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.scores import BaseModelName, NamedFile, Scores, TextScores
@@ -302,6 +303,40 @@ def open_or_compute(
         return open_base(base, _needed(text), settings)
     check_vocabularies(model, base)  # before the base is computed, which can take long
     return load_or_compute_base(base, _needed(text), settings, path=base_file, progress=progress)
+
+
+@contextlib.contextmanager
+def opened_bases(
+    base: pathlib.Path,
+    base_file: pathlib.Path | None,
+    texts: Sequence[Text],
+    settings: MeasureOptions,
+    model: pathlib.Path,
+    *,
+    results: Results | None,
+    progress: Progress = SILENT,
+) -> Iterator[tuple[Reference, ...]]:
+    """The base of each text, for several models; without a text that of a file of log-probabilities.
+
+    Parameters:
+        base, base_file, settings, model, progress: as for `open_or_compute`.
+        texts: the texts to measure on.
+        results: where results are kept. If they are not, predictions that are computed are not kept either, unless
+            `base_file` names a place.
+
+    Raises:
+        UsageError, BitladderError: as `open_or_compute`.
+    """
+    with contextlib.ExitStack() as stack:
+        bases: list[Reference] = []
+        for number, text in enumerate(texts or [None]):
+            place = base_file
+            if place is None and (results is None or isinstance(results, NoResults)):
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bitladder-"))
+                place = pathlib.Path(folder) / f"{number}.base"
+            bases.append(open_or_compute(base, place, text, settings, model, progress))
+            stack.callback(bases[-1].close)
+        yield tuple(bases)
 
 
 def reference_name(base: Reference) -> BaseModelName:

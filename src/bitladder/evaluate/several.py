@@ -22,7 +22,7 @@ from bitladder.evaluate.measure import (
     identity_fields,
     measure,
     measure_and_keep,
-    open_or_compute,
+    opened_bases,
     over_texts,
     reference_name,
 )
@@ -140,7 +140,7 @@ def evaluate_files(
         models: the files to measure.
         options: what to measure, and against which base.
         settings: how to decode, and how many chunks; the context is that of `options`.
-        results: where results are kept; None keeps nothing.
+        results: where results are kept; None keeps nothing, and no predictions of the base either.
         progress: receives the progress.
 
     Returns:
@@ -168,16 +168,16 @@ def evaluate_files(
     if options.logits and options.writes_logits:
         return [measure_and_keep(models[0], texts[0], options.logits, settings, progress)]
     with contextlib.ExitStack() as stack:
-        bases: list[Reference] = []
+        bases: tuple[Reference, ...] = ()
         if reference := options.logits or options.base:
-            of_each: Sequence[Text | None] = texts or [None]
-            for text in of_each:
-                bases.append(open_or_compute(reference, options.base_file, text, settings, models[0], progress))
-                stack.callback(bases[-1].close)
+            opened = opened_bases(
+                reference, options.base_file, texts, settings, models[0], results=results, progress=progress
+            )
+            bases = stack.enter_context(opened)
         request = EvalRequest(
             texts=tuple(texts),
             settings=settings,
-            bases=tuple(bases),
+            bases=bases,
             tasks=tasks,
             task_settings=settings.replace(n_ctx=TASK_CTX if options.n_ctx is None else options.n_ctx, chunks=None),
             task_count=options.task_count,

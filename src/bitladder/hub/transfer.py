@@ -75,15 +75,16 @@ def fetch(spec: str, option: str = "") -> Fetched:
 def fetch_checkpoint(model: str | pathlib.Path) -> pathlib.Path:
     """The directory of a checkpoint: `model` itself, or the snapshot of a hub repository in huggingface_hub's cache.
 
-    Raises BitladderError if `model` is a file, neither a directory nor a hub id, or cannot be fetched.
+    Raises UsageError if `model` is a file, or neither a directory nor a hub id, and BitladderError if it cannot be
+    fetched.
     """
     path = pathlib.Path(model)
     if path.is_dir():
         return path
     if path.exists():
-        raise BitladderError(f"{path} is a file; name the checkpoint's directory")
+        raise UsageError(f"{path} is a file; name the checkpoint's directory")
     if not is_repository(str(model)):
-        raise BitladderError(f"{model} is neither a directory nor a hub id such as allenai/OLMo-2-0425-1B")
+        raise UsageError(f"{model} is neither a directory nor a hub id such as allenai/OLMo-2-0425-1B")
     from huggingface_hub import snapshot_download
 
     try:

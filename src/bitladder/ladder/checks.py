@@ -120,12 +120,13 @@ def check_texts(steps: Sequence[Step], texts: TextsOfRun) -> None:
                     )
 
 
-def check_room(options: RunOptions, cost: Estimate, progress: Progress) -> None:
+def check_room(options: RunOptions, cost: Estimate, released: Estimate, progress: Progress) -> None:
     """Refuses a run that does not fit into memory or on the disk.
 
     Parameters:
         options: the options of the run.
         cost: of the steps that are left.
+        released: of the same steps with --release.
         progress: is warned if memory may not suffice.
 
     Raises:
@@ -133,9 +134,10 @@ def check_room(options: RunOptions, cost: Estimate, progress: Progress) -> None:
     """
     free, largest = shutil.disk_usage(options.out).free, max(cost.stages, key=lambda stage: stage.disk_bytes)
     if largest.disk_bytes > free:
+        less = f"--release, which needs {released.disk_bytes / 1e9:.3g} GB, " if released.disk_bytes <= free else ""
         raise BitladderError(
             f"--out {options.out}: the step {largest.name} needs about {largest.disk_bytes / 1e9:.3g} GB of the disk, "
-            f"which has {free / 1e9:.3g} GB free; choose fewer rungs (--ladder) or another disk"
+            f"which has {free / 1e9:.3g} GB free; choose {less}fewer rungs (--ladder) or another disk"
         )
     memory, hungriest = main_memory(), max(cost.stages, key=lambda stage: stage.memory_bytes)
     if not memory or hungriest.memory_bytes <= memory:

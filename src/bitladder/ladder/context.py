@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Other, Source
 from bitladder.ladder.steps.step import Step
 from bitladder.ladder.store import Store
-from bitladder.ladder.tracker import Tracker
-from bitladder.plan import PlanInputs, Planner
+from bitladder.plan import RENDERED, PlanInputs, Planner
+from bitladder.progress import Progress
 from bitladder.recipe import TextUsed
 from bitladder.refine import ModelFiles
 from bitladder.rundir import Layout, StepRecord
@@ -30,6 +31,7 @@ class Run(Closing):
         options: the options of the run.
         source: the model that the run starts from.
         store: the open run directory.
+        steps: the steps of the run.
         texts: the texts to measure with.
         calibration: the texts to calibrate on.
         tasks: the benchmarks to score with.
@@ -44,11 +46,12 @@ class Run(Closing):
         source: Source,
         store: Store,
         *,
+        steps: Sequence[Step],
         texts: Sequence[Text],
         calibration: Sequence[Text],
         tasks: Sequence[evaluate.QuestionSet],
         others: Sequence[Other],
-        progress: Tracker,
+        progress: Progress,
         rounding_threads: int,
     ) -> None:
         self.options, self.source, self.store, self.progress = options, source, store, progress
@@ -56,6 +59,7 @@ class Run(Closing):
         self.layout = Layout(store.folder)
         self.texts, self.calibration, self.tasks = list(texts), list(calibration), list(tasks)
         self.others = {other.name: other for other in others}
+        self._steps = {step.name: step for step in steps}
         self._records: dict[str, StepRecord] = {}
         self._digests = self._input_digests()
         self._open_bases: list[evaluate.HiddenBase] = []
@@ -87,26 +91,89 @@ class Run(Closing):
 
     def close(self) -> None:
         """Frees the loaded models."""
+        self._close_bases()
+        self._close_planner()
+
+    def _close_bases(self) -> None:
         for base in self._open_bases:
             base.close()
         self._open_bases = []
-        self._close_planner()
 
     def _close_planner(self) -> None:
         if self._open_planner is not None:
             self._open_planner[1].close()
         self._open_planner = None
 
-    def do(self, step: Step) -> None:
-        """Does a step, unless the run directory has it."""
-        record = self.store.ensure(step.name, step.inputs(self, self._digests), lambda: step.make(self))
+    def due(self) -> set[str]:
+        """The names of the steps that must be made, as far as that is known before the first of them is."""
+        due = set[str]()
+        for step in self._steps.values():
+            if due.isdisjoint(step.needs) and due.isdisjoint(step.reads(self)):
+                record = self._complete(step)
+                if record is not None:
+                    self._keep(step, record)
+                    continue
+            due.add(step.name)
+        return due.union(*(self._deleted(self._steps[name]) for name in due))
+
+    def before(self, step: Step) -> list[Step]:
+        """The earlier steps to make again first, because files that the step reads are deleted. A complete one reads
+        nothing."""
+        if self._complete(step):
+            return []
+        return [self._steps[name] for name in self._deleted(step)]
+
+    def waits(self, step: Step) -> bool:
+        """Whether the step is complete without its files, so that it is made again only if another step reads them."""
+        record = self._complete(step)
+        return record is not None and not self._has_files(record)
+
+    def _complete(self, step: Step) -> StepRecord | None:
+        return self.store.complete(step.name, step.inputs(self, self._digests))
+
+    def _has_files(self, record: StepRecord) -> bool:
+        return all(self.store.path(output).is_file() for output in record.outputs)
+
+    def _deleted(self, step: Step) -> list[str]:
+        """The complete steps whose files the step reads and are deleted, and those that these read, in order."""
+        names: list[str] = []
+        for name in step.reads(self):
+            if name in self._records and not self._has_files(self._records[name]):
+                names += [*self._deleted(self._steps[name]), name]
+        return list(dict.fromkeys(names))
+
+    def do(self, step: Step, *, whole: bool = False) -> None:
+        """Does a step, unless it is complete. If not `whole`, files of it may be deleted in the work folder."""
+        inputs = step.inputs(self, self._digests)
+        self._keep(step, self.store.ensure(step.name, inputs, lambda: step.make(self), whole=whole))
+        step.completed(self)
+
+    def release(self, left: Sequence[Step]) -> None:
+        """Deletes the files of the work folder that none of the steps that are left reads."""
+        read = {name for step in left for name in step.reads(self)}
+        caches = {step.cache for step in left}
+        if not left:
+            self.close()
+            shutil.rmtree(self.layout.work, ignore_errors=True)
+        if RENDERED not in caches:
+            self._close_planner()
+        if BASE not in read:
+            self._close_bases()
+        for name, record in self._records.items():
+            if name not in read:
+                self.store.release(record)
+        for cache in {step.cache for step in self._steps.values()} - caches:
+            for folder in self.layout.blocks(cache):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _keep(self, step: Step, record: StepRecord) -> None:
+        """Keeps the record of a complete step for later ones."""
         self._records[step.name] = record
         if step.name == "convert":  # the same file may lie elsewhere under another name, given as MODEL
             self._digests[step.name] = {"model": record.facts["sha256"]}
             self._render_texts()
         else:
             self._digests[step.name] = {output.path: output.sha256 for output in record.outputs}
-        step.completed(self)
 
     def digest(self, name: str) -> Any:
         """The content hashes of what an earlier step wrote, or of an input of the run."""

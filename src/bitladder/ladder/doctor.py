@@ -13,6 +13,7 @@ from bitladder.convert import Checkpoint, ConvertOptions, Outline, architectures
 from bitladder.engine import Request, preset_types
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo, block_of, kind_of, name_in_block, open_model, prediction_tensors
+from bitladder.ladder.model_shape import ModelShape, shape_of_checkpoint, shape_of_gguf
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import substitutes
 from bitladder.recipe import changeable
@@ -70,6 +71,7 @@ class Diagnosis:
         misfits: widths that cannot hold super-blocks.
         no_gradients: why second moments are weighted by positions; None if by gradients.
         links: kind → number of places where smoothing can move scales; empty if there is none.
+        shape: the matrices, from which the cost of a run follows; None if they are not known.
     """
 
     model: str
@@ -95,6 +97,7 @@ class Diagnosis:
     misfits: tuple[WidthMisfit, ...] = ()
     no_gradients: str | None = None
     links: dict[str, int] = dataclasses.field(default_factory=dict)
+    shape: ModelShape | None = None
 
     @property
     def works(self) -> bool:
@@ -118,7 +121,8 @@ def diagnose(model: str, options: ConvertOptions | None = None, *, progress: Pro
     """
     options, path = options or ConvertOptions(), pathlib.Path(model)
     if path.is_file():
-        return _of_gguf(Diagnosis(model, "GGUF"), path)
+        about = _of_gguf(Diagnosis(model, "GGUF"), path)
+        return _with_shape(about, lambda: shape_of_gguf(path)) if about.works else about
     with tempfile.TemporaryDirectory(prefix="bitladder.") as temporary:
         folder = path
         if not path.is_dir():
@@ -138,9 +142,18 @@ def diagnose(model: str, options: ConvertOptions | None = None, *, progress: Pro
             reason = _without(str(error), folder, model)
             return dataclasses.replace(about, reasons=(reason,), remarks=tuple(remarks))
         about = _of_outline(about, outline)
-        return dataclasses.replace(
+        about = dataclasses.replace(
             about, remarks=(*about.remarks, *(_without(line, folder, model) for line in remarks))
         )
+        return _with_shape(about, lambda: shape_of_checkpoint(model, folder))
+
+
+def _with_shape(about: Diagnosis, shape: Callable[[], ModelShape]) -> Diagnosis:
+    """The diagnosis with a shape, or with the reason why it is not known."""
+    try:
+        return dataclasses.replace(about, shape=shape())
+    except BitladderError as error:
+        return dataclasses.replace(about, remarks=(*about.remarks, f"what a run takes is not known: {error}"))
 
 
 class _Heard:

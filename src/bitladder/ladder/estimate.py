@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import time
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
@@ -108,7 +108,7 @@ class Estimate:
         return max(stage.disk_bytes for stage in self.stages)
 
 
-def estimate(options: RunOptions, *, machine: Machine | None = None) -> Estimate:
+def estimate(options: RunOptions, *, machine: Machine | None = None, shape: ModelShape | None = None) -> Estimate:
     """What a run with these options takes if nothing of it is there yet.
 
     Only headers are read: of a GGUF, of safetensors files, or config.json. Of a model on the hub nothing else is
@@ -117,12 +117,13 @@ def estimate(options: RunOptions, *, machine: Machine | None = None) -> Estimate
     Parameters:
         options: the options of the run.
         machine: what a core does; None measures it, in some seconds.
+        shape: of the model, if it is known; None reads it.
 
     Raises:
         UsageError: an option cannot be used.
         BitladderError: there is no such model, or its shape is not known.
     """
-    inputs = _inputs(options)
+    inputs = _inputs(options, shape)
     return _estimate(options, inputs, machine or measure_machine(options.decoding.threads))
 
 
@@ -137,10 +138,10 @@ class _Inputs:
     tasks: Sequence[evaluate.QuestionSet]
 
 
-def _inputs(options: RunOptions) -> _Inputs:
+def _inputs(options: RunOptions, shape: ModelShape | None = None) -> _Inputs:
     return _Inputs(
         choose_rungs(options.rungs),
-        shape_of(options.model),
+        shape or shape_of(options.model),
         load_texts(options.texts),
         [load_text(spec) for spec in options.calibration],
         tasks_of(options),
@@ -159,7 +160,8 @@ def _estimate(options: RunOptions, inputs: _Inputs, machine: Machine) -> Estimat
         models=1 + len(inputs.rungs) + len(options.compare),
         full=path if path.is_file() else None,
     )
-    return estimate_steps(steps_of(options, ["other"] * len(options.compare)), extent, machine)
+    steps = steps_of(options, ["other"] * len(options.compare))
+    return estimate_steps(steps, extent, machine, release=options.release)
 
 
 def choose_effort(options: RunOptions, hours: float, keep: Container[str] = ()) -> RunOptions:
@@ -185,34 +187,41 @@ def choose_effort(options: RunOptions, hours: float, keep: Container[str] = ()) 
     )
 
 
-def estimate_steps(steps: Sequence[Step], extent: Extent, machine: Machine, done: Collection[str] = ()) -> Estimate:
+def estimate_steps(steps: Sequence[Step], extent: Extent, machine: Machine, *, release: bool = False) -> Estimate:
     """What the steps of a run take.
 
     Parameters:
-        steps: the steps.
+        steps: the steps that are not complete.
         extent: how much there is to do.
         machine: what a core does.
-        done: names of the steps that are complete. They take nothing more.
+        release: whether files of the work folder are deleted after their last reader.
     """
-    stages, kept = [], 0.0
-    for step in steps:
-        if step.name in done:
-            continue
+    stages, kept, work = [], 0.0, dict[Step, float]()
+    for index, step in enumerate(steps):
         parts = [(part, part.amount / getattr(machine, part.rate)) for part in step.parts(extent)]
         rounding = min(machine.threads, extent.rounding_threads)
         wall = sum(each / (rounding if part.kind == "rounding" else machine.threads) for part, each in parts)
         room = step.room(extent)
         kept += room.kept
+        work[step] = room.work
         stages.append(
             Stage(
                 step.name,
                 wall,
                 sum(each for _, each in parts),
                 int(step.memory(extent)),
-                int(kept + room.beside),
+                int(kept + sum(work.values()) + room.beside),
             )
         )
-    return Estimate(tuple(stages), machine, int(kept))
+        if release:
+            left = steps[index + 1 :]
+            work = {done: size for done, size in work.items() if any(_uses(later, done) for later in left)}
+    return Estimate(tuple(stages), machine, int(kept + sum(work.values())))
+
+
+def _uses(later: Step, earlier: Step) -> bool:
+    """Whether a step may read what an earlier one left in the work folder."""
+    return earlier.cache == later.cache if earlier.cache else earlier.name in later.reads()
 
 
 def tasks_of(options: RunOptions) -> list[evaluate.QuestionSet]:

@@ -53,6 +53,14 @@ class RunOptions(Options):
         hidden=True,
         help="Keep the rungs in the card that the directory has and --ladder does not name.",
     )
+    release: bool = option(
+        False,
+        "--release",
+        decides=False,
+        hidden=True,
+        help="Delete files that only steps read, such as second moments, when no later step of the run reads them. "
+        "Another rung makes them again.",
+    )
     effort: Effort = option(
         "high",
         "--effort",

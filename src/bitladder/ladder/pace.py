@@ -7,7 +7,7 @@ from all others, and is uncertain.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from bitladder.ladder.steps.step import Part
 
@@ -53,6 +53,10 @@ class Pace:
         self._began = 0.0
         self._part: Part | None = None
         self._share = 0.0
+
+    def keep(self, steps: Container[str]) -> None:
+        """Only these steps will be made."""
+        self._left = {step: parts for step, parts in self._left.items() if step in steps}
 
     def begin(self, step: str, now: float) -> None:
         """A step begins."""

@@ -10,7 +10,6 @@ from bitladder import quantize
 from bitladder.ladder.checks import check_options, check_room, check_texts, refuse_other_model
 from bitladder.ladder.context import BASE, Run, read_json
 from bitladder.ladder.estimate import (
-    Estimate,
     Machine,
     estimate_steps,
     extent_of,
@@ -86,27 +85,18 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
     questions = question_counts(tasks, options)
     models = 1 + len(rungs) + len(others)
     extent = extent_of(options, shape, texts, calibration, questions, models=models, full=full)
-    pace = Pace({step.name: step.parts(extent) for step in steps})
-    tracker = Tracker(pace, len(steps), rungs, progress, watch)
     keep = source.path if source.is_gguf else None
     if source.is_gguf:
         check_texts(steps, TextsOfRun(texts, calibration, source.path))
     with open_store(options.out, keep=keep, progress=progress) as store:
         refuse_other_model(options, source, store)
-        present = set(store.present())
-        left = [step for step in steps if step.name not in present]
-        if left:
-            expected = expect(left, extent, rounds=options.rounds)
-            check_room(options, expected, progress)
-            if expected.seconds > TOLD_FROM:
-                progress.info(f"{in_words(expected)} (an estimate)")
-        store.begin(run_record(options, source, others, store.manifest.run))
-        if left_out:
-            progress.info(f"{', '.join(left_out)}: not in the card, because --ladder does not name them (--keep does)")
+        pace = Pace({step.name: step.parts(extent) for step in steps})
+        tracker = Tracker(pace, len(steps), rungs, progress, watch)
         context = Run(
             options,
             source,
             store,
+            steps=steps,
             texts=texts,
             calibration=calibration,
             tasks=tasks,
@@ -115,24 +105,44 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
             rounding_threads=extent.rounding_threads,
         )
         with context:
-            for step in steps:
-                with tracker.step(step.name, made=functools.partial(store.made.__contains__, step.name)):
+            due = context.due()
+            pace.keep(due)
+            expect([step for step in steps if step.name in due], extent, options, progress)
+            store.begin(run_record(options, source, others, store.manifest.run))
+            if left_out:
+                names = ", ".join(left_out)
+                progress.info(f"{names}: not in the card, because --ladder does not name them (--keep does)")
+            for number, step in enumerate(steps, 1):
+                if context.waits(step):
                     context.do(step)
-                    tell(tracker, step, context.layout)
+                    continue
+                for each in (*context.before(step), step):
+                    with tracker.step(each.name, number, made=functools.partial(store.made.__contains__, each.name)):
+                        context.do(each, whole=each is not step)
+                        tell(tracker, each, context.layout)
                 if step.verb == "convert" and not source.is_gguf:  # the vocabulary is known from here on
                     check_texts(steps, TextsOfRun(context.texts, context.calibration, context.full))
+                if options.release:
+                    context.release(steps[number:])
         store.finish()
         labels = (BASE, *rungs, *(other.name for other in others))
         scores = [read_json(context.layout.scores(label)) for label in labels]
         return RunResult(store.folder, tuple(store.made), labels, rungs, scores)
 
 
-def expect(left: Sequence[Step], extent: Extent, *, rounds: bool) -> Estimate:
-    """What the steps that are left take. If that is long, the machine is measured first."""
-    expected = estimate_steps(left, extent, Machine(threads=extent.threads))
-    if expected.seconds < MEASURED_FROM:
-        return expected
-    return estimate_steps(left, extent, measure_machine(extent.threads, rounds=rounds))
+def expect(left: Sequence[Step], extent: Extent, options: RunOptions, progress: Progress) -> None:
+    """Says what the steps that are left take, and refuses what does not fit. If they take long, the machine is measured
+    first."""
+    if not left:
+        return
+    machine = Machine(threads=extent.threads)
+    expected = estimate_steps(left, extent, machine, release=options.release)
+    if expected.seconds >= MEASURED_FROM:
+        machine = measure_machine(extent.threads, rounds=options.rounds)
+        expected = estimate_steps(left, extent, machine, release=options.release)
+    check_room(options, expected, estimate_steps(left, extent, machine, release=True), progress)
+    if expected.seconds > TOLD_FROM:
+        progress.info(f"{in_words(expected)} (an estimate)")
 
 
 def left_out_rungs(options: RunOptions, rungs: tuple[str, ...]) -> tuple[str, ...]:

@@ -54,22 +54,29 @@ class Store:
                 if (path / "key").is_file():
                     shutil.rmtree(path, ignore_errors=True)
 
-    def ensure(self, name: str, inputs: Mapping[str, Any], work: Callable[[], Product]) -> StepRecord:
+    def complete(self, name: str, inputs: Mapping[str, Any]) -> StepRecord | None:
+        """The record of a step that `ensure` would not do, or None."""
+        last = self.manifest.steps.get(name)
+        return last if last is not None and self._why_again(last, {"step": name, **inputs}) is None else None
+
+    def ensure(
+        self, name: str, inputs: Mapping[str, Any], work: Callable[[], Product], *, whole: bool = False
+    ) -> StepRecord:
         """Does a step unless it is complete with the same inputs.
 
         Parameters:
             name: name of the step.
             inputs: everything that the result depends on, as JSON.
             work: does the step.
+            whole: whether a step is not complete if files of it were deleted in the work folder.
 
         Returns:
             The record of the step.
         """
         inputs = {"step": name, **inputs}
-        key = key_of(inputs)
         last = self.manifest.steps.get(name)
         if last is not None:
-            reason = self._why_again(last, key, inputs)
+            reason = self._why_again(last, inputs, whole=whole)
             if reason is None:
                 return last
             self._progress.info(f"{name}: made again, because {reason}")
@@ -80,7 +87,9 @@ class Store:
         product = work()
         seconds = round(time.monotonic() - began, 3)
         outputs = [self._output(path) for path in product.files]
-        record = StepRecord(key=key, inputs=inputs, outputs=outputs, facts=dict(product.facts), seconds=seconds)
+        record = StepRecord(
+            key=key_of(inputs), inputs=inputs, outputs=outputs, facts=dict(product.facts), seconds=seconds
+        )
         self.manifest.steps[name] = record
         self._save()
         self.made.append(name)
@@ -94,10 +103,16 @@ class Store:
         self.manifest.run = run
         self._save()
 
-    def present(self) -> list[str]:
-        """The names of the steps whose files are all there, whatever their inputs were."""
-        steps = self.manifest.steps.items()
-        return [name for name, step in steps if all(self.path(output).is_file() for output in step.outputs)]
+    def release(self, record: StepRecord) -> None:
+        """Deletes the files of a step that are in the work folder."""
+        for output in record.outputs:
+            path = self.path(output)
+            if self._in_work(output) and path.is_file():
+                path.unlink()
+                self._progress.info(f"{output.path} is deleted: no later step reads it")
+
+    def _in_work(self, output: OutputFile) -> bool:
+        return self.path(output).is_relative_to(Layout(self.folder).work)
 
     def path(self, output: OutputFile) -> pathlib.Path:
         """The path of a recorded file."""
@@ -133,13 +148,15 @@ class Store:
         label = path.relative_to(self.folder).as_posix()
         return OutputFile(path=label, bytes=path.stat().st_size, sha256=self.sha256(path, label))
 
-    def _why_again(self, last: StepRecord, key: str, inputs: Mapping[str, Any]) -> str | None:
+    def _why_again(self, last: StepRecord, inputs: Mapping[str, Any], *, whole: bool = False) -> str | None:
         """The reason why a recorded step is not valid; None if it is valid."""
-        if last.key != key:
+        if last.key != key_of(inputs):
             return f"{' and '.join(_differing(last.inputs, inputs)) or 'its key'} changed"
         for output in last.outputs:
             path = self.path(output)
             if not path.is_file():
+                if not whole and self._in_work(output):
+                    continue
                 return f"{output.path} is missing"
             if path.stat().st_size != output.bytes or self.sha256(path, output.path) != output.sha256:
                 return f"{output.path} was changed after it was written"

@@ -82,9 +82,10 @@ class Tracker:
         self._working = False
 
     @contextlib.contextmanager
-    def step(self, name: str, made: Callable[[], bool]) -> Iterator[None]:
-        """The context of a step. `made` says at its end whether the step did any work."""
-        self._step, self._number, self._working = name, self._number + 1, False
+    def step(self, name: str, number: int, made: Callable[[], bool]) -> Iterator[None]:
+        """The context of a step. `made` says at its end whether the step did any work. What is made again for a later
+        step has the number of that step."""
+        self._step, self._number, self._working = name, number, False
         self._pace.begin(name, self._clock())
         self._tell()
         yield

@@ -118,7 +118,7 @@ class _Inputs:
                 raise BitladderError(f"{path} lies outside {self._folder}: files of the run were tampered with")
             if not path.is_file():
                 raise BitladderError(
-                    f"{path} is missing, and nothing can be derived without it; give the run's command again"
+                    f"{path} is missing, and nothing can be derived without it; a run in another directory makes it"
                 )
             if path.stat().st_size != output.bytes or sha256_file(path) != output.sha256:
                 raise BitladderError(f"{path} was changed after the run; give the run's command again")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         RivalOptions,
         TargetOptions,
     )
-    from bitladder.plan.planner import PlanInputs, Planner, planning_text
+    from bitladder.plan.planner import RENDERED, PlanInputs, Planner, planning_text
     from bitladder.plan.prices.document import TypePrices, load_prices
     from bitladder.plan.prices.fisher_prices import FISHER_PRICES
     from bitladder.plan.prices.menu import Window
@@ -30,6 +30,7 @@ __all__ = [
     "MEMORY",
     "PLANNING",
     "PRICES",
+    "RENDERED",
     "Constraints",
     "FeedbackOptions",
     "FeedbackResult",

@@ -16,6 +16,7 @@ from bitladder.plan.options import FeedbackOptions
 from bitladder.plan.problem import Prices
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Bar, Progress
+from bitladder.text import EXCERPTS
 from bitladder.trial import SWAPPED_KLD, Measurement, Measurements
 
 PLANNING = Algorithm(
@@ -26,9 +27,8 @@ PLANNING = Algorithm(
         "corrections are fitted to the recipes of the plan itself, not to all that the journal holds",
         "matrices that no calibration text reaches are not planned",
         "a preset's own recipe fits into its size, with the key of our version, so that it can win",
-        "passages of several texts take turns",
     ),
-    uses=(ALLOCATION, SWAPPED_KLD),
+    uses=(ALLOCATION, EXCERPTS, SWAPPED_KLD),
 )
 
 

@@ -33,6 +33,8 @@ from bitladder.rounding import RoundingOptions
 from bitladder.text import Text, excerpts
 from bitladder.trial import Journal, Measurements, Renderer, SwappedModel, kept_base, measurement_inputs
 
+RENDERED = "rendered"  # folder of the rendered blocks in the work folder
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanInputs:
@@ -99,7 +101,7 @@ class Planner(Closing):
                 self.subject.file,
                 self.subject.importance,
                 rounding=rounding,
-                folder=self.work / "rendered",
+                folder=self.work / RENDERED,
                 max_bytes=min(options.cache_bytes, shutil.disk_usage(inputs.model.parent).free // 2),
                 threads=options.decoding.threads,
             )

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
         RunModel,
         UnfinishedRun,
         read_run,
-        read_shapes,
         read_unfinished,
     )
     from bitladder.report.page import render_report, write_report
@@ -26,7 +25,6 @@ __all__ = [
     "gigabytes",
     "percent",
     "read_run",
-    "read_shapes",
     "read_unfinished",
     "render_card",
     "render_report",

@@ -158,9 +158,9 @@ def _thousands(tokens: int) -> str:
 
 def _fitting(run: FinishedRun) -> dict[str, Any] | None:
     """The best rung for usual memories, with a context of medium length; None if all fit into the smallest."""
-    if not run.beside:
+    context = run.usual_context
+    if context is None:
         return None
-    context = sorted(run.beside)[len(run.beside) // 2]
     worth = worth_their_size([(rung.label, rung.scores) for rung in run.rungs])
     choices = by_memory([rung for rung in run.rungs if rung.label in worth], run.beside[context])
     if len(choices) < 2:

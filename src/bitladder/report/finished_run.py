@@ -131,6 +131,12 @@ class FinishedRun:
         return {int(tokens): int(size) for tokens, size in facts.items()}
 
     @property
+    def usual_context(self) -> int | None:
+        """Tokens of the context for which files are recommended, of medium length; None if its memory is not known."""
+        contexts = sorted(self.beside)
+        return contexts[len(contexts) // 2] if contexts else None
+
+    @property
     def other_text(self) -> str | None:
         """The text on which candidates were measured, if it is not that of the scores."""
         tried = self.tried

@@ -14,7 +14,18 @@ from typing import Any
 import numba
 import numpy as np
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
+
+def _has_cache() -> bool:
+    """Whether numba finds a folder for compiled loops. Where it finds none, each process compiles them again."""
+    try:
+        numba.njit(cache=True)(_has_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+COMPILED: dict[str, Any] = {"nogil": True, "cache": _has_cache()}
+_OPTIONS: dict[str, Any] = COMPILED | {"fastmath": {"contract", "reassoc", "nsz", "arcp"}}
 jit = numba.njit(**_OPTIONS)
 inlined = numba.njit(inline="always", **_OPTIONS)
 

@@ -5,16 +5,15 @@ in units of the step. T is a lower triangle, a diagonal block of a factor of H: 
 these columns alone, and r = T · the values that v should have.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.rounding.kernels import jit
+from bitladder.rounding.kernels import COMPILED, jit
 
-_FAST: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": True}  # finite numbers only
-fast = numba.njit(**_FAST)
+fast = numba.njit(**COMPILED, fastmath=True)  # finite numbers only
 
 # Both signs are tried of columns that should be nearly 0, of so many columns at most.
 AMBIGUOUS = 4

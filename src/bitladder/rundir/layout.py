@@ -73,7 +73,7 @@ class Layout:
 
     @property
     def work(self) -> pathlib.Path:
-        """What planning, smoothing and rounding keep: large, and of use to this run and `bitladder verify` only."""
+        """What only later steps read: large. A file that is deleted there is made again when a step reads it."""
         return self.folder / ".planning"
 
     @property
@@ -142,6 +142,10 @@ class Layout:
     def material_work(self, *, smoothed: bool) -> pathlib.Path:
         """Rendered blocks, prices and measurements of one of the two materials."""
         return self.work / ("smoothed" if smoothed else "plain")
+
+    def blocks(self, cache: str) -> tuple[pathlib.Path, ...]:
+        """The folders of rendered blocks of a kind, of both materials."""
+        return tuple(self.material_work(smoothed=smoothed) / cache for smoothed in (False, True))
 
     def trial(self, rung: str) -> pathlib.Path:
         """Whether a rung is better made of the smoothed model."""

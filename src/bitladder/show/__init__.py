@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bitladder.show.imatrix.imatrix_view import print_view, view_differences, view_statistics
     from bitladder.show.imatrix.picture import check_target, write_plot
     from bitladder.show.ladder_tables import (
+        deletable,
         estimate_lines,
         estimate_table,
         ladder_json,
@@ -39,6 +40,7 @@ __all__ = [
     "common_options",
     "comparison_json",
     "comparison_sections",
+    "deletable",
     "diagnosis_json",
     "diagnosis_table",
     "difference",

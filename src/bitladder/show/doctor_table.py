@@ -17,7 +17,9 @@ def diagnosis_json(diagnosis: Diagnosis, cost: Estimate | None = None) -> dict[s
     """The diagnosis as a JSON value, with what a run takes."""
     names = ("seconds", "core_seconds", "memory_bytes", "disk_bytes")
     sums = None if cost is None else {name: getattr(cost, name) for name in names}
-    return {"works": diagnosis.works, **dataclasses.asdict(diagnosis), "estimate": sums}
+    facts = dataclasses.asdict(dataclasses.replace(diagnosis, shape=None))
+    del facts["shape"]  # the estimate follows from it
+    return {"works": diagnosis.works, **facts, "estimate": sums}
 
 
 def diagnosis_table(diagnosis: Diagnosis, cost: Estimate | None = None) -> Table:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.text import Text
 
 from bitladder.ladder import Estimate, in_words
-from bitladder.report import FinishedRun, RunModel, UnfinishedRun, read_shapes, tables, with_error, worth_their_size
+from bitladder.report import FinishedRun, RunModel, UnfinishedRun, tables, with_error, worth_their_size
 from bitladder.show.scatter import Point, scatter
 from bitladder.show.table import Column, Table, figures
 from bitladder.units import duration
@@ -19,7 +19,7 @@ LEGEND = {
     "third-party": "† by others",
 }
 ON_FRONT = "▸"
-MEMORIES, CONTEXT = (8, 16, 24), 8192  # GB, and tokens, for which a run recommends a rung
+MEMORIES = (8, 16, 24)  # GB, for which a run recommends a rung
 # Figures of the report's table → headings in the terminal, and the rank by which they give way in narrow ones.
 HEADS = {"PPL": ("PPL", 2), "ρPPL": ("ρPPL", 6), "KLD": ("KLD", 0), "RMS Δp": ("RMS Δp", 4)}
 HEADS |= {"Same top token": ("same top", 3), tables.GAIN: (tables.GAIN, 5)}
@@ -66,39 +66,43 @@ def next_steps(run: FinishedRun) -> list[str]:
     layout = run.layout
     folder = shlex.quote(str(layout.folder))
     lines = [f"card: {layout.card}", f"report: {layout.report}"]
+    if run.usual_context is not None:
+        lines += _for_memories(run, run.usual_context)
+    lines += [f"show: bitladder show {folder}", f"publish: bitladder push {folder} OWNER/NAME"]
+    return lines + deletable(run)
+
+
+def _for_memories(run: FinishedRun, context: int) -> list[str]:
+    """The largest rung that is worth its size and fits each memory with a context of so many tokens."""
     worth = worth_their_size([(rung.label, rung.scores) for rung in run.rungs])
-    rungs, beside = [rung for rung in run.rungs if rung.label in worth], _cache_bytes(run)
-    chosen: dict[str, list[int]] = {}
+    rungs = [rung for rung in run.rungs if rung.label in worth]
+    lines, chosen = list[str](), dict[str, list[int]]()
     for memory in MEMORIES:
-        fitting = [rung for rung in rungs if rung.scores.bytes + beside <= memory * 10**9]
+        fitting = [rung for rung in rungs if rung.scores.bytes + run.beside[context] <= memory * 10**9]
         if fitting:
             chosen.setdefault(fitting[-1].label, []).append(memory)
         else:
-            lines.append(f"for {memory} GB: no rung with a context of {CONTEXT} tokens")
+            lines.append(f"for {memory} GB: no rung with a context of {context} tokens")
     for rung in rungs:
         if memories := chosen.get(rung.label):
             sizes = " or ".join(map(str, memories))
-            file = shlex.quote(str(layout.model(rung.scores.model)))
-            lines.append(f"for {sizes} GB: {rung.label}, llama-server -m {file} -c {CONTEXT}")
-    lines += [f"show: bitladder show {folder}", f"publish: bitladder push {folder} OWNER/NAME"]
-    work = sum(path.stat().st_size for path in layout.work.rglob("*") if path.is_file())
-    if work:
-        lines.append(f"may be deleted: {layout.work} ({_size(work)}), which only further runs there and verify use")
+            file = shlex.quote(str(run.layout.model(rung.scores.model)))
+            lines.append(f"for {sizes} GB: {rung.label}, llama-server -m {file} -c {context}")
     return lines
 
 
-def _cache_bytes(run: FinishedRun) -> int:
-    """Bytes of keys and values of the context in F16, from the shapes of the matrices that make them.
-
-    Buffers of the graph come on top, some hundred MB. A window of attention makes the cache smaller.
-    """
-    rows = 0
-    for name, (width, *rest) in read_shapes(run).items():
-        if name.endswith((".attn_k.weight", ".attn_v.weight")):
-            rows += rest[0]
-        elif name.endswith(".attn_qkv.weight"):  # a fused matrix has as many rows of queries as it has columns
-            rows += rest[0] - width
-    return 2 * rows * CONTEXT
+def deletable(run: FinishedRun) -> list[str]:
+    """What may be deleted of a run directory, its bytes, and what a further rung would make again; empty if nothing."""
+    work = run.layout.work
+    size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    if not size:
+        return []
+    steps = {name: step for name, step in run.manifest.steps.items() if name in ("base", "moments", "smooth")}
+    times = ", ".join(f"{name} {duration(step.seconds).removeprefix('about ')}" for name, step in steps.items())
+    return [
+        f"may be deleted: {work} ({_size(size)}). Another rung then takes longer ({times}, and blocks of its plan), "
+        "and verify cannot work"
+    ]
 
 
 def unfinished_table(run: UnfinishedRun) -> Table:

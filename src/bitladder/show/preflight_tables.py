@@ -41,7 +41,7 @@ def lines(figures: Preflight) -> list[str]:
             text[-1] += f" ({_names(figures.unweighted)})"
     shards = f" in {len(figures.files)} shards" if len(figures.files) > 1 else ""
     text.append(
-        f"{figures.bytes} bytes{shards}, {figures.bpw:.4f} bpw ({figures.bpw_blocks:.4f} in the blocks); disk needed "
+        f"{figures.bytes:,} bytes{shards}, {figures.bpw:.4f} bpw ({figures.bpw_blocks:.4f} in the blocks); disk needed "
         f"{figures.bytes / 1e6:,.1f} MB, memory about {figures.memory / 1e6:,.0f} MB besides the program"
     )
     return text
@@ -88,4 +88,4 @@ def result_line(result: QuantizeResult) -> str:
     counts = collections.Counter(result.types.values()).most_common()
     types = ", ".join(f"{count} × {kind}" for kind, count in counts)
     bpw = f"{result.bpw:.4f} bpw, {result.bpw_blocks:.4f} in the blocks"
-    return f"{result.path}: {result.bytes} bytes, {bpw} ({types})"
+    return f"{result.path}: {result.bytes:,} bytes, {bpw} ({types})"

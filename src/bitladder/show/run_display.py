@@ -20,7 +20,7 @@ class RunDisplay:
     def __init__(self, output: Output, log: "RunLog") -> None:
         self._output, self._log = output, log
         self._status: Status | None = None
-        self._told = 0
+        self._told = ""
         self._best: dict[str, Best] = {}
 
     @contextlib.contextmanager
@@ -34,8 +34,8 @@ class RunDisplay:
         self._status = status
         self._log.begin()
         say = self._log.write if self._output.live else self._log.info
-        if status.working and status.number != self._told:
-            self._told = status.number
+        if status.working and status.step != self._told:
+            self._told = status.step
             left = f", {in_words(status.left)} left" if status.left is not None else ""
             say(f"[{status.number}/{status.count}] {status.step}{left}")
         for rung, best in status.best.items():

@@ -42,9 +42,9 @@ def figures(*heads: str, rank: int = 0) -> list[Column]:
 class Table:
     """A renderable of rich. Its columns follow from the width of the console:
 
-    Columns that fold become narrower first. Then columns with a rank are left out, the highest rank first, and a line
-    below names them. If those without a rank do not fit side by side, the table goes on below, with the first column
-    repeated.
+    Columns that fold, and long headings, become narrower first. Then columns with a rank are left out, the highest rank
+    first, and a line below names them. If those without a rank do not fit side by side, the table goes on below, with
+    the first column repeated.
 
     Parameters:
         columns: the columns from left to right. Without any heading, the first line is a row.
@@ -88,12 +88,15 @@ class Table:
         """The width of each column; with `fold`, the least one."""
         widths = []
         for index, column in enumerate(self.columns):
-            texts = [Text(column.head), *(row[index] for row in self.rows)]
-            lines = [line.cell_len for text in texts for line in text.split("\n")]
+            head, cells = Text(column.head), [row[index] for row in self.rows]
+            titles = [line.cell_len for line in head.split("\n")]
+            lines = [line.cell_len for cell in cells for line in cell.split("\n")]
+            if fold:
+                titles = [min(LONGEST_WORD, size) for size in titles]
             if fold and column.fold:
-                words = (Text(word).cell_len for text in texts for word in text.plain.split())
-                lines = [min(LONGEST_WORD, max(words, default=0))]
-            widths.append(max(lines, default=0))
+                words = (Text(word).cell_len for text in (head, *cells) for word in text.plain.split())
+                titles, lines = [], [min(LONGEST_WORD, max(words, default=0))]
+            widths.append(max([*titles, *lines], default=0))
         return widths
 
     def _lines(self, console: Any, piece: Sequence[int], widths: Sequence[int]) -> Iterator[Text]:
@@ -110,10 +113,10 @@ class Table:
     def _line(
         self, console: Any, cells: Sequence[Text], piece: Sequence[int], widths: Sequence[int], *, bottom: bool = False
     ) -> Iterator[Text]:
-        """The lines of a row: the cells of `piece`, each wrapped to its width."""
+        """The lines of a row: the cells of `piece`, each wrapped to its width. Headings stand at the bottom."""
         stacks: list[list[Text]] = []
         for index, width in zip(piece, widths, strict=True):
-            fold = self.columns[index].fold
+            fold = self.columns[index].fold or (bottom and cells[index].cell_len > width)
             parts = [
                 part
                 for line in cells[index].split("\n", allow_blank=True)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bitladder.text.records import json_lines, json_list, need_pyarrow, parquet_rows
     from bitladder.text.texts import (
         BUILTIN,
+        EXCERPTS,
         HELD_OUT,
         Text,
         answers_option,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILTIN",
+    "EXCERPTS",
     "HELD_OUT",
     "MIN_CHUNKS",
     "ChatTemplate",

@@ -24,6 +24,8 @@ LISTS = ("messages", "conversations", "conversation")
 # Words of published data sets → those of chat templates.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "model": "assistant"}
 ANSWER = "assistant"
+# Environment variables that the child gets: those that Python needs.
+PASSED = ("PATH", "HOME", "USERPROFILE", "APPDATA", "SYSTEMROOT", "PYTHONPATH")
 # Limits of the child: processor time (and as much more for each conversation), memory, and characters.
 SECONDS, SECONDS_EACH = 20, 0.02
 BYTES = 4 << 30
@@ -196,7 +198,12 @@ class ChatTemplate:
         command = [sys.executable, os.fspath(pathlib.Path(__file__).with_name("render_chat.py"))]
         try:
             done = subprocess.run(
-                command, input=json.dumps(request).encode(), capture_output=True, check=False, timeout=WALL * seconds
+                command,
+                input=json.dumps(request).encode(),
+                capture_output=True,
+                check=False,
+                timeout=WALL * seconds,
+                env={name: os.environ[name] for name in PASSED if name in os.environ},
             )
             answer = json.loads(done.stdout) if done.returncode == 0 else {}
         except (subprocess.TimeoutExpired, ValueError):

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_bytes
+from bitladder.keys import Algorithm
 from bitladder.options import option
 from bitladder.text.chat import (
     ChatTemplate,
@@ -28,6 +29,13 @@ from bitladder.text.plain import plain_text
 
 BUILTIN = ("pydoc:calibration", "pydoc:test")
 CHARACTERS = 8  # of a token: passages of so many characters for each token hold enough tokens
+EXCERPTS = Algorithm(
+    "excerpts",
+    (
+        "passages are spread evenly over a text, and those of several texts take turns",
+        "their order spreads any beginning over the texts: the chunks that are read were all of the first half before",
+    ),
+)
 HELD_OUT = 0.1  # share of each text that `set_apart` takes from its end
 
 
@@ -90,8 +98,8 @@ def load_text(spec: str, model: pathlib.Path | None = None, *, assistant_only: b
         assistant_only: whether only the answers of conversations are scored.
 
     Raises:
-        BitladderError: there is no such file or text, it is empty or not text; or as `Text.rendered`.
-        UsageError: `assistant_only`, and the text has no answers.
+        BitladderError: the text is empty or not text; or as `Text.rendered`.
+        UsageError: there is no such file or text; or `assistant_only`, and the text has no answers.
     """
     text = _load(spec)
     if assistant_only and not text.conversations:
@@ -108,7 +116,7 @@ def _load(spec: str) -> Text:
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         known, reason = " or ".join(BUILTIN), getattr(error, "strerror", None) or error
-        raise BitladderError(f"cannot read the text {spec}: {reason} (a file, {known})") from error
+        raise UsageError(f"cannot read the text {spec}: {reason} (a file, {known})") from error
     if not data.strip():
         raise BitladderError(f"the text {spec} is empty")
     if is_chat(path):
@@ -166,11 +174,13 @@ def builtin_text(half: str) -> str:
     return _halves()[{"calibration": 0, "test": 1}[half]]
 
 
+@EXCERPTS.entry
 def excerpts(texts: Sequence[Text], chunks: int, n_ctx: int, *, offset: float = 0.0) -> Text:
     """Passages spread evenly over each text, long enough together for some chunks. Each begins with a line.
 
-    Of several texts each gives as many passages, as far as it is long enough, and they take turns: any beginning of the
-    result is of all texts.
+    A passage has characters for more tokens than a chunk, so the chunks are a beginning of the result. Any beginning is
+    spread over each text. Of several texts each gives as many passages, as far as it is long enough, and they take
+    turns.
 
     Parameters:
         texts: the texts. A single text that is short is returned whole.
@@ -200,9 +210,12 @@ def _shares(count: int, most: Sequence[int]) -> list[int]:
 
 
 def _passages(text: str, count: int, length: int, offset: float) -> list[str]:
-    """Passages of so many characters, spread evenly over a text."""
+    """Passages of so many characters, spread evenly over a text. Any beginning of them is spread over it too.
+
+    Source of the order: van der Corput's sequence, the numbers by their bits in reverse.
+    """
     passages = []
-    for index in range(count):
+    for index in sorted(range(count), key=lambda number: f"{number:064b}"[::-1]):
         start = int((index + offset) * len(text) / count)
         line = text.find("\n", start, start + length)
         start = line + 1 if line >= 0 else start

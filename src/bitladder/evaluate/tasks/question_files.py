@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import not_given
 from bitladder.text import json_lines, json_list, need_pyarrow, parquet_rows, plain_text
 
@@ -91,12 +91,13 @@ class QuestionRecord:
 
 
 def open_file(path: pathlib.Path) -> QuestionFile:
-    """Reads a file. Raises BitladderError if it cannot be read or unpacked, or holds more than _MOST bytes."""
+    """Reads a file. Raises UsageError if it cannot be read, and BitladderError if it cannot be unpacked, or holds more
+    than _MOST bytes."""
     try:
         with path.open("rb") as stream:
             data = stream.read(_MOST + 1)
     except OSError as error:
-        raise BitladderError(f"cannot read {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
     unpack = _OPEN.get(path.suffix.lower())
     if unpack and len(data) <= _MOST:
         try:

@@ -35,7 +35,7 @@ class Base(Step):
 
     def room(self, extent: Extent) -> Room:
         """A hidden state of each scored token, in two bytes a number."""
-        return Room(extent.text / 2 * (2 * extent.shape.width + 16))
+        return Room(work=extent.text / 2 * (2 * extent.shape.width + 16))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """The texts that all models are measured on."""
@@ -43,7 +43,8 @@ class Base(Step):
 
     def make(self, run: Run) -> Product:
         """Computes the base of each text."""
-        n_ctx, folder = self.options.decoding.n_ctx, run.layout.folder
+        n_ctx, folder = self.options.decoding.n_ctx, run.layout.work
+        folder.mkdir(exist_ok=True)
         files = [folder / evaluate.cache_path(run.full, text, n_ctx).name for text in run.texts]
         for text, out in zip(run.texts, files, strict=True):
             evaluate.make_base(run.full, text, out, run.settings(), progress=run.progress)

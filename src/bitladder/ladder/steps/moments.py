@@ -46,7 +46,7 @@ class CollectMoments(Step):
     def room(self, extent: Extent) -> Room:
         """Both files; and beside them what is finished of one of them, and the state of what is not."""
         files = [cost.moments_bytes(extent.shape, gradients=weighted) for weighted in (extent.gradients, False)]
-        return Room(sum(files), 2 * max(files))
+        return Room(work=sum(files), beside=2 * max(files))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Each calibration text."""

@@ -9,7 +9,7 @@ from bitladder.ladder import cost
 from bitladder.ladder.context import Run, read_json
 from bitladder.ladder.steps.price import ORIGINAL, SMOOTHED, planned_from, planning, swapped_bytes
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
-from bitladder.plan import PLANNING, candidates, load_prices, plan_rung
+from bitladder.plan import PLANNING, RENDERED, candidates, load_prices, plan_rung
 from bitladder.quantize import QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.trial import RENDERING
@@ -22,6 +22,7 @@ class PlanRung(Step):
     """prices, calibration text → the types of a rung, and every recipe that was tried."""
 
     verb = "plan"
+    cache = RENDERED
     algorithms = (PLANNING, RENDERING, OUTPUT_ROUNDING, BASE)
 
     @property
@@ -31,9 +32,15 @@ class PlanRung(Step):
 
     def surroundings(self, run: Run) -> Mapping[str, Any]:
         """The model that the rung is made of, and its prices."""
-        smoothed = run.smoothed(self.label)
-        parts = (f"price {SMOOTHED if smoothed else ORIGINAL}", *planned_from(self, smoothed=smoothed))
-        return {part: run.digest(part) for part in parts}
+        return {part: run.digest(part) for part in self._material(smoothed=run.smoothed(self.label))}
+
+    def _material(self, *, smoothed: bool) -> tuple[str, ...]:
+        return (f"price {SMOOTHED if smoothed else ORIGINAL}", *planned_from(self, smoothed=smoothed))
+
+    def reads(self, run: Run | None = None) -> tuple[str, ...]:
+        """The files of the model that the rung is made of, and its prices."""
+        either = {False, self.options.smooths} if run is None else {run.smoothed(self.label)}
+        return tuple(part for smoothed in either for part in self._material(smoothed=smoothed))
 
     def decides(self) -> Mapping[str, Any]:
         """The target, how recipes are measured, and how blocks are rounded."""

@@ -15,7 +15,7 @@ from bitladder.ladder.options import RunOptions
 from bitladder.ladder.steps.base import base_part
 from bitladder.ladder.steps.quantize import round_part
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
-from bitladder.plan import PRICES, planning_text, price_rungs
+from bitladder.plan import PRICES, RENDERED, planning_text, price_rungs
 from bitladder.quantize import RUNGS, QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 
@@ -33,12 +33,17 @@ class Price(Step):
     """
 
     verb = "price"
+    cache = RENDERED
     algorithms = (PRICES, OUTPUT_ROUNDING, BASE)
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The model that is priced."""
         return planned_from(self, smoothed=self.label == SMOOTHED)
+
+    def reads(self, run: Run | None = None) -> tuple[str, ...]:
+        """Nothing, if no rung is made of the model."""
+        return self.needs if run is None or self._used(run) else ()
 
     def decides(self) -> Mapping[str, Any]:
         """The presets whose types are priced, how swaps are measured, and how blocks are rounded."""
@@ -54,7 +59,9 @@ class Price(Step):
         return (*usual, *sorted(set(rungs) - set(usual)))
 
     def _used(self, run: Run) -> bool:
-        return (self.label == SMOOTHED) in {run.smoothed(rung) for rung in self.options.rungs}
+        """Whether a rung is made of the model, as far as trials were made."""
+        tried = [rung for rung in self.options.rungs if run.facts(f"trial {rung}") or not self.options.smooths]
+        return (self.label == SMOOTHED) in {run.smoothed(rung) for rung in tried}
 
     def parts(self, extent: Extent) -> list[Part]:
         """Every type is rendered; then single tensors and whole kinds are swapped and measured.
@@ -95,7 +102,7 @@ class Price(Step):
         return max(swapped_bytes(extent), rounding)
 
     def room(self, extent: Extent) -> Room:
-        """The rendered blocks of all types that are kept; they stay for the plans.
+        """The rendered blocks of all types that are kept for the plans.
 
         Trials decide by rung which model it is made of, so two rungs can need the blocks of both models.
         """
@@ -103,7 +110,7 @@ class Price(Step):
             return Room()
         bits: float = ALL_BITS if any(map(below_four_bits, self.options.rungs)) else HIGH_BITS
         bits /= 1 if self.options.planning.menu == "all" else 2
-        return Room(min(self.options.planning.cache_bytes, bits / 8 * extent.shape.weights))
+        return Room(work=min(self.options.planning.cache_bytes, bits / 8 * extent.shape.weights))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages of the calibration texts, on which recipes are measured too."""

@@ -23,6 +23,7 @@ from bitladder.refine import (
 )
 from bitladder.text import Reading, Text
 
+ROUNDED = "rounded"  # folder of the blocks of rungs in the work folder
 TUNE = 5.0  # time of a token of tuning, of that of one that is decoded
 GUARD_CHUNKS = 2  # that decide a comparison of the guard, about. It tries each kind, then groups of layers, and layers.
 
@@ -31,6 +32,7 @@ class Quantize(Step):
     """model, imatrix, moments, plan → the quant and its recipe."""
 
     verb = "quantize"
+    cache = ROUNDED
 
     def __init__(self, options: RunOptions, label: str) -> None:
         super().__init__(options, label)
@@ -49,6 +51,11 @@ class Quantize(Step):
         needs += ["smooth", f"trial {self.label}"] if options.smooths else []
         needs += [f"plan {self.label}"] if options.plans else []
         return tuple(needs)
+
+    def reads(self, run: Run | None = None) -> tuple[str, ...]:
+        """Of the two models, and their second moments, only what the rung is made of. Of the trial facts suffice."""
+        other = set() if run is None else {"moments"} if run.smoothed(self.label) else {"smooth"}
+        return tuple(need for need in self.needs if need not in {f"trial {self.label}", *other})
 
     def decides(self) -> Mapping[str, Any]:
         """The preset, how blocks are rounded and tried, and how scales are tuned."""
@@ -96,10 +103,10 @@ class Quantize(Step):
         return max(cost.rounding_bytes(extent.shape, extent.rounding_threads), guard, tuning)
 
     def room(self, extent: Extent) -> Room:
-        """The file, and while it is tuned a second one; rounded blocks are kept beside the prices' blocks."""
+        """The file, and while it is tuned a second one; rounded blocks are kept for the other rungs."""
         size = quant_bytes(self.label, extent)
         blocks = min(self.options.planning.cache_bytes, size) if self.options.rounds else 0
-        return Room(size + blocks, size)
+        return Room(size, size, blocks)
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages for the guard; for tuning each calibration text without its end, and the ends."""
@@ -132,7 +139,7 @@ class Quantize(Step):
                 options.refine,
                 guard_text(run.calibration, options.refine.guard, decoding.n_ctx),
                 run.decoding,
-                work=run.layout.material_work(smoothed=smoothed) / "rendered",
+                work=run.layout.material_work(smoothed=smoothed) / ROUNDED,
                 progress=run.progress,
             )
             result = rounded.result

@@ -40,7 +40,7 @@ class Smooth(Step):
         """The model and its second moments once more."""
         moments = (extent.gradients, False) if self.options.rounds else ()
         files = (cost.moments_bytes(extent.shape, gradients=weighted) for weighted in moments)
-        return Room(cost.model_bytes(extent.shape) + sum(files))
+        return Room(work=cost.model_bytes(extent.shape) + sum(files))
 
     def make(self, run: Run) -> Product:
         """Writes the files. There are none, and a remark, if the channels of the model cannot be rescaled."""

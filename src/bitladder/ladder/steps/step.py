@@ -59,10 +59,12 @@ class Room:
     Parameters:
         kept: of the files that stay.
         beside: of what is there only while the step is at work.
+        work: of the files in the work folder: they stay too, unless --release deletes them after their last reader.
     """
 
     kept: float = 0
     beside: float = 0
+    work: float = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Step(abc.ABC):
     """
 
     verb: ClassVar[str]
+    cache: ClassVar[str] = ""  # the folder of rendered blocks (`Layout.blocks`) that steps of this kind fill and read
     algorithms: tuple[Algorithm, ...] = ()
 
     def __init__(self, options: RunOptions, label: str = "") -> None:
@@ -129,6 +132,11 @@ class Step(abc.ABC):
     def needs(self) -> tuple[str, ...]:
         """What the step reads: names of earlier steps, or "model", "converter", "text", "calibration", "tasks",
         "file NAME"."""
+
+    def reads(self, run: "Run | None" = None) -> tuple[str, ...]:
+        """The earlier steps whose files are read: mostly `needs`. Without a run, all whose files may be read."""
+        del run
+        return self.needs
 
     def decides(self) -> Mapping[str, Any]:
         """The options that decide the result, as whole dataclasses where there are some."""

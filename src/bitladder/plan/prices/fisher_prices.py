@@ -18,6 +18,7 @@ from bitladder.plan.prices.law import FLOOR
 from bitladder.plan.prices.menu import Menus
 from bitladder.plan.prices.price import PriceSource, check_swaps
 from bitladder.progress import SILENT, Progress
+from bitladder.text import EXCERPTS
 from bitladder.trial import RENDERING, SWAPPED_KLD, Renderer
 
 Floats = npt.NDArray[np.float32]
@@ -25,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 FISHER_PRICES = Algorithm(
     "prices from gradients",
     ("the second-order term of every rendered error; embeddings and head by swaps",),
-    uses=(FISHER, RENDERING, SWAPPED_KLD),
+    uses=(EXCERPTS, FISHER, RENDERING, SWAPPED_KLD),
 )
 
 

@@ -20,6 +20,7 @@ from bitladder.plan.prices.document import GroupPrice, PriceCheck, PricedFrom, T
 from bitladder.plan.prices.law import Probe, first_groups, fit, probe_type, pruned, spaced, split
 from bitladder.plan.prices.menu import Menus
 from bitladder.progress import SILENT, Bar, Progress
+from bitladder.text import EXCERPTS
 from bitladder.trial import RENDERING, SWAPPED_KLD, Measurement, Measurements, Renderer, render_all
 
 PRICES = Algorithm(
@@ -30,9 +31,8 @@ PRICES = Algorithm(
         "a type that was not measured takes the larger factor of its neighbours",
         "rounded blocks of few passes are priced",
         "matrices that no calibration text reaches are not planned",
-        "passages of several texts take turns",
     ),
-    uses=(RENDERING, SWAPPED_KLD),
+    uses=(EXCERPTS, RENDERING, SWAPPED_KLD),
 )
 
 

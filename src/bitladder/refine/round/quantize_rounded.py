@@ -25,16 +25,13 @@ from bitladder.refine.round.output_rounding import (
     joined_sha256,
     refuse_other_moments,
 )
-from bitladder.text import Text, excerpts
+from bitladder.text import EXCERPTS, Text, excerpts
 from bitladder.trial import Renderer, kept_base, render_all
 
 ROUNDED_QUANT = Algorithm(
     "rounded quant",
-    (
-        "the preset's or a recipe's types, rounded blocks where the guard keeps them",
-        "the guard's passages of several texts take turns",
-    ),
-    uses=(OUTPUT_ROUNDING, GUARD),
+    ("the preset's or a recipe's types, rounded blocks where the guard keeps them",),
+    uses=(EXCERPTS, OUTPUT_ROUNDING, GUARD),
 )
 
 # What the file says of its blocks, for `bitladder verify`.

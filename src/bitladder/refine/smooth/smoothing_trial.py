@@ -16,7 +16,7 @@ from bitladder.quantize import QuantizeOptions, prepare
 from bitladder.refine.model_files import ModelFiles
 from bitladder.refine.options import SmoothingOptions
 from bitladder.refine.smooth.smoothed_model import SMOOTHING
-from bitladder.text import Text, excerpts
+from bitladder.text import EXCERPTS, Text, excerpts
 from bitladder.trial import SWAPPED_KLD, Renderer, SwappedModel, kept_base
 
 SMOOTHING_TRIAL = Algorithm(
@@ -24,9 +24,8 @@ SMOOTHING_TRIAL = Algorithm(
     (
         "quants of both models are compared with full precision",
         "blocks of both are swapped into the loaded models, as where recipes are planned",
-        "passages of several texts take turns",
     ),
-    uses=(SMOOTHING, SWAPPED_KLD),
+    uses=(EXCERPTS, SMOOTHING, SWAPPED_KLD),
 )
 
 PRESET = "Q4_K_M"

@@ -24,7 +24,7 @@ from bitladder.progress import SILENT, Progress
 from bitladder.quantize import TUNE_KEY
 from bitladder.refine.model_files import Bytes, copy_model
 from bitladder.refine.options import TuneOptions
-from bitladder.text import Reading, Text, excerpts, set_apart
+from bitladder.text import EXCERPTS, Reading, Text, excerpts, set_apart
 from bitladder.trial import kept_base
 
 TUNING = Algorithm(
@@ -34,6 +34,7 @@ TUNING = Algorithm(
         "the forward pass is that of transformers' modules",
         "of several texts passages of each end are held out, and take turns",
     ),
+    uses=(EXCERPTS,),
 )
 
 
