@@ -117,8 +117,8 @@ def helpful(command=application, name=""):
     [
         (["show", ".", "--height", "200"], "'--height': 200 is no number from 5 to 100"),
         (["show", ".", "--width", "3"], "'--width': 3 is no number at least 40"),
-        (["bench", "-m", "m.gguf", "-r", "0"], "'--repetitions': 0 is no number at least 1"),
-        (["imatrix", "-m", "m.gguf", "-c", "some"], "'some' is not a valid integer"),
+        (["bench", "-m", __file__, "-r", "0"], "'--repetitions': 0 is no number at least 1"),
+        (["imatrix", "-m", __file__, "-c", "some"], "'some' is not a valid integer"),
     ],
 )
 def test_a_number_out_of_its_limits_is_told_them(words, message, capsys):

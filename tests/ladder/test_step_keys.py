@@ -54,7 +54,7 @@ def seen(tiny_gguf, tmp_path_factory):
 
     do = Run.do
 
-    def noting(self, step):
+    def noting(self, step, **more):
         nonlocal reads
         make = step.make
 
@@ -68,7 +68,7 @@ def seen(tiny_gguf, tmp_path_factory):
             return product
 
         step.make = made
-        do(self, step)
+        do(self, step, **more)
 
     options = plain_options(
         model=str(tiny_gguf),
