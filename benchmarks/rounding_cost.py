@@ -1,18 +1,12 @@
-"""What rounding one matrix costs by its size, and by that a whole model: CPU seconds of one thread, and memory.
+"""What rounding one matrix costs by its size: CPU seconds of one thread, and memory.
 
     python benchmarks/rounding_cost.py [--types Q4_K,IQ3_S] [--shapes 1024x1024,…] [--json OUT]
     python benchmarks/rounding_cost.py --model F16.gguf --moments M.gguf --imatrix I.gguf [--types …] [--passes 0,1,6]
 
 Matrices and moments are random, with correlations that fall off like those of a language model (eigenvalues ~ 1/k);
-each shape is out x in. Seconds are fitted, by least squares of relative errors, with what the method does:
-
-    a m n             scales and levels tried, for each weight
-    b m n²            errors handed on within rows
-    c m² n            and between them
-    d n³              factors of H
-
-and with these numbers models of `MODELS` are predicted. Llama-2-7B's square matrices are among those
-measured; for the three of 11,008 in each block the size is extrapolated. Seconds do not carry over to
+each shape is out x in. Three things are timed: factors of the moments, which all types of a tensor share; feedback; and
+a pass of `best`. Feedback and a pass are fitted, by least squares of relative errors, with a m n + b m n² + c m² n, and
+factors with d n² + e n³ for each of both sides. These are the constants of `ladder.cost`. Seconds do not carry over to
 other machines: compare them with those of the library's own kernel, which are printed beside.
 
 With a model, one tensor of each kind is rounded, with numbers of passes: the output error as a share of the library's,
@@ -24,6 +18,8 @@ import argparse
 import pathlib
 import resource
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,14 +27,12 @@ from bitladder.calibrate import MomentsFile, read_imatrix
 from bitladder.engine import RowKernels, quantize_rows, type_by_name, versions
 from bitladder.files import write_json
 from bitladder.gguf import GgufFile, block_of
-from bitladder.rounding import RoundingOptions, round_tensor
+from bitladder.rounding import RoundingOptions, SecondMoments, round_matrix, round_tensor
 
-# Matrices of one block, out x in, and the number of blocks.
-MODELS = {
-    "Llama-2-7B": (32, [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]),
-    "OLMo-2-1B": (16, [(2048, 2048)] * 4 + [(8192, 2048)] * 2 + [(2048, 8192)]),
-}
-SHAPES = "512x512,1024x1024,2048x2048,4096x1024,1024x4096,4096x4096"
+T = TypeVar("T")
+
+SHAPES = "1024x1024,2048x2048,8192x2048,2048x8192,4096x4096,11008x4096,4096x11008"
+PASSES = 2  # of which the mean is a pass
 
 
 def main() -> None:
@@ -58,31 +52,17 @@ def main() -> None:
     rows = []
     for kind in arguments.types.split(","):
         cost((256, 256), kind)  # compiles
-        measured = [(shape, *cost(shape, kind)) for shape in shapes]
-        coefficients = fit([shape for shape, *_ in measured], [best for _, _, best in measured])
-        for shape, stock, best in measured:
-            fitted = terms(shape) @ coefficients
-            print(
-                f"{kind} {shape[0]} x {shape[1]}: {best:.1f} s, fitted {fitted:.1f} s; library {stock:.2f} s",
-                flush=True,
-            )
-        hours = {
-            name: count * sum(terms(one) @ coefficients for one in each) / 3600
-            for name, (count, each) in MODELS.items()
+        measured = [(shape, cost(shape, kind)) for shape in shapes]
+        for (m, n), seconds in measured:
+            each = ", ".join(f"{part} {value:.2f} s" for part, value in seconds.items())
+            print(f"{kind} {m} x {n}: {each}", flush=True)
+        fitted = {
+            part: fit([terms(m, n) for (m, n), _ in measured], [seconds[part] for _, seconds in measured])
+            for part, terms in TERMS.items()
         }
-        print(
-            f"{kind}: {', '.join(f'{name} {one:.3g}' for name, one in zip('abcd', coefficients, strict=True))} s;",
-            *(f"{name} {h:.1f} core hours" for name, h in hours.items()),
-            flush=True,
-        )
-        rows.append(
-            {
-                "type": kind,
-                "seconds": [[*shape, stock, best] for shape, stock, best in measured],
-                "coefficients": list(coefficients),
-                "core_hours": hours,
-            }
-        )
+        for part, coefficients in fitted.items():
+            print(f"{kind} {part}: {', '.join(f'{each:.3g}' for each in coefficients)} s", flush=True)
+        rows.append({"type": kind, "seconds": [[*shape, seconds] for shape, seconds in measured], "fitted": fitted})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory {peak:.0f} MiB")
     if arguments.json:
@@ -117,20 +97,36 @@ def on_model(arguments: argparse.Namespace) -> None:
         print(f"{passes} passes: {seconds[passes]:.1f} s, error × {np.exp(off.mean()):.3f}, spread {off.std():.3f}")
 
 
-def cost(shape: tuple[int, int], name: str) -> tuple[float, float]:
-    """CPU seconds of one thread: the library's kernel, and `best` behind it."""
+def cost(shape: tuple[int, int], name: str) -> dict[str, float]:
+    """CPU seconds of one thread: the library's kernel, factors of the moments, feedback, and a pass after it."""
     kind = type_by_name(name)
     rng = np.random.default_rng(0)
     rows, width = shape
     weights = (0.02 * rng.standard_normal(shape)).astype(np.float32)
     inputs, outputs = moments(width, rng), moments(rows, rng)
+    stock, library = timed(lambda: quantize_rows(weights, kind, np.diag(inputs).copy()))
+    second, ready = timed(lambda: SecondMoments(inputs, outputs, RoundingOptions()))
+
+    def rounded(passes: int) -> float:
+        options = RoundingOptions(passes=passes, enough=0)
+        result, seconds = timed(lambda: round_matrix(weights, stock, kind.name, second, options))
+        assert result.after < result.before
+        return seconds
+
+    first, again, more = rounded(0), rounded(0), rounded(PASSES)
+    return {
+        "library": library,
+        "factors": ready + first - again,
+        "feedback": again,
+        "pass": (more - again) / PASSES,
+    }
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """What some work gives, and its CPU seconds."""
     began = time.thread_time()
-    stock = quantize_rows(weights, kind, np.diag(inputs).copy())
-    middle = time.thread_time()
-    rounded = round_tensor(weights, stock, kind.name, inputs, RoundingOptions(), outputs)
-    ended = time.thread_time()
-    assert rounded.after < rounded.before
-    return middle - began, ended - middle
+    result = work()
+    return result, time.thread_time() - began
 
 
 def moments(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -141,25 +137,26 @@ def moments(size: int, rng: np.random.Generator) -> np.ndarray:
     return found * np.float32(size / np.trace(found))
 
 
-def terms(shape: tuple[int, int]) -> np.ndarray:
-    """What the four numbers count."""
-    m, n = map(float, shape)
-    return np.array([m * n, m * n**2, m**2 * n, n**3])
+TERMS: dict[str, Callable[[float, float], list[float]]] = {
+    "factors": lambda m, n: [m**2 + n**2, m**3 + n**3],
+    "feedback": lambda m, n: [m * n, m * n**2, m**2 * n],
+    "pass": lambda m, n: [m * n, m * n**2, m**2 * n],
+}
 
 
-def fit(shapes: list[tuple[int, int]], seconds: list[float]) -> np.ndarray:
+def fit(terms: list[list[float]], seconds: list[float]) -> list[float]:
     """The numbers that are nearest to all shapes alike; one that would be below 0 is left out."""
-    relative = np.stack([terms(shape) / one for shape, one in zip(shapes, seconds, strict=True)])
+    relative = np.array(terms) / np.array(seconds)[:, None]
     used = list(range(relative.shape[1]))
     while True:
         unit = relative[:, used].max(0)
-        found = np.linalg.lstsq(relative[:, used] / unit, np.ones(len(seconds)), rcond=None)[0] / unit
-        if (found >= 0).all():
+        solution = np.linalg.lstsq(relative[:, used] / unit, np.ones(len(seconds)), rcond=None)[0] / unit
+        if (solution >= 0).all():
             break
-        used.pop(int(np.argmin(found * unit)))
+        used.pop(int(np.argmin(solution * unit)))
     numbers = np.zeros(relative.shape[1])
-    numbers[used] = found
-    return numbers
+    numbers[used] = solution
+    return [float(number) for number in numbers]
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from bitladder.errors import BitladderError
 from bitladder.evaluate import MeasureOptions, evaluate
 from bitladder.gguf import GgufFile
 from bitladder.quantize import QuantizeOptions, quantize
-from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, quantize_rounded, verify
+from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, quantize_rounded, round_ahead, verify
 from bitladder.refine.round.output_rounding import OutputRounding
-from bitladder.rounding import RoundingOptions, round_tensor
+from bitladder.rounding import RoundingOptions, SecondMoments, round_tensor
 from bitladder.text import Text, load_text
-from bitladder.trial import SwappedModel
+from bitladder.trial import SwappedModel, render
 
 PRESET = "Q3_K_S"
 
@@ -70,6 +70,38 @@ def test_same_types_and_bytes_less_divergence_elsewhere(tiny_gguf, prepared, rou
         for one in (stock, rounded.result)
     ]
     assert klds[1] < 0.8 * klds[0]
+
+
+def test_tensors_of_several_quants_are_rounded_once(tiny_gguf, prepared, tmp_path, monkeypatch):
+    """Second moments of a tensor are factored once for all its types; the files are what they are without."""
+    files = ModelFiles(tiny_gguf, prepared / "imatrix.gguf", (prepared / "moments.gguf",))
+    refine = RefineOptions(rounding=RoundingOptions(method="feedback"))
+    quants = [QuantizeOptions(preset) for preset in ("Q3_K_S", "Q4_K_S")]
+    factored: list[int] = []
+    ready = SecondMoments.__init__
+
+    def counting(self, *arguments):
+        factored.append(1)
+        ready(self, *arguments)
+
+    def make(work):
+        for quant in quants:
+            quantize_rounded(files, tmp_path / quant.preset, quant, refine, None, Decoding(n_ctx=256), work=work)
+        return [(tmp_path / quant.preset).read_bytes() for quant in quants]
+
+    alone = make(None)
+    monkeypatch.setattr(SecondMoments, "__init__", counting)
+    round_ahead(files, quants, refine.rounding, tmp_path / "blocks", threads=1)
+    with MomentsFile(prepared / "moments.gguf") as moments:
+        assert len(factored) == len(list(moments.names()))
+    factored.clear()
+    assert make(tmp_path / "blocks") == alone
+    assert not factored
+    monkeypatch.setattr(render, "KEPT_SHARE", 0)
+    round_ahead(files, quants, refine.rounding, tmp_path / "full", threads=1)
+    assert not factored
+    assert make(tmp_path / "full") == alone
+    assert not list((tmp_path / "full").glob("*.blocks"))
 
 
 def test_the_guard_reports_what_it_measured(rounded):

@@ -31,6 +31,11 @@ def loss(delta, h, outputs=None):
     return float(np.vdot(left @ h.astype(np.float64), delta))
 
 
+def lowered(h, options):
+    """The moments that rounding lowers a loss of: shrunk and damped, with their own mean diagonal."""
+    return damped(shrunk(h, options.shrinkage), options.damping) * max(np.diag(h).mean(), 0)
+
+
 def checked(name, weights, h, outputs=None, **options):
     """Round, and hold the result against the library: bytes that it accepts, and losses that are as they are said."""
     with np.errstate(all="ignore"):
@@ -43,6 +48,8 @@ def checked(name, weights, h, outputs=None, **options):
     values = expand(name, data, weights.shape[1])
     assert np.isfinite(values).all()
     assert rounded.after <= rounded.before
+    given, options = (h, outputs), RoundingOptions(**options)
+    h, outputs = (None if moments is None else lowered(moments, options) for moments in given)
     scale = loss(np.abs(weights) + np.abs(values), np.abs(h), None if outputs is None else np.abs(outputs))
     before, after = (
         loss(weights - expand(name, stock, weights.shape[1]), h, outputs),
@@ -145,7 +152,8 @@ def test_output_moments_lower_what_they_weigh(name):
     options = {"passes": 1, "damping": 0.02, "shrinkage": 0.0}
     two, _ = checked(name, weights, h, outputs, **options)
     one, _ = checked(name, weights, h, **options)
-    assert two.after < loss(weights - expand(name, one.data), h, outputs)
+    damped_h, damped_outputs = (lowered(each, RoundingOptions(**options)) for each in (h, outputs))
+    assert two.after < loss(weights - expand(name, one.data), damped_h, damped_outputs)
     stock = stock_blocks(name, weights, h)
     off, without = (
         round_tensor(weights, stock, name, h, RoundingOptions(two_sided=two_sided, **options), moment).data
@@ -166,6 +174,19 @@ def test_how_many_rows_are_taken_together_changes_nothing(name, monkeypatch):
     for one in found[1:]:
         assert one.after == pytest.approx(found[0].after, rel=0.001)
         assert np.mean(one.data == found[0].data) > 0.99
+
+
+def test_the_loss_of_a_wide_matrix_is_estimated():
+    weights, h, outputs = ordinary(40, width=1024), moments(1024, 900, spread=0.9), moments(40, 200)
+    options = RoundingOptions()
+    second = SecondMoments(h, outputs, options)
+    ratios = []
+    for size in (0.01, 0.1):
+        delta = (size * np.random.default_rng(1).standard_normal(weights.shape) * (1 + weights)).astype(F32)
+        exact = loss(delta, lowered(h, options), lowered(outputs, options))
+        assert second.loss(delta) == pytest.approx(exact, rel=0.1)
+        ratios.append(second.loss(delta) / exact)
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["q5_0", "q4_K"])

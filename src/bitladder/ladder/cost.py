@@ -11,6 +11,7 @@ and NumPy float32 matrices at `BLAS`: one core of an EPYC 9004. `ladder.estimate
 from typing import TYPE_CHECKING
 
 from bitladder.ladder.model_shape import Matrix, ModelShape
+from bitladder.trial import KEPT_SHARE
 
 if TYPE_CHECKING:
     from bitladder.ladder.steps.step import Extent
@@ -22,10 +23,12 @@ BESIDE = 1.25  # time of a decoded token, of that of its matrix products
 QUANT = 1.7  # speed of a quant's products
 EXPONENTIALS = 2.5e-9  # seconds for each logit of a scored token
 
-# Seconds of rounding in Q4_K with `best` and six passes: for each weight; for each weight and column; for each weight
-# and row; and for each column cubed, for the factors that all types of a tensor share.
-ROUND_WEIGHT, ROUND_COLUMN, ROUND_ROW, FACTORS = 1.0e-6, 2.2e-10, 1.0e-10, 1.2e-10
-PASSES = 6
+# Seconds of rounding in Q4_K, of feedback and of each pass of `best`: for each weight; for each weight and column; and
+# for each weight and row. Then those of the factors of a moment, which all types of a tensor share: for each of its
+# numbers; and for each column cubed.
+OPEN_WEIGHT, OPEN_COLUMN, OPEN_ROW = 7.5e-8, 1.6e-11, 2.2e-11
+PASS_WEIGHT, PASS_COLUMN, PASS_ROW = 1.13e-7, 2.5e-11, 2.6e-11
+FACTORS, FACTORS_CUBED = 6.3e-8, 1.8e-11
 # Times of a type, of that of Q4_K; types of points search a codebook.
 POINTS, OTHERS = 3.5, 1.2
 LIBRARY, LIBRARY_IQ = 100e-9, 350e-9  # seconds for each weight that the library quantizes
@@ -65,15 +68,17 @@ def by_library(shape: ModelShape, preset: str) -> float:
 
 
 def rounding(shape: ModelShape, passes: int, types: float = 1) -> float:
-    """Of rounding the matrices of the blocks in some types, with feedback and so many passes."""
+    """Of rounding the matrices of the blocks in some types, with feedback and so many passes. Factors are made once."""
     return sum(matrix.count * round_matrix(matrix, passes, types) for matrix in shape.matrices)
 
 
 def round_matrix(matrix: Matrix, passes: int, types: float = 1) -> float:
     """Of rounding one matrix."""
     m, n = matrix.rows, matrix.width
-    full = m * n * (ROUND_WEIGHT + ROUND_COLUMN * n + ROUND_ROW * m)
-    return types * full * (1 + passes) / (1 + PASSES) + FACTORS * n**3
+    opened = OPEN_WEIGHT + OPEN_COLUMN * n + OPEN_ROW * m
+    each = PASS_WEIGHT + PASS_COLUMN * n + PASS_ROW * m
+    factors = sum(FACTORS * side**2 + FACTORS_CUBED * side**3 for side in (n, m))
+    return types * m * n * (opened + passes * each) + factors
 
 
 def plain_moments(shape: ModelShape, tokens: float, n_ctx: int) -> float:
@@ -132,6 +137,11 @@ def gradient_bytes(extent: "Extent") -> float:
     sums = moments_sums(shape, gradients=extent.gradients)
     fixed = TORCH + 20 * 128 * shape.vocabulary + 12 * max(matrix.width for matrix in shape.matrices) ** 2
     return PROCESS + model_bytes(shape) + min(extent.limit, sums + fixed)
+
+
+def kept_blocks(shape: ModelShape, need: float, limit: int | None) -> float:
+    """Of rendered blocks that are kept on the disk."""
+    return min(need, KEPT_SHARE * model_bytes(shape) if limit is None else limit)
 
 
 def rounding_bytes(shape: ModelShape, threads: int) -> float:

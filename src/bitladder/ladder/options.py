@@ -101,7 +101,7 @@ class RunOptions(Options):
         unset="all",
         help="Measure on at most N chunks of each text.",
         group="Texts",
-        efforts={"fast": 20, "normal": 40},
+        efforts={"fast": 20, "normal": 30},
     )
     imatrix_chunks: int | None = option(
         None,
@@ -165,7 +165,7 @@ class RunOptions(Options):
     )
     bench: bool = option(True, "--bench/--no-bench", help="Measure tokens per second.", group="Measuring")
     bench_tests: tuple[tuple[int, int], ...] = option(
-        ((512, 0), (0, 128), (1024, 1024)), efforts={"fast": ((512, 0), (0, 64)), "normal": ((512, 0), (0, 128))}
+        ((512, 0), (0, 128), (1024, 1024)), efforts=dict.fromkeys(("fast", "normal"), ((512, 0), (0, 64)))
     )
     bench_repetitions: int = option(3, efforts={"fast": 1, "normal": 1})
     conversion: ConvertOptions = option(ConvertOptions)

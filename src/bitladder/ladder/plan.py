@@ -14,6 +14,7 @@ from bitladder.ladder.steps.naive import Naive
 from bitladder.ladder.steps.plan import Candidates, PlanRung
 from bitladder.ladder.steps.price import Price, priced_models
 from bitladder.ladder.steps.quantize import Quantize
+from bitladder.ladder.steps.round import Round
 from bitladder.ladder.steps.score import Score
 from bitladder.ladder.steps.smooth import Smooth
 from bitladder.ladder.steps.step import Step
@@ -38,6 +39,8 @@ def steps_of(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
         ]
     if options.betters:
         steps += [Naive(options, rung) for rung in rungs]
+    if options.rounds and len(rungs) > 1:
+        steps.append(Round(options))
     for rung in rungs:
         steps += [Quantize(options, rung), Measure(options, rung)]
     steps += [Measure(options, name) for name in others]

@@ -186,8 +186,16 @@ class FeedbackOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class RivalOptions(Options):
-    """The preset moved by a statistic, which plans are compared with (`rivals`)."""
+    """Recipes of simpler methods that plans are compared with (`rivals`). The preset itself always is."""
 
+    GROUP = "Prices and measurement"
+
+    simpler: bool = option(
+        True,
+        "--rivals/--no-rivals",
+        help="Measure recipes of simpler methods too: the preset moved by statistics, weighted error, greedy.",
+        efforts={"fast": False, "normal": False},
+    )
     moved_share: int = option(4, least=1, help="One tensor in this many goes up, and one down.")
     moved_bpw: float = option(0.5, least=0.001, help="Smallest step, in bits per weight.")
 
@@ -226,7 +234,13 @@ class PlanOptions(Options):
     metadata_bytes: int = option(
         384, least=0, help="Bytes left free in a rung's file for metadata on rounding and smoothing."
     )
-    cache_bytes: int = option(16 << 30, least=0, decides=False, help="Largest size of the rendered blocks kept.")
+    cache_bytes: int | None = option(
+        None,
+        least=0,
+        decides=False,
+        help="Largest size of the rendered blocks kept.",
+        unset="four times the model, and at most half of the free disk",
+    )
     constraints: Constraints = option(Constraints)
     prices: PriceOptions = option(PriceOptions)
     feedback: FeedbackOptions = option(FeedbackOptions)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -102,7 +101,7 @@ class Planner(Closing):
                 self.subject.importance,
                 rounding=rounding,
                 folder=self.work / RENDERED,
-                max_bytes=min(options.cache_bytes, shutil.disk_usage(inputs.model.parent).free // 2),
+                max_bytes=options.cache_bytes,
                 threads=options.decoding.threads,
             )
             opened.callback(self.renderer.close)

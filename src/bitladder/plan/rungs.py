@@ -46,7 +46,8 @@ def plan_rung(planner: Planner, rung: str, mode: RungMode, prices: TypePrices) -
         # The file says of its rounding and smoothing what the preset's does not, and is not to be larger.
         marked = planner.renderer.rounding.key != "stock" or subject.file.get(SMOOTHED_KEY)
         target = Target(f"like {rung}", max_bytes=preset.bytes - (planner.options.metadata_bytes if marked else 0))
-    others = rivals(subject, preset, prices, planner.build, planner.options.rivals)
+    options = planner.options.rivals
+    others = rivals(subject, preset, prices, planner.build, options) if options.simpler else {}
     result = planner.plan(target, prices, preset, others)
     feedback = result.feedback
     if feedback is None:

@@ -9,7 +9,13 @@ if TYPE_CHECKING:
     from bitladder.refine.options import GuardOptions, RefineOptions, SmoothingOptions, TuneOptions
     from bitladder.refine.round.guard import GUARD, GuardReport, GuardTrial, guard_json
     from bitladder.refine.round.output_rounding import OUTPUT_ROUNDING, OutputRounding, refuse_other_moments
-    from bitladder.refine.round.quantize_rounded import ROUNDED_QUANT, RoundedQuant, guard_text, quantize_rounded
+    from bitladder.refine.round.quantize_rounded import (
+        ROUNDED_QUANT,
+        RoundedQuant,
+        guard_text,
+        quantize_rounded,
+        round_ahead,
+    )
     from bitladder.refine.smooth.links import SmoothingError, links_of
     from bitladder.refine.smooth.smoothed_model import KEY as SMOOTHED_KEY
     from bitladder.refine.smooth.smoothed_model import SMOOTHING, SmoothResult, smooth_model
@@ -44,6 +50,7 @@ __all__ = [
     "links_of",
     "quantize_rounded",
     "refuse_other_moments",
+    "round_ahead",
     "smooth_model",
     "trial_text",
     "try_smoothing",

@@ -27,7 +27,14 @@ class SmoothingOptions(Options):
     tolerance: float = option(0.01, least=0, help="How far logits may move, as a share of their range.")
     outliers: int = option(64, least=0, help="Channels at most that are examined as the large ones of a block.")
     order_chunks: int = option(16, least=1, help="Chunks of random tokens that show which channels are large.")
-    trial_chunks: int = option(8, "--trial-chunks", least=1, metavar="N", help="Chunks for the trial of smoothing.")
+    trial_chunks: int = option(
+        8,
+        "--trial-chunks",
+        least=1,
+        metavar="N",
+        help="Chunks for the trial of smoothing.",
+        efforts={"fast": 4, "normal": 4},
+    )
     trial_offset: float = option(
         0.25, least=0, most=1, help="Where in a calibration text these passages begin (0 to 1)."
     )

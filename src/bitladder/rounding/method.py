@@ -31,6 +31,7 @@ ROUNDING = Algorithm(
         "six passes, both signs of the step of a block, couplings of rows as products of matrices",
         "errors are handed on by parts of 256 columns; sixteen scales are tried at once, those of points and steps in"
         " every second pass; passes end when they gain little",
+        "the library's blocks stay where the damped loss does not fall; of wide matrices it is estimated",
     ),
 )
 
@@ -44,7 +45,7 @@ class Rounded:
 
     Parameters:
         data: blocks, uint8 [rows, row bytes].
-        before: tr(O ΔW H ΔWᵀ) of the library's blocks.
+        before: tr(O ΔW H ΔWᵀ) of the library's blocks (`SecondMoments.loss`).
         after: the same of these blocks.
     """
 

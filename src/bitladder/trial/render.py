@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from bitladder.engine import RowKernels, TensorType, quantize_rows, type_by_name, versions
 from bitladder.errors import BitladderError
 from bitladder.files import Closing
-from bitladder.gguf import GgufFile, TensorInfo
+from bitladder.gguf import GgufFile, TensorInfo, shards_of
 from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
 
@@ -29,7 +30,8 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 WEIGHTS_AT_ONCE = 1 << 22  # whose error is summed: bounds the memory of float32 copies
-CACHE_BYTES = 16 << 30
+# Of the model's file: what the blocks that a ladder's prices and rungs need take, about.
+KEPT_SHARE = 4
 
 RENDERING = Algorithm("rendering", ("blocks of a rounding method, and their error weighted by importance",))
 
@@ -91,7 +93,8 @@ class Renderer(Closing):
         importance: mean squared inputs by tensor name, float32 [matrices, width].
         rounding: the method; None takes the library's kernels.
         folder: where blocks are kept, under the hash of all that decides them; None keeps nothing.
-        max_bytes: how many bytes of blocks are kept there at most; others are rendered again when needed.
+        max_bytes: how many bytes of blocks are kept there at most; others are rendered again when needed. None keeps
+            `KEPT_SHARE` times the bytes of the model, but leaves half of the disk that is free.
         threads: threads of the library's kernels; None takes all CPUs.
     """
 
@@ -102,7 +105,7 @@ class Renderer(Closing):
         *,
         rounding: RoundingMethod | None = None,
         folder: pathlib.Path | None = None,
-        max_bytes: int = CACHE_BYTES,
+        max_bytes: int | None = None,
         threads: int | None = None,
     ) -> None:
         self.file = file
@@ -111,9 +114,8 @@ class Renderer(Closing):
         self._importance, self._folder = importance, folder
         self._hashes: dict[str, str] = {}
         self._errors: dict[tuple[str, str], float] = {}
-        self._room = max_bytes
-        if folder is not None and folder.is_dir():
-            self._room -= sum(path.stat().st_size for path in folder.glob("*.blocks"))
+        # Bytes of blocks that the folder has room for.
+        self.room = 0 if folder is None else _room(folder, file.path, max_bytes)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -141,6 +143,11 @@ class Renderer(Closing):
                 "algorithms": RENDERING.versions(),
             }
         )
+
+    def nbytes(self, name: str, kind: TensorType) -> int:
+        """Bytes of the tensor's blocks."""
+        tensor = self.file.tensors[name]
+        return tensor.rows * kind.row_bytes(tensor.width)
 
     def blocks(self, name: str, kind: TensorType) -> Bytes:
         """The tensor's rows as a file holds them, uint8 [rows, row bytes]. Raises BitladderError that names it."""
@@ -174,9 +181,9 @@ class Renderer(Closing):
         blocks = self.rounding(name, weights.reshape(shape), kind, importance).reshape(tensor.rows, row)
         values = self.kernels.dequantize(blocks, kind, tensor.width)
         error = _error(weights, values, importance, tensor)
-        if path is not None and blocks.nbytes <= self._room:
+        if path is not None and blocks.nbytes <= self.room:
             _write(path, blocks, error)
-            self._room -= blocks.nbytes
+            self.room -= blocks.nbytes
         return blocks, error
 
 
@@ -225,6 +232,16 @@ def render_all(
     finally:
         pool.shutdown(cancel_futures=True)
     return errors
+
+
+def _room(folder: pathlib.Path, model: pathlib.Path, max_bytes: int | None) -> int:
+    """How many more bytes of blocks a folder may take."""
+    kept = sum(path.stat().st_size for path in folder.glob("*.blocks")) if folder.is_dir() else 0
+    if max_bytes is not None:
+        return max_bytes - kept
+    disk = next(place for place in (folder, *folder.parents) if place.is_dir())
+    model_bytes = sum(pathlib.Path(part).stat().st_size for part in shards_of(model))
+    return min(KEPT_SHARE * model_bytes - kept, shutil.disk_usage(disk).free // 2)
 
 
 def _sha256(values: npt.NDArray[np.generic]) -> str:

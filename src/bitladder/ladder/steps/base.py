@@ -9,6 +9,11 @@ from bitladder.ladder.context import Run
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 
 
+def shared_base(step: Step, extent: Extent, tokens: float, n_ctx: int) -> list[Part]:
+    """The work of computing a base that the first rung's step keeps for the steps of the others."""
+    return [base_part(extent, tokens, n_ctx)] if step.label == step.options.rungs[0] else []
+
+
 def base_part(extent: Extent, tokens: float, n_ctx: int) -> Part:
     """The work of computing a base."""
     return Part("base", cost.decoding(extent.shape, tokens, n_ctx) + cost.scoring(extent.shape, tokens), "base of")

@@ -15,7 +15,7 @@ from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.trial import RENDERING
 
 RECIPES = 1.5  # time of a token on which a recipe is measured, of that of one that is compared
-RIVALS = 6  # of other methods, about
+SIMPLER = 5  # recipes of simpler methods, about
 
 
 class PlanRung(Step):
@@ -50,9 +50,10 @@ class PlanRung(Step):
         """Recipes are measured."""
         feedback, n_ctx = self.options.planning.feedback, self.options.planning.decoding.n_ctx
         kinds = len({matrix.kind for matrix in extent.shape.matrices}) + 1
-        tried = RIVALS + 1 + feedback.rounds + feedback.exchanges
+        rivals = 1 + SIMPLER * self.options.planning.rivals.simpler
+        tried = rivals + 1 + feedback.rounds + feedback.exchanges
         taught = 2 * kinds + (feedback.random_recipes if feedback.rounds > 1 else 0)
-        judged = (feedback.finalists + RIVALS) * feedback.judging_chunks
+        judged = (feedback.finalists + rivals) * feedback.judging_chunks
         chunks = tried * feedback.chunks + taught * feedback.teaching_chunks + judged
         seconds = RECIPES * cost.comparing(extent.shape, chunks * n_ctx, n_ctx)
         return [Part("recipes", seconds, "measure recipes")]

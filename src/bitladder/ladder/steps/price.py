@@ -110,7 +110,8 @@ class Price(Step):
             return Room()
         bits: float = ALL_BITS if any(map(below_four_bits, self.options.rungs)) else HIGH_BITS
         bits /= 1 if self.options.planning.menu == "all" else 2
-        return Room(work=min(self.options.planning.cache_bytes, bits / 8 * extent.shape.weights))
+        need = bits / 8 * extent.shape.weights
+        return Room(work=cost.kept_blocks(extent.shape, need, self.options.planning.cache_bytes))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages of the calibration texts, on which recipes are measured too."""

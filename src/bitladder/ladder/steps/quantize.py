@@ -9,7 +9,7 @@ from bitladder.engine import native
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run, read_json, text_used
 from bitladder.ladder.options import RunOptions
-from bitladder.ladder.steps.base import base_part
+from bitladder.ladder.steps.base import base_part, shared_base
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, write_recipe
 from bitladder.refine import (
@@ -80,8 +80,8 @@ class Quantize(Step):
         tokens = min(guard_chunks, GUARD_CHUNKS) * extent.chunk
         evaluation = cost.comparing(extent.shape, tokens, extent.chunk)
         parts = [
-            round_part(self.options, extent, "rounding", passes=self.options.refine.rounding.passes),
-            base_part(extent, guard_chunks * extent.chunk, extent.chunk),
+            *([] if len(self.options.rungs) > 1 else [rounding_part(self.options, extent)]),
+            *shared_base(self, extent, guard_chunks * extent.chunk, extent.chunk),
             Part("guard", (2 + len({matrix.kind for matrix in extent.shape.matrices})) * evaluation, "guard"),
             Part("guard", 2 * extent.shape.blocks**0.5 * evaluation, "guard, layers"),
             library_part(self.label, extent),
@@ -105,7 +105,8 @@ class Quantize(Step):
     def room(self, extent: Extent) -> Room:
         """The file, and while it is tuned a second one; rounded blocks are kept for the other rungs."""
         size = quant_bytes(self.label, extent)
-        blocks = min(self.options.planning.cache_bytes, size) if self.options.rounds else 0
+        alone = self.options.rounds and len(self.options.rungs) == 1
+        blocks = cost.kept_blocks(extent.shape, size, self.options.planning.cache_bytes) if alone else 0
         return Room(size, size, blocks)
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
@@ -123,8 +124,7 @@ class Quantize(Step):
         """Makes the file."""
         rung, options = self.label, self.options
         out = run.layout.quant(run.facts("convert")["stem"], rung)
-        plan = read_json(run.files(f"plan {rung}")[0]) if options.plans else None
-        types = quantize.QuantizeOptions(rung, types=None if plan is None else plan["types"])
+        plan, types = types_of_rung(run, rung)
         smoothed, decoding = run.smoothed(rung), options.decoding
         files, facts = run.material(smoothed=smoothed), dict[str, Any]()
         if not options.rounds:
@@ -157,6 +157,12 @@ class Quantize(Step):
         return Product([out, run.layout.recipe(rung)], {"bytes": result.bytes, "bpw": result.bpw, **facts})
 
 
+def types_of_rung(run: Run, rung: str) -> tuple[Any, quantize.QuantizeOptions]:
+    """planned/RUNG.json, or None, and the types of the rung: those of the plan or of the preset."""
+    plan = read_json(run.files(f"plan {rung}")[0]) if run.options.plans else None
+    return plan, quantize.QuantizeOptions(rung, types=None if plan is None else plan["types"])
+
+
 def recipe_of(run: Run, result: quantize.QuantizeResult, name: str) -> Recipe:
     """The recipe of a quant called `name`, with what it was made from."""
     converted, calibrated = run.facts("convert"), run.facts("imatrix")
@@ -183,6 +189,11 @@ def library_part(rung: str, extent: Extent) -> Part:
     """Quantization by the library."""
     kind = "quantize iq" if rung.startswith("IQ") else "quantize"
     return Part(kind, cost.by_library(extent.shape, rung), "quantize", rate="kernels")
+
+
+def rounding_part(options: RunOptions, extent: Extent, types: float = 1) -> Part:
+    """The work of rounding all weights as they are in a rung, in some types."""
+    return round_part(options, extent, "rounding", passes=options.refine.rounding.passes, types=types)
 
 
 def round_part(options: RunOptions, extent: Extent, label: str, *, passes: int, types: float = 1) -> Part:

@@ -7,7 +7,7 @@ from bitladder.evaluate import BASE
 from bitladder.files import write_json
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.base import base_part
+from bitladder.ladder.steps.base import shared_base
 from bitladder.ladder.steps.quantize import quant_bytes
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.quantize import QuantizeOptions
@@ -42,7 +42,7 @@ class SmoothingTrial(Step):
         tokens = 2 * self.options.refine.smoothing.trial_chunks * extent.chunk
         seconds = cost.comparing(extent.shape, tokens, extent.chunk, cost.QUANT)
         seconds += 2 * cost.by_library(extent.shape, self.label)
-        return [base_part(extent, tokens / 2, extent.chunk), Part("trial", seconds, "original and smoothed")]
+        return [*shared_base(self, extent, tokens / 2, extent.chunk), Part("trial", seconds, "original and smoothed")]
 
     def room(self, extent: Extent) -> Room:
         """The file of one of the two, while it is measured."""

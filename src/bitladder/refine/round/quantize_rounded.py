@@ -25,6 +25,7 @@ from bitladder.refine.round.output_rounding import (
     joined_sha256,
     refuse_other_moments,
 )
+from bitladder.rounding import RoundingOptions
 from bitladder.text import EXCERPTS, Text, excerpts
 from bitladder.trial import Renderer, kept_base, render_all
 
@@ -107,6 +108,59 @@ def quantize_rounded(
         return _round(prepared, out, rounding, trial, work, decoding.threads, progress)
 
 
+def round_ahead(
+    files: ModelFiles,
+    quants: Sequence[QuantizeOptions],
+    options: RoundingOptions,
+    work: pathlib.Path,
+    *,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> None:
+    """Rounds the tensors of several quants into a folder, from which `quantize_rounded` takes them.
+
+    Second moments of a tensor are factored once for all its types. What the folder has no room for is left out.
+
+    Parameters:
+        files: the model, its importance matrix and its second moments.
+        quants: the presets or types.
+        options: how blocks are rounded.
+        work: the folder.
+        threads: tensors that are rounded at once; None takes all CPUs.
+        progress: where work is shown.
+
+    Raises:
+        BitladderError: files do not fit together.
+    """
+    with contextlib.ExitStack() as opened:
+        rounding = OutputRounding([opened.enter_context(MomentsFile(path)) for path in files.moments], options)
+        prepared = [opened.enter_context(prepare(files.model, quant, imatrix=files.imatrix)) for quant in quants]
+        first = prepared[0]
+        renderer = opened.enter_context(
+            Renderer(first.file, first.importance, rounding=rounding, folder=work, threads=threads)
+        )
+        pairs: dict[tuple[str, str], None] = {}
+        room = renderer.room
+        for quant in prepared:
+            for name, kind in _rounded_types(quant, rounding).items():
+                size = renderer.nbytes(name, type_by_name(kind))
+                if (name, kind) not in pairs and size <= room:
+                    pairs[name, kind] = None
+                    room -= size
+        render_all(renderer, pairs, progress=progress)
+
+
+def _changes(quant: PreparedQuant) -> dict[str, str]:
+    """The type of each tensor that gets other values than it has, by name."""
+    choices = quant.choice.tensors
+    return {choice.name: choice.type.name for choice in choices if choice.changes and choice.name == choice.source.name}
+
+
+def _rounded_types(quant: PreparedQuant, rounding: OutputRounding) -> dict[str, str]:
+    """Those of them that get other blocks than the library's."""
+    return {name: kind for name, kind in _changes(quant).items() if rounding.covers(name, type_by_name(kind))}
+
+
 def guard_text(calibration: Sequence[Text], options: GuardOptions, n_ctx: int) -> Text:
     """Passages of the calibration texts on which a guard tries blocks, for want of another text.
 
@@ -127,9 +181,7 @@ def _round(
     threads: int | None,
     progress: Progress,
 ) -> RoundedQuant:
-    changed = [choice for choice in prepared.choice.tensors if choice.changes and choice.name == choice.source.name]
-    types = {choice.name: choice.type.name for choice in changed}
-    covered = {name: kind for name, kind in types.items() if rounding.covers(name, type_by_name(kind))}
+    types, covered = _changes(prepared), _rounded_types(prepared, rounding)
     with (
         Renderer(prepared.file, prepared.importance, folder=work, threads=threads) as stock,
         Renderer(prepared.file, prepared.importance, rounding=rounding, folder=work, threads=threads) as rounded,
