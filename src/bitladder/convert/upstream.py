@@ -33,8 +33,10 @@ WANTED = (SCRIPT, "conversion/", "gguf-py/", "requirements/", "LICENSE")
 MOST_UNPACKED = 64 << 20  # bytes; what is wanted has some 2 MB
 LINES = 5  # last lines of a program that an error shows
 # Environment variables that the converter gets: those that Python and its libraries need, and no tokens.
-PASSED = ("PATH", "HOME", "USERPROFILE", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
-PASSED += ("DYLD_LIBRARY_PATH", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+PASSED = (
+    *("PATH", "HOME", "USERPROFILE", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LANG", "LC_ALL", "LD_LIBRARY_PATH"),
+    *("DYLD_LIBRARY_PATH", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"),
+)
 # What pip does not get of its environment, in which it may have indexes, proxies and certificates.
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _PERCENT = re.compile(r"(\d{1,3})%\|")

@@ -243,7 +243,8 @@ def choose_rungs(rungs: tuple[str, ...]) -> tuple[str, ...]:
         ('Q6_K', 'IQ2_XXS', 'IQ2_XS')
     """
     known = [name for name in preset_names() if name not in FULL_PRECISION]
-    chosen, unknown = [], []
+    chosen: list[str] = []
+    unknown: list[str] = []
     for name in rungs:
         chosen += LADDERS.get(name.lower(), (name.upper(),))
         unknown += [] if name.lower() in LADDERS or name.upper() in known else [name]
