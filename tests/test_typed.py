@@ -96,6 +96,7 @@ def test_a_quant_is_warned_of_where_full_precision_is_meant(tiny_gguf, capsys, t
         ("a, b --out d, e", "a, b --out d, e"),  # a model and a folder are no lists
         ("m --ladder", "m --ladder"),
         ("m --ladder Q6_K,", "m --ladder Q6_K,"),
+        ("m --ladder Q6_K, --mode naive", "m --ladder Q6_K, --mode naive"),
     ],
 )
 def test_a_list_may_have_spaces(typed, words):
@@ -198,7 +199,9 @@ def test_other_forms_are_refused(words, tiny_gguf, tmp_path, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("target", [["--size", "5"], ["--kld", "0"], ["--kld", "nan"], ["--bpw", "0.1"]])
+@pytest.mark.parametrize(
+    "target", [["--size", "5"], ["--kld", "0"], ["--kld", "nan"], ["--bpw", "0.1"], ["--size", "5GB"], ["--bpw", "9"]]
+)
 def test_an_impossible_target_is_refused_before_measuring(target, tiny_gguf, tmp_path, capsys):
     work = tmp_path / "work"
     assert invoke(["plan", "-m", str(tiny_gguf), *target, "--work", str(work), "-o", str(tmp_path / "o.toml")]) in (
@@ -207,7 +210,7 @@ def test_an_impossible_target_is_refused_before_measuring(target, tiny_gguf, tmp
     )
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "smallest possible file" in error or "--kld is" in error
+    assert "smallest possible file" in error or "--kld is" in error or "room for more than Q8_0" in error
     assert not work.exists()
 
 

@@ -239,3 +239,4 @@ def test_a_line_about_the_best():
 def test_a_time_left_that_is_not_known_well_is_a_range():
     assert in_words(TimeLeft(300, 480)) == "about 6 min"
     assert in_words(TimeLeft(240, 720)) == "4 min to 12 min"
+    assert in_words(TimeLeft(2, 12)) == "about 10 s"

@@ -45,8 +45,9 @@ def command(*, output: Output, options: RunOptions, hours: float | None) -> None
             result = run(options, progress=log, watch=display.watch)
     written = [write_card(options.out), write_report(options.out)]
     if not result.made:
+        count = "1 rung" if len(result.rungs) == 1 else f"{len(result.rungs)} rungs"
         done = "card and report were written again; nothing else to do" if any(written) else "nothing to do"
-        output.progress.info(f"{done}: {options.out} has the complete ladder ({len(result.rungs)} rungs)")
+        output.progress.info(f"{done}: {options.out} has the complete ladder ({count})")
     if output.json:
         output.print_json(result.scores)
     else:

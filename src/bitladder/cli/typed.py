@@ -75,11 +75,11 @@ class Presets(FileOrName):
 
 
 class InputPath(click.Path):
-    """A path that is read. That there is no such file, or folder, is an error in one line, before anything else."""
+    """A path that is read. That there is no such file, or directory, is an error in one line, before anything else."""
 
     def __init__(self, *, file: bool = True, folder: bool = False) -> None:
         super().__init__(file_okay=file, dir_okay=folder, path_type=pathlib.Path)
-        self._kind = "file or folder" if file and folder else "folder" if folder else "file"
+        self._kind = "file or directory" if file and folder else "directory" if folder else "file"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """What `click.ParamType` says."""
@@ -89,7 +89,7 @@ class InputPath(click.Path):
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise UsageError(f"{flag}{path}: no such {self._kind}") from error
         if not (self.dir_okay if is_folder else self.file_okay):
-            raise UsageError(f"{flag}{path} is a {'folder' if is_folder else 'file'}; name a {self._kind}")
+            raise UsageError(f"{flag}{path} is a {'directory' if is_folder else 'file'}; name a {self._kind}")
         return path
 
 
@@ -171,7 +171,7 @@ def joined_lists(command: click.Command, words: list[str]) -> list[str]:
     joined: list[str] = []
     is_value = False
     for word in words:
-        if is_value and joined[-1].endswith(","):
+        if is_value and joined[-1].endswith(",") and not word.startswith("-"):
             joined[-1] += word
             continue
         flag, equals, _ = word.partition("=")

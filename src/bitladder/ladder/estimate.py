@@ -351,6 +351,7 @@ def _best(work: Callable[[], Any], seconds: float) -> float:
 def in_words(total: Estimate) -> str:
     """Time, memory and disk in a line."""
     hours = total.core_seconds / 3600
-    cores = f"{hours:.1f} core hours" if hours >= 1 else f"{total.core_seconds / 60:.0f} core minutes"
+    minutes = round(total.core_seconds / 60)
+    cores = f"{hours:.1f} core hours" if hours >= 1 else f"{minutes} core minute{'' if minutes == 1 else 's'}"
     memory, disk = (f"{size / 1e9:.3g} GB" for size in (total.memory_bytes, total.disk_bytes))
     return f"{duration(total.seconds)} ({cores}), {memory} of memory, {disk} of disk"

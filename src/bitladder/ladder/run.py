@@ -22,7 +22,7 @@ from bitladder.ladder.estimate import (
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
 from bitladder.ladder.pace import Pace
 from bitladder.ladder.plan import steps_of
-from bitladder.ladder.source import Other, Source, find_others, locate
+from bitladder.ladder.source import Other, Source, describe, find_others, locate
 from bitladder.ladder.steps.step import Extent, Step, TextsOfRun
 from bitladder.ladder.store import open_store
 from bitladder.ladder.tracker import Tracker, Watch
@@ -87,6 +87,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
     extent = extent_of(options, shape, texts, calibration, questions, models=models, full=full)
     keep = source.path if source.is_gguf else None
     if source.is_gguf:
+        describe(source.path)  # refuses what is quantized already
         check_texts(steps, TextsOfRun(texts, calibration, source.path))
     with open_store(options.out, keep=keep, progress=progress) as store:
         refuse_other_model(options, source, store)

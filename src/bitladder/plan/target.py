@@ -14,8 +14,9 @@ from bitladder.plan.allocate.problem import Allocation, Problem
 from bitladder.plan.options import PlanDecoding, TargetOptions
 from bitladder.plan.subject import Preset, Subject
 from bitladder.trial import Measurement
-from bitladder.units import bpw_bytes, parse_size
+from bitladder.units import bpw_bytes, parse_size, size_text
 
+LARGEST = "Q8_0"  # no plan has more bits for a tensor
 MEMORY = Algorithm("memory", ("caches, compute and output buffers, as the library reports them",))
 # Caches report a size of their own; the size of their buffer is 0 if nothing is allocated.
 _BUFFER = re.compile(r"(?:\w: size =|state buffer size =|(?:compute|output)\s+buffer size\s*=)\s*([\d.]+) MiB")
@@ -96,6 +97,12 @@ def target_of(options: TargetOptions, subject: Subject, decoding: PlanDecoding) 
             subject.path, [options.context], threads=decoding.threads, gpu_layers=decoding.gpu_layers
         )
         nbytes = vram_bytes(memory, beside[options.context], text)
+    largest = subject.preset(LARGEST)
+    if nbytes > largest.bytes:
+        raise UsageError(
+            f"{text}: there is room for more than {LARGEST} ({size_text(largest.bytes)}); quantize to {LARGEST}, or give "
+            "less"
+        )
     return Target(text, max_bytes=nbytes), subject.fitting_preset(nbytes)
 
 

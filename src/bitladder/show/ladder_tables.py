@@ -85,7 +85,7 @@ def _for_memories(run: FinishedRun, context: int) -> list[str]:
             lines.append(f"for {memory} GB: no rung with a context of {context} tokens")
     for rung in rungs:
         if memories := chosen.get(rung.label):
-            sizes = " or ".join(map(str, memories))
+            sizes = " or ".join(", ".join(map(str, memories)).rsplit(", ", 1))
             file = shlex.quote(str(run.layout.model(rung.scores.model)))
             lines.append(f"for {sizes} GB: {rung.label}, llama-server -m {file} -c {context}")
     return lines
@@ -97,12 +97,13 @@ def deletable(run: FinishedRun) -> list[str]:
     size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     if not size:
         return []
-    steps = {name: step for name, step in run.manifest.steps.items() if name in ("base", "moments", "smooth")}
-    times = ", ".join(f"{name} {duration(step.seconds).removeprefix('about ')}" for name, step in steps.items())
-    return [
-        f"may be deleted: {work} ({_size(size)}). Another rung then takes longer ({times}, and blocks of its plan), "
-        "and verify cannot work"
-    ]
+    steps = run.manifest.steps
+    again = [name for name in ("base", "moments", "smooth") if name in steps and steps[name].outputs]
+    parts = [f"{name} {duration(steps[name].seconds).removeprefix('about ')}" for name in again]
+    parts += ["blocks of its plan"] if any(name.startswith("plan ") for name in steps) else []
+    needed = "" if again == ["base"] else ", and verify needs it"
+    text = f"may be deleted: {work} ({_size(size)}). Another rung makes again what it reads of it ({', '.join(parts)})"
+    return [text + needed]
 
 
 def unfinished_table(run: UnfinishedRun) -> Table:

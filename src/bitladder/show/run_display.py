@@ -64,10 +64,10 @@ class RunDisplay:
 
 def in_words(left: "TimeLeft") -> str:
     """The time left: one number where it is known well enough, else from the least to the most."""
+    least, most = duration(left.least), duration(left.most)
     if left.seconds is not None:
         return duration(left.seconds)
-    least, most = (duration(seconds).removeprefix("about ") for seconds in (left.least, left.most))
-    return f"{least} to {most}"
+    return least if least == most else f"{least.removeprefix('about ')} to {most.removeprefix('about ')}"
 
 
 def line(best: "Best") -> str:
