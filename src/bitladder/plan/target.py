@@ -99,10 +99,8 @@ def target_of(options: TargetOptions, subject: Subject, decoding: PlanDecoding) 
         nbytes = vram_bytes(memory, beside[options.context], text)
     largest = subject.preset(LARGEST)
     if nbytes > largest.bytes:
-        raise UsageError(
-            f"{text}: there is room for more than {LARGEST} ({size_text(largest.bytes)}); quantize to {LARGEST}, or give "
-            "less"
-        )
+        most = f"{LARGEST} has {size_text(largest.bytes)}"
+        raise UsageError(f"{text}: there is room for more than {LARGEST} ({most}); quantize to it, or give less")
     return Target(text, max_bytes=nbytes), subject.fitting_preset(nbytes)
 
 
