@@ -214,7 +214,9 @@ def test_command(tiny_gguf, prepared, tmp_path, capsys):
     known = ["--imatrix", str(prepared / "imatrix.gguf"), "--moments", str(prepared / "moments.gguf")]
     assert invoke(["verify", str(out), "-m", str(tiny_gguf), *known, *log]) == 0
     assert "rounded" in capsys.readouterr().out
-    assert invoke(["verify", str(out), "-m", str(tiny_gguf), *log]) == 1
+    assert invoke(["verify", str(out), "-m", str(tiny_gguf), *log]) == 2
+    assert "importance matrix imatrix.gguf: name it with --imatrix" in capsys.readouterr().err
+    assert invoke(["verify", str(out), "-m", str(tiny_gguf), *known[:2], *log]) == 1
     assert "cannot be made from" in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ from bitladder.cli import options
 from bitladder.cli.outputs import Command
 from bitladder.cli.typed import INPUT, PLACE
 from bitladder.errors import BitladderError, UsageError
+from bitladder.gguf import open_model
 from bitladder.show import Output, common_options
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ def command(
     if source is None:
         raise UsageError("name the full-precision GGUF that the quant was made from with -m")
     options.warn_if_quantized(output, "-m", source)
+    with open_model(quant) as file:
+        used = file.get("quantize.imatrix.file")
+    if used is not None and imatrix is None:
+        raise UsageError(f"{quant} was made with the importance matrix {used}: name it with --imatrix")
     from bitladder.refine import verify
 
     verified = verify(
@@ -97,7 +102,8 @@ def _json(verified: "VerifiedQuant") -> dict[str, object]:
 def _tell(output: Output, name: str, verified: "VerifiedQuant") -> None:
     if not output.json:
         counts = collections.Counter(verified.origins.values()).most_common()
-        output.line(f"{name}: {', '.join(f'{count} tensors {way}' for way, count in counts)}")
+        ways = (f"{count} {'differ' if way == 'differs' else way}" for way, count in counts)
+        output.line(f"{name}, tensors: {', '.join(ways)}")
 
 
 def _refuse(differing: list[str], what: str, made_of: str) -> None:
