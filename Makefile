@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs bench fuzz lock audit clean
+.PHONY: demo test lint docs bench evidence fuzz lock audit clean
 
 # The main job on the embedded model: checkpoint in, a measured rung beside its plain preset and the card out, in demo/.
 demo: $(VENV)/.installed
@@ -28,6 +28,12 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ratios.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT)) \
 		$(if $(CALIBRATION),--calibration $(CALIBRATION))
+
+# KLD beside rivals at the same bytes, resumable: MODELS="F16.gguf …", TEXTS="prose=FILE code=pydoc:test …" that no
+# CALIBRATION="A B" saw, OPTIONS for more. Without MODELS, docs/evidence.md is written from benchmarks/results.
+evidence: $(VENV)/.installed
+	$(BIN)/python benchmarks/evidence.py $(MODELS) $(foreach text,$(TEXTS),--text $(text)) \
+		$(foreach text,$(CALIBRATION),--calibration $(text)) $(OPTIONS)
 
 # Every parser under atheris, MINUTES of the CPU each; corpus and finds are in .fuzz/.
 fuzz: $(VENV)/.test
