@@ -13,7 +13,7 @@ import tempfile
 
 from bitladder.calibrate import collect_imatrix
 from bitladder.engine import Decoding
-from bitladder.evaluate import EvalRequest, MeasureOptions, evaluate_several, open_or_compute
+from bitladder.evaluate import EvalRequest, MeasureOptions, evaluate_several, load_or_compute_base
 from bitladder.quantize import quantize
 from bitladder.text import Reading, load_text
 
@@ -63,7 +63,7 @@ def compare(model: pathlib.Path, options: argparse.Namespace, work: pathlib.Path
     for name, spec, only in (("prose", options.text, False), ("chat", chat, False), ("answers", chat, True)):
         text = load_text(str(spec), model, assistant_only=only)
         kept = work / f"{model.stem}.{'prose' if name == 'prose' else 'chat'}.base"
-        with open_or_compute(model, kept, text, settings, quants[0]) as base:
+        with load_or_compute_base(model, text, settings, path=kept) as base:
             request = EvalRequest((text,), settings, (base,))
             measured[name] = [scores.to_json() for scores in evaluate_several(quants, request)]
     return measured

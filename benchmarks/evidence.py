@@ -36,9 +36,9 @@ from bitladder.evaluate import (
     Measurement,
     MeasureOptions,
     average,
+    load_or_compute_base,
     load_task,
     measure_several,
-    open_or_compute,
     paired_mean,
     parse_specs,
 )
@@ -144,7 +144,7 @@ class Evidence:
         bases = []
         for text in texts:
             kept = self.work / f"{text.sha256[:12]}.{self.settings.chunks}.base"
-            bases.append(open_or_compute(self.model, kept, text, settings, self.model))
+            bases.append(load_or_compute_base(self.model, text, settings, path=kept))
         tasks = tuple(load_task(spec) for spec in parse_specs(self.settings.tasks)) if self.settings.tasks else ()
         return EvalRequest(texts=texts, settings=settings, bases=tuple(bases), tasks=tasks,
                            task_settings=MeasureOptions(n_ctx=768, threads=self.settings.threads),

@@ -25,7 +25,7 @@ import time
 import numpy as np
 
 from bitladder.engine import Decoding, versions
-from bitladder.evaluate import MeasureOptions, Reference, measure, open_or_compute
+from bitladder.evaluate import MeasureOptions, Reference, load_or_compute_base, measure
 from bitladder.files import write_json
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import read_recipe
@@ -54,7 +54,7 @@ def main() -> None:
                 dataclasses.replace(settings, chunks=arguments.domain_chunks) if name in arguments.domain else settings
             )
             kept = arguments.work / f"{full.stem}.{text.sha256[:12]}.{used.chunks}.base"
-            bases[name] = text, open_or_compute(full, kept, text, used, full), used
+            bases[name] = text, load_or_compute_base(full, text, used, path=kept), used
         for preset in arguments.presets.split(","):
             stock: dict[str, np.ndarray] = {}
             for way in ["stock", *arguments.methods.split(",")]:
