@@ -51,7 +51,7 @@ class Price(Step):
 
     def surroundings(self, run: Run) -> Mapping[str, Any]:
         """Whether a rung is made of the model."""
-        return {"used": self._used(run)}
+        return {"whether a rung is made of it": self._used(run)}
 
     def _presets(self) -> tuple[str, ...]:
         rungs = self.options.rungs
