@@ -135,14 +135,14 @@ def extent_in(recording):
 
 def replayed(recording, options):
     """(time, estimate of the time left) during a recorded run, and its whole time."""
-    extent = extent_in(recording)
-    pace = Pace({step.name: step.parts(extent) for step in steps_of(options)})
-    now, current, moments = 0.0, "", []
+    extent, steps = extent_in(recording), steps_of(options)
+    pace = Pace({step.name: step.parts(extent) for step in steps})
+    now, current, moments, names = 0.0, "", [], iter([step.name for step in steps])
     for part in recording["parts"]:
-        if part["step"] != current:
+        while part["step"] != current:  # steps without a record took no time
             if current:
                 pace.end(now, made=True)
-            current = part["step"]
+            current = next(names)
             pace.begin(current, now)
         if part["bar"]:
             pace.bar(part["bar"], now)

@@ -49,7 +49,7 @@ class Pace:
         self._left = {step: list(of_step) for step, of_step in parts.items()}
         self._seen: dict[str, tuple[float, float]] = {}  # kind → amount done, seconds
         self._spent = 0.0  # seconds of work
-        self._step = ""
+        self._step, self._from = "", tuple[str, ...]()
         self._began = 0.0
         self._part: Part | None = None
         self._share = 0.0
@@ -59,17 +59,24 @@ class Pace:
         self._left = {step: parts for step, parts in self._left.items() if step in steps}
 
     def begin(self, step: str, now: float) -> None:
-        """A step begins."""
+        """A step begins.
+
+        Which of two steps of a kind does the work may not be known before, such as whether the original model or the
+        smoothed one is priced. So a step without parts takes those that another one of its kind has.
+        """
         self._step, self._began = step, now
+        alike = (other for other in self._left if other.split()[0] == step.split()[0])
+        self._from = (step,) if self._left.get(step) else tuple(alike)
         self._part, self._share = None, 0.0
 
     def bar(self, label: str, now: float) -> None:
         """A progress bar of the step begins. The part that it stands for begins too, and the one before is over."""
-        for index, part in enumerate(self._left.get(self._step, [])):
-            if part.bar in label.lower():
-                self._finish_part(now)
-                self._part, self._share, self._began = self._left[self._step].pop(index), 0.0, now
-                return
+        for step in self._from:
+            for index, part in enumerate(self._left.get(step, [])):
+                if part.bar in label.lower():
+                    self._finish_part(now)
+                    self._part, self._share, self._began = self._left[step].pop(index), 0.0, now
+                    return
 
     def advance(self, share: float) -> None:
         """The part under way is done to this share (0 … 1), which goes up only."""

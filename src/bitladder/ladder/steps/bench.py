@@ -63,17 +63,21 @@ class Bench(Step):
         return tuple(test for test in self.options.bench_tests if 0 in test)
 
     def parts(self, extent: Extent) -> list[Part]:
-        """Tokens read and generated, a warm-up included, and the files of presets."""
+        """Tokens read and generated, and files of presets. A warm-up reads the prompt, and generates one token."""
+        repetitions, tests = self.options.bench_repetitions, self.options.bench_tests
 
-        def speed(tests: Sequence[tuple[int, int]], models: int) -> Part:
-            once = sum(prompt + GENERATED * generated for prompt, generated in tests)
-            tokens = once * (self.options.bench_repetitions + 1) * models
-            return Part("speed", cost.decoding(extent.shape, tokens, extent.chunk))
+        def speed(tests: Sequence[tuple[int, int]], full: int, quants: int) -> Part:
+            tokens = sum(prompt + GENERATED * min(1, generated) for prompt, generated in tests)
+            tokens += repetitions * sum(prompt + GENERATED * generated for prompt, generated in tests)
+            return Part("speed", cost.decoding(extent.shape, tokens * (full + quants / cost.QUANT), extent.chunk))
 
-        parts = [speed(self.options.bench_tests, extent.models)]
-        if self.options.plans:
-            for rung in self.options.rungs:
-                parts += [library_part(rung, extent), speed(self._short, 2)]
+        if not self.options.plans:
+            return [speed(tests, 1, extent.models - 1)]
+        rungs, rest = self.options.rungs, [test for test in tests if test not in self._short]
+        parts = [speed(tests, 1, extent.models - 1 - len(rungs))]
+        for rung in rungs:
+            parts += [library_part(rung, extent), speed(self._short, 0, 2)]
+            parts += [speed(rest, 0, 1)] if rest else []
         return parts
 
     def room(self, extent: Extent) -> Room:
