@@ -65,7 +65,7 @@ class Pace:
         smoothed one is priced. So a step without parts takes those that another one of its kind has.
         """
         self._step, self._began = step, now
-        alike = (other for other in self._left if other.split()[0] == step.split()[0])
+        alike = (other for other in self._left if other.split()[0] == step.split(maxsplit=1)[0])
         self._from = (step,) if self._left.get(step) else tuple(alike)
         self._part, self._share = None, 0.0
 
