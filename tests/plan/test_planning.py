@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import pathlib
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -130,7 +132,11 @@ def test_the_command_plans_and_its_file_is_as_large_as_it_says(small, arguments,
     capsys.readouterr()
     for more in (few, ["--sensitivity", str(prices)]):
         assert invoke([*arguments, *budget, *more]) == 0
-        assert "proved optimal" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "proved optimal" in shown
+    _, *next_step = shlex.split(shown.splitlines()[-1].partition("; next: ")[2])
+    assert invoke(next_step) == 0 and pathlib.Path(next_step[-1]).is_file()
+    pathlib.Path(next_step[-1]).unlink()
     assert journal.read_text().count("\n") == lines
     second = read_recipe(tmp_path / "second.toml")
     assert second.bpw <= 5.2 and second.tensors != recipe.tensors

@@ -151,5 +151,6 @@ def command(
         return
     for table in plan_tables.tables(result, places):
         output.print(table)
-    for line in (*plan_tables.lines(result, target), plan_tables.next_step(out)):
+        output.line("")
+    for line in (*plan_tables.lines(result, target), plan_tables.next_step(out, model, imatrix)):
         output.line(line)

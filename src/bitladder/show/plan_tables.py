@@ -1,6 +1,7 @@
 """A plan as tables, lines and JSON."""
 
 import pathlib
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -145,9 +146,11 @@ def as_json(result: PlanResult, places: Places, target: Target) -> dict[str, Any
     }
 
 
-def next_step(recipe: pathlib.Path) -> str:
-    """The command that carries out a recipe."""
-    return f"wrote {recipe}; next: bitladder quantize -m MODEL --imatrix IMATRIX --recipe {recipe} -o OUT.gguf"
+def next_step(recipe: pathlib.Path, model: pathlib.Path, imatrix: pathlib.Path | None) -> str:
+    """What comes after a plan: the command that makes the quant."""
+    words = ["bitladder", "quantize", "-m", str(model), *(["--imatrix", str(imatrix)] if imatrix else [])]
+    words += ["--recipe", str(recipe), "-o", str(model.with_name(f"{recipe.stem}.gguf"))]
+    return f"wrote {recipe}; next: {shlex.join(words)}"
 
 
 def prune_json(ranked: list[BlockLoss]) -> list[dict[str, Any]]:
