@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from bitladder.cli.from_options import options_from
+from bitladder.cli.options import options_from
 from bitladder.ladder import RunOptions, Status, run
 from bitladder.ladder.options import command_line
 from bitladder.progress import SILENT, Bar

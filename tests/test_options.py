@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from bitladder.cli import application
-from bitladder.cli.from_options import options_from
+from bitladder.cli.options import options_from
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.ladder import RunOptions

@@ -13,8 +13,8 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from bitladder.cli import application, invoke
-from bitladder.cli.recipe import command as recipe_command
-from bitladder.cli.run import command as run_command
+from bitladder.cli.recipe import recipe_command
+from bitladder.cli.run import run_command
 from bitladder.cli.typed import joined_lists
 from bitladder.gguf import GgufFile
 

@@ -15,7 +15,7 @@ import tiny_models
 from click.testing import CliRunner
 from heard import Heard
 
-from bitladder.cli.convert import command
+from bitladder.cli.convert import convert_command
 from bitladder.convert import checkpoint, convert, default_name, safetensors, tensors
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import fetch_checkpoint
@@ -219,7 +219,7 @@ def test_memory_is_bounded_by_a_tensor(tmp_path: pathlib.Path) -> None:
 
 def test_command(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(command, [str(folder), "--json", "--quiet"], catch_exceptions=False)
+    done = CliRunner().invoke(convert_command, [str(folder), "--json", "--quiet"], catch_exceptions=False)
     assert done.exit_code == 0
     answer = json.loads(done.stdout)
     assert answer["path"] == default_name(folder)
@@ -229,5 +229,7 @@ def test_command(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pyte
         "f16",
         (tmp_path / answer["path"]).stat().st_size,
     )
-    done = CliRunner().invoke(command, [str(folder), "-o", "named.gguf", "--outtype", "f32"], catch_exceptions=False)
+    done = CliRunner().invoke(
+        convert_command, [str(folder), "-o", "named.gguf", "--outtype", "f32"], catch_exceptions=False
+    )
     assert "named.gguf: llama, f32" in done.stdout

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from heard import Heard
 
-from bitladder.cli.convert import command
+from bitladder.cli.convert import convert_command
 from bitladder.convert import convert, default_name
 from bitladder.files import LONGEST_NAME, file_name
 
@@ -180,7 +180,7 @@ def test_default_name_is_a_file_here(card: str, folder: pathlib.Path, monkeypatc
     work = folder.parent / "a" / "b" / "c"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
-    done = CliRunner().invoke(command, [str(folder), "--outtype", "f32"], catch_exceptions=False)
+    done = CliRunner().invoke(convert_command, [str(folder), "--outtype", "f32"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     name = default_name(folder, "f32")
     assert [path.name for path in work.iterdir()] == [name]

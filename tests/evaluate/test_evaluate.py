@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from bitladder import evaluate as ev
-from bitladder.cli.eval import command
+from bitladder.cli.evaluate import eval_command
 from bitladder.engine.native import llama
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate.base import cache
@@ -245,7 +245,7 @@ def test_command(folder, tmp_path):
     ]
     models = ["-m", str(folder / "q4.gguf"), "-m", str(folder / "q8.gguf")]
     out = tmp_path / "scores.json"
-    done = CliRunner().invoke(command, [*models, *common, "--json", "-o", str(out)], catch_exceptions=False)
+    done = CliRunner().invoke(eval_command, [*models, *common, "--json", "-o", str(out)], catch_exceptions=False)
     assert done.exit_code == 0
     found = json.loads(done.stdout)
     assert found == json.loads(out.read_text())
@@ -253,7 +253,7 @@ def test_command(folder, tmp_path):
     assert found[0]["kld"]["value"] > found[1]["kld"]["value"] > 0
     assert set(found[0]["versions"]) == {"bitladder", "llama_cpp_python", "llama_cpp_commit"}
     assert str(folder) not in done.stdout
-    plain = CliRunner().invoke(command, [*models[:2], *common], catch_exceptions=False)
+    plain = CliRunner().invoke(eval_command, [*models[:2], *common], catch_exceptions=False)
     assert plain.exit_code == 0
     assert "KLD mean" in plain.stdout
     assert "±" in plain.stdout

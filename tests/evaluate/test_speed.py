@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from bitladder.cli import invoke
-from bitladder.cli.bench import command
+from bitladder.cli.evaluate import bench_command
 from bitladder.engine import Context
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import SpeedError, bench, speed
@@ -227,7 +227,7 @@ def test_tables():
 def test_command(tiny_gguf, damaged, tmp_path):
     common = ["-m", str(tiny_gguf), "-p", "8", "-n", "2", "-pg", "4,2", "-r", "2", "-t", "1", "-q"]
     out = tmp_path / "rows.csv"
-    done = CliRunner().invoke(command, [*common, "--json", "-o", str(out)], catch_exceptions=False)
+    done = CliRunner().invoke(bench_command, [*common, "--json", "-o", str(out)], catch_exceptions=False)
     assert done.exit_code == 0
     data = json.loads(done.stdout)
     assert [(one["n_prompt"], one["n_gen"], len(one["samples_ns"])) for one in data] == [
@@ -237,7 +237,7 @@ def test_command(tiny_gguf, damaged, tmp_path):
     ]
     assert [float(line["avg_ts"]) for line in csv.DictReader(out.open())] == [one["avg_ts"] for one in data]
     assert str(tiny_gguf.parent) not in done.stdout
-    plain = CliRunner().invoke(command, common, catch_exceptions=False)
+    plain = CliRunner().invoke(bench_command, common, catch_exceptions=False)
     assert "pp4+tg2" in plain.stdout and "±" in plain.stdout
 
 

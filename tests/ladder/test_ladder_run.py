@@ -391,23 +391,23 @@ def test_what_cannot_work_is_said_before_work(options, fakes, tmp_path):
 
 
 def test_the_command(options, fakes):
-    from bitladder.cli.run import command
+    from bitladder.cli.run import run_command
 
     arguments = [options.model, "--out", str(options.out), "--ladder", "iq3_s,Q8_0", "--text", options.texts[0],
                  "--calibration", options.calibration[0], "--quantized-by", "me", "--mode", "naive",
                  "--rounding", "stock"]  # fmt: skip
-    done = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    done = CliRunner().invoke(run_command, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     assert {"F16", "IQ3_S", "Q8_0"} <= set(done.stdout.split())
     assert last_command(options.out) == shlex.join(["bitladder", "run", *arguments])
     assert (options.out / "run.log").read_text().endswith(" done\n")
     assert "quantized_by: me" in (options.out / "README.md").read_text()
-    again = CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False)
+    again = CliRunner().invoke(run_command, [*arguments, "--json"], catch_exceptions=False)
     assert "nothing to do" in again.stderr
     assert [one["model"] for one in json.loads(again.stdout)] == [
         "Toy-64-F16.gguf", "Toy-64-IQ3_S.gguf", "Toy-64-Q8_0.gguf",
     ]  # fmt: skip
-    wrong = CliRunner().invoke(command, [options.model, "--out", str(options.out), "--ladder", "Q99"])
+    wrong = CliRunner().invoke(run_command, [options.model, "--out", str(options.out), "--ladder", "Q99"])
     assert isinstance(wrong.exception, UsageError)
     assert "Q99" in str(wrong.exception)
     assert "Q4_K_M" in str(wrong.exception)

@@ -232,14 +232,14 @@ def test_the_report_is_written_only_if_it_differs(run_dir):  # noqa: F811
 
 
 def test_the_command_writes_card_and_report(run_dir):  # noqa: F811
-    from bitladder.cli.card import command
+    from bitladder.cli.finished import card_command
 
-    done = CliRunner().invoke(command, [str(run_dir), "--json"], catch_exceptions=False)
+    done = CliRunner().invoke(card_command, [str(run_dir), "--json"], catch_exceptions=False)
     names = {"README.md", "report.html"}
     assert json.loads(done.stdout) == [{"path": str(run_dir / name), "changed": True} for name in sorted(names)]
     assert (run_dir / "README.md").read_text() == render_card(run_dir)
     assert (run_dir / "report.html").read_text() == render_report(run_dir)
-    done = CliRunner().invoke(command, [str(run_dir)], catch_exceptions=False)
+    done = CliRunner().invoke(card_command, [str(run_dir)], catch_exceptions=False)
     assert done.stdout.count("unchanged") == 2
 
 

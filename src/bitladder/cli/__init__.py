@@ -1,4 +1,4 @@
-"""The command line. One file per verb; each parses, calls and prints, and is imported only when it is used."""
+"""The command line. A file for the verbs of each stage; a verb parses, calls and prints."""
 
 import contextlib
 import errno
@@ -18,32 +18,46 @@ from bitladder.engine import tell_of_deaths
 from bitladder.errors import BitladderError
 from bitladder.show import one_printable_line
 
-# Verb → first line of its help. The module of the same name is imported when the verb is used, so that
-# `bitladder --help` does not pay for the native library.
-VERBS = {
-    "run": "Make the whole ladder: convert, measure, calibrate, quantize, score, and write the card.",
-    "doctor": "Say whether a model works, and what a run would do with it.",
-    "estimate": "Show what a run would take: time, memory and disk of each step.",
-    "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
-    "imatrix": "Compute an importance matrix from calibration texts.",
-    "calibrate": "Collect the calibration statistics that --rounding needs, and an imatrix.",
-    "smooth": "Rescale channels: the same model, less quantization loss.",
-    "quantize": "Quantize a GGUF to a preset or a recipe.",
-    "tune": "Tune the scales of a quant: same size, lower KLD.",
-    "plan": "Choose the type of each tensor from measured costs, or rank blocks for pruning.",
-    "recipe": "Show, check, extract, compare and export recipes: the type of each tensor.",
-    "stats": "Show what an importance matrix holds, or how two of them differ.",
-    "eval": "Measure perplexity and divergence from the full-precision model.",
-    "compare": "Compare quants of one model from any maker: quality, types, origin, winner at equal size.",
-    "verify": "Make the tensors of a quant, or of a run, again and compare the bytes.",
-    "bench": "Measure prompt processing and text generation in tokens per second.",
-    "texts": "List the texts that there are to calibrate on and to measure with, and fetch them.",
-    "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
-    "show": "Show the ladder of a run, with a small plot.",
-    "card": "Write the model card and the report of a run again.",
-    "push": "Upload a finished run to the Hugging Face hub.",
+# Module → its verbs, each with the first line of its help. A module is imported when a verb of it is used, so that
+# `bitladder --help` does not pay for the native library. The command of a verb is VERB_command.
+MODULES = {
+    "run": {
+        "run": "Make the whole ladder: convert, measure, calibrate, quantize, score, and write the card.",
+        "estimate": "Show what a run would take: time, memory and disk of each step.",
+    },
+    "convert": {
+        "doctor": "Say whether a model works, and what a run would do with it.",
+        "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
+    },
+    "calibrate": {
+        "texts": "List the texts that there are to calibrate on and to measure with, and fetch them.",
+        "imatrix": "Compute an importance matrix from calibration texts.",
+        "calibrate": "Collect the calibration statistics that --rounding needs, and an imatrix.",
+        "stats": "Show what an importance matrix holds, or how two of them differ.",
+    },
+    "plan": {"plan": "Choose the type of each tensor from measured costs, or rank blocks for pruning."},
+    "recipe": {"recipe": "Show, check, extract, compare and export recipes: the type of each tensor."},
+    "quantize": {
+        "quantize": "Quantize a GGUF to a preset or a recipe.",
+        "verify": "Make the tensors of a quant, or of a run, again and compare the bytes.",
+    },
+    "refine": {
+        "smooth": "Rescale channels: the same model, less quantization loss.",
+        "tune": "Tune the scales of a quant: same size, lower KLD.",
+    },
+    "evaluate": {
+        "eval": "Measure perplexity and divergence from the full-precision model.",
+        "compare": "Compare quants of one model from any maker: quality, types, origin, winner at equal size.",
+        "bench": "Measure prompt processing and text generation in tokens per second.",
+        "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
+    },
+    "finished": {
+        "show": "Show the ladder of a run, with a small plot.",
+        "card": "Write the model card and the report of a run again.",
+        "push": "Upload a finished run to the Hugging Face hub.",
+    },
 }
-
+VERBS = {verb: about for verbs in MODULES.values() for verb, about in verbs.items()}
 
 # What a disk may answer that is full, broken, can only be read, or belongs to somebody else.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -54,11 +68,13 @@ class _LazyGroup(NamingGroup):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        module = importlib.import_module(f"bitladder.cli.{cmd_name}")
-        command: click.Command = module.command
-        return command
+        for module, verbs in MODULES.items():
+            if cmd_name in verbs:
+                command: click.Command = getattr(
+                    importlib.import_module(f"bitladder.cli.{module}"), f"{cmd_name}_command"
+                )
+                return command
+        return None
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Verbs and options. click would import the modules of all verbs."""

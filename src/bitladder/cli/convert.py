@@ -1,11 +1,11 @@
-"""`bitladder convert`: a Hugging Face checkpoint to a GGUF file."""
+"""A checkpoint to a GGUF: `convert`, and before it `doctor`, which says whether the model works."""
 
 import dataclasses
 import pathlib
 
 import click
 
-from bitladder.cli.from_options import options_from
+from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputPath, check_output
 from bitladder.cli.typed import FileOrName
 from bitladder.convert import ConvertOptions
@@ -31,7 +31,7 @@ from bitladder.show import Output, common_options
 )
 @options_from(ConvertOptions)
 @common_options
-def command(model: str, out: pathlib.Path | None, options: ConvertOptions, *, output: Output) -> None:
+def convert_command(model: str, out: pathlib.Path | None, options: ConvertOptions, *, output: Output) -> None:
     """Convert MODEL, a checkpoint's directory or a Hugging Face hub id, to GGUF."""
     from bitladder import convert as package
 
@@ -58,3 +58,32 @@ def command(model: str, out: pathlib.Path | None, options: ConvertOptions, *, ou
         )
         if result.projector is not None:
             output.line(f"{result.projector}: projector, {result.projector.stat().st_size:,} bytes")
+
+
+@click.command(
+    "doctor",
+    cls=Command,
+    page="convert.md",
+    examples=("doctor allenai/OLMo-2-0425-1B", "doctor ./checkpoint --json"),
+)
+@click.argument("model", type=FileOrName())
+@options_from(ConvertOptions)
+@common_options
+def doctor_command(*, output: Output, model: str, options: ConvertOptions) -> int:
+    """Say what a run would do with MODEL, and whether it works, without doing it.
+
+    MODEL is a checkpoint's directory, a Hugging Face hub id, or a GGUF. Only headers and small files are read. Time,
+    memory and disk are those of the whole ladder with the built-in texts. The exit code is 1 if the model cannot work.
+    """
+    from bitladder.ladder import RunOptions, diagnose, estimate
+    from bitladder.show import diagnosis_json, diagnosis_table
+
+    output.tame_hub()
+    diagnosis, cost = diagnose(model, options, progress=output.progress), None
+    if diagnosis.works and diagnosis.shape is not None:
+        cost = estimate(RunOptions(model, pathlib.Path("ladder"), conversion=options), shape=diagnosis.shape)
+    if output.json:
+        output.print_json(diagnosis_json(diagnosis, cost))
+    else:
+        output.print(diagnosis_table(diagnosis, cost))
+    return 0 if diagnosis.works else 1

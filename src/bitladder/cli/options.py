@@ -1,39 +1,124 @@
-"""Options that several commands have, with llama.cpp's spelling."""
+"""Options of the command line: made from the fields of an `Options` class, and those that several commands share."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from bitladder.cli.file_kinds import is_quant
-from bitladder.cli.from_options import typed
 from bitladder.cli.outputs import OutputFolder, OutputPath
-from bitladder.cli.typed import INPUT, FileOrName, Whole
+from bitladder.cli.typed import INPUT, PLACE, Choice, FileOrName, GroupedOption, Presets, Whole
 from bitladder.errors import UsageError
-from bitladder.options import Effort
+from bitladder.options import Effort, OptionField, Options, build, flat
 from bitladder.show import Output
 
 if TYPE_CHECKING:
     from bitladder.ladder import RunOptions
 
+Function = Callable[..., Any]
+
+
+def options_from(
+    cls: type[Options],
+    *,
+    parameter: str = "options",
+    leave_out: tuple[str, ...] = (),
+    arguments: tuple[str, ...] = (),
+    **defaults: Any,
+) -> Callable[[Function], Function]:
+    """Gives a command one option for each field of `cls` that has a flag, and hands it an object of `cls`.
+
+    If the command has an option --effort, options that nobody typed have their values of that effort.
+
+    Parameters:
+        cls: the options; those nested in it are flattened.
+        parameter: the name under which the command takes the object.
+        leave_out: fields that this command has no option for; they keep their default.
+        arguments: fields without a flag that arguments of the command fill.
+        defaults: other defaults than the class has, by field name, where a command differs.
+    """
+    fields = [field for field in flat(cls) if field.name not in leave_out]
+
+    def decorate(command: Function) -> Function:
+        @functools.wraps(command)
+        def collecting(*args: Any, **kwargs: Any) -> Any:
+            values = {field.name: _typed(field, kwargs.pop(field.name)) for field in fields}
+            values |= {name: kwargs.pop(name) for name in arguments}
+            options = build(cls, values)
+            if (effort := values.get("effort", kwargs.get("effort"))) is not None:
+                options = options.at_effort(effort, typed(cls))
+            return command(*args, **kwargs, **{parameter: options})
+
+        decorated: Function = collecting
+        for field in reversed(fields):
+            decorated = _click_option(field, defaults.get(field.name, field.default))(decorated)
+        return decorated
+
+    return decorate
+
+
+def typed(cls: type[Options]) -> set[str]:
+    """The fields of `cls` whose options stand on the command line of the command that runs."""
+    context = click.get_current_context()
+    names = (field.name for field in flat(cls))
+    return {name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+
+def _typed(field: OptionField, value: Any) -> Any:
+    if field.option.commas:
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if field.many else value
+
+
+def _click_option(field: OptionField, default: Any) -> Callable[[Function], Function]:
+    about = field.option
+    shown = about.help
+    kind: Any = field.item
+    if field.item is str and about.names is not None:
+        kind = Presets(ladders=about.names == "ladder") if about.names in ("preset", "ladder") else FileOrName()
+    if field.choices:
+        kind = Choice(field.choices)
+    elif field.item is pathlib.Path:
+        kind = _path_type(about.writes)
+    elif field.item is int and about.least is not None:
+        kind = Whole(int(about.least), None if about.most is None else int(about.most))
+    if about.efforts:
+        shown += f" With --effort {', '.join(f'{name}: {_shown(value)}' for name, value in about.efforts.items())}."
+    more: dict[str, Any] = {"type": kind, "metavar": about.metavar}
+    if field.item is bool:
+        more = {"is_flag": True} if all("/" not in flag for flag in about.flags) else {}
+    if field.option.commas:
+        default = ",".join(default)
+    elif field.many:
+        more["multiple"] = True
+        shown += " Can be repeated."
+    if default is dataclasses.MISSING:
+        more["required"] = True
+    elif default is None or (field.many and not default):
+        shown += f"  [default: {about.unset}]" if about.unset else ""
+    elif not more.get("is_flag"):
+        more["show_default"] = True
+    # None is handed on too: click takes False for a pair of flags without a default.
+    if default is not dataclasses.MISSING:
+        more["default"] = default
+    return click.option(*about.flags, field.name, cls=GroupedOption, group=field.group, help=shown, **more)
+
+
+def _shown(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def _path_type(writes: Any) -> click.Path:
+    if writes == "folder":
+        return OutputFolder()
+    return PLACE if writes is None else OutputPath(writes)
+
+
 threads = click.option("-t", "--threads", type=Whole(1), help="Threads.  [default: all CPUs]")
-gpu_layers = click.option(
-    "-ngl", "--gpu-layers", "--n-gpu-layers", "gpu_layers", default=0, show_default=True, help="Layers on the GPU."
-)
-n_ctx = click.option(
-    "-c", "--ctx-size", "n_ctx", default=512, show_default=True, type=Whole(4), help="Tokens per chunk."
-)
-n_ubatch = click.option(
-    "-ub",
-    "--ubatch-size",
-    "n_ubatch",
-    default=512,
-    show_default=True,
-    type=Whole(1),
-    help="Tokens computed at once.",
-)
 
 
 def warn_if_quantized(output: Output, option: str, path: pathlib.Path | None) -> None:
@@ -48,7 +133,7 @@ def warn_if_quantized(output: Output, option: str, path: pathlib.Path | None) ->
         output.progress.warn(f"{option} {path.name} is quantized; give the F16, BF16 or F32 model if you have it")
 
 
-def calibrating(kind: str, default: str, added: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def calibrating(kind: str, default: str, added: str) -> Callable[[Function], Function]:
     """-m, -f, -o and --in-file of a command that collects figures of texts, or merges files of them.
 
     Parameters:
@@ -79,7 +164,7 @@ def calibrating(kind: str, default: str, added: str) -> Callable[[Callable[..., 
         ),
     )
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Function) -> Function:
         for option in reversed(options):
             command = option(command)
         return command
@@ -87,7 +172,7 @@ def calibrating(kind: str, default: str, added: str) -> Callable[[Callable[..., 
     return decorate
 
 
-def guard(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def guard(what: str) -> Callable[[Function], Function]:
     """--guard: a text on which something must hold."""
     return click.option(
         "--guard",
@@ -99,8 +184,8 @@ def guard(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     )
 
 
-def effort(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--effort of a command whose options have values by effort. It stands above those (`from_options`)."""
+def effort(command: Function) -> Function:
+    """--effort of a command whose options have values by effort. It stands above those (`options_from`)."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, effort: str, **kwargs: Any) -> Any:
@@ -137,20 +222,7 @@ def within_hours(options: "RunOptions", hours: float | None) -> "RunOptions":
     return choose_effort(options, hours, chosen)
 
 
-def n_batch(default: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """-b with a default of the command's own."""
-    return click.option(
-        "-b",
-        "--batch-size",
-        "n_batch",
-        default=default,
-        show_default=True,
-        type=Whole(1),
-        help="Tokens decoded together.",
-    )
-
-
-def kept_results(command: Callable[..., Any]) -> Callable[..., Any]:
+def kept_results(command: Function) -> Function:
     """--cache and --no-cache: gives the command `results`, where results of measurements are kept."""
 
     @functools.wraps(command)
@@ -171,6 +243,6 @@ def kept_results(command: Callable[..., Any]) -> Callable[..., Any]:
     return folder(none(wrapper))
 
 
-def json_file(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def json_file(kind: str) -> Callable[[Function], Function]:
     """-o of a command that prints JSON: a file of the kind (`cli.file_kinds`) to write the JSON to."""
     return click.option("-o", "--output", "out", type=OutputPath(kind), help="Write the JSON to this file as well.")

@@ -6,8 +6,7 @@ import pathlib
 import click
 
 from bitladder.cli import options as shared
-from bitladder.cli.from_options import options_from
-from bitladder.cli.options import warn_if_quantized
+from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
 from bitladder.cli.typed import INPUT, Choice, FileOrName
 from bitladder.errors import UsageError
@@ -83,7 +82,7 @@ _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 )
 @common_options
 @shared.effort
-def command(
+def plan_command(
     *,
     output: Output,
     model: pathlib.Path,
@@ -120,7 +119,7 @@ def command(
         prune = PruneOptions(**(decoding | size | amount))
         if len(texts) > 1:
             raise UsageError("--suggest-prune measures on one text: name one (-f)")
-        warn_if_quantized(output, "-m", model)
+        shared.warn_if_quantized(output, "-m", model)
         loaded = load_text(texts[0] if texts else _PRUNE_TEXT, model)
         ranked = rank_blocks(model, loaded, prune, progress=output.progress)
         if output.json:

@@ -16,14 +16,14 @@ _model = click.option("-m", "--model", type=INPUT, help="The model's full-precis
 
 
 @click.group("recipe", cls=NamingGroup, context_settings={"help_option_names": ["-h", "--help"]})
-def command() -> None:
+def recipe_command() -> None:
     """Show, check, extract, compare and export recipes: which type each tensor of a quant has.
 
     A RECIPE is the .toml of a recipe, or any .gguf, whose recipe is read from the file.
     """
 
 
-@command.command(
+@recipe_command.command(
     "show",
     cls=Command,
     page="recipe-format.md",
@@ -47,7 +47,7 @@ def show(output: Output, recipe: pathlib.Path, model: pathlib.Path | None) -> No
             output.print(table)
 
 
-@command.command(
+@recipe_command.command(
     "check",
     cls=Command,
     page="recipe-format.md",
@@ -75,7 +75,7 @@ def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
         raise BitladderError(f"{recipe}: {count} with {model.name}")
 
 
-@command.command(
+@recipe_command.command(
     "extract",
     cls=Command,
     page="recipe-format.md",
@@ -97,7 +97,7 @@ def extract(output: Output, gguf: pathlib.Path, out: pathlib.Path | None) -> Non
         output.line(recipes.recipe_toml(recipe).removesuffix("\n"))
 
 
-@command.command(
+@recipe_command.command(
     "diff",
     cls=Command,
     page="recipe-format.md",
@@ -125,7 +125,7 @@ def diff(output: Output, a: pathlib.Path, b: pathlib.Path, model: pathlib.Path |
             output.print(part)
 
 
-@command.command(
+@recipe_command.command(
     "export",
     cls=Command,
     page="recipe-format.md",

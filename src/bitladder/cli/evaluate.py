@@ -1,0 +1,266 @@
+"""What measures: `eval`, `compare` and `bench`, and the benchmarks that `tasks` shows."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import click
+
+from bitladder.cli.options import json_file, kept_results, options_from, warn_if_quantized
+from bitladder.cli.outputs import Command, OutputPath
+from bitladder.cli.typed import INPUT, Choice, FileOrName, Whole
+from bitladder.compare import CompareOptions, compare_quants
+from bitladder.errors import UsageError
+from bitladder.evaluate import (
+    EvalOptions,
+    MeasureOptions,
+    Results,
+    SpeedChoice,
+    SpeedError,
+    SpeedOptions,
+    SpeedRow,
+    bench,
+    evaluate_files,
+)
+from bitladder.files import write_json, write_text
+from bitladder.show import (
+    FORMATS,
+    Output,
+    common_options,
+    comparison_json,
+    comparison_sections,
+    eval_tables,
+    render,
+    speed_table,
+)
+from bitladder.text import load_texts
+
+
+@click.command(
+    "eval",
+    cls=Command,
+    page="evaluate.md",
+    examples=(
+        "eval -m model-Q4_K_M.gguf --base model-F16.gguf -f test.txt",
+        "eval -m a.gguf -m b.gguf --tasks hellaswag,arc --task-count 400",
+    ),
+)
+@click.option(
+    "-m",
+    "--model",
+    "models",
+    type=INPUT,
+    multiple=True,
+    required=True,
+    help="A GGUF file; may be repeated.",
+)
+@options_from(EvalOptions)
+@options_from(MeasureOptions, parameter="settings", leave_out=("n_ctx",))
+@kept_results
+@json_file("scores")
+@common_options
+def eval_command(
+    models: tuple[pathlib.Path, ...],
+    out: pathlib.Path | None,
+    results: Results,
+    *,
+    options: EvalOptions,
+    settings: MeasureOptions,
+    output: Output,
+) -> None:
+    """Measure perplexity, divergence from the full-precision model (--base) and benchmarks (--tasks).
+
+    Several models are shown side by side, with the paired difference of each from the first.
+    """
+    warn_if_quantized(output, "--base", options.base)
+    scores = evaluate_files(models, options, settings, results=results, progress=output.progress)
+    values = [model_scores.to_json() for model_scores in scores]
+    value = values[0] if len(values) == 1 else values
+    if out:
+        write_json(out, value)
+    if output.json:
+        output.print_json(value)
+        return
+    for title, table in eval_tables(scores):
+        output.line(title)
+        output.print(table)
+
+
+@click.command(
+    "compare",
+    cls=Command,
+    page="compare.md",
+    examples=("compare mine-Q4_K_M.gguf OWNER/REPO:Q4_K_M --base model-F16.gguf -f test.txt",),
+)
+@click.argument("models", nargs=-1, required=True, type=FileOrName(), metavar="MODEL...")
+@click.option(
+    "--base", required=True, type=FileOrName(), metavar="MODEL", help="The full-precision GGUF, or a hub id of one."
+)
+@click.option(
+    "-f",
+    "--file",
+    "texts",
+    type=FileOrName(),
+    default=("pydoc:test",),
+    show_default=True,
+    multiple=True,
+    metavar="TEXT",
+    help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration). Can be repeated.",
+)
+@options_from(CompareOptions)
+@options_from(MeasureOptions, parameter="settings", leave_out=("n_batch", "n_ubatch"))
+@kept_results
+@json_file("comparison")
+@common_options
+def compare_command(
+    models: tuple[str, ...],
+    base: str,
+    texts: tuple[str, ...],
+    out: pathlib.Path | None,
+    results: Results,
+    *,
+    options: CompareOptions,
+    settings: MeasureOptions,
+    output: Output,
+) -> None:
+    """Compare quants of one model: sizes, types, KLD and perplexity with paired ±, and the winner at equal size.
+
+    MODEL is a GGUF file, or one of the hub: OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf. The table marks files that were
+    made from another model or checkpoint than --base.
+    """
+    output.tame_hub()
+    # Imported here, after the bars of the hub were hidden.
+    from bitladder.hub import fetch
+
+    full = fetch(base, "--base")
+    warn_if_quantized(output, "--base", full.path)
+    loaded = load_texts(texts, full.path, assistant_only=options.assistant_only)
+    files = [fetch(model) for model in models]
+    compared = compare_quants(files, full.path, loaded, settings, options, results=results, progress=output.progress)
+    if out:
+        write_json(out, comparison_json(compared))
+    if output.json:
+        output.print_json(comparison_json(compared))
+        return
+    for title, content in comparison_sections(compared):
+        output.line(title)
+        if isinstance(content, list):
+            for line in content:
+                output.line(f"  {line}")
+        else:
+            output.print(content)
+
+
+@click.command(
+    "bench",
+    cls=Command,
+    page="bench.md",
+    examples=("bench -m a.gguf -m b.gguf -p 512 -n 128 -r 5",),
+)
+@click.option(
+    "-m",
+    "--model",
+    "models",
+    type=INPUT,
+    multiple=True,
+    required=True,
+    help="A GGUF file. Several files take turns, one repetition each.",
+)
+@options_from(SpeedChoice, parameter="choice")
+@options_from(SpeedOptions)
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=OutputPath("speeds"),
+    help="Also write the rows to this file. Its suffix sets the format: .md, .csv, .jsonl, otherwise JSON.",
+)
+@click.option("--format", "form", type=Choice(["table", *FORMATS]), default="table", show_default=True)
+@common_options
+def bench_command(
+    models: tuple[pathlib.Path, ...],
+    out: pathlib.Path | None,
+    form: str,
+    *,
+    choice: SpeedChoice,
+    options: SpeedOptions,
+    output: Output,
+) -> None:
+    """Measure prompt processing (pp) and text generation (tg) in tokens per second, as llama-bench does.
+
+    -p, -n and -d take lists ("128,512") and ranges ("512-4096*2"), and may be repeated, as may -pg.
+    """
+    if out and out.name in FORMATS:
+        raise UsageError(f"-o {out} names a file here; llama-bench's -o {out} is --format {out}")
+    form = "json" if output.json else form
+    try:
+        rows = bench(models, choice.tests(), options, output.progress)
+    except SpeedError as error:
+        if error.rows:
+            _show_speeds(output, error.rows, form, out)
+        raise
+    _show_speeds(output, rows, form, out)
+
+
+def _show_speeds(output: Output, rows: Sequence[SpeedRow], form: str, out: pathlib.Path | None) -> None:
+    if form == "table":
+        output.print(speed_table(rows))
+    else:
+        output.line(render(rows, form).removesuffix("\n"))
+    if out:
+        suffix = out.suffix.removeprefix(".")
+        write_text(out, render(rows, suffix if suffix in FORMATS else "json"))
+
+
+@click.command(
+    "tasks",
+    cls=Command,
+    page="tasks.md",
+    examples=(
+        "tasks",
+        "tasks hellaswag:hellaswag_val.txt --task-count 400 -o drawn.txt",
+    ),
+)
+@click.argument("spec", metavar="[NAME[:SOURCE]]", required=False)
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=OutputPath("questions"),
+    help="Write the questions to this file, in llama-perplexity's format.",
+)
+@click.option(
+    "--task-count",
+    type=Whole(1),
+    help="Questions to draw, as `eval` draws them.  [default: all]",
+)
+@common_options
+def tasks_command(spec: str | None, out: pathlib.Path | None, task_count: int | None, *, output: Output) -> None:
+    """Read the benchmark NAME from SOURCE (a file, a folder, or by default the hub's data set), and show what it holds.
+
+    Without NAME all benchmarks are listed.
+    """
+    from bitladder.evaluate import export_task, load_task, parse_specs, summarize, task_command, task_meanings
+
+    if spec is None:
+        if output.json:
+            output.print_json(task_meanings())
+        else:
+            for name, meaning in task_meanings().items():
+                output.line(f"{name}: {meaning}")
+        return
+    specs = parse_specs(spec)
+    if len(specs) != 1:
+        raise UsageError("name one task at a time")
+    task = load_task(specs[0])
+    for note in task.notes:
+        output.progress.warn(note)
+    summary = summarize(task, task_count)
+    if out:
+        export_task(task, out, task_count)
+    if output.json:
+        output.print_json(dataclasses.asdict(summary))
+        return
+    output.line(str(summary))
+    if out:
+        output.line(f"wrote {out}; {task_command(task, out, summary.count)}")
