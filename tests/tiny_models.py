@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
-from bitladder.convert import pretokenizers as ours
+from bitladder.convert import bpe as ours
 
 TEXT = """\
 The quick brown fox jumps over the lazy dog. It's what they'd call "a test", isn't it? I'VE seen WE'LL do 1234567890.

@@ -11,7 +11,7 @@ import tiny_models
 from heard import Heard
 from reference_logits import native_logits
 
-from bitladder.convert import convert, default_name, fp8
+from bitladder.convert import convert, default_name, quantized
 from bitladder.errors import BitladderError
 
 torch: Any = pytest.importorskip("torch")
@@ -142,14 +142,16 @@ def test_transformers_dequantizes_alike(folder: pathlib.Path) -> None:
     weight = torch.randn(48, 80, generator=generator).to(E4M3)
     scale = torch.rand(2, 2, generator=generator)
     expected = operations.Fp8Dequantize(None)._dequantize_one(weight, scale, torch.float32).numpy()
-    values = fp8.values(weight.view(torch.uint8).numpy(), "F8_E4M3")
-    np.testing.assert_array_equal(fp8.multiply(values, scale.numpy(), (24, 40), "x"), expected)
+    values = quantized.fp8_values(weight.view(torch.uint8).numpy(), "F8_E4M3")
+    np.testing.assert_array_equal(quantized.multiply_by_scales(values, scale.numpy(), (24, 40), "x"), expected)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(E4M3, "F8_E4M3"), (E5M2, "F8_E5M2")])
 def test_every_8_bit_float(dtype: Any, name: str) -> None:
     every = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(fp8.values(every, name), torch.from_numpy(every).view(dtype).float().numpy())
+    np.testing.assert_array_equal(
+        quantized.fp8_values(every, name), torch.from_numpy(every).view(dtype).float().numpy()
+    )
 
 
 def test_outtype_and_name(folder: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ from heard import Heard
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
-from bitladder.convert import bpe, pretokenizers, sentencepiece
+from bitladder.convert import bpe, sentencepiece
 from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
 from bitladder.convert.vocabulary import Kind
 from bitladder.errors import BitladderError
@@ -122,7 +122,7 @@ def test_ignore_merges(tmp_path: pathlib.Path) -> None:
     tokenizer["model"]["ignore_merges"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert read_vocabulary(tmp_path, 400).pre == "llama-bpe"
-    tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pretokenizers.QWEN2
+    tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = bpe.QWEN2
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert read_vocabulary(tmp_path, 400).pre == "qwen2"
     tokenizer["model"]["merges"].pop()

@@ -10,7 +10,7 @@ from rewritten import rewritten
 
 from bitladder.cli import invoke
 from bitladder.convert import convert
-from bitladder.evaluate.base import after_head, hidden
+from bitladder.evaluate.base import hidden
 from bitladder.gguf import GgufFile
 
 
@@ -59,7 +59,8 @@ def test_a_model_has_no_divergence_from_itself(name, llama, tmp_path, capsys):
 
 def test_what_is_not_known_is_refused(llama, tmp_path, capsys, monkeypatch):
     model = as_architecture(llama, tmp_path / "m.gguf", "granite", {"logit_scale": 4.0})
-    monkeypatch.setattr(hidden, "possible_after", lambda identity: after_head.possible_after(identity)[:1])
+    possible_after = hidden.possible_after
+    monkeypatch.setattr(hidden, "possible_after", lambda identity: possible_after(identity)[:1])
     words = ["eval", "-m", str(model), "--base", str(model), "-f", "pydoc:test", "-c", "64", "--chunks", "2", "-q"]
     assert invoke([*words, "--no-cache"]) == 1
     assert "change them afterwards in a way that is not known here" in capsys.readouterr().err

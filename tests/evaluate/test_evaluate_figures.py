@@ -9,8 +9,7 @@ import pytest
 from bitladder.errors import BitladderError
 from bitladder.evaluate import figures
 from bitladder.evaluate.base.basefile import pack, unpack
-from bitladder.evaluate.divergence import TokenScores, divergence
-from bitladder.evaluate.logit_rows import PIECE, Workers, score_rows
+from bitladder.evaluate.divergence import PIECE, TokenScores, Workers, divergence, score_rows
 
 ROWS, VOCAB = 37, PIECE + 5_001  # more than one piece, and no multiple of a block
 

@@ -13,7 +13,7 @@ from bitladder.convert import convert
 from bitladder.engine import type_by_name
 from bitladder.errors import UsageError
 from bitladder.gguf import GgufFile, GgufWriter, TensorPlan
-from bitladder.gguf.values import ARRAY, BOOL, F32, U32, Value, scalar, string, strings, u32
+from bitladder.gguf.header import ARRAY, BOOL, F32, U32, Value, scalar, string, strings, u32
 from bitladder.quantize import QuantizeOptions, prepare, quantize
 from bitladder.quantize.prune import plan_pruning, pruned_entries, pruned_metadata
 

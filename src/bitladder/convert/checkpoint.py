@@ -7,9 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.convert import fp8
 from bitladder.convert.config import Config, brief, plain, read_json
-from bitladder.convert.quantized import Quantization
+from bitladder.convert.quantized import (
+    FP8,
+    Quantization,
+    fp8_values,
+    multiply_by_scales,
+    names_of_scales,
+    scale_of,
+    scale_values,
+)
 from bitladder.convert.safetensors import DTYPES, StoredTensor, read_header
 from bitladder.errors import BitladderError
 from bitladder.progress import SILENT, Progress
@@ -18,7 +25,7 @@ from bitladder.progress import SILENT, Progress
 # float32.
 Raw = NDArray[Any]
 
-WEIGHTS = ("F64", "F32", "F16", "BF16", *fp8.FP8)
+WEIGHTS = ("F64", "F32", "F16", "BF16", *FP8)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -45,7 +52,7 @@ class Checkpoint:
         self.config = Config(read_json(folder / "config.json"), folder / "config.json")
         self.quantization = Quantization(folder, self.config)
         self._stored = _with_prefix(_all_tensors(folder, self.config, progress))
-        beside = fp8.scales(self._stored)
+        beside = names_of_scales(self._stored)
         self.tensors = {name: tensor for name, tensor in self._stored.items() if name not in beside}
 
     @property
@@ -62,20 +69,20 @@ class Checkpoint:
                 " (a quantized checkpoint must be dequantized first)"
             )
         raw = _load(tensor)
-        return self._dequantize(raw, tensor) if tensor.dtype in fp8.FP8 else raw
+        return self._dequantize(raw, tensor) if tensor.dtype in FP8 else raw
 
     def _dequantize(self, raw: Raw, tensor: StoredTensor) -> NDArray[np.float32]:
-        values = fp8.values(raw, tensor.dtype)
-        name = fp8.scale_of(tensor.name, self._stored)
+        values = fp8_values(raw, tensor.dtype)
+        name = scale_of(tensor.name, self._stored)
         if name is None:
             if self.quantization.method:
                 raise BitladderError(f"{tensor.file}: the FP8 tensor {tensor.name} has no scales beside it")
             return values
         scale = self._stored[name]
-        if scale.dtype not in DTYPES or scale.dtype in fp8.FP8 or len(tensor.shape) != 2:
+        if scale.dtype not in DTYPES or scale.dtype in FP8 or len(tensor.shape) != 2:
             raise BitladderError(f"{scale.file}: tensor {name} is {scale.dtype}; such scales are not known")
-        factors = fp8.scale_values(_load(scale), scale.dtype)
-        return fp8.multiply(values, factors, self.quantization.block, tensor.name)
+        factors = scale_values(_load(scale), scale.dtype)
+        return multiply_by_scales(values, factors, self.quantization.block, tensor.name)
 
 
 def _load(tensor: StoredTensor) -> Raw:

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from bitladder.convert.checkpoint import Checkpoint, Raw
 from bitladder.convert.config import brief, plain
 from bitladder.convert.families import BIASES, EMBEDDING, HEAD, Family
-from bitladder.convert.fp8 import FP8
+from bitladder.convert.quantized import FP8
 from bitladder.convert.safetensors import Shape
+from bitladder.engine import lost_in, lost_rows
 from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress
-from bitladder.underflow import lost_in, lost_rows
 
 Type = gguf.GGMLQuantizationType
 OUTTYPES = {

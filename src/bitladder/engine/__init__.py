@@ -2,18 +2,17 @@
 
 The library is loaded when the first of its functions is used, not by an import. The modules:
 
-    decoding     options: tokens, batch sizes, threads, layers on a GPU
     native       the library: functions, structures, checks, log, versions
-    types        tensor types, and the kernels that quantize and dequantize rows
+    types        tensor types, the kernels that quantize and dequantize rows, rows that a type cannot hold
     presets      the type that llama-quantize gives each tensor
     model        a loaded model and its vocabulary
-    context      decoding: batches, logits
+    context      decoding: its options, batches, logits
     observe      callbacks that watch the computation
     activations  callbacks that round or disturb activations
     weights      the weights of a loaded model, read and replaced in place
     devices      back ends, processors, threads, main memory
-    matvec       speed of the CPU's kernels, and the type to which they round inputs
-    extras       whether special layouts of weights work on this processor
+    cpu_kernels  the special layouts of weights that work on this processor, and the speed of products by type
+    deaths       the death of the process inside the library, told in one line
 """
 
 from typing import TYPE_CHECKING
@@ -22,10 +21,17 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.engine.activations import KernelInputs, NoisyOutputs
-    from bitladder.engine.context import FLASH_ATTN, Context, Floats, logit_differences, sequence_logits
+    from bitladder.engine.context import (
+        FLASH_ATTN,
+        MIN_CTX,
+        Context,
+        Decoding,
+        Floats,
+        logit_differences,
+        sequence_logits,
+    )
     from bitladder.engine.cpu_kernels import bytes_per_second, products_per_second
     from bitladder.engine.deaths import tell_of_deaths
-    from bitladder.engine.decoding import MIN_CTX, Decoding
     from bitladder.engine.devices import (
         ACCEL,
         CPU,
@@ -65,6 +71,8 @@ if TYPE_CHECKING:
         TensorType,
         all_types,
         dequantize_into,
+        lost_in,
+        lost_rows,
         quantize_rows,
         threads_available,
         type_by_name,
@@ -107,6 +115,8 @@ __all__ = [
     "library",
     "log",
     "logit_differences",
+    "lost_in",
+    "lost_rows",
     "main_memory",
     "pattern_error",
     "plain_type",

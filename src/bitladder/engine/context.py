@@ -1,7 +1,8 @@
-"""Decoding: batches of one or several sequences, logits, and callbacks that watch or change the computation."""
+"""Decoding: its options, with llama.cpp's spelling, contexts, batches and logits."""
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.decoding import MIN_CTX, Decoding
 from bitladder.engine.devices import ThreadPool
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.native import ggml, llama, log
@@ -17,9 +17,38 @@ from bitladder.engine.observe import GraphCallback, Observer, Watching
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError, overflow
 from bitladder.files import Closing
+from bitladder.options import Options, option
 
+MIN_CTX = 4
 Floats = npt.NDArray[np.float32]
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding(Options):
+    """How a model is decoded. Raises UsageError for a number outside its limits."""
+
+    GROUP = "Decoding"
+
+    n_ctx: int = option(
+        512, "-c", "--ctx-size", least=MIN_CTX, metavar="TOKENS", help="Tokens of a chunk, which is one context."
+    )
+    n_batch: int = option(
+        2048, "-b", "--batch-size", least=1, decides=False, metavar="TOKENS", help="Tokens decoded by one call."
+    )
+    n_ubatch: int = option(
+        512, "-ub", "--ubatch-size", least=1, decides=False, metavar="TOKENS", help="Tokens computed at once."
+    )
+    threads: int | None = option(
+        None, "-t", "--threads", least=1, decides=False, metavar="N", help="Threads of the CPU.", unset="all"
+    )
+    gpu_layers: int = option(
+        0, "-ngl", "--gpu-layers", "--n-gpu-layers", metavar="N", help="Layers that the GPU computes."
+    )
+
+    def deciding(self) -> dict[str, object]:
+        """The tokens of a chunk, and whether a GPU computes. The number of its layers changes no figure."""
+        return {"n_ctx": self.n_ctx, "gpu": self.gpu_layers != 0}
 
 
 class Context(Closing):

@@ -5,8 +5,7 @@ import ctypes
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.context import Context
-from bitladder.engine.decoding import Decoding
+from bitladder.engine.context import Context, Decoding
 from bitladder.engine.model import Model
 from bitladder.engine.native import Tensor, ggml
 from bitladder.engine.observe import GraphCallback, weight_name

@@ -9,10 +9,9 @@ if TYPE_CHECKING:
     from bitladder.evaluate.base.cache import cache_path, load_or_compute_base, open_base
     from bitladder.evaluate.base.hidden import BASE, HiddenBase
     from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file
-    from bitladder.evaluate.divergence import TokenScores, compare_with_base
+    from bitladder.evaluate.divergence import TokenScores, Workers, compare_with_base
     from bitladder.evaluate.figures import average, mean
     from bitladder.evaluate.identity import Identity, NoResults, ResultFolder, Results, identify
-    from bitladder.evaluate.logit_rows import Workers
     from bitladder.evaluate.measure import (
         MEASURE,
         Measurement,

@@ -18,10 +18,9 @@ from bitladder.evaluate.base.cache import check_fits, load_or_compute_base, open
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import is_logits_file, write_logits_file
-from bitladder.evaluate.divergence import TokenScores, compare_with_base, refuse_alike, token_nll
+from bitladder.evaluate.divergence import TokenScores, Workers, compare_with_base, refuse_alike, token_nll
 from bitladder.evaluate.figures import divergence_figures, likelihood_figures
 from bitladder.evaluate.identity import Identity, NoResults, Results, check_vocabularies, identify, unlike
-from bitladder.evaluate.logit_rows import Workers
 from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.scores import BaseModelName, NamedFile, Scores, TextScores
 from bitladder.files import sha256_bytes

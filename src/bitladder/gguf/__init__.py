@@ -10,7 +10,23 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.gguf.header import DEFAULT_ALIGNMENT, TensorInfo, open_regular, read_header
+    from bitladder.gguf.header import (
+        ARRAY,
+        BOOL,
+        DEFAULT_ALIGNMENT,
+        F32,
+        SCALARS,
+        TensorInfo,
+        Value,
+        i32,
+        open_regular,
+        read_header,
+        scalar,
+        string,
+        strings,
+        u16,
+        u32,
+    )
     from bitladder.gguf.names import (
         around_block,
         block_of,
@@ -45,7 +61,6 @@ if TYPE_CHECKING:
         stem,
         writing,
     )
-    from bitladder.gguf.values import ARRAY, BOOL, F32, SCALARS, Value, i32, scalar, string, strings, u16, u32
     from bitladder.gguf.writer import GgufWriter, TensorPlan, file_size, padded
 
 __all__ = [

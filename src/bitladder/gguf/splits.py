@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from bitladder.errors import BitladderError
 from bitladder.files import Closing, replacing, sha256_bytes
-from bitladder.gguf.header import GgufHeader, TensorInfo, shown
-from bitladder.gguf.values import I32, U16, Value, i32, u16
+from bitladder.gguf.header import I32, U16, GgufHeader, TensorInfo, Value, i32, shown, u16
 from bitladder.gguf.writer import GgufWriter, TensorPlan, file_size, padded
 
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from bitladder.engine import TensorType
 from bitladder.errors import BitladderError
 from bitladder.gguf.header import DEFAULT_ALIGNMENT as ALIGNMENT
-from bitladder.gguf.values import Value, string
+from bitladder.gguf.header import Value, string
 
 
 @dataclasses.dataclass(frozen=True)

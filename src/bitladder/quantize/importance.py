@@ -11,6 +11,7 @@ from bitladder.engine import (
     TensorType,
     dequantize_into,
     kernel_needs_importance,
+    lost_rows,
     plain_type,
     preset_types,
     quantize_rows,
@@ -22,7 +23,6 @@ from bitladder.quantize.choose_types import BASE, EMBEDDINGS, OUTPUT, ChosenType
 from bitladder.quantize.prune import pruned_entries
 from bitladder.quantize.quantize_options import QuantizeOptions
 from bitladder.recipe import exact_patterns
-from bitladder.underflow import lost_rows
 
 Floats = npt.NDArray[np.float32]
 

@@ -8,7 +8,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from bitladder.engine import plain_type
+from bitladder.engine import lost_in, plain_type
 from bitladder.files import refuse_inputs
 from bitladder.gguf import output_paths, shards_of, writing
 from bitladder.keys import Algorithm
@@ -16,7 +16,6 @@ from bitladder.progress import SILENT, Progress
 from bitladder.quantize.prepare import PreparedQuant, prepare
 from bitladder.quantize.quantize_options import QuantizeOptions
 from bitladder.quantize.stream import NO_BLOCKS, Blocks, stream_tensors
-from bitladder.underflow import lost_in
 
 QUANTIZE = Algorithm(
     "quantize",

@@ -7,8 +7,7 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.text.chat import ChatTemplate, Conversation
     from bitladder.text.chunks import MIN_CHUNKS, Chunks, Reading, spread_evenly, text_chunks
-    from bitladder.text.plain import plain_text
-    from bitladder.text.records import json_lines, json_list, need_pyarrow, parquet_rows
+    from bitladder.text.file_content import json_lines, json_list, need_pyarrow, parquet_rows, plain_text
     from bitladder.text.texts import (
         BUILTIN,
         EXCERPTS,

@@ -16,8 +16,7 @@ from typing import Any
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_bytes
 from bitladder.gguf import open_model
-from bitladder.text.plain import plain_text
-from bitladder.text.records import Numbered, json_lines, json_list, parquet_rows
+from bitladder.text.file_content import Numbered, json_lines, json_list, parquet_rows, plain_text
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 LISTS = ("messages", "conversations", "conversation")

@@ -25,7 +25,7 @@ from bitladder.text.chat import (
     read_conversations,
     rendered_text,
 )
-from bitladder.text.plain import plain_text
+from bitladder.text.file_content import plain_text
 
 BUILTIN = ("pydoc:calibration", "pydoc:test")
 CHARACTERS = 8  # of a token: passages of so many characters for each token hold enough tokens

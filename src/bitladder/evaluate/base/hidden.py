@@ -13,11 +13,9 @@ import numpy.typing as npt
 
 from bitladder.engine import Context, HiddenStates, dequantize_into, versions
 from bitladder.errors import BitladderError
-from bitladder.evaluate.base.after_head import AfterHead, possible_after, read_after
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
-from bitladder.evaluate.divergence import BaseRows, refuse_broken
+from bitladder.evaluate.divergence import BaseRows, RowScores, Workers, refuse_broken, score_rows
 from bitladder.evaluate.identity import Identity
-from bitladder.evaluate.logit_rows import RowScores, Workers, score_rows
 from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import Closing, replacing
 from bitladder.gguf import GgufFile
@@ -26,7 +24,7 @@ from bitladder.progress import SILENT, Progress
 from bitladder.text import Chunks, Text, text_chunks
 
 Floats = npt.NDArray[np.float32]
-
+BIAS = "output.bias"
 BASE = Algorithm(
     "base",
     (
@@ -34,7 +32,6 @@ BASE = Algorithm(
         "what the graph does to the logits after the head (scale, soft cap, bias) is done again",
     ),
 )
-
 # Largest difference of head × state from the model's logits, as a share of their range. A head in floating point
 # differs by the order of its sums. For a quantized head the library also rounds the input to 8 bits.
 _TOLERANCE_EXACT = 2e-3
@@ -45,6 +42,66 @@ _WEIGHTS = 1 << 18
 _MIN_ROWS, _MAX_ROWS = 256, 4096
 # The library rounds the input of the head to the type of the head. States for a quantized head are kept as float32.
 _DTYPES: dict[str, Dtype] = {"f16": "f16", "bf16": "bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AfterHead:
+    """What is done to logits, in this order.
+
+    Parameters:
+        bias: what is added, float32 [vocabulary]; None for nothing.
+        scale: the factor.
+        cap: the soft cap; 0 for none.
+
+    Example:
+        >>> logits = np.array([[0.0, 40.0]], np.float32)
+        >>> AfterHead(scale=0.5, cap=30.0).apply(logits, 0)
+        >>> [round(float(logit), 2) for logit in logits[0]]
+        [0.0, 17.48]
+    """
+
+    bias: Floats | None = None
+    scale: float = 1.0
+    cap: float = 0.0
+
+    def apply(self, logits: Floats, start: int) -> None:
+        """Changes logits in place: float32 [rows, block], the first of token `start`."""
+        if self.bias is not None:
+            logits += self.bias[start : start + logits.shape[1]]
+        if self.scale != 1.0:
+            logits *= np.float32(self.scale)
+        if self.cap > 0:
+            logits /= np.float32(self.cap)
+            np.tanh(logits, out=logits)
+            logits *= np.float32(self.cap)
+
+
+def possible_after(model: Identity) -> list[AfterHead]:
+    """What the graph of a model may do, by its metadata; no factor and no cap come first."""
+    with GgufFile(model.path) as file:
+        scale = _number(file, f"{model.architecture}.logit_scale")
+        cap = _number(file, f"{model.architecture}.final_logit_softcapping")
+        bias = _bias(file)
+    scales = [1.0] if scale in (0.0, 1.0) else [1.0, scale, 1 / scale]
+    caps = [0.0] if cap <= 0 else [0.0, cap]
+    return [AfterHead(bias, factor, limit) for factor in scales for limit in caps]
+
+
+def read_after(model: Identity, scale: float, cap: float) -> AfterHead:
+    """A factor and a cap that are known, with the bias of the model file."""
+    with GgufFile(model.path) as file:
+        return AfterHead(_bias(file), scale, cap)
+
+
+def _bias(file: GgufFile) -> Floats | None:
+    tensor = file.tensors.get(BIAS)
+    return file.read(tensor).reshape(-1).view(np.float32) if tensor and tensor.type.name == "f32" else None
+
+
+def _number(file: GgufFile, key: str) -> float:
+    """A finite number of the metadata; 0 if there is none."""
+    value = file.get(key, 0.0)
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else 0.0
 
 
 class Head(Closing):

@@ -10,8 +10,7 @@ import numpy.typing as npt
 from bitladder.engine import Context, Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.logits_file import Codes, Floats, Layout, LogitsFile
-from bitladder.evaluate.divergence import BaseRows, TokenScores, compare_with_base
-from bitladder.evaluate.logit_rows import Workers
+from bitladder.evaluate.divergence import BaseRows, TokenScores, Workers, compare_with_base
 from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.files import Closing, sha256_file
 from bitladder.progress import SILENT, Progress

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from bitladder.engine import MIN_CTX
 from bitladder.errors import BitladderError
-from bitladder.evaluate.logit_rows import Workers, score_rows
+from bitladder.evaluate.divergence import Workers, score_rows
 from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import Closing, replacing
 from bitladder.progress import SILENT, Progress

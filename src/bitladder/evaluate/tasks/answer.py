@@ -8,11 +8,10 @@ import numpy as np
 
 from bitladder.engine import MIN_CTX, Context, Model
 from bitladder.errors import BitladderError
-from bitladder.evaluate.logit_rows import Workers
+from bitladder.evaluate.divergence import Workers
 from bitladder.evaluate.measure_options import MeasureOptions
-from bitladder.evaluate.tasks.batch import batches, choice_means
+from bitladder.evaluate.tasks.scored_choices import TokenizedQuestion, batches, choice_means, tokenize_question
 from bitladder.evaluate.tasks.task import Answer, Question, QuestionSet, Skipped, TaskKind, TaskResult
-from bitladder.evaluate.tasks.tokenized import TokenizedQuestion, tokenize_question
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 
