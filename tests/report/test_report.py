@@ -20,8 +20,8 @@ from bitladder.errors import BitladderError
 from bitladder.evaluate import Figure
 from bitladder.gguf import GgufFile
 from bitladder.report import read_run, render_card, render_report, write_report
-from bitladder.report.charts.common import LOOKS, log_ticks
-from bitladder.report.charts.predicted import PredictionPair, agreement
+from bitladder.report.chart import LOOKS, log_ticks
+from bitladder.report.divergence_charts import PredictionPair, agreement
 from bitladder.report.page import make_charts
 from bitladder.report.tensors import read_tensors
 

@@ -13,7 +13,7 @@ import pytest
 from bitladder.cli import invoke
 from bitladder.gguf import GgufFile, GgufWriter, TensorPlan, string
 from bitladder.show import Output
-from bitladder.show.plain import printable
+from bitladder.show.output import printable
 
 EVIL = "Evil\x1b[2J\x1b]0;owned\x07\x9b31m\r\u202eeman <script>alert(1)</script> [click](http://x) ![i](http://y)"
 

@@ -118,7 +118,7 @@ def quantize_command(
     """
     from bitladder.quantize import check_room, preflight, prepare, write
     from bitladder.refine import quantize_rounded
-    from bitladder.show import preflight_tables
+    from bitladder.show import quantize_tables
 
     if source is None:
         raise click.UsageError("Missing option '-m' / '--model'.")
@@ -155,7 +155,7 @@ def quantize_command(
         if dry_run or out is None:
             _show_preflight(output, prepared, figures)
             return
-        for part in (*preflight_tables.tables(figures), *preflight_tables.lines(figures)):
+        for part in (*quantize_tables.tables(figures), *quantize_tables.lines(figures)):
             output.remark(part)
         for path in output_paths(out, prepared.groups):
             check_output(path, _written({"words": words, "recipe": recipe}))
@@ -180,27 +180,27 @@ def _as_llama_quantize(words: tuple[str, ...], params: Mapping[str, Any]) -> dic
 
 
 def _show_preflight(output: Output, prepared: "PreparedQuant", figures: "Preflight") -> None:
-    from bitladder.show import preflight_tables
+    from bitladder.show import quantize_tables
 
     if output.json:
-        output.print_json(preflight_tables.as_json(figures) | {"types": prepared.choice.types})
+        output.print_json(quantize_tables.as_json(figures) | {"types": prepared.choice.types})
         return
-    for table in preflight_tables.tables(figures):
+    for table in quantize_tables.tables(figures):
         output.print(table)
-    for line in preflight_tables.lines(figures):
+    for line in quantize_tables.lines(figures):
         output.line(line)
 
 
 def _show_result(output: Output, result: "QuantizeResult", rounded: "RoundedQuant | None" = None) -> None:
-    from bitladder.show import preflight_tables, rounding_tables
+    from bitladder.show import quantize_tables
 
     if output.json:
         facts = dataclasses.asdict(result) | {"path": result.path.name, "sha256": sha256_file(result.path)}
-        output.print_json(facts | ({} if rounded is None else rounding_tables.as_json(rounded)))
+        output.print_json(facts | ({} if rounded is None else quantize_tables.rounding_json(rounded)))
         return
-    for line in () if rounded is None else rounding_tables.lines(rounded):
+    for line in () if rounded is None else quantize_tables.rounding_lines(rounded):
         output.line(line)
-    output.line(preflight_tables.result_line(result))
+    output.line(quantize_tables.result_line(result))
 
 
 @click.command(

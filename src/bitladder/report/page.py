@@ -16,10 +16,9 @@ import markupsafe
 
 from bitladder.report import tables
 from bitladder.report.card import facts, write_if_changed
-from bitladder.report.charts.bars import percentiles, speed, task_bars
-from bitladder.report.charts.pareto import pareto
-from bitladder.report.charts.predicted import agreement, predicted, prediction_pairs
+from bitladder.report.divergence_charts import agreement, pareto, predicted, prediction_pairs
 from bitladder.report.finished_run import FinishedRun, read_run
+from bitladder.report.score_charts import percentiles, speed, task_bars
 from bitladder.report.tables import gigabytes, with_error
 from bitladder.report.tensors import PRICED_MODELS, read_tensors
 from bitladder.rundir import Layout

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from bitladder.show.comparison_tables import comparison_json, comparison_sections
     from bitladder.show.doctor_table import diagnosis_json, diagnosis_table
     from bitladder.show.eval_tables import eval_tables
-    from bitladder.show.imatrix.imatrix_view import print_view, view_differences, view_statistics
-    from bitladder.show.imatrix.picture import check_target, write_plot
+    from bitladder.show.heatmap import check_target, write_plot
+    from bitladder.show.imatrix_view import print_view, view_differences, view_statistics
     from bitladder.show.ladder_tables import (
         deletable,
         estimate_lines,
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
         unfinished_json,
         unfinished_table,
     )
-    from bitladder.show.output import Output, common_options
-    from bitladder.show.plain import one_printable_line
+    from bitladder.show.output import Output, common_options, one_printable_line
     from bitladder.show.recipe_tables import difference
     from bitladder.show.run_display import RunDisplay
     from bitladder.show.speed_tables import FORMATS, render, speed_table

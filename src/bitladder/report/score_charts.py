@@ -3,7 +3,7 @@
 import html
 
 from bitladder.evaluate import Figure, RunScores
-from bitladder.report.charts.common import LOOKS, Chart, axis, errors, figure
+from bitladder.report.chart import LOOKS, Chart, axis, errors, figure
 from bitladder.report.finished_run import FinishedRun, RunModel
 from bitladder.report.tables import gigabytes, label, with_error
 

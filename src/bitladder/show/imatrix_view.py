@@ -24,9 +24,9 @@ from bitladder.calibrate import (
 )
 from bitladder.errors import UsageError, did_you_mean
 from bitladder.gguf import imatrix_place, ranges
-from bitladder.show.imatrix import tables
-from bitladder.show.imatrix.heatmap import FigureMap, TerminalMap, make_map
-from bitladder.show.imatrix.tables import FigureColumn, FigureRow, find_column, plain, sort_rows
+from bitladder.show import imatrix_tables as tables
+from bitladder.show.heatmap import FigureMap, TerminalMap, make_map
+from bitladder.show.imatrix_tables import FigureColumn, FigureRow, find_column, plain, sort_rows
 from bitladder.show.output import Output
 
 PathLike = str | os.PathLike[str]
