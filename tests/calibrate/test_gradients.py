@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM, Olmo2ForCausalLM
 
 from bitladder.calibrate import GradientOptions, TorchModel, check_logits, weighted_moments, why_no_gradients
 from bitladder.calibrate.gradients import usable
+from bitladder.calibrate.gradients.entry_sums import Gram, Leverage
 from bitladder.calibrate.gradients.gradient_pass import chunk_generator
-from bitladder.calibrate.gradients.grams import Gram, Leverage
 from bitladder.calibrate.gradients.modules import Modules
 from bitladder.convert import convert
 from bitladder.errors import BitladderError, GradientsError, UsageError

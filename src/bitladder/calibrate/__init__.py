@@ -25,14 +25,13 @@ if TYPE_CHECKING:
     )
     from bitladder.calibrate.gradients.fisher import FISHER, FisherOptions, fisher_costs
     from bitladder.calibrate.gradients.forward import TorchModel
-    from bitladder.calibrate.gradients.options import GradientOptions
     from bitladder.calibrate.gradients.usable import (
         check_logits,
         require_torch,
         torch_threads,
         why_no_gradients,
     )
-    from bitladder.calibrate.gradients.weighted_moments import weighted_moments
+    from bitladder.calibrate.gradients.weighted_moments import GradientOptions, weighted_moments
     from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix, zeros_in
     from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
     from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, writing_moments

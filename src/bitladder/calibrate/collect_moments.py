@@ -15,8 +15,6 @@ import numpy as np
 
 from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixCollector, ImatrixOptions, covering_chunks
 from bitladder.calibrate.coverage import coverage_warning
-from bitladder.calibrate.gradients.kept_moments import moments_by_gradients
-from bitladder.calibrate.gradients.options import GradientOptions
 from bitladder.calibrate.gradients.usable import (
     check_logits,
     has_half_products,
@@ -24,7 +22,7 @@ from bitladder.calibrate.gradients.usable import (
     torch_threads,
     why_no_gradients,
 )
-from bitladder.calibrate.gradients.weighted_moments import GRADIENT_MOMENTS
+from bitladder.calibrate.gradients.weighted_moments import GRADIENT_MOMENTS, GradientOptions, moments_by_gradients
 from bitladder.calibrate.imatrix import read_imatrix, write_imatrix
 from bitladder.calibrate.inputs import Floats, model_inputs, refuse_short
 from bitladder.calibrate.moments.assemble import MomentsSource, write_sources

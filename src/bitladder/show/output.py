@@ -1,7 +1,6 @@
 """The only place that prints: data on stdout, everything else on stderr.
 
-Strings of strangers lose their power over a terminal: what would move the cursor, hide text or turn it round is shown as
-an escape.
+In strings of strangers, what would move the cursor, hide text or turn it round is shown as an escape.
 """
 
 import contextlib

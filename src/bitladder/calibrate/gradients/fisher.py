@@ -89,8 +89,7 @@ def fisher_costs(
     """
     require_torch()
     from bitladder.calibrate.gradients.forward import TorchModel
-    from bitladder.calibrate.gradients.gradient_pass import chunk_generator
-    from bitladder.calibrate.gradients.segments import choose_matrices
+    from bitladder.calibrate.gradients.gradient_pass import choose_matrices, chunk_generator
 
     options = options or FisherOptions()
     costs: dict[str, dict[str, FisherCost]] = {}

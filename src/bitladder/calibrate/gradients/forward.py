@@ -12,16 +12,15 @@ import numpy as np
 import torch
 
 from bitladder.calibrate.gradients.configuration import EMBEDDING, HEAD
-from bitladder.calibrate.gradients.layers import Layers, Tap, nothing
 from bitladder.calibrate.gradients.modules import Modules
-from bitladder.calibrate.gradients.segments import HEAD_ROWS
-from bitladder.calibrate.gradients.torch_weights import TorchWeights
+from bitladder.calibrate.gradients.torch_weights import Layers, Tap, TorchWeights, nothing
 from bitladder.engine import Floats, Tokens
 from bitladder.errors import GradientsError
 from bitladder.files import Closing
 from bitladder.gguf import GgufFile, block_of
 
 CHECKED_TOKENS = 128  # of the first chunk, whose logits are compared before work starts
+HEAD_ROWS = 128  # positions whose logits are made at once
 
 
 class TorchModel(Closing):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bitladder.calibrate.gradients.configuration import DIVISORS, EMBEDDING, configuration
-from bitladder.calibrate.gradients.layers import Layers
+from bitladder.calibrate.gradients.torch_weights import Layers
 from bitladder.engine import Model
 from bitladder.errors import GradientsError
 from bitladder.gguf import GgufFile

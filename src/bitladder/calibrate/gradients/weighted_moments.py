@@ -16,27 +16,31 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from bitladder.calibrate.gradients.options import GradientOptions
+import numpy as np
+import numpy.typing as npt
+
 from bitladder.calibrate.gradients.usable import (
     check_logits,
     has_half_products,
     require_torch,
     torch_threads,
 )
-from bitladder.calibrate.moments.triangles import unpack_blocks
+from bitladder.calibrate.moments.schema import MomentShape, Provenance
+from bitladder.calibrate.moments.triangles import Correlations, LowRank, unpack_blocks
 from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine import Floats, Tokens
 from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
+from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from bitladder.calibrate.gradients.entry_sums import EntryPlan
     from bitladder.calibrate.gradients.forward import TorchModel
     from bitladder.calibrate.gradients.gradient_pass import GradientPass
-
 GRADIENT_MOMENTS = Algorithm(
     "moments by gradients",
     (
@@ -48,6 +52,33 @@ GRADIENT_MOMENTS = Algorithm(
         "factorizations and sums are computed in one thread: the same bytes by any number of threads",
     ),
 )
+# Parts of the names of what is kept of a matrix, as in the file.
+_VALUES, _DIAGONALS = "values", "diagonals"
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientOptions(Options):
+    """How moments are weighted by gradients."""
+
+    outputs: bool = option(True, help="Moments of the gradients of outputs, which rounding uses too.")
+    draws: int = option(1, least=1, help="Labels that are drawn for each position.")
+    seed: int = option(0, help="Seed of the labels.")
+    pilots: int = option(
+        4, least=2, help="Every fourth chunk, by default, is used only for the moments that leverages are made of."
+    )
+    fewest: int = option(8, least=1, help="With fewer chunks tokens are weighted by the squared length of gradients.")
+    damping: float = option(
+        0.1, help="Damping of the moments that leverages are made of, as a share of their diagonal."
+    )
+    sketch: int = option(128, least=1, help="Random products that estimate the leverages of wider inputs and outputs.")
+    rank: int = option(
+        128, least=1, help="Columns of the factor that is kept for the gradients of the outputs of gate and up."
+    )
+    half: bool | None = option(
+        None,
+        help="Products with weights in bfloat16.",
+        unset="where the CPU has instructions for them, and the logits stay within the tolerance",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +180,7 @@ def gradient_pass(
         work: keeps what is finished.
         threads: threads of the CPU.
     """
-    from bitladder.calibrate.gradients.gradient_pass import GradientPass
-    from bitladder.calibrate.gradients.segments import choose_matrices, fixed_bytes, plan_entries
+    from bitladder.calibrate.gradients.gradient_pass import GradientPass, choose_matrices, fixed_bytes, plan_entries
 
     plans = plan_entries(model, choose_matrices(model, names), options)
     try:
@@ -162,3 +192,86 @@ def gradient_pass(
         check_logits(model.path, model.checked(chunks[0]), threads=threads, ours=model)
     room = memory - model.weights.most_bytes - fixed_bytes(model)
     return GradientPass(model, chunks, plans, options, room, work)
+
+
+def moments_by_gradients(
+    model: str | os.PathLike[str],
+    chunks: Tokens,
+    work: UnfinishedWork,
+    provenance: Provenance,
+    options: GradientOptions,
+    memory: int,
+    threads: int | None,
+    progress: Progress,
+) -> "KeptMoments":
+    """Computes the moments of all weights that are not in the folder of unfinished work yet.
+
+    Parameters:
+        model: path of a GGUF.
+        chunks: int32 [chunks, n_ctx].
+        work: keeps the moments of each weight.
+        provenance: where the moments come from.
+        options: as of `weighted_moments`.
+        memory: bytes for everything.
+        threads: threads of the CPU.
+        progress: hears of the work.
+    """
+    from bitladder.calibrate.gradients.gradient_pass import choose_matrices, plan_entries
+
+    with opened_model(model, options, memory, threads) as ours:
+        plans = plan_entries(ours, choose_matrices(ours, None), options)
+        for entries in gradient_pass(ours, chunks, None, options, memory, work, threads).run(progress):
+            for entry in entries:
+                _keep(work, f"{entry.plan.names[0]}.inputs", Correlations.of(entry.packed_inputs()))
+                for name in entry.plan.names:
+                    outputs = entry.kept_outputs(name)
+                    if outputs is not None:
+                        _keep(work, f"{name}.outputs", outputs)
+    return KeptMoments(plans[::-1], work, chunks.size, provenance)
+
+
+def _keep(work: UnfinishedWork, name: str, kept: Correlations | LowRank) -> None:
+    work.put(f"{name}.{_VALUES}", kept.values)
+    work.put(f"{name}.{_DIAGONALS}", kept.diagonals)
+
+
+class KeptMoments:
+    """Moments in the folder of unfinished work, over `tokens` tokens, as a MomentsSource."""
+
+    def __init__(self, plans: Sequence["EntryPlan"], work: UnfinishedWork, tokens: int, provenance: Provenance) -> None:
+        self.provenance = provenance
+        self._work, self._tokens = work, tokens
+        self._plans = {name: plan for plan in plans for name in plan.names}
+
+    def names(self) -> list[str]:
+        """See MomentsSource. Weights are in the order of the computation."""
+        return list(self._plans)
+
+    def entry(self, name: str) -> str:
+        """See MomentsSource."""
+        return self._plans[name].names[0]
+
+    def shape(self, name: str) -> MomentShape:
+        """See MomentsSource."""
+        plan = self._plans[name]
+        outputs = plan.outputs[plan.names.index(name)]
+        return MomentShape(1, plan.n_in, **({} if outputs is None else outputs.moment_shape))
+
+    def counts(self, name: str) -> npt.NDArray[np.int64]:
+        """See MomentsSource."""
+        return np.array([self._tokens], np.int64)
+
+    def packed(self, name: str, matrix: int = 0) -> Floats:
+        """See MomentsSource."""
+        packed: Floats = Correlations(*self._kept(f"{self.entry(name)}.inputs")).packed()[matrix]
+        return packed
+
+    def outputs(self, name: str) -> Correlations | LowRank | None:
+        """See MomentsSource."""
+        shape = self.shape(name)
+        if not shape.n_out:
+            return None
+        return (LowRank if shape.rank else Correlations)(*self._kept(f"{name}.outputs"))
+
+    def _kept(self, name: str) -> tuple[npt.NDArray[np.float16], Floats]:
+        return np.asarray(self._work.get(f"{name}.{_VALUES}")), np.asarray(self._work.get(f"{name}.{_DIAGONALS}"))
