@@ -111,9 +111,9 @@ def test_what_is_wrong_with_shards(shards, tmp_path):
 
 
 def test_a_failure_leaves_no_shard(tiny_gguf, tmp_path, monkeypatch):
-    from bitladder.quantize import stream
+    from bitladder.quantize import write_quant
 
-    real, calls = stream.quantize_rows, []
+    real, calls = write_quant.quantize_rows, []
 
     def fail_late(*arguments):
         calls.append(1)
@@ -121,7 +121,7 @@ def test_a_failure_leaves_no_shard(tiny_gguf, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(stream, "quantize_rows", fail_late)
+    monkeypatch.setattr(write_quant, "quantize_rows", fail_late)
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny_gguf, tmp_path / "q.gguf", QuantizeOptions("Q8_0", split_max_bytes=1_000_000), threads=1)
     assert not list(tmp_path.iterdir())

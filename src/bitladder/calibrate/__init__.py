@@ -23,6 +23,13 @@ if TYPE_CHECKING:
         model_sha256,
         usual_weighting,
     )
+    from bitladder.calibrate.compare_imatrices import (
+        ImatrixComparison,
+        TensorDifference,
+        compare_imatrices,
+        grouped_differences,
+    )
+    from bitladder.calibrate.coverage import Gaps, expert_lines, find_gaps, first_lines, listed
     from bitladder.calibrate.gradients.fisher import FISHER, FisherOptions, fisher_costs
     from bitladder.calibrate.gradients.forward import TorchModel
     from bitladder.calibrate.gradients.usable import (
@@ -33,18 +40,7 @@ if TYPE_CHECKING:
     )
     from bitladder.calibrate.gradients.weighted_moments import GradientOptions, weighted_moments
     from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix, zeros_in
-    from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
-    from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, writing_moments
-    from bitladder.calibrate.moments.positions import PositionOptions, position_weights
-    from bitladder.calibrate.moments.schema import MomentShape, Provenance
-    from bitladder.calibrate.moments.triangles import Correlations, LowRank, pack_triangle, triangle, unpack_triangle
-    from bitladder.calibrate.statistics.compare_imatrices import (
-        ImatrixComparison,
-        TensorDifference,
-        compare_imatrices,
-        grouped_differences,
-    )
-    from bitladder.calibrate.statistics.figures import (
+    from bitladder.calibrate.input_figures import (
         GroupStatistics,
         TensorStatistics,
         by_kind,
@@ -52,7 +48,11 @@ if TYPE_CHECKING:
         tensor_statistics,
         weighted_mean,
     )
-    from bitladder.calibrate.statistics.gaps import Gaps, expert_lines, find_gaps, first_lines, listed
+    from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
+    from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, writing_moments
+    from bitladder.calibrate.moments.positions import PositionOptions, position_weights
+    from bitladder.calibrate.moments.schema import MomentShape, Provenance
+    from bitladder.calibrate.moments.triangles import Correlations, LowRank, pack_triangle, triangle, unpack_triangle
     from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 
 __all__ = [

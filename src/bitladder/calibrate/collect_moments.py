@@ -25,9 +25,8 @@ from bitladder.calibrate.gradients.usable import (
 from bitladder.calibrate.gradients.weighted_moments import GRADIENT_MOMENTS, GradientOptions, moments_by_gradients
 from bitladder.calibrate.imatrix import read_imatrix, write_imatrix
 from bitladder.calibrate.inputs import Floats, model_inputs, refuse_short
-from bitladder.calibrate.moments.assemble import MomentsSource, write_sources
 from bitladder.calibrate.moments.collector import make_entries, plan_passes
-from bitladder.calibrate.moments.moments_file import MomentsFile
+from bitladder.calibrate.moments.moments_file import MomentsFile, MomentsSource, write_sources
 from bitladder.calibrate.moments.passes import IMATRIX_FILE, CollectedMoments, run_passes
 from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, position_weights
 from bitladder.calibrate.moments.schema import Provenance

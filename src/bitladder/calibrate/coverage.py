@@ -1,21 +1,208 @@
-"""How many tokens reached each expert of a mixture, and how much text would reach all of them.
+"""How well an importance matrix covers a model: experts that no token or few reached, weights without an entry, zeros.
 
 What a router sends to an expert differs between experts by powers of ten. Shares of tokens are taken to be lognormal
-over the experts of a layer, so that the experts that tokens reached tell how rare the others may be.
+over the experts of a layer, so that the experts that tokens reached tell how rare the others may be, and how much text
+would reach all.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import os
+import pathlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.imatrix import Imatrix
+from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry
 from bitladder.calibrate.inputs import Experts, Floats, WeightInput
-from bitladder.calibrate.statistics.gaps import expert_lines, first_lines
 from bitladder.engine import Multiplication
+from bitladder.errors import BitladderError
+from bitladder.gguf import TensorInfo, imatrix_order, imatrix_place, open_model, ranges
 
+MOST_LINES = 8  # of experts, in a message or a card
+_WHY = {
+    "token_embd": "looked up, not multiplied: it never has one",
+    "output": "collected only with imatrix --process-output",
+}
 Counts = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass
+class Gaps:
+    """What an imatrix lacks, by weight, in the order of blocks.
+
+    Parameters:
+        unreached: experts without a token, and the number of all experts.
+        perhaps_unreached: the same, guessed from a .dat file, which has no counts of experts and gives those without a
+            token a mean of exactly 1. It is empty without a model, which has the number of experts.
+        no_data: entries without a single token.
+        not_finite: how many values are NaN or infinite.
+        negative: how many values are negative, which no sum of squares is.
+        zero_columns: how many columns of the other matrices that tokens reached are 0.
+        zero: matrices whose values are all 0 although tokens reached them, and the number of all matrices.
+        without_entry: weights of the model with at least two dimensions but no entry; None without a model.
+        not_in_model: entries without a weight in the model; None without a model.
+    """
+
+    unreached: dict[str, tuple[list[int], int]]
+    perhaps_unreached: dict[str, tuple[list[int], int]]
+    no_data: list[str]
+    not_finite: dict[str, int]
+    negative: dict[str, int]
+    zero: dict[str, tuple[list[int], int]]
+    zero_columns: dict[str, int]
+    without_entry: list[str] | None = None
+    not_in_model: list[str] | None = None
+
+    def of_kinds(self, kinds: Collection[str]) -> "Gaps":
+        """Only the gaps of weights of these kinds; all gaps if no kind is named."""
+
+        def keep(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: what for name, what in value.items() if imatrix_place(name)[1] in kinds}
+            return None if value is None else [name for name in value if imatrix_place(name)[1] in kinds]
+
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Gaps(**{name: keep(value) for name, value in fields.items()}) if kinds else self
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON: experts as {"count", "of", "experts"}, the rest as it is."""
+        document = dataclasses.asdict(self)
+        for field in ("unreached", "perhaps_unreached", "zero"):
+            document[field] = {
+                name: {"count": len(experts), "of": of, "experts": experts}
+                for name, (experts, of) in getattr(self, field).items()
+            }
+        return document
+
+    def lines(self) -> list[str]:
+        """The gaps as lines for a person. Weights with the same gap share a line."""
+        lines = expert_lines(self.unreached, "never reached")
+        lines += expert_lines(self.perhaps_unreached, "perhaps never reached (all their means are exactly 1)")
+        for name, count in self.not_finite.items():
+            lines.append(f"{name}: {count} value{_s(count)} not finite; compute it again")
+        for name, count in self.negative.items():
+            lines.append(f"{name}: {count} value{_s(count)} negative, which no sum of squares is; compute it again")
+        alike = [name for name, (_, of) in self.zero.items() if of == 1]
+        if alike:
+            lines.append(f"all 0 although tokens reached them, so that columns count alike: {listed(alike)}")
+        experts = {name: what for name, what in self.zero.items() if what[1] > 1}
+        lines += expert_lines(experts, "reached, but with inputs of 0")
+        if self.zero_columns:
+            columns = [f"{name} {count}" for name, count in self.zero_columns.items()]
+            more = f", and {len(columns) - 8} more" if len(columns) > 8 else ""
+            lines.append(f"columns that are 0 on this text, and cost nothing there: {', '.join(columns[:8])}{more}")
+        if self.no_data:
+            lines.append("entries without a single token: " + listed(self.no_data))
+        if self.without_entry:
+            count = len(self.without_entry)
+            lines.append(f"{count} weight{_s(count)} of the model without an entry: {listed(self.without_entry)}")
+        if self.not_in_model:
+            lines.append(f"entries that the model has no weight for: {listed(self.not_in_model)}")
+        return lines
+
+
+def find_gaps(imatrix: Imatrix, model: str | os.PathLike[str] | None = None) -> Gaps:
+    """All gaps of an imatrix.
+
+    Parameters:
+        imatrix: the matrix.
+        model: path of the model's GGUF, whose header says which weights there are; or None.
+
+    Raises:
+        BitladderError: the file is not a model, or its weights have other widths than the entries.
+    """
+    names = sorted(imatrix.entries, key=imatrix_order)
+    entries = {name: imatrix.entries[name] for name in names}
+    unreached = {name: np.flatnonzero(entry.counts <= 0).tolist() for name, entry in entries.items()}
+    bad = {name: int((~np.isfinite(entry.sums)).sum()) for name, entry in entries.items()}
+    empty = [name for name in names if len(unreached[name]) == len(entries[name].counts)]
+    gaps = Gaps(
+        unreached={n: (who, len(entries[n].counts)) for n, who in unreached.items() if who and n not in empty},
+        perhaps_unreached={},
+        no_data=empty,
+        not_finite={name: count for name, count in bad.items() if count},
+        negative={name: count for name, entry in entries.items() if (count := int((entry.sums < 0).sum()))},
+        zero_columns={name: count for name, entry in entries.items() if (count := _zero_columns(entry))},
+        zero={name: (zero, len(entry.counts)) for name, entry in entries.items() if (zero := entry.zero())},
+    )
+    if model is None:
+        return gaps
+    weights = _weights(pathlib.Path(model))
+    gaps.without_entry = sorted((n for n, t in weights.items() if t.rows > 1 and n not in entries), key=imatrix_order)
+    gaps.not_in_model = [name for name in names if name not in weights]
+    for name in names:
+        if name not in weights:
+            continue
+        columns, experts = _columns(weights[name])
+        if entries[name].sums.size != columns:
+            raise BitladderError(
+                f"{name} has {entries[name].sums.size} columns in the imatrix but {columns} in {model}: "
+                "the imatrix is of another model"
+            )
+        if imatrix.legacy and experts > 1:
+            means = entries[name].means().reshape(experts, -1)
+            if guessed := np.flatnonzero((means == 1).all(axis=1)).tolist():
+                gaps.perhaps_unreached[name] = guessed, experts
+    if len(gaps.not_in_model) == len(names):
+        raise BitladderError(f"{model} has none of the weights of the imatrix, such as {names[0]}: it is another model")
+    return gaps
+
+
+def _zero_columns(entry: ImatrixEntry) -> int:
+    sums = entry.sums.reshape(len(entry.counts), -1)
+    counted = (entry.counts > 0) & sums.any(axis=1)
+    return int((sums[counted] == 0).sum())
+
+
+def _weights(path: pathlib.Path) -> dict[str, TensorInfo]:
+    with open_model(path) as file:
+        return dict(file.tensors)
+
+
+def _columns(tensor: TensorInfo) -> tuple[int, int]:
+    """Columns over all matrices of a weight, and the number of matrices."""
+    experts = tensor.rows // tensor.rows_per_matrix
+    return tensor.width * experts, experts
+
+
+def expert_lines(gaps: Mapping[str, tuple[list[int], int]], what: str) -> list[str]:
+    """Experts by weight, and the number of all experts, as lines for a person. Weights of a block share a line."""
+    shared: dict[tuple[int | None, str, int, int], list[str]] = {}
+    for name, (experts, of) in gaps.items():
+        layer, kind = imatrix_place(name)
+        shared.setdefault((layer, ranges(experts), len(experts), of), []).append(kind)
+    return [
+        f"{'' if layer is None else f'block {layer}: '}{count} of {of} experts {what} in {', '.join(kinds)}: {experts}"
+        for (layer, experts, count, of), kinds in shared.items()
+    ]
+
+
+def first_lines(lines: list[str]) -> list[str]:
+    """The first lines of a list of experts, and how many more there are."""
+    more = len(lines) - MOST_LINES
+    return lines if more <= 0 else [*lines[:MOST_LINES], f"and {more} more lines (bitladder stats)"]
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def listed(names: list[str]) -> str:
+    """Names, with those of one kind together: "attn_q of blocks 0-3, output.weight (why)"."""
+    blocks: dict[str, list[int]] = {}
+    others = []
+    for name in names:
+        layer, kind = imatrix_place(name)
+        if layer is None:
+            others.append(f"{name} ({_WHY[kind]})" if kind in _WHY else name)
+        else:
+            blocks.setdefault(kind, []).append(layer)
+    return "; ".join(
+        [f"{kind} of block{_s(len(layers))} {ranges(sorted(layers))}" for kind, layers in blocks.items()] + others
+    )
 
 
 class ExpertCounter:

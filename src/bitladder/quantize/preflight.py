@@ -13,7 +13,7 @@ from bitladder.engine import Request, preset_types, threads_available, type_by_n
 from bitladder.errors import BitladderError
 from bitladder.gguf import F32, GgufWriter, TensorPlan, file_size, name_in_block, scalar, split_sizes, string, u32
 from bitladder.quantize.prepare import PreparedQuant
-from bitladder.quantize.stream import AHEAD, PIECE
+from bitladder.quantize.write_quant import AHEAD, PIECE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry
-from bitladder.calibrate.statistics.figures import Doubles, cosine, weighted_mean
+from bitladder.calibrate.input_figures import Doubles, cosine, weighted_mean
 from bitladder.errors import BitladderError
 from bitladder.gguf import imatrix_order, imatrix_place
 
