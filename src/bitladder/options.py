@@ -29,7 +29,7 @@ class Option:
         decides: whether the value decides the result. A number of threads does not.
         names: what the value names ("model" is a file or an id of the hub). A card shows files without their folders,
             and the shell completes files and presets.
-        writes: the kind of file that a path names for writing (`cli.file_kinds`), or what chooses it
+        writes: the kind of file that a path names for writing (`cli.outputs`), or what chooses it
             by all values; "folder" for a directory.
         unset: what None means, for `--help`.
         commas: whether one flag names all items of a tuple, separated by commas.

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import rich.console
 
-from bitladder.cli import file_kinds
+from bitladder.cli import outputs
 from bitladder.convert import convert, default_name
 from bitladder.errors import BitladderError
 from bitladder.evaluate import export_task, load_task, parse_specs, read_scores, task_command
@@ -138,7 +138,7 @@ def _checkpoint(name: str) -> Parser:
 
 def _read_recipe(place: Place, name: str, data: bytes) -> None:
     path = place.file(name, data)
-    file_kinds.is_recipe(path)
+    outputs.is_recipe(path)
     recipe = read_recipe(path)
     text = recipe_toml(recipe)
     again = read_recipe(place.file("again.toml", text.encode()))
@@ -210,7 +210,7 @@ _PACKED = {"arc:q.jsonl.gz": gzip.compress, "arc:q.jsonl.bz2": bz2.compress, "ar
 def _read_task(place: Place, name: str, data: bytes) -> None:
     task, _, file = name.partition(":")
     path = place.file(file, data)
-    file_kinds.is_questions(path)
+    outputs.is_questions(path)
     questions = load_task(parse_specs(f"{task}:{path}")[0])
     assert questions.items and str(summarize(questions, min(3, len(questions.items))))
     out = place.scratch / "exported"

@@ -25,7 +25,7 @@ from bitladder.calibrate import (
     writing_moments,
     zeros_in,
 )
-from bitladder.cli import file_kinds
+from bitladder.cli import outputs
 from bitladder.compare.same_model import check_structure
 from bitladder.errors import BitladderError
 from bitladder.evaluate import LogitsFile, ResultFolder, Scores
@@ -78,7 +78,7 @@ def _use(file: GgufFile) -> None:
 
 def _read_gguf(place: Place, name: str, data: bytes) -> None:
     path = place.file("model.gguf", data)
-    for is_kind in (file_kinds.is_full_model, file_kinds.is_quant, file_kinds.is_questions, file_kinds.is_recipe):
+    for is_kind in (outputs.is_full_model, outputs.is_quant, outputs.is_questions, outputs.is_recipe):
         is_kind(path)
     with GgufFile(path) as file:
         _use(file)

@@ -18,7 +18,7 @@ from bitladder.ladder.steps.step import Extent, Part
 from bitladder.ladder.tracker import Best, Tracker
 from bitladder.progress import SILENT
 from bitladder.rundir import Layout, RunLog
-from bitladder.show.run_display import RunDisplay, in_words, line
+from bitladder.show.ladder_tables import RunDisplay, best_text, time_left_text
 from bitladder.text import load_text
 from bitladder.units import duration
 
@@ -232,11 +232,11 @@ def test_durations_in_words(seconds, words):
 
 
 def test_a_line_about_the_best():
-    assert line(Best("exact", 83_847_296, 0.0719, 0.0007)) == "83.85 MB, KLD 0.07190 ± 0.00070 (exact)"
-    assert line(Best("", 5_000_000_000, 0.1, 0.01)) == "5.000 GB, KLD 0.100 ± 0.010"
+    assert best_text(Best("exact", 83_847_296, 0.0719, 0.0007)) == "83.85 MB, KLD 0.07190 ± 0.00070 (exact)"
+    assert best_text(Best("", 5_000_000_000, 0.1, 0.01)) == "5.000 GB, KLD 0.100 ± 0.010"
 
 
 def test_a_time_left_that_is_not_known_well_is_a_range():
-    assert in_words(TimeLeft(300, 480)) == "about 6 min"
-    assert in_words(TimeLeft(240, 720)) == "4 min to 12 min"
-    assert in_words(TimeLeft(2, 12)) == "about 10 s"
+    assert time_left_text(TimeLeft(300, 480)) == "about 6 min"
+    assert time_left_text(TimeLeft(240, 720)) == "4 min to 12 min"
+    assert time_left_text(TimeLeft(2, 12)) == "about 10 s"

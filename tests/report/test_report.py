@@ -22,8 +22,7 @@ from bitladder.gguf import GgufFile
 from bitladder.report import read_run, render_card, render_report, write_report
 from bitladder.report.chart import LOOKS, log_ticks
 from bitladder.report.divergence_charts import PredictionPair, agreement
-from bitladder.report.page import make_charts
-from bitladder.report.tensors import read_tensors
+from bitladder.report.page import make_charts, read_tensors
 
 COLOUR = "#123456"
 
@@ -232,7 +231,7 @@ def test_the_report_is_written_only_if_it_differs(run_dir):  # noqa: F811
 
 
 def test_the_command_writes_card_and_report(run_dir):  # noqa: F811
-    from bitladder.cli.finished import card_command
+    from bitladder.cli.run import card_command
 
     done = CliRunner().invoke(card_command, [str(run_dir), "--json"], catch_exceptions=False)
     names = {"README.md", "report.html"}

@@ -99,7 +99,7 @@ def test_all_tables_are_of_this_kind():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module == "rich.table"
     ]
-    assert users == ["show/run_display.py"]
+    assert users == ["show/ladder_tables.py"]
 
 
 def test_eval_at_all_widths(small_run):

@@ -24,6 +24,9 @@ MODULES = {
     "run": {
         "run": "Make the whole ladder: convert, measure, calibrate, quantize, score, and write the card.",
         "estimate": "Show what a run would take: time, memory and disk of each step.",
+        "show": "Show the ladder of a run, with a small plot.",
+        "card": "Write the model card and the report of a run again.",
+        "push": "Upload a finished run to the Hugging Face hub.",
     },
     "convert": {
         "doctor": "Say whether a model works, and what a run would do with it.",
@@ -35,8 +38,10 @@ MODULES = {
         "calibrate": "Collect the calibration statistics that --rounding needs, and an imatrix.",
         "stats": "Show what an importance matrix holds, or how two of them differ.",
     },
-    "plan": {"plan": "Choose the type of each tensor from measured costs, or rank blocks for pruning."},
-    "recipe": {"recipe": "Show, check, extract, compare and export recipes: the type of each tensor."},
+    "recipe": {
+        "plan": "Choose the type of each tensor from measured costs, or rank blocks for pruning.",
+        "recipe": "Show, check, extract, compare and export recipes: the type of each tensor.",
+    },
     "quantize": {
         "quantize": "Quantize a GGUF to a preset or a recipe.",
         "verify": "Make the tensors of a quant, or of a run, again and compare the bytes.",
@@ -50,11 +55,6 @@ MODULES = {
         "compare": "Compare quants of one model from any maker: quality, types, origin, winner at equal size.",
         "bench": "Measure prompt processing and text generation in tokens per second.",
         "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
-    },
-    "finished": {
-        "show": "Show the ladder of a run, with a small plot.",
-        "card": "Write the model card and the report of a run again.",
-        "push": "Upload a finished run to the Hugging Face hub.",
     },
 }
 VERBS = {verb: about for verbs in MODULES.values() for verb, about in verbs.items()}

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.core import ParameterSource
 
-from bitladder.cli.file_kinds import is_quant
-from bitladder.cli.outputs import OutputFolder, OutputPath
+from bitladder.cli.outputs import OutputFolder, OutputPath, is_quant
 from bitladder.cli.typed import INPUT, PLACE, Choice, FileOrName, GroupedOption, Presets, Whole
 from bitladder.errors import UsageError
 from bitladder.options import Effort, OptionField, Options, build, flat
@@ -137,7 +136,7 @@ def calibrating(kind: str, default: str, added: str) -> Callable[[Function], Fun
     """-m, -f, -o and --in-file of a command that collects figures of texts, or merges files of them.
 
     Parameters:
-        kind: the kind of the file that is written (`cli.file_kinds`).
+        kind: the kind of the file that is written (`cli.outputs`).
         default: its usual name.
         added: what --in-file adds, in a word.
     """
@@ -244,5 +243,5 @@ def kept_results(command: Function) -> Function:
 
 
 def json_file(kind: str) -> Callable[[Function], Function]:
-    """-o of a command that prints JSON: a file of the kind (`cli.file_kinds`) to write the JSON to."""
+    """-o of a command that prints JSON: a file of the kind (`cli.outputs`) to write the JSON to."""
     return click.option("-o", "--output", "out", type=OutputPath(kind), help="Write the JSON to this file as well.")

@@ -1,4 +1,4 @@
-"""A run: `run` makes a model a directory of measured quants, `estimate` says before what that takes."""
+"""A run: `estimate` says before what it takes, `run` makes it; then `show` its ladder, write its `card`, `push` it."""
 
 import dataclasses
 import pathlib
@@ -6,10 +6,10 @@ import pathlib
 import click
 
 from bitladder.cli.options import hours_option, options_from, within_hours
-from bitladder.cli.outputs import Command, check_folder, typed_command
-from bitladder.cli.typed import FileOrName
+from bitladder.cli.outputs import Command, check_folder, check_output, typed_command
+from bitladder.cli.typed import FOLDER, FileOrName, Whole
 from bitladder.ladder import RunOptions
-from bitladder.show import Output, common_options
+from bitladder.show import Column, Output, Table, common_options, figures
 
 
 @click.command(
@@ -91,3 +91,172 @@ def estimate_command(*, output: Output, options: RunOptions, hours: float | None
     output.print(estimate_table(total))
     for text in estimate_lines(total):
         output.line(text)
+
+
+@click.command(
+    "show",
+    cls=Command,
+    page="run.md",
+    examples=("show olmo2-ladder", "show olmo2-ladder --follow"),
+)
+@click.argument("folder", metavar="RUN_DIR", type=FOLDER)
+@click.option("--follow", "follows", is_flag=True, help="Show what a run says until it ends; it may work elsewhere.")
+@click.option("--plot/--no-plot", default=True, show_default=True, help="Draw KLD against size below the table.")
+@click.option("--width", type=Whole(40), help="Width of the plot.  [default: the terminal's, at most 80]")
+@click.option("--height", type=Whole(5, 100), default=16, show_default=True, help="Lines of the plot.")
+@common_options
+def show_command(
+    *, output: Output, folder: pathlib.Path, follows: bool, plot: bool, width: int | None, height: int
+) -> None:
+    """Show the ladder of RUN_DIR: sizes, quality with ±, speed, and KLD against size.
+
+    Figures in bold are within noise of the best of their column. ▸ marks the Pareto front: no file of its size or
+    smaller has less KLD. Of a run that is not complete the command shows what there is, and how to continue.
+    """
+    from bitladder.report import read_run, read_unfinished
+    from bitladder.rundir import follow, last_command, load_manifest
+    from bitladder.show import (
+        deletable,
+        ladder_json,
+        ladder_table,
+        mixed_lines,
+        pareto_plot,
+        text_table,
+        unfinished_json,
+        unfinished_table,
+    )
+
+    if follows:
+        for line in follow(folder):
+            output.line(line)
+    manifest, unfinished = load_manifest(folder), read_unfinished(folder)
+    if manifest is not None and unfinished is not None:
+        command = last_command(folder) or unfinished.record.command
+        output.progress.info(
+            f"The run of {', '.join(unfinished.record.rungs)} is not complete. Continue it with: {command}"
+        )
+        if manifest.whole() is None:
+            if output.json:
+                output.print_json(unfinished_json(unfinished, command))
+            else:
+                output.print(unfinished_table(unfinished))
+            return
+        output.progress.info("The table is that of the complete run before it.")
+    run = read_run(folder)
+    if output.json:
+        output.print_json(ladder_json(run))
+        return
+    text = run.base.scores.text
+    output.line(f"{run.name}: {text.name}, {run.base.scores.chunks} chunks of {run.base.scores.n_ctx}")
+    output.print(ladder_table(run))
+    if run.texts:
+        output.line("\nKLD on each text")
+        output.print(text_table(run))
+        for line in mixed_lines(run):
+            output.line(line)
+    if plot and (lines := pareto_plot(run, width=width or min(output.width, 80), height=height)):
+        output.line("")
+        for line in lines:
+            output.line(line)
+    for line in deletable(run):
+        output.remark(line)
+
+
+@click.command(
+    "card",
+    cls=Command,
+    writes=True,
+    page="report.md",
+    examples=("card olmo2-ladder",),
+)
+@click.argument("run_dir", type=FOLDER)
+@click.option("--repo", metavar="OWNER/NAME", help="Repository of the hub for the card's download links and commands.")
+@common_options
+def card_command(run_dir: pathlib.Path, *, output: Output, repo: str | None) -> None:
+    """Write README.md and report.html of RUN_DIR again, from the files in it."""
+    from bitladder.hub import check_repository
+    from bitladder.report import publish, write_card, write_report
+    from bitladder.rundir import Layout
+
+    layout = Layout(run_dir)
+    check_output(layout.card, "card")
+    check_output(layout.report, "report")
+    if repo is not None:
+        check_repository(repo)
+        publish.name_repository(run_dir, repo)
+    written = [(layout.card, write_card(run_dir)), (layout.report, write_report(run_dir))]
+    if output.json:
+        output.print_json([{"path": str(path), "changed": changed} for path, changed in written])
+        return
+    for path, changed in written:
+        output.line(f"{path}: {'written' if changed else 'unchanged'}")
+
+
+@click.command(
+    "push",
+    cls=Command,
+    page="hub.md",
+    examples=(
+        "push olmo2-ladder OWNER/OLMo-2-1B-GGUF --dry-run",
+        "push olmo2-ladder OWNER/OLMo-2-1B-GGUF --private",
+    ),
+)
+@click.argument("folder", metavar="RUN_DIR", type=FOLDER)
+@click.argument("repo", metavar="REPO_ID")
+@click.option("--private", is_flag=True, help="Make the repository private, if it does not exist yet.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files of this name. May be repeated.")
+@click.option("--dry-run", is_flag=True, help="List the files; send nothing.")
+@common_options
+def push_command(
+    *, output: Output, folder: pathlib.Path, repo: str, private: bool, exclude: tuple[str, ...], dry_run: bool
+) -> None:
+    """Upload the quants, card, report, scores, recipes and importance matrix of a run to REPO_ID (OWNER/NAME).
+
+    Only files that belong to the run are sent. After an interruption, give the same command again: it continues. Log in
+    first with `hf auth login`, or set HF_TOKEN.
+    """
+    from bitladder.hub import check_repository
+    from bitladder.report import publish
+
+    check_repository(repo)
+    entries = publish.published_files(folder, exclude)
+    publish.check_private(folder, entries)
+    warnings = publish.warnings(folder, entries)
+    for line in warnings:
+        output.progress.warn(line)
+    total = sum(entry.bytes for entry in entries)
+    listed = [{"name": entry.name, "bytes": entry.bytes, "rung": entry.rung} for entry in entries]
+    data = {"repo": repo, "private": private, "files": listed, "bytes": total, "warnings": warnings}
+    if dry_run:
+        if output.json:
+            output.print_json({**data, "url": None})
+            return
+        table = Table([Column("file", fold=True), *figures("size"), Column("run it with", fold=True)])
+        default = publish.default_file(entries)
+        for entry in entries:
+            hint = f"llama-server -hf {repo}:{entry.rung}" if entry.rung else ""
+            hint += f"   (and -hf {repo})" if entry.name == default else ""
+            table.add(entry.name, _size(entry.bytes), hint)
+        output.print(table)
+        output.line(f"{len(entries)} files, {_size(total)}, for {repo}; nothing was sent")
+        return
+    from bitladder.hub import upload
+
+    output.tame_hub()
+    if not publish.name_repository(folder, repo):
+        output.progress.warn(
+            f"README.md was edited, so its commands do not name {repo}; `bitladder card {folder}` writes it again"
+        )
+    output.progress.info(f"{len(entries)} files, {_size(total)}, to {repo}")
+    url = upload(folder, publish.groups(entries), repo, private=private)
+    if output.json:
+        output.print_json({**data, "url": url})
+    else:
+        output.line(url)
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"

@@ -1,30 +1,146 @@
-"""report.html: one file that shows a run. It opens from disk and needs no network.
+"""report.html: one file that shows a run, with what is known of each tensor. It opens from disk and needs no network.
 
 The page contains plotly.js, compressed. Its security policy forbids every connection.
 """
 
 import base64
+import contextlib
+import dataclasses
 import functools
 import gzip
 import importlib.resources
 import json
+import math
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jinja2
 import markupsafe
 
+from bitladder.calibrate import TensorStatistics
+from bitladder.engine import type_by_name
+from bitladder.errors import BitladderError
+from bitladder.gguf import block_of, kind_of, reading_order
 from bitladder.report import tables
 from bitladder.report.card import facts, write_if_changed
 from bitladder.report.divergence_charts import agreement, pareto, predicted, prediction_pairs
-from bitladder.report.finished_run import FinishedRun, read_run
+from bitladder.report.finished_run import FinishedRun, read_importance, read_run, read_shapes
 from bitladder.report.score_charts import percentiles, speed, task_bars
 from bitladder.report.tables import gigabytes, with_error
-from bitladder.report.tensors import PRICED_MODELS, read_tensors
 from bitladder.rundir import Layout
 
+# What the prices of a file are of, by whether it is made of the smoothed model.
+PRICED_MODELS = {True: "the smoothed model", False: "the original model"}
+# Field of the statistics, its heading, and whether it is shown in percent.
+STATISTICS = (
+    ("sum", "Σ(Act²)", False),
+    ("entropy_norm", "E(norm)", True),
+    ("zd", "ZD", True),
+    ("cossim", "CosSim", False),
+)
 STYLES = ("report.css",)
 SCRIPTS = ("theme.js", "charts.js", "tables.js", "tensors.js", "main.js")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """All tensors of a run, for the page's script.
+
+    Parameters:
+        tensors: name, place, size, statistics and prices of each tensor, in reading order. A price is found by the
+            model that was priced ("the smoothed model", "the original model") and the type.
+        files: by label, the type of each tensor in that order; "" if the file does not have the tensor.
+        made_of: by label, the model that the prices of the file are of.
+        presets: by rung, the label of the preset by itself.
+        opened: the file that is shown first: the rung in the middle of the ladder.
+        bpw: bits per weight of every type that occurs.
+        priced: the types for which any tensor has a price.
+        statistics: key, title and unit of the statistics that are known.
+    """
+
+    tensors: list[dict[str, Any]]
+    files: dict[str, list[str]]
+    made_of: dict[str, str]
+    presets: dict[str, str]
+    opened: str | None
+    bpw: dict[str, float]
+    priced: list[str]
+    statistics: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The value as JSON."""
+        return dataclasses.asdict(self)
+
+
+def read_tensors(run: FinishedRun) -> Tensors:
+    """Reads what the directory has. Raises BitladderError if the importance matrix or a GGUF is damaged."""
+    files = {model.label: _types(model.recipe.tensors) for model in run.quants if model.recipe}
+    names = sorted({name for types in files.values() for name in types}, key=reading_order)
+    shapes, statistics = read_shapes(run), {entry.tensor: entry for entry in read_importance(run)}
+    prices = {name: _prices(run, name) for name in names}
+    priced = {kind for by_model in prices.values() for by_type in by_model.values() for kind in by_type}
+    known = bits(priced.union(*(types.values() for types in files.values())))
+    return Tensors(
+        tensors=[_tensor(name, shapes.get(name), statistics.get(name), prices[name]) for name in names],
+        files={label: [types.get(name, "") for name in names] for label, types in files.items()},
+        made_of={model.label: PRICED_MODELS[model.scores.smoothed] for model in run.quants if model.recipe},
+        presets={rung: naive.label for rung, naive in run.naive.items() if naive.recipe},
+        opened=run.rungs[len(run.rungs) // 2].label if run.rungs else None,
+        bpw=known,
+        priced=sorted(priced, key=lambda kind: (known.get(kind, 0.0), kind)),
+        statistics=[
+            {"key": key, "title": title, "percent": percent}
+            for key, title, percent in STATISTICS
+            if any(getattr(entry, key) is not None for entry in statistics.values())
+        ],
+    )
+
+
+def bits(kinds: Iterable[str]) -> dict[str, float]:
+    """Bits per weight of types. Types that this library does not know are left out."""
+    known = {}
+    for kind in sorted(kinds):
+        with contextlib.suppress(BitladderError):
+            known[kind] = type_by_name(kind).bpw
+    return known
+
+
+def canonical(kind: str) -> str:
+    """The name of a type as ggml spells it, such as "q4_K"; in lower case if this library does not know the type."""
+    try:
+        return type_by_name(kind).name
+    except BitladderError:
+        return kind.lower()
+
+
+def _types(tensors: Mapping[str, str]) -> dict[str, str]:
+    return {name: canonical(kind) for name, kind in tensors.items()}
+
+
+def _prices(run: FinishedRun, name: str) -> dict[str, dict[str, float]]:
+    """The prices of a tensor, by the model that was priced and the type."""
+    return {
+        PRICED_MODELS[smoothed]: {canonical(kind): price for kind, price in prices.tensors[name].kld.items()}
+        for smoothed, prices in run.prices.items()
+        if name in prices.tensors
+    }
+
+
+def _tensor(
+    name: str,
+    shape: tuple[int, ...] | None,
+    statistics: TensorStatistics | None,
+    prices: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    fields: dict[str, Any] = {"name": name, "layer": block_of(name), "kind": kind_of(name)}
+    if shape:
+        fields |= {"shape": " × ".join(map(str, shape)), "elements": math.prod(shape)}
+    if statistics:
+        fields["statistics"] = {key: getattr(statistics, key) for key, _, _ in STATISTICS}
+    if prices:
+        fields["prices"] = prices
+    return fields
 
 
 def write_report(folder: pathlib.Path) -> bool:

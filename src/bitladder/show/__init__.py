@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bitladder.show.heatmap import check_target, write_plot
     from bitladder.show.imatrix_view import print_view, view_differences, view_statistics
     from bitladder.show.ladder_tables import (
+        RunDisplay,
         deletable,
         estimate_lines,
         estimate_table,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     )
     from bitladder.show.output import Output, common_options, one_printable_line
     from bitladder.show.recipe_tables import difference
-    from bitladder.show.run_display import RunDisplay
     from bitladder.show.speed_tables import FORMATS, render, speed_table
     from bitladder.show.table import Column, Table, figures
 
