@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bitladder import evaluate
+from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import write_json
 from bitladder.plan import (
@@ -34,10 +35,11 @@ from bitladder.plan import (
     TypePrices,
     load_prices,
     planned_recipe,
-    rivals,
 )
 from bitladder.plan.allocate.allocation import greedy
+from bitladder.plan.allocate.problem import Problem
 from bitladder.plan.prices.menu import menu_types
+from bitladder.plan.rungs import moved_presets, weighted_error
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.recipe import write_recipe
 from bitladder.text import load_text
@@ -136,26 +138,26 @@ def variants(
 ) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     """Name, types of all tensors, and facts, each made when it is asked for; the preset first."""
     subject, target = planner.subject, Target(f"like {rung}", max_bytes=preset.bytes)
-    problem = planner.build(rivals.prices_of(sensitivity))
+    problem = planner.build(sensitivity.predicted())
 
     def whole(types: Mapping[str, str]) -> dict[str, str]:
         return {name: types.get(name, tensor.type.name) for name, tensor in subject.file.tensors.items()}
 
     yield "preset", preset.types, {}
     if only != "plan":
-        uniform = rivals.uniform(problem, preset.bytes)
-        if uniform:
-            yield "one type for all", whole(uniform), {}
-        yield "weighted error, exact", whole(rivals.weighted_error(sensitivity, planner.build, target)), {}
+        same_type = uniform(problem, preset.bytes)
+        if same_type:
+            yield "one type for all", whole(same_type), {}
+        yield "weighted error, exact", whole(weighted_error(sensitivity, planner.build, target)), {}
         yield "our prices, greedy", whole(greedy(problem, preset.bytes).types), {}
         k_types = {kind.name for kind in menu_types("k")}
         k_prices = {
             name: {kind: cost for kind, cost in menu.items() if kind in k_types}
-            for name, menu in rivals.prices_of(sensitivity).items()
+            for name, menu in sensitivity.predicted().items()
         }
         yield "our prices, exact, K only", whole(target.solve(planner.build(k_prices)).types), {}
         if subject.imatrix is not None:
-            moved = rivals.moved_presets(problem, preset, subject.imatrix, subject.places, planner.options.rivals)
+            moved = moved_presets(problem, preset, subject.imatrix, subject.places, planner.options.rivals)
             for statistic, types in moved.items():
                 if types:
                     yield f"preset moved by {statistic}", whole(types), {}
@@ -164,6 +166,29 @@ def variants(
     result = planner.plan(target, sensitivity, preset)
     write_recipe(planner.work / f"{rung}.toml", planned_recipe(subject, result, target))
     yield "and feedback", result.types, facts_of(result)
+
+
+def uniform(problem: Problem, max_bytes: int) -> dict[str, str] | None:
+    """The largest type that fits, for all tensors. Where a width cannot hold it, the smallest type above it.
+
+    Returns None if not even the smallest type fits.
+    """
+
+    def bpw(kind: str) -> float:
+        return type_by_name(kind).bpw
+
+    kinds = sorted({option.type for menu in problem.options.values() for option in menu}, key=bpw)
+    for kind in reversed(kinds):
+        types = {}
+        for name, menu in problem.options.items():
+            large = [option for option in menu if bpw(option.type) >= bpw(kind)]
+            same = [option for option in large if option.type == kind]
+            types[name] = (same or sorted(large, key=lambda option: option.nbytes))[0].type
+        menus = {name: {option.type: option.nbytes for option in menu} for name, menu in problem.options.items()}
+        size = problem.fixed_bytes + sum(menus[name][kind] for name, kind in types.items())
+        if size <= max_bytes:
+            return types
+    return None
 
 
 def facts_of(result: PlanResult) -> dict[str, Any]:

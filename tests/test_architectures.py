@@ -20,7 +20,7 @@ from bitladder.ladder import diagnose
 from bitladder.plan.subject import Subject
 from bitladder.quantize import QuantizeOptions, prepare
 from bitladder.refine import links_of
-from bitladder.trial.blocks_left_out import _blocks
+from bitladder.trial.swapped_model import _blocks
 
 HERE = pathlib.Path(__file__).parent / "models"
 NAMES = ("deepseek3", "falcon-h1", "gemma3-vision", "glm4moe-mtp", "gpt-oss", "qwen3moe")

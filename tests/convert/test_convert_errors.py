@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from heard import Heard
 
 from bitladder.cli.convert import convert_command
-from bitladder.convert import checkpoint, convert, default_name, safetensors, tensors
+from bitladder.convert import checkpoint, checkpoint_files, convert, default_name, tensors
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import fetch_checkpoint
 
@@ -49,7 +49,7 @@ def shard_of(folder: pathlib.Path, name: str = NAME) -> pathlib.Path:
 
 def spoil(folder: pathlib.Path, value: float, index: tuple[int, int] = (3, 5)) -> None:
     """Put `value` into the tensor NAME."""
-    tensor = safetensors.read_header(shard_of(folder))[NAME]
+    tensor = checkpoint_files.read_header(shard_of(folder))[NAME]
     data = np.memmap(tensor.file, np.float32, "r+", tensor.offset, tensor.shape)
     data[index] = value
     data.flush()
@@ -97,7 +97,7 @@ def test_f16_overflow(folder: pathlib.Path) -> None:
 
 def test_f16_underflow_is_named(folder: pathlib.Path) -> None:
     for row in (0, 7):
-        for column in range(safetensors.read_header(shard_of(folder))[NAME].shape[1]):
+        for column in range(checkpoint_files.read_header(shard_of(folder))[NAME].shape[1]):
             spoil(folder, 1e-9, (row, column))
     heard = Heard()
     convert(folder, folder.parent / "f16.gguf", outtype="f16", progress=heard)

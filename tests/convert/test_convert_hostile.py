@@ -14,7 +14,7 @@ from heard import Heard
 from reference_logits import native_logits
 
 from bitladder.convert import convert
-from bitladder.convert.safetensors import read_header
+from bitladder.convert.checkpoint_files import read_header
 from bitladder.convert.tokenizer import read_vocabulary
 from bitladder.errors import BitladderError
 

@@ -10,7 +10,7 @@ import tiny_models
 from reference_logits import native_logits
 
 from bitladder.convert import convert
-from bitladder.convert.config import read_json
+from bitladder.convert.checkpoint_files import read_json
 from bitladder.files import write_json
 
 torch: Any = pytest.importorskip("torch")

@@ -12,8 +12,8 @@ from heard import Heard as Notes
 
 from bitladder.cli import invoke
 from bitladder.convert import convert, upstream, uses_upstream
-from bitladder.convert.check_converted import check_converted
 from bitladder.convert.upstream import Converter, refuse_code, requirements, run_converter, unpack, upstream_converter
+from bitladder.convert.upstream_checks import check_converted
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf import GgufFile
 

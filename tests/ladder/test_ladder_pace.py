@@ -12,10 +12,9 @@ from plain_options import plain_options
 from bitladder.cli import application
 from bitladder.ladder.estimate import extent_of, shape_of
 from bitladder.ladder.model_shape import Matrix, ModelShape
-from bitladder.ladder.pace import CLOSE, SPREAD, Pace, TimeLeft
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.steps.step import Extent, Part
-from bitladder.ladder.tracker import Best, Tracker
+from bitladder.ladder.tracker import CLOSE, SPREAD, Best, Pace, TimeLeft, Tracker
 from bitladder.progress import SILENT
 from bitladder.rundir import Layout, RunLog
 from bitladder.show.ladder_tables import RunDisplay, best_text, time_left_text

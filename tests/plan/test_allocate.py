@@ -8,8 +8,7 @@ import random
 import pytest
 
 from bitladder.errors import BitladderError
-from bitladder.plan.allocate.allocation import greedy, smallest_bytes, smallest_cost
-from bitladder.plan.allocate.neighbours import neighbours
+from bitladder.plan.allocate.allocation import greedy, neighbours, smallest_bytes, smallest_cost
 from bitladder.plan.allocate.problem import Problem, TypeOption
 from bitladder.units import bpw_bytes
 

@@ -15,7 +15,7 @@ from bitladder.evaluate import MeasureOptions, evaluate
 from bitladder.gguf import GgufFile
 from bitladder.quantize import quantize
 from bitladder.refine import TuneOptions, tune, verify
-from bitladder.refine.tune.student import FreeScales, Student
+from bitladder.refine.student import FreeScales, Student
 from bitladder.rounding import TYPES as ROUNDED_TYPES
 from bitladder.text import Reading, Text, load_text
 

@@ -7,7 +7,7 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.convert.build import CONVERT, ConvertResult, convert, default_name, uses_upstream
     from bitladder.convert.checkpoint import Checkpoint
-    from bitladder.convert.config import read_json
+    from bitladder.convert.checkpoint_files import read_json
     from bitladder.convert.families import architectures
     from bitladder.convert.options import ConvertOptions
     from bitladder.convert.outline import Outline, write_outline

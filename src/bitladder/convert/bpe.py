@@ -11,7 +11,7 @@ import itertools
 import pathlib
 from typing import Any
 
-from bitladder.convert.config import brief, plain
+from bitladder.convert.checkpoint_files import brief, plain
 from bitladder.convert.vocabulary import Vocabulary, added_tokens, base_tokens, encodes, lay_out
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress

@@ -12,11 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.convert import model_metadata
-from bitladder.convert.check_converted import check_converted, check_finite_file
 from bitladder.convert.checkpoint import Checkpoint
-from bitladder.convert.config import Config, read_json
+from bitladder.convert.checkpoint_files import Config, read_json
 from bitladder.convert.families import Family, architectures, family_for, named_family
-from bitladder.convert.known import known_to, refuse_incomplete
 from bitladder.convert.quantized import check_quantization
 from bitladder.convert.tensors import (
     OUTTYPES,
@@ -29,6 +27,7 @@ from bitladder.convert.tensors import (
 )
 from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
 from bitladder.convert.upstream import Converter, converter_at, refuse_code, run_converter
+from bitladder.convert.upstream_checks import check_converted, check_finite_file, known_to, refuse_incomplete
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing
 from bitladder.hub import fetch_checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.convert.config import Config, brief, plain, read_json
+from bitladder.convert.checkpoint_files import DTYPES, Config, StoredTensor, brief, plain, read_header, read_json
 from bitladder.convert.quantized import (
     FP8,
     Quantization,
@@ -17,7 +17,6 @@ from bitladder.convert.quantized import (
     scale_of,
     scale_values,
 )
-from bitladder.convert.safetensors import DTYPES, StoredTensor, read_header
 from bitladder.errors import BitladderError
 from bitladder.progress import SILENT, Progress
 

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.convert.checkpoint import Raw
-from bitladder.convert.config import Config, brief, plain
+from bitladder.convert.checkpoint_files import Config, Shape, brief, plain
 from bitladder.convert.rope import DEFAULT_CONTEXT, describe_rope
-from bitladder.convert.safetensors import Shape
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
 

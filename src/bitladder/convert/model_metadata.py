@@ -11,7 +11,15 @@ from typing import Any
 import gguf
 import yaml
 
-from bitladder.convert.config import MAX_INTEGER, Config, brief, decimal_number, plain, read_optional, whole_number
+from bitladder.convert.checkpoint_files import (
+    MAX_INTEGER,
+    Config,
+    brief,
+    decimal_number,
+    plain,
+    read_optional,
+    whole_number,
+)
 from bitladder.files import file_name
 from bitladder.hub import hub_id
 from bitladder.progress import Progress

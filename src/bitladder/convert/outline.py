@@ -11,13 +11,13 @@ import gguf
 
 from bitladder.convert.build import add_hole, uses_upstream, write_file
 from bitladder.convert.checkpoint import Checkpoint
+from bitladder.convert.checkpoint_files import Shape
 from bitladder.convert.families import architectures, family_for
-from bitladder.convert.known import known_to, refuse_incomplete
 from bitladder.convert.options import ConvertOptions
 from bitladder.convert.quantized import check_quantization
-from bitladder.convert.safetensors import Shape
 from bitladder.convert.tensors import OUTTYPES, STORED, choose_outtype, plan_copies
 from bitladder.convert.upstream import refuse_code
+from bitladder.convert.upstream_checks import known_to, refuse_incomplete
 from bitladder.errors import BitladderError
 from bitladder.progress import SILENT, Progress
 

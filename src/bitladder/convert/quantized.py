@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.convert.config import Config, brief, plain, read_optional
-from bitladder.convert.safetensors import Shape, StoredTensor
+from bitladder.convert.checkpoint_files import Config, Shape, StoredTensor, brief, plain, read_optional
 from bitladder.errors import BitladderError
 from bitladder.progress import SILENT, Progress
 

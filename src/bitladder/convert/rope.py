@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from bitladder.convert.config import Config, brief, plain
+from bitladder.convert.checkpoint_files import Config, brief, plain
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
 

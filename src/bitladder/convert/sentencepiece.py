@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bitladder.convert.bpe import read_merges
-from bitladder.convert.config import brief, read_json
+from bitladder.convert.checkpoint_files import brief, read_json
 from bitladder.convert.vocabulary import (
     LONGEST,
     Kind,

@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from bitladder.convert.config import brief, read_json, read_optional, whole_number
+from bitladder.convert.checkpoint_files import brief, read_json, read_optional, whole_number
 from bitladder.convert.vocabulary import Kind, Vocabulary
 from bitladder.progress import SILENT, Progress
 

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitladder.convert.checkpoint import Checkpoint, Raw
-from bitladder.convert.config import brief, plain
+from bitladder.convert.checkpoint_files import Shape, brief, plain
 from bitladder.convert.families import BIASES, EMBEDDING, HEAD, Family
 from bitladder.convert.quantized import FP8
-from bitladder.convert.safetensors import Shape
 from bitladder.engine import lost_in, lost_rows
 from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress

@@ -7,7 +7,7 @@ from typing import Any
 import gguf
 
 from bitladder.convert.bpe import is_byte_level, read_bpe
-from bitladder.convert.config import brief, read_json
+from bitladder.convert.checkpoint_files import brief, read_json
 from bitladder.convert.sentencepiece import has_pieces, read_byte_fallback, read_sentencepiece
 from bitladder.convert.special_tokens import read_special_tokens
 from bitladder.convert.vocabulary import Vocabulary, encodes

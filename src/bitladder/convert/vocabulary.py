@@ -7,7 +7,7 @@ from typing import Any
 
 import gguf
 
-from bitladder.convert.config import MAX_INTEGER, brief, read_json
+from bitladder.convert.checkpoint_files import MAX_INTEGER, brief, read_json
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
 

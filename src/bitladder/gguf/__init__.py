@@ -44,24 +44,27 @@ if TYPE_CHECKING:
     from bitladder.gguf.reader import (
         GgufFile,
         describe_kind,
+        joined_sha256,
         open_model,
+        plain_path,
         prediction_tensors,
         refuse_other_model,
         refuse_other_vectors,
-    )
-    from bitladder.gguf.splits import (
-        group_as,
-        group_by_size,
-        joined_sha256,
-        output_paths,
-        plain_path,
         shard_path,
         shards_of,
-        split_sizes,
         stem,
+    )
+    from bitladder.gguf.writer import (
+        GgufWriter,
+        TensorPlan,
+        file_size,
+        group_as,
+        group_by_size,
+        output_paths,
+        padded,
+        split_sizes,
         writing,
     )
-    from bitladder.gguf.writer import GgufWriter, TensorPlan, file_size, padded
 
 __all__ = [
     "ARRAY",

@@ -20,12 +20,11 @@ from bitladder.ladder.estimate import (
     tasks_of,
 )
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
-from bitladder.ladder.pace import Pace
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import Other, Source, describe, find_others, locate
 from bitladder.ladder.steps.step import Extent, Step, TextsOfRun
 from bitladder.ladder.store import open_store
-from bitladder.ladder.tracker import Tracker, Watch
+from bitladder.ladder.tracker import Pace, Tracker, Watch
 from bitladder.progress import SILENT, Progress
 from bitladder.rundir import Layout, RunRecord, load_manifest, naive
 from bitladder.text import load_text, load_texts

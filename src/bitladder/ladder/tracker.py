@@ -1,13 +1,141 @@
-"""The state of a run for those who watch it: the step, the time left, and the best so far of each rung."""
+"""The state of a run for those who watch it: the step, the time left, and the best so far of each rung.
+
+How long a run will still take follows from how long its work has taken so far. Each step has parts, each part an amount
+of work on one scale: seconds of a reference core, by the formulas of `cost`. How long a part of a kind really takes is
+learnt from parts of that kind that were done. Until there is one, it follows from all others, and is uncertain.
+"""
 
 import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from bitladder.ladder.pace import Pace, TimeLeft
+from bitladder.ladder.steps.step import Part
 from bitladder.progress import Bar, Progress
+
+# An estimate is given once this share of the time is over. Before that too little was seen.
+TOLD_AFTER = 0.1
+# The rate of a kind of which no part was done differs from the mean rate of the others by this factor at most, in the
+# runs that were recorded.
+SPREAD = 2.5
+# An estimate is one number if the truth lies within this factor of it; else it is a range.
+CLOSE = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeLeft:
+    """The time left.
+
+    Parameters:
+        least: seconds.
+        most: seconds.
+    """
+
+    least: float
+    most: float
+
+    @property
+    def seconds(self) -> float | None:
+        """The time left as one number, or None if least and most are too far apart for one."""
+        return math.sqrt(self.least * self.most) if self.most <= CLOSE**2 * self.least else None
+
+
+class Pace:
+    """Times of the parts of steps. The clock is the caller's, in seconds.
+
+    Parameters:
+        parts: the parts of each step, by its name.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[Part]]) -> None:
+        self._left = {step: list(of_step) for step, of_step in parts.items()}
+        self._seen: dict[str, tuple[float, float]] = {}  # kind → amount done, seconds
+        self._spent = 0.0  # seconds of work
+        self._step, self._from = "", tuple[str, ...]()
+        self._began = 0.0
+        self._part: Part | None = None
+        self._share = 0.0
+
+    def keep(self, steps: Container[str]) -> None:
+        """Only these steps will be made."""
+        self._left = {step: parts for step, parts in self._left.items() if step in steps}
+
+    def begin(self, step: str, now: float) -> None:
+        """A step begins.
+
+        Which of two steps of a kind does the work may not be known before, such as whether the original model or the
+        smoothed one is priced. So a step without parts takes those that another one of its kind has.
+        """
+        self._step, self._began = step, now
+        alike = (other for other in self._left if other.split()[0] == step.split(maxsplit=1)[0])
+        self._from = (step,) if self._left.get(step) else tuple(alike)
+        self._part, self._share = None, 0.0
+
+    def bar(self, label: str, now: float) -> None:
+        """A progress bar of the step begins. The part that it stands for begins too, and the one before is over."""
+        for step in self._from:
+            for index, part in enumerate(self._left.get(step, [])):
+                if part.bar in label.lower():
+                    self._finish_part(now)
+                    self._part, self._share, self._began = self._left[step].pop(index), 0.0, now
+                    return
+
+    def advance(self, share: float) -> None:
+        """The part under way is done to this share (0 … 1), which goes up only."""
+        self._share = min(1.0, max(share, self._share))
+
+    def end(self, now: float, *, made: bool) -> None:
+        """The step is over. `made` is False if it was complete from before, which tells nothing of time."""
+        if made:
+            self._finish_part(now)
+        self._left.pop(self._step, None)
+        self._part = None
+
+    def left(self, now: float) -> TimeLeft | None:
+        """The time until the last step is done; None until a tenth of the time is over."""
+        seen, known, unseen = dict(self._seen), 0.0, 0.0
+        spent = self._spent
+        if self._part is not None:
+            elapsed = now - self._began
+            spent += elapsed
+            if self._share > 0:
+                done = self._part.amount * self._share
+                _add(seen, self._part.kind, done, elapsed)
+                known += (self._part.amount - done) * elapsed / done
+        amount, seconds = (sum(kind[place] for kind in seen.values()) for place in (0, 1))
+        if not amount:
+            return None
+        rates = {kind: of_kind[1] / of_kind[0] for kind, of_kind in seen.items() if of_kind[0]}
+        begun = 0.0  # the expected time of a part that has not told how far it is, and that of a kind not seen
+        if self._part is not None and not self._share:
+            if self._part.kind in rates:
+                known += max(self._part.amount * rates[self._part.kind] - (now - self._began), 0.0)
+            else:
+                begun = self._part.amount * seconds / amount
+        for part in (part for parts in self._left.values() for part in parts):
+            if part.kind in rates:
+                known += part.amount * rates[part.kind]
+            else:
+                unseen += part.amount * seconds / amount
+        elapsed = now - self._began
+
+        def total(factor: float) -> float:
+            return known + unseen * factor + max(begun * factor - elapsed, 0.0)
+
+        return TimeLeft(total(1 / SPREAD), total(SPREAD)) if spent >= TOLD_AFTER * (spent + total(1)) else None
+
+    def _finish_part(self, now: float) -> None:
+        if self._part is not None:
+            _add(self._seen, self._part.kind, self._part.amount, now - self._began)
+            self._spent += now - self._began
+        self._part = None
+
+
+def _add(seen: dict[str, tuple[float, float]], kind: str, amount: float, seconds: float) -> None:
+    before = seen.get(kind, (0.0, 0.0))
+    seen[kind] = (before[0] + amount, before[1] + seconds)
 
 
 @dataclasses.dataclass(frozen=True)

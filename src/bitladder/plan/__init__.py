@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     )
     from bitladder.plan.planner import RENDERED, PlanInputs, Planner, planning_text
     from bitladder.plan.prices.document import TypePrices, load_prices
-    from bitladder.plan.prices.fisher_prices import FISHER_PRICES
     from bitladder.plan.prices.menu import Window
-    from bitladder.plan.prices.price import PRICES
+    from bitladder.plan.prices.price import FISHER_PRICES, PRICES
     from bitladder.plan.result import MovedTensors, PlanResult, Share, moved_tensors, planned_recipe, shares
     from bitladder.plan.rungs import RungMode, candidates, plan_rung, price_rungs
     from bitladder.plan.subject import Preset, Subject

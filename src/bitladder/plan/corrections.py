@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.plan.options import CorrectionOptions
-from bitladder.plan.problem import Prices
+from bitladder.plan.subject import Prices
 from bitladder.trial import Measurement
 
 Doubles = npt.NDArray[np.float64]

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from bitladder.keys import Algorithm
-from bitladder.plan.allocate.allocation import ALLOCATION
-from bitladder.plan.allocate.neighbours import neighbours
+from bitladder.plan.allocate.allocation import ALLOCATION, neighbours
 from bitladder.plan.allocate.problem import Allocation, Problem
 from bitladder.plan.corrections import Correction, Places, correct
 from bitladder.plan.options import FeedbackOptions
-from bitladder.plan.problem import Prices
+from bitladder.plan.subject import Prices
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Bar, Progress
 from bitladder.text import EXCERPTS

@@ -18,13 +18,10 @@ from bitladder.plan.allocate.problem import Problem
 from bitladder.plan.feedback import Feedback, PlanProblem
 from bitladder.plan.options import PlanOptions
 from bitladder.plan.prices.document import PricedFrom, TypePrices, load_prices
-from bitladder.plan.prices.fisher_prices import FISHER_PRICES, price_by_gradients
 from bitladder.plan.prices.menu import Window, in_order, measured_speeds, menu_types, tensor_menu, within_speed
-from bitladder.plan.prices.price import PRICES, PriceSource, price
-from bitladder.plan.problem import Prices, limits_of, menus_of
+from bitladder.plan.prices.price import FISHER_PRICES, PRICES, PriceSource, price, price_by_gradients
 from bitladder.plan.result import PlanResult
-from bitladder.plan.rivals import prices_of
-from bitladder.plan.subject import Preset, Subject
+from bitladder.plan.subject import Preset, Prices, Subject, limits_of, menus_of
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Progress
 from bitladder.refine import OutputRounding, refuse_other_moments
@@ -290,13 +287,13 @@ class Planner(Closing):
         """
         began = time.monotonic()
         if not self.options.measure:
-            problem = self.build(prices_of(prices))
+            problem = self.build(prices.predicted())
             allocation = target.solve(problem)
             types, feedback, tokens = allocation.types, None, 0
         else:
             measurements, subject = self.measurements(), self.subject
             planned = PlanProblem(
-                prices_of(prices), subject.places, target, self.build, self.full_types(), subject.tensor_bytes
+                prices.predicted(), subject.places, target, self.build, self.full_types(), subject.tensor_bytes
             )
             others: dict[str, Mapping[str, str]] = {}
             if preset is not None:

@@ -7,8 +7,16 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.recipe.check_recipe import RecipeCheck, RecipeFinding, changeable, check
     from bitladder.recipe.diff import RecipeDiff, diff
-    from bitladder.recipe.export import Export, export, export_command, export_lines
-    from bitladder.recipe.extract import RECIPE_KEY, extract, joined_shapes, open_recipe
+    from bitladder.recipe.exchange import (
+        RECIPE_KEY,
+        Export,
+        export,
+        export_command,
+        export_lines,
+        extract,
+        joined_shapes,
+        open_recipe,
+    )
     from bitladder.recipe.patterns import (
         PatternMatch,
         exact_patterns,

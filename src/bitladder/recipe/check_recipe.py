@@ -18,9 +18,8 @@ from bitladder.engine import (
 )
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, block_of, kind_of, one_line, ranges, reading_order
-from bitladder.recipe.extract import shapes_of
 from bitladder.recipe.patterns import exact_patterns, preset_and_pairs
-from bitladder.recipe.recipe import Recipe, Size, size_of
+from bitladder.recipe.recipe import Recipe, Size, shapes_of, size_of
 
 
 @dataclasses.dataclass(frozen=True)

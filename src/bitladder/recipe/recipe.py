@@ -17,7 +17,7 @@ import tomli_w
 from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import PathLike, write_text
-from bitladder.gguf import TensorPlan, block_of, kind_of, one_line, reading_order
+from bitladder.gguf import GgufFile, TensorPlan, block_of, kind_of, one_line, reading_order
 
 
 class _Table(pydantic.BaseModel):
@@ -159,6 +159,11 @@ def block_size(tensors: Mapping[str, str], shapes: Shapes) -> Size | None:
     """The size of the repeating blocks, without embeddings, head and other tensors; None if there are none."""
     inside = [name for name in tensors if block_of(name) is not None]
     return size_of(tensors, shapes, inside) if inside else None
+
+
+def shapes_of(file: GgufFile) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, in GGUF order."""
+    return {name: tensor.shape for name, tensor in file.tensors.items()}
 
 
 def recipe_toml(recipe: Recipe) -> str:

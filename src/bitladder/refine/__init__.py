@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bitladder.refine.smooth.smoothed_model import KEY as SMOOTHED_KEY
     from bitladder.refine.smooth.smoothed_model import SMOOTHING, SmoothResult, smooth_model
     from bitladder.refine.smooth.smoothing_trial import SMOOTHING_TRIAL, SmoothingTrial, trial_text, try_smoothing
-    from bitladder.refine.tune.tune_quant import TUNING, TunedQuant, tune, tune_in_place, tuning_texts
+    from bitladder.refine.tune_quant import TUNING, TunedQuant, tune, tune_in_place, tuning_texts
     from bitladder.refine.verify import VerifiedQuant, verify
 
 __all__ = [

@@ -116,17 +116,6 @@ class Manifest(pydantic.BaseModel):
         """Writes ladder.json in one step."""
         write_json(Layout(folder).manifest, self.model_dump(mode="json"))
 
-    def without_times(self) -> dict[str, Any]:
-        """The manifest as JSON without what differs between two runs that give the same.
-
-        These are the only figures of time in a run directory, beside run.log and the speeds of `bench`: how long steps
-        took, and the times and inodes of files whose hashes are kept.
-        """
-        return self.model_dump(
-            mode="json",
-            exclude={"steps": {"__all__": {"seconds"}}, "hashes": {"__all__": {"mtime_ns", "inode"}}},
-        )
-
 
 def load_manifest(folder: pathlib.Path) -> Manifest | None:
     """The manifest of a run directory, or None. Raises BitladderError if it is damaged."""

@@ -5,10 +5,19 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.trial.blocks_left_out import BlockLoss, PruneOptions, blocks_left_out, rank_blocks
     from bitladder.trial.journal import Journal, Measurement, Measurements, Measures, recipe_key
     from bitladder.trial.render import KEPT_SHARE, RENDERING, Renderer, RoundingMethod, StockRounding, render_all
-    from bitladder.trial.swapped_model import SWAPPED_KLD, Rendered, SwappedModel, kept_base, measurement_inputs
+    from bitladder.trial.swapped_model import (
+        SWAPPED_KLD,
+        BlockLoss,
+        PruneOptions,
+        Rendered,
+        SwappedModel,
+        blocks_left_out,
+        kept_base,
+        measurement_inputs,
+        rank_blocks,
+    )
 
 __all__ = [
     "KEPT_SHARE",

@@ -51,15 +51,8 @@ def unpack_triangle(packed: Floats) -> Floats:
     return full
 
 
-def pack_blocks(matrix: npt.NDArray[np.floating], blocks: int) -> Floats:
-    """The triangles of the diagonal blocks of a matrix [n, n], float32 [blocks, …]."""
-    width = len(matrix) // blocks
-    parts = (slice(at, at + width) for at in range(0, len(matrix), width))
-    return np.stack([pack_triangle(matrix[part, part]) for part in parts])
-
-
 def unpack_blocks(packed: Floats) -> Floats:
-    """The matrix, float32 [n, n], with these diagonal blocks and 0 elsewhere. It undoes `pack_blocks`."""
+    """The matrix, float32 [n, n], with the diagonal blocks of these triangles, float32 [blocks, …], and 0 elsewhere."""
     if len(packed) == 1:
         return unpack_triangle(packed[0])
     width = width_of(packed.shape[1])

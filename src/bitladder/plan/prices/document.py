@@ -106,6 +106,10 @@ class TypePrices(_Part):
         """Writes the file in one step."""
         write_json(path, self.model_dump(mode="json"))
 
+    def predicted(self) -> dict[str, dict[str, float]]:
+        """Tensor → type → predicted KLD, nats per token."""
+        return {name: dict(tensor.kld) for name, tensor in self.tensors.items()}
+
     def covers(self, names: dict[str, list[str]]) -> bool:
         """Whether every one of these types (tensor → names of types) has a price."""
         return all(

@@ -207,7 +207,7 @@ def _descend(
 ) -> tuple[dict[str, Bytes], list[float]]:
     """Blocks by tensor after the descent, and the KLD of each chunk before its step."""
     from bitladder.calibrate import TorchModel
-    from bitladder.refine.tune.student import Student, descend
+    from bitladder.refine.student import Student, descend
 
     with (
         torch_threads(threads),
