@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks import binary
 from bitladder.evaluate.tasks.question_files import HubData, QuestionFile, QuestionRecord, json_records, parquet_records
-from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt, read_binary
 
 
 def read_json(file: QuestionFile) -> Iterator[Question]:
@@ -40,7 +39,7 @@ ARC = Benchmark(
         "Science questions from school exams with mostly four answers (AI2 ARC). It asks for facts and some reasoning."
     ),
     kind=TaskKind.MULTIPLE_CHOICE,
-    readers={".bin": binary.read, ".jsonl": read_json, ".parquet": read_parquet},
+    readers={".bin": read_binary, ".jsonl": read_json, ".parquet": read_parquet},
     default=".bin",
     layouts=(
         ("*Easy-Test.jsonl", "*Challenge-Test.jsonl"),

@@ -4,9 +4,8 @@ import re
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks import binary
 from bitladder.evaluate.tasks.question_files import HubData, QuestionFile, RecordReader, json_records, parquet_records
-from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, read_binary
 
 _LINES, _ENDINGS = 6, 4
 
@@ -68,7 +67,7 @@ HELLASWAG = Benchmark(
         "endings, which sound right, so it takes common sense."
     ),
     kind=TaskKind.HELLASWAG,
-    readers={".txt": read_text, ".bin": binary.read, ".jsonl": read_json, ".parquet": read_parquet},
+    readers={".txt": read_text, ".bin": read_binary, ".jsonl": read_json, ".parquet": read_parquet},
     default=".txt",
     layouts=(("hellaswag_val*.txt*",), ("hellaswag_val*.jsonl*",), ("data/validation-*.parquet",)),
     hub=HubData(

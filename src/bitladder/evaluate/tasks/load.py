@@ -7,13 +7,13 @@ import pathlib
 from collections.abc import Callable
 
 from bitladder.errors import BitladderError, UsageError, did_you_mean
-from bitladder.evaluate.tasks import binary, continuation, hellaswag, winogrande
+from bitladder.evaluate.tasks import continuation, hellaswag, winogrande
 from bitladder.evaluate.tasks.answer import drawn_questions
 from bitladder.evaluate.tasks.arc import ARC
 from bitladder.evaluate.tasks.hellaswag import HELLASWAG
 from bitladder.evaluate.tasks.mmlu import MMLU
 from bitladder.evaluate.tasks.question_files import QuestionFile, download, find_files, open_file
-from bitladder.evaluate.tasks.task import Benchmark, Question, QuestionSet, TaskKind
+from bitladder.evaluate.tasks.task import Benchmark, Question, QuestionSet, TaskKind, read_binary, write_binary
 from bitladder.evaluate.tasks.truthfulqa import TRUTHFULQA
 from bitladder.evaluate.tasks.winogrande import WINOGRANDE
 from bitladder.files import PathLike, replacing, sha256_bytes
@@ -25,7 +25,7 @@ _NAMED = 2  # files of a folder that are named one by one
 _WRITERS: dict[TaskKind, Callable[[list[Question]], bytes]] = {
     TaskKind.HELLASWAG: hellaswag.write_text,
     TaskKind.WINOGRANDE: winogrande.write_csv,
-    TaskKind.MULTIPLE_CHOICE: binary.write,
+    TaskKind.MULTIPLE_CHOICE: write_binary,
 }
 _COMMANDS = {
     TaskKind.HELLASWAG: "--hellaswag --hellaswag-tasks {count} -f {path} --no-escape",
@@ -156,7 +156,7 @@ def command_line(task: QuestionSet, path: PathLike, count: int) -> str:
 
 def is_task_file(path: pathlib.Path) -> bool:
     """Whether a file has questions in one of llama-perplexity's formats."""
-    for read in (binary.read, hellaswag.read_text, winogrande.read_csv):
+    for read in (read_binary, hellaswag.read_text, winogrande.read_csv):
         with contextlib.suppress(BitladderError):
             if list(read(open_file(path))):
                 return True

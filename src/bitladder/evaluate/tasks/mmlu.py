@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks import binary
 from bitladder.evaluate.tasks.question_files import HubData, QuestionFile, csv_rows, parquet_records
-from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt, read_binary
 
 _CELLS = 6  # the question, four choices, the answer
 _ANSWERS = ("0A", "1B", "2C", "3D")
@@ -39,7 +38,7 @@ MMLU = Benchmark(
         "more than for reasoning."
     ),
     kind=TaskKind.MULTIPLE_CHOICE,
-    readers={".bin": binary.read, ".csv": read_csv, ".parquet": read_parquet},
+    readers={".bin": read_binary, ".csv": read_csv, ".parquet": read_parquet},
     default=".bin",
     layouts=(("test/*.csv",), ("*.csv",), ("all/test-*.parquet",), ("test-*.parquet",)),
     hub=HubData("cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe", ("all/test-00000-of-00001.parquet",)),

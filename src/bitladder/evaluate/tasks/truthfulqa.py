@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.tasks import binary
 from bitladder.evaluate.tasks.question_files import (
     HubData,
     QuestionFile,
@@ -12,7 +11,7 @@ from bitladder.evaluate.tasks.question_files import (
     json_records,
     parquet_records,
 )
-from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt
+from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt, read_binary
 
 
 def read_json(file: QuestionFile) -> Iterator[Question]:
@@ -55,7 +54,7 @@ TRUTHFULQA = Benchmark(
         "model that repeats what it read often falls below guessing."
     ),
     kind=TaskKind.MULTIPLE_CHOICE,
-    readers={".bin": binary.read, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet},
+    readers={".bin": read_binary, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet},
     default=".bin",
     layouts=(("mc_task.json",), ("TruthfulQA.csv",), ("multiple_choice/validation-*.parquet",)),
     hub=HubData(
