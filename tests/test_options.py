@@ -23,7 +23,7 @@ class Job(Options):
     mode: Literal["fast", "good"] = option("good", "--mode", help="Mode.")
     bench: bool = option(True, "--bench/--no-bench", help="Measure.")
     share: float = option(0.5, "--share", least=0, most=1, help="Share.")
-    out: pathlib.Path | None = option(None, "--out", names="file", help="Output.")
+    out: pathlib.Path | None = option(None, "--out", names="file", writes="folder", help="Output.")
     smooth: bool | None = option(None, "--smooth/--no-smooth", unset="where it helps", help="Smooth.")
     inner: int = 3  # Python only
 
@@ -91,7 +91,7 @@ def test_replace_reaches_nested_options():
 
 @dataclasses.dataclass(frozen=True)
 class Ladder(Options):
-    out: pathlib.Path = option(..., "-o", "--out", help="Directory.")
+    out: pathlib.Path = option(..., "-o", "--out", writes="folder", help="Directory.")
     rungs: tuple[str, ...] = option(("all",), "--ladder", commas=True, help="Rungs.")
 
 
