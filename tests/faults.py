@@ -111,7 +111,7 @@ class Faults:
     def __init__(self, folder: pathlib.Path, quick: bool, draw: random.Random) -> None:
         self._folder, self._quick, self._draw = folder, quick, draw
         self.failures: list[str] = []
-        self._unused = set[str]()  # damaged files of no step: a complete run does not look at its caches
+        self._unused = set[str]()  # damaged files that a complete run does not look at, such as its caches
         make_ready(folder)
         reference = self.options("undisturbed")
         self._seconds, self._operations = undisturbed(functools.partial(completed, reference), reference.out)
@@ -193,7 +193,10 @@ class Faults:
         outputs = {output.path for step in recorded.steps.values() for output in step.outputs} if recorded else set()
         for path in self._draw.sample(files, min(len(files), 5)):
             harm(path, self._draw)
-            if (name := Layout(options.out).name(path)) not in outputs:
+            layout = Layout(options.out)
+            # What is deleted in the work folder is made again only if a step reads it.
+            released = not path.exists() and path.is_relative_to(layout.work)
+            if (name := layout.name(path)) not in outputs or released:
                 self._unused.add(name)
         return lambda: None
 

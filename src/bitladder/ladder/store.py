@@ -7,6 +7,7 @@ a path in it, so a run directory can be moved.
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -208,7 +209,8 @@ def open_store(
     except FileExistsError:
         raise UsageError(f"--out {folder} is a file; name a directory") from None
     except OSError as error:
-        raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from error
+        kind = UsageError if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES) else BitladderError
+        raise kind(f"--out {folder} cannot be made: {error.strerror}") from error
     with locked(folder):
         manifest = load_manifest(folder)
         if manifest is None:

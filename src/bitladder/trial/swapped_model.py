@@ -29,6 +29,7 @@ from bitladder.evaluate import (
     identify,
     load_or_compute_base,
     mean,
+    open_base,
 )
 from bitladder.files import Closing
 from bitladder.gguf import GgufFile, block_of, name_in_block, prediction_tensors
@@ -198,7 +199,13 @@ def kept_base(
         }
     )
     folder.mkdir(parents=True, exist_ok=True)
-    return load_or_compute_base(identity, text, settings, path=folder / f"{key[:16]}.base", progress=progress)
+    path = folder / f"{key[:16]}.base"
+    if path.exists():
+        try:
+            return open_base(path, text, settings, identity)
+        except BitladderError:  # the file is ours, and damaged
+            path.unlink()
+    return load_or_compute_base(identity, text, settings, path=path, progress=progress)
 
 
 def measurement_inputs(base: HiddenBase, renderer: Renderer, decoding: Decoding) -> dict[str, Any]:
