@@ -278,12 +278,20 @@ def _quantized(weighted: bool) -> Callable[["Evidence", tuple[str, ...]], Iterat
 def _by_library(evidence: "Evidence", rung: str, options: QuantizeOptions, *, weighted: bool = True) -> Quant:
     """A file with the library's blocks."""
     imatrix = evidence.imatrix if weighted else None
+    if why := _refused(evidence, options, imatrix):
+        return Quant(rung, None, facts={"refused": why})
     began, out = time.process_time(), evidence.work / "quant.gguf"
-    try:
-        quantize(evidence.model, out, options, imatrix=imatrix, threads=evidence.settings.threads)
-    except BitladderError as error:
-        return Quant(rung, None, facts={"refused": str(error)})
+    quantize(evidence.model, out, options, imatrix=imatrix, threads=evidence.settings.threads)
     return Quant(rung, out, {"quantize": time.process_time() - began}, {"preset": options.preset})
+
+
+def _refused(evidence: "Evidence", options: QuantizeOptions, imatrix: pathlib.Path | None) -> str:
+    """Why a preset cannot be made, or nothing: the library wants an importance matrix for it."""
+    try:
+        with prepare(evidence.model, options, imatrix=imatrix, progress=SILENT):
+            return ""
+    except BitladderError as error:
+        return str(error)
 
 
 def _eight_bit_ends(evidence: "Evidence", rungs: tuple[str, ...]) -> Iterator[Quant]:
@@ -340,14 +348,12 @@ def _rounded(
     files = ModelFiles(evidence.model, evidence.imatrix if imatrix else None, (moments,))
     held_out = guard_text(evidence.calibration, refine.guard, settings.n_ctx) if imatrix else None
     for rung in rungs:
-        began, out = time.process_time(), evidence.work / "quant.gguf"
-        try:
-            made = quantize_rounded(
-                files, out, QuantizeOptions(rung), refine, held_out, evidence.decoding, work=evidence.work / "rounded"
-            )
-        except BitladderError as error:
-            yield Quant(rung, None, facts={"refused": str(error)})
+        options = QuantizeOptions(rung)
+        if why := _refused(evidence, options, files.imatrix):
+            yield Quant(rung, None, facts={"refused": why})
             continue
+        began, out, work = time.process_time(), evidence.work / "quant.gguf", evidence.work / "rounded"
+        made = quantize_rounded(files, out, options, refine, held_out, evidence.decoding, work=work)
         cpu = {
             "quantize": time.process_time() - began,
             f"shared: moments by {weighting}": evidence.cpu[f"moments-{weighting}"],
