@@ -2,7 +2,8 @@
 
     python benchmarks/evidence.py F16.gguf … --work DIR --calibration A --calibration B
         --text prose=wiki.test.raw --text code=pydoc:test --text german=de.txt
-        [--rungs Q4_K_M,Q3_K_M] [--methods GROUP|NAME;…] [--chunks 16] [--file Q4_K_M:auto-round=FILE.gguf]
+        [--rungs Q4_K_M,Q3_K_M] [--methods GROUP|NAME;…] [--chunks 16]
+        [--file Q4_K_M:auto-round=FILE.gguf --how "auto-round=its command and cost"]
     python benchmarks/evidence.py          # docs/evidence.md from benchmarks/results/evidence-*.json alone
 
 Each row is a file: made by a method of `evidence_methods` in at most the bytes of llama-quantize's, and measured on
@@ -285,15 +286,15 @@ class Evidence:
         )
 
 
-def others_of(files: tuple[str, ...]) -> list[tuple[str, methods.Method, pathlib.Path]]:
-    """RUNG:NAME=FILE as rung, method and file."""
-    others = []
+def others_of(files: tuple[str, ...], hows: tuple[str, ...]) -> list[tuple[str, methods.Method, pathlib.Path]]:
+    """RUNG:NAME=FILE as rung, method and file; NAME=TEXT says how the files of a name were made."""
+    others, made = [], dict(how.split("=", 1) for how in hows if "=" in how)
     for spec in files:
         place, equals, path = spec.partition("=")
         rung, colon, name = place.partition(":")
         if not (equals and colon and pathlib.Path(path).is_file()):
             raise click.UsageError(f"--file {spec}: write RUNG:NAME=FILE, with a file that is there")
-        method = methods.of_somebody(name, sha256_file(pathlib.Path(path)))
+        method = methods.of_somebody(name, made.get(name), sha256_file(pathlib.Path(path)))
         others.append((rung.upper(), method, pathlib.Path(path)))
     return others
 
@@ -313,6 +314,7 @@ def others_of(files: tuple[str, ...]) -> list[tuple[str, methods.Method, pathlib
 @click.option("--task-count", default=100)
 @click.option("--task-rungs", default="Q4_K_M")
 @click.option("--file", "files", multiple=True, help="RUNG:NAME=FILE: a quant that somebody else made.")
+@click.option("--how", "hows", multiple=True, help="NAME=TEXT: how the files of a name were made.")
 def main(
     models: tuple[pathlib.Path, ...],
     work: pathlib.Path,
@@ -328,6 +330,7 @@ def main(
     task_count: int,
     task_rungs: str,
     files: tuple[str, ...],
+    hows: tuple[str, ...],
 ) -> None:
     """Makes the rows that are missing, and writes docs/evidence.md."""
     words = {word.strip() for word in chosen.split(";")}
@@ -345,7 +348,7 @@ def main(
         )  # fmt: skip
         evidence = Evidence(model, work / model.stem, settings)
         evidence.commands = list(dict.fromkeys([*evidence.commands, command()]))
-        for rung, method, path in others_of(files):
+        for rung, method, path in others_of(files, hows):
             if evidence.missing(method, (rung,)):
                 evidence.add(method, methods.Quant(rung, path, theirs=True))
         for method in used:

@@ -94,9 +94,9 @@ def listed(methods: list[Method]) -> str:
     return "; ".join(f"{group} ({', '.join(m.name for m in methods if m.group == group)})" for group in groups)
 
 
-def of_somebody(name: str, sha256: str) -> Method:
+def of_somebody(name: str, how: str | None, sha256: str) -> Method:
     """The method of files that somebody else made."""
-    return Method(name, "rivals", f"a file of {name} (--file), measured as the others", [name, sha256], _nothing)
+    return Method(name, "rivals", how or f"a file of {name} (--file)", sha256, _nothing)
 
 
 def _nothing(_evidence: "Evidence", _rungs: tuple[str, ...]) -> Iterator[Quant]:

@@ -98,6 +98,13 @@ def test_the_recipe_of_a_preset_fits_into_its_size(preset, small, tmp_path):
     assert (tmp_path / "q.gguf").stat().st_size == target.bytes
 
 
+def test_a_size_below_the_usual_ladder_has_a_preset_to_beat(tiny_gguf):
+    with Subject(tiny_gguf, None) as subject:
+        smallest = subject.preset("Q2_K")  # of those that need no imatrix
+        assert subject.fitting_preset(smallest.bytes).name == "Q2_K"
+        assert subject.fitting_preset(smallest.bytes - 1) is None
+
+
 def test_the_command_plans_and_its_file_is_as_large_as_it_says(small, arguments, tmp_path, capsys):
     out = tmp_path / "recipe.toml"
     few = ["--probe-tokens", "4000"]

@@ -19,7 +19,7 @@ from bitladder.gguf import TensorPlan, block_of, kind_of, open_model, padded, pr
 from bitladder.plan.allocate.problem import Problem, TypeOption
 from bitladder.plan.options import Constraints
 from bitladder.progress import SILENT
-from bitladder.quantize import RUNGS, QuantizeOptions, prepare
+from bitladder.quantize import LADDERS, QuantizeOptions, prepare
 from bitladder.recipe import changeable, exact_patterns, match_patterns, parse_tensor_type, target_type
 
 Floats = npt.NDArray[np.float32]
@@ -132,14 +132,14 @@ class Subject(Closing):
             return Preset(name, prepared.choice.types, prepared.bytes)
 
     def fitting_preset(self, max_bytes: int) -> Preset | None:
-        """The largest of the usual presets whose file is not above a size; None if every file is."""
+        """The largest preset of the named ladders whose file is not above a size; None if every file is."""
         fitting = None
-        for name in RUNGS:
+        for name in {name for ladder in LADDERS.values() for name in ladder}:
             try:
                 preset = self.preset(name)
             except BitladderError:
                 continue
-            if preset.bytes <= max_bytes and (fitting is None or preset.bytes > fitting.bytes):
+            if preset.bytes <= max_bytes and (fitting is None or (preset.bytes, name) > (fitting.bytes, fitting.name)):
                 fitting = preset
         return fitting
 
