@@ -1,6 +1,7 @@
 """The law, the correction and the loop, against models of loss whose truth is known."""
 
 import collections
+import dataclasses
 import math
 import random
 
@@ -16,6 +17,8 @@ from bitladder.plan.feedback import Feedback, PlanProblem, kind_moves, random_mo
 from bitladder.plan.options import CorrectionOptions, LawOptions
 from bitladder.plan.prices.law import Probe, first_groups, fit, runs, spaced, split
 from bitladder.plan.prices.price import held_out, rank_correlation
+from bitladder.plan.rungs import fitted
+from bitladder.plan.subject import Preset
 from bitladder.trial import Journal, Measurement, Measurements
 
 TYPES = {"iq3_s": 3.4375, "iq4_xs": 4.25, "q4_K": 4.5, "q5_K": 5.5, "q6_K": 6.5625, "q8_0": 8.5}
@@ -259,3 +262,27 @@ def test_names_of_options_are_unique():
 
     every = [*names(PlanOptions), *names(TargetOptions)]
     assert len(every) == len(set(every)) > 40
+
+
+def test_a_preset_that_must_be_smaller_takes_its_cheapest_step_down():
+    """Against all recipes that differ from the preset in one tensor."""
+    draw = random.Random(5)
+    for _ in range(20):
+        menus = {
+            name: tuple(TypeOption(kind, 10 * (rank + 1), draw.random()) for rank, kind in enumerate("abcd"))
+            for name in ("x", "y", "z")
+        }
+        preset = Preset("p", {"x": "b", "y": "d", "z": "c"}, 90)
+        problem = Problem(menus, fixed_bytes=5)
+        assert fitted(problem, dataclasses.replace(preset, bytes=95)) is None  # it fits
+        costs = {name: {option.type: option.cost for option in menu} for name, menu in menus.items()}
+        steps = [
+            (sum(costs[tensor][kind] for tensor, kind in types.items()), types)
+            for name, was in preset.types.items()
+            for kind in "abcd"
+            if kind < was and (types := preset.types | {name: kind})
+        ]
+        assert fitted(problem, dataclasses.replace(preset, bytes=85)) == min(steps, key=lambda step: step[0])[1]
+        smallest = fitted(problem, dataclasses.replace(preset, bytes=35))
+        assert smallest == {"x": "a", "y": "a", "z": "a"}
+        assert fitted(problem, dataclasses.replace(preset, bytes=34)) is None

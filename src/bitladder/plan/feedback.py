@@ -26,6 +26,7 @@ PLANNING = Algorithm(
         "corrections are fitted to the recipes of the plan itself, not to all that the journal holds",
         "matrices that no calibration text reaches are not planned",
         "a preset's own recipe fits into its size, with the key of our version, so that it can win",
+        "where the file needs room for metadata, rivals leave it, and the preset with its cheapest step down competes",
     ),
     uses=(ALLOCATION, EXCERPTS, SWAPPED_KLD),
 )

@@ -4,6 +4,7 @@ Rivals are other ways to spend the same bytes.
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -63,7 +64,10 @@ def plan_rung(planner: Planner, rung: str, mode: RungMode, prices: TypePrices) -
         marked = planner.renderer.rounding.key != "stock" or subject.file.get(SMOOTHED_KEY)
         target = Target(f"like {rung}", max_bytes=preset.bytes - (planner.options.metadata_bytes if marked else 0))
     options = planner.options.rivals
-    others = rivals(subject, preset, prices, planner.build, options) if options.simpler else {}
+    room = dataclasses.replace(preset, bytes=preset.bytes if target.max_bytes is None else target.max_bytes)
+    others = rivals(subject, room, prices, planner.build, options) if options.simpler else {}
+    if (smaller := fitted(planner.build(prices.predicted()), room)) is not None:
+        others[f"preset {rung}, fitted"] = smaller
     result = planner.plan(target, prices, preset, others)
     feedback = result.feedback
     if feedback is None:
@@ -137,6 +141,36 @@ def rivals(
     recipes["weighted error"] = weighted_error(prices, build, Target("", max_bytes=preset.bytes))
     recipes["greedy"] = greedy(problem, preset.bytes).types
     return {name: types for name, types in recipes.items() if types is not None}
+
+
+def fitted(problem: Problem, preset: Preset) -> dict[str, str] | None:
+    """A preset's own recipe in bytes that are fewer than its file's: the cheapest steps down until it fits.
+
+    Without it no recipe as good as the preset may compete where the file needs room for more metadata.
+
+    Parameters:
+        problem: menus with prices, and the bytes of each type.
+        preset: the preset, with the bytes that the recipe may have.
+
+    Returns:
+        Tensor → type; None if the preset fits as it is, cannot be made to, or has a type that is on no menu.
+    """
+    types = {name: preset.types[name] for name in problem.options}
+    menus = {name: {option.type: option for option in menu} for name, menu in problem.options.items()}
+    if any(kind not in menus[name] for name, kind in types.items()) or _size(problem, types) <= preset.bytes:
+        return None
+    while _size(problem, types) > preset.bytes:
+        steps = [
+            (option.cost - menus[name][kind].cost, name, option.type)
+            for name, kind in types.items()
+            for option in menus[name].values()
+            if option.nbytes < menus[name][kind].nbytes
+        ]
+        if not steps:
+            return None
+        _, name, kind = min(steps)
+        types[name] = kind
+    return types
 
 
 def weighted_error(prices: TypePrices, build: Callable[[Prices], Problem], target: Target) -> dict[str, str]:
