@@ -164,7 +164,7 @@ class Evidence:
                 "texts": [text.sha256 for text in settings.texts.values()],
                 "measured": [settings.chunks, settings.n_ctx],
                 "tasks": [settings.tasks, settings.task_count] if rung in settings.task_rungs else None,
-                "algorithms": methods.ALGORITHMS,
+                "algorithms": method.algorithms,
                 "library": versions()["llama_cpp_commit"],
             }
         )
@@ -185,7 +185,12 @@ class Evidence:
             request = dataclasses.replace(request, tasks=())
         key, began = self.key(method, rung), time.process_time()
         row: dict[str, Any] = {"rung": rung, "method": method.name, "group": method.group, "key": key}
-        row |= {"how": method.how, "facts": dict(quant.facts), "cpu": {k: round(v, 1) for k, v in quant.cpu.items()}}
+        row |= {
+            "how": method.how,
+            "algorithms": method.algorithms,
+            "facts": dict(quant.facts),
+            "cpu": {k: round(v, 1) for k, v in quant.cpu.items()},
+        }
         if quant.path is not None:
             (measured,) = measure_several([quant.path], request)
             row |= {"bytes": quant.path.stat().st_size, "sha256": measured.scores.sha256, **self._figures(measured)}
@@ -279,7 +284,6 @@ class Evidence:
                 "chunks": settings.chunks,
                 "n_ctx": settings.n_ctx,
                 "seeds": methods.SEEDS,
-                "algorithms": methods.ALGORITHMS,
                 "versions": known,
                 "rows": sorted(self.rows, key=lambda row: (row["rung"], row["method"])),
             },
@@ -364,7 +368,7 @@ def command() -> str:
     shown = []
     for word in sys.argv[1:]:
         head, equals, value = word.rpartition("=")
-        shown.append(head + equals + (pathlib.PurePath(value).name if "/" in value else value))
+        shown.append(word if " " in word else head + equals + (pathlib.PurePath(value).name or value))
     return shlex.join(["python", "benchmarks/evidence.py", *shown])
 
 

@@ -37,7 +37,8 @@ from bitladder.trial import render_all
 if TYPE_CHECKING:
     from evidence import Evidence
 
-ALGORITHMS = versions_of(IMATRIX, MOMENTS, MEASURE, PLANNING, PRICES, QUANTIZE, ROUNDED_QUANT, SMOOTHING_TRIAL, TUNING)
+OF_RIVALS = versions_of(IMATRIX, MOMENTS, MEASURE, QUANTIZE, ROUNDED_QUANT)
+OF_RUNS = OF_RIVALS | versions_of(PLANNING, PRICES, SMOOTHING_TRIAL, TUNING)
 SEEDS = {"check_seed": PlanOptions().prices.check_seed, "tune_seed": TuneOptions().tune_seed}
 REFERENCE, WHOLE = "llama-quantize, imatrix", "normal"
 STEPS_OF_A_RUNG = ("trial", "plan", "quantize")
@@ -74,6 +75,7 @@ class Method:
         how: how a file is made, in a line that repeats it.
         decides: the options that decide its result.
         make: makes the quants of rungs, one after the other.
+        algorithms: the versions of what makes and measures them.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Method:
     how: str
     decides: Any
     make: Callable[["Evidence", tuple[str, ...]], Iterator[Quant]]
+    algorithms: Mapping[str, int] = dataclasses.field(default_factory=lambda: OF_RIVALS)
 
 
 def all_methods() -> list[Method]:
@@ -134,7 +137,7 @@ def runs(group: str, variants: Mapping[str, Mapping[str, Any]]) -> list[Method]:
         how = f"bitladder run --effort {changes.get('effort', WHOLE)}" + (f", {shown}" if shown else "")
         options = options_of("", pathlib.Path(), changes)
         decides = [options.mode, options.smooth, options.moments, options.refine, options.planning]
-        methods.append(Method(name, group, how, decides, lambda e, rungs, c=changes: run_variant(e, rungs, c)))
+        methods.append(Method(name, group, how, decides, lambda e, rungs, c=changes: run_variant(e, rungs, c), OF_RUNS))
     return methods
 
 
@@ -362,7 +365,6 @@ def _rounded(
 
 
 __all__ = [
-    "ALGORITHMS",
     "REFERENCE",
     "SEEDS",
     "WHOLE",

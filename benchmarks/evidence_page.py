@@ -45,7 +45,7 @@ def write(files: Sequence[pathlib.Path], page: pathlib.Path) -> None:
     rows = {row["method"]: row["how"] for model in models for row in model["rows"]}
     order = [method.name for method in all_methods() if method.name in rows]
     order += sorted(rows.keys() - set(order))
-    parts = [INTRO, "\n".join(f"- **{name}**: {rows[name]}" for name in order), "\n", OTHERS]
+    parts = [INTRO.rstrip("\n") + "\n", "\n".join(f"- **{name}**: {rows[name]}" for name in order), OTHERS]
     parts.append(summary(models))
     parts += [of_model(model, order) for model in models]
     page.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts))
@@ -62,6 +62,7 @@ def summary(models: Sequence[Mapping[str, Any]]) -> str:
     lines[2:] = ["KLD of ours as a share of that of llama-quantize with the same imatrix, and of the best rival's.", ""]
     names = [pathlib.PurePath(model["model"]).stem for model in models]
     lines += [f"| rung, effort | {' | '.join(names)} | range | best rival |", "|---|" + "--:|" * (len(names) + 2)]
+    head = len(lines)
     for rung in _rungs(row for model in models for row in model["rows"]):
         for effort in ("fast", "normal", "high"):
             cells, values, best = [], [], []
@@ -78,7 +79,7 @@ def summary(models: Sequence[Mapping[str, Any]]) -> str:
                 shown = f"{min(values):.2f} to {max(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
                 against = f"{min(best):.2f} to {max(best):.2f}" if len(best) > 1 else "".join(f"{v:.2f}" for v in best)
                 lines.append(f"| {rung}, {effort} | {' | '.join(cells)} | {shown} | {against or '–'} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > head else ""
 
 
 def of_model(model: Mapping[str, Any], order: Sequence[str]) -> str:
@@ -89,7 +90,7 @@ def of_model(model: Mapping[str, Any], order: Sequence[str]) -> str:
     lines += [
         f"{model['bytes'] / 1e6:,.0f} MB in full precision. Measured on {model['chunks']} chunks of {model['n_ctx']} "
         f"tokens of each of {texts}. Calibrated on {calibration}; imatrix: {model['imatrix_chunks']} chunks of each. "
-        f"llama.cpp {model['versions'].get('llama_cpp_commit', '')[:10]}.",
+        f"llama.cpp {model['versions'].get('llama_cpp_commit', '')}.",
         "",
         "```",
         *model["commands"],
