@@ -50,6 +50,8 @@ from reference_logits import native_logits  # noqa: E402
 PAGE, FIXTURES = ROOT / "docs" / "architectures.md", ROOT / "tests" / "models"
 TOKENS = list(range(300, 324))
 PIECES = 400  # tokens of a vocabulary
+# One colour, which no resampling changes; as in tests/test_architectures.py.
+IMAGE = np.broadcast_to(np.uint8([200, 100, 50]), (56, 56, 3))
 WITH_PIECES = ("gemma2", "gemma3", "gemma3-vision", "phi3", "ernie4.5")  # their converters want tokenizer.model
 SMALL = {
     "vocab_size": PIECES,
@@ -168,7 +170,12 @@ def make(name: str, folder: pathlib.Path, changed: dict[str, Any] | None = None)
         add_prediction_head(folder, config.num_hidden_layers)
     if name == "gemma3-vision":
         rename(folder, {"vision_tower.": "vision_tower.vision_model."})
-        image = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 56, "width": 56}}
+        image = {
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            "size": {"height": 56, "width": 56},
+            "image_seq_length": 4,
+        }
         (folder / "preprocessor_config.json").write_text(json.dumps(image))
     if name in WITH_PIECES:
         tiny_models.train_sentencepiece(folder, PIECES)
@@ -313,7 +320,7 @@ def write_fixture(name: str, source: pathlib.Path, work: pathlib.Path) -> None:
     changed |= {"num_key_value_heads": 2} if "kv_lora_rank" in MODELS[name][1] else {}
     model = make(name, folder / "checkpoint", changed)
     FIXTURES.mkdir(exist_ok=True)
-    converter = ["--converter", str(source), "--no-mmproj"]
+    converter = ["--converter", str(source)]  # and the projector of images, beside the model
     out = FIXTURES / f"{name}.gguf"
     problem = run("convert", str(folder / "checkpoint"), "-o", str(out), "--outtype", "f16", *converter)[1]
     if problem:
@@ -324,7 +331,18 @@ def write_fixture(name: str, source: pathlib.Path, work: pathlib.Path) -> None:
             if tuple(parameter.shape) in halves or parameter.dim() > 1:
                 parameter.copy_(parameter.half().float())
     np.save(FIXTURES / f"{name}.npy", logits(model).astype(np.float32))
+    if name == "gemma3-vision":
+        np.save(FIXTURES / f"{name}.image.npy", image_features(model))
     shutil.rmtree(folder)
+
+
+def image_features(model: Any) -> np.ndarray[Any, Any]:
+    """What transformers makes of IMAGE for the text model, float32 [tokens, width]."""
+    pixels = torch.from_numpy((IMAGE / 255 - 0.5) / 0.5).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        features = model.model.get_image_features(pixel_values=pixels)
+    values: np.ndarray[Any, Any] = getattr(features, "pooler_output", features)[0].numpy()
+    return values
 
 
 def page(rows: list[dict[str, str]]) -> str:
@@ -359,6 +377,7 @@ def page(rows: list[dict[str, str]]) -> str:
     return HEAD + "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
 
 
+REAL = "\n## Real checkpoints\n"
 HEAD = f"""# Architectures
 
 `bitladder convert` converts Llama and OLMo-2 itself, and everything else with llama.cpp's own converter
@@ -418,7 +437,8 @@ def main() -> None:
             rows.append(apart(write_fixture if arguments.fixtures else examine, name, source, work))
             print(json.dumps(rows[-1]), flush=True)
     if arguments.docs:
-        PAGE.write_text(page(rows), encoding="utf-8")
+        kept = "".join(PAGE.read_text(encoding="utf-8").partition(REAL)[1:])  # of benchmarks/checkpoints.py
+        PAGE.write_text(page(rows) + kept, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def info(self, name: str, *rest: str, query: dict) -> None:
         if repository := self._repository(name):
-            siblings = [{"rfilename": path} for path in sorted(repository.files)]
+            siblings = [{"rfilename": path, "size": len(repository.files[path])} for path in sorted(repository.files)]
             self._json({"id": name, "modelId": name, "sha": repository.sha, "private": repository.private,
                         "tags": [], "siblings": siblings})  # fmt: skip
 
@@ -287,8 +287,8 @@ _ROUTES = [
     (rf"/api/models/{_NAME}/commit/([^/]+)", ("POST",), "commit"),
     (rf"/api/models/{_NAME}/refs", ("GET",), "refs"),
     (rf"/api/models/{_NAME}/tree/([^/]+)", ("GET",), "tree"),
-    (rf"/api/models/{_NAME}", ("GET",), "info"),
-    (rf"/api/models/{_NAME}/revision/([^/]+)", ("GET",), "info"),
+    (rf"/api/(?:models|datasets)/{_NAME}", ("GET",), "info"),
+    (rf"/api/(?:models|datasets)/{_NAME}/revision/([^/]+)", ("GET",), "info"),
     (rf"/{_NAME}\.git/info/lfs/objects/batch", ("POST",), "batch"),
     (r"/lfs/(\w+)", ("PUT",), "put"),
     (rf"(?:/datasets)?/{_NAME}/resolve/([^/]+)/(.+)", ("GET", "HEAD"), "resolve"),

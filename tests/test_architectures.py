@@ -1,6 +1,7 @@
 """Six architectures from `benchmarks/architectures.py --fixtures`: experts, recurrent blocks, latent attention, a
 prediction head, logits that are capped. Their logits are those of transformers; then each goes the whole way."""
 
+import ctypes
 import json
 import pathlib
 import shutil
@@ -25,6 +26,7 @@ from bitladder.trial.swapped_model import _blocks
 HERE = pathlib.Path(__file__).parent / "models"
 NAMES = ("deepseek3", "falcon-h1", "gemma3-vision", "glm4moe-mtp", "gpt-oss", "qwen3moe")
 TOKENS = list(range(300, 324))  # as in benchmarks/architectures.py
+IMAGE_CHUNK = 1  # MTMD_INPUT_CHUNK_TYPE_IMAGE
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,13 @@ def test_only_what_calibration_reaches_is_planned(head_model, imatrices):
         assert {types[name] for name in subject.unreached} == {"q8_0"}
         assert types.keys() == subject.file.tensors.keys()
         assert 0 < subject.header_bytes() < subject.overhead() < nbytes
+    with Subject(head_model, imatrices / "glm4moe-mtp.gguf", "q5_1") as other:
+        lower, smaller = other.complete(dict.fromkeys(other.tensors, "q4_0"))
+        assert {lower[name] for name in other.unreached} == {"q5_1"} and smaller < nbytes
+        assert {name: lower[name] for name in other.tensors} == {name: types[name] for name in other.tensors}
+    for name in ("preset", "q9"):
+        with pytest.raises(UsageError, match="--unreached-type"):
+            Subject(head_model, None, name)
     with Subject(head_model, None) as subject:
         assert set(subject.unreached) <= set(heads) and subject.unreached
 
@@ -136,3 +145,46 @@ def test_the_doctor_sees_what_is_special(models, head_model):
     assert hybrid.recurrent == (0, 1)
     assert "ssm_conv1d" in hybrid.recurrent_kept and "ssm_in" not in hybrid.recurrent_kept
     assert diagnose(str(models / "gpt-oss.gguf"), ConvertOptions()).experts == 4
+
+
+def test_a_run_gives_prediction_heads_the_type_that_is_named(head_model, tmp_path, capsys):
+    run = ["run", str(head_model), "-o", str(tmp_path / "ladder"), "--ladder", "Q3_K_M", "-c", "64", "--no-bench", "-q"]
+    assert invoke([*run, "--unreached-type", "preset"]) == 2
+    assert "--unreached-type preset needs --mode naive" in capsys.readouterr().err
+    quick = ["--mode", "naive", "--rounding", "stock", "--chunks", "2", "--imatrix-chunks", "2"]
+    assert invoke([*run, *quick, "--unreached-type", "q5_1"]) == 0
+    with GgufFile(next((tmp_path / "ladder").glob("*-Q3_K_M.gguf"))) as quant:
+        heads = {name for name in prediction_tensors(quant) if len(quant.tensors[name].shape) > 1}
+        assert {quant.tensors[name].type.name for name in heads} <= {"q5_1", "f32"}
+        assert any(quant.tensors[name].type.name == "q5_1" for name in heads)
+
+
+def test_the_projector_makes_of_an_image_what_transformers_does():
+    """By libmtmd, which comes with the library: it loads the projector beside the model."""
+    mtmd = pytest.importorskip("llama_cpp.mtmd_cpp")
+    expected = np.load(HERE / "gemma3-vision.image.npy")
+    image = np.tile(np.uint8([200, 100, 50]), 56 * 56)  # as in benchmarks/architectures.py
+    with Model(HERE / "gemma3-vision.gguf") as model:
+        options = mtmd.mtmd_context_params_default()
+        options.use_gpu, options.n_threads, options.warmup, options.print_timings = False, 1, False, False
+        context = mtmd.mtmd_init_from_file(bytes(HERE / "mmproj-gemma3-vision.gguf"), model.handle, options)
+        assert context and mtmd.mtmd_support_vision(context)
+        bitmap = mtmd.mtmd_bitmap_init(56, 56, image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        chunks, marker = mtmd.mtmd_input_chunks_init(), mtmd.mtmd_default_marker()
+        prompt = mtmd.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)
+        try:
+            bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+            assert mtmd.mtmd_tokenize(context, chunks, ctypes.byref(prompt), bitmaps, 1) == 0
+            parts = [mtmd.mtmd_input_chunks_get(chunks, place) for place in range(mtmd.mtmd_input_chunks_size(chunks))]
+            of_image = next(part for part in parts if mtmd.mtmd_input_chunk_get_type(part) == IMAGE_CHUNK)
+            assert mtmd.mtmd_input_chunk_get_n_tokens(of_image) == len(expected)
+            assert mtmd.mtmd_encode_chunk(context, of_image) == 0
+            shape = len(expected), model.n_embd
+            made = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), shape).copy()
+        finally:
+            mtmd.mtmd_input_chunks_free(chunks)
+            mtmd.mtmd_bitmap_free(bitmap)
+            mtmd.mtmd_free(context)
+    # libmtmd differs by up to 7 % of the range from transformers: angles are below 15°, and random ones near 90°.
+    lengths = np.linalg.norm(made, axis=1) * np.linalg.norm(expected, axis=1)
+    assert ((made * expected).sum(1) > 0.966 * lengths).all()

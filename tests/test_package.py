@@ -19,7 +19,7 @@ WALLS = {
     "engine": set(),
     "gguf": {"engine"},
     "hub": set(),
-    "text": {"engine", "gguf"},
+    "text": {"engine", "gguf", "hub"},
     "convert": {"engine", "gguf", "hub"},
     "recipe": {"engine", "gguf"},
     "rounding": {"engine"},

@@ -213,7 +213,7 @@ def pairs_by_autograd(path, kind, folder, chunks, seed):
             model.backward(
                 chunk,
                 [model.head],
-                lambda _, inputs, gradients, shown=shown: shown.update(
+                lambda _, inputs, gradients, __, shown=shown: shown.update(
                     labels=gradients.argmax(1, keepdim=True).clone()
                 ),
                 generator=chunk_generator(seed, index),

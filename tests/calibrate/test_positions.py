@@ -3,8 +3,19 @@
 import numpy as np
 import pytest
 import tiny_models
+import torch
+from reference_logits import native_logits
+from rewritten import rewritten
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from bitladder.calibrate import GradientOptions, PositionOptions, position_weights, weighted_moments
+from bitladder.calibrate import (
+    GradientOptions,
+    PositionOptions,
+    position_weights,
+    weighted_moments,
+    why_no_gradients,
+)
+from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine import Context, Decoding, Model, NoisyOutputs
 
@@ -86,3 +97,45 @@ def test_a_shorter_look_groups_and_longer_chunks(model_file):
         assert len(set(first.tolist())) <= 3
     # The first query sees one key alone, whatever it is: its error costs nothing.
     assert short["blk.0.attn_q.weight"][0] < 0.01
+
+
+def test_a_model_with_embeddings_of_positions(tmp_path, capsys):
+    tiny_models.train_byte_level(tmp_path / "llama")
+    tiny_models.llama(tmp_path / "llama", num_key_value_heads=4)
+    convert(tmp_path / "llama", tmp_path / "llama.gguf", outtype="f32")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_embd=64, n_layer=2, n_head=4, n_positions=256, n_inner=96)
+    model = GPT2LMHeadModel(config).eval()
+    names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
+    for block in (0, 1):
+        parts = {"ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
+        parts |= {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+        names |= {f"h.{block}.{theirs}": f"blk.{block}.{ours}" for theirs, ours in parts.items()}
+    tensors = []
+    with torch.no_grad():
+        for name, weight in model.transformer.named_parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+            module, _, part = name.rpartition(".")
+            linear = weight.dim() == 2 and module.startswith("h.")  # kept the other way round there
+            tensors.append((f"{names[module]}.{part}", (weight.T if linear else weight).contiguous().numpy()))
+    path = rewritten(
+        tmp_path / "llama.gguf",
+        tmp_path / "gpt2.gguf",
+        architecture="gpt2",
+        numbers={"attention.layer_norm_epsilon": config.layer_norm_epsilon},
+        extra=tensors,
+        without=(".weight", ".bias"),
+    )
+    tokens = np.random.default_rng(0).integers(2, 380, (2, 64)).astype(np.int32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens[:1].astype(np.int64))).logits[0].numpy()
+    assert np.abs(native_logits(path, tokens[0].tolist()) - expected).max() < 1e-3 * np.ptp(expected)
+    assert "embeddings of positions" in why_no_gradients(path)
+    weights = position_weights(path, tokens, decoding=Decoding(threads=1))
+    assert {f"blk.{block}.{kind}.weight" for block in (0, 1) for kind in ("attn_qkv", "ffn_down")} <= weights.keys()
+    assert all(profile.mean() == pytest.approx(1, rel=1e-5) and (profile > 0).all() for profile in weights.values())
+    command = ["imatrix", "-q", "-m", str(path), "-f", "pydoc:calibration", "--chunks", "2", "-o", str(tmp_path / "i")]
+    capsys.readouterr()
+    assert invoke([*command, "-c", "512"]) == 1
+    assert capsys.readouterr().err == "bitladder: gpt2.gguf has embeddings of 256 positions; 512 (-c) are too many\n"
+    assert invoke([*command, "-c", "256"]) == 0

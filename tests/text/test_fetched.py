@@ -11,8 +11,12 @@ import fake_hub
 import pytest
 
 from bitladder.cli import invoke
-from bitladder.hub import TEXTS
-from bitladder.hub.transfer import TextArchive
+from bitladder.errors import BitladderError, UsageError
+from bitladder.hub import TEXTS, texts
+from bitladder.hub.texts import TextArchive
+from bitladder.ladder.options import RunOptions, command_line
+from bitladder.text import load_text
+from bitladder.text import texts as loading
 
 PARTS = {"a-raw/a.test.raw": b" = Title = \n", "a-raw/a.train.raw": b"words " * 100}
 
@@ -67,3 +71,90 @@ def test_without_a_network_there_is_one_line(tmp_path):
     assert done.stderr.startswith("bitladder: wikitext-2-raw-v1.zip: the hub ")
     assert "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+
+def table(rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def data(hub):
+    prose = [{"text": "One.", "id": 1}, {"text": "", "id": 2}, {"text": " = Two = \n", "id": 3}]
+    shards = {f"data/train-0000{n}-of-00002.parquet": table([{"text": f"Shard {n}.", "id": n}]) for n in (0, 1)}
+    hub.add("org/prose", {**shards, "data/test-00000-of-00001.parquet": table(prose), "README.md": b"# Prose"})
+    hub.add("org/chat", {"train.parquet": table([{"messages": CHAT, "prompt_id": "x"}]), "plain.txt": b"Plain text.\n"})
+    return hub
+
+
+def test_rows_of_a_data_set(data):
+    train = load_text("hf://datasets/org/prose/data/train-*")
+    assert train.text == "Shard 0.\n\nShard 1." and train.name == f"org/prose@{data.repositories['org/prose'].sha[:8]}"
+    assert load_text("hf://datasets/org/prose/data/test-00000-of-00001.parquet").text == "One.\n\n = Two = "
+    assert sorted(set(data.downloads)) == [
+        "data/test-00000-of-00001.parquet",
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+    ]
+    chat = load_text("hf://datasets/org/chat")
+    assert [message["content"] for message in chat.conversations[0].messages] == ["Hi", "Hello."]
+    assert load_text("hf://datasets/org/chat/train.parquet#messages").sha256 == chat.sha256
+    sha = data.repositories["org/chat"].sha
+    assert load_text(f"hf://datasets/org/chat@{sha}/plain.txt").text == "Plain text."
+
+
+def test_only_as_much_as_a_text_may_hold_is_fetched(data, monkeypatch):
+    monkeypatch.setattr(loading, "MOST", 8)
+    assert load_text("hf://datasets/org/prose/data/train-*").text == "Shard 0."
+    assert data.downloads == ["data/train-00000-of-00002.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("org/prose", ["several splits: data/test, data/train", "such as hf://datasets/org/prose/data/test*"]),
+        ("org/prose/data/valid*", ["has no data/valid*", "data/test-00000-of-00001.parquet", "OWNER/NAME[@REVISION]"]),
+        ("org/prose/data/test*#body", ["has no column body; it has text, id"]),
+        ("org/prose/data/test*#id", ["row 1: no conversation"]),
+        ("org/absent", ["the data set org/absent", "there is no such repository"]),
+        ("org/chat/plain.txt#text", ["plain.txt of org/chat is not parquet"]),
+        ("nobody", ["name it as hf://datasets/OWNER/NAME"]),
+    ],
+)
+def test_what_is_not_clear_is_one_line(data, name, words):
+    with pytest.raises((BitladderError, UsageError)) as raised:
+        load_text(f"hf://datasets/{name}")
+    assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value)
+
+
+def test_large_files_and_damage_are_refused(data, monkeypatch):
+    data.add("org/bad", {"x.parquet": b"PAR1 no parquet PAR1"})
+    with pytest.raises(BitladderError, match=r"org/bad@\w{8}: not a parquet file"):
+        load_text("hf://datasets/org/bad")
+    monkeypatch.setattr(texts, "MOST_FILE", 100)
+    with pytest.raises(BitladderError, match="name a smaller file"):
+        load_text("hf://datasets/org/prose/data/train*")
+    assert not any("train" in path for path in data.downloads)
+
+
+def test_without_a_network_the_cache_is_read(data, monkeypatch):
+    from huggingface_hub import constants
+
+    before = load_text("hf://datasets/org/chat")
+    for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
+        monkeypatch.setattr(constants, name, getattr(constants, name).replace(data.address, "http://127.0.0.1:9"))
+    assert load_text("hf://datasets/org/chat") == before
+    with pytest.raises(BitladderError, match=r"^the data set org/prose: the hub cannot be reached; a file of this"):
+        load_text("hf://datasets/org/prose/data/test*")
+
+
+def test_the_command_of_a_run_keeps_the_name(tmp_path):
+    options = RunOptions("m.gguf", tmp_path, calibration=("hf://datasets/org/chat",), texts=("/a/b.txt",))
+    assert "--calibration hf://datasets/org/chat --text b.txt" in command_line(options, "m.gguf")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bitladder.calibrate.coverage import Gaps, expert_lines, find_gaps, first_lines, listed
     from bitladder.calibrate.gradients.fisher import FISHER, FisherOptions, fisher_costs
     from bitladder.calibrate.gradients.forward import TorchModel
+    from bitladder.calibrate.gradients.torch_weights import Routed, weight_gradient
     from bitladder.calibrate.gradients.usable import (
         check_logits,
         require_torch,
@@ -79,6 +80,7 @@ __all__ = [
     "PositionOptions",
     "Provenance",
     "RoundingMomentsOptions",
+    "Routed",
     "TensorDifference",
     "TensorStatistics",
     "TorchModel",
@@ -110,6 +112,7 @@ __all__ = [
     "unpack_triangle",
     "usual_weighting",
     "watch_chunks",
+    "weight_gradient",
     "weighted_mean",
     "weighted_moments",
     "why_no_gradients",

@@ -159,7 +159,7 @@ def collect_moments(
     if options.weighting is None:
         reason = why_no_gradients(model)
         if weighting == "gradients":
-            reason = _why_not_trusted(model, texts, reading, decoding)
+            reason = _why_not_trusted(model, texts, reading, decoding, options)
             weighting = "positions" if reason else weighting
         progress.info(f"tokens are weighted by {weighting}" + (f": {reason}" if reason else ""))
     settings = [reading, decoding, decoding.n_ubatch, options, weighting, imatrix is not None]
@@ -199,15 +199,20 @@ def collect_moments(
     return result
 
 
-def _why_not_trusted(model: Path, texts: Sequence[Text], reading: Reading, decoding: Decoding) -> str | None:
-    """Why gradients of a model cannot be trusted, after a look at its logits; None if they can."""
+def _why_not_trusted(
+    model: Path, texts: Sequence[Text], reading: Reading, decoding: Decoding, options: MomentsOptions
+) -> str | None:
+    """Why gradients of a model cannot be trusted, after a look at its logits, or do not fit; None if they can."""
     with Model(model, vocab_only=True) as vocabulary:
         tokens = reading.rows(vocabulary, texts, decoding.n_ctx)[0]
     from bitladder.calibrate.gradients.forward import TorchModel
+    from bitladder.calibrate.gradients.gradient_pass import choose_matrices, plan_entries, room_for_sums
 
     try:
-        with torch_threads(decoding.threads), TorchModel(model, threads=decoding.threads) as ours:
-            check_logits(model, ours.checked(tokens), threads=decoding.threads, ours=ours)
+        memory, threads = options.memory_bytes(), decoding.threads
+        with torch_threads(threads), TorchModel(model, memory=memory // 2, threads=threads) as ours:
+            check_logits(model, ours.checked(tokens), threads=threads, ours=ours)
+            room_for_sums(ours, plan_entries(ours, choose_matrices(ours, None), options.gradients), memory)
     except GradientsError as error:
         return str(error)
     return None

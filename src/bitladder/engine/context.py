@@ -66,7 +66,7 @@ class Context(Closing):
         callback: sees all nodes of the graph, instead of an observer.
 
     Raises:
-        BitladderError: the library refuses, mostly for want of memory.
+        BitladderError: the model has fewer positions; or the library refuses, mostly for want of memory.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class Context(Closing):
     ) -> None:
         self.model = model
         self.n_ctx = decoding.n_ctx
+        if (most := model.most_positions) is not None and self.n_ctx > most:
+            raise BitladderError(f"{model.name} has embeddings of {most} positions; {self.n_ctx} (-c) are too many")
         self.n_seq = n_seq
         params = llama.llama_context_default_params()
         params.n_ctx = self.n_ctx * n_seq

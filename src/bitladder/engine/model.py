@@ -15,6 +15,7 @@ from bitladder.errors import BitladderError
 from bitladder.files import Closing, shown_name
 
 Tokens = npt.NDArray[np.int32]
+LEARNED_POSITIONS = (b"gpt2", b"starcoder")  # architectures
 
 
 class Model(Closing):
@@ -98,6 +99,13 @@ class Model(Closing):
     def rotates_neighbours(self) -> bool:
         """Whether its rope rotates pairs of neighbours (llama.cpp's NORM), and not the halves of a head."""
         return bool(llama.llama_model_rope_type(self.handle) == llama.LLAMA_ROPE_TYPE_NORM)
+
+    @property
+    def most_positions(self) -> int | None:
+        """Positions that it has embeddings for; None if it learned none. A later one ends the process."""
+        value = ctypes.create_string_buffer(64)
+        llama.llama_model_meta_val_str(self.handle, b"general.architecture", value, len(value))
+        return self.n_ctx_train if value.value in LEARNED_POSITIONS else None
 
     @property
     def n_params(self) -> int:

@@ -6,24 +6,27 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.hub.names import PRESET, HubName, check_repository, parse, pick, shards, side_word
+    from bitladder.hub.texts import DATA_FORM, DATA_SETS, TEXTS, DataFiles, data_files, fetch_texts
     from bitladder.hub.transfer import (
-        TEXTS,
         Fetched,
         fetch,
         fetch_checkpoint,
         fetch_outline,
-        fetch_texts,
         hub_id,
         not_given,
         upload,
     )
 
 __all__ = [
+    "DATA_FORM",
+    "DATA_SETS",
     "PRESET",
     "TEXTS",
+    "DataFiles",
     "Fetched",
     "HubName",
     "check_repository",
+    "data_files",
     "fetch",
     "fetch_checkpoint",
     "fetch_outline",

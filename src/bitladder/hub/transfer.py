@@ -11,12 +11,10 @@ import os
 import pathlib
 import shutil
 import socket
-import zipfile
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from bitladder.errors import BitladderError, UsageError, did_you_mean
-from bitladder.files import replacing, sha256_bytes
+from bitladder.errors import BitladderError, UsageError
 from bitladder.hub.names import FORMS, HubName, is_model, is_repository, parse, pick, shards
 
 # Of a checkpoint are fetched: weights, configuration, tokenizer and model card.
@@ -138,86 +136,6 @@ def fetch_outline(repo: str, folder: pathlib.Path) -> None:
         raise BitladderError(f"{repo}: no such folder here, and {not_given(error)}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class TextArchive:
-    """Texts in a zip archive of a data set of the hub.
-
-    Parameters:
-        repository: OWNER/NAME of the data set.
-        file: the path of the archive in it.
-        about: what the texts are, and their licence.
-        sha256: of each text, by its path in the archive.
-    """
-
-    repository: str
-    file: str
-    about: str
-    sha256: Mapping[str, str]
-
-
-TEXTS = {
-    "wikitext-2": TextArchive(
-        "ggml-org/ci",
-        "wikitext-2-raw-v1.zip",
-        "articles of Wikipedia (Merity et al., 2016), CC BY-SA; most published perplexities are of its test part",
-        {
-            "wikitext-2-raw/wiki.test.raw": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
-            "wikitext-2-raw/wiki.train.raw": "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57",
-            "wikitext-2-raw/wiki.valid.raw": "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
-        },
-    )
-}
-
-
-def fetch_texts(name: str, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Fetches texts to measure with and to calibrate on. Texts that are there already stay.
-
-    Parameters:
-        name: a key of TEXTS.
-        folder: the directory for the files; it is made if there is none.
-
-    Returns:
-        The paths of the texts.
-
-    Raises:
-        UsageError: no texts have this name.
-        BitladderError: the hub does not give the archive, a text is not the published one, or another file of the name
-            is there.
-    """
-    if name not in TEXTS:
-        raise UsageError(f"no texts are called {name}{did_you_mean(name, TEXTS, 'there are')}")
-    archive = TEXTS[name]
-    paths = {part: folder / pathlib.PurePosixPath(part).name for part in archive.sha256}
-    missing = [part for part, path in paths.items() if not path.exists()]
-    for part, path in paths.items():
-        if part not in missing and (not path.is_file() or sha256_bytes(path.read_bytes()) != archive.sha256[part]):
-            raise BitladderError(f"{path} is there and is another text; remove it, or name another directory (-o)")
-    if missing:
-        contents = _members(archive, missing)
-        for part, data in contents.items():
-            if sha256_bytes(data) != archive.sha256[part]:
-                raise BitladderError(f"{part} of {archive.repository} is not the published text: its SHA-256 differs")
-        folder.mkdir(parents=True, exist_ok=True)
-        for part, data in contents.items():
-            with replacing(paths[part]) as temporary:
-                temporary.write_bytes(data)
-    return list(paths.values())
-
-
-def _members(archive: TextArchive, parts: Sequence[str]) -> dict[str, bytes]:
-    """Parts of an archive, by their paths in it."""
-    from huggingface_hub import hf_hub_download
-
-    address = f"https://huggingface.co/datasets/{archive.repository}/resolve/main/{archive.file}"
-    try:
-        with zipfile.ZipFile(hf_hub_download(archive.repository, archive.file, repo_type="dataset")) as file:
-            return {part: file.read(part) for part in parts}
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise BitladderError(f"{archive.file} of {archive.repository} is damaged: {error}") from error
-    except Exception as error:  # of the network or the hub: there is no common base class
-        raise BitladderError(f"{archive.file}: {not_given(error)}; it is at {address}") from error
-
-
 def hub_id(folder: pathlib.Path) -> str | None:
     """The repository of a snapshot in huggingface_hub's cache (models--OWNER--NAME/snapshots/COMMIT), or None."""
     repository = folder.resolve().parent.parent.name
@@ -312,7 +230,8 @@ def _no_connection(error: BaseException | None) -> bool:
 def _download(name: HubName, named: str) -> Fetched:
     from huggingface_hub import HfApi
 
-    commit, paths = _listing(name)
+    commit, sizes = listing(name.repo, name.revision)
+    paths = list(sizes)
     first = (name.file if name.file in paths else None) if name.file else pick(paths, name.quant)
     if first is None:
         models = [path for path in paths if is_model(path)]
@@ -323,24 +242,28 @@ def _download(name: HubName, named: str) -> Fetched:
     return Fetched(local[0], "/".join([name.repo, *first.split("/")[:-1]]), commit)
 
 
-def _listing(name: HubName) -> tuple[str, list[str]]:
-    """The commit and the files of a repository on the hub. If the hub cannot be reached, those of the cache."""
+def listing(repo: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> tuple[str, dict[str, int]]:
+    """The commit and the files of a repository on the hub. If the hub cannot be reached, those of the cache.
+
+    Returns:
+        The commit, and the bytes of each file of a data set, or that is in the cache; 0 for files of a model.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        info: Any = HfApi().model_info(name.repo, revision=name.revision)
-        return str(info.sha), [file.rfilename for file in info.siblings or ()]
+        info: Any = HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=kind == "dataset")
+        return str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or ()}
     except HfHubHTTPError:  # the hub answers: there is no such repository, or it is not for everybody
         raise
     except Exception:
-        cached = _cached(name)
+        cached = _cached(repo, revision, kind)
         if cached is None:  # the error of the network is the better message
             raise
         return cached
 
 
-def _cached(name: HubName) -> tuple[str, list[str]] | None:
+def _cached(repo: str, revision: str | None, kind: str) -> tuple[str, dict[str, int]] | None:
     """The commit and the files of the newest snapshot of a repository in huggingface_hub's cache."""
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
@@ -351,12 +274,12 @@ def _cached(name: HubName) -> tuple[str, list[str]] | None:
     snapshots = [
         snapshot
         for repository in repositories
-        if (repository.repo_type, repository.repo_id) == ("model", name.repo)
+        if (repository.repo_type, repository.repo_id) == (kind, repo)
         for snapshot in repository.revisions
-        if not name.revision or name.revision in snapshot.refs or snapshot.commit_hash == name.revision
+        if not revision or revision in snapshot.refs or snapshot.commit_hash == revision
     ]
     if not snapshots:
         return None
     newest = max(snapshots, key=lambda snapshot: snapshot.last_modified)
-    paths = sorted(file.file_path.relative_to(newest.snapshot_path).as_posix() for file in newest.files)
-    return newest.commit_hash, paths
+    sizes = {f.file_path.relative_to(newest.snapshot_path).as_posix(): f.size_on_disk for f in newest.files}
+    return newest.commit_hash, dict(sorted(sizes.items()))

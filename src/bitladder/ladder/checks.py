@@ -15,6 +15,8 @@ from bitladder.ladder.source import Source
 from bitladder.ladder.steps.step import Step, TextsOfRun
 from bitladder.ladder.store import Store
 from bitladder.progress import SILENT, Progress
+from bitladder.quantize import AS_PRESET
+from bitladder.recipe import target_type
 from bitladder.text import MIN_CHUNKS, Text
 
 SURELY = 1.3  # an estimate of memory that is above what there is by this factor is surely right in that
@@ -43,6 +45,10 @@ def check_options(
         raise UsageError(f"--out {options.out} is the directory of the checkpoint; name another one")
     if options.repo is not None:
         check_repository(options.repo)
+    if options.unreached_type != AS_PRESET:
+        target_type(options.unreached_type, "--unreached-type")
+    elif options.plans:
+        raise UsageError(f"--unreached-type {AS_PRESET} needs --mode naive: a plan has no preset that gives a type")
     n_ctx = options.decoding.n_ctx
     if n_ctx < MIN_CALIBRATION_CTX:
         raise UsageError(f"--ctx-size is {n_ctx}; calibration needs at least {MIN_CALIBRATION_CTX} tokens")

@@ -259,7 +259,9 @@ class Run(Closing):
                 self.layout.material_work(smoothed=smoothed),
             )
             decoding = self.decoding
-            planning = options.planning.replace(threads=decoding.threads, gpu_layers=decoding.gpu_layers)
+            planning = options.planning.replace(
+                threads=decoding.threads, gpu_layers=decoding.gpu_layers, unreached_type=options.unreached_type
+            )
             self._open_planner = (smoothed, Planner(inputs, planning, self.progress))
         return self._open_planner[1]
 

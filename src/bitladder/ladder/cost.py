@@ -90,8 +90,9 @@ def plain_moments(shape: ModelShape, tokens: float, n_ctx: int) -> float:
 def weighted_moments(shape: ModelShape, tokens: float) -> float:
     """Of second moments by gradients: forward, back, sums; and inverses that leverages need, once."""
     weights = shape.active + shape.head
-    sums = 1.2 * sum(shape.gradient_squares) + 8 * RANK * shape.factor_rows
-    inverses = sum(matrix.count * matrix.width**3 for matrix in shape.matrices if matrix.width <= SKETCHED)
+    sums = 1.2 * sum(share * size for size, share in shape.gradient_squares) + 8 * RANK * shape.factor_rows
+    # Tokens of experts have no leverages.
+    inverses = sum(m.count * m.width**3 for m in shape.matrices if m.width <= SKETCHED and m.share == 1)
     token = GRADIENT_TOKEN + GRADIENT_BESIDE * (4 * weights / GRADIENT_PRODUCTS + sums / BLAS)
     return tokens * token + inverses / BLAS
 
@@ -102,14 +103,14 @@ def weighted_moments(shape: ModelShape, tokens: float) -> float:
 def moments_bytes(shape: ModelShape, *, gradients: bool) -> float:
     """Of a file of second moments: half a matrix in F16 for each square."""
     if gradients:
-        return sum(shape.gradient_squares) + 2 * RANK * shape.factor_rows
+        return sum(size for size, _ in shape.gradient_squares) + 2 * RANK * shape.factor_rows
     return sum(matrix.squares for matrix in shape.inputs)
 
 
 def moments_sums(shape: ModelShape, *, gradients: bool) -> float:
     """Of all sums of second moments, while they grow."""
     if gradients:
-        return 2.4 * sum(shape.gradient_squares) + 8 * RANK * shape.factor_rows
+        return 2.4 * sum(size for size, _ in shape.gradient_squares) + 8 * RANK * shape.factor_rows
     return 2.2 * sum(matrix.squares for matrix in shape.inputs)
 
 

@@ -18,7 +18,9 @@ from bitladder.gguf import GgufFile, block_of, kind_of, open_model
 
 _HEADS, _WIDE = ("attn_q", "attn_k"), ("ffn_gate", "ffn_up")
 _SAME_INPUT = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate", "ffn_up_exps": "ffn_gate_exps"}
+_SHARED = {"ffn_up": "ffn_gate", "ffn_up_exps": "ffn_gate_exps"}  # with one input by gradients
 _BLOCK, _EXPERT = re.compile(r"\.(\d+)\."), re.compile(r"\.experts\.\d+\.")
+_EXPERTS = "_exps"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 # Parts of a checkpoint that conversion leaves out.
@@ -90,16 +92,19 @@ class ModelShape:
         return [matrix for matrix in self.matrices if _SAME_INPUT.get(matrix.kind) not in kinds]
 
     @property
-    def gradient_squares(self) -> list[float]:
-        """The sizes of second moments by gradients of all weights: of inputs, and of outputs that are kept whole."""
-        sizes, kinds = list[float](), {matrix.kind for matrix in self.matrices}
+    def gradient_squares(self) -> list[tuple[float, float]]:
+        """Second moments by gradients of all weights: of inputs, and of outputs that are kept whole.
+
+        Each is its size, and the share of tokens that it is added up over.
+        """
+        sizes, kinds = list[tuple[float, float]](), {matrix.kind for matrix in self.matrices}
         for matrix in self.matrices:
-            if not (matrix.kind == _WIDE[1] and _WIDE[0] in kinds):
-                sizes.append(matrix.squares)
+            if _SHARED.get(matrix.kind) not in kinds:
+                sizes.append((matrix.squares, matrix.share))
             if matrix.kind in _HEADS:
-                sizes.append(float(matrix.count * matrix.rows * self.head_size))
-            elif matrix.kind not in _WIDE:
-                sizes.append(float(matrix.count * matrix.rows**2))
+                sizes.append((float(matrix.count * matrix.rows * self.head_size), 1.0))
+            elif matrix.kind not in _WIDE and not matrix.kind.endswith(_EXPERTS):
+                sizes.append((float(matrix.count * matrix.rows**2), 1.0))
         return sizes
 
     @property

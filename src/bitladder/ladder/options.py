@@ -10,9 +10,10 @@ from bitladder.calibrate import RoundingMomentsOptions
 from bitladder.convert import ConvertOptions
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError, did_you_mean
+from bitladder.hub import DATA_SETS
 from bitladder.options import Effort, Options, option, words
 from bitladder.plan import PlanOptions
-from bitladder.quantize import LADDERS, preset_names
+from bitladder.quantize import LADDERS, QuantizeOptions, preset_names, unreached_option
 from bitladder.refine import RefineOptions
 from bitladder.text import BUILTIN, answers_option
 
@@ -121,6 +122,7 @@ class RunOptions(Options):
         unset="no more text than for other models",
         help="Calibrate on until each expert of a mixture has N tokens, or the texts end.",
     )
+    unreached_type: str = unreached_option(or_preset=True)
     mode: Mode = option(
         "quality",
         "--mode",
@@ -203,6 +205,10 @@ class RunOptions(Options):
         group="Model card",
     )
 
+    def quantization(self, rung: str, types: Mapping[str, str] | None = None) -> QuantizeOptions:
+        """The options of a quant: of a preset, or of a plan's types in its place."""
+        return QuantizeOptions(rung, types=types, unreached_type=self.unreached_type)
+
     @property
     def plans(self) -> bool:
         """Whether types are planned."""
@@ -274,7 +280,7 @@ def _task_names(specs: str) -> str:
 
 
 def _last_part(path: str | pathlib.Path) -> str:
-    """The last part of a path. The name of a built-in text stays as it is."""
-    if path in BUILTIN:
+    """The last part of a path. The name of a built-in text, or of a data set of the hub, stays as it is."""
+    if path in BUILTIN or str(path).startswith(DATA_SETS):
         return str(path)
     return pathlib.PurePath(path).name or pathlib.Path(path).resolve().name

@@ -9,6 +9,7 @@ from typing import Literal
 from bitladder.calibrate import FisherOptions
 from bitladder.engine import Decoding
 from bitladder.options import Options, option
+from bitladder.quantize import unreached_option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +231,7 @@ class PlanOptions(Options):
         least=0.01,
         help="Speed from which a type is fast (--menu fast), as a share of that of a K-quant of the same size.",
     )
+    unreached_type: str = unreached_option()
     measure: bool = option(True, "--feedback/--no-feedback", help="Measure recipes and correct prices.")
     metadata_bytes: int = option(
         384, least=0, help="Bytes left free in a rung's file for metadata on rounding and smoothing."

@@ -78,11 +78,11 @@ class Planner(Closing):
         self.text = planning_text(inputs.texts, options)
         self.work = inputs.model.with_name(f"{inputs.model.stem}.plan") if inputs.work is None else inputs.work
         with contextlib.ExitStack() as opened:
-            self.subject = opened.enter_context(Subject(inputs.model, inputs.imatrix))
+            self.subject = opened.enter_context(Subject(inputs.model, inputs.imatrix, options.unreached_type))
             if unreached := self.subject.unreached:
                 progress.warn(
                     f"no calibration text reaches {len(unreached)} tensors ({unreached[0]}, …): they are not planned, "
-                    "and get Q8_0"
+                    f"and get Q8_0; prediction heads get {options.unreached_type} (--unreached-type)"
                 )
             if self.subject.imatrix and (zeros := zeros_in(self.subject.imatrix, self.subject.tensors)):
                 progress.warn(zeros)

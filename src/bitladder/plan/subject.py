@@ -19,7 +19,7 @@ from bitladder.gguf import TensorPlan, block_of, kind_of, open_model, padded, pr
 from bitladder.plan.allocate.problem import Problem, TypeOption
 from bitladder.plan.options import Constraints
 from bitladder.progress import SILENT
-from bitladder.quantize import LADDERS, QuantizeOptions, prepare
+from bitladder.quantize import AS_PRESET, LADDERS, QuantizeOptions, prepare
 from bitladder.recipe import changeable, exact_patterns, match_patterns, parse_tensor_type, target_type
 
 Floats = npt.NDArray[np.float32]
@@ -47,6 +47,7 @@ class Subject(Closing):
     Parameters:
         path: a full-precision GGUF.
         imatrix: the importance matrix of the same model, or None.
+        unreached_type: the type of prediction heads, which no text reaches.
 
     Attributes:
         tensors: names of the tensors that can be planned, in the order of the file.
@@ -56,10 +57,14 @@ class Subject(Closing):
 
     Raises:
         BitladderError: the file is not a full-precision model, or the imatrix belongs to another one.
+        UsageError: there is no such type.
     """
 
-    def __init__(self, path: pathlib.Path, imatrix: pathlib.Path | None) -> None:
-        self.path, self.imatrix_path = path, imatrix
+    def __init__(self, path: pathlib.Path, imatrix: pathlib.Path | None, unreached_type: str = "q8_0") -> None:
+        if unreached_type == AS_PRESET:
+            raise UsageError(f"--unreached-type {AS_PRESET}: a plan has no preset that gives a type; name a type")
+        target_type(unreached_type, "--unreached-type")
+        self.path, self.imatrix_path, self._unreached_type = path, imatrix, unreached_type
         self.imatrix: Imatrix | None = read_imatrix(imatrix) if imatrix is not None else None
         self.imatrix_sha256 = sha256_file(imatrix) if imatrix is not None else None
         self.file = open_model(path)
@@ -128,7 +133,8 @@ class Subject(Closing):
 
     def preset(self, name: str) -> Preset:
         """The types and size that llama-quantize gives the model. Raises BitladderError for a preset it cannot make."""
-        with prepare(self.path, QuantizeOptions(name), imatrix=self.imatrix_path, progress=SILENT) as prepared:
+        options = QuantizeOptions(name, unreached_type=self._unreached_type)
+        with prepare(self.path, options, imatrix=self.imatrix_path, progress=SILENT) as prepared:
             return Preset(name, prepared.choice.types, prepared.bytes)
 
     def fitting_preset(self, max_bytes: int) -> Preset | None:
@@ -146,9 +152,10 @@ class Subject(Closing):
     def complete(self, types: Mapping[str, str]) -> tuple[dict[str, str], int]:
         """The type of every tensor of the file, and the exact size of what `bitladder quantize --recipe` writes.
 
-        Tensors that are not planned get Q8_0 if they can be quantized.
+        Tensors that are not planned get Q8_0 if they can be quantized, and prediction heads the type of
+        `unreached_type`.
         """
-        options = QuantizeOptions(types=dict(types), preset="Q8_0")
+        options = QuantizeOptions(types=dict(types), preset="Q8_0", unreached_type=self._unreached_type)
         with prepare(self.path, options, imatrix=self.imatrix_path, progress=SILENT) as prepared:
             return prepared.choice.types, prepared.bytes
 

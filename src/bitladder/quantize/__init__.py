@@ -7,10 +7,19 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.quantize.preflight import Fallback, Preflight, check_room, preflight, substitutes
     from bitladder.quantize.prepare import DROPPED, TUNE_KEY, VERSION_KEY, PreparedQuant, prepare
-    from bitladder.quantize.quantize_options import LADDERS, RUNGS, QuantizeOptions, parse_layers, preset_names
+    from bitladder.quantize.quantize_options import (
+        AS_PRESET,
+        LADDERS,
+        RUNGS,
+        QuantizeOptions,
+        parse_layers,
+        preset_names,
+        unreached_option,
+    )
     from bitladder.quantize.write_quant import QUANTIZE, QuantizeResult, quantize, write
 
 __all__ = [
+    "AS_PRESET",
     "DROPPED",
     "LADDERS",
     "QUANTIZE",
@@ -29,6 +38,7 @@ __all__ = [
     "preset_names",
     "quantize",
     "substitutes",
+    "unreached_option",
     "write",
 ]
 open_door(__name__)

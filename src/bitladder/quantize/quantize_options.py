@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,13 @@ _F32_MAX = float(np.finfo(np.float32).max)
 _NOT_TO_OVERRIDE = ("general.alignment", "split.no", "split.count", "split.tensors.count")
 
 
+def unreached_option(*, or_preset: bool = False, **more: Any) -> Any:
+    """The option --unreached-type, which several commands have; `more` as for `options.option`."""
+    words = "Type of prediction heads (MTP, NextN), which no text reaches"
+    words += f"; {AS_PRESET}: as llama-quantize." if or_preset else "."
+    return option("q8_0", "--unreached-type", metavar="TYPE", help=words, **more)
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizeOptions(Options):
     """How to quantize a model, with llama-quantize's options; docs/recipes.md says what each does."""
@@ -71,12 +79,7 @@ class QuantizeOptions(Options):
         (), "--override-kv", metavar="KEY=TYPE:VALUE", help="Metadata to set (int, float, bool, str)."
     )
     prune_layers: tuple[int, ...] = option((), help="Numbers of the blocks to leave out.")
-    unreached_type: str = option(
-        "q8_0",
-        "--unreached-type",
-        metavar="TYPE",
-        help=f"Type of prediction heads (MTP, NextN), which no text reaches; {AS_PRESET}: as llama-quantize.",
-    )
+    unreached_type: str = unreached_option(or_preset=True)
     no_fallback: bool = option(
         False, "--no-fallback", help="Stop where a width cannot hold the type, and use no other instead."
     )

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import torch
 
-from bitladder.calibrate import TorchModel, UnfinishedWork
+from bitladder.calibrate import Routed, TorchModel, UnfinishedWork, weight_gradient
 from bitladder.engine import Tokens
 from bitladder.errors import BitladderError, overflow
 from bitladder.files import Closing
@@ -116,8 +116,8 @@ class Student(Closing):
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
         return divergence, self._slopes
 
-    def _tap(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        for term, slope in enumerate(self.scales[name].slopes(gradients.T @ inputs)):
+    def _tap(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor, routed: Routed | None) -> None:
+        for term, slope in enumerate(self.scales[name].slopes(weight_gradient(inputs, gradients, routed))):
             self._slopes[name, term] = slope
 
     @torch.no_grad()

@@ -33,6 +33,7 @@ TUNING = Algorithm(
         "F16 numbers of blocks move by gradients of the KLD of the whole model",
         "the forward pass is that of transformers' modules",
         "of several texts passages of each end are held out, and take turns",
+        "experts are tuned too",
     ),
     uses=(EXCERPTS,),
 )

@@ -16,9 +16,9 @@ from typing import Any
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_bytes
 from bitladder.gguf import open_model
-from bitladder.text.file_content import Numbered, json_lines, json_list, parquet_rows, plain_text
+from bitladder.text.file_content import Numbered, json_lines, json_list, plain_text
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json")
 LISTS = ("messages", "conversations", "conversation")
 # Words of published data sets → those of chat templates.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "model": "assistant"}
@@ -75,7 +75,7 @@ def read_conversations(path: pathlib.Path, data: bytes) -> tuple[Conversation, .
     Raises:
         BitladderError: a record is no conversation; the error names the file and the record.
     """
-    conversations = tuple(_conversation(where, value) for where, value in _records(path, data))
+    conversations = tuple(conversation(where, value) for where, value in _records(path, data))
     if not conversations:
         raise BitladderError(f"{path.name} has no conversations")
     return conversations
@@ -83,8 +83,6 @@ def read_conversations(path: pathlib.Path, data: bytes) -> tuple[Conversation, .
 
 def _records(path: pathlib.Path, data: bytes) -> Numbered:
     suffix, name = path.suffix.lower(), path.name
-    if suffix == ".parquet":
-        return parquet_rows(data, name)
     text = plain_text(data, name).removeprefix("\ufeff")
     if suffix == ".jsonl":
         return json_lines(text, name)
@@ -99,7 +97,8 @@ def _list_of(record: dict[str, Any]) -> Any:
     return next((record[name] for name in LISTS if record.get(name)), None)
 
 
-def _conversation(where: str, record: Any) -> Conversation:
+def conversation(where: str, record: Any) -> Conversation:
+    """The conversation of a record. Raises BitladderError that names its place if it is none."""
     listed = _list_of(record) if isinstance(record, dict) else record
     if not isinstance(listed, list) or not listed:
         raise BitladderError(

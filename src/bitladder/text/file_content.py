@@ -4,10 +4,13 @@ import contextlib
 import importlib.util
 import io
 import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bitladder.errors import BitladderError
 
+ROWS = 256  # of a parquet file, in memory at once
 # How a file begins → what it is.
 _BEGINNINGS = {
     b"GGUF": "a GGUF file",
@@ -92,6 +95,51 @@ def parquet_rows(data: bytes, name: str) -> Numbered:
     except (pyarrow.ArrowException, OSError) as error:
         raise BitladderError(f"{name}: not a parquet file: {str(error).splitlines()[0]}") from error
     return [(f"{name}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def parquet_column(
+    paths: Iterable[pathlib.Path], name: str, column: str | None, known: Sequence[str], most: int
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Rows of parquet files, one after the other, until `most` characters were read.
+
+    Parameters:
+        paths: the files. One is fetched when it is needed.
+        name: of what they are, for errors.
+        column: the column that is wanted; None for the first of `known` that is there.
+        known: names of columns.
+        most: characters of the column at most, nearly.
+
+    Yields:
+        The place of a row, the name of the column, and the row with all columns.
+
+    Raises:
+        BitladderError: pyarrow is missing, a file is not parquet, or there is no such column.
+    """
+    need_pyarrow(name)
+    import pyarrow
+    from pyarrow import parquet
+
+    read = rows = 0
+    for path in paths:
+        try:
+            with parquet.ParquetFile(path) as file:
+                columns = file.schema_arrow.names
+                chosen = next((one for one in ([column] if column else known) if one in columns), None)
+                if chosen is None:
+                    raise BitladderError(
+                        f"{name} has no column {column or ' or '.join(known)}; it has {', '.join(columns)}; name one "
+                        "behind #"
+                    )
+                wanted = [one for one in columns if one in (chosen, "tools", "system")]
+                for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
+                    for row in batch.to_pylist():
+                        rows += 1
+                        read += len(str(row[chosen]))
+                        yield f"{name}, row {rows}", chosen, row
+                        if read >= most:
+                            return
+        except (pyarrow.ArrowException, OSError) as error:
+            raise BitladderError(f"{name}: not a parquet file: {str(error).splitlines()[0]}") from error
 
 
 def need_pyarrow(what: str) -> None:

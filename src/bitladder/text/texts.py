@@ -1,31 +1,35 @@
 """Texts to calibrate on and to measure with: loaded, and made from others (passages, ends set apart).
 
-A text is a file that the user names, conversations in such a file (`chat`), or one of two built-in texts:
-`pydoc:calibration` and `pydoc:test`. These are made from `pydoc_data.topics`, the language reference that comes with
-every CPython, so that a first run needs no download. The two share no paragraph.
+A text is a file that the user names, conversations in such a file (`chat`), rows of a data set of the hub, or one of
+two built-in texts: `pydoc:calibration` and `pydoc:test`. These are made from `pydoc_data.topics`, the reference of the
+language that comes with every CPython, so that a first run needs no download. The two share no paragraph.
 """
 
 import dataclasses
 import functools
 import itertools
+import json
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+from bitladder import hub
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_bytes
 from bitladder.keys import Algorithm
 from bitladder.options import option
 from bitladder.text.chat import (
+    LISTS,
     ChatTemplate,
     Conversation,
     chat_sha256,
+    conversation,
     is_chat,
     read_conversations,
     rendered_text,
 )
-from bitladder.text.file_content import plain_text
+from bitladder.text.file_content import parquet_column, plain_text
 
 BUILTIN = ("pydoc:calibration", "pydoc:test")
 CHARACTERS = 8  # of a token: passages of so many characters for each token hold enough tokens
@@ -36,6 +40,8 @@ EXCERPTS = Algorithm(
         "their order spreads any beginning over the texts: the chunks that are read were all of the first half before",
     ),
 )
+PARQUET, TEXT_COLUMN = ".parquet", "text"
+MOST = 16 << 20  # characters that are read of the rows of a data set
 HELD_OUT = 0.1  # share of each text that `set_apart` takes from its end
 
 
@@ -90,10 +96,11 @@ def answers_option(**more: Any) -> Any:
 
 
 def load_text(spec: str, model: pathlib.Path | None = None, *, assistant_only: bool = False) -> Text:
-    """Loads "pydoc:calibration", "pydoc:test" or a file.
+    """Loads "pydoc:calibration", "pydoc:test", a file, or a data set of the hub ("hf://datasets/OWNER/NAME").
 
     Parameters:
-        spec: the text. A file that ends in .jsonl, .json or .parquet holds conversations.
+        spec: the text. A file that ends in .jsonl or .json holds conversations; rows of parquet are conversations or
+            texts. Of these some 16 million characters are read, and only the files that they need.
         model: the GGUF whose chat template renders conversations. Without one they stay as they are.
         assistant_only: whether only the answers of conversations are scored.
 
@@ -111,12 +118,18 @@ def _load(spec: str) -> Text:
     if spec in BUILTIN:
         text = builtin_text(spec.removeprefix("pydoc:"))
         return Text(spec, text.removesuffix("\n"), sha256_bytes(text.encode()))
+    if spec.startswith(hub.DATA_SETS):
+        return _of_hub(hub.data_files(spec))
     path = pathlib.Path(spec)
+    if path.suffix.lower() == PARQUET and path.is_file():
+        return _of_parquet([path], path.name, None)
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         known, reason = " or ".join(BUILTIN), getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot read the text {spec}: {reason} (a file, {known})") from error
+        raise UsageError(
+            f"cannot read the text {spec}: {reason} (a file, {known}, or {hub.DATA_FORM} of the hub)"
+        ) from error
     if not data.strip():
         raise BitladderError(f"the text {spec} is empty")
     if is_chat(path):
@@ -125,6 +138,38 @@ def _load(spec: str) -> Text:
         return Text(path.name, contents, sha256_bytes(data), conversations=conversations)
     text = plain_text(data, f"the text {spec}").removesuffix("\n")
     return Text(path.name, text, sha256_bytes(data))
+
+
+def _of_hub(data: hub.DataFiles) -> Text:
+    """The text of a data set of the hub: its rows, or those of its files that are no parquet."""
+    name = f"{data.repository}@{data.revision[:8]}"
+    if data.files[0].endswith(PARQUET):
+        return _of_parquet(data.fetch(), name, data.column)
+    if data.column or len(data.files) > 1:
+        raise UsageError(f"{data.files[0]} of {data.repository} is not parquet: name one such file, without a column")
+    text = _load(str(next(data.fetch())))
+    return dataclasses.replace(text, name=f"{name}/{data.files[0]}")
+
+
+def _of_parquet(paths: Iterable[pathlib.Path], name: str, column: str | None) -> Text:
+    """The rows of parquet files: conversations, or texts that follow one another; at most MOST characters of them."""
+    conversations: list[Conversation] = []
+    parts: list[str] = []
+    for where, chosen, row in parquet_column(paths, name, column, (*LISTS, TEXT_COLUMN), MOST):
+        value = row[chosen]
+        if isinstance(value, str):
+            parts += [value if value.endswith("\n") else f"{value}\n\n"] if value else []
+        elif value is not None:
+            conversations.append(conversation(where, {**row, LISTS[0]: value}))
+    if conversations and parts:
+        raise BitladderError(f"{name} has both texts and conversations in one column")
+    text = "\n".join(content for part in conversations for content in part.contents) or "".join(parts).rstrip("\n")
+    if not text.strip():
+        raise BitladderError(f"the text {name} is empty")
+    if not conversations:
+        return Text.of(name, text)
+    said = json.dumps([[part.messages, part.more] for part in conversations], sort_keys=True)
+    return Text(name, text, sha256_bytes(said.encode()), conversations=tuple(conversations))
 
 
 def load_texts(specs: Sequence[str], model: pathlib.Path | None = None, *, assistant_only: bool = False) -> list[Text]:

@@ -12,8 +12,16 @@ from bitladder.errors import GradientsError
 from bitladder.gguf import GgufFile
 
 EMBEDDING, HEAD, DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+POSITIONS = "position_embd.weight"
 # Model types of transformers whose names are not those of llama.cpp's architectures.
-_MODEL_TYPES = {"gemma3": "gemma3_text", "gpt-oss": "gpt_oss", "command-r": "cohere"}
+_MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
+    "command-r": "cohere",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "glm4moe": "glm4_moe",
+}
 # Names in a configuration, by the key of the metadata. A model reads those that it knows.
 _NAMES: dict[str, tuple[str, ...]] = {
     "block_count": ("num_hidden_layers",),
@@ -32,7 +40,20 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "residual_scale": ("residual_multiplier",),
     "logit_scale": ("logits_scaling", "logit_scale"),
 }
-_NOT_DENSE = {"expert_count": "it has experts", "ssm.state_size": "it has recurrent blocks"}
+# The same of a mixture of experts.
+_OF_EXPERTS: dict[str, tuple[str, ...]] = {
+    "expert_count": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "expert_shared_count": ("n_shared_experts",),
+    "expert_group_count": ("n_group",),
+    "expert_group_used_count": ("topk_group",),
+    "expert_weights_scale": ("routed_scaling_factor",),
+    "leading_dense_block_count": ("first_k_dense_replace",),
+}
+# Mixtures whose shares of experts the library divides by their sum, where a configuration says so.
+_SHARES_SUM_TO_1 = ("qwen3moe",)
 # Gemmas whose scores are not scaled by the size of a head, by their blocks (llama.cpp: LLM_TYPE_27B).
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 
@@ -42,6 +63,8 @@ def model_type(file: GgufFile) -> str:
     architecture = file.architecture
     if architecture == "olmo2" and file.get("olmo2.attention.sliding_window"):
         return "olmo3"
+    if architecture == "llama" and file.get("llama.expert_count"):
+        return "mixtral"
     return _MODEL_TYPES.get(architecture, architecture)
 
 
@@ -53,9 +76,12 @@ def why_no_modules(file: GgufFile) -> str | None:
     folder = pathlib.Path(spec.origin).parent / "models" / model_type(file).removesuffix("_text")
     if not folder.is_dir():
         return f"transformers has no architecture {file.architecture!r}"
-    for key, reason in _NOT_DENSE.items():
-        if file.get(f"{file.architecture}.{key}"):
-            return f"{reason}, which have no gradients here"
+    if file.get(f"{file.architecture}.ssm.state_size"):
+        return "it has recurrent blocks, which have no gradients here"
+    if POSITIONS in file.tensors:
+        return "it has embeddings of positions, which have no gradients here"
+    if any(name.endswith("_exps.bias") for name in file.tensors):
+        return "its experts have biases, which have no gradients here"
     return None
 
 
@@ -65,9 +91,15 @@ def configuration(file: GgufFile) -> Any:
 
     if reason := why_no_modules(file):
         raise GradientsError(f"{file.path.name}: there are no gradients of this model: {reason}")
+    keys = _NAMES | (_OF_EXPERTS if _value(file, "expert_count") else {})
     values: dict[str, Any] = {
-        name: value for key, names in _NAMES.items() if (value := _value(file, key)) is not None for name in names
+        name: value for key, names in keys.items() if (value := _value(file, key)) is not None for name in names
     }
+    if file.architecture in _SHARES_SUM_TO_1 or file.get(f"{file.architecture}.expert_weights_norm"):
+        values["norm_topk_prob"] = True
+    values["use_qk_norm"] = "blk.0.attn_q_norm.weight" in file.tensors
+    if "num_hidden_layers" in values:  # those of prediction heads are no blocks of transformers' model
+        values["num_hidden_layers"] -= _value(file, "nextn_predict_layers") or 0
     missing = {"num_hidden_layers", "hidden_size", "num_attention_heads"} - values.keys()
     if missing or EMBEDDING not in file.tensors:
         lacks = EMBEDDING if not missing else next(key for key, names in _NAMES.items() if names[0] in missing)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bitladder.calibrate.gradients.torch_weights import Routed
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions
 from bitladder.calibrate.moments.triangles import Correlations, LowRank, triangle
 from bitladder.engine import Floats
@@ -224,12 +225,14 @@ class EntryPlan:
     Parameters:
         names: the weights. The entry is kept under the first name.
         n_in: numbers of an input.
-        outputs: how O of each weight is kept; None for the head, and where O is not made.
+        outputs: how O of each weight is kept; None for the head, of experts, and where O is not made.
+        experts: matrices of each weight, each with sums of its own; 1 if it is no stack of experts.
     """
 
     names: tuple[str, ...]
     n_in: int
     outputs: tuple[OutputShape | None, ...]
+    experts: int = 1
 
 
 class EntrySums:
@@ -245,7 +248,7 @@ class EntrySums:
 
     def __init__(self, plan: EntryPlan, options: GradientOptions, length: int) -> None:
         self.plan, self._options = plan, options
-        self.inputs = Gram(plan.n_in)
+        self.inputs = [Gram(plan.n_in) for _ in range(plan.experts)]
         self.outputs = [None if shape is None else shape.sums() for shape in plan.outputs]
         # Without O all tokens keep counting ‖g‖².
         self.leverages_known = all(gram is not None for gram in self.outputs)
@@ -254,14 +257,16 @@ class EntrySums:
             None if shape is None else Leverage(shape.width, shape.blocks, options.sketch) for shape in plan.outputs
         ]
         self.learned = False
-        self._totals = np.zeros(1 + len(plan.names))  # of w, and of v for each weight
+        self._totals = np.zeros(plan.experts + len(plan.names))  # of w for each expert, and of v for each weight
+        self._rows = np.zeros(plan.experts, np.int64)
         self._powers = np.zeros((len(plan.names), length))
         self._waiting: dict[str, torch.Tensor] = {}
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """What grows, by name, in memory that is shared."""
         arrays: dict[str, npt.NDArray[np.generic]] = {"totals": self._totals, "powers": self._powers}
-        for place, gram in enumerate([self.inputs, *self.outputs]):
+        arrays["rows"] = self._rows
+        for place, gram in enumerate([*self.inputs, *self.outputs]):
             if gram is not None:
                 arrays |= {f"gram {place} {number}": panel for number, panel in enumerate(gram.arrays())}
         for place, leverage in enumerate([self._of_inputs, *self._of_outputs]):
@@ -273,8 +278,8 @@ class EntrySums:
         """Weights tokens from now on by the leverages that the sums so far give, and starts again from 0."""
         if self._of_inputs is None:
             return
-        self._of_inputs.learn(self.inputs, self._options.damping)
-        self.inputs.clear()
+        self._of_inputs.learn(self.inputs[0], self._options.damping)
+        self.inputs[0].clear()
         for gram, leverage in zip(self.outputs, self._of_outputs, strict=True):
             assert gram is not None and leverage is not None
             leverage.learn(gram, self._options.damping)
@@ -282,14 +287,15 @@ class EntrySums:
         self._totals[:] = 0
         self.learned = True
 
-    def add(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Adds a sequence of one weight: inputs [length, n_in], gradients [length, n_out].
+    def add(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor, routed: Routed | None = None) -> None:
+        """Adds a sequence of one weight: inputs [rows, n_in], gradients [rows, n_out].
 
-        The input is added up when all of its weights were seen: their weightings are added.
+        The input is added up when all of its weights were seen: their weightings are added. Without experts a row is a
+        token.
         """
         place = self.plan.names.index(name)
         squares = gradients.square().sum(1)
-        self.add_powers(name, inputs, squares, self._weights(place, gradients, squares))
+        self.add_powers(name, inputs, squares, self._weights(place, gradients, squares), routed)
         gram = self.outputs[place]
         if gram is None:
             return
@@ -297,32 +303,49 @@ class EntrySums:
             self._of_inputs.of(inputs) if self.learned and self._of_inputs is not None else torch.ones(len(inputs))
         )
         gram.add(gradients, weights)
-        self._totals[1 + place] += float(weights.double().numpy().sum())
+        self._totals[self.plan.experts + place] += float(weights.double().numpy().sum())
 
     def _weights(self, place: int, gradients: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         leverage = self._of_outputs[place]
         return leverage.of(gradients) if self.learned and leverage is not None else squares
 
-    def add_powers(self, name: str, inputs: torch.Tensor, squares: torch.Tensor, weights: torch.Tensor) -> None:
-        """Adds what is known of a sequence without the gradients themselves: their squared lengths [length]."""
-        self._powers[self.plan.names.index(name)] += squares.double().numpy()
+    def add_powers(
+        self,
+        name: str,
+        inputs: torch.Tensor,
+        squares: torch.Tensor,
+        weights: torch.Tensor,
+        routed: Routed | None = None,
+    ) -> None:
+        """Adds what is known of a sequence without the gradients themselves: their squared lengths [rows]."""
+        powers = torch.from_numpy(self._powers[self.plan.names.index(name)])
+        if routed is None:
+            powers += squares.double()
+        else:
+            powers.index_add_(0, routed.tokens, squares.double())
         self._waiting[name] = weights
         if len(self._waiting) < len(self.plan.names):
             return
         # In the order of the names, whatever the order of the backward pass.
         total = torch.stack([self._waiting[each] for each in self.plan.names]).sum(0)
         self._waiting.clear()
-        self.inputs.add(inputs, total)
-        self._totals[0] += float(total.double().numpy().sum())
+        for expert, rows in [(0, slice(None))] if routed is None else routed.parts():
+            self.inputs[expert].add(inputs[rows], total[rows])
+            self._totals[expert] += float(total[rows].double().numpy().sum())
+            self._rows[expert] += len(total[rows])
 
-    def packed_inputs(self) -> Floats:
+    def packed_inputs(self, expert: int = 0) -> Floats:
         """E[w xxᵀ]: the upper triangle by rows, float32 [1, n_in (n_in + 1) / 2]."""
-        return self.inputs.packed(self._total(0))
+        return self.inputs[expert].packed(self._total(expert))
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Tokens of each expert, int64 [experts]."""
+        return self._rows // self._options.draws
 
     def kept_outputs(self, name: str) -> Correlations | LowRank | None:
         """E[v ggᵀ] of a weight; None if it is not made."""
         place = self.plan.names.index(name)
-        gram, total = self.outputs[place], self._total(1 + place)
+        gram, total = self.outputs[place], self._total(self.plan.experts + place)
         if isinstance(gram, LowRankGram):
             return gram.low_rank(total)
         return None if gram is None else Correlations.of(gram.packed(total))
@@ -338,6 +361,8 @@ class EntrySums:
 
 def sums_bytes(plan: EntryPlan, sketch: int) -> int:
     """Bytes that EntrySums of a plan take, nearly."""
+    if plan.experts > 1:
+        return 4 * plan.experts * (plan.n_in + PANEL) * plan.n_in // 2
     numbers = 0
     for shape in (OutputShape(plan.n_in, 1), *(shape for shape in plan.outputs if shape is not None)):
         size = shape.width * shape.blocks

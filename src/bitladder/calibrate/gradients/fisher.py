@@ -25,6 +25,8 @@ from bitladder.progress import SILENT, Progress
 if TYPE_CHECKING:
     import torch
 
+    from bitladder.calibrate.gradients.torch_weights import Routed
+
 # An error ΔW, float32 [n_out, n_in], or a function that makes it when it is needed.
 Error = Floats | Callable[[], Floats]
 
@@ -33,6 +35,7 @@ FISHER = Algorithm(
     (
         "errors are summed over a sequence before they are squared",
         "the forward pass is that of transformers' modules",
+        "errors of all experts of a tensor are summed",
     ),
 )
 
@@ -77,7 +80,8 @@ def fisher_costs(
     Parameters:
         path: the model.
         chunks: sequences, int32 [chunks, n_ctx].
-        candidates: errors (rendered minus exact weights) by weight and by a key of the caller's, such as the type.
+        candidates: errors (rendered minus exact weights, those of all experts below each other) by weight and by a key
+            of the caller's, such as the type.
         options: the relative standard error of `sequence` is about sqrt(2 / (chunks × draws)). `tokenwise` costs as
             much as a multiplication by every candidate.
         memory: bytes for errors. What does not fit at once takes another pass over the chunks.
@@ -96,9 +100,10 @@ def fisher_costs(
     with torch_threads(threads), TorchModel(path, memory=memory, threads=threads) as model:
         check_logits(path, model.checked(chunks[0]), threads=threads, ours=model)
         groups: list[list[str]] = []
-        room = 0
-        for name in choose_matrices(model, candidates):
-            size = 4 * math.prod(model.shape(name)) * (len(candidates[name]) + 1)
+        names, room = choose_matrices(model, candidates), 0
+        shapes = {name: (model.experts(name) * model.shape(name)[0], model.shape(name)[1]) for name in names}
+        for name in names:
+            size = 4 * math.prod(shapes[name]) * (len(candidates[name]) + 1)
             if not groups or size > room:
                 groups.append([])
                 room = memory
@@ -106,12 +111,16 @@ def fisher_costs(
             room -= size
         with progress.task("Fisher costs", len(groups) * len(chunks)) as bar:
             for group in groups:
-                sums = {name: _CostSums(name, candidates[name], model.shape(name), options.tokenwise) for name in group}
+                sums = {name: _CostSums(name, candidates[name], shapes[name], options.tokenwise) for name in group}
 
                 def tap(
-                    name: str, inputs: "torch.Tensor", gradients: "torch.Tensor", sums: dict[str, _CostSums] = sums
+                    name: str,
+                    inputs: "torch.Tensor",
+                    gradients: "torch.Tensor",
+                    routed: "Routed | None",
+                    sums: dict[str, _CostSums] = sums,
                 ) -> None:
-                    sums[name].add(inputs, gradients)
+                    sums[name].add(inputs, gradients, routed)
 
                 for index, chunk in enumerate(chunks):
                     generator = chunk_generator(options.seed, index)
@@ -147,14 +156,17 @@ class _CostSums:
         self._tokens = np.zeros(len(errors))
         self._sequences: list[npt.NDArray[np.float64]] = []
 
-    def add(self, inputs: "torch.Tensor", gradients: "torch.Tensor") -> None:
-        """Adds one draw over one sequence: inputs [length, n_in], gradients [length, n_out]."""
-        total = gradients.T @ inputs
+    def add(self, inputs: "torch.Tensor", gradients: "torch.Tensor", routed: "Routed | None" = None) -> None:
+        """Adds one draw over one sequence: inputs [rows, n_in], gradients [rows, n_out]."""
+        from bitladder.calibrate.gradients.torch_weights import weight_gradient
+
+        total = weight_gradient(inputs, gradients, routed)
         self._sequences.append((self._errors.flatten(1) @ total.flatten()).double().square().numpy())
-        if self._tokenwise:
-            for index, error in enumerate(self._errors):
-                changes = ((inputs @ error.T) * gradients).sum(1)
-                self._tokens[index] += float(changes.double().square().sum())
+        if not self._tokenwise:
+            return
+        for index, error in enumerate(self._errors):
+            changes = _changes(inputs, gradients, error, routed)
+            self._tokens[index] += float(changes.double().square().sum())
 
     def finish(self, length: int) -> dict[str, FisherCost]:
         """Costs per token from the sums."""
@@ -167,3 +179,18 @@ class _CostSums:
             key: FisherCost(float(means[i]), float(errors[i]), float(tokens[i]) if self._tokenwise else None)
             for i, key in enumerate(self._keys)
         }
+
+
+def _changes(
+    inputs: "torch.Tensor", gradients: "torch.Tensor", error: "torch.Tensor", routed: "Routed | None"
+) -> "torch.Tensor":
+    """gᵀ ΔW x of each token, [tokens]; of experts the sum over those of the token."""
+    import torch
+
+    if routed is None:
+        return ((inputs @ error.T) * gradients).sum(1)
+    changes = gradients.new_zeros(int(routed.tokens.max()) + 1)
+    for expert, matrix in enumerate(torch.split(error, gradients.shape[1])):
+        rows = slice(sum(routed.counts[:expert]), sum(routed.counts[: expert + 1]))
+        changes.index_add_(0, routed.tokens[rows], ((inputs[rows] @ matrix.T) * gradients[rows]).sum(1))
+    return changes

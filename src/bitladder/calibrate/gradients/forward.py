@@ -17,7 +17,7 @@ from bitladder.calibrate.gradients.torch_weights import Layers, Tap, TorchWeight
 from bitladder.engine import Floats, Tokens
 from bitladder.errors import GradientsError
 from bitladder.files import Closing
-from bitladder.gguf import GgufFile, block_of
+from bitladder.gguf import GgufFile, block_of, prediction_tensors
 
 CHECKED_TOKENS = 128  # of the first chunk, whose logits are compared before work starts
 HEAD_ROWS = 128  # positions whose logits are made at once
@@ -72,8 +72,12 @@ class TorchModel(Closing):
         self._layers.half = half
 
     def shape(self, name: str) -> tuple[int, int]:
-        """(n_out, n_in) of a weight."""
+        """(n_out, n_in) of a weight, or of each of its experts."""
         return self.weights.shape(name)
+
+    def experts(self, name: str) -> int:
+        """Matrices of a weight: its experts, or 1."""
+        return self.weights.matrices(name)
 
     def _probe(self) -> None:
         """Runs two tokens: every tensor must be there, and this forward pass must use all that are there."""
@@ -81,7 +85,8 @@ class TorchModel(Closing):
             self.logits(np.zeros(2, np.int32))
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:  # of foreign modules
             raise GradientsError(f"{self.path.name}: transformers' modules fail: {error}") from error
-        unused = self.weights.unused()
+        heads = set(prediction_tensors(self._file))
+        unused = [name for name in self.weights.unused() if name not in heads]
         if unused:
             raise GradientsError(f"{self.path.name}: the torch forward pass has no use for tensor {unused[0]}")
 
@@ -208,7 +213,7 @@ class TorchModel(Closing):
         gradient.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.float32))
         gradient = self.modules.before_head(gradient, products)
         if tap is not None:
-            tap(self.head, hidden, gradient)
+            tap(self.head, hidden, gradient, None)
         return self._layers.back(gradient, self.head), torch.linalg.vecdot(gradient, gradient)
 
 

@@ -6,6 +6,7 @@ again from its stream and differentiated from the gradient that the segment abov
 twice forward and once back; one that is a single segment once forward and once back.
 """
 
+import collections
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 
@@ -13,16 +14,18 @@ import torch
 
 from bitladder.calibrate.gradients.entry_sums import EntryPlan, EntrySums, OutputShape, sums_bytes
 from bitladder.calibrate.gradients.forward import HEAD_ROWS, TorchModel
+from bitladder.calibrate.gradients.torch_weights import Routed
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions
 from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine import Tokens
-from bitladder.errors import UsageError
+from bitladder.errors import GradientsError, UsageError
 from bitladder.gguf import block_of, kind_of
 from bitladder.progress import Bar, Progress
 
 MOST_STATE = 2 << 30  # bytes of sums of a segment: what is saved each minute
 BASE_BYTES = 600 << 20  # of a process that has loaded torch and the library
 _HEADS, _WIDE = ("attn_q", "attn_k"), ("ffn_gate", "ffn_up")
+_SHARED = {"ffn_up": "ffn_gate", "ffn_up_exps": "ffn_gate_exps"}  # kinds with one input
 NEXT_STOP = "segments"  # the piece that says which block is the first whose entries are finished
 
 
@@ -57,21 +60,20 @@ def choose_matrices(model: TorchModel, names: Collection[str] | None) -> list[st
 def plan_entries(model: TorchModel, names: Sequence[str], options: GradientOptions) -> list[EntryPlan]:
     """The entries of some weights, in the order of the names: gate and up share one."""
     plans = []
-    gates = [name for name in names if kind_of(name) == _WIDE[0]]
+    gates = {name: name.replace(kind, _SHARED[kind]) for name in names if (kind := kind_of(name)) in _SHARED}
+    ups = {gate: up for up, gate in gates.items() if gate in names}
     for name in names:
-        gate = name.replace(_WIDE[1], _WIDE[0])
-        if kind_of(name) == _WIDE[1] and gate in gates:
+        if gates.get(name) in ups:
             continue
-        up = name.replace(_WIDE[0], _WIDE[1])
-        shared = (name, up) if name in gates and up in names else (name,)
+        shared = (name, ups[name]) if name in ups else (name,)
         shapes = tuple(_output_shape(model, weight, options) for weight in shared)
-        plans.append(EntryPlan(shared, model.shape(name)[1], shapes))
+        plans.append(EntryPlan(shared, model.shape(name)[1], shapes, model.experts(name)))
     return plans
 
 
 def _output_shape(model: TorchModel, name: str, options: GradientOptions) -> OutputShape | None:
     n_out, kind = model.shape(name)[0], kind_of(name)
-    if not options.outputs or name == model.head:
+    if not options.outputs or name == model.head or model.experts(name) > 1:
         return None
     if kind in _WIDE:
         return OutputShape(1, n_out, options.rank)
@@ -103,7 +105,7 @@ def plan_segments(
     kept, last = 0, stop
     for block in range(stop - 1, lowest - 1, -1):
         own = sum(sums_bytes(plan, sketch) for plan in by_block.get(block, []))
-        graph = _graph_bytes(model, length)
+        graph = _graph_bytes(model, block, length)
         if block + 1 < last and (sums + own > MOST_STATE or sums + own + kept + graph > memory):
             segments.append(Segment(block + 1, last, tuple(entries)))
             entries, sums, kept, last = [], 0, 0, block + 1
@@ -112,16 +114,34 @@ def plan_segments(
     return [*segments, Segment(min(lowest, last), last, tuple(entries))]
 
 
-def fixed_bytes(model: TorchModel) -> int:
-    """Bytes beside weights and sums: torch and the library, some logits, and the matrix that is factored."""
+def room_for_sums(model: TorchModel, plans: Sequence[EntryPlan], memory: int) -> int:
+    """Bytes of `memory` that are left for sums, beside the weights, and beside torch, some logits and factors.
+
+    Raises GradientsError where the experts of one block have larger sums than that: a block is never cut.
+    """
     widest = max(model.shape(name)[1] for name in model.matrices)
-    return BASE_BYTES + 5 * 4 * HEAD_ROWS * model.n_vocab + 3 * 4 * widest * widest
+    fixed = BASE_BYTES + 5 * 4 * HEAD_ROWS * model.n_vocab + 3 * 4 * widest * widest
+    room = memory - model.weights.most_bytes - fixed
+    sizes: collections.Counter[int | None] = collections.Counter()
+    for plan in plans:
+        if plan.experts > 1:
+            sizes[block_of(plan.names[0])] += sums_bytes(plan, 0)
+    block, size = max(sizes.items(), key=lambda item: item[1], default=(None, 0))
+    if size > max(room, 0):
+        raise GradientsError(
+            f"{model.path.name}: the sums of the experts of block {block} take {size / 2**30:.2g} GiB, and "
+            f"{max(room, 0) / 2**30:.2g} GiB of memory are left for them; gradients need a larger --memory"
+        )
+    return room
 
 
-def _graph_bytes(model: TorchModel, length: int) -> int:
+def _graph_bytes(model: TorchModel, block: int, length: int) -> int:
     """Bytes that the backward pass of a block keeps: some arrays of each width, as measured."""
-    widths = [model.shape(name) for name in model.matrices if block_of(name) == 0]
-    return 4 * length * (3 * sum(n_out for n_out, _ in widths) + 12 * model.modules.width)
+    rows = 0
+    for name in model.matrices:
+        if block_of(name) == block:
+            rows += model.shape(name)[0] * (model.modules.used_experts if model.experts(name) > 1 else 1)
+    return 4 * length * (3 * rows + 12 * model.modules.width)
 
 
 def chunk_generator(seed: int, index: int) -> torch.Generator:
@@ -218,8 +238,8 @@ class GradientPass:
         else:
             stream = model.embed(self._chunks[index])
 
-        def tap(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-            entries[name].add(name, inputs, gradients)
+        def tap(name: str, inputs: torch.Tensor, gradients: torch.Tensor, routed: Routed | None) -> None:
+            entries[name].add(name, inputs, gradients, routed)
 
         part = model.differentiable(stream, segment.first, segment.stop, entries.keys() - {model.head}, tap)
         generator = chunk_generator(self._options.seed, index)

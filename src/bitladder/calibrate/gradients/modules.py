@@ -3,7 +3,8 @@
 A model is made without weights. Its linear layers are then replaced by products with the file's tensors, which are read
 when they are needed (`layers.Layers`); all other parameters, which are vectors, are filled in. Tensors are found by
 gguf's map of names. llama.cpp's converter changes two things that have to be undone: rows of q and k are permuted where
-its rope rotates neighbours, and 1 is added to the weights of some norms.
+its rope rotates neighbours, and 1 is added to the weights of some norms. The experts of a block are one module, called
+with the experts that the router chose for each token; its stacked weights are tensors of the file.
 """
 
 import sys
@@ -15,12 +16,14 @@ import torch
 from torch import nn
 
 from bitladder.calibrate.gradients.configuration import DIVISORS, EMBEDDING, configuration
-from bitladder.calibrate.gradients.torch_weights import Layers
+from bitladder.calibrate.gradients.torch_weights import Layers, Routed
 from bitladder.engine import Model
 from bitladder.errors import GradientsError
 from bitladder.gguf import GgufFile
 
 _PERMUTED = ("attn_q", "attn_k")
+_STACKED = {"gate_up_proj", "down_proj"}  # parameters of a module of experts
+_ROUTER, _CHOICE = "ffn_gate_inp", "exp_probs_b.bias"  # what is added for the choice of experts
 
 
 class _Product(nn.Module):
@@ -37,6 +40,33 @@ class _Product(nn.Module):
         # Neighbours (2i, 2i + 1) of a head become the halves i and n/2 + i.
         pairs = outputs.view(*outputs.shape[:-1], self._heads, -1, 2)
         return pairs.transpose(-1, -2).flatten(-3)
+
+
+class _Experts(nn.Module):
+    """The experts of a block: each multiplies the tokens that are routed to it.
+
+    Parameters:
+        layers: the products.
+        block: number of the block.
+        gate: makes [rows, f] of the outputs of gate and up, [rows, 2 f].
+    """
+
+    def __init__(self, layers: Layers, block: int, gate: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._layers, self._gate = layers, gate
+        self._names = [f"blk.{block}.ffn_{part}_exps" for part in ("gate", "up", "down")]
+        self._count = layers.weights.matrices(f"{self._names[0]}.weight")
+
+    def forward(self, inputs: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """Inputs [tokens, width]; the experts of each token, and what each counts, [tokens, used]."""
+        order = chosen.reshape(-1).argsort(stable=True)
+        tokens = order // chosen.shape[1]
+        routed = Routed(tuple(chosen.reshape(-1).bincount(minlength=self._count).tolist()), tokens)
+        gate, up, down = self._names
+        rows = inputs[tokens]
+        inner = self._gate(torch.cat([self._layers.linear(rows, name, routed) for name in (gate, up)], -1))
+        outputs = self._layers.linear(inner, down, routed) * shares.reshape(-1)[order, None]
+        return torch.zeros_like(inputs).index_add(0, tokens, outputs)
 
 
 class _Embedding(nn.Module):
@@ -76,6 +106,7 @@ class Modules:
         width: numbers of a hidden state.
         head_dim: numbers of a head of queries.
         window: positions that some block sees at most; None if all see all.
+        used_experts: experts that multiply a token; 1 in a dense model.
 
     Raises:
         GradientsError: transformers has no such model, or the file lacks a tensor of it.
@@ -99,6 +130,7 @@ class Modules:
         self.width: int = config.hidden_size
         self.head_dim: int = config.head_dim
         self.window: int | None = config.sliding_window
+        self.used_experts: int = getattr(config, "num_experts_per_tok", None) or 1
         architectures = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}
         if file.architecture not in architectures:
             raise GradientsError(f"{self._name}: gguf does not know the architecture {file.architecture!r}")
@@ -154,11 +186,11 @@ class Modules:
 
     def _behind_head(self, raw: torch.Tensor) -> torch.Tensor:
         """What the model does to the products with its head: the model runs without blocks and head."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
         class Given(nn.Module):
             def forward(self, *_: Any, **__: Any) -> Any:
-                return BaseModelOutputWithPast(last_hidden_state=raw[None])
+                return MoeModelOutputWithPast(last_hidden_state=raw[None])
 
         prefix = self._causal.base_model_prefix
         setattr(self._causal, prefix, Given())
@@ -214,6 +246,8 @@ class Modules:
                 setattr(parent, name.rpartition(".")[2], _Embedding(self._layers, scale))
             elif any(part.endswith("inv_freq") for part, _ in module.named_buffers(recurse=False)):
                 setattr(parent, name.rpartition(".")[2], self._rotary(module, file))
+            elif own.keys() & _STACKED:
+                setattr(parent, name.rpartition(".")[2], self._experts(name, module, own))
             elif own:
                 self._fill_vectors(name, module, own)
         left = [name for name, buffer in self._causal.named_buffers() if buffer.is_meta]
@@ -221,8 +255,19 @@ class Modules:
         if left:
             raise GradientsError(f"{self._name}: transformers' {left[0]} is in no tensor of the file")
 
+    def _experts(self, name: str, module: Any, own: dict[str, nn.Parameter]) -> _Experts:
+        usual = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+        if own.keys() != _STACKED or any(getattr(module, key, value) != value for key, value in usual.items()):
+            raise GradientsError(f"{self._name}: transformers' experts {name} have a form without gradients here")
+        return _Experts(self._layers, self._block(name), module._apply_gate)
+
+    def _block(self, module: str) -> int:
+        """The block that a module is in."""
+        return int(module.partition(f".{self._stack_name}.")[2].split(".")[0])
+
     def _fill_vectors(self, name: str, module: Any, own: dict[str, nn.Parameter]) -> None:
-        tensor = self._tensor(name)
+        router = own.keys() == {"weight"} and own["weight"].dim() == 2
+        tensor = f"blk.{self._block(name)}.{_ROUTER}" if router else self._tensor(name)
         for part, parameter in own.items():
             if not self._layers.weights.has(f"{tensor}.{part}"):
                 raise GradientsError(f"{self._name}: there is no tensor {tensor}.{part}")
@@ -230,6 +275,11 @@ class Modules:
             if values.shape != parameter.shape:
                 raise GradientsError(f"{self._name}: {tensor}.{part} has another shape than transformers' {name}")
             setattr(module, part, nn.Parameter(values.clone(), requires_grad=False))
+        if router:
+            for part, _ in module.named_buffers(recurse=False):
+                if self._layers.weights.has(f"blk.{self._block(name)}.{_CHOICE}"):
+                    setattr(module, part, self._layers.weights.get(f"blk.{self._block(name)}.{_CHOICE}").clone())
+            return
         if set(own) == {"weight"} and _adds_one(module):
             module.weight = nn.Parameter(module.weight - 1, requires_grad=False)
 

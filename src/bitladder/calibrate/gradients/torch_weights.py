@@ -3,7 +3,8 @@
 As many tensors are in memory as a budget allows.
 """
 
-from collections.abc import Callable, Collection
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +12,33 @@ import torch
 from bitladder.engine import RowKernels
 from bitladder.errors import GradientsError
 from bitladder.files import Closing
-from bitladder.gguf import GgufFile
+from bitladder.gguf import GgufFile, TensorInfo
 
-# What a tap is shown during the backward pass: a weight's name, its input [tokens, n_in], and the gradient of the
-# objective with respect to its output [tokens, n_out].
-Tap = Callable[[str, torch.Tensor, torch.Tensor], None]
+
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """Which expert multiplies each row of an input. Rows are in the order of the experts.
+
+    Parameters:
+        counts: rows of each expert.
+        tokens: the token of each row, int64 [rows].
+    """
+
+    counts: tuple[int, ...]
+    tokens: torch.Tensor
+
+    def parts(self) -> Iterator[tuple[int, slice]]:
+        """Each expert that has rows, and its rows."""
+        start = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                yield expert, slice(start, start + count)
+            start += count
+
+
+# What a tap is shown during the backward pass: a weight's name, its input [rows, n_in], the gradient of the objective
+# with respect to its output [rows, n_out], and the experts of the rows. Without experts a row is a token.
+Tap = Callable[[str, torch.Tensor, torch.Tensor, Routed | None], None]
 
 
 class TorchWeights(Closing):
@@ -28,8 +51,8 @@ class TorchWeights(Closing):
     def __init__(self, file: GgufFile, memory: int, threads: int | None = None) -> None:
         self._file = file
         self._memory = self._room = memory
-        self._kept: dict[str, torch.Tensor] = {}
-        self._halves: dict[str, torch.Tensor] = {}
+        self._kept: dict[tuple[str, int], torch.Tensor] = {}
+        self._halves: dict[tuple[str, int], torch.Tensor] = {}
         self._kernels = RowKernels(threads)
         self.used: set[str] = set()
 
@@ -54,44 +77,57 @@ class TorchWeights(Closing):
         return name in self._file.tensors
 
     def shape(self, name: str) -> tuple[int, int]:
-        """(rows, width) of a tensor; a vector has one row. Raises GradientsError for a name that is not there."""
+        """(rows, width) of a matrix of a tensor; a vector has one row. Raises GradientsError for an unknown name."""
+        tensor = self._tensor(name)
+        return tensor.rows_per_matrix, tensor.width
+
+    def matrices(self, name: str) -> int:
+        """Matrices of a tensor: its experts, or 1. Raises GradientsError for a name that is not there."""
+        tensor = self._tensor(name)
+        return tensor.rows // tensor.rows_per_matrix
+
+    def get(self, name: str, matrix: int = 0) -> torch.Tensor:
+        """A matrix of a tensor, float32 [rows, width], or [width] for a vector. Raises GradientsError as `shape`."""
+        self.used.add(name)
+        kept = self._kept.get((name, matrix))
+        return self._keep(self._kept, name, matrix, self._read(name, matrix)) if kept is None else kept
+
+    def get_half(self, name: str, matrix: int = 0) -> torch.Tensor:
+        """`get` in bfloat16. Values that `replace` put there do not count."""
+        self.used.add(name)
+        kept = self._halves.get((name, matrix))
+        return self._keep(self._halves, name, matrix, self._read(name, matrix).bfloat16()) if kept is None else kept
+
+    def _tensor(self, name: str) -> TensorInfo:
         tensor = self._file.tensors.get(name)
         if tensor is None:
             raise GradientsError(f"{self._file.path.name} has no tensor {name}")
-        return tensor.rows, tensor.width
+        return tensor
 
-    def get(self, name: str) -> torch.Tensor:
-        """float32 [rows, width], or [width] for a vector. Raises GradientsError for a name that is not there."""
-        self.used.add(name)
-        kept = self._kept.get(name)
-        return self._keep(self._kept, name, self._read(name)) if kept is None else kept
-
-    def get_half(self, name: str) -> torch.Tensor:
-        """`get` in bfloat16. Values that `replace` put there do not count."""
-        self.used.add(name)
-        kept = self._halves.get(name)
-        return self._keep(self._halves, name, self._read(name).bfloat16()) if kept is None else kept
-
-    def _read(self, name: str) -> torch.Tensor:
-        _, width = self.shape(name)
+    def _read(self, name: str, matrix: int) -> torch.Tensor:
+        rows, width = self.shape(name)
         tensor = self._file.tensors[name]
-        values = torch.from_numpy(self._kernels.dequantize(self._file.read(tensor), tensor.type, width))
+        data = self._file.read(tensor, matrix * rows, (matrix + 1) * rows)
+        values = torch.from_numpy(self._kernels.dequantize(data, tensor.type, width))
         return values.reshape(width) if len(tensor.shape) == 1 else values
 
-    def _keep(self, kept: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> torch.Tensor:
+    def _keep(
+        self, kept: dict[tuple[str, int], torch.Tensor], name: str, matrix: int, values: torch.Tensor
+    ) -> torch.Tensor:
         if values.nbytes <= self._room:
             self._room -= values.nbytes
-            kept[name] = values
+            kept[name, matrix] = values
         return values
 
     def replace(self, name: str, values: torch.Tensor) -> None:
-        """Gives a tensor other values, of the shape that `get` returns. They stay in memory."""
-        self._kept[name] = values
+        """Gives a tensor other values, float32 [rows of all matrices, width]. They stay in memory."""
+        for matrix, part in enumerate(torch.split(values, self.shape(name)[0])):
+            self._kept[name, matrix] = part
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
         """Some rows of a matrix, float32 [len(indices), width]."""
         self.used.add(name)
-        kept = self._kept.get(name)
+        kept = self._kept.get((name, 0))
         if kept is not None:
             return kept[indices]
         _, width = self.shape(name)
@@ -111,20 +147,22 @@ class _Multiply(torch.autograd.Function):
     """y = x Wᵀ. W is read when it is needed and not kept in the graph; x is kept only if the tap wants it."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, layers: "Layers", name: str) -> torch.Tensor:
-        ctx.layers, ctx.name = layers, name
+    def forward(ctx: Any, inputs: torch.Tensor, layers: "Layers", name: str, routed: Routed | None) -> torch.Tensor:
+        ctx.layers, ctx.name, ctx.routed = layers, name, routed
         ctx.tapped = name in layers.tapped
         if ctx.tapped:
             ctx.save_for_backward(inputs)
-        return layers.multiply(inputs, name)
+        return layers.multiply(inputs, name, routed)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         layers, (gradient,) = ctx.layers, gradients
         if ctx.tapped:
             (inputs,) = ctx.saved_tensors
-            layers.tap(ctx.name, inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
-        return (layers.back(gradient, ctx.name) if ctx.needs_input_grad[0] else None), None, None
+            rows = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+            layers.tap(ctx.name, *rows, ctx.routed)
+        down = layers.back(gradient, ctx.name, ctx.routed) if ctx.needs_input_grad[0] else None
+        return down, None, None, None
 
 
 class Layers:
@@ -142,26 +180,55 @@ class Layers:
         self.tap: Tap = nothing
         self.multiplied: dict[str, None] = {}  # weights in the order of their first use
 
-    def multiply(self, inputs: torch.Tensor, name: str) -> torch.Tensor:
-        """Inputs [..., n_in] times the transpose of a weight, float32."""
-        if not self.half:
-            return inputs @ self.weights.get(name).T
-        return (inputs.bfloat16() @ self.weights.get_half(name).T).float()
+    def multiply(self, inputs: torch.Tensor, name: str, routed: Routed | None = None) -> torch.Tensor:
+        """Inputs [..., n_in] times the transpose of a weight, float32; rows that are routed, times their experts."""
+        n_out, _ = self.weights.shape(name)
+        if routed is None:
+            return self._product(inputs, name, 0, transposed=True)
+        outputs = inputs.new_empty(len(inputs), n_out)
+        for expert, rows in routed.parts():
+            outputs[rows] = self._product(inputs[rows], name, expert, transposed=True)
+        return outputs
 
-    def back(self, gradient: torch.Tensor, name: str) -> torch.Tensor:
+    def back(self, gradient: torch.Tensor, name: str, routed: Routed | None = None) -> torch.Tensor:
         """The derivative by the inputs of a weight, from that by its outputs: `gradient` times the weight."""
-        if not self.half:
-            return gradient @ self.weights.get(name)
-        return (gradient.bfloat16() @ self.weights.get_half(name)).float()
+        if routed is None:
+            return self._product(gradient, name, 0)
+        _, n_in = self.weights.shape(name)
+        inputs = gradient.new_empty(len(gradient), n_in)
+        for expert, rows in routed.parts():
+            inputs[rows] = self._product(gradient[rows], name, expert)
+        return inputs
 
-    def linear(self, inputs: torch.Tensor, prefix: str) -> torch.Tensor:
+    def _product(self, rows: torch.Tensor, name: str, matrix: int, *, transposed: bool = False) -> torch.Tensor:
+        """Rows times a matrix of a weight. A vector of the file is a matrix of one row."""
+        get = self.weights.get_half if self.half else self.weights.get
+        weight = get(name, matrix).view(self.weights.shape(name))
+        weight = weight.T if transposed else weight
+        return (rows.bfloat16() @ weight).float() if self.half else rows @ weight
+
+    def linear(self, inputs: torch.Tensor, prefix: str, routed: Routed | None = None) -> torch.Tensor:
         """Multiplies by PREFIX.weight and adds PREFIX.bias where the file has one."""
         self.multiplied.setdefault(f"{prefix}.weight")
-        product: torch.Tensor = _Multiply.apply(inputs, self, f"{prefix}.weight")  # type: ignore[no-untyped-call]
+        product: torch.Tensor = _Multiply.apply(inputs, self, f"{prefix}.weight", routed)  # type: ignore[no-untyped-call]
         bias = f"{prefix}.bias"
         return product + self.weights.get(bias) if self.weights.has(bias) else product
 
 
-def nothing(name: str, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+def weight_gradient(inputs: torch.Tensor, gradients: torch.Tensor, routed: Routed | None) -> torch.Tensor:
+    """The derivative by a weight, Σ g xᵀ over rows: [n_out, n_in], those of all experts below each other.
+
+    The parameters are what a tap is shown.
+    """
+    if routed is None:
+        return gradients.T @ inputs
+    n_out = gradients.shape[1]
+    whole = gradients.new_zeros(len(routed.counts) * n_out, inputs.shape[1])
+    for expert, rows in routed.parts():
+        whole[expert * n_out : (expert + 1) * n_out] = gradients[rows].T @ inputs[rows]
+    return whole
+
+
+def nothing(name: str, inputs: torch.Tensor, gradient: torch.Tensor, routed: Routed | None) -> None:
     """A tap that does nothing."""
-    del name, inputs, gradient
+    del name, inputs, gradient, routed

@@ -50,6 +50,7 @@ GRADIENT_MOMENTS = Algorithm(
         "of gate and up of low rank; products with weights in bfloat16 where the CPU has them",
         "the forward pass is that of transformers' modules",
         "factorizations and sums are computed in one thread: the same bytes by any number of threads",
+        "each expert has moments of the tokens that are routed to it",
     ),
 )
 # Parts of the names of what is kept of a matrix, as in the file.
@@ -85,14 +86,15 @@ class GradientOptions(Options):
 class GradientMoments:
     """Moments of one weight. w and v are leverages, divided by their means.
 
-    With too few chunks, and without outputs (never known of a head), w is ‖g‖² divided by its mean, and v = 1.
+    With too few chunks, and without outputs (never known of a head, nor of experts), w is ‖g‖² divided by its mean, and
+    v = 1. The mean is that of the expert.
 
     Parameters:
         name: the weight.
         tokens: tokens that were read.
-        inputs: E[w xxᵀ], float32 [n_in, n_in]. w of gate and up is the sum of both.
-        outputs: E[v ggᵀ] in squared nats, float32 [n_out, n_out]; None for the head. That of q and k is 0 between
-            heads; that of gate and up is of low rank, but for its diagonal.
+        inputs: E[w xxᵀ], float32 [n_in, n_in]; of experts [experts, n_in, n_in]. w of gate and up is the sum of both.
+        outputs: E[v ggᵀ] in squared nats, float32 [n_out, n_out]; None for the head and experts. That of q and k is 0
+            between heads; that of gate and up is of low rank, but for its diagonal.
         by_position: mean of ‖g‖² at each position of a chunk, divided by its mean over all, float32 [n_ctx].
     """
 
@@ -140,7 +142,9 @@ def weighted_moments(
         work = UnfinishedWork(pathlib.Path(folder) / "moments", "", seconds=float("inf"))
         for entries in gradient_pass(model, chunks, names, options, memory, work, threads).run(progress):
             for entry in entries:
-                inputs = unpack_blocks(entry.packed_inputs())
+                experts = range(entry.plan.experts)
+                inputs = np.stack([unpack_blocks(entry.packed_inputs(expert)) for expert in experts])
+                inputs = inputs if len(inputs) > 1 else inputs[0]
                 for name in entry.plan.names:
                     outputs = entry.kept_outputs(name)
                     whole = None if outputs is None else outputs.matrix()
@@ -180,9 +184,10 @@ def gradient_pass(
         work: keeps what is finished.
         threads: threads of the CPU.
     """
-    from bitladder.calibrate.gradients.gradient_pass import GradientPass, choose_matrices, fixed_bytes, plan_entries
+    from bitladder.calibrate.gradients.gradient_pass import GradientPass, choose_matrices, plan_entries, room_for_sums
 
     plans = plan_entries(model, choose_matrices(model, names), options)
+    room = room_for_sums(model, plans, memory)
     try:
         check_logits(model.path, model.checked(chunks[0]), threads=threads, ours=model)
     except BitladderError:
@@ -190,7 +195,6 @@ def gradient_pass(
             raise
         model.half = False  # bfloat16 alone can move the logits of a model too far
         check_logits(model.path, model.checked(chunks[0]), threads=threads, ours=model)
-    room = memory - model.weights.most_bytes - fixed_bytes(model)
     return GradientPass(model, chunks, plans, options, room, work)
 
 
@@ -222,12 +226,22 @@ def moments_by_gradients(
         plans = plan_entries(ours, choose_matrices(ours, None), options)
         for entries in gradient_pass(ours, chunks, None, options, memory, work, threads).run(progress):
             for entry in entries:
-                _keep(work, f"{entry.plan.names[0]}.inputs", Correlations.of(entry.packed_inputs()))
+                for expert in range(entry.plan.experts):
+                    _keep(work, _inputs(entry.plan, expert), Correlations.of(entry.packed_inputs(expert)))
+                work.put(_counts(entry.plan), entry.counts())
                 for name in entry.plan.names:
                     outputs = entry.kept_outputs(name)
                     if outputs is not None:
                         _keep(work, f"{name}.outputs", outputs)
-    return KeptMoments(plans[::-1], work, chunks.size, provenance)
+    return KeptMoments(plans[::-1], work, provenance)
+
+
+def _inputs(plan: "EntryPlan", expert: int) -> str:
+    return f"{plan.names[0]}.inputs {expert}"
+
+
+def _counts(plan: "EntryPlan") -> str:
+    return f"{plan.names[0]}.counts"
 
 
 def _keep(work: UnfinishedWork, name: str, kept: Correlations | LowRank) -> None:
@@ -236,11 +250,11 @@ def _keep(work: UnfinishedWork, name: str, kept: Correlations | LowRank) -> None
 
 
 class KeptMoments:
-    """Moments in the folder of unfinished work, over `tokens` tokens, as a MomentsSource."""
+    """Moments in the folder of unfinished work, as a MomentsSource."""
 
-    def __init__(self, plans: Sequence["EntryPlan"], work: UnfinishedWork, tokens: int, provenance: Provenance) -> None:
+    def __init__(self, plans: Sequence["EntryPlan"], work: UnfinishedWork, provenance: Provenance) -> None:
         self.provenance = provenance
-        self._work, self._tokens = work, tokens
+        self._work = work
         self._plans = {name: plan for plan in plans for name in plan.names}
 
     def names(self) -> list[str]:
@@ -255,15 +269,15 @@ class KeptMoments:
         """See MomentsSource."""
         plan = self._plans[name]
         outputs = plan.outputs[plan.names.index(name)]
-        return MomentShape(1, plan.n_in, **({} if outputs is None else outputs.moment_shape))
+        return MomentShape(plan.experts, plan.n_in, **({} if outputs is None else outputs.moment_shape))
 
     def counts(self, name: str) -> npt.NDArray[np.int64]:
         """See MomentsSource."""
-        return np.array([self._tokens], np.int64)
+        return np.asarray(self._work.get(_counts(self._plans[name])), np.int64)
 
     def packed(self, name: str, matrix: int = 0) -> Floats:
         """See MomentsSource."""
-        packed: Floats = Correlations(*self._kept(f"{self.entry(name)}.inputs")).packed()[matrix]
+        packed: Floats = Correlations(*self._kept(_inputs(self._plans[name], matrix))).packed()[0]
         return packed
 
     def outputs(self, name: str) -> Correlations | LowRank | None:

@@ -10,7 +10,7 @@ from bitladder.ladder import cost
 from bitladder.ladder.context import BASE, Run
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.steps.naive import preset_file
-from bitladder.ladder.steps.quantize import library_part, quant_bytes
+from bitladder.ladder.steps.quantize import library_part, preset_decides, quant_bytes
 from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
 from bitladder.recipe import read_recipe
 from bitladder.rundir import naive
@@ -47,8 +47,7 @@ class Bench(Step):
         """What decides speeds, beside the machine. Here the numbers of threads and of layers on a GPU do."""
         decides: dict[str, Any] = {"bench_tests": self.options.bench_tests, "speed": self._speed()}
         if self.options.plans:
-            presets = tuple(quantize.QuantizeOptions(rung) for rung in self.options.rungs)
-            decides |= {"mode": self.options.mode, "quantization": presets}
+            decides |= {"mode": self.options.mode, **preset_decides(self.options, *self.options.rungs)}
         return decides
 
     def _speed(self) -> evaluate.SpeedOptions:

@@ -8,7 +8,7 @@ from bitladder import evaluate, quantize
 from bitladder.files import write_json
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.measure import divergence, keep_tokens, measure, measured_with, scoring, task_parts
-from bitladder.ladder.steps.quantize import library_part, quant_bytes, recipe_of
+from bitladder.ladder.steps.quantize import library_part, preset_decides, quant_bytes, recipe_of
 from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
 from bitladder.recipe import write_recipe
 from bitladder.rundir import naive
@@ -27,7 +27,7 @@ class Naive(Step):
 
     def decides(self) -> Mapping[str, Any]:
         """The preset, and how it is measured."""
-        return {"quantization": quantize.QuantizeOptions(self.label), **scoring(self)}
+        return {**preset_decides(self.options, self.label), **scoring(self)}
 
     def parts(self, extent: Extent) -> list[Part]:
         """Quantization by the library, and a measurement."""
@@ -58,7 +58,7 @@ def preset_file(run: Run, rung: str) -> Iterator[quantize.QuantizeResult]:
         yield quantize.quantize(
             run.full,
             file,
-            quantize.QuantizeOptions(rung),
+            run.options.quantization(rung),
             imatrix=run.files("imatrix")[0],
             threads=run.options.decoding.threads,
             progress=run.progress,

@@ -8,9 +8,9 @@ from bitladder.files import write_json
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run, read_json
 from bitladder.ladder.steps.price import ORIGINAL, SMOOTHED, planned_from, planning, swapped_bytes
+from bitladder.ladder.steps.quantize import preset_decides
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 from bitladder.plan import PLANNING, RENDERED, candidates, load_prices, plan_rung
-from bitladder.quantize import QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.trial import RENDERING
 
@@ -44,7 +44,7 @@ class PlanRung(Step):
 
     def decides(self) -> Mapping[str, Any]:
         """The target, how recipes are measured, and how blocks are rounded."""
-        return {"preset": QuantizeOptions(self.label), "mode": self.options.mode, **planning(self)}
+        return {**preset_decides(self.options, self.label), "mode": self.options.mode, **planning(self)}
 
     def parts(self, extent: Extent) -> list[Part]:
         """Recipes are measured."""

@@ -13,10 +13,10 @@ from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.steps.base import base_part
-from bitladder.ladder.steps.quantize import round_part
+from bitladder.ladder.steps.quantize import preset_decides, round_part
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.plan import PRICES, RENDERED, planning_text, price_rungs
-from bitladder.quantize import RUNGS, QuantizeOptions
+from bitladder.quantize import RUNGS
 from bitladder.refine import OUTPUT_ROUNDING
 
 # Types that are rendered for a ladder with rungs below 4 bits and for one without: their number, each counted by its
@@ -47,7 +47,7 @@ class Price(Step):
 
     def decides(self) -> Mapping[str, Any]:
         """The presets whose types are priced, how swaps are measured, and how blocks are rounded."""
-        return {"presets": [QuantizeOptions(preset) for preset in self._presets()], **planning(self)}
+        return {**preset_decides(self.options, *self._presets()), **planning(self)}
 
     def surroundings(self, run: Run) -> Mapping[str, Any]:
         """Whether a rung is made of the model."""
@@ -159,4 +159,5 @@ def planned_from(step: Step, *, smoothed: bool) -> tuple[str, ...]:
 def planning(step: Step) -> dict[str, Any]:
     """The options that decide prices and plans."""
     options = step.options
-    return {"planning": options.planning, "rounding": options.refine.rounding, "gpu": options.decoding.gpu_layers != 0}
+    planned = options.planning.replace(unreached_type=options.unreached_type)
+    return {"planning": planned, "rounding": options.refine.rounding, "gpu": options.decoding.gpu_layers != 0}

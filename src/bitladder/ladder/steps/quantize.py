@@ -60,7 +60,7 @@ class Quantize(Step):
     def decides(self) -> Mapping[str, Any]:
         """The preset, how blocks are rounded and tried, and how scales are tuned."""
         options = self.options
-        decides: dict[str, Any] = {"mode": options.mode, "quantization": quantize.QuantizeOptions(self.label)}
+        decides: dict[str, Any] = {"mode": options.mode, **preset_decides(options, self.label)}
         if options.rounds:
             refine = options.refine
             decides |= {"rounding": refine.rounding, "guard": refine.guard, "decoding": options.decoding}
@@ -160,7 +160,13 @@ class Quantize(Step):
 def types_of_rung(run: Run, rung: str) -> tuple[Any, quantize.QuantizeOptions]:
     """planned/RUNG.json, or None, and the types of the rung: those of the plan or of the preset."""
     plan = read_json(run.files(f"plan {rung}")[0]) if run.options.plans else None
-    return plan, quantize.QuantizeOptions(rung, types=None if plan is None else plan["types"])
+    return plan, run.options.quantization(rung, None if plan is None else plan["types"])
+
+
+def preset_decides(options: RunOptions, *rungs: str) -> dict[str, Any]:
+    """What decides the types of presets."""
+    presets = tuple(options.quantization(rung) for rung in rungs)
+    return {"quantization": presets, "unreached_type": options.unreached_type}
 
 
 def recipe_of(run: Run, result: quantize.QuantizeResult, name: str) -> Recipe:

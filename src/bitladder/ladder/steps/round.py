@@ -5,9 +5,8 @@ from typing import Any
 
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.quantize import ROUNDED, quant_bytes, rounding_part, types_of_rung
+from bitladder.ladder.steps.quantize import ROUNDED, preset_decides, quant_bytes, rounding_part, types_of_rung
 from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
-from bitladder.quantize import QuantizeOptions
 from bitladder.refine import OUTPUT_ROUNDING, round_ahead
 from bitladder.trial import RENDERING
 
@@ -43,8 +42,7 @@ class Round(Step):
 
     def decides(self) -> Mapping[str, Any]:
         """The presets, and how blocks are rounded."""
-        presets = tuple(QuantizeOptions(rung) for rung in self.options.rungs)
-        return {"quantization": presets, "rounding": self.options.refine.rounding}
+        return {**preset_decides(self.options, *self.options.rungs), "rounding": self.options.refine.rounding}
 
     def parts(self, extent: Extent) -> list[Part]:
         """Each tensor is rounded in all types that it has in some rung."""
