@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # An error ΔW, float32 [n_out, n_in], or a function that makes it when it is needed.
 Error = Floats | Callable[[], Floats]
 
-FISHER = Algorithm(
+FISHER: Algorithm = Algorithm(
     "Fisher costs",
     (
         "errors are summed over a sequence before they are squared",

@@ -15,7 +15,7 @@ from bitladder.evaluate.tasks.task import Answer, Question, QuestionSet, Skipped
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 
-TASKS = Algorithm("tasks", ("questions are drawn and scored as in llama-perplexity",))
+TASKS: Algorithm = Algorithm("tasks", ("questions are drawn and scored as in llama-perplexity",))
 
 MIN_SEQUENCES = 4  # the least -np of llama-perplexity; questions with more choices need more
 _CELLS = 256  # the library rounds a context up to a multiple of this
