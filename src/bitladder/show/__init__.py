@@ -6,13 +6,14 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.show.comparison_tables import comparison_json, comparison_sections
-    from bitladder.show.doctor_table import diagnosis_json, diagnosis_table
     from bitladder.show.eval_tables import eval_tables
     from bitladder.show.heatmap import check_target, write_plot
     from bitladder.show.imatrix_view import print_view, view_differences, view_statistics
     from bitladder.show.ladder_tables import (
         RunDisplay,
         deletable,
+        diagnosis_json,
+        diagnosis_table,
         estimate_lines,
         estimate_table,
         ladder_json,
