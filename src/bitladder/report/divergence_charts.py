@@ -17,6 +17,9 @@ from bitladder.report.chart import LOOKS, Chart, axis, describe, errors, figure
 from bitladder.report.finished_run import FinishedRun, RunModel, TriedRecipe
 from bitladder.report.tables import count_text, gigabytes, with_error
 
+# Powers of ten. Sizes that differ by less, as those of a rung and its preset, would stand between two ticks of an axis.
+NARROW = 0.0008
+
 
 def pareto(run: FinishedRun) -> Chart | None:
     """The chart; None if no divergence was measured. The `meta` of a trace names its group.
@@ -37,7 +40,9 @@ def pareto(run: FinishedRun) -> Chart | None:
     losses += [] if apart else others
     # Labels stand to the left of their dots, so the leftmost one needs room. The range is in powers of ten.
     least, most = math.log10(min(sizes)), math.log10(max(sizes))
-    span = most - least or 0.1
+    if most - least < NARROW:
+        least, most = least - NARROW, most + NARROW
+    span = most - least
     return figure(
         data,
         x=axis("size in GB", sizes, range=[least - 0.18 * span, most + 0.06 * span]),
