@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 		--moments-chunks 8 --tune-chunks 16 --tasks continuation:pydoc:test --task-count 50 --no-bench
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check src tests benchmarks examples scripts

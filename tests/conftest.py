@@ -10,6 +10,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Tables follow the width of a terminal. pytest-xdist sets one for its workers.
 for _name in ("COLUMNS", "LINES"):
     os.environ.pop(_name, None)
+# Folders of the tests that take longest. Processes share files in this order, so that none has a long one at the end.
+LONGEST = ("ladder", "refine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of `LONGEST` come first."""
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
