@@ -124,6 +124,7 @@ def test_the_guard_reports_what_it_measured(rounded):
     assert all(after < before for before, after in rounded.losses.values())
 
 
+@pytest.mark.slow
 def test_a_guard_that_stops_early_decides_as_one_that_reads_all(tiny_gguf, prepared, held_out, monkeypatch):
     measured: list[int] = []
     kld_with = SwappedModel.kld_with

@@ -33,7 +33,7 @@ from bitladder.units import duration
 
 CHARACTERS = 4  # of a token, about
 # A matrix that is rounded to see how fast that goes, and the seconds that it takes on the reference core.
-ROUNDED, ROUNDED_SECONDS = (512, 1024), 0.55
+ROUNDED, ROUNDED_SECONDS = (256, 512), 0.12
 SIDE = 1024  # of a matrix that is multiplied for the same reason
 
 
