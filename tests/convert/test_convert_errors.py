@@ -15,7 +15,7 @@ import tiny_models
 from click.testing import CliRunner
 from heard import Heard
 
-from bitladder.cli.convert import convert_command
+from bitladder.cli.inputs import convert_command
 from bitladder.convert import checkpoint, checkpoint_files, convert, default_name, tensors
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import fetch_checkpoint

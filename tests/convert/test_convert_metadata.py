@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from heard import Heard
 
-from bitladder.cli.convert import convert_command
+from bitladder.cli.inputs import convert_command
 from bitladder.convert import convert, default_name
 from bitladder.files import LONGEST_NAME, file_name
 

@@ -28,15 +28,16 @@ MODULES = {
         "card": "Write the model card and the report of a run again.",
         "push": "Upload a finished run to the Hugging Face hub.",
     },
-    "convert": {
+    "inputs": {
         "doctor": "Say whether a model works, and what a run would do with it.",
         "convert": "Convert a Hugging Face checkpoint to a full-precision GGUF.",
+        "texts": "List the texts that there are to calibrate on and to measure with, and fetch them.",
+        "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
+        "stats": "Show what an importance matrix holds, or how two of them differ.",
     },
     "calibrate": {
-        "texts": "List the texts that there are to calibrate on and to measure with, and fetch them.",
         "imatrix": "Compute an importance matrix from calibration texts.",
         "calibrate": "Collect the calibration statistics that --rounding needs, and an imatrix.",
-        "stats": "Show what an importance matrix holds, or how two of them differ.",
     },
     "recipe": {
         "plan": "Choose the type of each tensor from measured costs, or rank blocks for pruning.",
@@ -54,7 +55,6 @@ MODULES = {
         "eval": "Measure perplexity and divergence from the full-precision model.",
         "compare": "Compare quants of one model from any maker: quality, types, origin, winner at equal size.",
         "bench": "Measure prompt processing and text generation in tokens per second.",
-        "tasks": "Show what a benchmark holds, and write it for llama-perplexity.",
     },
 }
 VERBS = {verb: about for verbs in MODULES.values() for verb, about in verbs.items()}

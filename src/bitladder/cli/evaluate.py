@@ -1,14 +1,14 @@
-"""What measures: `eval`, `compare` and `bench`, and the benchmarks that `tasks` shows."""
+"""What measures: `eval`, `compare` and `bench`."""
 
-import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import click
 
 from bitladder.cli.options import json_file, kept_results, options_from, warn_if_quantized
 from bitladder.cli.outputs import Command, OutputPath
-from bitladder.cli.typed import INPUT, Choice, FileOrName, Whole
+from bitladder.cli.typed import INPUT, Choice, FileOrName
 from bitladder.compare import CompareOptions, compare_quants
 from bitladder.errors import UsageError
 from bitladder.evaluate import (
@@ -36,6 +36,11 @@ from bitladder.show import (
 from bitladder.text import load_texts
 
 
+def _models(about: str) -> Callable[[Any], Any]:
+    """The option for the files that are measured; `about` is its help."""
+    return click.option("-m", "--model", "models", type=INPUT, multiple=True, required=True, help=about)
+
+
 @click.command(
     "eval",
     cls=Command,
@@ -45,15 +50,7 @@ from bitladder.text import load_texts
         "eval -m a.gguf -m b.gguf --tasks hellaswag,arc --task-count 400",
     ),
 )
-@click.option(
-    "-m",
-    "--model",
-    "models",
-    type=INPUT,
-    multiple=True,
-    required=True,
-    help="A GGUF file; may be repeated.",
-)
+@_models("A GGUF file; may be repeated.")
 @options_from(EvalOptions)
 @options_from(MeasureOptions, parameter="settings", leave_out=("n_ctx",))
 @kept_results
@@ -157,15 +154,7 @@ def compare_command(
     page="bench.md",
     examples=("bench -m a.gguf -m b.gguf -p 512 -n 128 -r 5",),
 )
-@click.option(
-    "-m",
-    "--model",
-    "models",
-    type=INPUT,
-    multiple=True,
-    required=True,
-    help="A GGUF file. Several files take turns, one repetition each.",
-)
+@_models("A GGUF file. Several files take turns, one repetition each.")
 @options_from(SpeedChoice, parameter="choice")
 @options_from(SpeedOptions)
 @click.option(
@@ -210,57 +199,3 @@ def _show_speeds(output: Output, rows: Sequence[SpeedRow], form: str, out: pathl
     if out:
         suffix = out.suffix.removeprefix(".")
         write_text(out, render(rows, suffix if suffix in FORMATS else "json"))
-
-
-@click.command(
-    "tasks",
-    cls=Command,
-    page="tasks.md",
-    examples=(
-        "tasks",
-        "tasks hellaswag:hellaswag_val.txt --task-count 400 -o drawn.txt",
-    ),
-)
-@click.argument("spec", metavar="[NAME[:SOURCE]]", required=False)
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    type=OutputPath("questions"),
-    help="Write the questions to this file, in llama-perplexity's format.",
-)
-@click.option(
-    "--task-count",
-    type=Whole(1),
-    help="Questions to draw, as `eval` draws them.  [default: all]",
-)
-@common_options
-def tasks_command(spec: str | None, out: pathlib.Path | None, task_count: int | None, *, output: Output) -> None:
-    """Read the benchmark NAME from SOURCE (a file, a folder, or by default the hub's data set), and show what it holds.
-
-    Without NAME all benchmarks are listed.
-    """
-    from bitladder.evaluate import export_task, load_task, parse_specs, summarize, task_command, task_meanings
-
-    if spec is None:
-        if output.json:
-            output.print_json(task_meanings())
-        else:
-            for name, meaning in task_meanings().items():
-                output.line(f"{name}: {meaning}")
-        return
-    specs = parse_specs(spec)
-    if len(specs) != 1:
-        raise UsageError("name one task at a time")
-    task = load_task(specs[0])
-    for note in task.notes:
-        output.progress.warn(note)
-    summary = summarize(task, task_count)
-    if out:
-        export_task(task, out, task_count)
-    if output.json:
-        output.print_json(dataclasses.asdict(summary))
-        return
-    output.line(str(summary))
-    if out:
-        output.line(f"wrote {out}; {task_command(task, out, summary.count)}")

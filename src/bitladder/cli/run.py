@@ -85,8 +85,7 @@ def estimate_command(*, output: Output, options: RunOptions, hours: float | None
     options = within_hours(options, hours)
     total = estimate(options)
     if output.json:
-        sums = {name: getattr(total, name) for name in ("seconds", "core_seconds", "memory_bytes", "disk_bytes")}
-        output.print_json(dataclasses.asdict(total) | sums)
+        output.print_json(dataclasses.asdict(total) | total.sums())
         return
     output.print(estimate_table(total))
     for text in estimate_lines(total):

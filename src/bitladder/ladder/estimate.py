@@ -107,6 +107,10 @@ class Estimate:
         """The most that the run directory has at any time."""
         return max(stage.disk_bytes for stage in self.stages)
 
+    def sums(self) -> dict[str, float]:
+        """Time, memory and disk of the whole run, as JSON values."""
+        return {name: getattr(self, name) for name in ("seconds", "core_seconds", "memory_bytes", "disk_bytes")}
+
 
 def estimate(options: RunOptions, *, machine: Machine | None = None, shape: ModelShape | None = None) -> Estimate:
     """What a run with these options takes if nothing of it is there yet.

@@ -307,11 +307,9 @@ SHOWN = 4  # kinds of tensors of a width that are named
 
 def diagnosis_json(diagnosis: Diagnosis, cost: Estimate | None = None) -> dict[str, Any]:
     """The diagnosis as a JSON value, with what a run takes."""
-    names = ("seconds", "core_seconds", "memory_bytes", "disk_bytes")
-    sums = None if cost is None else {name: getattr(cost, name) for name in names}
     facts = dataclasses.asdict(dataclasses.replace(diagnosis, shape=None))
     del facts["shape"]  # the estimate follows from it
-    return {"works": diagnosis.works, **facts, "estimate": sums}
+    return {"works": diagnosis.works, **facts, "estimate": None if cost is None else cost.sums()}
 
 
 def diagnosis_table(diagnosis: Diagnosis, cost: Estimate | None = None) -> Table:
