@@ -3,37 +3,24 @@
 A matrix of n × n numbers is kept whole, as the upper triangle in panels; or as equal diagonal blocks; or as its
 diagonal and its product with a few columns. A leverage says how far a row stands out from such a sum. An entry is one
 input, and the outputs of the weights that multiply it.
+
+Factorizations are computed in one thread: their last bits depend on the number of threads. Those of products do not.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from bitladder.calibrate.gradients.torch_weights import Routed
+from bitladder.calibrate.gradients.usable import torch_threads
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions
 from bitladder.calibrate.moments.triangles import Correlations, LowRank, triangle
 from bitladder.engine import Floats
 
 PANEL = 256  # rows of a whole matrix that are multiplied at once: half of the work of a full product
 LEAST = 1e-30  # a mean diagonal below this counts as 0
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside the context torch computes in one thread.
-
-    The last bits of a factorization depend on the number of threads. Those of products of matrices do not.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Gram:
@@ -112,7 +99,7 @@ class LowRankGram:
         self.width = width
         rank = min(rank, width)
         random = torch.randn(width, rank, generator=torch.Generator().manual_seed(width))
-        with one_thread():
+        with torch_threads(1):
             self._columns = torch.linalg.qr(random).Q.contiguous()
         self._products = torch.zeros(width, rank)
         self._diagonal = torch.zeros(width)
@@ -127,7 +114,7 @@ class LowRankGram:
         """The diagonal, as blocks of one number: float32 [width, 1, 1]."""
         return self._diagonal[:, None, None].clone()
 
-    @one_thread()
+    @torch_threads(1)
     def low_rank(self, total: float) -> LowRank:
         """The mean: sums divided by `total`."""
         core = (self._columns.T @ self._products).double()
@@ -139,7 +126,7 @@ class LowRankGram:
         factors = torch.linalg.solve_triangular(lower, self._products.double().T, upper=False).T
         return LowRank.of((factors / total**0.5).float().numpy(), (self._diagonal / total).numpy())
 
-    @one_thread()
+    @torch_threads(1)
     def clear(self) -> None:
         """Starts again from 0, with other columns."""
         self._columns.copy_(torch.linalg.qr(self._products).Q)
@@ -167,7 +154,7 @@ class Leverage:
     def __init__(self, width: int, blocks: int, sketch: int) -> None:
         self.roots = torch.zeros(blocks, min(sketch, width), width)
 
-    @one_thread()
+    @torch_threads(1)
     def learn(self, gram: Gram | LowRankGram, damping: float) -> None:
         """Takes G and λ. Until then each leverage is 0."""
         count, width = self.roots.shape[1:]

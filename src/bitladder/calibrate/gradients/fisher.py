@@ -189,8 +189,7 @@ def _changes(
 
     if routed is None:
         return ((inputs @ error.T) * gradients).sum(1)
-    changes = gradients.new_zeros(int(routed.tokens.max()) + 1)
-    for expert, matrix in enumerate(torch.split(error, gradients.shape[1])):
-        rows = slice(sum(routed.counts[:expert]), sum(routed.counts[: expert + 1]))
-        changes.index_add_(0, routed.tokens[rows], ((inputs[rows] @ matrix.T) * gradients[rows]).sum(1))
+    changes, matrices = gradients.new_zeros(int(routed.tokens.max()) + 1), torch.split(error, gradients.shape[1])
+    for expert, rows in routed.parts():
+        changes.index_add_(0, routed.tokens[rows], ((inputs[rows] @ matrices[expert].T) * gradients[rows]).sum(1))
     return changes

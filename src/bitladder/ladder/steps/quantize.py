@@ -53,9 +53,8 @@ class Quantize(Step):
         return tuple(needs)
 
     def reads(self, run: Run | None = None) -> tuple[str, ...]:
-        """Of the two models, and their second moments, only what the rung is made of. Of the trial facts suffice."""
-        other = set() if run is None else {"moments"} if run.smoothed(self.label) else {"smooth"}
-        return tuple(need for need in self.needs if need not in {f"trial {self.label}", *other})
+        """Only what the rung is made of."""
+        return read_for(self, run, self.label)
 
     def decides(self) -> Mapping[str, Any]:
         """The preset, how blocks are rounded and tried, and how scales are tuned."""
@@ -155,6 +154,17 @@ class Quantize(Step):
             recipe = recipe.model_copy(update={"budget": f"{plan['mode']}, like {rung}", "made": origin})
         write_recipe(run.layout.recipe(rung), recipe)
         return Product([out, run.layout.recipe(rung)], {"bytes": result.bytes, "bpw": result.bpw, **facts})
+
+
+def read_for(step: Step, run: Run | None, *rungs: str) -> tuple[str, ...]:
+    """Of what a step needs, what it reads the files of to make some rungs, as `Step.reads` says.
+
+    Of the two models, and their second moments, these are only those that the rungs are made of. Of trials facts
+    suffice.
+    """
+    used = {False, True} if run is None else {run.smoothed(rung) for rung in rungs}
+    unused = {name for smoothed, name in ((False, "moments"), (True, "smooth")) if smoothed not in used}
+    return tuple(need for need in step.needs if not need.startswith("trial ") and need not in unused)
 
 
 def types_of_rung(run: Run, rung: str) -> tuple[Any, quantize.QuantizeOptions]:

@@ -5,7 +5,14 @@ from typing import Any
 
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.quantize import ROUNDED, preset_decides, quant_bytes, rounding_part, types_of_rung
+from bitladder.ladder.steps.quantize import (
+    ROUNDED,
+    preset_decides,
+    quant_bytes,
+    read_for,
+    rounding_part,
+    types_of_rung,
+)
 from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
 from bitladder.refine import OUTPUT_ROUNDING, round_ahead
 from bitladder.trial import RENDERING
@@ -35,10 +42,8 @@ class Round(Step):
         return tuple(needs)
 
     def reads(self, run: Run | None = None) -> tuple[str, ...]:
-        """Of the two models, and their second moments, only those that rungs are made of. Of trials facts suffice."""
-        used = {True, False} if run is None else {run.smoothed(rung) for rung in self.options.rungs}
-        unused = {"smooth"} if True not in used else {"moments"} if False not in used else set()
-        return tuple(need for need in self.needs if not need.startswith("trial ") and need not in unused)
+        """Only what the rungs are made of."""
+        return read_for(self, run, *self.options.rungs)
 
     def decides(self) -> Mapping[str, Any]:
         """The presets, and how blocks are rounded."""
