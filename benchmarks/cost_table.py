@@ -157,7 +157,7 @@ def readme_row(name: str, model: str, rungs: tuple[str, ...] = ("Q4_K_M",)) -> t
     """
     base = build(RunOptions, {"model": model, "out": pathlib.Path("ladder"), "rungs": rungs})
     texts, calibration = [load_text(spec) for spec in base.texts], [load_text(spec) for spec in base.calibration]
-    ways = (base.at_effort("fast"), base.replace(method="stock"), base.replace(tune_chunks=0))
+    ways = (base.at_effort("fast"), base, base.at_effort("high").replace(tune_chunks=0))
     for machine in MACHINES:
         totals = [estimated(options, texts, calibration, machine * 10**9) for options in ways]
         memory, disk = (max(getattr(total, name) for total in totals) for name in ("memory_bytes", "disk_bytes"))
@@ -172,7 +172,7 @@ def readme_row(name: str, model: str, rungs: tuple[str, ...] = ("Q4_K_M",)) -> t
 
 
 README_HEAD = """\
-| weights | machine | memory | disk | `--effort fast` | `--rounding stock` | rounded, `--tune-chunks 0` |
+| weights | machine | memory | disk | `--effort fast` | normal, the default | `--effort high --tune-chunks 0` |
 |--:|--:|--:|--:|--:|--:|--:|"""
 COST_HEAD = """\
 | model | fast: rung, ladder | memory | normal: rung, ladder | memory | high: rung, ladder | memory |

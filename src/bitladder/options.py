@@ -103,7 +103,7 @@ class Options:
         """The same options, but those that cost time have their values of an effort.
 
         Parameters:
-            effort: "fast", "normal" or "high", which has the defaults.
+            effort: "fast", "normal", which has the defaults, or "high".
             keep: names of fields that stay as they are.
         """
         changes: dict[str, Any] = {}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from typing import get_args
 
+import fake_hub
 import pytest
 from click.testing import CliRunner
 from kills import tiny_run
@@ -17,7 +18,8 @@ from bitladder.calibrate import MomentsFile, RoundingMomentsOptions, collect_for
 from bitladder.cli import application
 from bitladder.engine import Decoding
 from bitladder.errors import BitladderError, UsageError
-from bitladder.ladder import Machine, RunOptions, choose_effort, cost, estimate, run
+from bitladder.gguf import GgufFile
+from bitladder.ladder import Machine, RunOptions, choose_effort, cost, diagnose, estimate, run
 from bitladder.ladder.estimate import measure_machine, shape_of
 from bitladder.ladder.options import command_line
 from bitladder.options import Effort
@@ -168,8 +170,25 @@ def test_what_has_no_cost_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BitladderError, match="config.json has no hidden_size"):
         shape_of(str(tmp_path))
-    with pytest.raises(UsageError, match="GGUF on the hub"):
-        shape_of("org/model:Q8_0")
+
+
+def test_of_a_gguf_on_the_hub_only_the_header_is_fetched(tiny_gguf, tmp_path, monkeypatch):
+    with fake_hub.instead_of_the_hub(monkeypatch, tmp_path / "cache") as server:
+        server.add("someone/Tiny-GGUF", {"tiny-F16.gguf": tiny_gguf.read_bytes()})
+        # The first beginnings end within the metadata, and within the tensors.
+        with GgufFile(tiny_gguf) as file:
+            end = file.data_start
+        monkeypatch.setattr("bitladder.ladder.model_shape._BEGINNINGS", (1000, end // 2, end - 300, 2 * end))
+        for name in ("someone/Tiny-GGUF:F16", "someone/Tiny-GGUF/tiny-F16.gguf"):
+            assert shape_of(name) == shape_of(str(tiny_gguf))
+        assert server.sent < 10 * end < tiny_gguf.stat().st_size
+        about, here = diagnose("someone/Tiny-GGUF:F16"), diagnose(str(tiny_gguf))
+        assert about.works and about.source == "GGUF on the hub" and about.shape == here.shape
+        with pytest.raises(BitladderError, match="no such GGUF in someone/Tiny-GGUF; it has tiny-F16.gguf"):
+            shape_of("someone/Tiny-GGUF:Q8_0")
+        monkeypatch.setattr("bitladder.ladder.model_shape._BEGINNINGS", (1000,))
+        with pytest.raises(BitladderError, match=r"F16: the first 1,000 bytes hold no whole header: tiny-F16.gguf"):
+            shape_of("someone/Tiny-GGUF:F16")
 
 
 def test_a_run_that_does_not_fit_into_memory_is_refused(tiny_gguf, tmp_path, monkeypatch):
@@ -193,10 +212,10 @@ def test_what_is_typed_counts_more_than_the_effort(effort, tmp_path, monkeypatch
     words = ["examples/tiny-olmo2", "--out", str(tmp_path / "out"), "--effort", effort]
     plain = options_of(*words, monkeypatch=monkeypatch)
     usual = RunOptions(words[0], tmp_path / "out")
-    assert plain == usual.at_effort(effort) and (plain == usual) == (effort == "high")
-    # 64 is the default, which the lower efforts change.
-    typed = options_of(*words, "--tune-chunks", "64", "--rounding", "best", monkeypatch=monkeypatch)
-    assert typed.refine.tuning.tune_chunks == 64 and typed.refine.rounding.method == "best"
+    assert plain == usual.at_effort(effort) and (plain == usual) == (effort == "normal")
+    # Neither is the default of each effort.
+    typed = options_of(*words, "--tune-chunks", "0", "--rounding", "best", monkeypatch=monkeypatch)
+    assert typed.refine.tuning.tune_chunks == 0 and typed.refine.rounding.method == "best"
     assert typed.planning == plain.planning
     for options in (plain, typed):
         again = shlex.split(command_line(options, options.model))[2:]
@@ -216,7 +235,7 @@ def test_hours_choose_the_effort(monkeypatch):
     hours = {name: estimate(options.at_effort(name), machine=Machine()).seconds / 3600 for name in get_args(Effort)}
     for name, enough in hours.items():
         assert choose_effort(options, 1.01 * enough).effort == name
-    assert choose_effort(options, 1.01 * hours["fast"], {"tune_chunks"}).refine.tuning.tune_chunks == 64
+    assert choose_effort(options, 1.01 * hours["fast"], {"passes"}).refine.rounding.passes == 2
     with pytest.raises(UsageError, match="with the least effort the run takes"):
         choose_effort(options, 0.5 * hours["fast"])
     done = CliRunner().invoke(application, ["run", "m", "--out", "o", "--effort", "fast", "--hours", "3"])

@@ -283,12 +283,12 @@ class RoundingMomentsOptions(Options):
     GROUP = "Rounding"
 
     moments_chunks: int = option(
-        64,
+        8,
         "--moments-chunks",
         least=1,
         metavar="N",
         help="Chunks of each calibration text, spread over it, for second moments.",
-        efforts={"normal": 8},
+        efforts={"high": 64},
     )
     plain_share: int = option(2, least=1, help="Times as many chunks for moments in which all tokens count alike.")
     positions: PositionOptions = option(PositionOptions)

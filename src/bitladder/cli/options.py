@@ -193,7 +193,7 @@ def effort(command: Function) -> Function:
     return click.option(
         "--effort",
         type=click.Choice(get_args(Effort)),
-        default="high",
+        default="normal",
         show_default=True,
         help="How much time may be spent; an option that you give counts more.",
     )(wrapper)

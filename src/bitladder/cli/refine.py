@@ -112,7 +112,7 @@ def smooth_command(
 @click.option(
     "-f", "--file", "files", multiple=True, required=True, type=FileOrName(), help="Calibration text; may be repeated."
 )
-@options_from(TuneOptions)
+@options_from(TuneOptions, tune_chunks=64)
 @shared.guard("KLD must fall")
 @options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch", "gpu_layers"))
 @common_options

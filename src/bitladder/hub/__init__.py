@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bitladder.hub.transfer import (
         Fetched,
         fetch,
+        fetch_beginning,
         fetch_checkpoint,
         fetch_outline,
         hub_id,
@@ -28,6 +29,7 @@ __all__ = [
     "check_repository",
     "data_files",
     "fetch",
+    "fetch_beginning",
     "fetch_checkpoint",
     "fetch_outline",
     "fetch_texts",

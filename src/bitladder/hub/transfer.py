@@ -136,6 +136,45 @@ def fetch_outline(repo: str, folder: pathlib.Path) -> None:
         raise BitladderError(f"{repo}: no such folder here, and {not_given(error)}") from error
 
 
+def fetch_beginning(spec: str, folder: pathlib.Path, size: int) -> pathlib.Path:
+    """Fetches the first bytes of a GGUF of the hub, and of each of its shards. The rest of a file is a hole.
+
+    Parameters:
+        spec: OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf, as `parse` takes it.
+        folder: an existing directory, where the files go.
+        size: bytes of each file.
+
+    Returns:
+        The file, the first of its shards if it is split.
+
+    Raises:
+        UsageError: `spec` names no file of the hub.
+        BitladderError: the hub does not give it, or has no such file.
+    """
+    name = parse(spec)
+    if name is None:
+        raise UsageError(f"{spec}: no file here, and no hub id; name a GGUF file, or {FORMS}")
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    targets = []
+    try:
+        commit = str(HfApi().model_info(name.repo, revision=name.revision).sha)
+        for path in _files_of(name, list(HfApi().list_repo_files(name.repo, revision=commit)), spec):
+            url = hf_hub_url(name.repo, path, revision=commit)
+            whole = get_hf_file_metadata(url).size or 0
+            given = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes=0-{min(size, whole) - 1}"})
+            hf_raise_for_status(given)
+            targets.append(folder / pathlib.PurePosixPath(path).name)
+            targets[-1].write_bytes(given.content[:whole])
+            os.truncate(targets[-1], whole)
+    except BitladderError:
+        raise
+    except Exception as error:  # of the network or the hub: there is no common base class
+        raise BitladderError(f"{spec}: no such file here, and {not_given(error)}") from error
+    return targets[0]
+
+
 def hub_id(folder: pathlib.Path) -> str | None:
     """The repository of a snapshot in huggingface_hub's cache (models--OWNER--NAME/snapshots/COMMIT), or None."""
     repository = folder.resolve().parent.parent.name
@@ -231,15 +270,19 @@ def _download(name: HubName, named: str) -> Fetched:
     from huggingface_hub import HfApi
 
     commit, sizes = listing(name.repo, name.revision)
-    paths = list(sizes)
+    api, files = HfApi(), _files_of(name, list(sizes), named)
+    local = [pathlib.Path(api.hf_hub_download(name.repo, path, revision=commit)) for path in files]
+    return Fetched(local[0], "/".join([name.repo, *files[0].split("/")[:-1]]), commit)
+
+
+def _files_of(name: HubName, paths: Sequence[str], named: str) -> Sequence[str]:
+    """The GGUF that a name means among the files of its repository, with all shards."""
     first = (name.file if name.file in paths else None) if name.file else pick(paths, name.quant)
     if first is None:
         models = [path for path in paths if is_model(path)]
         known = ", ".join(models[:20]) + (f" and {len(models) - 20} more" if len(models) > 20 else "") or "no GGUF"
         raise BitladderError(f"{named}: no such GGUF in {name.repo}; it has {known}")
-    api = HfApi()
-    local = [pathlib.Path(api.hf_hub_download(name.repo, path, revision=commit)) for path in shards(paths, first)]
-    return Fetched(local[0], "/".join([name.repo, *first.split("/")[:-1]]), commit)
+    return shards(paths, first)
 
 
 def listing(repo: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> tuple[str, dict[str, int]]:

@@ -32,6 +32,7 @@ FACTORS, FACTORS_CUBED = 6.3e-8, 1.8e-11
 # Times of a type, of that of Q4_K; types of points search a codebook.
 POINTS, OTHERS = 3.5, 1.2
 LIBRARY, LIBRARY_IQ = 100e-9, 350e-9  # seconds for each weight that the library quantizes
+LIBRARY_SLOW = {"IQ2_XXS": 530e-9, "IQ2_XS": 1e-6, "IQ2_S": 1e-6, "IQ3_XXS": 490e-9}  # IQ2_S is IQ2_XS blocks for most
 
 RANK, SKETCHED = 128, 2048  # of GradientOptions: rank, and the width from which on leverages are estimated
 PROCESS = 250 << 20  # bytes of a process with the library
@@ -64,7 +65,7 @@ def comparing(shape: ModelShape, tokens: float, n_ctx: int, speed: float = 1.0) 
 
 def by_library(shape: ModelShape, preset: str) -> float:
     """Of quantizing all weights to a preset by the library's kernels."""
-    return shape.weights * (LIBRARY_IQ if preset.startswith("IQ") else LIBRARY)
+    return shape.weights * LIBRARY_SLOW.get(preset, LIBRARY_IQ if preset.startswith("IQ") else LIBRARY)
 
 
 def rounding(shape: ModelShape, passes: int, types: float = 1) -> float:

@@ -13,7 +13,13 @@ from bitladder.convert import Checkpoint, ConvertOptions, Outline, architectures
 from bitladder.engine import Request, preset_types
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo, block_of, kind_of, name_in_block, open_model, prediction_tensors
-from bitladder.ladder.model_shape import ModelShape, shape_of_checkpoint, shape_of_gguf
+from bitladder.ladder.model_shape import (
+    ModelShape,
+    names_gguf,
+    outline_of_gguf,
+    shape_of_checkpoint,
+    shape_of_gguf,
+)
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import substitutes
 from bitladder.recipe import changeable
@@ -109,10 +115,10 @@ def diagnose(model: str, options: ConvertOptions | None = None, *, progress: Pro
     """Says what a run would do with a model.
 
     Of a GGUF the header is read; of a checkpoint config.json, the headers of the weights and, where bitladder converts
-    it itself, the tokenizer. Of a checkpoint on the hub only small files and headers are fetched.
+    it itself, the tokenizer. Of what is on the hub only small files and headers are fetched.
 
     Parameters:
-        model: a GGUF file, the directory of a checkpoint, or a repository of the hub.
+        model: a GGUF file or the directory of a checkpoint, here or on the hub.
         options: how it would be converted.
         progress: is told of a download.
 
@@ -124,6 +130,13 @@ def diagnose(model: str, options: ConvertOptions | None = None, *, progress: Pro
         about = _of_gguf(Diagnosis(model, "GGUF"), path)
         return _with_shape(about, lambda: shape_of_gguf(path)) if about.works else about
     with tempfile.TemporaryDirectory(prefix="bitladder.") as temporary:
+        if names_gguf(model):
+            path = outline_of_gguf(model, pathlib.Path(temporary))
+            about = _of_gguf(Diagnosis(model, "GGUF on the hub"), path)
+            about = dataclasses.replace(
+                about, reasons=tuple(_without(reason, path.parent, model) for reason in about.reasons)
+            )
+            return _with_shape(about, lambda: shape_of_gguf(path)) if about.works else about
         folder = path
         if not path.is_dir():
             folder = pathlib.Path(temporary) / model.rpartition("/")[2]

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from bitladder import evaluate, hub
+from bitladder import evaluate
 from bitladder.calibrate import MomentsOptions, usual_weighting
 from bitladder.engine import (
     main_memory,
@@ -22,7 +23,7 @@ from bitladder.engine import (
 )
 from bitladder.errors import UsageError
 from bitladder.ladder import cost
-from bitladder.ladder.model_shape import ModelShape, shape_of_checkpoint, shape_of_gguf
+from bitladder.ladder.model_shape import ModelShape, names_gguf, outline_of_gguf, shape_of_checkpoint, shape_of_gguf
 from bitladder.ladder.options import RunOptions, choose_rungs
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.steps.step import Extent, Step
@@ -239,16 +240,17 @@ def question_counts(tasks: Sequence[evaluate.QuestionSet], options: RunOptions) 
 
 
 def shape_of(model: str) -> ModelShape:
-    """The shape of a model: a GGUF, the directory of a checkpoint (or of a config.json), or an id of the hub.
+    """The shape of a model: a GGUF, the directory of a checkpoint (or of a config.json), or either on the hub, of which
+    only headers are fetched.
 
     Raises BitladderError if there is no such model, or its shape is not known.
     """
     path = pathlib.Path(model)
     if path.is_file():
         return shape_of_gguf(path)
-    name = hub.parse(model)
-    if not path.is_dir() and name is not None and (name.quant or name.file):
-        raise UsageError(f"{model}: the cost of a GGUF on the hub is not known before it is here; name its checkpoint")
+    if names_gguf(model):
+        with tempfile.TemporaryDirectory(prefix="bitladder.") as folder:
+            return shape_of_gguf(outline_of_gguf(model, pathlib.Path(folder)))
     return shape_of_checkpoint(model, path if path.is_dir() else None)
 
 

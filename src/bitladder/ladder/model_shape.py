@@ -21,6 +21,7 @@ _SAME_INPUT = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate", "ff
 _SHARED = {"ffn_up": "ffn_gate", "ffn_up_exps": "ffn_gate_exps"}  # with one input by gradients
 _BLOCK, _EXPERT = re.compile(r"\.(\d+)\."), re.compile(r"\.experts\.\d+\.")
 _EXPERTS = "_exps"
+_BEGINNINGS = (8 << 20, 32 << 20, 128 << 20)  # bytes that are fetched for a header: the vocabulary takes most
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 # Parts of a checkpoint that conversion leaves out.
@@ -122,6 +123,33 @@ def shape_of_gguf(path: pathlib.Path) -> ModelShape:
     """The shape of a GGUF, of which only the header is read. Raises BitladderError if it is not a model."""
     with open_model(path) as file:
         return _of_open_gguf(file)
+
+
+def names_gguf(model: str) -> bool:
+    """Whether `model` names a GGUF on the hub, and neither a repository nor a path."""
+    name = None if pathlib.Path(model).exists() else hub.parse(model)
+    return name is not None and bool(name.quant or name.file)
+
+
+def outline_of_gguf(model: str, folder: pathlib.Path) -> pathlib.Path:
+    """The header of a GGUF on the hub, in a file of its size whose other bytes are holes.
+
+    Parameters:
+        model: OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf.
+        folder: an existing directory for it, and for its shards.
+
+    Raises:
+        BitladderError: the hub does not give it, or it has no whole header in the first 128 MiB.
+    """
+    reason = ""
+    for size in _BEGINNINGS:
+        path = hub.fetch_beginning(model, folder, size)
+        try:
+            with GgufFile(path):
+                return path
+        except BitladderError as error:  # the header is longer: what is missing is zeros, with which none goes on
+            reason = str(error).replace(f"{folder}/", "")
+    raise BitladderError(f"{model}: the first {_BEGINNINGS[-1]:,} bytes hold no whole header: {reason}")
 
 
 def _of_open_gguf(file: GgufFile) -> ModelShape:

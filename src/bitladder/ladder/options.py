@@ -63,7 +63,7 @@ class RunOptions(Options):
         "Another rung makes them again.",
     )
     effort: Effort = option(
-        "high",
+        "normal",
         "--effort",
         decides=False,
         help="How much time may be spent (docs/cost.md); an option that you give counts more.",
@@ -95,24 +95,24 @@ class RunOptions(Options):
     )
     assistant_only: bool = answers_option(group="Texts")
     chunks: int | None = option(
-        None,
+        30,
         "--chunks",
         least=1,
         metavar="N",
         unset="all",
         help="Measure on at most N chunks of each text.",
         group="Texts",
-        efforts={"fast": 20, "normal": 30},
+        efforts={"fast": 20, "high": None},
     )
     imatrix_chunks: int | None = option(
-        None,
+        48,
         "--imatrix-chunks",
         least=1,
         metavar="N",
         unset="all",
         help="Use at most N chunks of each calibration text for the importance matrix.",
         group="Texts",
-        efforts={"fast": 16, "normal": 48},
+        efforts={"fast": 16, "high": None},
     )
     expert_coverage: int | None = option(
         None,
@@ -167,9 +167,9 @@ class RunOptions(Options):
     )
     bench: bool = option(True, "--bench/--no-bench", help="Measure tokens per second.", group="Measuring")
     bench_tests: tuple[tuple[int, int], ...] = option(
-        ((512, 0), (0, 128), (1024, 1024)), efforts=dict.fromkeys(("fast", "normal"), ((512, 0), (0, 64)))
+        ((512, 0), (0, 64)), efforts={"high": ((512, 0), (0, 128), (1024, 1024))}
     )
-    bench_repetitions: int = option(3, efforts={"fast": 1, "normal": 1})
+    bench_repetitions: int = option(1, efforts={"high": 3})
     conversion: ConvertOptions = option(ConvertOptions)
     decoding: Decoding = option(Decoding)
     quantized_by: str | None = option(

@@ -80,12 +80,12 @@ class PriceOptions(Options):
         "forward", "--prices", help="From swaps in the loaded model, or from gradients (needs bitladder[torch])."
     )
     probe_tokens: int = option(
-        100_000,
+        40_000,
         "--probe-tokens",
         least=1,
         metavar="N",
         help="Tokens to decode for prices.",
-        efforts={"fast": 16_000, "normal": 40_000},
+        efforts={"fast": 16_000, "high": 100_000},
     )
     probe_chunks: int = option(1, least=1, help="Chunks that each swap is measured on.")
     probe_bpw: float = option(3.5, help="Bits per weight to probe with: KLD far above noise, model not yet broken.")
@@ -94,15 +94,15 @@ class PriceOptions(Options):
         1.3, least=1, help="A type loses to a smaller one whose rendered error is smaller by more than this factor."
     )
     check_pairs: int = option(
-        20, least=0, efforts={"fast": 5, "normal": 10}, help="Single swaps that prices are checked with."
+        10, least=0, efforts={"fast": 5, "high": 20}, help="Single swaps that prices are checked with."
     )
     check_seed: int = option(1, help="Seed of the draw of these swaps.")
     price_passes: int = option(
-        1,
+        0,
         least=0,
         help="Passes after feedback of the rounded blocks that recipes are measured with; a file's have those of "
         "rounding.",
-        efforts={"normal": 0},
+        efforts={"high": 1},
     )
     fisher: FisherOptions = option(FisherOptions)
     law: LawOptions = option(LawOptions)
@@ -130,37 +130,37 @@ class FeedbackOptions(Options):
     GROUP = "Prices and measurement"
 
     chunks: int = option(
-        12,
+        6,
         "--chunks",
         least=2,
         metavar="N",
         help="Chunks that a recipe is measured on.",
-        efforts={"fast": 4, "normal": 6},
+        efforts={"fast": 4, "high": 12},
     )
     move_chunks: int | None = option(
-        None,
+        2,
         least=1,
         help="Chunks for a recipe that only corrects prices.",
         unset="half of --chunks",
-        efforts={"fast": 1, "normal": 2},
+        efforts={"fast": 1, "high": None},
     )
     judge_chunks: int | None = option(
-        None,
+        4,
         "--judge-chunks",
         least=0,
         metavar="N",
         help="Further chunks, to which no price is fitted, on which the best recipes are judged; 0 for no judging.",
         unset="as many as --chunks",
-        efforts={"fast": 2, "normal": 4},
+        efforts={"fast": 2, "high": None},
     )
-    rounds: int = option(4, least=0, efforts={"fast": 1, "normal": 2}, help="Rounds of correcting and solving.")
+    rounds: int = option(2, least=0, efforts={"fast": 1, "high": 4}, help="Rounds of correcting and solving.")
     random_recipes: int = option(
-        10,
+        5,
         least=0,
         help="Random recipes that correct the prices of parts of kinds.",
-        efforts={"fast": 0, "normal": 5},
+        efforts={"fast": 0, "high": 10},
     )
-    exchanges: int = option(6, least=0, efforts={"fast": 0, "normal": 2}, help="Exchanges that are tried at the end.")
+    exchanges: int = option(2, least=0, efforts={"fast": 0, "high": 6}, help="Exchanges that are tried at the end.")
     exchange_candidates: int = option(40, least=1, help="Exchanges that each of these is chosen from.")
     failed_exchanges: int = option(3, least=1, help="Exchanges without gain after which no more is tried.")
     finalists: int = option(3, least=1, help="Recipes that are judged besides the rivals.")
@@ -192,10 +192,10 @@ class RivalOptions(Options):
     GROUP = "Prices and measurement"
 
     simpler: bool = option(
-        True,
+        False,
         "--rivals/--no-rivals",
         help="Measure recipes of simpler methods too: the preset moved by statistics, weighted error, greedy.",
-        efforts={"fast": False, "normal": False},
+        efforts={"high": True},
     )
     moved_share: int = option(4, least=1, help="One tensor in this many goes up, and one down.")
     moved_bpw: float = option(0.5, least=0.001, help="Smallest step, in bits per weight.")
@@ -218,11 +218,11 @@ class PlanOptions(Options):
     """All options of a plan."""
 
     menu: str = option(
-        "all",
+        "iq",
         "--menu",
         metavar="k|iq|all|fast|TYPES",
         help="Types to choose from.",
-        efforts={"fast": "iq", "normal": "iq"},
+        efforts={"high": "all"},
     )
     bpw_below: float = option(1.5, least=0, help="A tensor's type has at most this many bits less than the target.")
     bpw_above: float = option(4.5, least=0, help="A tensor's type has at most this many bits more than the target.")

@@ -28,12 +28,12 @@ class SmoothingOptions(Options):
     outliers: int = option(64, least=0, help="Channels at most that are examined as the large ones of a block.")
     order_chunks: int = option(16, least=1, help="Chunks of random tokens that show which channels are large.")
     trial_chunks: int = option(
-        8,
+        4,
         "--trial-chunks",
         least=1,
         metavar="N",
         help="Chunks for the trial of smoothing.",
-        efforts={"fast": 4, "normal": 4},
+        efforts={"high": 8},
     )
     trial_offset: float = option(
         0.25, least=0, most=1, help="Where in a calibration text these passages begin (0 to 1)."
@@ -47,12 +47,12 @@ class GuardOptions(Options):
     GROUP = "Rounding"
 
     guard_chunks: int = option(
-        8,
+        4,
         "--guard-chunks",
         least=1,
         metavar="N",
         help="Most chunks of held-out text on which rounded blocks are checked.",
-        efforts={"fast": 2, "normal": 4},
+        efforts={"fast": 2, "high": 8},
     )
     guard_offset: float = option(
         0.5, least=0, most=1, help="Where in a calibration text these passages begin (0 to 1)."
@@ -76,12 +76,12 @@ class TuneOptions(Options):
     GROUP = "Tuning"
 
     tune_chunks: int = option(
-        64,
+        0,
         "--tune-chunks",
         least=0,
         metavar="N",
         help="Chunks of each calibration text for tuning. For run: 0 turns tuning off; ignored with --rounding stock.",
-        efforts={"fast": 0, "normal": 0},
+        efforts={"high": 64},
     )
     tune_rate: float = option(
         3e-4, "--tune-rate", least=1e-12, most=0.1, help="Largest change of a scale by one chunk, as a share of it."

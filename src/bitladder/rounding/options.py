@@ -30,10 +30,10 @@ class RoundingOptions(Options):
         0.1, least=0, most=1, help="Share by which entries of second moments off the diagonal are reduced first."
     )
     passes: int = option(
-        6,
+        2,
         least=0,
         help="Most passes over a tensor after feedback.",
-        efforts={"fast": 1, "normal": 2},
+        efforts={"fast": 1, "high": 6},
     )
     by_importance: bool = option(False, help="Round columns with large inputs first, not from left to right.")
     two_sided: bool = option(True, help="Rows make up for each other's errors where output moments are known.")
