@@ -62,7 +62,7 @@ def test_of_a_checkpoint_the_text_is_refused_when_it_is_converted(tiny_checkpoin
     [
         ({}, 2 * N_CTX, "imatrix"),
         ({"mode": "quality"}, 2 * 256, "price original"),  # recipes are measured in chunks of their own length
-        ({"method": "best", "held_out_share": 0.1}, 10 * 2 * N_CTX, "quantize Q8_0"),  # the end of the text
+        ({"method": "best", "tune_chunks": 64, "held_out_share": 0.1}, 10 * 2 * N_CTX, "quantize Q8_0"),  # the end of the text
     ],
 )
 def test_each_step_says_which_texts_it_cuts(changes, needed, step, tiny_gguf, tokens):

@@ -75,4 +75,4 @@ def test_what_depends_on_rounding_is_planned(options):
     planned = {step.name: step for step in steps_of(options.replace(mode="quality"))}
     assert "moments" in planned["price original"].needs
     line = command_line(options, "m.gguf")
-    assert "--moments-chunks 6 --rounding feedback --tune-chunks 0" in line
+    assert "--moments-chunks 6 --rounding feedback" in line
