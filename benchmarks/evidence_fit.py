@@ -6,6 +6,7 @@ that rows are measured on. A second share far above the first says that the text
 """
 
 import collections
+import contextlib
 import pathlib
 import time
 from collections.abc import Iterator
@@ -92,5 +93,5 @@ def _loss(delta: Floats, h: Floats, o: Floats | None) -> float:
 
 def _values(file: GgufFile, name: str) -> Floats:
     tensor = file.tensors[name]
-    with RowKernels(1) as kernels:
+    with contextlib.closing(RowKernels(1)) as kernels:
         return kernels.dequantize(file.read(tensor), tensor.type, tensor.width)
