@@ -3,6 +3,7 @@
 import decimal
 import math
 import re
+from collections.abc import Sequence
 
 from bitladder.errors import UsageError
 
@@ -58,8 +59,8 @@ def size_text(nbytes: int) -> str:
     """A size for people, such as "3.70 GiB (3,972,844,748 bytes)"; a small one in bytes only."""
     for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
         if nbytes >= 1024**power:
-            return f"{nbytes / 1024**power:.2f} {unit} ({nbytes:,} bytes)"
-    return f"{nbytes:,} bytes"
+            return f"{nbytes / 1024**power:.2f} {unit} ({number_of(nbytes, 'byte')})"
+    return number_of(nbytes, "byte")
 
 
 def duration(seconds: float) -> str:
@@ -68,3 +69,25 @@ def duration(seconds: float) -> str:
         return f"about {max(10, 10 * round(seconds / 10))} s"
     minutes = round(seconds / 60)
     return f"about {minutes} min" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min"
+
+
+def number_of(count: int, thing: str, things: str = "") -> str:
+    """So many of a thing: "1 chunk", "1,024 chunks".
+
+    Parameters:
+        count: how many.
+        thing: the word for one.
+        things: the word for several, if it is not `thing` and an s.
+    """
+    return f"{count:,} {thing if count == 1 else things or thing + 's'}"
+
+
+def some_of(names: Sequence[str], thing: str, things: str = "") -> str:
+    """Things by the first of their names: "tensor a", "3 tensors (a, …)".
+
+    Parameters:
+        names: their names; at least one.
+        thing: the word for one.
+        things: the word for several, if it is not `thing` and an s.
+    """
+    return f"{thing} {names[0]}" if len(names) == 1 else f"{number_of(len(names), thing, things)} ({names[0]}, …)"

@@ -292,7 +292,7 @@ def test_a_damaged_state_is_not_used(damage, tiny_gguf, text, tmp_path, monkeypa
 
 
 def test_errors(tiny_gguf, moe, text, tmp_path):
-    with pytest.raises(BitladderError, match="chunks of 512 tokens need at least 1024"):
+    with pytest.raises(BitladderError, match="chunks of 512 tokens need at least 1,024"):
         collect_imatrix(tiny_gguf, [type(text)("short", "a few words", "0")], tmp_path / "x")
     with pytest.raises(BitladderError, match="--from-chunk 999"):
         collect_imatrix(tiny_gguf, [text], tmp_path / "x", reading=Reading(from_chunk=999, spread=False))

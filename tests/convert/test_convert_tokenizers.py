@@ -149,7 +149,7 @@ def test_added_tokens_json_beside_tokenizer_model(tmp_path: pathlib.Path) -> Non
     (tmp_path / "added_tokens.json").write_text(json.dumps({**again, "<pad>": 400, "<more>": 401}))
     heard = Heard()
     assert read_vocabulary(tmp_path, 400, heard) == alone
-    assert "2 tokens have ids beyond the model's 400 embeddings" in heard.warnings[0]
+    assert "2 tokens with ids beyond the model's 400 embeddings" in heard.warnings[0]
     padded = read_vocabulary(tmp_path, 410)
     assert padded.tokens[400:] == ["<pad>", "<more>", *(f"[PAD{i}]" for i in range(402, 410))]
     assert padded.types[400:402] == [Kind.USER_DEFINED] * 2

@@ -66,7 +66,7 @@ def test_chunks(folder, text):
         assert np.array_equal(marked.inputs(), [marked.inputs(chunk) for chunk in range(6)])
         short = Text("short.txt", text.text[:300], "")
         with pytest.raises(
-            BitladderError, match=r"short\.txt has \d+ tokens, but chunks of 128 tokens need at least 256"
+            BitladderError, match=r"short\.txt has [\d,]+ tokens, but chunks of 128 tokens need at least 256"
         ):
             text_chunks(model, short, 128)
 

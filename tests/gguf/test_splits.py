@@ -216,7 +216,7 @@ def test_names(tmp_path):
     made = write_small(tmp_path / "X-00001-of-00009.gguf")
     assert [path.name for path in made] == [f"X-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
     assert [path.name for path in write_small(tmp_path / "Y-00001-of-00009.gguf", [SMALL])] == ["Y.gguf"]
-    with pytest.raises(BitladderError, match="65536 shards"):
+    with pytest.raises(BitladderError, match="65,536 shards"):
         output_paths("X.gguf", [[]] * 65536)
 
 

@@ -370,8 +370,8 @@ def test_a_short_text_is_used_and_said(options, fakes):
     listener = Listener()
     run(options.replace(chunks=9, imatrix_chunks=9), progress=listener)
     assert listener.warnings == [
-        "text.txt has only 3 chunks (--chunks 9); all are used",
-        "the calibration text is shorter than --imatrix-chunks 9; all 5 chunks are used",
+        "text.txt has only 3 chunks, fewer than --chunks 9",
+        "the calibration text has only 5 chunks, fewer than --imatrix-chunks 9",
     ]
 
 

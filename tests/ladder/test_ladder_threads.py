@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_named(runs, tmp_path, capsys):
     manifest.steps["quantize Q4_K_S"].outputs[0].sha256 = sha256_file(quant)
     manifest.save(folder)
     assert invoke(["verify", str(folder), "-q", "-t", "1"]) == 1
-    assert "1 tensors of the rungs of" in capsys.readouterr().err
+    assert "1 tensor of the rungs of" in capsys.readouterr().err
     quant.unlink()
     with pytest.raises(BitladderError, match=r"is missing, and nothing can be derived without it"):
         verify_run(folder)

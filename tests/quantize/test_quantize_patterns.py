@@ -104,7 +104,7 @@ def test_the_first_pattern_decides_and_the_table_says_so(model):
         ("[]a]", "empty class"),
         ("[[.a.]]", "collating"),
         ("(" * 300 + "a" + ")" * 300, "more than 100 nested groups"),
-        ("a" * 30_000, "more than 20000"),
+        ("a" * 30_000, "more than 20,000"),
         (r"^((.|..)+)+[0-9]$", "backtracks too long"),
         (r"((\w|\.)*)*[0-9]$", "matches no tensor"),  # std::regex would search this one for hours
     ],

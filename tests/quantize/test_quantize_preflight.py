@@ -74,7 +74,7 @@ def test_room(tiny_gguf, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 12345))
     out = tmp_path / "out.gguf"
     assert invoke(["quantize", "-m", str(tiny_gguf), "-o", str(out), "Q4_K_M", "-q"]) == 1
-    assert "the disk has 12345 bytes free" in capsys.readouterr().err
+    assert "the disk has 12,345 bytes free" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

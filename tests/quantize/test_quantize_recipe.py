@@ -93,7 +93,7 @@ def test_options_go_before_the_recipe(model, mixed):
     [
         ({"blk.9.attn_q.weight": "q8_0"}, r"names blk\.9\.attn_q\.weight, which"),
         ({"blk.0.attn_q.weight": "q9_0"}, r"recipe's blk\.0\.attn_q\.weight: weights cannot be stored as 'q9_0'"),
-        ({"blk.0.attn_q.weight": None}, r"names no type for blk\.0\.attn_q\.weight \(1 tensors"),
+        ({"blk.0.attn_q.weight": None}, r"names no type for blk\.0\.attn_q\.weight \(1 tensor"),
         ({"output_norm.weight": "q8_0"}, r"gives output_norm\.weight q8_0, but it has to stay f32"),
         ({"output_norm.weight": "f16"}, r"has to stay f32"),
     ],

@@ -169,7 +169,7 @@ def test_what_is_recommended_is_better_by_more_than_noise(run_dir):
 
 def test_how_it_was_made_is_said(run_dir):
     card = render_card(run_dir)
-    for said in ("wiki.test.raw", "ee" * 32, "40 chunks", "10200 tokens", "abc1234", "c.txt", "cc" * 32, "dd" * 32,
+    for said in ("wiki.test.raw", "ee" * 32, "40 chunks", "10,200 tokens", "abc1234", "c.txt", "cc" * 32, "dd" * 32,
                  "bitladder run org/X --out out", "WikiText", "llama.cpp", "X \\| Instruct"):  # fmt: skip
         assert said in card
     assert "Python Software Foundation" not in card

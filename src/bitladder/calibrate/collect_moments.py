@@ -39,6 +39,7 @@ from bitladder.keys import Algorithm
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Reading, Text
+from bitladder.units import number_of
 
 Weighting = Literal["gradients", "positions", "tokens"]
 Path = str | os.PathLike[str]
@@ -183,7 +184,10 @@ def collect_moments(
                 planned = plan_passes(make_entries(inputs, weights, decoding.n_ctx), options.memory_bytes())
                 passes = len(planned)
                 if passes > 1:
-                    progress.info(f"{passes} passes over the chunks; more memory (--memory) would need fewer")
+                    progress.info(
+                        f"{number_of(passes, 'pass', 'passes')} over the chunks; more memory (--memory) would need "
+                        "fewer"
+                    )
                 last = run_passes(loaded, chunks, planned, work, beside, decoding, progress)
                 source: MomentsSource = CollectedMoments(planned, last, work, provenance)
             elif beside is not None:

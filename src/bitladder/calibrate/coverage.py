@@ -20,6 +20,7 @@ from bitladder.calibrate.inputs import Experts, Floats, WeightInput
 from bitladder.engine import Multiplication
 from bitladder.errors import BitladderError
 from bitladder.gguf import TensorInfo, imatrix_order, imatrix_place, open_model, ranges
+from bitladder.units import number_of
 
 MOST_LINES = 8  # of experts, in a message or a card
 _WHY = {
@@ -82,9 +83,9 @@ class Gaps:
         lines = expert_lines(self.unreached, "never reached")
         lines += expert_lines(self.perhaps_unreached, "perhaps never reached (all their means are exactly 1)")
         for name, count in self.not_finite.items():
-            lines.append(f"{name}: {count} value{_s(count)} not finite; compute it again")
+            lines.append(f"{name}: {number_of(count, 'value')} not finite; compute it again")
         for name, count in self.negative.items():
-            lines.append(f"{name}: {count} value{_s(count)} negative, which no sum of squares is; compute it again")
+            lines.append(f"{name}: {number_of(count, 'value')} negative, which no sum of squares is; compute it again")
         alike = [name for name, (_, of) in self.zero.items() if of == 1]
         if alike:
             lines.append(f"all 0 although tokens reached them, so that columns count alike: {listed(alike)}")
@@ -97,8 +98,8 @@ class Gaps:
         if self.no_data:
             lines.append("entries without a single token: " + listed(self.no_data))
         if self.without_entry:
-            count = len(self.without_entry)
-            lines.append(f"{count} weight{_s(count)} of the model without an entry: {listed(self.without_entry)}")
+            weights = number_of(len(self.without_entry), "weight")
+            lines.append(f"{weights} of the model without an entry: {listed(self.without_entry)}")
         if self.not_in_model:
             lines.append(f"entries that the model has no weight for: {listed(self.not_in_model)}")
         return lines
@@ -139,7 +140,7 @@ def find_gaps(imatrix: Imatrix, model: str | os.PathLike[str] | None = None) -> 
         columns, experts = _columns(weights[name])
         if entries[name].sums.size != columns:
             raise BitladderError(
-                f"{name} has {entries[name].sums.size} columns in the imatrix but {columns} in {model}: "
+                f"{name} has {number_of(entries[name].sums.size, 'column')} in the imatrix but {columns:,} in {model}: "
                 "the imatrix is of another model"
             )
         if imatrix.legacy and experts > 1:
@@ -175,7 +176,8 @@ def expert_lines(gaps: Mapping[str, tuple[list[int], int]], what: str) -> list[s
         layer, kind = imatrix_place(name)
         shared.setdefault((layer, ranges(experts), len(experts), of), []).append(kind)
     return [
-        f"{'' if layer is None else f'block {layer}: '}{count} of {of} experts {what} in {', '.join(kinds)}: {experts}"
+        f"{'' if layer is None else f'block {layer}: '}{count} of {number_of(of, 'expert')} {what} in "
+        f"{', '.join(kinds)}: {experts}"
         for (layer, experts, count, of), kinds in shared.items()
     ]
 
@@ -183,11 +185,7 @@ def expert_lines(gaps: Mapping[str, tuple[list[int], int]], what: str) -> list[s
 def first_lines(lines: list[str]) -> list[str]:
     """The first lines of a list of experts, and how many more there are."""
     more = len(lines) - MOST_LINES
-    return lines if more <= 0 else [*lines[:MOST_LINES], f"and {more} more lines (bitladder stats)"]
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"
+    return lines if more <= 0 else [*lines[:MOST_LINES], f"and {number_of(more, 'more line')} (bitladder stats)"]
 
 
 def listed(names: list[str]) -> str:
@@ -201,7 +199,11 @@ def listed(names: list[str]) -> str:
         else:
             blocks.setdefault(kind, []).append(layer)
     return "; ".join(
-        [f"{kind} of block{_s(len(layers))} {ranges(sorted(layers))}" for kind, layers in blocks.items()] + others
+        [
+            f"{kind} of {'block' if len(layers) == 1 else 'blocks'} {ranges(sorted(layers))}"
+            for kind, layers in blocks.items()
+        ]
+        + others
     )
 
 
@@ -286,7 +288,7 @@ def coverage_warning(counts: Mapping[str, Counts], tokens: int, wanted: int | No
     gaps = {name: (experts, len(counts[name])) for name, experts in short.items() if experts}
     if not gaps:
         return None
-    lines = expert_lines(gaps, "never reached" if wanted is None else f"with fewer than {least} tokens")
+    lines = expert_lines(gaps, "never reached" if wanted is None else f"with fewer than {number_of(least, 'token')}")
     needs = [tokens_needed(counts[name], tokens, least) for name in gaps]
     return "; ".join(
         [

@@ -29,6 +29,7 @@ from bitladder.gguf import (
     strings,
     u32,
 )
+from bitladder.units import number_of
 
 Floats = npt.NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -165,8 +166,8 @@ def zeros_in(imatrix: Imatrix, names: Collection[str]) -> str | None:
         return None
     some = f"{', '.join(zeros[:4])}{', …' if len(zeros) > 4 else ''}"
     return (
-        f"the importance of {len(zeros)} weights ({some}) is 0 in whole matrices although tokens reached them: all "
-        "columns of these count alike; calibrate on other text if that is not how the model is"
+        f"the importance of {number_of(len(zeros), 'weight')} ({some}) is 0 in whole matrices although tokens reached "
+        "them: all columns of these count alike; calibrate on other text if that is not how the model is"
     )
 
 
@@ -220,7 +221,9 @@ def _read_gguf(path: pathlib.Path) -> Imatrix:
                 raise BitladderError(f"{path}: {weight} has counts that are no numbers of tokens; compute it again")
             counts = np.rint(tokens).astype(np.int64)
             if len(counts) != len(sums):
-                raise BitladderError(f"{path}: {weight} has {len(sums)} rows of sums but {len(counts)} counts")
+                raise BitladderError(
+                    f"{path}: {weight} has {number_of(len(sums), 'row')} of sums but {number_of(len(counts), 'count')}"
+                )
             stands_in = tokens == STANDS_IN
             if stands_in.any():
                 sums = np.where(stands_in[:, None], np.float32(0), sums)
@@ -246,7 +249,9 @@ def _read_dat(path: pathlib.Path) -> Imatrix:
             calls, values = struct.unpack_from("<ii", data, position + 4 + size)
             position += 12 + size
             if values < 1:
-                raise BitladderError(f"{path}: {one_line(name)} has {values} sums: it is damaged; compute it again")
+                raise BitladderError(
+                    f"{path}: {one_line(name)} has {number_of(values, 'sum')}: it is damaged; compute it again"
+                )
             sums = np.frombuffer(data, "<f4", values, position)
             position += 4 * values
             entries[name] = ImatrixEntry(sums[None].copy(), np.array([calls], np.int64))

@@ -20,6 +20,7 @@ from bitladder.gguf import open_model
 from bitladder.keys import Algorithm, key_of, versions_of
 from bitladder.progress import Progress
 from bitladder.text import Text
+from bitladder.units import number_of
 
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -219,7 +220,7 @@ class UnfinishedWork:
         except Exception:  # whatever a damaged zip or array may raise
             progress.warn(f"{path} cannot be read; the pass starts from the first chunk")
             return 0
-        progress.info(f"{done} chunks are done already ({self.folder.name})")
+        progress.info(f"goes on after {number_of(done, 'chunk')} ({self.folder.name})")
         return done
 
     def remove(self) -> None:

@@ -19,6 +19,7 @@ from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
 from bitladder.text import Reading, Text, load_text
+from bitladder.units import number_of
 
 
 @click.command(
@@ -67,7 +68,10 @@ def imatrix_command(
     if output.json:
         output.print_json({"path": out.name, "entries": result.entries, "chunks": result.chunks, "gaps": result.gaps})
         return
-    output.line(f"{out}: {result.entries} entries from {result.chunks} chunks of {decoding.n_ctx} tokens")
+    output.line(
+        f"{out}: {number_of(result.entries, 'entry', 'entries')} from {number_of(result.chunks, 'chunk')} of "
+        f"{decoding.n_ctx} tokens"
+    )
 
 
 @click.command(
@@ -132,8 +136,8 @@ def calibrate_command(
         )
         return
     output.line(
-        f"{out}: {result.entries} entries for {result.weights} weights from {result.chunks} chunks, "
-        f"tokens weighted by {result.weighting}"
+        f"{out}: {number_of(result.entries, 'entry', 'entries')} for {number_of(result.weights, 'weight')} from "
+        f"{number_of(result.chunks, 'chunk')}, tokens weighted by {result.weighting}"
     )
 
 

@@ -14,6 +14,7 @@ from bitladder.cli.typed import INPUT, Choice, FileOrName, NamingGroup, Whole
 from bitladder.convert import ConvertOptions
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
+from bitladder.units import number_of
 
 _BUILTIN_ABOUT = "half of Python's language reference, built in: to try things, not for quants that you publish"
 
@@ -60,10 +61,11 @@ def convert_command(model: str, out: pathlib.Path | None, options: ConvertOption
         )
     else:
         output.line(
-            f"{result.path}: {result.architecture}, {result.outtype}, {result.tensors} tensors, {result.bytes:,} bytes"
+            f"{result.path}: {result.architecture}, {result.outtype}, {number_of(result.tensors, 'tensor')}, "
+            f"{number_of(result.bytes, 'byte')}"
         )
         if result.projector is not None:
-            output.line(f"{result.projector}: projector, {result.projector.stat().st_size:,} bytes")
+            output.line(f"{result.projector}: projector, {number_of(result.projector.stat().st_size, 'byte')}")
 
 
 @click.command(

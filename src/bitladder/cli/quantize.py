@@ -22,7 +22,7 @@ from bitladder.refine import GuardOptions, ModelFiles, RefineOptions
 from bitladder.rounding import RoundingOptions
 from bitladder.show import Output, common_options
 from bitladder.text import load_text
-from bitladder.units import parse_size
+from bitladder.units import number_of, parse_size
 
 if TYPE_CHECKING:
     from bitladder.quantize import Preflight, PreparedQuant, QuantizeResult
@@ -290,7 +290,7 @@ def _verified_json(verified: "VerifiedQuant") -> dict[str, object]:
 def _show_verified(output: Output, name: str, verified: "VerifiedQuant") -> None:
     if not output.json:
         counts = collections.Counter(verified.origins.values()).most_common()
-        ways = (f"{count} {'differ' if way == 'differs' else way}" for way, count in counts)
+        ways = (f"{count} {'different' if way == 'differs' else way}" for way, count in counts)
         output.line(f"{name}, tensors: {', '.join(ways)}")
 
 
@@ -298,6 +298,6 @@ def _refuse_differing(differing: list[str], what: str, made_of: str) -> None:
     if differing:
         some = ", ".join(differing[:4]) + (", …" if len(differing) > 4 else "")
         raise BitladderError(
-            f"{len(differing)} tensors of {what} cannot be made from {made_of} ({some}); another imatrix, other "
-            "options or another version of the library made them"
+            f"{number_of(len(differing), 'tensor')} of {what} cannot be made from {made_of} ({some}); another imatrix, "
+            "other options or another version of the library made them"
         )

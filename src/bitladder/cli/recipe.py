@@ -23,6 +23,7 @@ from bitladder.rounding import RoundingOptions
 from bitladder.show import Output, common_options, difference, recipe_tables
 from bitladder.text import load_text
 from bitladder.trial import PruneOptions
+from bitladder.units import number_of
 
 _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
 _model = click.option("-m", "--model", type=INPUT, help="The model's full-precision GGUF, for shapes and checks.")
@@ -129,7 +130,10 @@ def plan_command(
         if output.json:
             output.print_json(plan_tables.prune_json(ranked))
             return
-        output.line(f"{model.name} without one block, {prune.chunks} chunks of {loaded.name}; smallest loss first")
+        output.line(
+            f"{model.name} without one block, {number_of(prune.chunks or 0, 'chunk')} of {loaded.name}; "
+            "smallest loss first"
+        )
         output.print(plan_tables.prune_table(ranked))
         output.line(plan_tables.prune_line(ranked))
         return
@@ -213,10 +217,9 @@ def check(output: Output, recipe: pathlib.Path, model: pathlib.Path) -> None:
     else:
         for finding in checked.findings:
             output.line(finding.line())
-        output.line(f"{checked.size.bytes:,} bytes of tensors, {checked.size.bpw:.4f} bpw")
+        output.line(f"{number_of(checked.size.bytes, 'byte')} of tensors, {checked.size.bpw:.4f} bpw")
     if checked.problems:
-        count = f"{checked.problems} problem{'s' if checked.problems > 1 else ''}"
-        raise BitladderError(f"{recipe}: {count} with {model.name}")
+        raise BitladderError(f"{recipe}: {number_of(checked.problems, 'problem')} with {model.name}")
 
 
 @recipe_command.command(

@@ -15,6 +15,7 @@ from bitladder.files import sha256_file
 from bitladder.refine import ModelFiles, SmoothingOptions, TuneOptions
 from bitladder.show import Output, common_options
 from bitladder.text import load_text
+from bitladder.units import number_of
 
 
 @click.command(
@@ -95,8 +96,8 @@ def smooth_command(
         output.line(f"{path}: second moments of the new file")
     if trial is not None:
         output.line(
-            f"{trial.preset} on {trial.tokens} tokens: KLD {trial.before:.5f} original, {trial.after:.5f} smoothed "
-            f"(difference ± {trial.error:.5f})"
+            f"{trial.preset} on {number_of(trial.tokens, 'token')}: KLD {trial.before:.5f} original, {trial.after:.5f} "
+            f"smoothed (difference ± {trial.error:.5f})"
         )
 
 
@@ -146,7 +147,7 @@ def tune_command(
         }
         output.print_json(facts)
         return
-    output.line(f"{out}: {tuned.steps} steps of {tuned.n_ctx} tokens")
+    output.line(f"{out}: {number_of(tuned.steps, 'step')} of {tuned.n_ctx} tokens")
     if tuned.before and tuned.after and tuned.difference:
         before, after, gap = tuned.before, tuned.after, tuned.difference
         output.line(

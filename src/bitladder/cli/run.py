@@ -10,6 +10,7 @@ from bitladder.cli.outputs import Command, check_folder, check_output, typed_com
 from bitladder.cli.typed import FOLDER, FileOrName, Whole
 from bitladder.ladder import RunOptions
 from bitladder.show import Column, Output, Table, common_options, figures
+from bitladder.units import number_of
 
 
 @click.command(
@@ -47,7 +48,7 @@ def run_command(*, output: Output, options: RunOptions, hours: float | None) -> 
             result = run(options, progress=log, watch=display.watch)
     written = [write_card(options.out), write_report(options.out)]
     if not result.made:
-        count = "1 rung" if len(result.rungs) == 1 else f"{len(result.rungs)} rungs"
+        count = number_of(len(result.rungs), "rung")
         done = "card and report were written again; nothing else to do" if any(written) else "nothing to do"
         output.progress.info(f"{done}: {options.out} has the complete ladder ({count})")
     if output.json:
@@ -146,7 +147,7 @@ def show_command(
         output.print_json(ladder_json(run))
         return
     text = run.base.scores.text
-    output.line(f"{run.name}: {text.name}, {run.base.scores.chunks} chunks of {run.base.scores.n_ctx}")
+    output.line(f"{run.name}: {text.name}, {number_of(run.base.scores.chunks, 'chunk')} of {run.base.scores.n_ctx}")
     output.print(ladder_table(run))
     if run.texts:
         output.line("\nKLD on each text")
@@ -237,7 +238,7 @@ def push_command(
             hint += f"   (and -hf {repo})" if entry.name == default else ""
             table.add(entry.name, _size(entry.bytes), hint)
         output.print(table)
-        output.line(f"{len(entries)} files, {_size(total)}, for {repo}; nothing was sent")
+        output.line(f"{number_of(len(entries), 'file')}, {_size(total)}, for {repo}; nothing was sent")
         return
     from bitladder.hub import upload
 
@@ -246,7 +247,7 @@ def push_command(
         output.progress.warn(
             f"README.md was edited, so its commands do not name {repo}; `bitladder card {folder}` writes it again"
         )
-    output.progress.info(f"{len(entries)} files, {_size(total)}, to {repo}")
+    output.progress.info(f"{number_of(len(entries), 'file')}, {_size(total)}, to {repo}")
     url = upload(folder, publish.groups(entries), repo, private=private)
     if output.json:
         output.print_json({**data, "url": url})

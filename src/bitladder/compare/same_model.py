@@ -13,6 +13,7 @@ from bitladder.engine import RowKernels, TensorType
 from bitladder.errors import BitladderError
 from bitladder.files import sha256_bytes
 from bitladder.gguf import GgufFile, TensorInfo, block_of, kind_of, ranges
+from bitladder.units import number_of, some_of
 
 TOKENS = "tokenizer.ggml.tokens"
 # What decides how text becomes tokens. Quantizers sometimes correct token types and templates, but never these.
@@ -69,8 +70,8 @@ def _vocabulary(base: GgufFile, model: GgufFile) -> Iterable[OriginFinding]:
         yield OriginFinding(
             "other",
             "vocabulary",
-            f"another vocabulary: {len(other)} tokens (sha256 {sha256_bytes(theirs.raw)[:12]}), the base has "
-            f"{len(mine)} ({sha256_bytes(ours.raw)[:12]}); they differ from token {first} on",
+            f"another vocabulary: {number_of(len(other), 'token')} (sha256 {sha256_bytes(theirs.raw)[:12]}), the base "
+            f"has {len(mine):,} ({sha256_bytes(ours.raw)[:12]}); they differ from token {first} on",
         )
         return
     changed = [name for name in TOKENIZER if _raw(base, name) != _raw(model, name)]
@@ -126,8 +127,8 @@ def _tensors(base: GgufFile, model: GgufFile) -> Iterable[OriginFinding]:
         yield OriginFinding(
             "other",
             "tensors",
-            f"other shapes: {len(shapes)} tensors, the first {name} is {list(model.tensors[name].shape)}, in the base "
-            f"{list(base.tensors[name].shape)}",
+            f"other shapes: {number_of(len(shapes), 'tensor')}, the first {name} is "
+            f"{list(model.tensors[name].shape)}, in the base {list(base.tensors[name].shape)}",
         )
     missing = [name for name in base.tensors if name not in model.tensors and not name.endswith(OPTIONAL)]
     added = [name for name in model.tensors if name not in base.tensors and not name.endswith(OPTIONAL)]
@@ -143,7 +144,7 @@ def _tensors(base: GgufFile, model: GgufFile) -> Iterable[OriginFinding]:
 
 
 def _names(names: list[str]) -> str:
-    return f"{len(names)} tensors ({names[0]}, …)" if len(names) > 1 else f"tensor {names[0]}"
+    return some_of(names, "tensor")
 
 
 Floats = npt.NDArray[np.float32]
@@ -247,9 +248,9 @@ def judge(measured: WeightDistances) -> list[OriginFinding]:
                 "sign",
                 "weights",
                 f"its weights are not rounded weights of the base: {kind} in {type_name} differs by "
-                f"{farthest.share:.2%}, and rounding to that type gives {farthest.expected:.2%} ({len(far)} of "
-                f"{len(measured.matrices)} kinds differ too much); it was made from another checkpoint, or changed on "
-                "purpose",
+                f"{farthest.share:.2%}, and rounding to that type gives {farthest.expected:.2%} (too far for "
+                f"{len(far)} of {number_of(len(measured.matrices), 'kind')}); it was made from another checkpoint, or "
+                "changed on purpose",
             )
         )
     moved = {kind: norms.share for kind, norms in measured.vectors.items() if not norms.share <= VECTOR_LIMIT}

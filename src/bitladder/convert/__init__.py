@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.convert.build import CONVERT, ConvertResult, convert, default_name, uses_upstream
+    from bitladder.convert.build import CONVERT, ConvertResult, convert, default_name, refuse_checkpoint, uses_upstream
     from bitladder.convert.checkpoint import Checkpoint
     from bitladder.convert.checkpoint_files import read_json
     from bitladder.convert.families import architectures
@@ -27,6 +27,7 @@ __all__ = [
     "library_version",
     "read_chat_templates",
     "read_json",
+    "refuse_checkpoint",
     "uses_upstream",
     "write_outline",
 ]

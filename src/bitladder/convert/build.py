@@ -15,6 +15,7 @@ from bitladder.convert import model_metadata
 from bitladder.convert.checkpoint import Checkpoint
 from bitladder.convert.checkpoint_files import Config, read_json
 from bitladder.convert.families import Family, architectures, family_for, named_family
+from bitladder.convert.options import ConvertOptions
 from bitladder.convert.quantized import check_quantization
 from bitladder.convert.tensors import (
     OUTTYPES,
@@ -101,9 +102,7 @@ def convert(
         raise UsageError(f"--outtype {outtype} is not one of {', '.join(OUTTYPES)}, auto")
     folder = fetch_checkpoint(model)
     if uses_upstream(folder, upstream=upstream, converter=converter):
-        names = architectures(Config(read_json(folder / "config.json"), folder / "config.json"))
-        refuse_code(folder, names, trusted=trust_remote_code)
-        refuse_incomplete(read_json(folder / "config.json"), folder / "config.json")
+        names = _refuse_for_upstream(folder, trust_remote_code)
         program = converter_at(converter, progress)
         progress.info(f"{', '.join(names) or folder.name}: llama.cpp's converter ({program.script.name}) converts it")
         beside = projector if projector is not None and _has_projector(folder, converter, progress) else None
@@ -153,6 +152,35 @@ def _convert_projector(
     except BitladderError as error:
         progress.warn(f"the model is converted without its projector of images or sounds: {error}")
         return 0
+
+
+def refuse_checkpoint(folder: pathlib.Path, options: ConvertOptions) -> None:
+    """Refuses what `convert` would refuse by the configuration and the headers of a checkpoint. No weights are read
+    but a head that may be tied.
+
+    Parameters:
+        folder: directory of the checkpoint.
+        options: how it would be converted.
+
+    Raises:
+        BitladderError: the checkpoint cannot be converted; the message names the file, tensor or setting.
+    """
+    if uses_upstream(folder, upstream=options.upstream, converter=options.converter):
+        _refuse_for_upstream(folder, options.trust_remote_code)
+        return
+    checkpoint = Checkpoint(folder)
+    family = family_for(checkpoint.config)
+    check_quantization(checkpoint.quantization, checkpoint.tensors, SILENT)
+    plan_copies(checkpoint, family, choose_outtype(checkpoint, options.outtype), SILENT)
+
+
+def _refuse_for_upstream(folder: pathlib.Path, trusted: bool) -> list[str]:
+    """Refuses what llama.cpp's converter is not given. Returns the names of the checkpoint's architectures."""
+    config = Config(read_json(folder / "config.json"), folder / "config.json")
+    names = architectures(config)
+    refuse_code(folder, names, trusted=trusted)
+    refuse_incomplete(config.values, config.path)
+    return names
 
 
 def uses_upstream(folder: pathlib.Path, *, upstream: bool | None, converter: pathlib.Path | None) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
+from bitladder.units import number_of
 
 # The largest whole number that llama.cpp keeps (int32), and the largest value of a float32.
 MAX_INTEGER = (1 << 31) - 1
@@ -192,7 +193,7 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
             if LFS_POINTER.startswith(start) and stream.read(len(LFS_POINTER) - 8) == LFS_POINTER[8:]:
                 raise BitladderError(f"{path} is only a Git LFS pointer; fetch the file itself: git lfs pull")
             if size < 8 or length > size - 8:
-                raise BitladderError(f"{path} is truncated: its {size} bytes do not hold the header")
+                raise BitladderError(f"{path} is truncated: its {number_of(size, 'byte')} do not hold the header")
             header = stream.read(length)
     except OSError as error:
         raise BitladderError(f"cannot read {path}: {error.strerror}") from error

@@ -22,6 +22,7 @@ from bitladder.engine import Model
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.progress import Progress
+from bitladder.units import number_of
 
 # Class → key of config.json and its value. transformers does not need the key, and leaves it out when it saves a model.
 # llama.cpp computes something else without it.
@@ -165,8 +166,8 @@ def check_converted(path: pathlib.Path, checkpoint: pathlib.Path, progress: Prog
         own = Checkpoint(checkpoint).parameters
         if weights < 0.98 * own:
             progress.warn(
-                f"the GGUF has {weights:,} weights and the checkpoint {own:,}: llama.cpp's converter leaves parts out "
-                "(a vision part, prediction heads)"
+                f"the GGUF has {number_of(weights, 'weight')} and the checkpoint {own:,}: llama.cpp's converter leaves "
+                "parts out (a vision part, prediction heads)"
             )
     return converted
 

@@ -10,6 +10,7 @@ import gguf
 from bitladder.convert.checkpoint_files import MAX_INTEGER, brief, read_json
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress
+from bitladder.units import number_of
 
 Kind = gguf.TokenType
 # Letters of a token. The longest of known vocabularies have some hundred.
@@ -157,7 +158,9 @@ def lay_out(
     added = {ids.get(token.text, i): token for i, token in added.items()}
     beyond = [i for i in (base.keys() | added.keys()) if i >= size]
     if beyond:
-        progress.warn(f"{len(beyond)} tokens have ids beyond the model's {size} embeddings and are left out")
+        progress.warn(
+            f"left out: {number_of(len(beyond), 'token')} with ids beyond the model's {number_of(size, 'embedding')}"
+        )
     if any(token.strips for token in added.values()):
         first = next(token.text for token in added.values() if token.strips)
         progress.warn(f"added tokens such as {first!r} take in the white space beside them; llama.cpp does not do that")

@@ -18,6 +18,7 @@ from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError, overflow
 from bitladder.files import Closing
 from bitladder.options import Options, option
+from bitladder.units import number_of
 
 MIN_CTX = 4
 Floats = npt.NDArray[np.float32]
@@ -143,7 +144,7 @@ class Context(Closing):
         """
         count = len(tokens)
         if count > self.n_batch:
-            raise BitladderError(f"batch of {count} tokens, but the context takes {self.n_batch} (-b)")
+            raise BitladderError(f"batch of {number_of(count, 'token')}, but the context takes {self.n_batch} (-b)")
         batch = self._batch
         batch.n_tokens = count
         _view(batch.token, ctypes.c_int32, count)[:] = tokens

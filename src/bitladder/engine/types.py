@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from bitladder.engine.native import ggml, llama
 from bitladder.errors import BitladderError, UsageError, did_you_mean
+from bitladder.units import number_of
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -170,7 +171,9 @@ def quantize_rows(weights: Floats, kind: TensorType, importance: Floats | None =
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
         if importance.shape != (width,):
-            raise BitladderError(f"importance has {importance.size} entries for rows of {width} weights")
+            raise BitladderError(
+                f"importance has {number_of(importance.size, 'entry', 'entries')} for rows of {width} weights"
+            )
         pointer = importance.ctypes.data
     # This prepares the tables of the type on first use, under a lock of its own.
     ggml.ggml_quantize_init(kind.id)

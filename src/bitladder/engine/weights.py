@@ -11,6 +11,7 @@ from bitladder.engine.native import Tensor, ggml
 from bitladder.engine.observe import GraphCallback, weight_name
 from bitladder.engine.types import RowKernels, all_types
 from bitladder.errors import BitladderError
+from bitladder.units import number_of
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -51,7 +52,9 @@ class Weights:
         tensor = self._tensor(name)
         data = np.ascontiguousarray(data)
         if data.nbytes != _nbytes(tensor):
-            raise BitladderError(f"{name} has {_nbytes(tensor)} bytes in the loaded model, not {data.nbytes}")
+            raise BitladderError(
+                f"{name} has {number_of(_nbytes(tensor), 'byte')} in the loaded model, not {data.nbytes:,}"
+            )
         ggml.ggml_backend_tensor_set(ctypes.addressof(tensor), data.ctypes.data, 0, data.nbytes)
 
     def set(self, name: str, values: Floats) -> None:

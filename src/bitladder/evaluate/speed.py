@@ -38,6 +38,7 @@ from bitladder.files import Closing
 from bitladder.gguf import open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Bar, Progress
+from bitladder.units import number_of
 
 BENCH = Algorithm("bench", ("llama-bench's tests; models take turns, repetition by repetition",))
 
@@ -77,7 +78,9 @@ def bench(
         SpeedError: a model does not load or does not decode; the error has the rows of the others.
     """
     if not tests or not models:
-        raise UsageError(f"{len(models)} models, {len(tests)} tests: there is nothing to measure")
+        raise UsageError(
+            f"{number_of(len(models), 'model')}, {number_of(len(tests), 'test')}: there is nothing to measure"
+        )
     models = list(dict.fromkeys(models))
     for path in models:
         if not path.exists():
@@ -95,7 +98,9 @@ def bench(
     rows = [series.rows[path, test] for path in models for test in tests if (path, test) in series.rows]
     if series.failed:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in series.failed.items())
-        raise SpeedError(f"{len(series.failed)} of {len(models)} models could not be measured: {reasons}", rows)
+        raise SpeedError(
+            f"{len(series.failed)} of {number_of(len(models), 'model')} could not be measured: {reasons}", rows
+        )
     return rows
 
 
@@ -230,4 +235,4 @@ def _fit_together(models: Sequence[pathlib.Path]) -> bool:
 
 
 def _listed(models: Sequence[pathlib.Path]) -> str:
-    return models[0].name if len(models) == 1 else f"{len(models)} models in turns"
+    return models[0].name if len(models) == 1 else f"{number_of(len(models), 'model')} in turns"

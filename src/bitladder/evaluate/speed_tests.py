@@ -10,6 +10,7 @@ from typing import Literal
 from bitladder.errors import UsageError
 from bitladder.evaluate.scores import BenchRow, Figure
 from bitladder.options import Options, option
+from bitladder.units import number_of
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
 _MOST = 1000  # values of a range; more of them are a mistake
@@ -67,7 +68,8 @@ class SpeedTest:
     def __post_init__(self) -> None:
         if min(self.n_prompt, self.n_gen, self.n_depth) < 0:
             raise UsageError(
-                f"a speed test of {self.n_prompt} + {self.n_gen} tokens after {self.n_depth}: none may be negative"
+                f"a speed test of {self.n_prompt} + {number_of(self.n_gen, 'token')} after {self.n_depth}: none may be "
+                "negative"
             )
         if not self.tokens:
             raise UsageError("a speed test of 0 prompt tokens and 0 generated tokens measures nothing")

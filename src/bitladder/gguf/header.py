@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from bitladder.engine import TensorType, all_types
 from bitladder.errors import BitladderError
+from bitladder.units import number_of
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 SCALARS = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
@@ -204,7 +205,7 @@ def read_header(stream: BinaryIO, path: pathlib.Path, part: int = 0) -> GgufHead
     if start.startswith(b"version https://git-lfs"):
         raise BitladderError(f"{path} is only a Git LFS pointer; fetch the file itself: git lfs pull")
     if size < 24 or start[:4] != b"GGUF":
-        what = f"begins with {start[:4]!r}" if len(start) == 24 else f"has only {size} bytes"
+        what = f"begins with {start[:4]!r}" if len(start) == 24 else f"has only {number_of(size, 'byte')}"
         raise BitladderError(f"{path} is not a GGUF file: it {what}")
     try:
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -227,7 +228,10 @@ def _parse(cursor: "_Cursor", part: int) -> GgufHeader:
     if version not in (2, 3):
         raise BitladderError(f"{path}: GGUF version {version} is not supported (2 and 3 are); convert the model again")
     if value_count * _LEAST_VALUE + tensor_count * _LEAST_TENSOR > size:
-        cursor.fail(f"claims {value_count} metadata keys and {tensor_count} tensors, too many for {size} bytes")
+        cursor.fail(
+            f"claims {number_of(value_count, 'metadata key')} and {number_of(tensor_count, 'tensor')}, too many for "
+            f"{number_of(size, 'byte')}"
+        )
     metadata: dict[str, Value] = {}
     for _ in range(value_count):
         key = cursor.name("a metadata key", MAX_KEY)
@@ -268,7 +272,7 @@ def _tensor(cursor: "_Cursor", part: int) -> TensorInfo:
     what = f"tensor {shown(name)}"
     (dimensions,) = cursor.unpack("<I", what)
     if dimensions > MAX_DIMENSIONS:
-        cursor.fail(f"{what} has {dimensions} dimensions; there are at most {MAX_DIMENSIONS}")
+        cursor.fail(f"{what} has {number_of(dimensions, 'dimension')}; there are at most {MAX_DIMENSIONS}")
     # A scalar, which has no dimensions, is a row of one.
     shape = cursor.unpack(f"<{dimensions}Q", what) or (1,)
     number, offset = cursor.unpack("<IQ", what)
@@ -302,7 +306,7 @@ class _Cursor:
     def name(self, what: str, longest: int) -> str:
         (size,) = self.unpack("<Q", what)
         if size > longest:
-            self.fail(f"{what} is {size} bytes long; {longest} are allowed")
+            self.fail(f"{what} is {number_of(size, 'byte')} long; {longest:,} are allowed")
         self._skip(size, what)
         raw = self.data[self.position - size : self.position]
         try:
@@ -323,19 +327,19 @@ class _Cursor:
         else:
             self.fail(f"{what} has the unknown type {kind}")
         if self.position - start > MAX_VALUE:
-            self.fail(f"{what} is said to have {self.position - start} bytes")
+            self.fail(f"{what} is said to have {number_of(self.position - start, 'byte')}")
         return Value(kind, self.data[start : self.position])
 
     def _size(self, what: str) -> int:
         (size,) = self.unpack("<Q", what)
         if size > MAX_STRING:
-            self.fail(f"{what} is said to have {size} bytes")
+            self.fail(f"{what} is said to have {number_of(size, 'byte')}")
         return int(size)
 
     def _skip_array(self, what: str) -> None:
         kind, count = self.unpack("<IQ", what)
         if count > MAX_COUNT:
-            self.fail(f"{what} is said to have {count} elements")
+            self.fail(f"{what} is said to have {number_of(count, 'element')}")
         if kind in SIZES:
             self._skip(SIZES[kind] * count, what)
         elif kind == STRING:

@@ -18,6 +18,7 @@ from bitladder.errors import BitladderError
 from bitladder.files import Closing, sha256_bytes
 from bitladder.gguf.header import I32, U16, GgufHeader, TensorInfo, open_regular, read_header, shown
 from bitladder.gguf.names import block_of
+from bitladder.units import number_of
 
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 SPLIT_KEYS = (NUMBER, COUNT, TENSORS)
@@ -75,8 +76,8 @@ def rest_of(first: GgufHeader) -> tuple[pathlib.Path, ...]:
         raise BitladderError(f"{path} is shard {number + 1} of {count}; name the first: {shard_path(path, 1, count)}")
     if path.name != shard_path(path, 1, count).name:
         raise BitladderError(
-            f"{path} is the first of {count} shards, which are found by their names: "
-            f"call it {shard_path(path, 1, count).name}, and the others alike"
+            f"{path} is the first of {number_of(count, 'shard')}, which are found by their names: call it "
+            f"{shard_path(path, 1, count).name}, and the others alike"
         )
     others = shards_of(path)[1:]
     missing = [(number, other) for number, other in enumerate(others, 2) if not other.is_file()]
@@ -99,8 +100,8 @@ def join(headers: Sequence[GgufHeader]) -> dict[str, TensorInfo]:
         claims = header.number(COUNT, U16, len(headers)), header.number(TENSORS, I32, total)
         if claims != (len(headers), total):
             raise BitladderError(
-                f"{header.path} is of another model than {first.path.name}: a shard of {claims[0]} with {claims[1]} "
-                f"tensors in all, not of {len(headers)} with {total}"
+                f"{header.path} is of another model than {first.path.name}: a shard of {claims[0]} with "
+                f"{number_of(claims[1], 'tensor')} in all, not of {len(headers)} with {total}"
             )
         for name, tensor in header.tensors.items():
             if name in tensors:
@@ -109,8 +110,8 @@ def join(headers: Sequence[GgufHeader]) -> dict[str, TensorInfo]:
             tensors[name] = tensor
     if len(tensors) != total:
         raise BitladderError(
-            f"{first.path}: the {len(headers)} shards should have {total} tensors and have {len(tensors)}: "
-            "they are not of one model, or damaged; fetch them again"
+            f"{first.path}: the {number_of(len(headers), 'shard')} should have {number_of(total, 'tensor')} and have "
+            f"{len(tensors)}: they are not of one model, or damaged; fetch them again"
         )
     return tensors
 

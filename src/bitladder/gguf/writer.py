@@ -21,6 +21,7 @@ from bitladder.files import Closing, replacing
 from bitladder.gguf.header import DEFAULT_ALIGNMENT as ALIGNMENT
 from bitladder.gguf.header import TensorInfo, Value, i32, string, u16
 from bitladder.gguf.reader import COUNT, MAX_SHARDS, NUMBER, SPLIT_KEYS, TENSORS, plain_path, shard_path
+from bitladder.units import number_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,9 @@ def output_paths(out: str | os.PathLike[str], groups: Groups) -> list[pathlib.Pa
     more shards than the format can count.
     """
     if len(groups) > MAX_SHARDS:
-        raise BitladderError(f"{out} would have {len(groups)} shards, {MAX_SHARDS} are allowed; use a larger limit")
+        raise BitladderError(
+            f"{out} would have {number_of(len(groups), 'shard')}, {MAX_SHARDS:,} are allowed; use a larger limit"
+        )
     if len(groups) == 1:
         return [plain_path(pathlib.Path(out))]
     return [shard_path(pathlib.Path(out), number, len(groups)) for number in range(1, len(groups) + 1)]

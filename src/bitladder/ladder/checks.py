@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.calibrate import MIN_CALIBRATION_CTX
-from bitladder.convert import ConvertOptions, converter_file, read_chat_templates
+from bitladder.convert import ConvertOptions, converter_file, read_chat_templates, refuse_checkpoint
 from bitladder.engine import Model, main_memory
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import check_repository
@@ -18,6 +18,7 @@ from bitladder.progress import SILENT, Progress
 from bitladder.quantize import AS_PRESET
 from bitladder.recipe import target_type
 from bitladder.text import MIN_CHUNKS, Text
+from bitladder.units import number_of
 
 SURELY = 1.3  # an estimate of memory that is above what there is by this factor is surely right in that
 CHARACTERS = 32  # of a token: the beginning of a text with so many for each token that is needed is looked at first
@@ -38,9 +39,7 @@ def check_options(
     Raises:
         UsageError: names the option, the value and what it must be.
     """
-    conversion = options.conversion
-    if conversion.converter is not None:
-        converter_file(conversion.converter)
+    _check_conversion(options.conversion, source, progress)
     if not source.is_gguf and options.out.resolve() == source.path.resolve():
         raise UsageError(f"--out {options.out} is the directory of the checkpoint; name another one")
     if options.repo is not None:
@@ -59,19 +58,26 @@ def check_options(
         size = len(checked.text.encode("utf-8", "surrogateescape"))
         if size < needed:
             raise UsageError(
-                f"{flag} {checked.name} has {size} bytes; {needed} tokens are needed with --ctx-size {n_ctx}. "
-                "Use a longer text or a smaller --ctx-size"
+                f"{flag} {checked.name} has {number_of(size, 'byte')}; {number_of(needed, 'token')} are needed with "
+                f"--ctx-size {n_ctx}. Use a longer text or a smaller --ctx-size"
             )
     talks = next((text.name for text in [*texts, *calibration] if text.conversations), None)
     if talks and not source.is_gguf and "default" not in read_chat_templates(source.path, SILENT):
         raise UsageError(f"{talks} holds conversations, but {source.name} has no chat template: give plain text")
-    if source.is_gguf and conversion != ConvertOptions():
-        progress.warn("MODEL is already a GGUF: options of its conversion have no effect")
     for text in texts:
         if text.sha256 in {calibrated.sha256 for calibrated in calibration}:
             progress.warn(
                 f"{text.name} is used to calibrate and to measure: the figures will be better than on other text"
             )
+
+
+def _check_conversion(conversion: ConvertOptions, source: Source, progress: Progress) -> None:
+    if conversion.converter is not None:
+        converter_file(conversion.converter)
+    if not source.is_gguf:
+        refuse_checkpoint(source.path, conversion)
+    elif conversion != ConvertOptions():
+        progress.warn("MODEL is already a GGUF: options of its conversion have no effect")
 
 
 def refuse_other_model(options: RunOptions, source: Source, store: Store) -> None:
@@ -121,8 +127,8 @@ def check_texts(steps: Sequence[Step], texts: TextsOfRun) -> None:
                 tokens = len(vocabulary.tokenize(part.text.text, parse_special=special))
                 if tokens < needed:
                     raise UsageError(
-                        f"{part.flag} {part.text.name} has {tokens} tokens; the step {step.name} needs {needed}. "
-                        "Use a longer text or a smaller --ctx-size"
+                        f"{part.flag} {part.text.name} has {number_of(tokens, 'token')}; the step {step.name} needs "
+                        f"{needed:,}. Use a longer text or a smaller --ctx-size"
                     )
 
 

@@ -24,6 +24,7 @@ from bitladder.progress import SILENT, Progress
 from bitladder.quantize import substitutes
 from bitladder.recipe import changeable
 from bitladder.refine import SmoothingError, links_of
+from bitladder.units import number_of, some_of
 
 # Types of which the usual ladder is made.
 LADDER_TYPES = ("iq3_s", "q3_K", "q4_K", "q5_K", "q6_K")
@@ -212,12 +213,11 @@ def _of_outline(about: Diagnosis, outline: Outline) -> Diagnosis:
     remarks = []
     if outline.unmatched:
         remarks.append(
-            f"{len(outline.unmatched)} matrices ({sum(outline.unmatched.values()):,} weights; "
-            f"{next(iter(outline.unmatched))}, …) have names in the GGUF that only the converter knows; "
-            "they are not counted here"
+            f"not counted here: {some_of(list(outline.unmatched), 'matrix', 'matrices')}, "
+            f"{number_of(sum(outline.unmatched.values()), 'weight')}; only the converter knows the names in the GGUF"
         )
     with open_model(outline.path) as file:
-        files = ", ".join(f"{name} ({size:,} bytes)" for name, size in outline.tokenizer.items())
+        files = ", ".join(f"{name} ({number_of(size, 'byte')})" for name, size in outline.tokenizer.items())
         known = _tokenizer(file) + ": " if file.get("tokenizer.ggml.model") is not None else ""
         about = dataclasses.replace(
             about,

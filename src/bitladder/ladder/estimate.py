@@ -30,7 +30,7 @@ from bitladder.ladder.steps.step import Extent, Step
 from bitladder.options import Effort
 from bitladder.rounding import RoundingOptions, round_tensor
 from bitladder.text import Text, load_text, load_texts
-from bitladder.units import duration
+from bitladder.units import duration, number_of
 
 CHARACTERS = 4  # of a token, about
 # A matrix that is rounded to see how fast that goes, and the seconds that it takes on the reference core.
@@ -357,7 +357,7 @@ def _best(work: Callable[[], Any], seconds: float) -> float:
 def in_words(total: Estimate) -> str:
     """Time, memory and disk in a line."""
     hours = total.core_seconds / 3600
-    minutes = round(total.core_seconds / 60)
-    cores = f"{hours:.1f} core hours" if hours >= 1 else f"{minutes} core minute{'' if minutes == 1 else 's'}"
+    minutes = number_of(round(total.core_seconds / 60), "core minute")
+    cores = f"{hours:.1f} core hours" if hours >= 1 else minutes
     memory, disk = (f"{size / 1e9:.3g} GB" for size in (total.memory_bytes, total.disk_bytes))
     return f"{duration(total.seconds)} ({cores}), {memory} of memory, {disk} of disk"

@@ -28,6 +28,7 @@ from bitladder.refine import OutputRounding, refuse_other_moments
 from bitladder.rounding import RoundingOptions
 from bitladder.text import Text, excerpts
 from bitladder.trial import Journal, Measurements, Renderer, SwappedModel, kept_base, measurement_inputs
+from bitladder.units import some_of
 
 RENDERED = "rendered"  # folder of the rendered blocks in the work folder
 
@@ -81,8 +82,8 @@ class Planner(Closing):
             self.subject = opened.enter_context(Subject(inputs.model, inputs.imatrix, options.unreached_type))
             if unreached := self.subject.unreached:
                 progress.warn(
-                    f"no calibration text reaches {len(unreached)} tensors ({unreached[0]}, …): they are not planned, "
-                    f"and get Q8_0; prediction heads get {options.unreached_type} (--unreached-type)"
+                    f"no calibration text reaches {some_of(unreached, 'tensor')}: not planned, Q8_0 instead; "
+                    f"prediction heads get {options.unreached_type} (--unreached-type)"
                 )
             if self.subject.imatrix and (zeros := zeros_in(self.subject.imatrix, self.subject.tensors)):
                 progress.warn(zeros)

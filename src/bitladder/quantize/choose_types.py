@@ -14,6 +14,7 @@ from bitladder.gguf import GgufFile, TensorInfo, prediction_tensors
 from bitladder.quantize.prune import Pruning, plan_pruning
 from bitladder.quantize.quantize_options import AS_PRESET, QuantizeOptions, check_options, parse_override
 from bitladder.recipe import PatternMatch, exact_patterns, match_patterns, parse_tensor_type, target_type
+from bitladder.units import number_of, some_of
 
 # The tensors of --token-embedding-type and --output-tensor-type. llama-quantize has no fallback for their widths.
 EMBEDDINGS, OUTPUT = ("token_embd.weight", "per_layer_token_embd.weight"), ("output.weight",)
@@ -165,8 +166,9 @@ def _of_unreached(unreached: Mapping[str, TensorType], tensors: list[TensorChoic
     if not quantized:
         return []
     return [
-        f"no text reaches the prediction heads: {len(quantized)} tensors ({quantized[0].name}, …) become "
-        f"{quantized[0].requested.name}; --unreached-type {AS_PRESET} gives them the types of llama-quantize"
+        f"no text reaches the prediction heads: {quantized[0].requested.name} for "
+        f"{some_of([tensor.name for tensor in quantized], 'tensor')}; --unreached-type {AS_PRESET} gives them the "
+        "types of llama-quantize"
     ]
 
 
@@ -254,7 +256,7 @@ def _unnamed(options: QuantizeOptions, names: list[str]) -> list[str]:
     """A remark on tensors that the recipe does not name. Raises UsageError if there is no preset for them."""
     if not names:
         return []
-    some = f"the recipe names no type for {names[0]} ({len(names)} tensors in all)"
+    some = f"the recipe names no type for {names[0]} ({number_of(len(names), 'tensor')} in all)"
     if options.preset is None:
         raise UsageError(f"{some}; complete it, or name a preset for the rest")
     return [f"{some}: preset {options.preset} decides"]
@@ -321,8 +323,8 @@ def _warnings(tensors: list[TensorChoice], uses: tuple[PatternUse, ...]) -> tupl
     for use in uses:
         if not use.decided:
             lines.append(
-                f"--tensor-type {use.pattern}={use.type.name} decides nothing: the {len(use.matched)} tensors it "
-                f"matches ({use.matched[0]}, …) are never quantized, an earlier pattern or another option decides, "
+                f"--tensor-type {use.pattern}={use.type.name} decides nothing: what it matches "
+                f"({some_of(use.matched, 'tensor')}) is never quantized, an earlier pattern or another option decides, "
                 "or the preset does not quantize"
             )
         if use.pattern != use.pattern.lower():

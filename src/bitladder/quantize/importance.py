@@ -23,6 +23,7 @@ from bitladder.quantize.choose_types import BASE, EMBEDDINGS, OUTPUT, ChosenType
 from bitladder.quantize.prune import pruned_entries
 from bitladder.quantize.quantize_options import QuantizeOptions
 from bitladder.recipe import exact_patterns
+from bitladder.units import number_of, some_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -82,8 +83,9 @@ def _columns(tensor: TensorChoice, imatrix: Imatrix) -> Floats | None:
     columns = imatrix.columns(tensor.name, source)
     if columns is None and tensor.name in imatrix.entries and tensor.name not in EMBEDDINGS:
         raise BitladderError(
-            f"the imatrix belongs to another model: {source.name} has {imatrix.entries[tensor.name].sums.size} entries "
-            f"there, but {source.width} columns × {source.rows // source.rows_per_matrix} here"
+            f"the imatrix belongs to another model: {source.name} has "
+            f"{number_of(imatrix.entries[tensor.name].sums.size, 'entry', 'entries')} there, but "
+            f"{number_of(source.width, 'column')} × {source.rows // source.rows_per_matrix} here"
         )
     return columns
 
@@ -93,7 +95,7 @@ def _warn(weighted: dict[str, Floats], changing: list[TensorChoice], imatrix: Im
     usual = (*EMBEDDINGS, *OUTPUT)
     without = [t.name for t in changing if t.name not in weighted and t.name not in usual and t.type.quantized]
     if without:
-        progress.warn(f"the imatrix has no entry for {len(without)} tensors ({without[0]}, …): quantized unweighted")
+        progress.warn(f"the imatrix has no entry for {some_of(without, 'tensor')}: quantized unweighted")
     if zeros := zeros_in(imatrix, weighted):
         progress.warn(zeros)
     gaps = {name: experts for name, experts in imatrix.gaps().items() if name in weighted}
@@ -101,8 +103,8 @@ def _warn(weighted: dict[str, Floats], changing: list[TensorChoice], imatrix: Im
         some = ", ".join(list(gaps)[:4]) + (", …" if len(gaps) > 4 else "")
         alone = not all(imatrix.entries[name].stands_in for name in gaps)
         progress.warn(
-            f"no token reached {sum(map(len, gaps.values()))} experts of {len(gaps)} tensors ({some}; bitladder stats "
-            f"lists them): "
+            f"no token reached {number_of(sum(map(len, gaps.values())), 'expert')} of {number_of(len(gaps), 'tensor')} "
+            f"({some}; bitladder stats lists them): "
             + ("their columns count alike, as with llama-quantize" if alone else "they have the mean of the others")
         )
 

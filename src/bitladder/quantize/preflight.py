@@ -14,6 +14,7 @@ from bitladder.errors import BitladderError
 from bitladder.gguf import F32, GgufWriter, TensorPlan, file_size, name_in_block, scalar, split_sizes, string, u32
 from bitladder.quantize.prepare import PreparedQuant
 from bitladder.quantize.write_quant import AHEAD, PIECE
+from bitladder.units import number_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,10 @@ def check_room(prepared: PreparedQuant, out: str | os.PathLike[str]) -> None:
     folder = next(parent for parent in pathlib.Path(out).absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if prepared.bytes > free:
-        raise BitladderError(f"{out} needs {prepared.bytes} bytes, and the disk has {free} bytes free: make room first")
+        raise BitladderError(
+            f"{out} needs {number_of(prepared.bytes, 'byte')}, and the disk has {number_of(free, 'byte')} free: make "
+            "room first"
+        )
 
 
 def _kinds(prepared: PreparedQuant) -> tuple[KindRow, ...]:

@@ -34,6 +34,7 @@ from bitladder.engine import (
 )
 from bitladder.errors import BitladderError, UsageError, did_you_mean
 from bitladder.gguf import around_block, reading_order
+from bitladder.units import number_of
 
 _NOT_MADE = {"NVFP4"}  # a name for converted files: llama_model_quantize refuses it
 _PLAIN = set(string.ascii_lowercase + string.digits + "_-/")
@@ -198,7 +199,8 @@ def _compiled(path: str | os.PathLike[str], patterns: Sequence[str]) -> "dict[st
     for pattern in patterns:
         if len(pattern) > LONGEST:
             raise UsageError(
-                f"{_named(pattern)} has {len(pattern)} characters, more than {LONGEST}: use several patterns"
+                f"{_named(pattern)} has {number_of(len(pattern), 'character')}, more than {LONGEST:,}: use several "
+                "patterns"
             )
         lower[pattern] = pattern.encode().lower()  # of bytes, so that only ASCII letters change, as in llama-quantize
         _refuse_dialects(lower[pattern].decode(), _named(pattern))

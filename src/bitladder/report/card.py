@@ -20,6 +20,7 @@ from bitladder.report.finished_run import FinishedRun, RunModel, read_chat_templ
 from bitladder.report.tables import gigabytes, with_errors
 from bitladder.rundir import Layout
 from bitladder.text import BUILTIN, Conversation
+from bitladder.units import number_of
 
 # The speed in the table of choices: in a chat the user waits for generated tokens.
 GENERATION = "tg128"
@@ -61,7 +62,7 @@ def render_card(folder: pathlib.Path) -> str:
         keep_trailing_newline=True,
         finalize=lambda value: _CONTROL.sub("", value) if isinstance(value, str) else value,
     )
-    environment.filters |= {"cell": _cell, "code": _code, "link": _link}
+    environment.filters |= {"cell": _cell, "code": _code, "link": _link, "number_of": number_of}
     return environment.get_template("card.md.jinja").render(
         front=front_matter(run), prompt=_prompt(run), hashes=_hashes(run), **facts(run)
     )
@@ -249,7 +250,7 @@ def _machine(scored: Sequence[RunScores]) -> str:
 
 
 def _threads(count: int) -> str | None:
-    return f"{count} thread{'s' if count > 1 else ''}" if count else None
+    return number_of(count, "thread") if count else None
 
 
 def _imatrix(recipes: list[Recipe]) -> dict[str, Any]:

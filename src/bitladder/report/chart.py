@@ -15,6 +15,7 @@ from bitladder.gguf import kind_of, reading_order
 from bitladder.recipe import Recipe
 from bitladder.report.finished_run import RunModel
 from bitladder.report.tables import gigabytes, with_error
+from bitladder.units import number_of
 
 Chart = dict[str, Any]
 # Role → name in the legend, colour and symbol. Groups differ by symbol too, for readers who cannot tell the colours.
@@ -120,4 +121,4 @@ def recipe_lines(recipe: Recipe, most: int = 12) -> list[str]:
         alone = counts.total() == 1
         types = ", ".join(name if alone else f"{count} {name}" for name, count in counts.most_common())
         lines.append(html.escape(f"{kind}: {types}"))
-    return [*lines[:most], f"… and {len(lines) - most} more kinds"] if len(lines) > most else lines
+    return [*lines[:most], f"… and {number_of(len(lines) - most, 'more kind')}"] if len(lines) > most else lines

@@ -29,6 +29,7 @@ from bitladder.report.finished_run import FinishedRun, read_importance, read_run
 from bitladder.report.score_charts import percentiles, speed, task_bars
 from bitladder.report.tables import gigabytes, with_error
 from bitladder.rundir import Layout
+from bitladder.units import number_of
 
 # What the prices of a file are of, by whether it is made of the smoothed model.
 PRICED_MODELS = {True: "the smoothed model", False: "the original model"}
@@ -164,6 +165,7 @@ def render_report(folder: pathlib.Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["number_of"] = number_of
     return environment.get_template("report.html.jinja").render(
         **facts(run),
         charts=charts,

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from bitladder.units import number_of
+
 if TYPE_CHECKING:
     from bitladder.compare import ComparedModel, QuantComparison
     from bitladder.evaluate import Figure
@@ -85,8 +87,8 @@ def _title(comparison: "QuantComparison") -> str:
         return f"Against {comparison.base}: nothing can be measured"
     alike = "; texts count alike" if scores.texts else ""
     return (
-        f"Against {comparison.base} on {scores.text.name}, {scores.chunks} chunks of {scores.n_ctx}, "
-        f"{scores.tokens_scored} tokens scored{alike}"
+        f"Against {comparison.base} on {scores.text.name}, {number_of(scores.chunks or 0, 'chunk')} of {scores.n_ctx}, "
+        f"{number_of(scores.tokens_scored or 0, 'token')} scored{alike}"
     )
 
 

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from bitladder.units import number_of
+
 if TYPE_CHECKING:
     from bitladder.evaluate import Figure, Noise, Scores
 
@@ -20,7 +22,10 @@ def eval_tables(models: "list[Scores]") -> list[tuple[str, Any]]:
     shown = [(_title(models[0]), _table(ordered, _rows(models)))]
     for index, text in enumerate(models[0].texts):
         on_text = [scores.on(index) for scores in ordered]
-        title = f"{text.text.name if text.text else ''}, {text.chunks} chunks, {text.tokens_scored} tokens scored"
+        title = (
+            f"{text.text.name if text.text else ''}, {number_of(text.chunks or 0, 'chunk')}, "
+            f"{number_of(text.tokens_scored or 0, 'token')} scored"
+        )
         shown.append((title, _table(on_text, _figure_rows())))
     paired = [scores for scores in ordered if scores.paired]
     if paired:
@@ -50,7 +55,10 @@ def _title(first: "Scores") -> str:
     if not first.chunks:
         return "Tasks"
     source = first.text.name if first.text else first.base.model if first.base else ""
-    title = f"{source}, {first.chunks} chunks of {first.n_ctx}, {first.tokens_scored} tokens scored"
+    title = (
+        f"{source}, {number_of(first.chunks or 0, 'chunk')} of {first.n_ctx}, "
+        f"{number_of(first.tokens_scored or 0, 'token')} scored"
+    )
     if first.texts:
         title += "; means of the texts, which count alike"
     if first.noise:
@@ -62,7 +70,8 @@ def _noise(noise: "Noise") -> str:
     other = f"-ub {noise.n_ubatch}"
     lines = [
         "",
-        f"Noise floor of KLD, base against itself over {noise.chunks} chunks: {noise.batch.value:.2g} with {other}",
+        f"Noise floor of KLD, base against itself over {number_of(noise.chunks, 'chunk')}: {noise.batch.value:.2g} "
+        f"with {other}",
     ]
     for rounded, batch, kind in (
         (noise.activations, noise.activations_batch, "Q8_0"),
@@ -101,7 +110,7 @@ def _rows(models: "list[Scores]") -> list[tuple[str, Callable[[Any], Cell]]]:
         *_figure_rows(),
     ]
     for name, task in models[0].tasks.items():
-        label = f"{name}, {task.count} questions, chance {100 * task.chance:.1f} %"
+        label = f"{name}, {number_of(task.count, 'question')}, chance {100 * task.chance:.1f} %"
         if task.skipped:
             label += f", {task.skipped} left out"
         rows.append((label, functools.partial(_task, name)))

@@ -28,6 +28,7 @@ from bitladder.show import imatrix_tables as tables
 from bitladder.show.heatmap import FigureMap, TerminalMap, make_map
 from bitladder.show.imatrix_tables import FigureColumn, FigureRow, find_column, plain, sort_rows
 from bitladder.show.output import Output
+from bitladder.units import number_of
 
 PathLike = str | os.PathLike[str]
 
@@ -151,9 +152,9 @@ def _about(path: PathLike, imatrix: Imatrix) -> dict[str, Any]:
 def _heading(path: PathLike, imatrix: Imatrix) -> str:
     size = "" if imatrix.legacy else f" of {imatrix.chunk_size} tokens"
     texts = f" of {', '.join(imatrix.datasets)}" if imatrix.datasets else ""
-    count = len(imatrix.entries)
-    chunks = f"{imatrix.chunk_count} chunk{'' if imatrix.chunk_count == 1 else 's'}"
-    return f"{pathlib.Path(path).name}: {count} entries from {chunks}{size}{texts}"
+    entries = number_of(len(imatrix.entries), "entry", "entries")
+    chunks = number_of(imatrix.chunk_count, "chunk")
+    return f"{pathlib.Path(path).name}: {entries} from {chunks}{size}{texts}"
 
 
 def _check_kinds(kinds: Collection[str], names: Iterable[str]) -> None:

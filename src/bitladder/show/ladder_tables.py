@@ -16,7 +16,7 @@ from bitladder.report import FinishedRun, RunModel, UnfinishedRun, tables, with_
 from bitladder.show.output import Output
 from bitladder.show.scatter import Point, scatter
 from bitladder.show.table import Column, Table, figures
-from bitladder.units import duration
+from bitladder.units import duration, number_of
 
 if TYPE_CHECKING:
     from bitladder.ladder import Best, Status, TimeLeft
@@ -73,7 +73,7 @@ class RunDisplay:
 
         status = self._status
         if status is None:
-            return Text("")
+            return Text("Reads MODEL and measures this machine …")
         table = Table(box=None, pad_edge=False, show_header=False)
         for _ in range(2):
             table.add_column(no_wrap=True)
@@ -298,7 +298,7 @@ def estimate_lines(estimate: Estimate) -> list[str]:
     speeds = f"products {machine.products:.2f}, NumPy {machine.blas:.2f}, rounding {machine.kernels:.2f}"
     return [
         f"total: {in_words(estimate)}, of which {estimate.kept_bytes / 1e9:.3g} GB stay",
-        f"{machine.threads} threads; speed of a core, of that of the reference: {speeds}",
+        f"{number_of(machine.threads, 'thread')}; speed of a core, of that of the reference: {speeds}",
     ]
 
 
@@ -338,7 +338,7 @@ def _lines(about: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "architecture", about.architecture
     if about.converter:
         yield "converter", "bitladder's own" if about.converter == "bitladder" else "llama.cpp's, run by bitladder"
-    yield "weights", f"{about.weights:,} in {about.blocks} blocks, {about.encoding}"
+    yield "weights", f"{about.weights:,} in {number_of(about.blocks, 'block')}, {about.encoding}"
     if about.tokenizer:
         yield "tokenizer", about.tokenizer
     if about.tied_head is not None:
@@ -357,11 +357,11 @@ def _lines(about: Diagnosis) -> Iterator[tuple[str, str]]:
     if about.prediction:
         yield (
             "prediction heads",
-            f"{about.prediction:,} weights for further tokens; no text reaches them, so they get Q8_0",
+            f"{number_of(about.prediction, 'weight')} for further tokens; no text reaches them, so they get Q8_0",
         )
     if about.perception:
         done = "converted to a projector beside the model" if about.projector else "left out"
-        yield "images, sounds", f"{about.perception:,} weights, {done}"
+        yield "images, sounds", f"{number_of(about.perception, 'weight')}, {done}"
     yield from _widths(about)
     why = f"positions: {about.no_gradients}" if about.no_gradients else "gradients"
     yield "moments", f"tokens are weighted by {why}"

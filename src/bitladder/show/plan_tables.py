@@ -9,7 +9,7 @@ from bitladder.gguf import ranges
 from bitladder.plan import MovedTensors, PlanResult, Share, Target, TriedRecipe, moved_tensors, shares
 from bitladder.show.table import Column, Table, figures
 from bitladder.trial import BlockLoss, Measurement
-from bitladder.units import size_text
+from bitladder.units import number_of, size_text
 
 Places = Mapping[str, tuple[str, int | None]]
 
@@ -101,13 +101,13 @@ def lines(result: PlanResult, target: Target) -> Iterator[str]:
         preset = next((recipe for recipe in result.feedback.tried if recipe.name.startswith("preset ")), None)
         if preset is not None:
             yield (
-                f"{preset.name}: {preset.bytes:,} bytes, KLD {_figure(preset.figure)}; the KLD of the plan is "
-                f"{best.figure.kld / preset.figure.kld:.3f} × that"
+                f"{preset.name}: {number_of(preset.bytes, 'byte')}, KLD {_figure(preset.figure)}; the KLD of the plan "
+                f"is {best.figure.kld / preset.figure.kld:.3f} × that"
             )
     if check is not None:
         yield (
-            f"prices ({prices.method}, {prices.tokens:,} tokens): rank correlation with {check.pairs} held-out "
-            f"swaps {check.rank_correlation:.3f}, median measured/predicted {check.median_ratio:.2f}"
+            f"prices ({prices.method}, {number_of(prices.tokens, 'token')}): rank correlation with {check.pairs} "
+            f"held-out swaps {check.rank_correlation:.3f}, median measured/predicted {check.median_ratio:.2f}"
         )
     if prices.exponents:
         parts = ", ".join(f"{kind} {p:.2f}" for kind, p in prices.exponents.items())

@@ -10,6 +10,7 @@ from bitladder.gguf import block_of, in_main_block, kind_of, name_in_block, rang
 from bitladder.quantize import Fallback, Preflight, QuantizeResult
 from bitladder.refine import GuardTrial, RoundedQuant, guard_json
 from bitladder.show.table import Column, Table
+from bitladder.units import number_of
 
 SHOWN = 6  # names in a cell; of the others only their number is shown
 
@@ -38,13 +39,15 @@ def lines(figures: Preflight) -> list[str]:
     """Coverage of the imatrix, size, room."""
     text = []
     if figures.weighted or figures.unweighted:
-        text.append(f"imatrix: {figures.weighted} tensors weighted, {len(figures.unweighted)} quantized unweighted")
+        text.append(
+            f"imatrix: {number_of(figures.weighted, 'tensor')} weighted, {len(figures.unweighted)} quantized unweighted"
+        )
         if figures.unweighted:
             text[-1] += f" ({_names(figures.unweighted)})"
-    shards = f" in {len(figures.files)} shards" if len(figures.files) > 1 else ""
+    shards = f" in {number_of(len(figures.files), 'shard')}" if len(figures.files) > 1 else ""
     text.append(
-        f"{figures.bytes:,} bytes{shards}, {figures.bpw:.4f} bpw ({figures.bpw_blocks:.4f} in the blocks); disk needed "
-        f"{figures.bytes / 1e6:,.1f} MB, memory about {figures.memory / 1e6:,.0f} MB besides the program"
+        f"{number_of(figures.bytes, 'byte')}{shards}, {figures.bpw:.4f} bpw ({figures.bpw_blocks:.4f} in the blocks); "
+        f"disk needed {figures.bytes / 1e6:,.1f} MB, memory about {figures.memory / 1e6:,.0f} MB besides the program"
     )
     return text
 
@@ -90,7 +93,7 @@ def result_line(result: QuantizeResult) -> str:
     counts = collections.Counter(result.types.values()).most_common()
     types = ", ".join(f"{count} × {kind}" for kind, count in counts)
     bpw = f"{result.bpw:.4f} bpw, {result.bpw_blocks:.4f} in the blocks"
-    return f"{result.path}: {result.bytes:,} bytes, {bpw} ({types})"
+    return f"{result.path}: {number_of(result.bytes, 'byte')}, {bpw} ({types})"
 
 
 def rounding_lines(quant: RoundedQuant) -> list[str]:
@@ -108,10 +111,10 @@ def rounding_lines(quant: RoundedQuant) -> list[str]:
         return shown
     guard = quant.guard
     shown.append(
-        f"held-out text ({guard.tokens} tokens): KLD {_with_error(guard.before)} with stock blocks, "
+        f"held-out text ({number_of(guard.tokens, 'token')}): KLD {_with_error(guard.before)} with stock blocks, "
         f"{_with_error(guard.after)} with rounded blocks (difference {_with_error(guard.difference)}, paired)"
     )
-    kept = f"{guard.tried - len(guard.stock)} of {guard.tried} tensors have rounded blocks"
+    kept = f"{guard.tried - len(guard.stock)} of {number_of(guard.tried, 'tensor')} have rounded blocks"
     refused = [trial for trial in (*guard.trials, *guard.removals) if not trial.kept]
     shown.append(kept + "".join(f"; refused for {_tensors(trial)}: {_trial(trial)}" for trial in refused))
     layers = [trial for trial in guard.removals if in_main_block(trial.kind)]

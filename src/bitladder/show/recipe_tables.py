@@ -11,6 +11,7 @@ from bitladder.errors import BitladderError
 from bitladder.gguf import block_of, kind_of, one_line, ranges, reading_order
 from bitladder.recipe import RECIPE_KEY, Recipe, RecipeDiff, Shapes, Size, block_size, recipe_sha256, size_of
 from bitladder.show.table import Column, Table
+from bitladder.units import number_of
 
 
 def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
@@ -23,9 +24,9 @@ def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
         "budget": recipe.budget,
         "made": recipe.made,
         "source": recipe.source and recipe.source.name,
-        "imatrix": imatrix and imatrix.name + (f", {imatrix.chunks} chunks" if imatrix.chunks else ""),
+        "imatrix": imatrix and imatrix.name + (f", {number_of(imatrix.chunks, 'chunk')}" if imatrix.chunks else ""),
         "versions": ", ".join(f"{name} {version}" for name, version in recipe.versions.items()),
-        "file size": recipe.bytes and f"{recipe.bytes:,} bytes",
+        "file size": recipe.bytes and number_of(recipe.bytes, "byte"),
         "tensors": tensors_size(size_of(recipe.tensors, shapes)) or (recipe.bpw and f"{recipe.bpw:.4f} bpw"),
         "blocks": tensors_size(block_size(recipe.tensors, shapes)),
         "recipe": recipe_sha256(recipe.tensors),
@@ -83,7 +84,7 @@ def to_json(recipe: Recipe, shapes: Shapes) -> dict[str, Any]:
 
 def tensors_size(size: Size | None) -> str | None:
     """The size of tensors in words; None for an unknown size."""
-    return f"{size.bytes:,} bytes, {size.bpw:.4f} bpw" if size else None
+    return f"{number_of(size.bytes, 'byte')}, {size.bpw:.4f} bpw" if size else None
 
 
 def cell(text: str, style: str = "") -> Text:

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.text import Text
 
+from bitladder.units import number_of
+
 GAP = 2  # spaces between columns
 LONGEST_WORD = 24  # characters of a word that is not broken in a column that folds
 Cell = str | Text
@@ -59,7 +61,7 @@ class Table:
         """Adds a row. Raises ValueError if it has another number of cells than there are columns."""
         row = [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
         if len(row) != len(self.columns):
-            raise ValueError(f"{len(row)} cells for {len(self.columns)} columns")
+            raise ValueError(f"{number_of(len(row), 'cell')} for {number_of(len(self.columns), 'column')}")
         self.rows.append(row)
 
     def rule(self) -> None:
@@ -81,7 +83,10 @@ class Table:
             yield from self._lines(console, piece, _spread(narrow, wide, piece, width))
         if len(shown) < len(self.columns):
             names = ", ".join(column.title for i, column in enumerate(self.columns) if i not in shown)
-            text = f"Not shown in {width} columns: {names}. All are in {_total(narrow, range(len(wide)))} columns, "
+            text = (
+                f"Not shown in {width} columns: {names}. All are in "
+                f"{number_of(_total(narrow, range(len(wide))), 'column')}, "
+            )
             yield Text(text + "and with --json.", "dim")
 
     def _widths(self, *, fold: bool) -> list[int]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from bitladder.errors import BitladderError
 from bitladder.options import Options, option
 from bitladder.text.texts import Text
+from bitladder.units import number_of
 
 if TYPE_CHECKING:  # texts need no native library
     from bitladder.engine import Model
@@ -114,14 +115,14 @@ def text_chunks(
     tokens = model.tokenize(text.text, parse_special=parse_special or text.special)
     if len(tokens) < MIN_CHUNKS * n_ctx:
         raise BitladderError(
-            f"the text {text.name} has {len(tokens)} tokens, but chunks of {n_ctx} tokens need at least "
-            f"{MIN_CHUNKS * n_ctx}; take a longer text or a smaller --ctx-size (-c)"
+            f"the text {text.name} has {number_of(len(tokens), 'token')}, but chunks of {n_ctx} tokens need at least "
+            f"{MIN_CHUNKS * n_ctx:,}; take a longer text or a smaller --ctx-size (-c)"
         )
     available = len(tokens) // n_ctx - from_chunk
     if from_chunk and (from_chunk + MIN_CHUNKS) * n_ctx >= len(tokens):
         raise BitladderError(
-            f"the text {text.name} has {len(tokens) // n_ctx} chunks of {n_ctx} tokens; "
-            f"--from-chunk {from_chunk} leaves too few"
+            f"the text {text.name} has {number_of(len(tokens) // n_ctx, 'chunk')} of {n_ctx} tokens; --from-chunk "
+            f"{from_chunk} leaves too few"
         )
     count = available if chunks is None else min(chunks, available)
     chosen = spread_evenly(available, count) if spread else slice(count)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bitladder.errors import BitladderError
+from bitladder.units import number_of
 
 ROWS = 256  # of a parquet file, in memory at once
 # How a file begins → what it is.
@@ -63,9 +64,9 @@ def plain_text(data: bytes, name: str) -> str:
     inside = [index for index in stray if _CUT <= index < len(text) - _CUT]
     if len(inside) > _STRAY * len(data):
         raise BitladderError(
-            f"{name} is not UTF-8 text: {len(stray)} of its {len(data)} bytes fit into no character, the first is "
-            f"{ord(text[stray[0]]) - 0xDC00:#x}; if it is Latin-1 or Windows-1252, convert it: "
-            "iconv -f WINDOWS-1252 -t UTF-8"
+            f"{name} is not UTF-8 text: {len(stray)} of its {number_of(len(data), 'byte')} fit into no character, the "
+            f"first is {ord(text[stray[0]]) - 0xDC00:#x}; if it is Latin-1 or Windows-1252, convert it: iconv -f "
+            "WINDOWS-1252 -t UTF-8"
         )
     return text
 

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from bitladder.units import number_of
+
 # Templates that name today's date would give other text each day. This is the date that Llama 3's template has.
 TODAY = datetime.datetime(2024, 7, 26)
 
@@ -75,7 +77,7 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
                 pieces.append(piece)
                 size += len(piece)
                 if size > request["characters"]:
-                    raise TooLongError(f"it makes more than {request['characters']:,} characters")
+                    raise TooLongError(f"it makes more than {number_of(request['characters'], 'character')}")
             return "".join(pieces)
 
         for place, conversation in enumerate(request["conversations"], 1):  # noqa: B007  # the error names it

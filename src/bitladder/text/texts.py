@@ -30,6 +30,7 @@ from bitladder.text.chat import (
     rendered_text,
 )
 from bitladder.text.file_content import parquet_column, plain_text
+from bitladder.units import number_of
 
 BUILTIN = ("pydoc:calibration", "pydoc:test")
 CHARACTERS = 8  # of a token: passages of so many characters for each token hold enough tokens
@@ -242,7 +243,7 @@ def excerpts(texts: Sequence[Text], chunks: int, n_ctx: int, *, offset: float = 
     passages = [passage for turn in itertools.zip_longest(*parts) for passage in turn if passage]
     names = " + ".join(text.name for text in texts)
     special = any(text.special for text in texts)
-    return Text.of(f"{names} ({len(passages)} passages)", "\n\n".join(passages), special=special)
+    return Text.of(f"{names} ({number_of(len(passages), 'passage')})", "\n\n".join(passages), special=special)
 
 
 def _shares(count: int, most: Sequence[int]) -> list[int]:

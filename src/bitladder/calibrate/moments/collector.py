@@ -12,6 +12,7 @@ from bitladder.calibrate.inputs import Experts, Floats, WeightInput, refuse_not_
 from bitladder.calibrate.moments.triangles import MomentSums, WeightedSums, add_tokens, sums_bytes
 from bitladder.engine import Multiplication
 from bitladder.errors import BitladderError
+from bitladder.units import number_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,7 @@ class MomentCollector:
         tokens = inputs.shape[1] if experts is None else len(experts)
         if watched.rest is not None and tokens != self._count:
             raise BitladderError(
-                f"{seen.weight} sees {tokens} of {self._count} tokens, so their positions are not known; "
+                f"{seen.weight} sees {tokens} of {number_of(self._count, 'token')}, so their positions are not known; "
                 "use --weighting tokens"
             )
         refuse_not_finite(seen, inputs)

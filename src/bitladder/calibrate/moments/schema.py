@@ -11,6 +11,7 @@ import numpy as np
 from bitladder.calibrate.moments.triangles import triangle, width_of
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo, describe_kind
+from bitladder.units import number_of
 
 INPUTS, INPUT_DIAGONALS, COUNTS = ".moments", ".diagonal", ".counts"
 OUTPUTS, OUTPUT_FACTORS, OUTPUT_DIAGONALS = ".outputs", ".outputs.factors", ".outputs.diagonal"
@@ -118,7 +119,10 @@ class _Reading:
             self.fail(f"{name} has no diagonal, or no counts")
         n_in, matrices = self._pair(name, parts[INPUTS], parts[INPUT_DIAGONALS])
         if (parts[COUNTS].width, parts[COUNTS].rows) != (1, matrices):
-            self.fail(f"{name} has {matrices} matrices, but {parts[COUNTS].elements} counts")
+            self.fail(
+                f"{name} has {number_of(matrices, 'matrix', 'matrices')}, but "
+                f"{number_of(parts[COUNTS].elements, 'count')}"
+            )
         counts = self._file.read(parts[COUNTS]).view(np.float32)
         if not (np.isfinite(counts).all() and (counts >= 0).all() and (counts < 2**53).all()):
             self.fail(f"{name} has counts that are no numbers of tokens")
@@ -135,14 +139,16 @@ class _Reading:
             return {"n_out": width * blocks, "blocks": blocks}
         factors, diagonal = parts[OUTPUT_FACTORS], parts[OUTPUT_DIAGONALS]
         if (diagonal.width, diagonal.rows) != (factors.rows, 1):
-            self.fail(f"{name} has factors of {factors.rows} outputs, and a diagonal of {diagonal.width}")
+            self.fail(f"{name} has factors of {number_of(factors.rows, 'output')}, and a diagonal of {diagonal.width}")
         return {"n_out": factors.rows, "rank": factors.width}
 
     def _pair(self, name: str, values: TensorInfo, diagonals: TensorInfo) -> tuple[int, int]:
         """(width, number) of packed matrices."""
         width = width_of(values.width)
         if triangle(width) != values.width or (diagonals.width, diagonals.rows) != (width, values.rows):
-            self.fail(f"{name} has {values.rows} triangles of {values.width}, and diagonals of {diagonals.width}")
+            self.fail(
+                f"{name} has {number_of(values.rows, 'triangle')} of {values.width}, and diagonals of {diagonals.width}"
+            )
         return width, values.rows
 
     def _provenance(self) -> Provenance:

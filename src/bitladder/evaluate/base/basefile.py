@@ -19,6 +19,7 @@ import pydantic
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.divergence import BaseRows
+from bitladder.units import number_of
 
 Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int32]
@@ -178,8 +179,8 @@ class BaseFile:
         expected = self._records + header.chunks * header.record
         if size != expected:
             raise BitladderError(
-                f"the base {self.path} has {size} bytes instead of {expected}: it is truncated or damaged; "
-                "delete it and make it again"
+                f"the base {self.path} has {number_of(size, 'byte')} instead of {expected:,}: it is truncated or "
+                "damaged; delete it and make it again"
             )
         tokens = np.frombuffer(self._stream.read(header.chunks * header.n_ctx * 4), "<i4")
         return header, tokens.astype(np.int32).reshape(header.chunks, header.n_ctx)

@@ -13,6 +13,7 @@ from bitladder.files import file_name
 from bitladder.keys import key_of
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text
+from bitladder.units import number_of
 
 
 def cache_path(model: pathlib.Path, text: Text, n_ctx: int) -> pathlib.Path:
@@ -31,7 +32,7 @@ def differences(header: BaseHeader, model: Identity, text: Text, settings: Measu
     }
     if key_of(header.inputs) == key_of(requested):
         chunks = settings.limit(header.chunks_in_text)
-        return [f"{header.chunks} chunks, not {chunks}"] if header.chunks < chunks else []
+        return [f"{number_of(header.chunks, 'chunk')}, not {chunks}"] if header.chunks < chunks else []
     in_words = {
         "model": f"model {header.model}, not {model.name}{_same_name(header.model, model.name)}",
         "text": f"text {header.text}, not {text.name}{_same_name(header.text, text.name)}",

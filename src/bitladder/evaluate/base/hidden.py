@@ -22,6 +22,7 @@ from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Chunks, Text, text_chunks
+from bitladder.units import number_of
 
 Floats = npt.NDArray[np.float32]
 BIAS = "output.bias"
@@ -261,9 +262,9 @@ class _Maker:
             hidden = self.observer.take()
             if len(hidden) != len(logits):
                 raise BitladderError(
-                    f"{self.model.name}: {len(logits)} rows of logits come from {len(hidden)} hidden states of "
-                    f"{self.model.head.name}; no divergence can be measured against a model of this architecture "
-                    f"({self.model.architecture})"
+                    f"{self.model.name}: {number_of(len(logits), 'row')} of logits come from "
+                    f"{number_of(len(hidden), 'hidden state')} of {self.model.head.name}; no divergence can be "
+                    f"measured against a model of this architecture ({self.model.architecture})"
                 )
             # Scored first: logits that are not finite are named as such, not as those of another head.
             scores.append(score_rows(logits, targets[start : start + len(logits)], self.workers, what=self.model.name))

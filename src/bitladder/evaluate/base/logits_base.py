@@ -15,6 +15,7 @@ from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.files import Closing, sha256_file
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Chunks, Text
+from bitladder.units import number_of
 
 Doubles = npt.NDArray[np.float64]
 
@@ -192,7 +193,8 @@ def check_logits(base: LogitsBase, model: Model, text: Text | None, settings: Me
         raise BitladderError(f"{name} begins a text with another token than the model {base.file.path} was opened for")
     if settings.chunks is not None and layout.chunks < settings.chunks:
         raise BitladderError(
-            f"{base.file.path} has {layout.chunks} chunks, not {settings.chunks}; use --chunks {layout.chunks}"
+            f"{base.file.path} has {number_of(layout.chunks, 'chunk')}, not {settings.chunks}; use --chunks "
+            f"{layout.chunks}"
         )
     if text is not None:
         _check_text(base, model, text)

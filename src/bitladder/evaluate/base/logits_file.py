@@ -22,6 +22,7 @@ from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import Closing, replacing
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text, text_chunks
+from bitladder.units import number_of
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -114,8 +115,8 @@ class LogitsFile(Closing):
         _, n_ctx, n_vocab, chunks = _START.unpack(start)
         if n_ctx < MIN_CTX or n_vocab < 1 or chunks < 1:
             raise BitladderError(
-                f"{self.path} has a damaged header ({chunks} chunks of {n_ctx} tokens, a vocabulary of {n_vocab}): "
-                "make it again"
+                f"{self.path} has a damaged header ({number_of(chunks, 'chunk')} of {n_ctx} tokens, a vocabulary of "
+                f"{n_vocab}): make it again"
             )
         layout = Layout(n_ctx, n_vocab, chunks)
         size = os.fstat(self._stream.fileno()).st_size
@@ -124,8 +125,8 @@ class LogitsFile(Closing):
             where = "after its last chunk" if size > layout.size else f"inside chunk {chunk} of {chunks}"
             where = "inside its tokens" if size < layout.records else where
             raise BitladderError(
-                f"{self.path} has {size} bytes instead of {layout.size}: it is truncated or damaged {where}; "
-                "make it again"
+                f"{self.path} has {number_of(size, 'byte')} instead of {layout.size:,}: it is truncated or damaged "
+                f"{where}; make it again"
             )
         return layout
 

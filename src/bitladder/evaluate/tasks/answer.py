@@ -14,6 +14,7 @@ from bitladder.evaluate.tasks.scored_choices import TokenizedQuestion, batches, 
 from bitladder.evaluate.tasks.task import Answer, Question, QuestionSet, Skipped, TaskKind, TaskResult
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
+from bitladder.units import number_of
 
 TASKS: Algorithm = Algorithm("tasks", ("questions are drawn and scored as in llama-perplexity",))
 
@@ -47,10 +48,10 @@ class QuestionSummary:
     chance: float
 
     def __str__(self) -> str:
-        choices = ", ".join(f"{number} with {size} choices" for size, number in self.choices.items())
+        choices = ", ".join(f"{number} with {number_of(size, 'choice')}" for size, number in self.choices.items())
         return (
-            f"{self.task}: {self.count} of {self.available} questions of {self.source}: {choices}; "
-            f"chance {100 * self.chance:.2f} %"
+            f"{self.task}: {self.count} of {number_of(self.available, 'question')} of {self.source}: {choices}; chance "
+            f"{100 * self.chance:.2f} %"
         )
 
 
@@ -106,7 +107,7 @@ def score_task(
     n_seq = max([MIN_SEQUENCES, *(len(question.sequences) for question in tokenized)])
     capacity = -(-n_seq * settings.n_ctx // _CELLS) * _CELLS
     skipped += [
-        Skipped(question.record, f"needs {question.needed} tokens, the context has room for {capacity}")
+        Skipped(question.record, f"needs {number_of(question.needed, 'token')}, the context has room for {capacity}")
         for question in tokenized
         if question.needed > capacity
     ]
@@ -124,7 +125,9 @@ def _report(task: QuestionSet, skipped: list[Skipped], drawn: int, progress: Pro
         return
     named = "; ".join(f"record {skip.record} {skip.reason}" for skip in skipped[:_NAMED])
     more = f"; and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
-    progress.warn(f"{task.name}: {len(skipped)} of {drawn} questions of {task.source} are left out: {named}{more}")
+    progress.warn(
+        f"{task.name}: left out {len(skipped)} of {number_of(drawn, 'question')} of {task.source}: {named}{more}"
+    )
 
 
 def _answer(

@@ -12,6 +12,7 @@ from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks.answer import below, mersenne_twister
 from bitladder.evaluate.tasks.task import Question, QuestionSet, TaskKind, question
 from bitladder.text import load_text
+from bitladder.units import number_of
 
 NAME = "continuation"
 MEANING = (
@@ -34,7 +35,7 @@ def load(source: str) -> QuestionSet:
     stretches = list(_stretches(text.text))
     if len(stretches) < CHOICES:
         raise BitladderError(
-            f"the text {text.name} is too short for {NAME}: it gives {len(stretches)} passages of "
+            f"the text {text.name} is too short for {NAME}: it gives {number_of(len(stretches), 'passage')} of "
             f"{PASSAGE + NEXT} words, and {CHOICES} are needed"
         )
     return QuestionSet(NAME, text.name, text.sha256, TaskKind.MULTIPLE_CHOICE, tuple(_questions(text.name, stretches)))

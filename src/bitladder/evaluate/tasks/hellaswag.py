@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks.question_files import HubData, QuestionFile, RecordReader, json_records, parquet_records
 from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, read_binary
+from bitladder.units import number_of
 
 _LINES, _ENDINGS = 6, 4
 
@@ -15,7 +16,7 @@ def read_text(file: QuestionFile) -> Iterator[Question]:
     text = file.text.removesuffix("\n")
     lines = text.removesuffix("\n").split("\n") if text else []
     if not lines or len(lines) % _LINES:
-        raise BitladderError(f"{file.name}: {len(lines)} lines; there must be {_LINES} for each question")
+        raise BitladderError(f"{file.name}: {number_of(len(lines), 'line')}; there must be {_LINES} for each question")
     for start in range(0, len(lines), _LINES):
         where = f"{file.name}, record {start // _LINES + 1} (line {start + 1})"
         label = lines[start + 1].strip()
@@ -50,7 +51,7 @@ def _read_records(file: QuestionFile, records: RecordReader) -> Iterator[Questio
         text = clean(f"{record.text('activity_label')}: {record.text('ctx')}")
         endings = [clean(ending) for ending in record.texts("endings")]
         if len(endings) != _ENDINGS:
-            raise BitladderError(f"{record.where}: {len(endings)} endings; there must be {_ENDINGS}")
+            raise BitladderError(f"{record.where}: {number_of(len(endings), 'ending')}; there must be {_ENDINGS}")
         yield question(record.where, text, endings, record.index("label"))
 
 

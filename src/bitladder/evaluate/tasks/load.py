@@ -17,6 +17,7 @@ from bitladder.evaluate.tasks.task import Benchmark, Question, QuestionSet, Task
 from bitladder.evaluate.tasks.truthfulqa import TRUTHFULQA
 from bitladder.evaluate.tasks.winogrande import WINOGRANDE
 from bitladder.files import PathLike, replacing, sha256_bytes
+from bitladder.units import number_of
 
 # Every benchmark by name. A benchmark is added here; those of the average are named in `task.FIVE`.
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (ARC, HELLASWAG, MMLU, TRUTHFULQA, WINOGRANDE)}
@@ -123,7 +124,7 @@ def _folder_label(folder: pathlib.Path, paths: list[pathlib.Path]) -> str:
     names = [path.relative_to(folder).as_posix() for path in paths]
     if len(names) > _NAMED:
         inside = paths[0].parent.relative_to(folder).as_posix()
-        names = [f"{len(names)} files" + (f" of {inside}" if inside != "." else "")]
+        names = [f"{number_of(len(names), 'file')}" + (f" of {inside}" if inside != "." else "")]
     return f"{folder.resolve().name} ({', '.join(names)})"
 
 

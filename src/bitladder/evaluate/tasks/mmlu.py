@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from bitladder.errors import BitladderError
 from bitladder.evaluate.tasks.question_files import HubData, QuestionFile, csv_rows, parquet_records
 from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt, read_binary
+from bitladder.units import number_of
 
 _CELLS = 6  # the question, four choices, the answer
 _ANSWERS = ("0A", "1B", "2C", "3D")
@@ -14,7 +15,9 @@ def read_csv(file: QuestionFile) -> Iterator[Question]:
     """A subject's csv: question, four choices, the answer as A–D or 0–3. A first line of names is possible."""
     for number, (where, row) in enumerate(csv_rows(file)):
         if len(row) != _CELLS:
-            raise BitladderError(f"{where}: {len(row)} cells; there must be a question, four choices and the answer")
+            raise BitladderError(
+                f"{where}: {number_of(len(row), 'cell')}; there must be a question, four choices and the answer"
+            )
         cells = [cell.strip() for cell in row]
         if number == 0 and cells[-1].lower() == "answer":
             continue

@@ -15,6 +15,7 @@ from typing import Any
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import not_given
 from bitladder.text import json_lines, json_list, need_pyarrow, parquet_rows, plain_text
+from bitladder.units import number_of
 
 _OPEN: dict[str, Callable[[io.BytesIO], Any]] = {
     ".bz2": bz2.BZ2File,
@@ -158,7 +159,7 @@ def csv_records(file: QuestionFile) -> Iterator[QuestionRecord]:
         if header is None:
             header = [cell.strip() for cell in row]
         elif len(row) != len(header):
-            raise BitladderError(f"{where}: {len(row)} cells where the first line has {len(header)}")
+            raise BitladderError(f"{where}: {number_of(len(row), 'cell')} where the first line has {len(header)}")
         else:
             yield QuestionRecord(where, dict(zip(header, row, strict=True)))
 

@@ -11,6 +11,7 @@ from bitladder.errors import BitladderError
 from bitladder.evaluate.figures import average, share
 from bitladder.evaluate.scores import Figure, SkippedRecord, TaskScore
 from bitladder.evaluate.tasks.question_files import HubData, QuestionFile
+from bitladder.units import number_of
 
 MAX_CHOICES = 100  # the limit of llama-perplexity
 # The benchmarks of the average. Other tasks are no part of it.
@@ -58,12 +59,12 @@ def question(where: str, text: str, choices: list[str], correct: int, after: str
     if not text and not after:
         raise BitladderError(f"{where}: the question is empty")
     if not 2 <= len(choices) <= MAX_CHOICES:
-        raise BitladderError(f"{where}: {len(choices)} choices; there must be 2 to {MAX_CHOICES}")
+        raise BitladderError(f"{where}: {number_of(len(choices), 'choice')}; there must be 2 to {MAX_CHOICES}")
     for number, choice in enumerate(choices, 1):
         if not choice:
             raise BitladderError(f"{where}: choice {number} is empty")
     if not 0 <= correct < len(choices):
-        raise BitladderError(f"{where}: the right answer is none of the {len(choices)} choices")
+        raise BitladderError(f"{where}: the right answer is none of the {number_of(len(choices), 'choice')}")
     return Question(text, tuple(choices), correct, after)
 
 
@@ -208,7 +209,7 @@ def read_binary(file: QuestionFile) -> Iterator[Question]:
         raise BitladderError(f"{file.name}: no questions")
     if 4 * (count + 1) > len(file.data):
         raise BitladderError(
-            f"{file.name}: ends before its table of {count} records: it is truncated, or not such a file"
+            f"{file.name}: ends before its table of {number_of(count, 'record')}: it is truncated, or not such a file"
         )
     bytes_read = 0
     for record in range(1, count + 1):
@@ -223,7 +224,7 @@ def read_binary(file: QuestionFile) -> Iterator[Question]:
         if bytes_read > len(file.data):
             raise BitladderError(f"{where}: the records overlap: the file is damaged, or not such a file")
         if labels.count(1) != 1:
-            raise BitladderError(f"{where}: {labels.count(1)} right answers; there must be one")
+            raise BitladderError(f"{where}: {number_of(labels.count(1), 'right answer')}; there must be one")
         yield question(where, text, choices, labels.index(1))
 
 
@@ -271,6 +272,6 @@ class _Reader:
     def answers(self) -> tuple[list[str], list[int]]:
         count = self.number()
         if count > MAX_CHOICES:
-            raise BitladderError(f"{self.where}: {count} answers; there can be {MAX_CHOICES} at most")
+            raise BitladderError(f"{self.where}: {number_of(count, 'answer')}; there can be {MAX_CHOICES} at most")
         texts = [self.text() for _ in range(count)]
         return texts, list(struct.unpack(f"<{count}i", self.take(4 * count)))

@@ -12,6 +12,7 @@ from bitladder.evaluate.tasks.question_files import (
     parquet_records,
 )
 from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question, question_prompt, read_binary
+from bitladder.units import number_of
 
 
 def read_json(file: QuestionFile) -> Iterator[Question]:
@@ -40,7 +41,9 @@ def read_csv(file: QuestionFile) -> Iterator[Question]:
 
 def _question(record: QuestionRecord, texts: list[str], labels: list[int], field: str = "question") -> Question:
     if len(texts) != len(labels) or labels.count(1) != 1:
-        raise BitladderError(f"{record.where}: {labels.count(1)} right answers of {len(texts)}; there must be one")
+        raise BitladderError(
+            f"{record.where}: {number_of(labels.count(1), 'right answer')} of {len(texts)}; there must be one"
+        )
     # In some records a semicolon at the end has become an empty wrong answer, which is left out.
     pairs = [(text.strip(), label) for text, label in zip(texts, labels, strict=True) if text.strip() or label == 1]
     correct = [label for _, label in pairs].index(1)

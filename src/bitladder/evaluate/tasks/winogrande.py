@@ -12,6 +12,7 @@ from bitladder.evaluate.tasks.question_files import (
     parquet_records,
 )
 from bitladder.evaluate.tasks.task import Benchmark, Question, TaskKind, question
+from bitladder.units import number_of
 
 _COMMAS = 4
 
@@ -51,7 +52,9 @@ def _parse(line: str, where: str) -> Question:
         elif character == "," and not quoted and len(commas) < _COMMAS:
             commas.append(place)
     if len(commas) < _COMMAS:
-        raise BitladderError(f"{where}: {len(commas) + 1} cells; there must be index,sentence,choice1,choice2,answer")
+        raise BitladderError(
+            f"{where}: {number_of(len(commas) + 1, 'cell')}; there must be index,sentence,choice1,choice2,answer"
+        )
     cells = [line[start + 1 : stop] for start, stop in zip(commas, [*commas[1:], len(line)], strict=True)]
     sentence = cells[0][1:-1] if cells[0].startswith('"') else cells[0]
     return _question(where, sentence, cells[1], cells[2], cells[3].strip())

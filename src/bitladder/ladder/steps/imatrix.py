@@ -8,6 +8,7 @@ from bitladder.ladder import cost
 from bitladder.ladder.context import Run, text_used
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Step, TextsOfRun
 from bitladder.text import Reading
+from bitladder.units import number_of
 
 MATRIX = calibrate.ImatrixOptions()
 WATCHED = 1.1  # time of a token whose inputs are added up, of that of one that is decoded
@@ -58,7 +59,8 @@ class CollectImatrix(Step):
         )
         if limit is not None and result.chunks < limit * len(run.calibration):
             run.progress.warn(
-                f"the calibration text is shorter than --imatrix-chunks {limit}; all {result.chunks} chunks are used"
+                f"the calibration text has only {number_of(result.chunks, 'chunk')}, fewer than --imatrix-chunks "
+                f"{limit}"
             )
         texts = [text_used(text).model_dump() for text in run.calibration]
         gaps = calibrate.find_gaps(calibrate.read_imatrix(out))

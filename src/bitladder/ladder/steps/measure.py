@@ -13,6 +13,7 @@ from bitladder.ladder import cost
 from bitladder.ladder.context import BASE, Run
 from bitladder.ladder.source import doubts
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
+from bitladder.units import number_of
 
 QUESTION = 0.5  # contexts that the choices of a question take
 
@@ -50,7 +51,8 @@ class Measure(Step):
             for text, _ in measured.by_text:
                 if text.text and self.options.chunks is not None and (text.chunks or 0) < self.options.chunks:
                     run.progress.warn(
-                        f"{text.text.name} has only {text.chunks} chunks (--chunks {self.options.chunks}); all are used"
+                        f"{text.text.name} has only {number_of(text.chunks or 0, 'chunk')}, fewer than --chunks "
+                        f"{self.options.chunks}"
                     )
         else:
             measured = measure(run, run.model(self.label))

@@ -27,7 +27,7 @@ from bitladder.plan.allocate.problem import (
     total,
 )
 from bitladder.plan.allocate.solve import relaxed, solve
-from bitladder.units import size_text
+from bitladder.units import number_of, size_text
 
 ALLOCATION = Algorithm("allocation", ("an exact multiple-choice knapsack under the size of the file",))
 
@@ -184,8 +184,8 @@ def no_allocation(problem: Problem, choices: Choices) -> BitladderError:
     """Why there is no allocation of any size: the limit on types or the limit on time cannot be kept."""
     if problem.max_types is not None and solve(choices, choices.cost, [], problem.max_types) is None:
         return BitladderError(
-            f"no allocation uses only {problem.max_types} different types{_with(problem)};"
-            f" {_fewest_types(choices)} are needed"
+            f"no allocation uses only {number_of(problem.max_types, 'different type')}{_with(problem)}; "
+            f"{_fewest_types(choices)} are needed"
         )
     fastest = solve(choices, choices.seconds, [], problem.max_types)
     assert fastest is not None and problem.max_seconds is not None  # without a limit on time there is an allocation
@@ -205,7 +205,7 @@ def _with(problem: Problem) -> str:
     parts += [f"{len(problem.floors)} with a floor"] if problem.floors else []
     parts += [f"{sum(map(len, problem.ties))} tied"] if problem.ties else []
     text = f" (tensors: {', '.join(parts)})" if parts else ""
-    return text + (f" and at most {problem.max_types} types" if problem.max_types is not None else "")
+    return text + (f" and at most {number_of(problem.max_types, 'type')}" if problem.max_types is not None else "")
 
 
 def _blame(problem: Problem, choices: Choices, nbytes: int) -> str:

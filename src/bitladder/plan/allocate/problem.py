@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.errors import BitladderError
+from bitladder.units import number_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _check(problem: Problem) -> None:
     _check_names("a floor", problem.floors, problem)
     _check_names("a tie", (name for tie in problem.ties for name in tie), problem)
     if problem.max_types is not None and problem.max_types < 1:
-        raise BitladderError(f"at most {problem.max_types} different types: there must be at least one")
+        raise BitladderError(f"at most {number_of(problem.max_types, 'different type')}: there must be at least one")
     if problem.max_seconds is not None and not problem.max_seconds > 0:
         raise BitladderError(f"at most {problem.max_seconds} s per token: the limit must be above 0")
 
@@ -179,7 +180,7 @@ def _check_option(name: str, option: TypeOption) -> None:
     if not (math.isfinite(option.seconds) and option.seconds >= 0):
         raise BitladderError(f"{name} as {option.type}: its predicted time is {option.seconds} s")
     if option.nbytes < 0:
-        raise BitladderError(f"{name} as {option.type}: its size is {option.nbytes} bytes")
+        raise BitladderError(f"{name} as {option.type}: its size is {number_of(option.nbytes, 'byte')}")
 
 
 def _check_names(what: str, names: Iterable[str], problem: Problem) -> None:

@@ -23,6 +23,7 @@ from bitladder.rounding import (
     round_tensor,
 )
 from bitladder.trial import StockRounding
+from bitladder.units import number_of
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -103,7 +104,8 @@ class OutputRounding:
         matrices = next((len(each) for each in counts if len(each) != len(weights)), len(weights))
         if matrices != len(weights):
             raise BitladderError(
-                f"{matrices} matrices of second moments for {len(weights)} of weights: of another model"
+                f"{number_of(matrices, 'matrix', 'matrices')} of second moments for {len(weights)} of weights: of "
+                "another model"
             )
         if not any(each.any() for each in counts):
             return [Rounded(blocks, 0.0, 0.0) for blocks in stock]
@@ -145,7 +147,9 @@ class OutputRounding:
                 files = [file for file in self._moments if name in file]
                 matrices = max(file.shape(name).matrices for file in files)
                 if matrices != 1:
-                    raise BitladderError(f"{matrices} matrices of second moments for one of weights")
+                    raise BitladderError(
+                        f"{number_of(matrices, 'matrix', 'matrices')} of second moments for one of weights"
+                    )
                 reached = any(file.counts(name)[0] for file in files)
                 inputs = _mean([unpack_triangle(file.packed(name)) for file in files])
                 outputs = next((kept.matrix() for file in files if (kept := file.outputs(name)) is not None), None)

@@ -13,6 +13,7 @@ from bitladder.gguf import GgufFile, block_of, block_prefix, prediction_tensors
 from bitladder.progress import Progress
 from bitladder.refine.model_files import Doubles, Floats, column_squares
 from bitladder.refine.options import SmoothingOptions
+from bitladder.units import number_of
 
 
 class SmoothingError(BitladderError):
@@ -208,7 +209,9 @@ def link_importance(imatrix: Imatrix, link: Link) -> Doubles | None:
             continue
         sums = np.asarray(entry.sums, np.float64)
         if sums.shape[1] != link.groups * link.repeats * link.size or (link.matrices > 1 and len(sums) < link.matrices):
-            raise BitladderError(f"the imatrix belongs to another model: {name} has {sums.shape[1]} columns there")
+            raise BitladderError(
+                f"the imatrix belongs to another model: {name} has {number_of(sums.shape[1], 'column')} there"
+            )
         whole: Doubles = sums.sum(axis=0)
         if link.matrices == 1:
             return whole[None]

@@ -32,6 +32,7 @@ from bitladder.refine.model_files import PIECE, Bytes, Floats, Indices, ModelFil
 from bitladder.refine.options import SmoothingOptions
 from bitladder.refine.smooth.links import FLOATS, Link, SmoothingError, link_importance, link_scales, links_of
 from bitladder.refine.smooth.order import Order, find_order
+from bitladder.units import number_of
 
 SMOOTHING = Algorithm(
     "smoothing",
@@ -333,7 +334,9 @@ def _refuse_other_imatrix(file: GgufFile, matrix: Imatrix, path: pathlib.Path) -
     for name, entry in matrix.entries.items():
         tensor = file.tensors.get(name)
         if tensor is not None and entry.sums.shape[1] != tensor.width:
-            raise BitladderError(f"{path} belongs to another model: {name} has {entry.sums.shape[1]} columns there")
+            raise BitladderError(
+                f"{path} belongs to another model: {name} has {number_of(entry.sums.shape[1], 'column')} there"
+            )
     if not matrix.entries.keys() & file.tensors.keys():
         raise BitladderError(f"{path} belongs to another model: it has no entry for {file.path.name}'s weights")
 
