@@ -13,9 +13,9 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from bitladder.cli import application, invoke
-from bitladder.cli.recipe import recipe_command
+from bitladder.cli.recipe import plan_command, recipe_command
 from bitladder.cli.run import run_command
-from bitladder.cli.typed import joined_lists
+from bitladder.cli.typed import joined_values
 from bitladder.gguf import GgufFile
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -100,7 +100,22 @@ def test_a_quant_is_warned_of_where_full_precision_is_meant(tiny_gguf, capsys, t
     ],
 )
 def test_a_list_may_have_spaces(typed, words):
-    assert joined_lists(run_command, typed.split()) == words.split()
+    assert joined_values(run_command, typed.split()) == words.split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("-m f --size 3.7 GiB -o r", "-m f --size 3.7GiB -o r"),
+        ("--vram 8 GB --context 8192", "--vram 8GB --context 8192"),
+        ("--size=900 mb", "--size=900mb"),
+        ("--size 900 mb", "--size 900mb"),
+        ("--size G b", "--size G b"),
+        ("--bpw 4 b", "--bpw 4 b"),
+    ],
+)
+def test_a_size_may_have_a_space_before_its_unit(typed, words):
+    assert joined_values(plan_command, typed.split()) == words.split()
 
 
 def helpful(command=application, name=""):

@@ -172,6 +172,13 @@ def test_a_run_that_is_extended_shows_the_ladder_before(extended, capsys):
     assert invoke(["push", str(extended), "someone/Tiny-GGUF", "--dry-run"]) == 0
 
 
+def test_a_run_that_is_at_work_is_followed_and_not_started_again(extended, capsys):
+    Layout(extended).lock.write_text(f"{os.getpid()}\n")
+    assert invoke(["show", str(extended), "--no-plot"]) == 0
+    shown = capsys.readouterr().err
+    assert f"is at work. Follow it with: bitladder show {extended} --follow" in shown and "Continue" not in shown
+
+
 def test_a_run_that_is_not_complete_shows_what_there_is(extended, capsys):
     manifest = json.loads((extended / "ladder.json").read_text())
     manifest["steps"]["quantize Q4_K_M"]["outputs"][0]["sha256"] = "0" * 64  # another file than was measured

@@ -60,7 +60,7 @@ def test_another_text_is_neither_taken_nor_overwritten(hub, tmp_path, capsys):
     assert invoke(["texts", "fetch", "a-2", "-o", str(tmp_path), "-q"]) == 1
     assert "is another text" in capsys.readouterr().err and (tmp_path / "a.test.raw").read_text() == "mine"
     assert invoke(["texts", "fetch", "a2"]) == 2
-    assert "did you mean a-2?" in capsys.readouterr().err
+    assert capsys.readouterr().err == "bitladder: no texts are called a2; did you mean a-2?\n"
 
 
 def test_without_a_network_there_is_one_line(tmp_path):

@@ -149,8 +149,7 @@ def fetch_text(*, output: Output, name: str, folder: pathlib.Path) -> None:
     from bitladder.hub import fetch_texts
 
     output.tame_hub()
-    output.progress.info(f"{name}, from the hub")
-    paths = fetch_texts(name, folder)
+    paths = fetch_texts(name, folder, output.progress)
     if output.json:
         output.print_json([str(path) for path in paths])
         return

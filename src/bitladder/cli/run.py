@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shlex
 
 import click
 
@@ -114,7 +115,7 @@ def show_command(
     smaller has less KLD. Of a run that is not complete the command shows what there is, and how to continue.
     """
     from bitladder.report import read_run, read_unfinished
-    from bitladder.rundir import follow, last_command, load_manifest
+    from bitladder.rundir import follow, is_running, last_command, load_manifest
     from bitladder.show import (
         deletable,
         ladder_json,
@@ -132,8 +133,11 @@ def show_command(
     manifest, unfinished = load_manifest(folder), read_unfinished(folder)
     if manifest is not None and unfinished is not None:
         command = last_command(folder) or unfinished.record.command
+        what = f"The run of {', '.join(unfinished.record.rungs)}"
         output.progress.info(
-            f"The run of {', '.join(unfinished.record.rungs)} is not complete. Continue it with: {command}"
+            f"{what} is at work. Follow it with: bitladder show {shlex.quote(str(folder))} --follow"
+            if is_running(folder)
+            else f"{what} is not complete. Continue it with: {command}"
         )
         if manifest.whole() is None:
             if output.json:

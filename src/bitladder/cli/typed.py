@@ -1,6 +1,7 @@
-"""What is typed: unknown commands get the closest name, and lists may have spaces after their commas."""
+"""What is typed: unknown commands get the closest name, and lists and sizes may have spaces in them."""
 
 import pathlib
+import re
 import stat
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from click.shell_completion import CompletionItem
 
 from bitladder.errors import UsageError, did_you_mean
 
+# The end of a value that is a number, and what is a unit behind it.
+_NUMBER, _UNIT = re.compile(r"[0-9]$"), re.compile(r"([KMGT]i?)?B|[KMGT]", re.IGNORECASE)
 _FIRST, _LAST = "Options", "Options of all commands"
 _COMMON = ("as_json", "quiet", "verbose", "_click_default_help")
 
@@ -152,29 +155,34 @@ class NamingGroup(click.Group):
         if not word.startswith("-") and self.get_command(ctx, word) is None:
             ctx.fail(f"no command {word!r}{did_you_mean(word, self.list_commands(ctx), 'there are')}")
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command, rest if command is None else joined_lists(command, rest)
+        return name, command, rest if command is None else joined_values(command, rest)
 
 
-def joined_lists(command: click.Command, words: list[str]) -> list[str]:
-    """Words of a command line with each list in one word: a value that ends in a comma goes on in the next word.
+def joined_values(command: click.Command, words: list[str]) -> list[str]:
+    """Words of a command line with each list, and each size, in one word.
+
+    A value that ends in a comma goes on in the next word: `--ladder Q4_K_M, Q6_K`. So does the number of a size before
+    its unit: `--size 3.7 GiB`.
 
     Parameters:
         command: the command. Only values of its options that take text are joined.
         words: the words after the command's name.
     """
-    flags = {
-        flag
+    options = [
+        option
         for option in command.params
         if isinstance(option, click.Option) and isinstance(option.type, click.types.StringParamType)
-        for flag in option.opts
-    }
+    ]
+    flags = {flag for option in options for flag in option.opts}
+    sizes = {flag for option in options if option.metavar == "SIZE" for flag in option.opts}
     joined: list[str] = []
-    is_value = False
+    of = ""  # the flag whose value the last word is
     for word in words:
-        if is_value and joined[-1].endswith(",") and not word.startswith("-"):
+        unit = of in sizes and _NUMBER.search(joined[-1]) and _UNIT.fullmatch(word)
+        if of and not word.startswith("-") and (joined[-1].endswith(",") or unit):
             joined[-1] += word
             continue
         flag, equals, _ = word.partition("=")
-        is_value = bool(joined and joined[-1] in flags) or bool(equals and flag in flags)
+        of = joined[-1] if joined and joined[-1] in flags else flag if equals and flag in flags else ""
         joined.append(word)
     return joined

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from bitladder.errors import BitladderError, UsageError, did_you_mean
 from bitladder.files import replacing, sha256_bytes
 from bitladder.hub.transfer import listing, not_given
+from bitladder.progress import SILENT, Progress
 
 # A file of a data set, as huggingface_hub's file system, pandas and DuckDB name it.
 DATA_SETS = "hf://datasets/"
@@ -54,12 +55,13 @@ TEXTS = {
 }
 
 
-def fetch_texts(name: str, folder: pathlib.Path) -> list[pathlib.Path]:
+def fetch_texts(name: str, folder: pathlib.Path, progress: Progress = SILENT) -> list[pathlib.Path]:
     """Fetches texts to measure with and to calibrate on. Texts that are there already stay.
 
     Parameters:
         name: a key of TEXTS.
         folder: the directory for the files; it is made if there is none.
+        progress: is told that something is fetched.
 
     Returns:
         The paths of the texts.
@@ -78,6 +80,7 @@ def fetch_texts(name: str, folder: pathlib.Path) -> list[pathlib.Path]:
         if part not in missing and (not path.is_file() or sha256_bytes(path.read_bytes()) != archive.sha256[part]):
             raise BitladderError(f"{path} is there and is another text; remove it, or name another directory (-o)")
     if missing:
+        progress.info(f"{name}, from the hub")
         contents = _members(archive, missing)
         for part, data in contents.items():
             if sha256_bytes(data) != archive.sha256[part]:
