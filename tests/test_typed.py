@@ -163,6 +163,23 @@ def test_help_ends_in_examples_that_parse_and_a_page():
                     param.type.convert(value, param, context)
 
 
+def test_help_of_groups_ends_in_examples_and_a_page_too():
+    leaves = {name for name, _ in helpful()}
+    context = click.Context(application)
+    groups = {"": application} | {
+        word: command
+        for word in application.list_commands(context)
+        if isinstance(command := application.get_command(context, word), click.Group)
+    }
+    assert groups.keys() == {"", "texts", "recipe"}
+    for name, group in groups.items():
+        shown = CliRunner().invoke(group, ["--help"]).output.splitlines()
+        assert shown[-1] == f"More: docs/{group.page}" and (DOCS / group.page).is_file()
+        for example in group.examples:
+            assert f"  bitladder {example}" in shown and example.startswith(name)
+            assert any(f"{example} ".startswith(f"{leaf} ") for leaf in leaves)
+
+
 @pytest.mark.parametrize(
     ("words", "completed"),
     [

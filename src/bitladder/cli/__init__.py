@@ -86,7 +86,12 @@ class _LazyGroup(NamingGroup):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    page="index.md",
+    examples=("run allenai/OLMo-2-0425-1B --out olmo2-ladder", "show olmo2-ladder", "run --help"),
+)
 @click.version_option(package_name="bitladder", prog_name="bitladder")
 def application() -> None:
     """Turn a Hugging Face language model into a measured ladder of GGUF quants."""

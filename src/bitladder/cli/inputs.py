@@ -97,7 +97,13 @@ def doctor_command(*, output: Output, model: str, options: ConvertOptions) -> in
     return 0 if diagnosis.works else 1
 
 
-@click.group("texts", cls=NamingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "texts",
+    cls=NamingGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    page="run.md",
+    examples=("texts list", "texts fetch wikitext-2"),
+)
 def texts_command() -> None:
     """List the texts that there are to calibrate on and to measure with, and fetch them.
 

@@ -163,7 +163,13 @@ def plan_command(
         output.line(line)
 
 
-@click.group("recipe", cls=NamingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "recipe",
+    cls=NamingGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    page="recipe-format.md",
+    examples=("recipe show model-Q4_K_M.gguf", "recipe diff mine.toml model-Q4_K_M.gguf"),
+)
 def recipe_command() -> None:
     """Show, check, extract, compare and export recipes: which type each tensor of a quant has.
 

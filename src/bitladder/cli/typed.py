@@ -107,8 +107,8 @@ class GroupedOption(click.Option):
         self.group = group
 
 
-class HelpfulCommand(click.Command):
-    """A command whose `--help` has options under headings, then examples and the page that says more.
+class _Helpful(click.Command):
+    """A command whose `--help` ends in examples and the page that says more.
 
     Parameters:
         examples: command lines, without "bitladder".
@@ -118,6 +118,20 @@ class HelpfulCommand(click.Command):
     def __init__(self, *args: Any, examples: Sequence[str] = (), page: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples, self.page = tuple(examples), page
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples, and where more is."""
+        del ctx
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(f"  bitladder {example}\n")
+        if self.page:
+            formatter.write(f"\nMore: docs/{self.page}\n")
+
+
+class HelpfulCommand(_Helpful):
+    """A command whose `--help` has options under headings, then examples and the page that says more."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options, those of all commands last."""
@@ -133,18 +147,8 @@ class HelpfulCommand(click.Command):
                 with formatter.section(title):
                     formatter.write_dl(records)
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Examples, and where more is."""
-        del ctx
-        if self.examples:
-            with formatter.section("Examples"):
-                for example in self.examples:
-                    formatter.write(f"  bitladder {example}\n")
-        if self.page:
-            formatter.write(f"\nMore: docs/{self.page}\n")
 
-
-class NamingGroup(click.Group):
+class NamingGroup(_Helpful, click.Group):
     """A group of commands that suggests a name for an unknown one and accepts `--ladder Q4_K_M, Q6_K`."""
 
     def resolve_command(
