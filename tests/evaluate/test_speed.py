@@ -1,5 +1,6 @@
 """Tokens per second: which tests are run, in which order, what is timed, and rows as llama-bench prints them."""
 
+import contextlib
 import csv
 import io
 import json
@@ -101,6 +102,37 @@ def test_models_take_turns(tiny_gguf, tmp_path, monkeypatch):
     order.clear()
     bench([tiny_gguf], [SpeedTest(8)], SpeedOptions(1, threads=1, warmup=False))
     assert order == [("t", "pp8", 0)]
+
+
+def test_the_bar_counts_what_tests_take(tiny_gguf, tmp_path, monkeypatch):
+    """A generated token takes as long as ten of a prompt. A bar of repetitions alone was at 75 % after a tenth of the
+    time, and so was the time left of a run."""
+
+    class Silent(speed._Run):
+        warm_up = sample = lambda self, *_: 1
+
+    class Counting:
+        def __init__(self):
+            self.total, self.steps = 0.0, []
+
+        @contextlib.contextmanager
+        def task(self, label, total):
+            del label
+            self.total = total
+            yield self
+
+        def advance(self, amount=1):
+            self.steps.append(amount)
+
+        def note(self, text):
+            del text
+
+    monkeypatch.setattr(speed, "_Run", Silent)
+    counting = Counting()
+    bench([tiny_gguf], [SpeedTest(512), SpeedTest(0, 128), SpeedTest(1024, 1024, 100)], TWICE, progress=counting)
+    long = 100 + 1024 + 10 * 1024
+    assert counting.steps == [512, 512, 512, 10, 1280, 1280, 1024 + 10, long, long]
+    assert sum(counting.steps) == counting.total
 
 
 def test_models_that_do_not_fit_together_are_measured_one_after_another(tiny_gguf, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
         measure_several,
     )
     from bitladder.evaluate.speed import BENCH, SpeedError, bench
-    from bitladder.evaluate.speed_tests import SpeedChoice, SpeedOptions, SpeedRow, SpeedTest
+    from bitladder.evaluate.speed_tests import GENERATED, SpeedChoice, SpeedOptions, SpeedRow, SpeedTest
     from bitladder.evaluate.tasks.answer import TASKS, summarize
     from bitladder.evaluate.tasks.load import command_line as task_command
     from bitladder.evaluate.tasks.load import export_task, is_task_file, load_task, parse_specs, task_meanings
@@ -68,6 +68,7 @@ __all__ = [
     "BASE",
     "BENCH",
     "FIVE",
+    "GENERATED",
     "MEASURE",
     "NOISE",
     "SCORES",

@@ -90,8 +90,9 @@ def bench(
     turns = [models] if _fit_together(models) else [[path] for path in models]
     if len(turns) > 1:
         progress.warn("the models do not fit into memory together: they are measured one after another, not in turns")
-    steps = len(models) * len(tests) * (options.repetitions + options.warmup)
-    with ThreadPool(threads) as pool, progress.task(f"Speed of {_listed(models)}", steps) as task:
+    # Tests differ in length: the bar counts what they take, not their number.
+    work = sum(options.repetitions * test.work() + options.warmup * test.warming() for test in tests)
+    with ThreadPool(threads) as pool, progress.task(f"Speed of {_listed(models)}", len(models) * work) as task:
         series = _Series(tests, options, threads, pool, task)
         for together in turns:
             series.measure(together)
@@ -137,14 +138,14 @@ class _Series:
                     runs[path] = stack.enter_context(_Run(model, test, self.options, self.threads, self.pool))
                     if self.options.warmup:
                         runs[path].warm_up()
-                        self.task.advance()
+                        self.task.advance(test.warming())
             for repetition in range(self.options.repetitions):
                 for path, run in runs.items():
                     if path not in self.failed:
                         self.task.note(f"{test.name} {path.name}")
                         with self._noting(path):
                             samples[path].append(run.sample(repetition))
-                        self.task.advance()
+                        self.task.advance(test.work())
         for path, model in models.items():
             if path not in self.failed:
                 self.rows[path, test] = self._row(path, model, test, began, samples[path])

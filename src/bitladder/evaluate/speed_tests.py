@@ -53,6 +53,9 @@ class SpeedChoice(Options):
         return choose_tests(self.prompts, self.gens, self.pairs, self.depths)
 
 
+GENERATED = 10.0  # a generated token takes the time of so many in a prompt, about
+
+
 @dataclasses.dataclass(frozen=True)
 class SpeedTest:
     """A prompt of `n_prompt` tokens, then `n_gen` tokens one by one, after `n_depth` tokens that are not timed.
@@ -78,6 +81,18 @@ class SpeedTest:
     def tokens(self) -> int:
         """Tokens that are timed."""
         return self.n_prompt + self.n_gen
+
+    def work(self, generated: float = GENERATED) -> float:
+        """What a repetition takes, in the time of a token of a prompt.
+
+        Parameters:
+            generated: what a generated token takes.
+        """
+        return self.n_depth + self.n_prompt + generated * self.n_gen
+
+    def warming(self, generated: float = GENERATED) -> float:
+        """What the warm-up takes, as `work`: it reads the prompt, and generates one token."""
+        return self.n_prompt + generated * min(self.n_gen, 1)
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
 from bitladder.recipe import read_recipe
 from bitladder.rundir import naive
 
-GENERATED = 10  # a generated token takes the time of so many in a prompt
+GENERATED = evaluate.GENERATED  # what a generated token takes, in tokens of a prompt
 
 # Rows of `Scores.bench` by label.
 Rows = dict[str, list[dict[str, Any]]]
@@ -66,8 +66,8 @@ class Bench(Step):
         repetitions, tests = self.options.bench_repetitions, self.options.bench_tests
 
         def speed(tests: Sequence[tuple[int, int]], full: int, quants: int) -> Part:
-            tokens = sum(prompt + GENERATED * min(1, generated) for prompt, generated in tests)
-            tokens += repetitions * sum(prompt + GENERATED * generated for prompt, generated in tests)
+            speeds = [evaluate.SpeedTest(*test) for test in tests]
+            tokens = sum(test.warming(GENERATED) + repetitions * test.work(GENERATED) for test in speeds)
             return Part("speed", cost.decoding(extent.shape, tokens * (full + quants / cost.QUANT), extent.chunk))
 
         if not self.options.plans:
