@@ -44,7 +44,7 @@ def test_the_reference_has_all_that_help_has(verb, capsys):
     assert invoke([verb, "--help"]) == 0
     shown = capsys.readouterr().out
     if "Commands:" in shown:
-        children = re.findall(r"^  ([a-z-]+) ", shown.split("Commands:")[1], re.MULTILINE)
+        children = re.findall(r"^  ([a-z-]+) ", shown.split("Commands:")[1].split("Examples:")[0], re.MULTILINE)
         assert children
         commands += [[verb, child] for child in children]
     for command in commands:
