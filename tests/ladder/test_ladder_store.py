@@ -207,3 +207,17 @@ def test_a_run_counts_as_complete_only_when_it_is(tmp_path):
         store.ensure("step", INPUTS, work)
     with pytest.raises(BitladderError, match="not finished"):
         complete_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "why"),
+    [
+        ({"plan A": 1}, {"plan A": 2}, "plan A changed"),
+        ({"plan A": 1}, {"plan A": 1, "plan B": 1}, "plan B was added"),
+        ({"plan A": 1, "plan B": 1, "plan C": 1}, {"plan C": 1}, "plan A and plan B were left out"),
+        ({"plan A": 1, "options": {"n": 1}}, {"options": {"n": 2}}, "option n changed, plan A was left out"),
+        ({}, {}, "its key changed"),
+    ],
+)
+def test_why_a_step_is_made_again_says_what_came_and_went(before, now, why):
+    assert module._difference(before, now) == why

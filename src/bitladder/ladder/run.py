@@ -111,7 +111,8 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
             store.begin(run_record(options, source, others, store.manifest.run))
             if left_out:
                 names = ", ".join(left_out)
-                progress.info(f"{names}: not in the card, because --ladder does not name them (--keep does)")
+                them = "it" if len(left_out) == 1 else "them"
+                progress.info(f"{names}: not in the card, because --ladder does not name {them} (--keep does)")
             for number, step in enumerate(steps, 1):
                 if context.waits(step):
                     context.do(step)

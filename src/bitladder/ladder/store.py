@@ -152,7 +152,7 @@ class Store:
     def _why_again(self, last: StepRecord, inputs: Mapping[str, Any], *, whole: bool = False) -> str | None:
         """The reason why a recorded step is not valid; None if it is valid."""
         if last.key != key_of(inputs):
-            return f"{' and '.join(_differing(last.inputs, inputs)) or 'its key'} changed"
+            return _difference(last.inputs, inputs)
         for output in last.outputs:
             path = self.path(output)
             if not path.is_file():
@@ -173,6 +173,19 @@ class Store:
     def _save(self) -> None:
         self.manifest.save(self.folder)
         self._changed = False
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between inputs, such as "option n changed" or "plan Q4_K_M was left out"."""
+    names = _differing(before, now)
+    added = [name for name in names if name in now and name not in before]
+    gone = [name for name in names if name in before and name not in now]
+    changed = [name for name in names if name not in (*added, *gone)]
+    parts = [f"{' and '.join(changed)} changed"] if changed else []
+    for those, what in ((added, "added"), (gone, "left out")):
+        if those:
+            parts.append(f"{' and '.join(those)} {'was' if len(those) == 1 else 'were'} {what}")
+    return ", ".join(parts) or "its key changed"
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
