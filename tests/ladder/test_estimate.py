@@ -266,7 +266,7 @@ def test_plan_and_quantize_have_efforts_too(flag, tokens, tiny_gguf, tmp_path, m
     moments.touch()
     words = ["-m", str(tiny_gguf), "-o", str(tmp_path / "q.gguf"), "--moments", str(moments), "--rounding", "best"]
     CliRunner().invoke(application, ["quantize", "Q8_0", *words, "--effort", "normal"])
-    assert (seen[1].rounding.passes, seen[1].rounding.method, seen[1].guard.guard_chunks) == (2, "best", 4)
+    assert (seen[1].rounding.passes, seen[1].rounding.method, seen[1].guard.guard_chunks) == (2, "best", 2)
 
 
 def test_as_many_threads_round_as_fit_into_memory(tiny_gguf, monkeypatch):

@@ -47,12 +47,12 @@ class GuardOptions(Options):
     GROUP = "Rounding"
 
     guard_chunks: int = option(
-        4,
+        2,
         "--guard-chunks",
         least=1,
         metavar="N",
         help="Most chunks of held-out text on which rounded blocks are checked.",
-        efforts={"fast": 2, "high": 8},
+        efforts={"high": 8},
     )
     guard_offset: float = option(
         0.5, least=0, most=1, help="Where in a calibration text these passages begin (0 to 1)."
