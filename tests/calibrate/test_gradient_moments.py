@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_models
+import torch
+from heard import Heard
 
 from bitladder.calibrate import (
     Correlations,
@@ -84,6 +86,33 @@ def test_killed_again_and_again_it_ends_with_the_bytes_of_one_segment(model, tex
     assert kills == 5 and done == [(first, place) for first in (1, 0) for place in range(9)]
     assert out.read_bytes() == whole.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_sums_on_a_device_are_kept_and_taken_up_again(model, text, whole, tmp_path, monkeypatch):
+    cpu, original, computed = torch.Tensor.cpu, gradient_pass.GradientPass._chunk, []
+    # As on a device, whose memory is apart from that of `cpu()`.
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: cpu(self).clone())
+    monkeypatch.setattr(UnfinishedWork, "due", lambda _: True)
+
+    def dying(self, segment, place, entries):
+        computed.append(place)
+        if len(computed) == 6:
+            raise KeyboardInterrupt
+        original(self, segment, place, entries)
+
+    monkeypatch.setattr(gradient_pass.GradientPass, "_chunk", dying)
+    work = WORK | {"decoding": WORK["decoding"].replace(device="torch")}
+    with pytest.raises(KeyboardInterrupt):
+        collect_moments(model, [text], tmp_path / "m.gguf", options=GRADIENTS, **work)
+    collect_moments(model, [text], tmp_path / "m.gguf", options=GRADIENTS, **work)
+    assert computed == [*range(6), *range(5, 9)]
+    assert (tmp_path / "m.gguf").read_bytes() == whole.read_bytes()
+    # What does not fit there is added up by the CPU, which says so.
+    heard = Heard()
+    monkeypatch.setattr(gradient_pass, "device_memory", lambda device: 1000)
+    collect_moments(model, [text], tmp_path / "n.gguf", options=GRADIENTS, progress=heard, **work)
+    assert any("do not fit into the memory of the device" in line for line in heard.lines)
+    assert (tmp_path / "n.gguf").read_bytes() == whole.read_bytes()
 
 
 def test_a_full_disk_is_one_line(model, text, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from calibrated import calibrate
+from heard import Heard
 
 from bitladder.calibrate import (
     Moment,
@@ -20,11 +21,13 @@ from bitladder.cli import invoke
 from bitladder.engine import Decoding, quantize_rows, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.evaluate import MeasureOptions, evaluate
+from bitladder.files import sha256_file
 from bitladder.gguf import GgufFile
+from bitladder.progress import SILENT
 from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, quantize_rounded, round_ahead, verify
 from bitladder.refine.round.output_rounding import OutputRounding
-from bitladder.rounding import RoundingOptions, SecondMoments, round_tensor
+from bitladder.rounding import RoundingOptions, SecondMoments, method, round_tensor
 from bitladder.text import Text, load_text
 from bitladder.trial import SwappedModel, render
 
@@ -91,17 +94,45 @@ def test_tensors_of_several_quants_are_rounded_once(tiny_gguf, prepared, tmp_pat
 
     alone = make(None)
     monkeypatch.setattr(SecondMoments, "__init__", counting)
-    round_ahead(files, quants, refine.rounding, tmp_path / "blocks", threads=1)
+    round_ahead(files, quants, refine.rounding, tmp_path / "blocks", decoding=Decoding(threads=1))
     with MomentsFile(prepared / "moments.gguf") as moments:
         assert len(factored) == len(list(moments.names()))
     factored.clear()
     assert make(tmp_path / "blocks") == alone
     assert not factored
     monkeypatch.setattr(render, "KEPT_SHARE", 0)
-    round_ahead(files, quants, refine.rounding, tmp_path / "full", threads=1)
+    round_ahead(files, quants, refine.rounding, tmp_path / "full", decoding=Decoding(threads=1))
     assert not factored
     assert make(tmp_path / "full") == alone
     assert not list((tmp_path / "full").glob("*.blocks"))
+
+
+def test_a_device_makes_files_of_its_own_that_are_as_good(tiny_gguf, prepared, tmp_path, monkeypatch):
+    files = ModelFiles(tiny_gguf, prepared / "imatrix.gguf", (prepared / "moments.gguf",))
+    refine = RefineOptions(rounding=RoundingOptions(passes=1))
+
+    def made(device, progress=SILENT):
+        out, decoding = tmp_path / f"{device}.gguf", Decoding(n_ctx=256, device=device)
+        return quantize_rounded(files, out, QuantizeOptions(PRESET), refine, None, decoding, progress=progress)
+
+    cpu, ours = made("cpu"), made("torch")
+    assert ours.result.types == cpu.result.types
+    before, there, here = (
+        sum(loss[k] for loss in quant.losses.values()) for quant, k in ((cpu, 0), (cpu, 1), (ours, 1))
+    )
+    assert here < 1.01 * there < before
+    digests = {name: sha256_file(tmp_path / f"{name}.gguf") for name in ("cpu", "torch")}
+    assert len(set(digests.values())) == 2
+    origins = verify(
+        tmp_path / "torch.gguf", tiny_gguf, imatrix=files.imatrix, moments=files.moments, rounding=refine.rounding
+    ).origins
+    assert "differs" not in origins.values() and "rounded" in origins.values()
+    # What does not fit on it is rounded by the CPU, which says so.
+    monkeypatch.setattr(method, "device_memory", lambda device: 1000)
+    heard = Heard()
+    full = made("torch", heard)
+    assert full.losses == cpu.losses
+    assert any("does not fit into the memory of the device" in line for line in heard.lines)
 
 
 def test_the_guard_reports_what_it_measured(rounded):

@@ -84,10 +84,14 @@ def prepared(tiny_gguf, tmp_path_factory):
     return folder
 
 
-def test_the_whole_model_s_derivatives_are_those_of_differences(tiny_gguf, prepared):
+@pytest.mark.parametrize("device", [None, "torch"])
+def test_the_whole_model_s_derivatives_are_those_of_differences(tiny_gguf, prepared, device):
     with Model(tiny_gguf, vocab_only=True) as vocabulary:
         tokens = Reading(chunks=1).rows(vocabulary, [load_text("pydoc:calibration")], 64)[0]
-    with TorchModel(tiny_gguf) as teacher, Student(prepared / "quant.gguf") as student:
+    with (
+        TorchModel(tiny_gguf, device=device) as teacher,
+        Student(prepared / "quant.gguf", device=device) as student,
+    ):
         divergence, slopes = student.backward(tokens, teacher)
         assert divergence > 0
         assert set(slopes) == set(student.parameters)

@@ -31,7 +31,7 @@ from bitladder.calibrate.moments.passes import IMATRIX_FILE, CollectedMoments, r
 from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, position_weights
 from bitladder.calibrate.moments.schema import Provenance
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
-from bitladder.engine import Decoding, Model, Tokens, main_memory, sequence_logits
+from bitladder.engine import Decoding, Model, Tokens, main_memory, sequence_logits, torch_device
 from bitladder.errors import GradientsError, UsageError
 from bitladder.files import sha256_file
 from bitladder.gguf import joined_sha256, shards_of
@@ -164,9 +164,11 @@ def collect_moments(
             weighting = "positions" if reason else weighting
         progress.info(f"tokens are weighted by {weighting}" + (f": {reason}" if reason else ""))
     settings = [reading, decoding, decoding.n_ubatch, options, weighting, imatrix is not None]
+    device = None
     if weighting == "gradients":
         torch_version, modules = str(require_torch().__version__), importlib.metadata.version("transformers")
-        settings += [torch_version, modules, has_half_products()]
+        device = torch_device(decoding.device)
+        settings += [torch_version, modules, has_half_products(device), *([] if device is None else [device])]
     passes = 1
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(MomentsFile(path)) for path in in_files]
@@ -194,7 +196,15 @@ def collect_moments(
                 run_passes(loaded, chunks, [[]], work, beside, decoding, progress)
         if weighting == "gradients":
             source = moments_by_gradients(
-                model, chunks, work, provenance, options.gradients, options.memory_bytes(), decoding.threads, progress
+                model,
+                chunks,
+                work,
+                provenance,
+                options.gradients,
+                options.memory_bytes(),
+                decoding.threads,
+                device,
+                progress,
             )
         result = _write(out, [source, *others], passes, reading.expert_coverage, progress)
         if imatrix is not None:

@@ -33,7 +33,7 @@ from bitladder.units import number_of
 )
 @shared.calibrating("imatrix", "imatrix.gguf", "Matrix")
 @options_from(Reading, parameter="reading", spread=False)
-@options_from(Decoding, parameter="decoding")
+@options_from(Decoding, parameter="decoding", leave_out=("device",))
 @options_from(ImatrixOptions)
 @common_options
 def imatrix_command(

@@ -52,7 +52,7 @@ def _models(about: str) -> Callable[[Any], Any]:
 )
 @_models("A GGUF file; may be repeated.")
 @options_from(EvalOptions)
-@options_from(MeasureOptions, parameter="settings", leave_out=("n_ctx",))
+@options_from(MeasureOptions, parameter="settings", leave_out=("n_ctx", "device"))
 @kept_results
 @json_file("scores")
 @common_options
@@ -105,7 +105,7 @@ def eval_command(
     help="Text to measure on: a file, or a built-in text (pydoc:test, pydoc:calibration). Can be repeated.",
 )
 @options_from(CompareOptions)
-@options_from(MeasureOptions, parameter="settings", leave_out=("n_batch", "n_ubatch"))
+@options_from(MeasureOptions, parameter="settings", leave_out=("n_batch", "n_ubatch", "device"))
 @kept_results
 @json_file("comparison")
 @common_options

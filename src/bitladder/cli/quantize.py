@@ -89,7 +89,7 @@ def _written(params: Mapping[str, Any]) -> str:
 @shared.guard("rounded blocks must lower KLD")
 @options_from(GuardOptions, parameter="trying")
 @click.option("--dry-run", is_flag=True, help="Show the types and the exact size. Write nothing.")
-@shared.threads
+@options_from(Decoding, parameter="decoding", leave_out=("n_ctx", "n_batch", "n_ubatch", "gpu_layers"))
 @common_options
 @shared.effort
 def quantize_command(
@@ -108,7 +108,7 @@ def quantize_command(
     guard: str,
     trying: GuardOptions,
     dry_run: bool,
-    threads: int | None,
+    decoding: Decoding,
 ) -> None:
     """Quantize a full-precision GGUF to PRESET (Q4_K_M, IQ3_S, …) or a recipe.
 
@@ -145,13 +145,13 @@ def quantize_command(
             options,
             RefineOptions(rounding=rounding, guard=trying),
             None if guard == "none" else load_text(guard, source),
-            Decoding(threads=threads),
+            decoding,
             progress=output.progress,
         )
         _show_result(output, quant.result, quant)
         return
     with prepare(source, options, imatrix=imatrix, progress=output.progress) as prepared:
-        figures = preflight(prepared, threads=threads)
+        figures = preflight(prepared, threads=decoding.threads)
         if dry_run or out is None:
             _show_preflight(output, prepared, figures)
             return
@@ -160,7 +160,7 @@ def quantize_command(
         for path in output_paths(out, prepared.groups):
             check_output(path, _written({"words": words, "recipe": recipe}))
         check_room(prepared, out)
-        _show_result(output, write(prepared, out, threads=threads, progress=output.progress))
+        _show_result(output, write(prepared, out, threads=decoding.threads, progress=output.progress))
 
 
 def _as_llama_quantize(words: tuple[str, ...], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from bitladder.units import number_of
 @click.option(
     "-f", "--file", "text", type=FileOrName(), help="Text for a trial: prints the KLD of Q4_K_M before and after."
 )
-@options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch"))
+@options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch", "device"))
 @common_options
 def smooth_command(
     output: Output,

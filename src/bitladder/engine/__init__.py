@@ -11,6 +11,7 @@ The library is loaded when the first of its functions is used, not by an import.
     activations  callbacks that round or disturb activations
     weights      the weights of a loaded model, read and replaced in place
     devices      back ends, processors, threads, main memory
+    torch_devices the device on which torch computes
     cpu_kernels  the special layouts of weights that work on this processor, and the speed of products by type
     deaths       the death of the process inside the library, told in one line
 """
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
         presets,
         storable,
     )
+    from bitladder.engine.torch_devices import GPUS, Device, as_torch, device_key, device_memory, torch_device
     from bitladder.engine.types import (
         RowKernels,
         TensorType,
@@ -85,10 +87,12 @@ __all__ = [
     "CPU",
     "FLASH_ATTN",
     "GPU",
+    "GPUS",
     "IGPU",
     "MIN_CTX",
     "Context",
     "Decoding",
+    "Device",
     "Floats",
     "HiddenStates",
     "KernelInputs",
@@ -106,10 +110,13 @@ __all__ = [
     "WatchingUntilSatisfied",
     "Weights",
     "all_types",
+    "as_torch",
     "backend_names",
     "bytes_per_second",
     "check_overrides",
     "dequantize_into",
+    "device_key",
+    "device_memory",
     "kernel_needs_importance",
     "kernels",
     "library",
@@ -131,6 +138,7 @@ __all__ = [
     "storable",
     "tell_of_deaths",
     "threads_available",
+    "torch_device",
     "type_by_name",
     "versions",
 ]

@@ -14,6 +14,7 @@ from bitladder.engine.devices import ThreadPool
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.native import ggml, llama, log
 from bitladder.engine.observe import GraphCallback, Observer, Watching
+from bitladder.engine.torch_devices import Device, torch_device
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError, overflow
 from bitladder.files import Closing
@@ -27,7 +28,8 @@ FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 
 @dataclasses.dataclass(frozen=True)
 class Decoding(Options):
-    """How a model is decoded. Raises UsageError for a number outside its limits."""
+    """How a model is decoded, and where torch computes. Raises UsageError for a number outside its limits, or a device
+    that torch does not see."""
 
     GROUP = "Decoding"
 
@@ -46,6 +48,18 @@ class Decoding(Options):
     gpu_layers: int = option(
         0, "-ngl", "--gpu-layers", "--n-gpu-layers", metavar="N", help="Layers that the GPU computes."
     )
+    device: Device = option(
+        "auto",
+        "--device",
+        decides=False,
+        help="What rounds tensors, and makes the products of gradients and tuning. auto: a GPU that torch sees, else "
+        "the CPU; torch: its kernels on the CPU, for tests.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device != "auto":
+            torch_device(self.device)
 
     def deciding(self) -> dict[str, object]:
         """The tokens of a chunk, and whether a GPU computes. The number of its layers changes no figure."""

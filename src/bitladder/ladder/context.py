@@ -260,7 +260,10 @@ class Run(Closing):
             )
             decoding = self.decoding
             planning = options.planning.replace(
-                threads=decoding.threads, gpu_layers=decoding.gpu_layers, unreached_type=options.unreached_type
+                threads=decoding.threads,
+                gpu_layers=decoding.gpu_layers,
+                device=decoding.device,
+                unreached_type=options.unreached_type,
             )
             self._open_planner = (smoothed, Planner(inputs, planning, self.progress))
         return self._open_planner[1]

@@ -93,7 +93,8 @@ class Planner(Closing):
                 refuse_other_moments(moments, self.subject.file, progress)
                 # Every type of every tensor is rounded. What more passes gain is nearly the same share for all.
                 passes = min(inputs.rounding.passes, options.prices.price_passes)
-                rounding = OutputRounding(moments, dataclasses.replace(inputs.rounding, passes=passes))
+                how = dataclasses.replace(inputs.rounding, passes=passes)
+                rounding = OutputRounding(moments, how, options.decoding.device, progress)
             self.renderer = Renderer(
                 self.subject.file,
                 self.subject.importance,

@@ -64,6 +64,7 @@ class Student(Closing):
     Parameters:
         path: the quant.
         threads: threads of the CPU; None takes all.
+        device: what makes products with weights; None is the CPU.
 
     Attributes:
         model: computes with the parameters as `put` has set them.
@@ -73,8 +74,8 @@ class Student(Closing):
         BitladderError: torch does not know the architecture, or no tensor has blocks that can move.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
-        self.model = TorchModel(path, memory=1 << 62, threads=threads)
+    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, device: str | None = None) -> None:
+        self.model = TorchModel(path, memory=1 << 62, threads=threads, device=device)
         with GgufFile(path) as file:
             self.scales = {
                 name: FreeScales(file.tensors[name].type.name, file.read(file.tensors[name]), file.tensors[name].width)

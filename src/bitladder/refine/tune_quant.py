@@ -14,7 +14,7 @@ from bitladder.calibrate import (
     torch_threads,
     why_no_gradients,
 )
-from bitladder.engine import Decoding, Model, Tokens
+from bitladder.engine import Decoding, Model, Tokens, device_key, torch_device
 from bitladder.errors import GradientsError, UsageError
 from bitladder.evaluate import Figure, MeasureOptions, mean, measure, paired_mean
 from bitladder.files import refuse_inputs, replacing, sha256_file
@@ -115,9 +115,11 @@ def tune(
     with Model(full, vocab_only=True) as vocabulary:
         chunks = Reading(chunks=options.tune_chunks).rows(vocabulary, texts, decoding.n_ctx)
     with replacing(out) as temporary:  # opened first: a folder that cannot be written to is an error at once
-        key = job_key(full, texts, TUNING, quant=sha256_file(quant), options=options, n_ctx=decoding.n_ctx)
+        device = torch_device(decoding.device)
+        decides = {"options": options, "n_ctx": decoding.n_ctx, **device_key(decoding.device)}
+        key = job_key(full, texts, TUNING, quant=sha256_file(quant), **decides)
         keep = UnfinishedWork(out, key)
-        blocks, klds = _descend(files, chunks, options, keep, decoding.threads, progress)
+        blocks, klds = _descend(files, chunks, options, keep, decoding.threads, device, progress)
         remark = f"{len(chunks)} × {decoding.n_ctx} tokens, rate {options.tune_rate:g}"
         _write(quant, temporary, blocks, remark)
         before = after = difference = None
@@ -204,6 +206,7 @@ def _descend(
     options: TuneOptions,
     keep: UnfinishedWork,
     threads: int | None,
+    device: str | None,
     progress: Progress,
 ) -> tuple[dict[str, Bytes], list[float]]:
     """Blocks by tensor after the descent, and the KLD of each chunk before its step."""
@@ -212,8 +215,8 @@ def _descend(
 
     with (
         torch_threads(threads),
-        TorchModel(files.full, memory=1 << 62, threads=threads) as teacher,
-        Student(files.quant, threads=threads) as student,
+        TorchModel(files.full, memory=1 << 62, threads=threads, device=device) as teacher,
+        Student(files.quant, threads=threads, device=device) as student,
     ):
         check_logits(files.full, teacher.checked(chunks[0]), threads=threads, ours=teacher)
         klds = descend(student, teacher, chunks, options, keep=keep, progress=progress)

@@ -13,12 +13,13 @@ from typing import Literal, get_args
 import numpy as np
 
 from bitladder.calibrate import MomentsFile, read_imatrix
+from bitladder.engine import Device
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo, open_model, refuse_other_model
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import TUNE_KEY
 from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256
-from bitladder.refine.round.quantize_rounded import METHOD_KEY, MOMENTS_KEY
+from bitladder.refine.round.quantize_rounded import DEVICE_KEY, METHOD_KEY, MOMENTS_KEY
 from bitladder.rounding import Method, RoundingOptions, can_round, same_integers
 from bitladder.trial import Renderer
 
@@ -55,7 +56,8 @@ def verify(
 ) -> VerifiedQuant:
     """Derives tensors of a quant again and compares bytes.
 
-    Rounding repeats to the bit on one kind of processor; another may add in another order.
+    Rounding repeats to the bit on one kind of processor; another may add in another order. What a GPU has rounded is
+    made again on a GPU of that kind.
 
     Parameters:
         quant: path of the quant.
@@ -109,7 +111,10 @@ def _rounding(quant: GgufFile, moments: Sequence[MomentsFile], options: Rounding
     if digest != joined_sha256(moments):
         names = " and ".join(str(file.path) for file in moments)
         raise BitladderError(f"{quant.path} was made with other second moments than {names} ({MOMENTS_KEY})")
-    return OutputRounding(moments, options or RoundingOptions(method=method))
+    device = quant.get(DEVICE_KEY, "cpu")
+    if device not in get_args(Device):
+        raise BitladderError(f"{quant.path}: {DEVICE_KEY} is {device!r}, which is no device that bitladder knows")
+    return OutputRounding(moments, options or RoundingOptions(method=method), device)
 
 
 def _origin(quant: GgufFile, tensor: TensorInfo, full: GgufFile, ways: Mapping[Origin, Renderer]) -> Origin:

@@ -6,7 +6,17 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.rounding.block_types import Blocks, BlockType
-    from bitladder.rounding.method import ROUNDING, TYPES, Rounded, can_round, round_matrix, round_tensor, same_integers
+    from bitladder.rounding.method import (
+        ROUNDING,
+        TYPES,
+        Rounded,
+        can_round,
+        fit_device,
+        round_matrices,
+        round_matrix,
+        round_tensor,
+        same_integers,
+    )
     from bitladder.rounding.options import Method, RoundingOptions
     from bitladder.rounding.second_moments import SecondMoments
 
@@ -20,6 +30,8 @@ __all__ = [
     "RoundingOptions",
     "SecondMoments",
     "can_round",
+    "fit_device",
+    "round_matrices",
     "round_matrix",
     "round_tensor",
     "same_integers",

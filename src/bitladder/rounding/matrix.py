@@ -44,7 +44,7 @@ class ScalarRounding:
             minimum=start.minimum.copy(),
         )
         self._rows = Rows(blocks.d, blocks.dmin, blocks.scale, blocks.minimum, blocks.indices, self.delta)
-        self._steps = _steps_to_try(kind, options)
+        self._steps = steps_to_try(kind, options)
         self._best, self._scale_every = options.method == "best", options.scale_every
 
     def open(self, first: int, places: slice, targets: Floats, carried: Floats, leading: Floats) -> Floats:
@@ -79,7 +79,7 @@ def hessians(moments: SecondMoments, sub: int) -> list[Hessian]:
     return parts
 
 
-def _steps_to_try(kind: ScalarType, options: RoundingOptions) -> Floats:
+def steps_to_try(kind: ScalarType, options: RoundingOptions) -> Floats:
     """What the step of a block with an F16 step of its own is multiplied by; nothing for a type with scales."""
     if kind.scales != NONE:
         return np.empty(0, np.float32)

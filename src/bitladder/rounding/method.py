@@ -5,17 +5,19 @@ What is lowered is tr(O ΔW H ΔWᵀ): ΔW is weight less blocks, H = E[xxᵀ] o
 """
 
 import dataclasses
+import threading
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import single_threaded
+from bitladder.engine import as_torch, device_memory, single_threaded
 from bitladder.keys import Algorithm
 from bitladder.rounding.block_types import Blocks, BlockType, Bytes, Floats
 from bitladder.rounding.matrix import ScalarRounding, VectorRounding
 from bitladder.rounding.options import RoundingOptions
-from bitladder.rounding.scalar_types import SCALAR_TYPES, ScalarBlocks
+from bitladder.rounding.scalar_types import SCALAR_TYPES, ScalarBlocks, ScalarType
 from bitladder.rounding.second_moments import Order, SecondMoments, column_parts
 from bitladder.rounding.vector_types import VECTOR_TYPES, VectorBlocks
 
@@ -37,6 +39,7 @@ ROUNDING = Algorithm(
 
 TYPES: dict[str, BlockType] = {**SCALAR_TYPES, **VECTOR_TYPES}
 GROUP = 128  # rows whose errors are handed on to others by one product of matrices
+SIDE_BY_SIDE = 32  # matrices that a device rounds at once, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,7 @@ def round_tensor(
     inputs: npt.NDArray[np.floating],
     options: RoundingOptions,
     outputs: npt.NDArray[np.floating] | None = None,
+    device: str | None = None,
 ) -> Rounded:
     """Rounds one matrix in the calling thread. Python's lock is free meanwhile: many matrices are rounded in threads.
 
@@ -140,6 +144,7 @@ def round_tensor(
         inputs: second moments of the inputs, [n_in, n_in].
         options: how to round.
         outputs: second moments of the gradients at the outputs, [n_out, n_out], or None.
+        device: what computes (`engine.torch_device`); None is the CPU with its own kernels, in the calling thread.
 
     Raises:
         BitladderError: shapes do not fit, or moments are not finite.
@@ -155,18 +160,86 @@ def round_tensor(
     """
     if options.method == "stock" or not can_round(kind):
         return Rounded(stock, 0.0, 0.0)
-    return round_matrix(weights, stock, kind, SecondMoments(inputs, outputs, options), options)
+    return round_matrix(weights, stock, kind, SecondMoments(inputs, outputs, options, device), options, device)
 
 
-def round_matrix(weights: Floats, stock: Bytes, kind: str, moments: SecondMoments, options: RoundingOptions) -> Rounded:
+def round_matrix(
+    weights: Floats,
+    stock: Bytes,
+    kind: str,
+    moments: SecondMoments,
+    options: RoundingOptions,
+    device: str | None = None,
+) -> Rounded:
     """`round_tensor` with second moments that serve several types; `kind` is one that `can_round` knows."""
-    moments.check(*weights.shape)
-    start = TYPES[kind].unpack(stock, weights.shape[1])
+    return round_matrices([weights], [stock], kind, [moments], options, device)[0]
+
+
+def round_matrices(
+    weights: Sequence[Floats],
+    stock: Sequence[Bytes],
+    kind: str,
+    moments: Sequence[SecondMoments],
+    options: RoundingOptions,
+    device: str | None = None,
+) -> list[Rounded]:
+    """`round_matrix` for several matrices of one shape, which a GPU rounds side by side.
+
+    Their memory is not asked for: see `fit_device`.
+    """
+    for matrix, each in zip(weights, moments, strict=True):
+        each.check(*matrix.shape)
+    starts = [TYPES[kind].unpack(data, matrix.shape[1]) for data, matrix in zip(stock, weights, strict=True)]
     with single_threaded():
-        blocks = round_blocks(weights, start, moments, options)
-        # What the row kernels carried along has rounding errors of its own.
-        before, after = (moments.loss(weights - part.values()) for part in (start, blocks))
-    return Rounded(blocks.pack(), before, after) if after < before else Rounded(stock, before, before)
+        if device is None:
+            sets = zip(weights, starts, moments, strict=True)
+            rounded = [round_blocks(*one, options) for one in sets]
+        else:
+            rounded = round_on_device(weights, starts, moments, options, device)
+        results = []
+        for matrix, data, start, blocks, each in zip(weights, stock, starts, rounded, moments, strict=True):
+            # What the row kernels carried along has rounding errors of its own.
+            before, after = (each.loss(matrix - part.values()) for part in (start, blocks))
+            better = after < before
+            results.append(Rounded(blocks.pack() if better else data, before, after if better else before))
+    return results
+
+
+_ONE_AT_A_TIME = threading.Lock()  # what is on a device was asked for as if nothing else were there
+
+
+def fit_device(rows: int, width: int, coupled: bool, device: str) -> int:
+    """How many matrices of a shape fit on a device at once; 0 if not even one does.
+
+    Parameters:
+        rows: rows of a matrix.
+        width: its columns.
+        coupled: whether moments of outputs are known.
+        device: what `engine.torch_device` returned.
+    """
+    from bitladder.rounding.torch_tiles import bytes_of
+
+    with _ONE_AT_A_TIME:
+        memory = device_memory(device)
+    return SIDE_BY_SIDE if memory is None else min(memory // bytes_of(rows, width, coupled), SIDE_BY_SIDE)
+
+
+def round_on_device(
+    weights: Sequence[Floats],
+    starts: Sequence[Blocks],
+    moments: Sequence[SecondMoments],
+    options: RoundingOptions,
+    device: str,
+) -> list[Blocks]:
+    """`round_blocks` for several matrices of one shape and type, by torch."""
+    from bitladder.rounding.torch_points import PointTiles
+    from bitladder.rounding.torch_scalars import ScalarTiles
+    from bitladder.rounding.torch_tiles import round_stack
+
+    place, kind = as_torch(device), starts[0].type
+    tiles = ScalarTiles if isinstance(kind, ScalarType) else PointTiles
+    with _ONE_AT_A_TIME:
+        return round_stack(tiles(kind, options, place), weights, starts, moments, options, place)
 
 
 def round_blocks(weights: Floats, start: Blocks, moments: SecondMoments, options: RoundingOptions) -> Blocks:

@@ -3,16 +3,18 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import single_threaded
+from bitladder.engine import as_torch, single_threaded
 from bitladder.errors import BitladderError
 from bitladder.rounding.options import RoundingOptions
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+Cholesky = Callable[[Doubles], Doubles]
 
 # Of the mean diagonal. With less damping float32 cannot tell a small eigenvalue from 0, and no block can be inverted.
 LEAST_DAMPING = 1e-4
@@ -57,11 +59,15 @@ def damped(h: npt.NDArray[np.floating], damping: float) -> Doubles:
     return full
 
 
-def upper_factor(h: Doubles) -> tuple[Doubles, Doubles]:
+def upper_factor(h: Doubles, cholesky: Cholesky | None = None) -> tuple[Doubles, Doubles]:
     """U [n, n], unit upper triangular, and D [n] with H = U diag(D) Uᵀ: Cholesky's factor of H turned upside down.
 
     The diagonal of a matrix that rounding made indefinite is raised until the matrix is positive definite. Raises
     BitladderError if that takes more than the matrix itself: it is then no matrix of second moments.
+
+    Parameters:
+        h: the matrix.
+        cholesky: gives its lower factor, or raises LinAlgError; None is NumPy's.
 
     Example:
         >>> upper, d = upper_factor(np.array([[2.0, 1.0], [1.0, 1.0]]))
@@ -72,7 +78,7 @@ def upper_factor(h: Doubles) -> tuple[Doubles, Doubles]:
     size = float(np.abs(np.diag(h)).mean()) or 1.0
     for extra in (0.0, *(10.0**power * size for power in range(-10, 1))):
         try:
-            lower = np.linalg.cholesky(turned + extra * np.eye(len(h)) if extra else turned)
+            lower = (cholesky or np.linalg.cholesky)(turned + extra * np.eye(len(h)) if extra else turned)
             break
         except np.linalg.LinAlgError:
             continue
@@ -88,7 +94,11 @@ def diagonal_blocks(matrix: Floats, width: int) -> Floats:
     return np.stack([matrix[at : at + width, at : at + width] for at in range(0, len(matrix), width)])
 
 
-def couplings(outputs: npt.NDArray[np.floating] | None, damping: float) -> tuple[Floats, Floats, Floats, Floats]:
+def couplings(
+    outputs: npt.NDArray[np.floating] | None,
+    damping: float,
+    cholesky: Cholesky | None = None,
+) -> tuple[Floats, Floats, Floats, Floats]:
     """How rows make up for each other's errors.
 
     With O = U D Uᵀ, tr(O Δ H Δᵀ) is Σ_i D_i |Δ_i + Σ_{k<i} U_ki Δ_k|²_H. That counts while rows are rounded one after
@@ -97,6 +107,7 @@ def couplings(outputs: npt.NDArray[np.floating] | None, damping: float) -> tuple
     Parameters:
         outputs: second moments O of the gradients at the outputs, [rows, rows], or None.
         damping: as for `damped`.
+        cholesky: as for `upper_factor`.
 
     Returns:
         U_ki at [i, k], and O_ik/O_ii at [i, k], float32 [rows, rows] each; O_ii and D_i, float32 [rows]. All are empty
@@ -110,7 +121,7 @@ def couplings(outputs: npt.NDArray[np.floating] | None, damping: float) -> tuple
             np.zeros(0, np.float32),
         )
     full = damped(outputs, damping)
-    upper, d = upper_factor(full)
+    upper, d = upper_factor(full, cholesky)
     leading = np.ascontiguousarray(upper.T, np.float32)
     own = np.diag(full)
     coupling = np.ascontiguousarray(full / own[:, None], np.float32)
@@ -158,6 +169,7 @@ class SecondMoments:
         inputs: H, [n, n].
         outputs: O, [rows, rows], or None, which stands for the unit matrix.
         options: what of them is shrunk and damped.
+        device: what factors them (`engine.torch_device`); None is the CPU.
 
     Attributes:
         h: damped H, float32 [n, n].
@@ -174,7 +186,9 @@ class SecondMoments:
         inputs: npt.NDArray[np.floating],
         outputs: npt.NDArray[np.floating] | None,
         options: RoundingOptions,
+        device: str | None = None,
     ) -> None:
+        self._cholesky = _cholesky_on(device)
         shapes = [moments.shape for moments in (inputs, outputs) if moments is not None]
         if any(len(shape) != 2 or shape[0] != shape[1] for shape in shapes):
             raise BitladderError(f"second moments of {shapes} are not square and do not fit any matrix")
@@ -183,7 +197,7 @@ class SecondMoments:
         with single_threaded():  # several tensors are made ready at once
             self.h: Floats = np.asarray(damped(shrunk(inputs, options.shrinkage), options.damping), np.float32)
             self.leading, self.coupling, self.row_weights, self._row_factors = couplings(
-                None if outputs is None else shrunk(outputs, options.shrinkage), options.damping
+                None if outputs is None else shrunk(outputs, options.shrinkage), options.damping, self._cholesky
             )
         known = [moments for moments in (inputs, outputs) if moments is not None]
         self._scale = math.prod(max(float(np.diag(moments).mean()), 0.0) for moments in known)
@@ -200,7 +214,8 @@ class SecondMoments:
         key = order.tobytes()
         if key not in self._factors:
             natural = bool((order == np.arange(len(order))).all())
-            upper, d = upper_factor((self.h if natural else self.h[np.ix_(order, order)]).astype(np.float64))
+            ordered = self.h if natural else self.h[np.ix_(order, order)]
+            upper, d = upper_factor(ordered.astype(np.float64), self._cholesky)
             self._factors[key] = np.ascontiguousarray(upper.T, np.float32), d.astype(np.float32)
         return self._factors[key]
 
@@ -248,3 +263,12 @@ class SecondMoments:
 def column_parts(width: int) -> list[slice]:
     """The columns of a row in parts of `COLUMNS`."""
     return [slice(start, min(start + COLUMNS, width)) for start in range(0, width, COLUMNS)]
+
+
+def _cholesky_on(device: str | None) -> Cholesky | None:
+    """Cholesky's factor, computed on a device. Apple's GPUs have no float64."""
+    if device in (None, "mps"):
+        return None
+    from bitladder.rounding.torch_tiles import cholesky
+
+    return functools.partial(cholesky, device=as_torch(device))

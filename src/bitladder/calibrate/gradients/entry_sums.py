@@ -29,18 +29,20 @@ class Gram:
     Parameters:
         width: numbers of a block.
         blocks: blocks of a row.
+        device: torch's, on which sums are.
     """
 
-    def __init__(self, width: int, blocks: int = 1) -> None:
+    def __init__(self, width: int, blocks: int = 1, device: torch.device | None = None) -> None:
         self.width, self.blocks = width, blocks
-        if blocks > 1:
-            self.panels = [torch.zeros(blocks, width, width)]
-        else:
-            self.panels = [torch.zeros(min(PANEL, width - at), width - at) for at in range(0, width, PANEL)]
+        shapes: list[tuple[int, ...]] = [(min(PANEL, width - at), width - at) for at in range(0, width, PANEL)]
+        self.panels = [
+            torch.zeros(*shape, device=device) for shape in ([(blocks, width, width)] if blocks > 1 else shapes)
+        ]
+        self._copies: list[torch.Tensor] = []
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
         """Adds rows [tokens, blocks × width], of which each counts its weight [tokens]."""
-        scaled = rows * weights.sqrt()[:, None]
+        scaled = (rows * weights.sqrt()[:, None]).to(self.panels[0].device)
         if self.blocks == 1:
             for number, panel in enumerate(self.panels):
                 at = number * PANEL
@@ -50,25 +52,25 @@ class Gram:
             self.panels[0].baddbmm_(parts.transpose(1, 2), parts)
 
     def stacked(self) -> torch.Tensor:
-        """The blocks, float32 [blocks, width, width], a new tensor."""
+        """The blocks, float32 [blocks, width, width], a new tensor of the CPU."""
         if self.blocks > 1:
-            return self.panels[0].clone()
+            return self.panels[0].cpu().clone()
         full = torch.empty(1, self.width, self.width)
         for number, panel in enumerate(self.panels):
             at = number * PANEL
             below = at + len(panel)
             full[0, at:below, at:] = panel
-            full[0, below:, at:below] = panel[:, len(panel) :].T
+            full[0, below:, at:below] = full[0, at:below, below:].T
         return full
 
     def packed(self, total: float) -> Floats:
         """The mean: sums divided by `total`; the upper triangles by rows, float32 [blocks, width (width + 1) / 2]."""
         if self.blocks > 1:
             rows, columns = np.triu_indices(self.width)
-            return np.asarray(self.panels[0].numpy()[:, rows, columns] / np.float32(total))
+            return np.asarray(self.panels[0].cpu().numpy()[:, rows, columns] / np.float32(total))
         out, start = np.empty((1, triangle(self.width)), np.float32), 0
         for panel in self.panels:
-            for index, row in enumerate(panel.numpy()):
+            for index, row in enumerate(panel.cpu().numpy()):
                 stop = start + len(row) - index
                 np.divide(row[index:], np.float32(total), out=out[0, start:stop])
                 start = stop
@@ -80,8 +82,21 @@ class Gram:
             panel.zero_()
 
     def arrays(self) -> list[npt.NDArray[np.float32]]:
-        """What grows, in memory that is shared."""
-        return [panel.numpy() for panel in self.panels]
+        """What grows, in memory that is shared; of a device a copy, which `fetch` and `put` keep the same."""
+        self._copies = [panel.cpu() for panel in self.panels]
+        return [copy.numpy() for copy in self._copies]
+
+    def fetch(self) -> None:
+        """Brings the sums from the device to `arrays`. On the CPU they are the same memory."""
+        for copy, panel in zip(self._copies, self.panels, strict=True):
+            if copy.data_ptr() != panel.data_ptr():
+                copy.copy_(panel)
+
+    def put(self) -> None:
+        """`fetch` reversed."""
+        for copy, panel in zip(self._copies, self.panels, strict=True):
+            if copy.data_ptr() != panel.data_ptr():
+                panel.copy_(copy)
 
 
 class LowRankGram:
@@ -200,9 +215,9 @@ class OutputShape:
         n_out = self.width * self.blocks
         return {"n_out": n_out, "rank": min(self.rank, n_out)} if self.rank else {"n_out": n_out, "blocks": self.blocks}
 
-    def sums(self) -> Gram | LowRankGram:
-        """Sums of this shape, all 0."""
-        return LowRankGram(self.blocks, self.rank) if self.rank else Gram(self.width, self.blocks)
+    def sums(self, device: torch.device | None = None) -> Gram | LowRankGram:
+        """Sums of this shape, all 0; those of low rank are on the CPU."""
+        return LowRankGram(self.blocks, self.rank) if self.rank else Gram(self.width, self.blocks, device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +246,15 @@ class EntrySums:
         plan: the entry.
         options: how tokens are weighted.
         length: tokens of a chunk.
+        device: torch's, on which products of rows are added up.
     """
 
-    def __init__(self, plan: EntryPlan, options: GradientOptions, length: int) -> None:
+    def __init__(
+        self, plan: EntryPlan, options: GradientOptions, length: int, device: torch.device | None = None
+    ) -> None:
         self.plan, self._options = plan, options
-        self.inputs = [Gram(plan.n_in) for _ in range(plan.experts)]
-        self.outputs = [None if shape is None else shape.sums() for shape in plan.outputs]
+        self.inputs = [Gram(plan.n_in, 1, device) for _ in range(plan.experts)]
+        self.outputs = [None if shape is None else shape.sums(device) for shape in plan.outputs]
         # Without O all tokens keep counting ‖g‖².
         self.leverages_known = all(gram is not None for gram in self.outputs)
         self._of_inputs = Leverage(plan.n_in, 1, options.sketch) if self.leverages_known else None
@@ -260,6 +278,18 @@ class EntrySums:
             if leverage is not None:
                 arrays[f"roots {place}"] = leverage.roots.numpy()
         return {f"{self.plan.names[0]} {name}": array for name, array in arrays.items()}
+
+    def fetch(self) -> None:
+        """Brings sums from the device to `arrays`."""
+        for gram in (*self.inputs, *self.outputs):
+            if isinstance(gram, Gram):
+                gram.fetch()
+
+    def put(self) -> None:
+        """`fetch` reversed."""
+        for gram in (*self.inputs, *self.outputs):
+            if isinstance(gram, Gram):
+                gram.put()
 
     def use_leverages(self) -> None:
         """Weights tokens from now on by the leverages that the sums so far give, and starts again from 0."""

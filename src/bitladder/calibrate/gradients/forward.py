@@ -34,17 +34,25 @@ class TorchModel(Closing):
         memory: bytes of expanded weights that are kept; the rest is read at each use.
         threads: threads that expand weights.
         half: whether products with weights are made in bfloat16.
+        device: what makes products with weights (`engine.torch_device`); None is the CPU.
 
     Raises:
         GradientsError: transformers has no such model, or uses other tensors than the file has.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, memory: int = 8 << 30, threads: int | None = None, half: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        memory: int = 8 << 30,
+        threads: int | None = None,
+        half: bool = False,
+        device: str | None = None,
     ) -> None:
         self._file = GgufFile(path)
         self.path = self._file.path
-        self.weights = TorchWeights(self._file, memory, threads)
+        self.device = device
+        self.weights = TorchWeights(self._file, memory, threads, device)
         self._layers = Layers(self.weights, half)
         self.head = HEAD if self.weights.has(HEAD) else EMBEDDING
         self.n_vocab = self.weights.shape(self.head)[0]

@@ -17,7 +17,7 @@ from bitladder.calibrate.gradients.forward import HEAD_ROWS, TorchModel
 from bitladder.calibrate.gradients.torch_weights import Routed
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions
 from bitladder.calibrate.unfinished import UnfinishedWork
-from bitladder.engine import Tokens
+from bitladder.engine import Tokens, as_torch, device_memory
 from bitladder.errors import GradientsError, UsageError
 from bitladder.gguf import block_of, kind_of
 from bitladder.progress import Bar, Progress
@@ -210,7 +210,8 @@ class GradientPass:
             bar.advance()
 
     def _segment(self, segment: Segment, bar: Bar, progress: Progress) -> list[EntrySums]:
-        entries = [EntrySums(plan, self._options, self._chunks.shape[1]) for plan in segment.entries]
+        device = self._place(segment, progress)
+        entries = [EntrySums(plan, self._options, self._chunks.shape[1], device) for plan in segment.entries]
         by_name = {name: entry for entry in entries for name in entry.plan.names}
         state = {name: array for entry in entries for name, array in entry.arrays().items()}
         label = f"blocks {segment.first} to {segment.stop}"
@@ -219,6 +220,7 @@ class GradientPass:
             raise self._work.damaged(f"{self._work.folder} lacks gradients that its state counts")
         bar.advance(done)
         for entry in entries:
+            entry.put()
             entry.learned = entry.leverages_known and 0 < self._pilots < done
         for place in range(done, len(self._order)):
             if self._pilots and place == self._pilots:
@@ -227,8 +229,24 @@ class GradientPass:
             self._chunk(segment, place, by_name)
             bar.advance()
             if self._work.due():
+                for entry in entries:
+                    entry.fetch()
                 self._work.save_state(label, place + 1, state)
         return entries
+
+    def _place(self, segment: Segment, progress: Progress) -> torch.device | None:
+        """Where the sums of a segment are: on the device, if half of what is free there holds them."""
+        if self._model.device is None:
+            return None
+        free = device_memory(self._model.device)
+        need = sum(sums_bytes(plan, self._options.sketch) for plan in segment.entries)
+        if free is not None and need > free // 2:
+            progress.info(
+                f"sums of blocks {segment.first} to {segment.stop} do not fit into the memory of the device "
+                f"({self._model.device}): the CPU adds up"
+            )
+            return None
+        return as_torch(self._model.device)
 
     def _chunk(self, segment: Segment, place: int, entries: dict[str, EntrySums]) -> None:
         """Computes one chunk forward and back through a segment, and adds it to the entries."""

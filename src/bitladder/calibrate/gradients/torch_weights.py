@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bitladder.engine import RowKernels
+from bitladder.engine import GPUS, RowKernels, as_torch, device_memory
 from bitladder.errors import GradientsError
 from bitladder.files import Closing
 from bitladder.gguf import GgufFile, TensorInfo
@@ -46,10 +46,23 @@ class TorchWeights(Closing):
 
     Within `memory` bytes they stay expanded. What does not fit is read and expanded again at each use, so that a model
     of any size needs the memory of its largest tensor. `used` are the names that were read.
+
+    Parameters:
+        file: the model.
+        memory: bytes for expanded tensors.
+        threads: threads that expand them.
+        device: what multiplies by them (`engine.torch_device`); None is the CPU. Then they are kept there, in half of
+            its memory. Tensors that `get` returns are on the CPU all the same.
     """
 
-    def __init__(self, file: GgufFile, memory: int, threads: int | None = None) -> None:
+    def __init__(self, file: GgufFile, memory: int, threads: int | None = None, device: str | None = None) -> None:
         self._file = file
+        self._device = None if device is None else as_torch(device)
+        self._placed: dict[tuple[str, int], torch.Tensor] = {}
+        self._device_memory = self._device_room = 0
+        if device is not None:
+            free = device_memory(device)
+            self._device_memory = self._device_room = memory if free is None or device not in GPUS else free // 2
         self._memory = self._room = memory
         self._kept: dict[tuple[str, int], torch.Tensor] = {}
         self._halves: dict[tuple[str, int], torch.Tensor] = {}
@@ -58,7 +71,10 @@ class TorchWeights(Closing):
 
     @property
     def most_bytes(self) -> int:
-        """Bytes that expanded weights take at most: all of the file in float32, or the memory for them."""
+        """Bytes of main memory that expanded weights take at most: all of the file in float32, or the memory for them.
+        With a device it is the largest tensor."""
+        if self._device is not None and self._device.type != "cpu":
+            return 4 * max(tensor.elements for tensor in self._file.tensors.values())
         return min(self._memory, 4 * sum(tensor.elements for tensor in self._file.tensors.values()))
 
     def close(self) -> None:
@@ -70,7 +86,8 @@ class TorchWeights(Closing):
         """Frees the expanded tensors. They are read again when they are needed."""
         self._kept.clear()
         self._halves.clear()
-        self._room = self._memory
+        self._placed.clear()
+        self._room, self._device_room = self._memory, self._device_memory
 
     def has(self, name: str) -> bool:
         """Whether the file has this tensor."""
@@ -98,6 +115,21 @@ class TorchWeights(Closing):
         kept = self._halves.get((name, matrix))
         return self._keep(self._halves, name, matrix, self._read(name, matrix).bfloat16()) if kept is None else kept
 
+    def for_product(self, name: str, matrix: int, *, half: bool) -> torch.Tensor:
+        """`get` or `get_half`, where products are made. Values that `replace` put there count on a device."""
+        if self._device is None:
+            return self.get_half(name, matrix) if half else self.get(name, matrix)
+        self.used.add(name)
+        key = name, matrix
+        if key not in self._placed:
+            values = self._kept[key] if key in self._kept else self._read(name, matrix)
+            values = (values.bfloat16() if half else values).to(self._device)
+            if values.nbytes > self._device_room:
+                return values
+            self._device_room -= values.nbytes
+            self._placed[key] = values
+        return self._placed[key]
+
     def _tensor(self, name: str) -> TensorInfo:
         tensor = self._file.tensors.get(name)
         if tensor is None:
@@ -123,6 +155,8 @@ class TorchWeights(Closing):
         """Gives a tensor other values, float32 [rows of all matrices, width]. They stay in memory."""
         for matrix, part in enumerate(torch.split(values, self.shape(name)[0])):
             self._kept[name, matrix] = part
+            if (placed := self._placed.pop((name, matrix), None)) is not None:
+                self._device_room += placed.nbytes
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
         """Some rows of a matrix, float32 [len(indices), width]."""
@@ -202,10 +236,11 @@ class Layers:
 
     def _product(self, rows: torch.Tensor, name: str, matrix: int, *, transposed: bool = False) -> torch.Tensor:
         """Rows times a matrix of a weight. A vector of the file is a matrix of one row."""
-        get = self.weights.get_half if self.half else self.weights.get
-        weight = get(name, matrix).view(self.weights.shape(name))
+        weight = self.weights.for_product(name, matrix, half=self.half).view(self.weights.shape(name))
         weight = weight.T if transposed else weight
-        return (rows.bfloat16() @ weight).float() if self.half else rows @ weight
+        # Everything else is computed where the rows are, on the CPU.
+        there = (rows.bfloat16() if self.half else rows).to(weight.device)
+        return (there @ weight).to(rows.device).float()
 
     def linear(self, inputs: torch.Tensor, prefix: str, routed: Routed | None = None) -> torch.Tensor:
         """Multiplies by PREFIX.weight and adds PREFIX.bias where the file has one."""

@@ -35,8 +35,13 @@ def require_torch() -> Any:
     return torch
 
 
-def has_half_products() -> bool:
-    """Whether the CPU has instructions for products in bfloat16. Without them they are slower than in float32."""
+def has_half_products(device: str | None = None) -> bool:
+    """Whether the CPU, or a device, has instructions for products in bfloat16. Without them they are slower than in
+    float32."""
+    if device == "cuda":
+        return bool(require_torch().cuda.is_bf16_supported(including_emulation=False))
+    if device == "mps":
+        return False
     return bool(getattr(require_torch().cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 

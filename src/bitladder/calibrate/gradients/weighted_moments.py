@@ -114,6 +114,7 @@ def weighted_moments(
     options: GradientOptions | None = None,
     memory: int = 8 << 30,
     threads: int | None = None,
+    device: str | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[GradientMoments]:
     """Yields the moments of a model's weights, in the order of the computation from the last to the first.
@@ -127,6 +128,7 @@ def weighted_moments(
         options: how tokens are weighted.
         memory: bytes for everything. What does not fit at once is computed forward twice (see `gradient_pass`).
         threads: threads of the CPU.
+        device: what makes products and sums (`engine.torch_device`); None is the CPU.
         progress: hears of the work.
 
     Raises:
@@ -137,7 +139,7 @@ def weighted_moments(
     options = options or GradientOptions()
     with (
         tempfile.TemporaryDirectory(prefix="bitladder-gradients-") as folder,
-        opened_model(path, options, memory, threads) as model,
+        opened_model(path, options, memory, threads, device) as model,
     ):
         work = UnfinishedWork(pathlib.Path(folder) / "moments", "", seconds=float("inf"))
         for entries in gradient_pass(model, chunks, names, options, memory, work, threads).run(progress):
@@ -153,14 +155,17 @@ def weighted_moments(
 
 @contextlib.contextmanager
 def opened_model(
-    path: str | os.PathLike[str], options: GradientOptions, memory: int, threads: int | None
+    path: str | os.PathLike[str], options: GradientOptions, memory: int, threads: int | None, device: str | None = None
 ) -> Iterator["TorchModel"]:
     """A model whose expanded weights take at most half of the memory. Torch has so many threads meanwhile."""
     require_torch()
     from bitladder.calibrate.gradients.forward import TorchModel
 
-    half = has_half_products() if options.half is None else options.half
-    with torch_threads(threads), TorchModel(path, memory=memory // 2, threads=threads, half=half) as model:
+    half = has_half_products(device) if options.half is None else options.half
+    with (
+        torch_threads(threads),
+        TorchModel(path, memory=memory // 2, threads=threads, half=half, device=device) as model,
+    ):
         yield model
 
 
@@ -206,6 +211,7 @@ def moments_by_gradients(
     options: GradientOptions,
     memory: int,
     threads: int | None,
+    device: str | None,
     progress: Progress,
 ) -> "KeptMoments":
     """Computes the moments of all weights that are not in the folder of unfinished work yet.
@@ -218,11 +224,12 @@ def moments_by_gradients(
         options: as of `weighted_moments`.
         memory: bytes for everything.
         threads: threads of the CPU.
+        device: what makes products and sums; None is the CPU.
         progress: hears of the work.
     """
     from bitladder.calibrate.gradients.gradient_pass import choose_matrices, plan_entries
 
-    with opened_model(model, options, memory, threads) as ours:
+    with opened_model(model, options, memory, threads, device) as ours:
         plans = plan_entries(ours, choose_matrices(ours, None), options)
         for entries in gradient_pass(ours, chunks, None, options, memory, work, threads).run(progress):
             for entry in entries:

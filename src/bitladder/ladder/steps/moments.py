@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitladder import calibrate
+from bitladder.engine import device_key
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
@@ -26,7 +27,8 @@ class CollectMoments(Step):
         # Options that a run does not offer have the defaults of `bitladder calibrate`.
         reading = Reading(expert_coverage=self.options.expert_coverage)
         defaults = {"collected": calibrate.MomentsOptions(), "reading": reading}
-        return {"decoding": self.options.decoding, "moments": self.options.moments, **defaults}
+        device = device_key(self.options.decoding.device)
+        return {"decoding": self.options.decoding, "moments": self.options.moments, **defaults, **device}
 
     def surroundings(self, run: Run) -> Mapping[str, Any]:
         """Tokens are weighted by gradients only where torch is installed and knows the model."""

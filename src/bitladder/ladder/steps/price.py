@@ -8,6 +8,7 @@ changes the prices.
 from collections.abc import Mapping
 from typing import Any
 
+from bitladder.engine import device_key
 from bitladder.evaluate import BASE
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
@@ -160,4 +161,5 @@ def planning(step: Step) -> dict[str, Any]:
     """The options that decide prices and plans."""
     options = step.options
     planned = options.planning.replace(unreached_type=options.unreached_type)
-    return {"planning": planned, "rounding": options.refine.rounding, "gpu": options.decoding.gpu_layers != 0}
+    decides = {"planning": planned, "rounding": options.refine.rounding, "gpu": options.decoding.gpu_layers != 0}
+    return decides | (device_key(options.decoding.device) if options.rounds else {})

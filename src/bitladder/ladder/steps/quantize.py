@@ -5,7 +5,7 @@ from typing import Any
 
 from bitladder import evaluate, quantize
 from bitladder.calibrate import why_no_gradients
-from bitladder.engine import native
+from bitladder.engine import device_key, native
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run, read_json, text_used
 from bitladder.ladder.options import RunOptions
@@ -63,6 +63,7 @@ class Quantize(Step):
         if options.rounds:
             refine = options.refine
             decides |= {"rounding": refine.rounding, "guard": refine.guard, "decoding": options.decoding}
+            decides |= device_key(options.decoding.device)
         if options.tunes:
             decides |= {"tuning": options.refine.tuning, "reading": Reading()}
         return decides

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bitladder.engine import device_key
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.quantize import (
@@ -47,7 +48,10 @@ class Round(Step):
 
     def decides(self) -> Mapping[str, Any]:
         """The presets, and how blocks are rounded."""
-        return {**preset_decides(self.options, *self.options.rungs), "rounding": self.options.refine.rounding}
+        return {
+            **preset_decides(self.options, *self.options.rungs),
+            "rounding": self.options.refine.rounding,
+        } | device_key(self.options.decoding.device)
 
     def parts(self, extent: Extent) -> list[Part]:
         """Each tensor is rounded in all types that it has in some rung."""
@@ -80,7 +84,7 @@ class Round(Step):
                     quants,
                     self.options.refine.rounding,
                     run.layout.material_work(smoothed=smoothed) / ROUNDED,
-                    threads=run.decoding.threads,
+                    decoding=run.decoding,
                     progress=run.progress,
                 )
         return Product([])

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import MomentsFile, model_sha256, triangle, unpack_triangle
-from bitladder.engine import TensorType
+from bitladder.engine import Device, TensorType, device_key, torch_device
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm, key_of
@@ -19,8 +19,8 @@ from bitladder.rounding import (
     RoundingOptions,
     SecondMoments,
     can_round,
-    round_matrix,
-    round_tensor,
+    fit_device,
+    round_matrices,
 )
 from bitladder.trial import StockRounding
 from bitladder.units import number_of
@@ -45,21 +45,35 @@ class OutputRounding:
     Of several files of moments the mean counts, each scaled to the same trace: moments that are weighted by gradients
     know what an error costs, and plain ones are collected from more tokens.
 
+    A device rounds experts of a tensor side by side. The CPU rounds what does not fit into its memory. It also rounds
+    tensors whose rows make up for each other's errors, unless the device is named: a GPU starts more kernels for them
+    than it gains (docs/devices.md).
+
     Parameters:
         moments: second moments of the model.
         options: how to round.
+        device: what rounds.
+        progress: hears of what does not fit.
 
     Attributes:
         losses: by tensor and type, tr(O ΔW H ΔWᵀ) of the library's blocks and of these.
     """
 
-    def __init__(self, moments: Sequence[MomentsFile], options: RoundingOptions) -> None:
-        self._moments, self._options = tuple(moments), options
+    def __init__(
+        self,
+        moments: Sequence[MomentsFile],
+        options: RoundingOptions,
+        device: Device = "cpu",
+        progress: Progress = SILENT,
+    ) -> None:
+        self._moments, self._options, self._progress = tuple(moments), options, progress
+        self._device, self._named = torch_device(device), device != "auto"
         self._stock = StockRounding()
         self._lock, self._last = threading.Lock(), threading.local()
         self.losses: dict[tuple[str, str], tuple[float, float]] = {}
         self.key = key_of(
             {"moments": joined_sha256(moments), "options": options, "algorithms": OUTPUT_ROUNDING.versions()}
+            | device_key(device)
         )
 
     def covers(self, name: str, kind: TensorType) -> bool:
@@ -94,11 +108,10 @@ class OutputRounding:
         self._refuse_other_shape(name, weights)
         if len(weights) == 1:
             ready = self._ready(name)
-            return [
-                Rounded(stock[0], 0.0, 0.0)
-                if ready is None
-                else round_matrix(weights[0], stock[0], kind.name, ready, self._options)
-            ]
+            if ready is None:
+                return [Rounded(stock[0], 0.0, 0.0)]
+            device, _ = self._place(name, weights, bool(len(ready.leading)))
+            return round_matrices(list(weights), list(stock), kind.name, [ready], self._options, device)
         files = [file for file in self._moments if name in file]
         counts = [file.counts(name) for file in files]
         matrices = next((len(each) for each in counts if len(each) != len(weights)), len(weights))
@@ -110,9 +123,11 @@ class OutputRounding:
         if not any(each.any() for each in counts):
             return [Rounded(blocks, 0.0, 0.0) for blocks in stock]
         others: Floats | None = None
-        rounded = []
+        rounded: list[Rounded] = []
+        device, at_once = self._place(name, weights, False)
+        ready_ones: list[SecondMoments] = []
         # Moments are read expert by expert: those of hundreds do not fit into memory together.
-        for index, matrix in enumerate(weights):
+        for index in range(len(weights)):
             known = [file for file, each in zip(files, counts, strict=True) if each[index]]
             if known:
                 with self._lock:
@@ -120,8 +135,26 @@ class OutputRounding:
             else:
                 others = self._others(name, files, counts) if others is None else others
                 inputs = others
-            rounded.append(round_tensor(matrix, stock[index], kind.name, inputs, self._options))
+            ready_ones.append(SecondMoments(inputs, None, self._options, device))
+            if len(ready_ones) == at_once or index + 1 == len(weights):
+                some = slice(len(rounded), index + 1)
+                matrices_of_batch, blocks = list(weights[some]), list(stock[some])
+                rounded += round_matrices(matrices_of_batch, blocks, kind.name, ready_ones, self._options, device)
+                ready_ones = []
         return rounded
+
+    def _place(self, name: str, weights: Floats, coupled: bool) -> tuple[str | None, int]:
+        """What rounds a tensor [matrices, rows, width], and how many of its matrices at once."""
+        if self._device is None or (coupled and not self._named):
+            return None, 1
+        rows, width = weights.shape[1:]
+        fitting = fit_device(rows, width, coupled, self._device)
+        if not fitting:
+            self._progress.info(
+                f"{name} does not fit into the memory of the device ({self._device}): the CPU rounds it"
+            )
+            return None, 1
+        return self._device, min(fitting, len(weights))
 
     def _others(self, name: str, files: Sequence[MomentsFile], counts: Sequence[npt.NDArray[np.int64]]) -> Floats:
         """The mean over all tokens of all experts, float32 [n_in, n_in]."""
@@ -154,7 +187,9 @@ class OutputRounding:
                 inputs = _mean([unpack_triangle(file.packed(name)) for file in files])
                 outputs = next((kept.matrix() for file in files if (kept := file.outputs(name)) is not None), None)
             if reached:
-                self._last.moments = SecondMoments(inputs, outputs, self._options)
+                self._last.moments = SecondMoments(
+                    inputs, outputs, self._options, self._device if outputs is None or self._named else None
+                )
             self._last.name = name
         ready: SecondMoments | None = self._last.moments
         return ready

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 
 from bitladder.calibrate import MomentsFile
-from bitladder.engine import Decoding, type_by_name
+from bitladder.engine import Decoding, torch_device, type_by_name
 from bitladder.evaluate import MeasureOptions
 from bitladder.files import refuse_inputs
 from bitladder.gguf import shards_of
@@ -37,6 +37,7 @@ ROUNDED_QUANT = Algorithm(
 
 # What the file says of its blocks, for `bitladder verify`.
 METHOD_KEY, MOMENTS_KEY = "bitladder.rounding", "bitladder.rounding.moments.sha256"
+DEVICE_KEY = "bitladder.rounding.device"  # only where it is not the CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def quantize_rounded(
         options: the preset or the types.
         refine: how blocks are rounded and tried.
         held_out: a text that was not calibrated on, on which blocks are tried; None tries nothing.
-        decoding: how the model is decoded for that.
+        decoding: how the model is decoded for that, and which device rounds.
         work: a folder in which rendered tensors are kept for the next time; None keeps nothing.
         progress: where work is shown.
 
@@ -95,8 +96,9 @@ def quantize_rounded(
     refuse_inputs([out], [*shards_of(files.model), *files.moments, *([files.imatrix] if files.imatrix else [])])
     with contextlib.ExitStack() as opened:
         moments = [opened.enter_context(MomentsFile(path)) for path in files.moments]
-        rounding = OutputRounding(moments, refine.rounding)
+        rounding = OutputRounding(moments, refine.rounding, decoding.device, progress)
         extra = {METHOD_KEY: refine.rounding.method, MOMENTS_KEY: joined_sha256(moments)}
+        extra |= {} if torch_device(decoding.device) is None else {DEVICE_KEY: decoding.device}
         prepared = opened.enter_context(
             prepare(files.model, options, imatrix=files.imatrix, metadata=extra, progress=progress)
         )
@@ -114,7 +116,7 @@ def round_ahead(
     options: RoundingOptions,
     work: pathlib.Path,
     *,
-    threads: int | None = None,
+    decoding: Decoding | None = None,
     progress: Progress = SILENT,
 ) -> None:
     """Rounds the tensors of several quants into a folder, from which `quantize_rounded` takes them.
@@ -126,18 +128,20 @@ def round_ahead(
         quants: the presets or types.
         options: how blocks are rounded.
         work: the folder.
-        threads: tensors that are rounded at once; None takes all CPUs.
+        decoding: tensors that are rounded at once (threads), and which device rounds.
         progress: where work is shown.
 
     Raises:
         BitladderError: files do not fit together.
     """
     with contextlib.ExitStack() as opened:
-        rounding = OutputRounding([opened.enter_context(MomentsFile(path)) for path in files.moments], options)
+        decoding = decoding or Decoding()
+        moments = [opened.enter_context(MomentsFile(path)) for path in files.moments]
+        rounding = OutputRounding(moments, options, decoding.device, progress)
         prepared = [opened.enter_context(prepare(files.model, quant, imatrix=files.imatrix)) for quant in quants]
         first = prepared[0]
         renderer = opened.enter_context(
-            Renderer(first.file, first.importance, rounding=rounding, folder=work, threads=threads)
+            Renderer(first.file, first.importance, rounding=rounding, folder=work, threads=decoding.threads)
         )
         pairs: dict[tuple[str, str], None] = {}
         room = renderer.room
