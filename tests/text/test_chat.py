@@ -134,7 +134,8 @@ def test_a_run_renders_when_the_model_is_converted(folder, tmp_path):
     text = load_text(files[0], folder / "model.gguf", assistant_only=True)
     for scores in result.scores:
         assert scores["text"] == {"name": "chat.jsonl", "sha256": text.sha256}
-    expected = ev.measure(tmp_path / "run" / result.scores[0]["model"], text, ev.MeasureOptions(n_ctx=64, threads=1))
+    settings = ev.MeasureOptions(n_ctx=64, threads=1, chunks=options.chunks)
+    expected = ev.measure(tmp_path / "run" / result.scores[0]["model"], text, settings)
     assert result.scores[0]["tokens_scored"] == expected.scores.tokens_scored
     assert result.scores[0]["ppl"]["value"] == pytest.approx(expected.scores.ppl.value, rel=1e-4)
     assert load_manifest(options.out).steps["imatrix"].facts["texts"][0]["sha256"] == text.sha256
