@@ -211,7 +211,7 @@ DAMAGE = {
     "has no diagonal": without(f"{Q}.diagonal"),
     "has no inputs": without(f"{Q}.moments"),
     "do not belong together": without(f"{UP}.outputs.diagonal"),
-    "triangles of 7": shaped(f"{Q}.moments", 7, 1),
+    "1 triangle of 7": shaped(f"{Q}.moments", 7, 1),
     "2080, and diagonals of 63": shaped(f"{Q}.diagonal", 63, 1),
     "factors of 96 outputs": shaped(f"{UP}.outputs.diagonal", 95, 1),
     "of two dimensions": shaped(f"{Q}.diagonal", 32, 2, 1),

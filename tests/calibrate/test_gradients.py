@@ -324,7 +324,7 @@ def test_products_in_bfloat16(models, monkeypatch):
             raise BitladderError("too far")
 
     monkeypatch.setattr(module, "check_logits", strict)
-    monkeypatch.setattr(module, "has_half_products", lambda: True)
+    monkeypatch.setattr(module, "has_half_products", lambda _: True)
     first = {"names": ["blk.1.attn_v.weight"], "threads": 1}
     fallen = next(weighted_moments(models / "llama.gguf", TOKENS, **first))
     exact = next(weighted_moments(models / "llama.gguf", TOKENS, options=GradientOptions(half=False), **first))

@@ -28,6 +28,7 @@ from bitladder.plan import (
     Planner,
     PlanOptions,
     PriceOptions,
+    RivalOptions,
     Target,
     Window,
     load_prices,
@@ -295,6 +296,7 @@ def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path):
         decoding=PlanDecoding(n_ctx=64),
         prices=PriceOptions(probe_tokens=3000),
         feedback=FeedbackOptions(chunks=3, move_chunks=2, rounds=2, random_recipes=2, exchanges=1),
+        rivals=RivalOptions(simpler=True),
     )
     text = str(small / "text.txt")
     options = {
