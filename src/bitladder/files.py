@@ -46,8 +46,13 @@ def shown_name(path: PathLike) -> str:
     Example:
         >>> shown_name("run/.model-Q6_K.gguf.d3x9_k2a.tmp")
         'model-Q6_K.gguf'
+        >>> shown_name("run/..model-Q6_K.gguf.tmp.d3x9_k2a.tmp")
+        'model-Q6_K.gguf'
     """
-    return re.sub(r"^\.(.+?)(\.[a-z0-9_]{8})?\.tmp$", r"\1", pathlib.Path(path).name)
+    name, outer = pathlib.Path(path).name, ""
+    while name != outer:  # a temporary file that replaces one has two of these
+        name, outer = re.sub(r"^\.(.+?)(\.[a-z0-9_]{8})?\.tmp$", r"\1", name), name
+    return name
 
 
 _unfinished: set[pathlib.Path] = set()
