@@ -100,7 +100,6 @@ def doctor_command(*, output: Output, model: str, options: ConvertOptions) -> in
 @click.group(
     "texts",
     cls=NamingGroup,
-    context_settings={"help_option_names": ["-h", "--help"]},
     page="run.md",
     examples=("texts list", "texts fetch wikitext-2"),
 )

@@ -166,7 +166,6 @@ def plan_command(
 @click.group(
     "recipe",
     cls=NamingGroup,
-    context_settings={"help_option_names": ["-h", "--help"]},
     page="recipe-format.md",
     examples=("recipe show model-Q4_K_M.gguf", "recipe diff mine.toml model-Q4_K_M.gguf"),
 )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.hub.names import PRESET, HubName, check_repository, parse, pick, shards, side_word
+    from bitladder.hub.names import PRESET, HubName, check_repository, names_file, parse, pick, shards, side_word
     from bitladder.hub.texts import DATA_FORM, DATA_SETS, TEXTS, DataFiles, data_files, fetch_texts
     from bitladder.hub.transfer import (
         Fetched,
@@ -34,6 +34,7 @@ __all__ = [
     "fetch_outline",
     "fetch_texts",
     "hub_id",
+    "names_file",
     "not_given",
     "parse",
     "pick",

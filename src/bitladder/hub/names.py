@@ -55,6 +55,12 @@ def is_repository(spec: str) -> bool:
     return re.fullmatch(_REPO, spec) is not None
 
 
+def names_file(spec: str) -> bool:
+    """Whether a text names a GGUF of a repository (by its quant or path), and there is no such path here."""
+    name = None if pathlib.Path(spec).exists() else parse(spec)
+    return name is not None and bool(name.quant or name.file)
+
+
 def check_repository(spec: str) -> None:
     """Raises UsageError unless a text is OWNER/NAME and nothing more."""
     if not is_repository(spec):

@@ -154,13 +154,13 @@ def fetch_beginning(spec: str, folder: pathlib.Path, size: int) -> pathlib.Path:
     name = parse(spec)
     if name is None:
         raise UsageError(f"{spec}: no file here, and no hub id; name a GGUF file, or {FORMS}")
-    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
     targets = []
     try:
-        commit = str(HfApi().model_info(name.repo, revision=name.revision).sha)
-        for path in _files_of(name, list(HfApi().list_repo_files(name.repo, revision=commit)), spec):
+        commit, sizes = listing(name.repo, name.revision)
+        for path in _files_of(name, list(sizes), spec):
             url = hf_hub_url(name.repo, path, revision=commit)
             whole = get_hf_file_metadata(url).size or 0
             given = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes=0-{min(size, whole) - 1}"})

@@ -15,7 +15,6 @@ from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo, block_of, kind_of, name_in_block, open_model, prediction_tensors
 from bitladder.ladder.model_shape import (
     ModelShape,
-    names_gguf,
     outline_of_gguf,
     shape_of_checkpoint,
     shape_of_gguf,
@@ -128,16 +127,12 @@ def diagnose(model: str, options: ConvertOptions | None = None, *, progress: Pro
     """
     options, path = options or ConvertOptions(), pathlib.Path(model)
     if path.is_file():
-        about = _of_gguf(Diagnosis(model, "GGUF"), path)
-        return _with_shape(about, lambda: shape_of_gguf(path)) if about.works else about
+        return _of_gguf(Diagnosis(model, "GGUF"), path)
     with tempfile.TemporaryDirectory(prefix="bitladder.") as temporary:
-        if names_gguf(model):
-            path = outline_of_gguf(model, pathlib.Path(temporary))
-            about = _of_gguf(Diagnosis(model, "GGUF on the hub"), path)
-            about = dataclasses.replace(
-                about, reasons=tuple(_without(reason, path.parent, model) for reason in about.reasons)
-            )
-            return _with_shape(about, lambda: shape_of_gguf(path)) if about.works else about
+        if hub.names_file(model):
+            about = _of_gguf(Diagnosis(model, "GGUF on the hub"), outline_of_gguf(model, pathlib.Path(temporary)))
+            reasons = tuple(_without(reason, pathlib.Path(temporary), model) for reason in about.reasons)
+            return dataclasses.replace(about, reasons=reasons)
         folder = path
         if not path.is_dir():
             folder = pathlib.Path(temporary) / model.rpartition("/")[2]
@@ -183,7 +178,7 @@ def _without(text: str, folder: pathlib.Path, model: str) -> str:
 
 
 def _of_gguf(about: Diagnosis, path: pathlib.Path) -> Diagnosis:
-    """The diagnosis of a GGUF."""
+    """The diagnosis of a GGUF, with its shape if it works."""
     reasons: list[str] = []
     try:
         with open_model(path) as file:
@@ -200,7 +195,8 @@ def _of_gguf(about: Diagnosis, path: pathlib.Path) -> Diagnosis:
         preset_types(path, Request("Q8_0"))
     except BitladderError as error:
         reasons.append(str(error))
-    return dataclasses.replace(about, reasons=tuple(reasons))
+    about = dataclasses.replace(about, reasons=tuple(reasons))
+    return _with_shape(about, lambda: shape_of_gguf(path)) if about.works else about
 
 
 def _tokenizer(file: GgufFile) -> str:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from bitladder import evaluate
+from bitladder import evaluate, hub
 from bitladder.calibrate import MomentsOptions, usual_weighting
 from bitladder.engine import (
     main_memory,
@@ -23,7 +23,7 @@ from bitladder.engine import (
 )
 from bitladder.errors import UsageError
 from bitladder.ladder import cost
-from bitladder.ladder.model_shape import ModelShape, names_gguf, outline_of_gguf, shape_of_checkpoint, shape_of_gguf
+from bitladder.ladder.model_shape import ModelShape, outline_of_gguf, shape_of_checkpoint, shape_of_gguf
 from bitladder.ladder.options import RunOptions, choose_rungs
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.steps.step import Extent, Step
@@ -248,7 +248,7 @@ def shape_of(model: str) -> ModelShape:
     path = pathlib.Path(model)
     if path.is_file():
         return shape_of_gguf(path)
-    if names_gguf(model):
+    if hub.names_file(model):
         with tempfile.TemporaryDirectory(prefix="bitladder.") as folder:
             return shape_of_gguf(outline_of_gguf(model, pathlib.Path(folder)))
     return shape_of_checkpoint(model, path if path.is_dir() else None)

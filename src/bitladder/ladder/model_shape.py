@@ -125,12 +125,6 @@ def shape_of_gguf(path: pathlib.Path) -> ModelShape:
         return _of_open_gguf(file)
 
 
-def names_gguf(model: str) -> bool:
-    """Whether `model` names a GGUF on the hub, and neither a repository nor a path."""
-    name = None if pathlib.Path(model).exists() else hub.parse(model)
-    return name is not None and bool(name.quant or name.file)
-
-
 def outline_of_gguf(model: str, folder: pathlib.Path) -> pathlib.Path:
     """The header of a GGUF on the hub, in a file of its size whose other bytes are holes.
 

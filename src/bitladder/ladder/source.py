@@ -72,8 +72,7 @@ def locate(model: str) -> Source:
         BitladderError: `model` is none of these.
     """
     path = pathlib.Path(model)
-    name = hub.parse(model)
-    if name is not None and (name.quant or name.file) and not path.exists():
+    if hub.names_file(model):
         path = hub.fetch(model, "MODEL").path
     if path.is_file():
         with path.open("rb") as stream:
