@@ -23,8 +23,6 @@ from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError
 from bitladder.files import write_json
 from bitladder.plan import (
-    FeedbackOptions,
-    PlanDecoding,
     PlanInputs,
     Planner,
     PlanOptions,
@@ -91,11 +89,8 @@ class Bench:
 def main() -> None:
     options = arguments()
     bench = Bench(options)
-    plan = PlanOptions(
-        decoding=PlanDecoding(threads=options.threads),
-        prices=PriceOptions(probe_tokens=options.probe_tokens),
-        feedback=FeedbackOptions(chunks=options.plan_chunks),
-    )
+    plan = PlanOptions().at_effort("high")
+    plan = plan.replace(threads=options.threads, probe_tokens=options.probe_tokens, chunks=options.plan_chunks)
     text = load_text(str(options.calibration))
     inputs = PlanInputs(options.model, options.imatrix, [text], work=options.work / "plan")
     rows: list[dict[str, Any]] = []

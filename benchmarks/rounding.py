@@ -33,11 +33,12 @@ from bitladder.refine import ModelFiles, RefineOptions, TuneOptions, quantize_ro
 from bitladder.rounding import RoundingOptions
 from bitladder.text import load_text
 
+HIGH = RoundingOptions().at_effort("high")  # six passes
 WAYS = {
-    "feedback": RoundingOptions(method="feedback", two_sided=False),
-    "descent": RoundingOptions(method="descent", two_sided=False),
-    "best/one-sided": RoundingOptions(method="best", two_sided=False),
-    "best": RoundingOptions(method="best"),
+    "feedback": HIGH.replace(method="feedback", two_sided=False),
+    "descent": HIGH.replace(method="descent", two_sided=False),
+    "best/one-sided": HIGH.replace(two_sided=False),
+    "best": HIGH,
 }
 
 
