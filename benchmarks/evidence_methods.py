@@ -42,7 +42,7 @@ OF_RUNS = OF_RIVALS | versions_of(PLANNING, PRICES, SMOOTHING_TRIAL, TUNING)
 SEEDS = {"check_seed": PlanOptions().prices.check_seed, "tune_seed": TuneOptions().tune_seed}
 REFERENCE, WHOLE = "llama-quantize, imatrix", "normal"
 STEPS_OF_A_RUNG = ("trial", "plan", "quantize")
-SHARED_STEPS = ("imatrix", "moments", "smooth", "price original", "price smoothed")
+SHARED_STEPS = ("imatrix", "moments", "smooth", "price")
 GPTQ_CHUNKS = 16  # of each calibration text; published settings take 128 sequences of 2048 tokens
 
 
@@ -172,7 +172,7 @@ def run_variant(evidence: "Evidence", rungs: tuple[str, ...], changes: Mapping[s
         record = manifest.steps[f"quantize {rung}"]
         own = [f"{verb} {rung}" for verb in STEPS_OF_A_RUNG]
         cpu = {verb: steps.seconds(name) for verb, name in zip(STEPS_OF_A_RUNG, own, strict=True)}
-        cpu |= {f"shared: {name}": steps.seconds(name) for name in SHARED_STEPS}
+        cpu |= {f"shared: {name}": steps.seconds(name) for name in manifest.steps if name.split()[0] in SHARED_STEPS}
         facts = {"smoothed": False, "guard": record.facts.get("guard"), "tuned": bool(record.facts.get("tuned"))}
         if (trial := manifest.steps.get(f"trial {rung}")) is not None:
             facts["smoothed"] = trial.facts.get("smoothed", trial.facts.get("helps"))

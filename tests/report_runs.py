@@ -11,11 +11,13 @@ from plain_options import plain_options
 from bitladder import evaluate
 from bitladder.evaluate import SpeedOptions, SpeedTest
 from bitladder.ladder import run
+from bitladder.plan import band_name, band_of
 from bitladder.recipe import read_recipe
-from bitladder.rundir import load_manifest
+from bitladder.rundir import Layout, load_manifest
 
 CHECK = {"pairs": 24, "rank_correlation": 0.9876, "median_ratio": 1.234}
 RUNGS = ("IQ3_S", "Q4_K_M", "Q8_0")
+HIGH, LOW = band_of("Q4_K_M"), band_of("IQ3_S")
 
 
 def full_run(model: pathlib.Path, text: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
@@ -47,7 +49,9 @@ def full_run(model: pathlib.Path, text: pathlib.Path, folder: pathlib.Path) -> p
         for place, name in enumerate(names)
         if "norm" not in name
     }
-    write(folder / "sensitivity.json", {"schema_version": 1, "tensors": prices, "check": CHECK})
+    for band, check in ((HIGH, CHECK), (LOW, None)):
+        path = Layout(folder).sensitivity(band_name(band), smoothed=False)
+        write(path, {"schema_version": 1, "rungs": band, "tensors": prices, "check": check})
     manifest = load_manifest(folder)
     assert manifest and manifest.run
     changes = {"rungs": RUNGS, "mode": "quality", "compared": ("someone-Q5_K_M",)}

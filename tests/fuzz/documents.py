@@ -251,7 +251,7 @@ class _Model:
 
 
 _RUN_FILES = (
-    *("ladder.json", "sensitivity.json", "candidates.json", "scores/Q4_K_M.json", "scores/base.json"),
+    *("ladder.json", "sensitivity-IQ4_XS-Q8_0.json", "candidates.json", "scores/Q4_K_M.json", "scores/base.json"),
     *("scores/Q4_K_M.naive.json", "recipes/Q4_K_M.toml", "README.md"),
 )
 

@@ -67,7 +67,8 @@ def test_of_a_checkpoint_the_text_is_refused_when_it_is_converted(tiny_checkpoin
     ("changes", "needed", "step"),
     [
         ({}, 2 * N_CTX, "imatrix"),
-        ({"mode": "quality"}, 2 * 256, "price original"),  # recipes are measured in chunks of their own length
+        # Recipes are measured in chunks of their own length.
+        ({"mode": "quality"}, 2 * 256, "price original IQ4_XS-Q8_0"),
         (
             {"method": "best", "tune_chunks": 64, "held_out_share": 0.1},
             10 * 2 * N_CTX,

@@ -73,6 +73,6 @@ def test_what_depends_on_rounding_is_planned(options):
     stock = {step.name for step in steps_of(options.replace(method="stock"))}
     assert not {"moments", "naive Q3_K_S"} & stock
     planned = {step.name: step for step in steps_of(options.replace(mode="quality"))}
-    assert "moments" in planned["price original"].needs
+    assert "moments" in planned["price original IQ3_S-Q3_K_L"].needs
     line = command_line(options, "m.gguf")
     assert "--moments-chunks 6 --rounding feedback" in line

@@ -105,6 +105,7 @@ def test_smoothing_is_planned_unless_all_is_stock(tiny_gguf, tmp_path):
     steps = {step.name: step for step in steps_of(best)}
     assert "moments" in steps["smooth"].needs
     assert all("trial Q4_K_M" in steps[name].needs for name in ("plan Q4_K_M", "quantize Q4_K_M"))
-    assert "smooth" in steps["price smoothed"].needs and "smooth" not in steps["price original"].needs
+    assert "smooth" in steps["price smoothed IQ4_XS-Q8_0"].needs
+    assert "smooth" not in steps["price original IQ4_XS-Q8_0"].needs
     assert "smooth" not in command_line(best, "m.gguf")
     assert "--no-smooth" in command_line(best.replace(smooth=False), "m.gguf")

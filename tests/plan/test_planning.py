@@ -313,7 +313,7 @@ def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path):
     for mode in ("quality", "size"):
         asked = plain_options(model=model, out=out, rungs=("Q4_0",), mode=mode, **options)
         done = run(asked)
-        assert ("price original" in done.made) == (mode == "quality")  # prices serve every mode
+        assert ("price original Q4_0" in done.made) == (mode == "quality")  # prices serve every mode
         assert run(asked).made == ()
         tried = json.loads((out / "candidates.json").read_text())
         names = {one["name"] for one in tried["candidates"]}
@@ -328,13 +328,16 @@ def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path):
             assert chosen[0]["kld"]["value"] <= by_name["preset Q4_0"]["kld"]["value"]
         recipe = read_recipe(out / "recipes" / "Q4_0.toml")
         assert recipe.bytes == score["bytes"] == next(out.glob("*-Q4_0.gguf")).stat().st_size
-    assert load_prices(out / "sensitivity.json").tensors
-    # Another rung, and one that the usual ladder has, change nothing of what is there.
-    before = {path: path.read_bytes() for path in [*out.glob("*.gguf"), out / "planned" / "Q4_0.json"]}
-    more = run(plain_options(model=model, out=out, rungs=("Q4_0", "Q5_K_M"), mode="size", **options))
-    assert not {"price original", "plan Q4_0", "quantize Q4_0", "measure Q4_0", "naive Q4_0"} & set(more.made)
-    assert {"plan Q5_K_M", "quantize Q5_K_M"} <= set(more.made)
-    assert {path: path.read_bytes() for path in before} == before
+    assert load_prices(out / "sensitivity-Q4_0.json").tensors
+    # Other rungs, also those below 4 bits, change nothing of what is there.
+    rungs: tuple[str, ...] = ("Q4_0",)
+    for added in ("Q5_K_M", "IQ3_S", "Q2_K"):
+        before = {path: path.read_bytes() for path in [*out.glob("*.gguf"), *out.glob("planned/*"), *out.glob("sens*")]}
+        more = run(plain_options(model=model, out=out, rungs=(*rungs, added), mode="size", **options))
+        assert not [step for step in more.made for rung in rungs if rung in step.split()]
+        assert {f"plan {added}", f"quantize {added}"} <= set(more.made)
+        assert {path: path.read_bytes() for path in before} == before
+        rungs = (*rungs, added)
 
 
 def test_menus():

@@ -13,16 +13,18 @@ import shutil
 import plotly.graph_objects
 import pytest
 from click.testing import CliRunner
-from report_runs import CHECK, RUNGS
+from report_runs import CHECK, HIGH, LOW, RUNGS
 from test_card import change_manifest, run_dir  # noqa: F401
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Figure
 from bitladder.gguf import GgufFile
+from bitladder.plan import band_name
 from bitladder.report import read_run, render_card, render_report, write_report
 from bitladder.report.chart import LOOKS, log_ticks
 from bitladder.report.divergence_charts import PredictionPair, agreement
 from bitladder.report.page import make_charts, read_tensors
+from bitladder.rundir import Layout
 
 COLOUR = "#123456"
 
@@ -132,31 +134,41 @@ def test_sizes_of_tensors_are_those_of_the_file(folder):
     assert [one["key"] for one in tensors.statistics] == ["sum", "entropy_norm", "zd", "cossim"]
 
 
-def test_each_file_has_the_prices_of_the_model_that_it_is_made_of(folder, tmp_path):
-    """Q8_0 is made of the smoothed model, whose prices are in a file of their own, and the others of the original."""
+def test_each_file_has_the_prices_of_its_band_and_of_the_model_that_it_is_made_of(folder, tmp_path):
+    """Q8_0 is made of the smoothed model, and IQ3_S is of another band than the others: three files of prices."""
     mixed = shutil.copytree(folder, tmp_path / "mixed")
     scores = mixed / "scores" / "Q8_0.json"
     scores.write_text(json.dumps(json.loads(scores.read_text()) | {"smoothed": True}))
-    prices = json.loads((mixed / "sensitivity.json").read_text())
-    for tensor in prices["tensors"].values():
-        tensor["kld"] = {kind: 3 * price for kind, price in tensor["kld"].items()}
-    (mixed / "sensitivity-smoothed.json").write_text(json.dumps(prices | {"check": CHECK | {"pairs": 12}}))
+    of_others, of_low, of_smoothed = (
+        Layout(mixed).sensitivity(band_name(band), smoothed=smoothed)
+        for band, smoothed in ((HIGH, False), (LOW, False), (HIGH, True))
+    )
+    for path, band, factor, pairs in ((of_low, LOW, 2, 18), (of_smoothed, HIGH, 3, 12)):
+        prices = json.loads(of_others.read_text())
+        for tensor in prices["tensors"].values():
+            tensor["kld"] = {kind: factor * price for kind, price in tensor["kld"].items()}
+        path.write_text(json.dumps(prices | {"rungs": band, "check": CHECK | {"pairs": pairs}}))
     page = render_report(mixed)
     data = json.loads(Parser(page).texts["data"])["tensors"]
     expected = {}
-    for name in ("sensitivity.json", "sensitivity-smoothed.json"):
-        document = json.loads((mixed / name).read_text())["tensors"]
-        expected[name] = {tensor: entry["kld"] for tensor, entry in document.items()}
+    for path in (of_others, of_low, of_smoothed):
+        document = json.loads(path.read_text())["tensors"]
+        expected[path] = {tensor: entry["kld"] for tensor, entry in document.items()}
     for label in data["files"]:
-        own = expected["sensitivity-smoothed.json" if label == "Q8_0" else "sensitivity.json"]
-        shown = {one["name"]: one["prices"][data["made_of"][label]] for one in data["tensors"] if "prices" in one}
+        own = expected[{"Q8_0": of_smoothed, "IQ3_S": of_low}.get(label, of_others)]
+        shown = {one["name"]: one["prices"][data["priced_by"][label]] for one in data["tensors"] if "prices" in one}
         assert shown == own
-    assert "12 measured swaps" in page and "24 measured swaps" in page
+    for pairs, named in (
+        (12, "of the smoothed model"),
+        (18, r"of the original model \(IQ3_S to Q3_K_L\)"),
+        (24, r"Q8_0\)"),
+    ):
+        assert re.search(rf"Prices [^.]*{named} were checked against {pairs} measured swaps", page)
     # Files of others and presets are made of the model as it is: prices of the smoothed model alone are not theirs.
     for path in (mixed / "scores" / f"{rung}.json" for rung in RUNGS):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"smoothed": True}))
     data = json.loads(Parser(render_report(mixed)).texts["data"])["tensors"]
-    assert {label for label in data["files"] if data["made_of"][label] in data["tensors"][0]["prices"]} == set(RUNGS)
+    assert {label for label, name in data["priced_by"].items() if name in data["tensors"][0]["prices"]} == set(RUNGS)
 
 
 def test_how_well_prices_fit_is_told(page):
@@ -242,7 +254,7 @@ def test_the_command_writes_card_and_report(run_dir):  # noqa: F811
     assert done.stdout.count("unchanged") == 2
 
 
-@pytest.mark.parametrize("name", ["candidates.json", "sensitivity.json"])
+@pytest.mark.parametrize("name", ["candidates.json", "sensitivity-IQ4_XS-Q8_0.json"])
 def test_a_damaged_file_is_one_line(run_dir, name):  # noqa: F811
     (run_dir / name).write_text('{"candidates": [{"rung": 1}], "tensors": {"a": {"kld": "x"}}}')
     with pytest.raises(BitladderError, match=rf"{name}: (candidates|tensors)"):

@@ -12,7 +12,7 @@ from bitladder.ladder.steps.memory import Memory
 from bitladder.ladder.steps.moments import CollectMoments
 from bitladder.ladder.steps.naive import Naive
 from bitladder.ladder.steps.plan import Candidates, PlanRung
-from bitladder.ladder.steps.price import Price, priced_models
+from bitladder.ladder.steps.price import prices_of
 from bitladder.ladder.steps.quantize import Quantize
 from bitladder.ladder.steps.round import Round
 from bitladder.ladder.steps.score import Score
@@ -33,7 +33,7 @@ def steps_of(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
         steps += [Smooth(options), *(SmoothingTrial(options, rung) for rung in rungs)]
     if options.plans:
         steps += [
-            *(Price(options, model) for model in priced_models(options)),
+            *prices_of(options),
             *(PlanRung(options, rung) for rung in rungs),
             Candidates(options),
         ]

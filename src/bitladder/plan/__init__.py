@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from bitladder.plan.prices.menu import Window
     from bitladder.plan.prices.price import FISHER_PRICES, PRICES
     from bitladder.plan.result import MovedTensors, PlanResult, Share, moved_tensors, planned_recipe, shares
-    from bitladder.plan.rungs import RungMode, candidates, plan_rung, price_rungs
+    from bitladder.plan.rungs import BANDS, RungMode, band_name, band_of, candidates, plan_rung, price_band
     from bitladder.plan.subject import Preset, Subject
     from bitladder.plan.target import MEMORY, Target, check_target, memory_beside_weights, target_of
 
 __all__ = [
+    "BANDS",
     "FISHER_PRICES",
     "MEMORY",
     "PLANNING",
@@ -50,6 +51,8 @@ __all__ = [
     "TriedRecipe",
     "TypePrices",
     "Window",
+    "band_name",
+    "band_of",
     "candidates",
     "check_target",
     "load_prices",
@@ -58,7 +61,7 @@ __all__ = [
     "plan_rung",
     "planned_recipe",
     "planning_text",
-    "price_rungs",
+    "price_band",
     "shares",
     "target_of",
 ]

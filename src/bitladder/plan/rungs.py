@@ -1,6 +1,7 @@
-"""The rungs of a ladder with planned types: prices of all rungs together, then a plan for each, compared with rivals.
+"""The rungs of a ladder with planned types: prices for a band of rungs, then a plan for each, compared with rivals.
 
-Rivals are other ways to spend the same bytes.
+A band is a fixed set of presets. Its prices serve each rung of it, whichever rungs a ladder has, so that another rung
+changes no price. Rivals are other ways to spend the same bytes.
 """
 
 import collections
@@ -21,9 +22,16 @@ from bitladder.plan.prices.document import TypePrices
 from bitladder.plan.result import bits_per_weight
 from bitladder.plan.subject import Preset, Prices, Subject
 from bitladder.plan.target import Target
+from bitladder.quantize import RUNGS
 from bitladder.refine import SMOOTHED_KEY
 
 RungMode = Literal["quality", "size"]
+# From the largest types to the smallest: a ladder seldom goes below 4 bits.
+BANDS: tuple[tuple[str, ...], ...] = (
+    ("IQ4_XS", *RUNGS[5:]),
+    RUNGS[:5],
+    ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_XS"),
+)
 # What tables call a statistic, and its value: tensors with larger values are taken to matter more.
 STATISTICS: dict[str, Callable[[TensorStatistics], float | None]] = {
     "Σ(Act²)": lambda tensor: tensor.sum,
@@ -33,11 +41,34 @@ STATISTICS: dict[str, Callable[[TensorStatistics], float | None]] = {
 }
 
 
-def price_rungs(planner: Planner, rungs: Sequence[str]) -> TypePrices:
-    """Prices every type that one of several rungs (names of presets) may need."""
-    presets = [planner.subject.preset(rung) for rung in rungs]
+def band_of(rung: str) -> tuple[str, ...]:
+    """The presets whose types are priced together with those of a rung; a preset that is seldom made is alone.
+
+    Example:
+        >>> band_of("Q3_K_M")
+        ('IQ3_S', 'IQ3_M', 'Q3_K_S', 'Q3_K_M', 'Q3_K_L')
+        >>> band_of("Q4_0")
+        ('Q4_0',)
+    """
+    return next((band for band in BANDS if rung in band), (rung,))
+
+
+def band_name(band: Sequence[str]) -> str:
+    """What a band is called: by its first and last preset.
+
+    Example:
+        >>> band_name(band_of("Q3_K_M")), band_name(band_of("Q4_0"))
+        ('IQ3_S-Q3_K_L', 'Q4_0')
+    """
+    return "-".join(dict.fromkeys((band[0], band[-1])))
+
+
+def price_band(planner: Planner, band: Sequence[str]) -> TypePrices:
+    """Prices every type that a rung of a band (names of presets) may need."""
+    presets = [planner.subject.preset(rung) for rung in band]
     bpw = [8 * preset.bytes / planner.subject.weights() for preset in presets]
-    return planner.price(planner.window(*bpw), *presets)
+    prices = planner.price(planner.window(*bpw), *presets)
+    return prices.model_copy(update={"rungs": list(band)})
 
 
 def plan_rung(planner: Planner, rung: str, mode: RungMode, prices: TypePrices) -> dict[str, Any]:
@@ -47,7 +78,7 @@ def plan_rung(planner: Planner, rung: str, mode: RungMode, prices: TypePrices) -
         planner: the model, text and options.
         rung: name of the preset that the rung replaces.
         mode: "quality" for the least KLD in the preset's bytes, "size" for the fewest bytes at its KLD.
-        prices: prices of types, as of `price_rungs`.
+        prices: prices of types, as of `price_band`.
 
     Returns:
         planned/RUNG.json: the types, and every recipe that was tried.

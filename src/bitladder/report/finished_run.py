@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import pydantic
@@ -57,8 +57,9 @@ class PriceCheck(pydantic.BaseModel):
 
 
 class Prices(pydantic.BaseModel):
-    """sensitivity.json: the price of each type of each tensor."""
+    """sensitivity-….json: the price of each type of each tensor, and the rungs that it serves; all if none is named."""
 
+    rungs: list[str] = []
     tensors: dict[str, TensorPrices] = {}
     check: PriceCheck | None = None
 
@@ -99,7 +100,7 @@ class FinishedRun:
         naive: by rung, the preset by itself.
         others: files of somebody else.
         tried: every recipe that was tried; None if there is no such file.
-        prices: prices of the smoothed model (True) and of the model as it is (False), as far as there are any.
+        prices: files of prices that a rung is planned by: whether they are of the smoothed model → path → prices.
     """
 
     layout: Layout
@@ -111,7 +112,7 @@ class FinishedRun:
     naive: dict[str, RunModel]
     others: tuple[RunModel, ...]
     tried: TriedRecipes | None
-    prices: dict[bool, Prices]
+    prices: dict[bool, dict[pathlib.Path, Prices]]
 
     @property
     def name(self) -> str:
@@ -171,6 +172,13 @@ class FinishedRun:
             others=tuple(map(on_text, self.others)),
         )
 
+    def prices_for(self, model: RunModel) -> Prices | None:
+        """The prices of the model that a file is made of, for its rung; the first ones if they are for no such rung."""
+        names = {model.label, model.scores.rung, model.recipe.preset if model.recipe else None}
+        found = self.prices.get(model.scores.smoothed, {}).values()
+        own = [prices for prices in found if not names.isdisjoint(prices.rungs)]
+        return next(iter([*own, *found]), None)
+
     @property
     def models(self) -> list[RunModel]:
         """The full-precision model and all quants, from the smallest to the largest."""
@@ -206,12 +214,31 @@ def read_run(folder: pathlib.Path) -> FinishedRun:
         naive=presets,
         others=tuple(_model(layout, name, "third-party", name) for name in record.compared),
         tried=_tried(layout.candidates, record.rungs),
-        prices={
-            smoothed: prices
-            for smoothed in sorted({model.scores.smoothed for model in rungs})
-            if (prices := _optional(layout.sensitivity(smoothed=smoothed), Prices))
-        },
+        prices=read_prices(layout, {model.label: model.scores.smoothed for model in rungs}),
     )
+
+
+def read_prices(layout: Layout, smoothed: Mapping[str, bool]) -> dict[bool, dict[pathlib.Path, Prices]]:
+    """The files of prices that rungs are planned by.
+
+    Parameters:
+        layout: the paths of the run directory.
+        smoothed: rung → whether it is made of the smoothed model.
+
+    Returns:
+        Whether the prices are of the smoothed model → path → prices.
+
+    Raises:
+        BitladderError: a file is damaged.
+    """
+    found: dict[bool, dict[pathlib.Path, Prices]] = {}
+    for model in sorted(set(smoothed.values())):
+        planned = {rung for rung, made_of in smoothed.items() if made_of == model}
+        for path in layout.sensitivities(smoothed=model):
+            prices = read_document(path, Prices)
+            if not prices.rungs or planned & set(prices.rungs):
+                found.setdefault(model, {})[path] = prices
+    return found
 
 
 def read_shapes(run: FinishedRun) -> dict[str, tuple[int, ...]]:

@@ -25,13 +25,13 @@ from bitladder.gguf import block_of, kind_of, reading_order
 from bitladder.report import tables
 from bitladder.report.card import facts, write_if_changed
 from bitladder.report.divergence_charts import agreement, pareto, predicted, prediction_pairs
-from bitladder.report.finished_run import FinishedRun, read_importance, read_run, read_shapes
+from bitladder.report.finished_run import FinishedRun, Prices, RunModel, read_importance, read_run, read_shapes
 from bitladder.report.score_charts import percentiles, speed, task_bars
 from bitladder.report.tables import gigabytes, with_error
 from bitladder.rundir import Layout
 from bitladder.units import number_of
 
-# What the prices of a file are of, by whether it is made of the smoothed model.
+# What prices are of, by whether that model is smoothed.
 PRICED_MODELS = {True: "the smoothed model", False: "the original model"}
 # Field of the statistics, its heading, and whether it is shown in percent.
 STATISTICS = (
@@ -50,9 +50,9 @@ class Tensors:
 
     Parameters:
         tensors: name, place, size, statistics and prices of each tensor, in reading order. A price is found by the
-            model that was priced ("the smoothed model", "the original model") and the type.
+            name of the prices, as of `named_prices`, and the type.
         files: by label, the type of each tensor in that order; "" if the file does not have the tensor.
-        made_of: by label, the model that the prices of the file are of.
+        priced_by: by label, the name of the prices of the file; "" if there are none.
         presets: by rung, the label of the preset by itself.
         opened: the file that is shown first: the rung in the middle of the ladder.
         bpw: bits per weight of every type that occurs.
@@ -62,7 +62,7 @@ class Tensors:
 
     tensors: list[dict[str, Any]]
     files: dict[str, list[str]]
-    made_of: dict[str, str]
+    priced_by: dict[str, str]
     presets: dict[str, str]
     opened: str | None
     bpw: dict[str, float]
@@ -79,13 +79,14 @@ def read_tensors(run: FinishedRun) -> Tensors:
     files = {model.label: _types(model.recipe.tensors) for model in run.quants if model.recipe}
     names = sorted({name for types in files.values() for name in types}, key=reading_order)
     shapes, statistics = read_shapes(run), {entry.tensor: entry for entry in read_importance(run)}
-    prices = {name: _prices(run, name) for name in names}
-    priced = {kind for by_model in prices.values() for by_type in by_model.values() for kind in by_type}
+    named = named_prices(run)
+    prices = {name: _prices(named, name) for name in names}
+    priced = {kind for by_name in prices.values() for by_type in by_name.values() for kind in by_type}
     known = bits(priced.union(*(types.values() for types in files.values())))
     return Tensors(
         tensors=[_tensor(name, shapes.get(name), statistics.get(name), prices[name]) for name in names],
         files={label: [types.get(name, "") for name in names] for label, types in files.items()},
-        made_of={model.label: PRICED_MODELS[model.scores.smoothed] for model in run.quants if model.recipe},
+        priced_by={model.label: _price_of(run, model) for model in run.quants if model.recipe},
         presets={rung: naive.label for rung, naive in run.naive.items() if naive.recipe},
         opened=run.rungs[len(run.rungs) // 2].label if run.rungs else None,
         bpw=known,
@@ -119,12 +120,27 @@ def _types(tensors: Mapping[str, str]) -> dict[str, str]:
     return {name: canonical(kind) for name, kind in tensors.items()}
 
 
-def _prices(run: FinishedRun, name: str) -> dict[str, dict[str, float]]:
-    """The prices of a tensor, by the model that was priced and the type."""
+def named_prices(run: FinishedRun) -> dict[str, Prices]:
+    """All prices, by a name for readers: the model, and the rungs where there are several files of one model."""
+    named = {}
+    for smoothed, files in run.prices.items():
+        for prices in files.values():
+            rungs = f" ({prices.rungs[0]} to {prices.rungs[-1]})" if len(files) > 1 and prices.rungs else ""
+            named[f"{PRICED_MODELS[smoothed]}{rungs}"] = prices
+    return named
+
+
+def _price_of(run: FinishedRun, model: RunModel) -> str:
+    prices = run.prices_for(model)
+    return next((name for name, each in named_prices(run).items() if each is prices), "")
+
+
+def _prices(named: Mapping[str, Prices], tensor: str) -> dict[str, dict[str, float]]:
+    """The prices of a tensor, by the name of the prices and the type."""
     return {
-        PRICED_MODELS[smoothed]: {canonical(kind): price for kind, price in prices.tensors[name].kld.items()}
-        for smoothed, prices in run.prices.items()
-        if name in prices.tensors
+        name: {canonical(kind): price for kind, price in prices.tensors[tensor].kld.items()}
+        for name, prices in named.items()
+        if tensor in prices.tensors
     }
 
 
@@ -173,7 +189,7 @@ def render_report(folder: pathlib.Path) -> str:
         other_text=run.other_text,
         agreement=agreement(prediction_pairs(run)),
         tensors=tensors,
-        checks={PRICED_MODELS[smoothed]: prices.check for smoothed, prices in run.prices.items() if prices.check},
+        checks={name: prices.check for name, prices in named_prices(run).items() if prices.check},
         data=_json({"charts": charts, "tensors": tensors.to_json()}),
         style=_web(STYLES),
         script=_web(SCRIPTS),

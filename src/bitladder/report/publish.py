@@ -16,6 +16,7 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import read_scores
 from bitladder.hub import PRESET, pick, side_word
 from bitladder.report.card import render_card, write_card
+from bitladder.report.finished_run import read_prices
 from bitladder.report.page import write_report
 from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, naive
 
@@ -119,12 +120,9 @@ def _paths(layout: Layout, manifest: Manifest, run: RunRecord) -> Iterator[tuple
     rungs = {rung: read_scores(layout.scores(rung)) for rung in run.rungs}
     for rung, scores in rungs.items():
         yield layout.model(scores.model), rung
-    for path in (
-        layout.report,
-        layout.imatrix,
-        layout.candidates,
-        *(layout.sensitivity(smoothed=smoothed) for smoothed in (False, True)),
-    ):
+    prices = read_prices(layout, {rung: scores.smoothed for rung, scores in rungs.items()})
+    priced = (path for files in prices.values() for path in files)
+    for path in (layout.report, layout.imatrix, layout.candidates, *priced):
         if path.is_file():
             yield path, None
     for label in ("base", *run.rungs, *run.compared):

@@ -5,6 +5,7 @@ import pathlib
 
 # A preset by itself is measured beside the rung of the same name.
 NAIVE = ".naive"
+_SMOOTHED = "-smoothed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +136,14 @@ class Layout:
         """The plan of a rung: its types, and the recipes that were tried."""
         return self.folder / "planned" / f"{rung}.json"
 
-    def sensitivity(self, *, smoothed: bool) -> pathlib.Path:
-        """What each type of each tensor of the original or the smoothed model costs."""
-        return self.folder / ("sensitivity-smoothed.json" if smoothed else "sensitivity.json")
+    def sensitivity(self, band: str, *, smoothed: bool) -> pathlib.Path:
+        """What each type of each tensor of the original or the smoothed model costs, for a band of rungs."""
+        return self.folder / f"sensitivity{_SMOOTHED if smoothed else ''}-{band}.json"
+
+    def sensitivities(self, *, smoothed: bool) -> list[pathlib.Path]:
+        """The same of all bands, as far as there are files."""
+        found = sorted(self.folder.glob("sensitivity-*.json"))
+        return [path for path in found if path.name.startswith(f"sensitivity{_SMOOTHED}") == smoothed]
 
     def material_work(self, *, smoothed: bool) -> pathlib.Path:
         """Rendered blocks, prices and measurements of one of the two materials."""

@@ -7,10 +7,10 @@ from bitladder.evaluate import BASE
 from bitladder.files import write_json
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run, read_json
-from bitladder.ladder.steps.price import ORIGINAL, SMOOTHED, planned_from, planning, swapped_bytes
+from bitladder.ladder.steps.price import ORIGINAL, SMOOTHED, planned_from, planning, priced, swapped_bytes
 from bitladder.ladder.steps.quantize import preset_decides
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
-from bitladder.plan import PLANNING, RENDERED, candidates, load_prices, plan_rung
+from bitladder.plan import PLANNING, RENDERED, band_name, band_of, candidates, load_prices, plan_rung
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.trial import RENDERING
 
@@ -35,7 +35,8 @@ class PlanRung(Step):
         return {part: run.digest(part) for part in self._material(smoothed=run.smoothed(self.label))}
 
     def _material(self, *, smoothed: bool) -> tuple[str, ...]:
-        return (f"price {SMOOTHED if smoothed else ORIGINAL}", *planned_from(self, smoothed=smoothed))
+        prices = priced(SMOOTHED if smoothed else ORIGINAL, band_of(self.label))
+        return (f"price {prices}", *planned_from(self, smoothed=smoothed))
 
     def reads(self, run: Run | None = None) -> tuple[str, ...]:
         """The files of the model that the rung is made of, and its prices."""
@@ -67,7 +68,7 @@ class PlanRung(Step):
         rung, out = self.label, run.layout.plan(self.label)
         smoothed, mode = run.smoothed(rung), self.options.mode
         assert mode != "naive"  # such a run has no step that plans
-        prices = load_prices(run.layout.sensitivity(smoothed=smoothed))
+        prices = load_prices(run.layout.sensitivity(band_name(band_of(rung)), smoothed=smoothed))
         write_json(out, plan_rung(run.planner(smoothed=smoothed), rung, mode, prices))
         return Product([out])
 

@@ -1,8 +1,8 @@
 """The steps that price every type that a rung may need: of the original model, and of the smoothed one.
 
-Prices are of all types that the usual ladder may need, whichever rungs a run has, so that another rung changes none.
-Types below 4 bits take most of the time. So a ladder without a rung there leaves them out, and the first such rung
-changes the prices.
+Types are priced for a band of rungs, whichever of them a run has, so that another rung changes no price. Bands share
+rendered blocks and measured swaps, so a further one takes only what it lacks. Types below 4 bits take most of the time;
+a ladder without a rung there has no step for them.
 """
 
 from collections.abc import Mapping
@@ -16,31 +16,38 @@ from bitladder.ladder.options import RunOptions
 from bitladder.ladder.steps.base import base_part
 from bitladder.ladder.steps.quantize import preset_decides, round_part
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
-from bitladder.plan import PRICES, RENDERED, planning_text, price_rungs
-from bitladder.quantize import RUNGS
+from bitladder.plan import BANDS, PRICES, RENDERED, band_name, band_of, planning_text, price_band
 from bitladder.refine import OUTPUT_ROUNDING
 
-# Types that are rendered for a ladder with rungs below 4 bits and for one without: their number, each counted by its
-# time, and their bits for each weight.
-ALL_TYPES, ALL_BITS = 20.0, 80
-HIGH_TYPES, HIGH_BITS = 12.0, 60
+# Types that are rendered for each of `BANDS`: their number, each counted by its time, and their bits for each weight.
+TYPES, BITS = (12.0, 20.0, 23.0), (60, 80, 85)
 ORIGINAL, SMOOTHED = "original", "smoothed"
 
 
 class Price(Step):
     """model, imatrix, moments, calibration text → what each type of each tensor costs in KLD.
 
-    The label is "smoothed" or "original": the model that is priced. Nothing is made if no rung is made of it.
+    Nothing is made if no rung of the band is made of the model.
+
+    Parameters:
+        options: the options of the run.
+        model: "smoothed" or "original": the model that is priced.
+        band: the presets whose types are priced.
     """
 
     verb = "price"
     cache = RENDERED
     algorithms = (PRICES, OUTPUT_ROUNDING, BASE)
 
+    def __init__(self, options: RunOptions, model: str, band: tuple[str, ...]) -> None:
+        super().__init__(options, priced(model, band))
+        self._smoothed, self._band = model == SMOOTHED, band
+        self._unlikely = options.smooths and not self._smoothed  # mostly all rungs are made of the smoothed model
+
     @property
     def needs(self) -> tuple[str, ...]:
         """The model that is priced."""
-        return planned_from(self, smoothed=self.label == SMOOTHED)
+        return planned_from(self, smoothed=self._smoothed)
 
     def reads(self, run: Run | None = None) -> tuple[str, ...]:
         """Nothing, if no rung is made of the model."""
@@ -48,54 +55,64 @@ class Price(Step):
 
     def decides(self) -> Mapping[str, Any]:
         """The presets whose types are priced, how swaps are measured, and how blocks are rounded."""
-        return {**preset_decides(self.options, *self._presets()), **planning(self)}
+        return {**preset_decides(self.options, *self._band), **planning(self)}
 
     def surroundings(self, run: Run) -> Mapping[str, Any]:
         """Whether a rung is made of the model."""
         return {"whether a rung is made of it": self._used(run)}
 
-    def _presets(self) -> tuple[str, ...]:
-        rungs = self.options.rungs
-        usual = [rung for rung in RUNGS if any(map(below_four_bits, rungs)) or not below_four_bits(rung)]
-        return (*usual, *sorted(set(rungs) - set(usual)))
-
     def _used(self, run: Run) -> bool:
-        """Whether a rung is made of the model, as far as trials were made."""
-        tried = [rung for rung in self.options.rungs if run.facts(f"trial {rung}") or not self.options.smooths]
-        return (self.label == SMOOTHED) in {run.smoothed(rung) for rung in tried}
+        """Whether a rung of the band is made of the model, as far as trials were made."""
+        rungs = [rung for rung in self.options.rungs if rung in self._band]
+        tried = [rung for rung in rungs if run.facts(f"trial {rung}") or not self.options.smooths]
+        return self._smoothed in {run.smoothed(rung) for rung in tried}
 
     def parts(self, extent: Extent) -> list[Part]:
         """Every type is rendered; then single tensors and whole kinds are swapped and measured.
 
-        Before the trials nobody knows whether the original model is priced too. Mostly it is not.
+        The base, single tensors and most types are done once for all bands. Before the trials nobody knows whether the
+        original model is priced too. Mostly it is not.
         """
-        if self.label == ORIGINAL and self.options.smooths:
+        if self._unlikely:
             return []
         prices, share = self.options.planning.prices, self.options.planning.prices.group_share
+        types = self._lacking(TYPES)
         passes, n_ctx = self.options.refine.rounding.passes, self.options.planning.decoding.n_ctx
         rendering = round_part(
-            self.options, extent, "render every tensor", types=self._types(), passes=min(passes, prices.price_passes)
+            self.options, extent, "render every tensor", types=types, passes=min(passes, prices.price_passes)
         )
         kinds = len({matrix.kind for matrix in extent.shape.matrices}) + 1
         once = prices.probe_chunks * n_ctx  # tokens of a swap
         singles = min(prices.probe_tokens * (1 - share), once * (extent.shape.blocks * (kinds - 1) + 1))
-        whole = min(prices.probe_tokens * share, once * kinds * self._types())
+        whole = min(prices.probe_tokens * share, once * kinds * types)
 
         def swaps(tokens: float, label: str) -> Part:
             return Part("swaps", cost.comparing(extent.shape, tokens, n_ctx), label)
 
+        base = base_part(extent, self.options.planning.chunks * n_ctx, n_ctx)
+        first = not self._bands_before()
         return [
-            base_part(extent, self.options.planning.chunks * n_ctx, n_ctx),
+            *([base] if first else []),
             rendering,
-            swaps(singles, "probe tensors"),
+            *([swaps(singles, "probe tensors")] if first else []),
             swaps(whole, "whole kinds"),
             swaps(prices.check_pairs * once, "check single swaps"),
         ]
 
-    def _types(self) -> float:
-        """How many types are rendered, each counted with its time as a multiple of that of Q4_K."""
-        types = ALL_TYPES if any(map(below_four_bits, self.options.rungs)) else HIGH_TYPES
-        return types if self.options.planning.menu == "all" else types / 2
+    def _bands_before(self) -> list[tuple[str, ...]]:
+        """The bands that the run prices before this one."""
+        bands = bands_of(self.options)
+        return bands[: bands.index(self._band)]
+
+    def _lacking(self, of_bands: tuple[float, ...]) -> float:
+        """What the band adds to those before it, given the values of `BANDS`."""
+
+        def value(band: tuple[str, ...]) -> float:
+            usual = BANDS.index(band) if band in BANDS else int(below_four_bits(band[0]))
+            return of_bands[usual] if self.options.planning.menu == "all" else of_bands[usual] / 2
+
+        # A type or two may be of a preset that is alone.
+        return max(value(self._band) - max(map(value, self._bands_before()), default=0.0), 1.0)
 
     def memory(self, extent: Extent) -> float:
         """The loaded model and what is swapped, or rounding."""
@@ -107,11 +124,9 @@ class Price(Step):
 
         Trials decide by rung which model it is made of, so two rungs can need the blocks of both models.
         """
-        if self.label == ORIGINAL and self.options.smooths and len(self.options.rungs) == 1:
+        if self._unlikely and len(self.options.rungs) == 1:
             return Room()
-        bits: float = ALL_BITS if any(map(below_four_bits, self.options.rungs)) else HIGH_BITS
-        bits /= 1 if self.options.planning.menu == "all" else 2
-        need = bits / 8 * extent.shape.weights
+        need = self._lacking(BITS) / 8 * extent.shape.weights
         return Room(work=cost.kept_blocks(extent.shape, need, self.options.planning.cache_bytes))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
@@ -123,10 +138,26 @@ class Price(Step):
         """Prices the types."""
         if not self._used(run):
             return Product([])
-        smoothed = self.label == SMOOTHED
-        out = run.layout.sensitivity(smoothed=smoothed)
-        price_rungs(run.planner(smoothed=smoothed), self._presets()).save(out)
+        out = run.layout.sensitivity(band_name(self._band), smoothed=self._smoothed)
+        price_band(run.planner(smoothed=self._smoothed), self._band).save(out)
         return Product([out])
+
+
+def priced(model: str, band: tuple[str, ...]) -> str:
+    """The label of the step that prices a band of one of the two models."""
+    return f"{model} {band_name(band)}"
+
+
+def bands_of(options: RunOptions) -> list[tuple[str, ...]]:
+    """The bands of the rungs of a run: those of `BANDS` in order, then presets that are alone."""
+    used = dict.fromkeys(map(band_of, options.rungs))
+    return sorted(used, key=lambda band: BANDS.index(band) if band in BANDS else len(BANDS))
+
+
+def prices_of(options: RunOptions) -> list[Price]:
+    """The steps that price."""
+    models = (ORIGINAL, SMOOTHED) if options.smooths else (ORIGINAL,)
+    return [Price(options, model, band) for model in models for band in bands_of(options)]
 
 
 def swapped_bytes(extent: Extent) -> float:
@@ -143,11 +174,6 @@ def below_four_bits(preset: str) -> bool:
     """
     digits = [character for character in preset if character.isdigit()]
     return bool(digits) and int(digits[0]) < 4
-
-
-def priced_models(options: RunOptions) -> tuple[str, ...]:
-    """The labels of the steps that price."""
-    return (ORIGINAL, SMOOTHED) if options.smooths else (ORIGINAL,)
 
 
 def planned_from(step: Step, *, smoothed: bool) -> tuple[str, ...]:

@@ -83,6 +83,7 @@ class TypePrices(_Part):
         method: forward (measured swaps) or fisher (gradients).
         key: hash of everything that decides the prices.
         made: what they were made from.
+        rungs: presets whose types are priced; empty if they are those of no preset.
         probe_types: types that single tensors were measured at.
         tokens: tokens that the measured recipes were decoded on.
         exponents: kind → p of KLD ∝ error^p.
@@ -95,6 +96,7 @@ class TypePrices(_Part):
     method: Literal["forward", "fisher"] = "forward"
     key: str
     made: PricedFrom
+    rungs: list[str] = []
     probe_types: list[str] = []
     tokens: int = 0
     exponents: dict[str, float] = {}

@@ -1,12 +1,12 @@
 // The tensors of the chosen file: three heat maps, and a table that can be searched and sorted.
-const { tensors, files, made_of: madeOf, presets, opened, bpw, priced, statistics } = data.tensors;
+const { tensors, files, priced_by: pricedBy, presets, opened, bpw, priced, statistics } = data.tensors;
 const OWN = "each tensor's own type";
 const chosen = { file: null, price: OWN, statistic: null };
 
 const typeOf = (index) => files[chosen.file]?.[index] || "";
 const bytesOf = (tensor, type) => (tensor.elements && type in bpw ? (tensor.elements * bpw[type]) / 8 : null);
-// A file has the prices of the model that it is made of.
-const priceOf = (tensor, type) => tensor.prices?.[madeOf[chosen.file]]?.[type] ?? null;
+// A file has the prices of the model that it is made of, for its rung.
+const priceOf = (tensor, type) => tensor.prices?.[pricedBy[chosen.file]]?.[type] ?? null;
 
 // The heat maps have matrices only: kinds that are F32 in every file are left out.
 const shown = tensors
