@@ -123,7 +123,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", {"head_dim": 64, "sliding_window": 64, "logit_scale": 0.25}),
     "starcoder2": ("Starcoder2", {}),
     "ernie4.5": ("Ernie4_5", {"head_dim": 64}),
-    "exaone4": ("Exaone4", {"head_dim": 64, "sliding_window": 64}),
+    # As the one of 1.2B has it. Windows are for 64 blocks: llama.cpp ignores them elsewhere.
+    "exaone4": ("Exaone4", {"head_dim": 64, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "seed-oss": ("SeedOss", {"head_dim": 64}),
 }  # fmt: skip
 # Keys of config.json as the makers publish them, which the configuration classes of transformers leave out or rename.

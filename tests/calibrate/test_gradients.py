@@ -104,7 +104,10 @@ FAMILIES = {
         ["ffn_gate.weight", "ffn_gate.bias"],
     ),
     "smollm3": ("tied", {}, [], []),
+    "exaone4": ("tied", {}, AFTER + HEAD_NORMS, ["attn_norm.weight", "ffn_norm.weight"]),  # as the one of 1.2B
     "olmo2": ("olmo2", {"attention.sliding_window": 16}, [], []),  # OLMo 3
+    # Norms without weights, of which gguf knows nothing.
+    "olmo": ("tied", {"attention.layer_norm_epsilon": 1e-5, "attention.clamp_kqv": 0.5}, [], ["norm.weight"]),
 }
 
 
@@ -127,6 +130,15 @@ def test_logits_of_other_families(models, architecture, tmp_path):
 def test_a_forward_pass_that_is_not_the_librarys_is_refused(models, monkeypatch):
     monkeypatch.setattr(Modules, "_rotates_neighbours", lambda self: True)  # q and k stay as they are in the file
     with pytest.raises(BitladderError, match=r"llama\.gguf: torch's logits differ .* cannot be trusted"):
+        next(weighted_moments(models / "llama.gguf", TOKENS))
+
+
+def test_what_fails_in_transformers_own_code_is_one_line(models, monkeypatch):
+    def fails(self, stream):
+        raise IndexError("no such\nrow")
+
+    monkeypatch.setattr(Modules, "_final", fails)
+    with pytest.raises(BitladderError, match=r"^llama\.gguf: transformers' modules fail: IndexError: no such$"):
         next(weighted_moments(models / "llama.gguf", TOKENS))
 
 

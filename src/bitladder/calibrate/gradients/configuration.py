@@ -34,6 +34,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
     "attention.sliding_window": ("sliding_window",),
     "attention.scale": ("attention_multiplier",),
+    "attention.clamp_kqv": ("clip_qkv",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "embedding_scale": ("embedding_multiplier",),
@@ -114,6 +115,8 @@ def configuration(file: GgufFile) -> Any:
     pattern = file.get(f"{file.architecture}.attention.sliding_window_pattern")
     if isinstance(pattern, list) and values["sliding_window"]:
         values["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    elif file.architecture == "exaone4":  # transformers divides by the pattern that a model without windows has not
+        values["layer_types"] = ["full_attention"] * values["num_hidden_layers"]
     values |= {
         "vocab_size": file.tensors[EMBEDDING].rows,
         "head_dim": head,
@@ -136,7 +139,7 @@ def configuration(file: GgufFile) -> Any:
         values["rope_parameters"] = rope
     try:
         return AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise GradientsError(f"{file.path.name}: transformers refuses its configuration: {error}") from error
 
 

@@ -15,7 +15,7 @@ from bitladder.calibrate.gradients.configuration import EMBEDDING, HEAD
 from bitladder.calibrate.gradients.modules import Modules
 from bitladder.calibrate.gradients.torch_weights import Layers, Tap, TorchWeights, nothing
 from bitladder.engine import Floats, Tokens
-from bitladder.errors import GradientsError
+from bitladder.errors import BitladderError, GradientsError
 from bitladder.files import Closing
 from bitladder.gguf import GgufFile, block_of, prediction_tensors
 
@@ -59,9 +59,13 @@ class TorchModel(Closing):
         try:
             self.modules = Modules(self._file, self._layers)
             self._probe()
-        except BaseException:
+        except BaseException as error:
             self.close()
-            raise
+            if isinstance(error, BitladderError | MemoryError) or not isinstance(error, Exception):
+                raise
+            # Whatever transformers' modules of a model that nobody tried do.
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise GradientsError(f"{self.path.name}: transformers' modules fail: {problem}") from error
         self.matrices = [*self._layers.multiplied, self.head]
 
     def close(self) -> None:
@@ -89,10 +93,7 @@ class TorchModel(Closing):
 
     def _probe(self) -> None:
         """Runs two tokens: every tensor must be there, and this forward pass must use all that are there."""
-        try:
-            self.logits(np.zeros(2, np.int32))
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:  # of foreign modules
-            raise GradientsError(f"{self.path.name}: transformers' modules fail: {error}") from error
+        self.logits(np.zeros(2, np.int32))
         heads = set(prediction_tensors(self._file))
         unused = [name for name in self.weights.unused() if name not in heads]
         if unused:

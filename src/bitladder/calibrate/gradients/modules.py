@@ -145,12 +145,7 @@ class Modules:
             heads = dict(zip(_PERMUTED, (config.num_attention_heads, config.num_key_value_heads), strict=True))
         self._causal.set_output_embeddings(nn.Identity())
         self._fill(file, heads)
-        prefix = self._causal.base_model_prefix
-        self._norm = next(
-            module
-            for name, module in self._base.named_children()
-            if self._names.get_name(f"{prefix}.{name}") == "output_norm"
-        )
+        self._norm = self._final_norm()
         self._after: Callable[[torch.Tensor], torch.Tensor] | None = self._behind_head
         probe = torch.linspace(-3, 3, 7).expand(1, 7)
         if torch.equal(self._behind_head(probe), probe):
@@ -217,6 +212,15 @@ class Modules:
                 self._stack_name = name
                 return module
         raise GradientsError(f"{self._name}: the blocks of transformers' model are not in a list")
+
+    def _final_norm(self) -> Any:
+        """The norm behind the blocks. gguf has no name for one without weights (OLMo 1)."""
+        prefix, children = self._causal.base_model_prefix, dict(self._base.named_children())
+        named = [child for name, child in children.items() if self._names.get_name(f"{prefix}.{name}") == "output_norm"]
+        plain = [child for name, child in children.items() if name.endswith("norm") and not list(child.parameters())]
+        if not (named or plain):
+            raise GradientsError(f"{self._name}: transformers' model has no norm behind its blocks")
+        return (named or plain)[0]
 
     def _rotates_neighbours(self) -> bool:
         """Whether the model itself rotates neighbours, so that its q and k are not permuted."""
