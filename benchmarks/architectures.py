@@ -402,6 +402,10 @@ config.json that transformers leaves out or renames when it saves a model; they 
 computes the experts of DeepSeek V3 by a softmax, and its logits differ by 7 % of their range. So such a checkpoint is
 refused.
 
+What transformers' modules give is trusted only after a look at the logits; where these differ, positions take over.
+libmtmd loads the projector of gemma3-vision. What it makes of an image differs from transformers by up to 7 % of the
+range.
+
 """
 
 

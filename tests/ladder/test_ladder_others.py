@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 from plain_options import plain_options
 
+from bitladder.calibrate import read_imatrix
 from bitladder.convert import convert
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import Fetched
@@ -15,8 +16,9 @@ from bitladder.ladder import run
 from bitladder.ladder import source as module
 from bitladder.ladder.options import command_line
 from bitladder.ladder.source import find_others, locate
+from bitladder.recipe import read_recipe
 from bitladder.report import read_run
-from bitladder.rundir import load_manifest
+from bitladder.rundir import Layout, load_manifest
 
 REPO = "someone/Tiny-GGUF"
 
@@ -117,3 +119,11 @@ def test_the_model_itself_may_be_a_gguf_of_the_hub(small_run, hub):
     assert source.is_gguf and source.name == "model-BF16.gguf"
     assert source.path.read_bytes() == full
     assert hub.downloads == ["model-BF16.gguf"]
+
+
+def test_chunks_of_the_imatrix_are_those_of_its_file(tiny_gguf, tmp_path):
+    """Seven chunks, four and three side by side; six tokens of the three are left out, as in llama-imatrix."""
+    out = tmp_path / "ladder"
+    run(plain_options(model=str(tiny_gguf), out=out, rungs=("Q8_0",), chunks=1, imatrix_chunks=7, bench=False))
+    used = read_recipe(Layout(out).recipe("Q8_0")).imatrix
+    assert used.chunks == read_imatrix(Layout(out).imatrix).chunk_count == 6

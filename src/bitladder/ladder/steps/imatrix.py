@@ -63,7 +63,8 @@ class CollectImatrix(Step):
                 f"{limit}"
             )
         texts = [text_used(text).model_dump() for text in run.calibration]
-        gaps = calibrate.find_gaps(calibrate.read_imatrix(out))
-        unreached = calibrate.expert_lines(gaps.unreached, "never reached")
-        facts = {"entries": result.entries, "chunks": result.chunks, "texts": texts, "unreached": unreached}
+        matrix = calibrate.read_imatrix(out)
+        unreached = calibrate.expert_lines(calibrate.find_gaps(matrix).unreached, "never reached")
+        # The file's own figure, which every reader of it shows; it may be one less than was read (docs/imatrix.md).
+        facts = {"entries": result.entries, "chunks": matrix.chunk_count, "texts": texts, "unreached": unreached}
         return Product([out], facts)
