@@ -191,6 +191,16 @@ def test_of_a_gguf_on_the_hub_only_the_header_is_fetched(tiny_gguf, tmp_path, mo
             shape_of("someone/Tiny-GGUF:F16")
 
 
+def test_a_mirror_that_ignores_ranges_does_not_send_the_whole_file(tiny_gguf, tmp_path, monkeypatch):
+    with fake_hub.instead_of_the_hub(monkeypatch, tmp_path / "cache") as server:
+        server.ranges = False
+        server.add("someone/Tiny-GGUF", {"tiny-F16.gguf": tiny_gguf.read_bytes() + bytes(64 << 20)})
+        with GgufFile(tiny_gguf) as file:
+            monkeypatch.setattr("bitladder.ladder.model_shape._BEGINNINGS", (2 * file.data_start,))
+        assert shape_of("someone/Tiny-GGUF:F16").weights == shape_of(str(tiny_gguf)).weights
+        assert server.sent < 32 << 20  # the rest of what a socket holds
+
+
 def test_a_run_that_does_not_fit_into_memory_is_refused(tiny_gguf, tmp_path, monkeypatch):
     monkeypatch.setattr("bitladder.ladder.checks.main_memory", lambda: 50 << 20)
     options = plain_options(model=str(tiny_gguf), out=tmp_path / "out", rungs=("Q8_0",), chunks=2)

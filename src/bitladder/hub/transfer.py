@@ -163,10 +163,16 @@ def fetch_beginning(spec: str, folder: pathlib.Path, size: int) -> pathlib.Path:
         for path in _files_of(name, list(sizes), spec):
             url = hf_hub_url(name.repo, path, revision=commit)
             whole = get_hf_file_metadata(url).size or 0
-            given = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes=0-{min(size, whole) - 1}"})
-            hf_raise_for_status(given)
+            left = min(size, whole)
             targets.append(folder / pathlib.PurePosixPath(path).name)
-            targets[-1].write_bytes(given.content[:whole])
+            headers = {**build_hf_headers(), "Range": f"bytes=0-{left - 1}"}
+            with get_session().stream("GET", url, headers=headers) as given, targets[-1].open("wb") as file:
+                hf_raise_for_status(given)
+                for part in given.iter_bytes():
+                    file.write(part[:left])
+                    left -= len(part)
+                    if left <= 0:  # a mirror may send the whole file, whatever was asked for
+                        break
             os.truncate(targets[-1], whole)
     except BitladderError:
         raise
