@@ -1,6 +1,7 @@
 """What a user types: mistyped names, spaces in lists, llama-quantize's own form, and SIGTERM."""
 
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -161,6 +162,25 @@ def test_help_ends_in_examples_that_parse_and_a_page():
                 assert not (param.required and missing), f"{example}: no {param.name}"
                 if isinstance(param.type, click.Choice) and not missing:
                     param.type.convert(value, param, context)
+
+
+def test_help_has_one_wording_for_all_commands():
+    """Only a command that has --effort speaks of it; a range and Python's None are not shown."""
+    for name, command in helpful():
+        context, own = click.Context(command), {param.name for param in command.params}
+        for param in command.get_params(context):
+            if not isinstance(param, click.Option) or param.get_help_record(context) is None:
+                continue
+            shown = " ".join(param.get_help_record(context)[1].split())
+            where = f"{name} {param.opts[0]}: {shown}"
+            assert ("With --effort" not in shown) or "effort" in own, where
+            assert not re.search(r"\bNone\b|[<>]=|For run|\b[Mm]ay be repeated", shown), where
+            assert param.help, where
+            assert param.multiple == ("Can be repeated." in shown), where
+    helps = {name: CliRunner().invoke(command, ["--help"]).output for name, command in helpful()}
+    shown = {name: " ".join(text.split()) for name, text in helps.items()}
+    assert "With --effort fast: 20, high: all." in shown["run"] and "With --effort fast: 20" in shown["estimate"]
+    assert "With --effort fast: 2, high: as many as --chunks." in shown["plan"]
 
 
 def test_help_of_groups_ends_in_examples_and_a_page_too():

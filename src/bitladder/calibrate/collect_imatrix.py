@@ -49,7 +49,7 @@ COVERING = "covering.chunks"  # the piece that has the chunks after which expert
 class ImatrixOptions(Options):
     """What an importance matrix covers, and the format of its file."""
 
-    process_output: bool = option(False, "--process-output", help="output.weight in the importance matrix too.")
+    process_output: bool = option(False, "--process-output", help="Collect the importance of output.weight too.")
     form: Literal["gguf", "dat"] = option("gguf", "--output-format", help="Format of the file.")
 
 

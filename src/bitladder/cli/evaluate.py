@@ -50,7 +50,7 @@ def _models(about: str) -> Callable[[Any], Any]:
         "eval -m a.gguf -m b.gguf --tasks hellaswag,arc --task-count 400",
     ),
 )
-@_models("A GGUF file; may be repeated.")
+@_models("A GGUF file. Can be repeated.")
 @options_from(EvalOptions)
 @options_from(MeasureOptions, parameter="settings", leave_out=("n_ctx", "device"))
 @kept_results
@@ -154,7 +154,7 @@ def compare_command(
     page="bench.md",
     examples=("bench -m a.gguf -m b.gguf -p 512 -n 128 -r 5",),
 )
-@_models("A GGUF file. Several files take turns, one repetition each.")
+@_models("A GGUF file. Several files take turns, one repetition each. Can be repeated.")
 @options_from(SpeedChoice, parameter="choice")
 @options_from(SpeedOptions)
 @click.option(
@@ -164,7 +164,14 @@ def compare_command(
     type=OutputPath("speeds"),
     help="Also write the rows to this file. Its suffix sets the format: .md, .csv, .jsonl, otherwise JSON.",
 )
-@click.option("--format", "form", type=Choice(["table", *FORMATS]), default="table", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=Choice(["table", *FORMATS]),
+    default="table",
+    show_default=True,
+    help="Form in which the rows are printed.",
+)
 @common_options
 def bench_command(
     models: tuple[pathlib.Path, ...],
@@ -177,7 +184,7 @@ def bench_command(
 ) -> None:
     """Measure prompt processing (pp) and text generation (tg) in tokens per second, as llama-bench does.
 
-    -p, -n and -d take lists ("128,512") and ranges ("512-4096*2"), and may be repeated, as may -pg.
+    -p, -n and -d take lists ("128,512") and ranges ("512-4096*2"), and can be repeated, as can -pg.
     """
     if out and out.name in FORMATS:
         raise UsageError(f"-o {out} names a file here; llama-bench's -o {out} is --format {out}")

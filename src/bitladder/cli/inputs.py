@@ -238,8 +238,15 @@ def tasks_command(spec: str | None, out: pathlib.Path | None, task_count: int | 
 @click.option(
     "--sort", metavar="COLUMN", help="Sort by a column, largest first; -COLUMN reverses the order.  [default: by layer]"
 )
-@click.option("--kind", "kinds", multiple=True, help="Only tensors of this kind, such as attn_v; may be repeated.")
-@click.option("--format", "form", type=Choice(["table", "csv", "json", "md"]), default="table", show_default=True)
+@click.option("--kind", "kinds", multiple=True, help="Only tensors of this kind, such as attn_v. Can be repeated.")
+@click.option(
+    "--format",
+    "form",
+    type=Choice(["table", "csv", "json", "md"]),
+    default="table",
+    show_default=True,
+    help="Form in which the figures are printed.",
+)
 @click.option("--heatmap", metavar="COLUMN", help="Show a column as a map of layers × kinds instead of the table.")
 @click.option("--plot", type=OutputPath("plot"), help="Draw such a map to a .png (with bitladder[plot]) or .html file.")
 @click.option("--statistic", metavar="COLUMN", help="What --plot draws.  [default: sum; of two imatrices, change]")

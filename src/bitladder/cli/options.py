@@ -85,8 +85,6 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Function], Func
         kind = _path_type(about.writes)
     elif field.item is int and about.least is not None:
         kind = Whole(int(about.least), None if about.most is None else int(about.most))
-    if about.efforts:
-        shown += f" With --effort {', '.join(f'{name}: {_shown(value)}' for name, value in about.efforts.items())}."
     more: dict[str, Any] = {"type": kind, "metavar": about.metavar}
     if field.item is bool:
         more = {"is_flag": True} if all("/" not in flag for flag in about.flags) else {}
@@ -104,10 +102,14 @@ def _click_option(field: OptionField, default: Any) -> Callable[[Function], Func
     # None is handed on too: click takes False for a pair of flags without a default.
     if default is not dataclasses.MISSING:
         more["default"] = default
+    more["efforts"] = {name: _shown(field, value) for name, value in about.efforts.items() if value != default}
     return click.option(*about.flags, field.name, cls=GroupedOption, group=field.group, help=shown, **more)
 
 
-def _shown(value: Any) -> str:
+def _shown(field: OptionField, value: Any) -> str:
+    """A value that an option has at an effort, for `--help`."""
+    if value is None:
+        return field.option.unset or "none"
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
@@ -117,7 +119,7 @@ def _path_type(writes: Any) -> click.Path:
     return PLACE if writes is None else OutputPath(writes)
 
 
-threads = click.option("-t", "--threads", type=Whole(1), help="Threads.  [default: all CPUs]")
+threads = click.option("-t", "--threads", type=Whole(1), help="Threads of the CPU.  [default: all]")
 
 
 def warn_if_quantized(output: Output, option: str, path: pathlib.Path | None) -> None:
@@ -143,7 +145,7 @@ def calibrating(kind: str, default: str, added: str) -> Callable[[Function], Fun
     options = (
         click.option("-m", "--model", type=INPUT, help="Full-precision GGUF."),
         click.option(
-            "-f", "--file", "files", multiple=True, type=FileOrName(), help="Calibration text; may be repeated."
+            "-f", "--file", "files", multiple=True, type=FileOrName(), help="Calibration text. Can be repeated."
         ),
         click.option(
             "-o",
@@ -159,7 +161,7 @@ def calibrating(kind: str, default: str, added: str) -> Callable[[Function], Fun
             "in_files",
             multiple=True,
             type=INPUT,
-            help=f"{added} to add; may be repeated. Without -f, they are only merged.",
+            help=f"{added} to add. Can be repeated. Without -f, the files are only merged.",
         ),
     )
 

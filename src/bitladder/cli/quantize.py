@@ -11,7 +11,7 @@ import click
 from bitladder.cli import options as shared
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputPath, check_output, note_input
-from bitladder.cli.typed import INPUT, PLACE, Presets
+from bitladder.cli.typed import INPUT, PLACE, Presets, Whole
 from bitladder.engine import Decoding
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_file
@@ -84,7 +84,7 @@ def _written(params: Mapping[str, Any]) -> str:
     "--moments",
     multiple=True,
     type=INPUT,
-    help="Second moments of the same model, from bitladder calibrate. Several files are averaged.",
+    help="Second moments of the same model, from bitladder calibrate. Several files are averaged. Can be repeated.",
 )
 @shared.guard("rounded blocks must lower KLD")
 @options_from(GuardOptions, parameter="trying")
@@ -225,11 +225,11 @@ def _show_result(output: Output, result: "QuantizeResult", rounded: "RoundedQuan
     "--moments",
     type=INPUT,
     multiple=True,
-    help="The second moments that QUANT was made with, if it was made with --rounding.",
+    help="The second moments that QUANT was made with, if it was made with --rounding. Can be repeated.",
 )
 @click.option(
     "--sample",
-    type=click.IntRange(1),
+    type=Whole(1),
     metavar="N",
     help="Tensors of each quant, drawn at random, other ones each time.  [default: all]",
 )

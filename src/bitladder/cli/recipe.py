@@ -49,7 +49,8 @@ _model = click.option("-m", "--model", type=INPUT, help="The model's full-precis
     "--moments",
     type=INPUT,
     multiple=True,
-    help="Second moments (from bitladder calibrate). Types are then priced with the blocks of quantize --rounding.",
+    help="Second moments (from bitladder calibrate). Types are then priced with the blocks of quantize --rounding. "
+    "Can be repeated.",
 )
 @click.option(
     "--rounding",
@@ -83,7 +84,7 @@ _model = click.option("-m", "--model", type=INPUT, help="The model's full-precis
     type=FileOrName(),
     multiple=True,
     metavar="TEXT",
-    help=f"Text to measure on, passages of each; may be repeated.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]",
+    help=f"Text to measure on, passages of each. Can be repeated.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]",
 )
 @common_options
 @shared.effort

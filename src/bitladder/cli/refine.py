@@ -41,7 +41,7 @@ from bitladder.units import number_of
 )
 @options_from(SmoothingOptions)
 @click.option(
-    "-f", "--file", "text", type=FileOrName(), help="Text for a trial: prints the KLD of Q4_K_M before and after."
+    "-f", "--file", "text", type=FileOrName(), help="Text for a trial, which shows the KLD of Q4_K_M before and after."
 )
 @options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch", "device"))
 @common_options
@@ -111,7 +111,7 @@ def smooth_command(
 @click.option("-m", "--model", required=True, type=INPUT, help="The full-precision GGUF that QUANT was made from.")
 @click.option("-o", "--output", "out", required=True, type=OutputPath("quant"), help="GGUF to write.")
 @click.option(
-    "-f", "--file", "files", multiple=True, required=True, type=FileOrName(), help="Calibration text; may be repeated."
+    "-f", "--file", "files", multiple=True, required=True, type=FileOrName(), help="Calibration text. Can be repeated."
 )
 @options_from(TuneOptions, tune_chunks=64)
 @shared.guard("KLD must fall")

@@ -208,7 +208,7 @@ def card_command(run_dir: pathlib.Path, *, output: Output, repo: str | None) -> 
 @click.argument("folder", metavar="RUN_DIR", type=FOLDER)
 @click.argument("repo", metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Make the repository private, if it does not exist yet.")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files of this name. May be repeated.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out files of this name. Can be repeated.")
 @click.option("--dry-run", is_flag=True, help="List the files; send nothing.")
 @common_options
 def push_command(

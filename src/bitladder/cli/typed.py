@@ -3,7 +3,8 @@
 import pathlib
 import re
 import stat
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -100,11 +101,18 @@ INPUT, FOLDER, PLACE = InputPath(), InputPath(file=False, folder=True), InputPat
 
 
 class GroupedOption(click.Option):
-    """An option that stands under a heading of `--help`."""
+    """An option that stands under a heading of `--help`.
 
-    def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
+    Parameters:
+        group: the heading.
+        efforts: effort → the value that the option has there; a command with --effort shows it.
+    """
+
+    def __init__(
+        self, *args: Any, group: str = "", efforts: Mapping[str, str] = types.MappingProxyType({}), **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.group = group
+        self.group, self.efforts = group, efforts
 
 
 class _Helpful(click.Command):
@@ -118,6 +126,12 @@ class _Helpful(click.Command):
     def __init__(self, *args: Any, examples: Sequence[str] = (), page: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples, self.page = tuple(examples), page
+        if any(param.name == "effort" for param in self.params):
+            for param in self.params:
+                if isinstance(param, GroupedOption) and param.efforts:
+                    said, default, rest = (param.help or "").partition("  [default:")
+                    values = ", ".join(f"{name}: {value}" for name, value in param.efforts.items())
+                    param.help = f"{said} With --effort {values}.{default}{rest}"
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Examples, and where more is."""

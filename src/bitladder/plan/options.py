@@ -193,7 +193,6 @@ class RivalOptions(Options):
 
     simpler: bool = option(
         False,
-        "--rivals/--no-rivals",
         help="Measure recipes of simpler methods too: the preset moved by statistics, weighted error, greedy.",
         efforts={"high": True},
     )

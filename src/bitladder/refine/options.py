@@ -12,7 +12,7 @@ from bitladder.text import HELD_OUT
 
 @dataclasses.dataclass(frozen=True)
 class SmoothingOptions(Options):
-    """How channels are balanced and ordered, and how that is tried."""
+    """How channels are rescaled and ordered, and how that is tried."""
 
     GROUP = "Smoothing"
 
@@ -80,7 +80,7 @@ class TuneOptions(Options):
         "--tune-chunks",
         least=0,
         metavar="N",
-        help="Chunks of each calibration text for tuning. For run: 0 turns tuning off; ignored with --rounding stock.",
+        help="Chunks of each calibration text that scales are tuned on. With 0 they are not tuned.",
         efforts={"high": 64},
     )
     tune_rate: float = option(
