@@ -206,6 +206,7 @@ def test_a_run_that_does_not_fit_into_memory_is_refused(tiny_gguf, tmp_path, mon
     options = plain_options(model=str(tiny_gguf), out=tmp_path / "out", rungs=("Q8_0",), chunks=2)
     with pytest.raises(BitladderError, match=r"the step .* needs about .* GB of memory, and this machine has 0.1 GB"):
         run(options)
+    assert not options.out.exists()
 
 
 def options_of(*words, monkeypatch):

@@ -338,9 +338,18 @@ def test_a_gguf_is_used_where_it_is(options, fakes, tmp_path):
     assert not (given.out / "Elsewhere-F16.gguf").exists()
     assert (given.out / "Toy-64-Q8_0.gguf").read_bytes() == (options.out / "Toy-64-Q8_0.gguf").read_bytes()
     assert "not part of this repository" in (given.out / "README.md").read_text()
+    # Its checkpoint is the same model, and another checkpoint is not.
+    other = shutil.copytree(options.model, tmp_path / "Other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
+    before = contents(given.out)
+    with pytest.raises(UsageError, match=r"has the ladder of Elsewhere-F16.gguf, and Other converts to another file"):
+        run(given.replace(model=str(other)))
+    assert contents(given.out) == before and complete_manifest(given.out)[1].model == "Elsewhere-F16.gguf"
+    assert run(options.replace(out=given.out)).made == ("convert",)
     # In the run directory itself it is the model, and stays.
     inside = options.replace(model=str(options.out / "Toy-64-F16.gguf"))
-    assert list(run(inside).made) == ["convert"]
+    assert run(inside).made == () and run(options).made == ()
     assert (options.out / "Toy-64-F16.gguf").exists()
 
 
@@ -351,7 +360,9 @@ def test_another_model_does_not_take_the_directory(options, fakes, tmp_path):
     shutil.copytree(options.model, other)
     with (other / "model.safetensors").open("ab") as stream:
         stream.write(b"another")
-    with pytest.raises(UsageError, match=r"has the ladder of .*, whose weights are not those of Other; .*--replace"):
+    with pytest.raises(
+        UsageError, match=r"has the ladder of .*, and Other is another model \(model.safetensors differs\); .*--replace"
+    ):
         run(options.replace(model=str(other)))
     assert contents(options.out) == before
     # The same weights under another name are the same model; so is its full-precision file, wherever it lies.
@@ -360,7 +371,17 @@ def test_another_model_does_not_take_the_directory(options, fakes, tmp_path):
     assert "quantize Q8_0" not in run(options.replace(model=str(same))).made
     moved = tmp_path / "moved.gguf"
     moved.write_bytes((options.out / "Toy-64-F16.gguf").read_bytes())
-    assert list(run(options.replace(model=str(moved), outtype="auto")).made) == ["convert"]
+    record = json.loads((options.out / "ladder.json").read_text())["run"]
+    assert run(options.replace(model=str(moved), outtype="auto")).made == ()
+    assert json.loads((options.out / "ladder.json").read_text())["run"]["model"] == record["model"]
+    assert run(options.replace(model=str(same))).made == ()
+    # Another configuration with the same weights is another model. What is said about a model is not.
+    (same / "README.md").write_text("A better description.")
+    assert "quantize Q8_0" not in run(options.replace(model=str(same))).made
+    config = json.loads((same / "config.json").read_text())
+    (same / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
+    with pytest.raises(UsageError, match=r"Same is another model \(config.json differs\)"):
+        run(options.replace(model=str(same)))
     result = run(options.replace(model=str(other), replace_model=True))
     assert "quantize Q8_0" in result.made
     assert "--replace" not in json.loads((options.out / "ladder.json").read_text())["run"]["command"]

@@ -83,24 +83,28 @@ def _check_conversion(conversion: ConvertOptions, source: Source, progress: Prog
 def refuse_other_model(options: RunOptions, source: Source, store: Store) -> None:
     """Refuses a run directory with the ladder of another model, unless --replace is given.
 
-    A model is the same if its weights are the same files, or if it is the full-precision GGUF of the ladder.
+    A model is the same if its files are, texts about it aside, or if it is the full-precision GGUF of the ladder. Of
+    the checkpoint of a ladder that was made of a GGUF this is found when it is converted (`steps.convert`).
 
     Raises UsageError that names both models.
     """
     convert = store.manifest.steps.get("convert")
-    if convert is None or options.replace_model:
+    if convert is None or options.replace_model or source.is_full_model_of(convert, store):
         return
-    known = set(_weights(convert.inputs["model"])) | {output.sha256 for output in convert.outputs}
-    if not known & set(_weights(source.digest(store))):
-        raise UsageError(
-            f"--out {options.out} has the ladder of {convert.inputs['model']['name']}, whose weights are not those of "
-            f"{source.name}; name another directory, or give --replace to replace that ladder"
-        )
+    before, now = _deciding(convert.inputs["model"]), _deciding(source.digest(store))
+    if before == now or (not source.is_gguf and not convert.outputs):
+        return
+    differing = next(name for name in sorted({**before, **now}) if before.get(name) != now.get(name))
+    raise UsageError(
+        f"--out {options.out} has the ladder of {convert.inputs['model']['name']}, and {source.name} is another model "
+        f"({differing} differs); name another directory, or give --replace to replace that ladder"
+    )
 
 
-def _weights(digest: Mapping[str, Any]) -> list[str]:
-    """The content hashes of the files of a model that hold weights."""
-    return [sha for name, sha in digest["files"].items() if name.endswith((".safetensors", ".bin", ".gguf"))]
+def _deciding(digest: Mapping[str, Any]) -> dict[str, str]:
+    """The content hashes of the files of a model, without texts about it and the template of conversations."""
+    about = ("README.md", "generation_config.json")
+    return {name: sha for name, sha in digest["files"].items() if name not in about and not name.endswith(".jinja")}
 
 
 def check_texts(steps: Sequence[Step], texts: TextsOfRun) -> None:

@@ -23,7 +23,7 @@ from bitladder.ladder.options import RunOptions, choose_rungs, command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import Other, Source, describe, find_others, locate
 from bitladder.ladder.steps.step import Extent, Step, TextsOfRun
-from bitladder.ladder.store import open_store
+from bitladder.ladder.store import Store, open_store
 from bitladder.ladder.tracker import Pace, Tracker, Watch
 from bitladder.progress import SILENT, Progress
 from bitladder.rundir import Layout, RunRecord, load_manifest, naive
@@ -108,7 +108,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
             due = context.due()
             pace.keep(due)
             expect([step for step in steps if step.name in due], extent, options, progress)
-            store.begin(run_record(options, source, others, store.manifest.run))
+            store.begin(run_record(options, recorded_as(source, store), others, store.manifest.run))
             if left_out:
                 names = ", ".join(left_out)
                 them = "it" if len(left_out) == 1 else "them"
@@ -164,6 +164,14 @@ def tell(tracker: Tracker, step: Step, layout: Layout) -> None:
         tracker.rung_scored(step.rung, read_json(layout.measured(step.rung)))
     elif step.rung and step.verb == "naive":
         tracker.rung_scored(step.rung, read_json(layout.measured(naive(step.rung))), "plain preset")
+
+
+def recorded_as(source: Source, store: Store) -> Source:
+    """The model as the record names it: the checkpoint of the ladder, if it is the file that the ladder made of it."""
+    convert, last = store.manifest.steps.get("convert"), store.manifest.run
+    if convert is None or last is None or not convert.outputs or not source.is_full_model_of(convert, store):
+        return source
+    return dataclasses.replace(source, name=last.model, model_id=last.model_id)
 
 
 def run_record(options: RunOptions, source: Source, others: list[Other], last: RunRecord | None) -> RunRecord:

@@ -17,7 +17,7 @@ from bitladder.gguf import GgufFile, open_model, plain_path, prediction_tensors
 from bitladder.hub import Fetched, fetch
 from bitladder.ladder.store import Store
 from bitladder.progress import Progress
-from bitladder.rundir import NAIVE
+from bitladder.rundir import NAIVE, StepRecord
 
 # Files of a checkpoint that a converter can read. The .bin files count only if there is no safetensors file.
 READ = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "README.md", "*/*.jinja")
@@ -55,6 +55,13 @@ class Source:
         if not any(path.suffix == ".safetensors" for path in paths):
             paths |= set(self.path.glob(READ_OLD))
         return {path.relative_to(self.path).as_posix(): path for path in sorted(paths)}
+
+    def is_full_model_of(self, convert: StepRecord, store: Store) -> bool:
+        """Whether it is the full-precision GGUF of a ladder, whose step `convert` has this record."""
+        if not self.is_gguf:
+            return False
+        (sha256,) = self.digest(store)["files"].values()
+        return sha256 in {convert.facts["sha256"], *(output.sha256 for output in convert.outputs)}
 
     def digest(self, store: Store) -> dict[str, Any]:
         """The model's name (converters put it into the file) and the content hashes of its files."""

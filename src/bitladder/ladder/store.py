@@ -41,6 +41,11 @@ class Store:
         if last is None or last.model_copy(update={"complete": False}) != run:
             self._reopen(run)
 
+    def withdraw(self) -> None:
+        """Takes the record of a run that is refused back. The last one that was complete, if any, counts again."""
+        self.manifest.run, self.manifest.before = self.manifest.before, None
+        self._save()
+
     def finish(self) -> None:
         """Records that all steps of the run are complete, and removes what unfinished steps left."""
         run = self.manifest.run
@@ -196,10 +201,20 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if old == new:
             continue
         if name in ("options", "versions") and isinstance(old, Mapping) and isinstance(new, Mapping):
-            names += [f"{name.removesuffix('s')} {part}" for part in {**old, **new} if old.get(part) != new.get(part)]
+            parts = [part for part in {**old, **new} if old.get(part) != new.get(part)]
+            if before.keys() != now.keys():  # what a list of options has for steps that were added is told with these
+                parts = [part for part in parts if not _grew(old.get(part), new.get(part))]
+            names += [f"{name.removesuffix('s')} {part}" for part in parts]
         else:
             names.append(name)
     return names
+
+
+def _grew(old: Any, new: Any) -> bool:
+    """Whether one of two lists has all that the other one has."""
+    if not (isinstance(old, list) and isinstance(new, list)):
+        return False
+    return all(part in new for part in old) or all(part in old for part in new)
 
 
 @contextlib.contextmanager
@@ -207,6 +222,8 @@ def open_store(
     folder: pathlib.Path, *, keep: pathlib.Path | None = None, progress: Progress = SILENT
 ) -> Iterator[Store]:
     """Opens or creates a run directory under its lock, and removes temporary files of a killed run.
+
+    A run that is refused before it begins leaves no directory.
 
     Parameters:
         folder: the directory.
@@ -217,6 +234,7 @@ def open_store(
         UsageError: the directory has files that are not of a run.
         BitladderError: another run is at work there, or the manifest is damaged.
     """
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -224,14 +242,23 @@ def open_store(
     except OSError as error:
         kind = UsageError if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES) else BitladderError
         raise kind(f"--out {folder} cannot be made: {error.strerror}") from error
-    with locked(folder):
-        manifest = load_manifest(folder)
-        if manifest is None:
-            _refuse_strangers(folder, keep)
-            manifest = Manifest()
-            manifest.save(folder)
-        _sweep(folder)
-        yield Store(folder, manifest, progress)
+    try:
+        with locked(folder):
+            manifest = load_manifest(folder)
+            if manifest is None:
+                _refuse_strangers(folder, keep)
+                manifest = Manifest()
+                manifest.save(folder)
+            _sweep(folder)
+            try:
+                yield Store(folder, manifest, progress)
+            finally:
+                if manifest.run is None and not manifest.steps:
+                    Layout(folder).manifest.unlink(missing_ok=True)
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it has files of a run that began
+                folder.rmdir()
 
 
 def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:

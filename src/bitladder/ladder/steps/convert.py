@@ -1,9 +1,12 @@
 """The step that converts the checkpoint; a GGUF given as MODEL is used where it is."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from bitladder import convert
+from bitladder.errors import UsageError
+from bitladder.files import sha256_file
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.source import check_headers, describe
@@ -60,6 +63,14 @@ class Convert(Step):
         """The full-precision file."""
         return Room(extent.converted)
 
+    def inputs(self, run: Run, digests: Mapping[str, Any]) -> dict[str, Any]:
+        """As of every step. If MODEL is the file that the step wrote, the step stays as it is."""
+        last = run.store.manifest.steps.get(self.name)
+        own = last and last.outputs and run.source.is_full_model_of(last, run.store)
+        if last and own and run.store.complete(self.name, last.inputs):
+            return last.inputs
+        return super().inputs(run, digests)
+
     def make(self, run: Run) -> Product:
         """Converts. The facts describe the model for later steps and the card."""
         return self._used_in_place(run) if run.source.is_gguf else self._converted(run)
@@ -68,6 +79,18 @@ class Convert(Step):
         """Refuses files of --compare that are of another model, before hours of work."""
         for other in run.others.values():
             check_headers(other, run.full)
+
+    def _refuse_other_model(self, run: Run, converted: pathlib.Path) -> None:
+        """Refuses a checkpoint that is not that of the GGUF of which the ladder was made."""
+        last = run.store.manifest.steps.get(self.name)
+        if last is None or last.outputs or run.options.replace_model:
+            return
+        if sha256_file(converted) != last.facts["sha256"]:
+            run.store.withdraw()
+            raise UsageError(
+                f"--out {run.options.out} has the ladder of {last.facts['file']}, and {run.source.name} converts to "
+                f"another file; name another directory, or give --replace to replace that ladder"
+            )
 
     def _used_in_place(self, run: Run) -> Product:
         path = run.source.path
@@ -87,6 +110,7 @@ class Convert(Step):
                 progress=run.progress,
             )
             facts = describe(hidden)
+            self._refuse_other_model(run, hidden)
             path = run.layout.full(facts["stem"], facts["encoding"])
             hidden.replace(path)
             paths = [path]

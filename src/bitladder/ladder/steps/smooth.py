@@ -8,7 +8,7 @@ from bitladder.ladder.context import Run
 from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
 from bitladder.refine import SMOOTHING, ModelFiles, SmoothingError, smooth_model
 
-BALANCE, WRITE = 3e-9, 3e-9  # seconds for each weight
+RESCALE, WRITE = 3e-9, 3e-9  # seconds for each weight
 
 
 class Smooth(Step):
@@ -29,7 +29,7 @@ class Smooth(Step):
     def parts(self, extent: Extent) -> list[Part]:
         """Reading and writing the model."""
         weights = extent.shape.weights
-        return [Part("balance", BALANCE * weights, rate="blas"), Part("write the smoothed", WRITE * weights)]
+        return [Part("rescale", RESCALE * weights, rate="blas"), Part("write the smoothed", WRITE * weights)]
 
     def memory(self, extent: Extent) -> float:
         """The matrices of a block as float32, or second moments of the widest input."""
