@@ -71,6 +71,15 @@ def test_a_mistyped_path_without_a_network(words, tiny_gguf, capsys, tmp_path, m
     assert "Errno" not in error and not (tmp_path / "d" / "ladder.json").exists()
 
 
+def test_no_line_of_huggingface_hub_reaches_the_terminal():
+    """Without a network it would write two lines for each attempt before our error. It reads its level when imported."""
+    asked = "import logging, sys; from bitladder.cli import invoke; invoke(['tasks']); "
+    asked += "assert 'huggingface_hub' not in sys.modules; import huggingface_hub.utils; "
+    asked += "huggingface_hub.utils.logging.get_logger('huggingface_hub.utils._http').warning('thrown, retrying')"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout and done.stderr == ""
+
+
 def test_a_quant_is_warned_of_where_full_precision_is_meant(tiny_gguf, capsys, tmp_path):
     quant, out = str(tmp_path / "quant.gguf"), str(tmp_path / "imatrix.gguf")
     assert invoke(["quantize", "Q4_0", "-m", str(tiny_gguf), "-o", quant]) == 0

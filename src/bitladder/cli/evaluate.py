@@ -125,8 +125,6 @@ def compare_command(
     MODEL is a GGUF file, or one of the hub: OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf. The table marks files that were
     made from another model or checkpoint than --base.
     """
-    output.tame_hub()
-    # Imported here, after the bars of the hub were hidden.
     from bitladder.hub import fetch
 
     full = fetch(base, "--base")

@@ -86,7 +86,6 @@ def doctor_command(*, output: Output, model: str, options: ConvertOptions) -> in
     from bitladder.ladder import RunOptions, diagnose, estimate
     from bitladder.show import diagnosis_json, diagnosis_table
 
-    output.tame_hub()
     diagnosis, cost = diagnose(model, options, progress=output.progress), None
     if diagnosis.works and diagnosis.shape is not None:
         cost = estimate(RunOptions(model, pathlib.Path("ladder"), conversion=options), shape=diagnosis.shape)
@@ -153,7 +152,6 @@ def fetch_text(*, output: Output, name: str, folder: pathlib.Path) -> None:
     """Download the texts NAME from the hub, for example wikitext-2, and check that they are the published ones."""
     from bitladder.hub import fetch_texts
 
-    output.tame_hub()
     paths = fetch_texts(name, folder, output.progress)
     if output.json:
         output.print_json([str(path) for path in paths])

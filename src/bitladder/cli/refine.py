@@ -152,7 +152,7 @@ def tune_command(
         before, after, gap = tuned.before, tuned.after, tuned.difference
         output.line(
             f"held-out text: KLD {before.value:.5f} ± {before.error:.5f} before, {after.value:.5f} ± {after.error:.5f} "
-            f"tuned (difference {gap.value:+.5f} ± {gap.error:.5f}, paired)"
+            f"tuned (difference {gap.value:+z.5f} ± {gap.error:.5f}, paired)"
         )
     else:
         output.line("not checked on held-out text (--guard none)")

@@ -39,7 +39,6 @@ def run_command(*, output: Output, options: RunOptions, hours: float | None) -> 
     from bitladder.show import RunDisplay, ladder_table, next_steps
 
     check_folder(options.out, Layout(options.out).written_by_runs(), but=("model",))
-    output.tame_hub()
     options = within_hours(options, hours)
     if hours is not None:
         output.progress.info(f"--hours {hours:g}: effort {options.effort}")
@@ -83,7 +82,6 @@ def estimate_command(*, output: Output, options: RunOptions, hours: float | None
     from bitladder.ladder import estimate
     from bitladder.show import estimate_lines, estimate_table
 
-    output.tame_hub()
     options = within_hours(options, hours)
     total = estimate(options)
     if output.json:
@@ -187,7 +185,7 @@ def card_command(run_dir: pathlib.Path, *, output: Output, repo: str | None) -> 
     check_output(layout.report, "report")
     if repo is not None:
         check_repository(repo)
-        publish.name_repository(run_dir, repo)
+        publish.record_repository(run_dir, repo)
     written = [(layout.card, write_card(run_dir)), (layout.report, write_report(run_dir))]
     if output.json:
         output.print_json([{"path": str(path), "changed": changed} for path, changed in written])
@@ -246,7 +244,6 @@ def push_command(
         return
     from bitladder.hub import upload
 
-    output.tame_hub()
     if not publish.name_repository(folder, repo):
         output.progress.warn(
             f"README.md was edited, so its commands do not name {repo}; `bitladder card {folder}` writes it again"

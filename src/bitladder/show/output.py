@@ -80,6 +80,7 @@ class Output:
         from rich.console import Console
 
         self.json, self.quiet, self.verbose = json, quiet, verbose
+        _tame_hub(quiet)
         # A file or a pipe has no width unless COLUMNS gives one, so its tables are as wide as necessary.
         # Without a standard output (>&-) there is nobody to print to.
         sys.stdout, sys.stderr = sys.stdout or _null(), sys.stderr or _null()
@@ -115,15 +116,6 @@ class Output:
         """Characters of a line of stdout. A file or a pipe has long lines."""
         return self._stdout.width
 
-    def tame_hub(self) -> None:
-        """Hides huggingface_hub's bars if ours are hidden, and its remarks on each attempt without a network.
-
-        Must be called before huggingface_hub is imported.
-        """
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        if self.quiet or not sys.stderr.isatty():
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
     def print_json(self, value: Any) -> None:
         """Prints a value as indented JSON on stdout."""
         self.line(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
@@ -140,6 +132,16 @@ class Output:
         """Prints a rich table or a line on stderr unless quiet, for a person who watches the work."""
         if not self.quiet:
             self._stderr.print(renderable, markup=False, crop=False, soft_wrap=isinstance(renderable, str))
+
+
+def _tame_hub(quiet: bool) -> None:
+    """Hides huggingface_hub's bars if ours are hidden, and its remarks on each attempt without a network.
+
+    huggingface_hub reads these variables when it is imported, which every command does after it has its output.
+    """
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _null() -> TextIO:

@@ -171,7 +171,7 @@ def link_scales(
     """
     scales = []
     total = sum(file.tensors[name].elements for link in links for name in link.readers)
-    with progress.task("balance channels", total) as task:
+    with progress.task("rescale channels", total) as task:
         for link in links:
             importance = link_importance(imatrix, link)
             assert importance is not None
