@@ -18,7 +18,7 @@ from bitladder.convert import convert
 from bitladder.engine import Context, Decoding, Model, log, type_by_name
 from bitladder.engine.activations import rounded
 from bitladder.engine.cpu_kernels import input_type
-from bitladder.errors import UsageError
+from bitladder.errors import BitladderError, UsageError
 from bitladder.ladder import run
 from bitladder.plan import (
     Constraints,
@@ -34,12 +34,15 @@ from bitladder.plan import (
     load_prices,
     memory_beside_weights,
 )
+from bitladder.plan.feedback import FeedbackResult, TriedRecipe
 from bitladder.plan.options import LawOptions
+from bitladder.plan.planner import refuse_unmet
 from bitladder.plan.prices.menu import measured_speeds, menu_types, within_speed
 from bitladder.plan.subject import Subject
 from bitladder.quantize import quantize
 from bitladder.recipe import read_recipe
 from bitladder.text import builtin_text, excerpts, load_text
+from bitladder.trial import Measurement
 
 SETTINGS = ev.MeasureOptions(n_ctx=64, chunks=3, threads=1)
 DECODING = PlanDecoding(n_ctx=64, threads=1)
@@ -231,6 +234,10 @@ def test_errors_are_one_line(arguments, words, message, capsys):
         (["--bpw", "5", "--min-speed", "0"], "--min-speed"),
         (["--bpw", "5", "--chunks", "1"], "--chunks"),
         (["--bpw", "5", "--floor", "attn_q"], "--floor attn_q"),
+        (["--bpw", "5", "--min-speed", "1e9"], "no allocation is predicted to generate at least 1e+09 tokens/s"),
+        (["--kld", "0"], "--kld is 0; give a divergence above 0"),
+        (["--kld", "-1"], "--kld is -1; give a divergence above 0"),
+        (["--like", "Q4_0", "--menu", "q8_0"], "--menu q8_0: no allocation fits into"),  # though the preset would
     ],
 )
 def test_what_is_given_is_never_taken_for_a_default(arguments, words, message, capsys):
@@ -338,6 +345,26 @@ def test_a_run_keeps_the_best_recipe_and_says_what_was_tried(small, tmp_path):
         assert {f"plan {added}", f"quantize {added}"} <= set(more.made)
         assert {path: path.read_bytes() for path in before} == before
         rungs = (*rungs, added)
+
+
+def test_a_divergence_that_no_recipe_has_is_no_recipe(arguments, tmp_path, capsys):
+    out = tmp_path / "r.toml"
+    words = ["--menu", "q4_0,q8_0", "--probe-tokens", "1000", "--judge-chunks", "0", "--effort", "fast"]
+    assert invoke([*arguments, *words, "--kld", "1e-9", "-o", str(out)]) == 1 and not out.exists()
+    said = capsys.readouterr().err
+    assert "KLD 1e-09: every tensor would stay as it is; give a larger --kld" in said
+
+
+def test_a_divergence_that_was_promised_but_not_measured_is_refused():
+    full, types = {"a": "f16"}, {"a": "q4_0"}
+    tried = [
+        TriedRecipe("exact", of, 1, None, Measurement(of, (kld,), (0.0,), 1))
+        for of, kld in ((types, 0.02), (full, 0.0))
+    ]
+    result = FeedbackResult(tried[0], tuple(tried), None, None, None)
+    refuse_unmet(Target("KLD 0.02", max_kld=0.02), result, full)
+    with pytest.raises(BitladderError, match="KLD 0.01: 1 recipe had more .* 0.02 nats. Try --kld 0.022"):
+        refuse_unmet(Target("KLD 0.01", max_kld=0.01), result, full)
 
 
 def test_menus():

@@ -25,7 +25,7 @@ class TargetOptions(Options):
         None, "--size", metavar="SIZE", help="Least KLD in at most this file size (3.7GiB, 900MB, bytes)."
     )
     bpw: float | None = option(None, "--bpw", metavar="BITS", help="Least KLD in at most this many bits per weight.")
-    kld: float | None = option(None, "--kld", least=0, metavar="NATS", help="Smallest file of at most this KLD.")
+    kld: float | None = option(None, "--kld", metavar="NATS", help="Smallest file of at most this KLD.")
     vram: str | None = option(
         None,
         "--vram",

@@ -15,10 +15,10 @@ from bitladder.evaluate import HiddenBase, MeasureOptions
 from bitladder.files import Closing
 from bitladder.keys import key_of, versions_of
 from bitladder.plan.allocate.problem import Problem
-from bitladder.plan.feedback import Feedback, PlanProblem
+from bitladder.plan.feedback import Feedback, FeedbackResult, PlanProblem
 from bitladder.plan.options import PlanOptions
 from bitladder.plan.prices.document import PricedFrom, TypePrices, load_prices
-from bitladder.plan.prices.menu import Window, in_order, measured_speeds, menu_types, tensor_menu, within_speed
+from bitladder.plan.prices.menu import MENUS, Window, in_order, measured_speeds, menu_types, tensor_menu, within_speed
 from bitladder.plan.prices.price import FISHER_PRICES, PRICES, PriceSource, price, price_by_gradients
 from bitladder.plan.result import PlanResult
 from bitladder.plan.subject import Preset, Prices, Subject, limits_of, menus_of
@@ -28,7 +28,7 @@ from bitladder.refine import OutputRounding, refuse_other_moments
 from bitladder.rounding import RoundingOptions
 from bitladder.text import Text, excerpts
 from bitladder.trial import Journal, Measurements, Renderer, SwappedModel, kept_base, measurement_inputs
-from bitladder.units import some_of
+from bitladder.units import number_of, some_of
 
 RENDERED = "rendered"  # folder of the rendered blocks in the work folder
 
@@ -213,13 +213,20 @@ class Planner(Closing):
         return 8 * max(target.max_bytes - self.subject.header_bytes(), 0) / self.subject.weights()
 
     def check_reachable(self, target: Target, preset: Preset | None = None) -> None:
-        """Refuses a target that no recipe meets, before anything is measured.
+        """Refuses a target that no recipe of the menu meets, before anything is measured.
 
-        Raises BitladderError that gives the smallest possible size and the constraints behind it.
+        With a menu of named types, those of the preset do not count: nobody asked for them.
+
+        Raises UsageError that gives the smallest possible size and the constraints behind it.
         """
-        menus = self.menus(self.window(self._bpw(target)), *(() if preset is None else (preset,)))
+        named = self.options.menu not in MENUS
+        menus = self.menus(self.window(self._bpw(target)), *(() if preset is None or named else (preset,)))
         free = {name: dict.fromkeys((kind.name for kind in menu), 0.0) for name, menu in menus.items()}
-        target.solve(self.build(free))
+        try:
+            target.solve(self.build(free))
+        except BitladderError as error:
+            menu = f"--menu {self.options.menu}: " if named else ""
+            raise UsageError(f"{menu}{error}") from error
 
     def prices_for(self, target: Target, preset: Preset | None = None) -> TypePrices:
         """Prices of all types near a target: the kept ones if they are valid and complete, else new ones."""
@@ -304,6 +311,8 @@ class Planner(Closing):
             feedback = loop.run(others | dict(rivals or {}), self.progress)
             problem, allocation, types = feedback.problem, feedback.allocation, feedback.best.types
             tokens = measurements.tokens
+            if target.max_kld is not None:
+                refuse_unmet(target, feedback, self.full_types())
         whole, nbytes = self.subject.complete(self.full_types() | dict(types))
         return PlanResult(
             types=whole,
@@ -316,4 +325,20 @@ class Planner(Closing):
             text=self.text.name,
             tokens=tokens,
             seconds=time.monotonic() - began,
+        )
+
+
+def refuse_unmet(target: Target, feedback: FeedbackResult, full: Mapping[str, str]) -> None:
+    """Refuses a largest KLD that no recipe was measured to keep, or that leaves every tensor as it is.
+
+    Raises BitladderError that says what can be had.
+    """
+    klds = [recipe.measured.kld for recipe in feedback.tried if recipe.types != full]
+    if not klds or feedback.best.types == full:
+        raise BitladderError(f"{target.text}: every tensor would stay as it is; give a larger --kld")
+    if target.max_kld is not None and min(klds) > target.max_kld:
+        tried = number_of(len(klds), "recipe")
+        raise BitladderError(
+            f"{target.text}: {tried} had more when measured, at least {min(klds):.3g} nats. Try --kld "
+            f"{1.1 * min(klds):.2g}"
         )

@@ -82,7 +82,7 @@ def target_of(options: TargetOptions, subject: Subject, decoding: PlanDecoding) 
         return Target(f"like {options.like.upper()}", max_bytes=preset.bytes), preset
     if options.kld is not None:
         if not 0 < options.kld < math.inf:
-            raise UsageError(f"--kld is {options.kld}; give a divergence above 0, in nats per token, such as 0.01")
+            raise UsageError(f"--kld is {options.kld:g}; give a divergence above 0, in nats per token, such as 0.01")
         return Target(f"KLD {options.kld:g}", max_kld=options.kld), None
     text = f"{way} {getattr(options, way)}"
     if options.size is not None:
@@ -141,6 +141,6 @@ def vram_bytes(vram: int, beside: int, text: str) -> int:
     """Bytes that are left for a file. Raises UsageError if the buffers alone are too large."""
     if beside >= vram:
         raise UsageError(
-            f"{text}: the KV cache and the compute buffers alone take {beside / 2**20:.0f} MiB; use a smaller --context"
+            f"{text}: the KV cache and the compute buffers alone take {size_text(beside)}; use a smaller --context"
         )
     return vram - beside

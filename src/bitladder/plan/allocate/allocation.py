@@ -190,8 +190,8 @@ def no_allocation(problem: Problem, choices: Choices) -> BitladderError:
     fastest = solve(choices, choices.seconds, [], problem.max_types)
     assert fastest is not None and problem.max_seconds is not None  # without a limit on time there is an allocation
     return BitladderError(
-        f"no allocation is predicted to take at most {problem.max_seconds:.4g} s per token: the fastest takes"
-        f" {total(choices.seconds, fastest.chosen):.4g} s{_with(problem)}"
+        f"no allocation is predicted to generate at least {1 / problem.max_seconds:,.4g} tokens/s: the fastest has"
+        f" {1 / total(choices.seconds, fastest.chosen):,.4g}{_with(problem)}"
     )
 
 

@@ -9,6 +9,7 @@ from bitladder.engine import TensorType, all_types, bytes_per_second, kernel_nee
 from bitladder.errors import BitladderError, UsageError, did_you_mean
 from bitladder.gguf import TensorInfo
 
+MENUS = ("k", "iq", "all", "fast")  # menus with a name
 Menus = Mapping[str, Sequence[TensorType]]  # tensor → types, ascending in bits per weight
 
 
