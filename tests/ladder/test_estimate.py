@@ -23,6 +23,7 @@ from bitladder.ladder import Machine, RunOptions, choose_effort, cost, diagnose,
 from bitladder.ladder.estimate import measure_machine, shape_of
 from bitladder.ladder.options import command_line
 from bitladder.options import Effort
+from bitladder.quantize import quantize
 from bitladder.rundir import Layout
 from bitladder.text import load_text
 
@@ -166,7 +167,10 @@ def test_the_command(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_has_no_cost_is_refused(tmp_path):
+def test_what_has_no_cost_is_refused(tiny_gguf, tmp_path):
+    quantize(tiny_gguf, tmp_path / "q.gguf", "Q8_0")
+    with pytest.raises(BitladderError, match=r"q.gguf is quantized already \(token_embd.weight is q8_0\)"):
+        estimate(plain_options(model=str(tmp_path / "q.gguf"), rungs=("Q4_K_M",)))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BitladderError, match="config.json has no hidden_size"):
         shape_of(str(tmp_path))

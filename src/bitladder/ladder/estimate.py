@@ -243,14 +243,14 @@ def shape_of(model: str) -> ModelShape:
     """The shape of a model: a GGUF, the directory of a checkpoint (or of a config.json), or either on the hub, of which
     only headers are fetched.
 
-    Raises BitladderError if there is no such model, or its shape is not known.
+    Raises BitladderError if there is no such model, its shape is not known, or it is quantized already.
     """
     path = pathlib.Path(model)
     if path.is_file():
-        return shape_of_gguf(path)
+        return shape_of_gguf(path, model)
     if hub.names_file(model):
         with tempfile.TemporaryDirectory(prefix="bitladder.") as folder:
-            return shape_of_gguf(outline_of_gguf(model, pathlib.Path(folder)))
+            return shape_of_gguf(outline_of_gguf(model, pathlib.Path(folder)), model)
     return shape_of_checkpoint(model, path if path.is_dir() else None)
 
 

@@ -119,10 +119,29 @@ class ModelShape:
         return max([self.head, *(matrix.rows * matrix.width for matrix in self.matrices)])
 
 
-def shape_of_gguf(path: pathlib.Path) -> ModelShape:
-    """The shape of a GGUF, of which only the header is read. Raises BitladderError if it is not a model."""
+def shape_of_gguf(path: pathlib.Path, full: str | None = None) -> ModelShape:
+    """The shape of a GGUF, of which only the header is read.
+
+    Parameters:
+        path: the file.
+        full: what the file is called where it must be in full precision; None if it may be quantized.
+
+    Raises:
+        BitladderError: it is not a model, or is quantized already.
+    """
     with open_model(path) as file:
+        if full is not None:
+            refuse_quantized(file, full)
         return _of_open_gguf(file)
+
+
+def refuse_quantized(file: GgufFile, name: str) -> None:
+    """Refuses a model that is quantized already. Raises BitladderError that names a tensor of it."""
+    quantized = next((tensor for tensor in file.tensors.values() if tensor.type.quantized), None)
+    if quantized is not None:
+        raise BitladderError(
+            f"{name} is quantized already ({quantized.name} is {quantized.type.name}); start from F16, BF16 or F32"
+        )
 
 
 def outline_of_gguf(model: str, folder: pathlib.Path) -> pathlib.Path:

@@ -15,6 +15,7 @@ from bitladder.evaluate import Scores
 from bitladder.files import file_name
 from bitladder.gguf import GgufFile, open_model, plain_path, prediction_tensors
 from bitladder.hub import Fetched, fetch
+from bitladder.ladder.model_shape import refuse_quantized
 from bitladder.ladder.store import Store
 from bitladder.progress import Progress
 from bitladder.rundir import NAIVE, StepRecord
@@ -103,12 +104,9 @@ def describe(path: pathlib.Path) -> dict[str, Any]:
         BitladderError: the model is quantized already, or has no weights.
     """
     with open_model(path) as file:
+        refuse_quantized(file, str(path))
         weights: dict[str, int] = {}
         for tensor in file.tensors.values():
-            if tensor.type.quantized:
-                raise BitladderError(
-                    f"{path} is quantized already ({tensor.name} is {tensor.type.name}); start from F16, BF16 or F32"
-                )
             if len(tensor.shape) > 1:
                 weights[tensor.type.name] = weights.get(tensor.type.name, 0) + tensor.elements
         if not weights:

@@ -4,7 +4,6 @@ best so far while it works, and its ladder.
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from rich.text import Text
 
 from bitladder.gguf import ranges
 from bitladder.ladder import Diagnosis, Estimate, WidthMisfit, in_words
-from bitladder.report import FinishedRun, RunModel, UnfinishedRun, tables, with_error, worth_their_size
+from bitladder.report import FinishedRun, RunModel, UnfinishedRun, tables, with_error
 from bitladder.show.output import Output
 from bitladder.show.scatter import Point, scatter
 from bitladder.show.table import Column, Table, figures
@@ -29,8 +28,8 @@ LEGEND = {
     "third-party": "† by others",
 }
 ON_FRONT = "▸"
-MEMORIES = (8, 16, 24)  # GB, for which a run recommends a rung
 # Figures of the report's table → headings in the terminal, and the rank by which they give way in narrow ones.
+SHORTEST = 10  # seconds that are told apart in an estimate
 HEADS = {"PPL": ("PPL", 2), "ρPPL": ("ρPPL", 6), "KLD": ("KLD", 0), "RMS Δp": ("RMS Δp", 4)}
 HEADS |= {"Same top token": ("same top", 3), tables.GAIN: (tables.GAIN, 5)}
 
@@ -138,51 +137,6 @@ def ladder_table(run: FinishedRun) -> Table:
     return table
 
 
-def next_steps(run: FinishedRun) -> list[str]:
-    """What comes after a run: its pages, the rung for usual memories, and the commands that show and publish it."""
-    layout = run.layout
-    folder = shlex.quote(str(layout.folder))
-    lines = [f"card: {layout.card}", f"report: {layout.report}"]
-    if run.usual_context is not None:
-        lines += _for_memories(run, run.usual_context)
-    lines += [f"show: bitladder show {folder}", f"publish: bitladder push {folder} OWNER/NAME"]
-    return lines + deletable(run)
-
-
-def _for_memories(run: FinishedRun, context: int) -> list[str]:
-    """The largest rung that is worth its size and fits each memory with a context of so many tokens."""
-    worth = worth_their_size([(rung.label, rung.scores) for rung in run.rungs])
-    rungs = [rung for rung in run.rungs if rung.label in worth]
-    lines, chosen = list[str](), dict[str, list[int]]()
-    for memory in MEMORIES:
-        fitting = [rung for rung in rungs if rung.scores.bytes + run.beside[context] <= memory * 10**9]
-        if fitting:
-            chosen.setdefault(fitting[-1].label, []).append(memory)
-        else:
-            lines.append(f"for {memory} GB: no rung with a context of {context} tokens")
-    for rung in rungs:
-        if memories := chosen.get(rung.label):
-            sizes = " or ".join(", ".join(map(str, memories)).rsplit(", ", 1))
-            file = shlex.quote(str(run.layout.model(rung.scores.model)))
-            lines.append(f"for {sizes} GB: {rung.label}, llama-server -m {file} -c {context}")
-    return lines
-
-
-def deletable(run: FinishedRun) -> list[str]:
-    """What may be deleted of a run directory, its bytes, and what a further rung would make again; empty if nothing."""
-    work = run.layout.work
-    size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    if not size:
-        return []
-    steps = run.manifest.steps
-    again = [name for name in ("base", "moments", "smooth") if name in steps and steps[name].outputs]
-    parts = [f"{name} {duration(steps[name].seconds).removeprefix('about ')}" for name in again]
-    parts += ["blocks of its plan"] if any(name.startswith("plan ") for name in steps) else []
-    needed = "" if again == ["base"] else ", and verify needs it"
-    text = f"may be deleted: {work} ({_size(size)}). Another rung makes again what it reads of it ({', '.join(parts)})"
-    return [text + needed]
-
-
 def unfinished_table(run: UnfinishedRun) -> Table:
     """What there is of a run that is not complete: the figures of each rung that was measured."""
     table = Table([Column("quant"), *figures("GB"), *figures("bpw", rank=2), *figures("PPL", rank=1), *figures("KLD")])
@@ -236,12 +190,23 @@ def pareto_plot(run: FinishedRun, *, width: int, height: int) -> list[str]:
         for model in models
         if model.scores.kld
     ]
-    lines = scatter(points, width=width, height=height, x_text=_size)
+    lines = scatter(points, width=width, height=height, x_text=short_size)
     if not lines:
         return []
     roles = [role for role in LEGEND if any(model.role == role and model.scores.kld for model in models)]
-    legend = "   ".join(LEGEND[role] for role in roles) + f"   {ON_FRONT} in the table: on the Pareto front"
-    return ["KLD (nats per token) against size", *lines, legend]
+    legend = [*(LEGEND[role] for role in roles), f"{ON_FRONT} in the table: on the Pareto front"]
+    return ["KLD (nats per token) against size", *lines, *_lines_of(legend, width)]
+
+
+def _lines_of(entries: Sequence[str], width: int) -> list[str]:
+    """Entries side by side, as many in a line as its width has room for."""
+    lines = list[str]()
+    for entry in entries:
+        if lines and len(joined := f"{lines[-1]}   {entry}") <= width:
+            lines[-1] = joined
+        else:
+            lines.append(entry)
+    return lines
 
 
 def front(models: Sequence[RunModel]) -> list[RunModel]:
@@ -268,7 +233,8 @@ def _kld(model: RunModel) -> float:
     return model.scores.kld.value if model.scores.kld else float("inf")
 
 
-def _size(count: float) -> str:
+def short_size(count: float) -> str:
+    """A size in three digits: "9.64 MB", "1.23 GB"."""
     return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
@@ -284,10 +250,8 @@ def estimate_table(estimate: Estimate) -> Table:
         memory, disk = (max(getattr(stage, name) for stage in stages) for name in ("memory_bytes", "disk_bytes"))
         table.add(
             verb if len(stages) == 1 else f"{verb} × {len(stages)}",
-            duration(seconds).removeprefix("about "),
-            f"{cores / 60:.1f}",
-            f"{memory / 1e9:.1f}",
-            f"{disk / 1e9:.1f}",
+            duration(seconds).removeprefix("about ") if seconds >= SHORTEST else f"< {SHORTEST} s",
+            *(f"{figure:.{1 if figure >= 1 else 2}f}" for figure in (cores / 60, memory / 1e9, disk / 1e9)),
         )
     return table
 
