@@ -31,6 +31,11 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
         (["quantize", "q4km", "-m", "MODEL", "-o", "y.gguf"], "unknown preset 'q4km'; did you mean Q4_K_M?"),
         (["plan", "-m", "MODEL", "--like", "Q4_KM"], "unknown preset 'Q4_KM'; did you mean Q4_K_M?"),
         (["plan", "-m", "MODEL", "--size", "9M", "--menu", "q5_x"], "no such type; did you mean q5_0 or q5_1 or q5_K?"),
+        (["tasks", "helaswag"], "bitladder: there is no task 'helaswag'; did you mean hellaswag?"),
+        (["texts", "fetch", "wikitext2"], "did you mean wikitext-2?"),
+        (["eval", "-m", "MODEL", "-f", "pydoc:tst"], "did you mean pydoc:test?"),
+        (["imatrix", "-m", "MODEL", "-f", "pydoc:calibraton"], "did you mean pydoc:calibration?"),
+        (["tune", "MODEL", "-m", "MODEL", "-o", "y.gguf", "-f", "wikitext-2"], "bitladder texts fetch wikitext-2"),
         (["eval", "-m", "MODEL", "--tasks", "helaswag:x"], "no task 'helaswag'; did you mean hellaswag?"),
         (["quantize", "Q4_K_M", "-m", "MODEL", "-o", "y.gguf", "--tensor-type", "attn_v=q6k"], "did you mean q6_K?"),
         (["run", "x", "--out", "y", "--mode", "qualty"], "no choice 'qualty'; did you mean quality?"),
@@ -71,8 +76,36 @@ def test_a_mistyped_path_without_a_network(words, tiny_gguf, capsys, tmp_path, m
     assert "Errno" not in error and not (tmp_path / "d" / "ladder.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "close"),
+    [
+        ("run DIR/tiny-olm --out out", "DIR/tiny-olmo"),
+        ("run tiny.ggu --out out", "tiny.gguf"),
+        ("estimate tiny.ggu", "tiny.gguf"),
+        ("doctor DIR/tiny-olm", "DIR/tiny-olmo"),
+        ("convert DIR/tiny-olm -o x.gguf", "DIR/tiny-olmo"),
+        ("compare tiny.ggu --base DIR/tiny.gguf", "tiny.gguf"),
+        ("bench -m tiny.ggu", "tiny.gguf"),
+        ("quantize Q4_K_M -m tiny.ggu -o x.gguf", "tiny.gguf"),
+        ("eval -m tiny.gguf -f DIR/tiny.tx", "DIR/tiny.txt"),
+        ("eval -m tiny.gguf --tasks hellaswag:tiny.tx", "tiny.txt"),
+    ],
+)
+def test_a_mistyped_path_gets_the_closest_one(line, close, tiny_gguf, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("tiny-olmo").mkdir()
+    pathlib.Path("tiny.gguf").write_bytes(tiny_gguf.read_bytes())
+    pathlib.Path("tiny.txt").write_text("x")
+    words = line.replace("DIR", str(tmp_path)).split()
+    assert invoke(words) == 2
+    error, close = capsys.readouterr().err, close.replace("DIR", str(tmp_path))
+    assert error.endswith(f"; did you mean {close}?\n") and error.count("\n") == 1
+    if words[0] in ("run", "estimate", "doctor", "convert", "compare"):
+        assert error.startswith(f"bitladder: {words[1]}: no such file or folder here, and no hub id")
+
+
 def test_no_line_of_huggingface_hub_reaches_the_terminal():
-    """Without a network it would write two lines for each attempt before our error. It reads its level when imported."""
+    """Without a network it would write two lines for each attempt before our error. It reads its level on import."""
     asked = "import logging, sys; from bitladder.cli import invoke; invoke(['tasks']); "
     asked += "assert 'huggingface_hub' not in sys.modules; import huggingface_hub.utils; "
     asked += "huggingface_hub.utils.logging.get_logger('huggingface_hub.utils._http').warning('thrown, retrying')"
@@ -220,6 +253,16 @@ def test_help_of_groups_ends_in_examples_and_a_page_too():
         ("quantize Q5_K", {"Q5_K_M", "Q5_K_S"}),
         ("recipe e", {"extract", "export"}),
         ("run model", {"file"}),
+        ("run m --text py", {"pydoc:calibration", "pydoc:test"}),
+        ("run m --text papers", {"file"}),
+        ("run m --calibration pydoc:c", {"pydoc:calibration"}),
+        ("calibrate -f pydoc:t", {"pydoc:test"}),
+        ("compare m --base m -f pydoc:t", {"pydoc:test"}),
+        ("plan -f pydoc:t", {"pydoc:test"}),
+        ("tune q --guard pydoc:t", {"pydoc:test"}),
+        ("texts fetch w", {"wikitext-2"}),
+        ("tasks hel", {"hellaswag"}),
+        ("eval --tasks arc,hel", {"arc,hellaswag"}),
         ("eval --mo", {"--model"}),
     ],
 )

@@ -10,7 +10,7 @@ import bitladder
 from bitladder.cli import invoke
 from bitladder.errors import UsageError
 from bitladder.gguf import GgufFile
-from bitladder.units import number_of, parse_size, size_text, some_of
+from bitladder.units import listed, number_of, parse_size, size_text, some_of
 
 OPTIONS = ("--size", "--vram", "--split-max-size")
 
@@ -142,3 +142,7 @@ def test_no_plural_by_hand():
         "full.parameters",
         "prediction_weights",
     }
+
+
+def test_all_names_of_a_list_have_one_and():
+    assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]

@@ -14,6 +14,10 @@ class BitladderError(Exception):
     code = 1
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: work stops as after Ctrl-C."""
+
+
 class GradientsError(BitladderError):
     """Gradients of a model cannot be had, or cannot be trusted. Whoever does not need them goes on without."""
 
@@ -39,12 +43,23 @@ def did_you_mean(word: str, known: Iterable[str], listed: str) -> str:
         '; the presets are Q4_K_S, Q4_K_M'
     """
     names = list(known)
+    close = nearest(word, names)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; {listed} {', '.join(names)}"
+
+
+def nearest(word: str, known: Iterable[str], least: float = 0.6) -> list[str]:
+    """The names that a mistyped one may stand for; nothing if none or many are close.
+
+    Parameters:
+        word: what was typed.
+        known: the names that there are.
+        least: how much of both must be alike (0 to 1).
+    """
+    names = list(known)
     near = {name: difflib.SequenceMatcher(None, word.casefold(), name.casefold()).ratio() for name in names}
     best = max(near.values(), default=0.0)
-    nearest = [name for name in names if near[name] >= best - 0.05]  # "attn" is as near to attn_k as to attn_q
-    if best < 0.6 or len(nearest) > 4:
-        return f"; {listed} {', '.join(names)}"
-    return f"; did you mean {' or '.join(nearest)}?"
+    close = [name for name in names if near[name] >= best - 0.05]  # "attn" is as near to attn_k as to attn_q
+    return [] if best < least or len(close) > 4 else close
 
 
 def overflow(what: str) -> BitladderError:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, UsageError, nearest
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -53,6 +53,19 @@ def shown_name(path: PathLike) -> str:
     while name != outer:  # a temporary file that replaces one has two of these
         name, outer = re.sub(r"^\.(.+?)(\.[a-z0-9_]{8})?\.tmp$", r"\1", name), name
     return name
+
+
+def close_paths(path: PathLike) -> str:
+    """The end of an error about a path that is not there: what is beside it under a close name, or nothing.
+
+    Most names in a folder end alike, so a name that is close has little that differs.
+    """
+    path = pathlib.Path(path)
+    try:
+        close = nearest(path.name, sorted(other.name for other in path.parent.iterdir()), least=0.8)
+    except (OSError, ValueError):  # no such folder, or a zero byte in the path
+        return ""
+    return f"; did you mean {' or '.join(str(path.with_name(name)) for name in close)}?" if close else ""
 
 
 _unfinished: set[pathlib.Path] = set()

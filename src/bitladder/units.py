@@ -82,6 +82,11 @@ def number_of(count: int, thing: str, things: str = "") -> str:
     return f"{count:,} {thing if count == 1 else things or thing + 's'}"
 
 
+def listed(names: Sequence[str]) -> str:
+    """All of some names: "a", "a and b", "a, b and c"."""
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
 def some_of(names: Sequence[str], thing: str, things: str = "") -> str:
     """Things by the first of their names: "tensor a", "3 tensors (a, …)".
 

@@ -151,7 +151,7 @@ def test_other_weights(folder: pathlib.Path) -> None:
 
 
 def test_no_model(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(BitladderError, match="neither a directory nor a hub id"):
+    with pytest.raises(BitladderError, match="absent: no such file or folder here, and no hub id"):
         fetch_checkpoint(tmp_path / "absent")
     (tmp_path / "file").write_text("x")
     with pytest.raises(BitladderError, match="is a file"):

@@ -228,3 +228,13 @@ def test_the_log_stays_small_and_is_followed_across_its_cut(extended, monkeypatc
     followed = [line[20:] for line in follow(extended, sleep=work)]
     assert followed[2:] == [f"line {number}" for number in range(396) if number % 6 != 5]
     assert layout.log.stat().st_size <= 4100
+
+
+def test_who_stops_following_has_stopped_no_run(tmp_path, monkeypatch, capsys):
+    def interrupted(folder):
+        yield "made Q4_K_M"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitladder.rundir.follow", interrupted)
+    assert invoke(["show", str(tmp_path), "--follow"]) == 130
+    assert capsys.readouterr() == ("made Q4_K_M\n", "")

@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 from bitladder.cli.typed import NamingGroup
 from bitladder.engine import tell_of_deaths
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, Terminated
 from bitladder.show import one_printable_line
 
 # Module → its verbs, each with the first line of its help. A module is imported when a verb of it is used, so that
@@ -120,12 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: work stops as after Ctrl-C."""
-
-
 def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
+    raise Terminated
 
 
 def invoke(arguments: list[str] | None = None) -> int:
@@ -146,7 +142,7 @@ def invoke(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
         # click turns every KeyboardInterrupt into an Abort that has it as its context.
-        terminated = isinstance(stop, _Terminated) or isinstance(stop.__context__, _Terminated)
+        terminated = isinstance(stop, Terminated) or isinstance(stop.__context__, Terminated)
         message, code = "Interrupted. Run the same command to continue.", 143 if terminated else 130
     except BitladderError as error:
         message, code = str(error), error.code

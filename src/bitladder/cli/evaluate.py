@@ -8,7 +8,7 @@ import click
 
 from bitladder.cli.options import json_file, kept_results, options_from, warn_if_quantized
 from bitladder.cli.outputs import Command, OutputPath
-from bitladder.cli.typed import INPUT, Choice, FileOrName
+from bitladder.cli.typed import INPUT, TEXT, Choice, FileOrName
 from bitladder.compare import CompareOptions, compare_quants
 from bitladder.errors import UsageError
 from bitladder.evaluate import (
@@ -97,7 +97,7 @@ def eval_command(
     "-f",
     "--file",
     "texts",
-    type=FileOrName(),
+    type=TEXT,
     default=("pydoc:test",),
     show_default=True,
     multiple=True,

@@ -10,7 +10,7 @@ import click
 
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
-from bitladder.cli.typed import INPUT, Choice, FileOrName, NamingGroup, Whole
+from bitladder.cli.typed import FETCHED_TEXT, INPUT, TASK, Choice, FileOrName, NamingGroup, Whole
 from bitladder.convert import ConvertOptions
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
@@ -137,7 +137,7 @@ def list_texts(*, output: Output) -> None:
     page="run.md",
     examples=("texts fetch wikitext-2", "texts fetch wikitext-2 -o texts"),
 )
-@click.argument("name")
+@click.argument("name", type=FETCHED_TEXT)
 @click.option(
     "-o",
     "--output",
@@ -169,7 +169,7 @@ def fetch_text(*, output: Output, name: str, folder: pathlib.Path) -> None:
         "tasks hellaswag:hellaswag_val.txt --task-count 400 -o drawn.txt",
     ),
 )
-@click.argument("spec", metavar="[NAME[:SOURCE]]", required=False)
+@click.argument("spec", type=TASK, metavar="[NAME[:SOURCE]]", required=False)
 @click.option(
     "-o",
     "--output",
@@ -197,7 +197,7 @@ def tasks_command(spec: str | None, out: pathlib.Path | None, task_count: int | 
             for name, meaning in task_meanings().items():
                 output.line(f"{name}: {meaning}")
         return
-    specs = parse_specs(spec)
+    specs = parse_specs(spec, option="")
     if len(specs) != 1:
         raise UsageError("name one task at a time")
     task = load_task(specs[0])

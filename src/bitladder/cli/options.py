@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from bitladder.cli.outputs import OutputFolder, OutputPath, is_quant
-from bitladder.cli.typed import INPUT, PLACE, Choice, FileOrName, GroupedOption, Presets, Whole
+from bitladder.cli.typed import INPUT, PLACE, TASKS, TEXT, Choice, FileOrName, GroupedOption, Presets, Whole
 from bitladder.errors import UsageError
 from bitladder.options import Effort, OptionField, Options, build, flat
 from bitladder.show import Output
@@ -73,12 +73,15 @@ def _typed(field: OptionField, value: Any) -> Any:
     return tuple(value) if field.many else value
 
 
+_NAMED = {"text": TEXT, "tasks": TASKS, "preset": Presets(), "ladder": Presets(ladders=True)}
+
+
 def _click_option(field: OptionField, default: Any) -> Callable[[Function], Function]:
     about = field.option
     shown = about.help
     kind: Any = field.item
     if field.item is str and about.names is not None:
-        kind = Presets(ladders=about.names == "ladder") if about.names in ("preset", "ladder") else FileOrName()
+        kind = _NAMED.get(about.names) or FileOrName()
     if field.choices:
         kind = Choice(field.choices)
     elif field.item is pathlib.Path:
@@ -144,9 +147,7 @@ def calibrating(kind: str, default: str, added: str) -> Callable[[Function], Fun
     """
     options = (
         click.option("-m", "--model", type=INPUT, help="Full-precision GGUF."),
-        click.option(
-            "-f", "--file", "files", multiple=True, type=FileOrName(), help="Calibration text. Can be repeated."
-        ),
+        click.option("-f", "--file", "files", multiple=True, type=TEXT, help="Calibration text. Can be repeated."),
         click.option(
             "-o",
             "--output",
@@ -177,7 +178,7 @@ def guard(what: str) -> Callable[[Function], Function]:
     """--guard: a text on which something must hold."""
     return click.option(
         "--guard",
-        type=FileOrName(),
+        type=TEXT,
         default="pydoc:test",
         show_default=True,
         metavar="TEXT",

@@ -9,7 +9,7 @@ from bitladder import recipe as recipes
 from bitladder.cli import options as shared
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
-from bitladder.cli.typed import INPUT, Choice, FileOrName, NamingGroup
+from bitladder.cli.typed import INPUT, TEXT, Choice, NamingGroup
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import write_text
 from bitladder.gguf import open_model
@@ -81,7 +81,7 @@ _model = click.option("-m", "--model", type=INPUT, help="The model's full-precis
     "-f",
     "--file",
     "texts",
-    type=FileOrName(),
+    type=TEXT,
     multiple=True,
     metavar="TEXT",
     help=f"Text to measure on, passages of each. Can be repeated.  [default: {_TEXT}; to prune {_PRUNE_TEXT}]",

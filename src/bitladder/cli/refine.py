@@ -8,7 +8,7 @@ import click
 from bitladder.cli import options as shared
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputPath, check_output
-from bitladder.cli.typed import INPUT, FileOrName
+from bitladder.cli.typed import INPUT, TEXT
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
@@ -41,7 +41,7 @@ from bitladder.units import number_of
 )
 @options_from(SmoothingOptions)
 @click.option(
-    "-f", "--file", "text", type=FileOrName(), help="Text for a trial, which shows the KLD of Q4_K_M before and after."
+    "-f", "--file", "text", type=TEXT, help="Text for a trial, which shows the KLD of Q4_K_M before and after."
 )
 @options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch", "device"))
 @common_options
@@ -111,7 +111,7 @@ def smooth_command(
 @click.option("-m", "--model", required=True, type=INPUT, help="The full-precision GGUF that QUANT was made from.")
 @click.option("-o", "--output", "out", required=True, type=OutputPath("quant"), help="GGUF to write.")
 @click.option(
-    "-f", "--file", "files", multiple=True, required=True, type=FileOrName(), help="Calibration text. Can be repeated."
+    "-f", "--file", "files", multiple=True, required=True, type=TEXT, help="Calibration text. Can be repeated."
 )
 @options_from(TuneOptions, tune_chunks=64)
 @shared.guard("KLD must fall")

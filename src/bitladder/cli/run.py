@@ -9,6 +9,7 @@ import click
 from bitladder.cli.options import hours_option, options_from, within_hours
 from bitladder.cli.outputs import Command, check_folder, check_output, typed_command
 from bitladder.cli.typed import FOLDER, FileOrName, Whole
+from bitladder.errors import Terminated
 from bitladder.ladder import RunOptions
 from bitladder.show import Column, Output, Table, common_options, figures
 from bitladder.units import number_of
@@ -106,14 +107,14 @@ def estimate_command(*, output: Output, options: RunOptions, hours: float | None
 @common_options
 def show_command(
     *, output: Output, folder: pathlib.Path, follows: bool, plot: bool, width: int | None, height: int
-) -> None:
+) -> int:
     """Show the ladder of RUN_DIR: sizes, quality with ±, speed, and KLD against size.
 
     Figures in bold are within noise of the best of their column. ▸ marks the Pareto front: no file of its size or
     smaller has less KLD. Of a run that is not complete the command shows what there is, and how to continue.
     """
     from bitladder.report import read_run, read_unfinished
-    from bitladder.rundir import follow, is_running, last_command, load_manifest
+    from bitladder.rundir import is_running, last_command, load_manifest
     from bitladder.show import (
         deletable,
         ladder_json,
@@ -125,9 +126,8 @@ def show_command(
         unfinished_table,
     )
 
-    if follows:
-        for line in follow(folder):
-            output.line(line)
+    if follows and (stopped := _follow(output, folder)):
+        return stopped
     manifest, unfinished = load_manifest(folder), read_unfinished(folder)
     if manifest is not None and unfinished is not None:
         command = last_command(folder) or unfinished.record.command
@@ -142,12 +142,12 @@ def show_command(
                 output.print_json(unfinished_json(unfinished, command))
             else:
                 output.print(unfinished_table(unfinished))
-            return
+            return 0
         output.progress.info("The table is that of the complete run before it.")
     run = read_run(folder)
     if output.json:
         output.print_json(ladder_json(run))
-        return
+        return 0
     text = run.base.scores.text
     output.line(f"{run.name}: {text.name}, {number_of(run.base.scores.chunks, 'chunk')} of {run.base.scores.n_ctx}")
     output.print(ladder_table(run))
@@ -162,6 +162,19 @@ def show_command(
             output.line(line)
     for line in deletable(run):
         output.remark(line)
+    return 0
+
+
+def _follow(output: Output, folder: pathlib.Path) -> int:
+    """Prints what a run says until it ends. Returns the exit code if the user stops that: the run stays at work."""
+    from bitladder.rundir import follow
+
+    try:
+        for line in follow(folder):
+            output.line(line)
+    except KeyboardInterrupt as stop:
+        return 143 if isinstance(stop, Terminated) else 130
+    return 0
 
 
 @click.command(

@@ -4,13 +4,14 @@ import pathlib
 import re
 import stat
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from bitladder.errors import UsageError, did_you_mean
+from bitladder.files import close_paths
 
 # The end of a value that is a number, and what is a unit behind it.
 _NUMBER, _UNIT = re.compile(r"[0-9]$"), re.compile(r"([KMGT]i?)?B|[KMGT]", re.IGNORECASE)
@@ -54,6 +55,27 @@ class FileOrName(click.types.StringParamType):
         return [CompletionItem(incomplete, type="file")]
 
 
+class Named(FileOrName):
+    """A text that may be one of some names: the shell completes these; files, where no name fits.
+
+    Parameters:
+        names: gives the names. What they come from is imported then, and not for `--help`.
+        commas: whether the text is a list, separated by commas.
+        files: whether the text may be a path too.
+    """
+
+    def __init__(self, names: Callable[[], Iterable[str]], *, commas: bool = False, files: bool = True) -> None:
+        self._names, self._commas, self._files = names, commas, files
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """What `click.ParamType` says."""
+        first, comma, last = incomplete.rpartition(",") if self._commas else ("", "", incomplete)
+        items = [CompletionItem(first + comma + name) for name in self._names() if name.startswith(last)]
+        if self._files and not (items and last):
+            items += super().shell_complete(ctx, param, incomplete)
+        return items
+
+
 class Presets(FileOrName):
     """Presets, separated by commas: the shell completes their names; files, where no name fits.
 
@@ -91,13 +113,35 @@ class InputPath(click.Path):
         try:
             is_folder = stat.S_ISDIR(path.stat().st_mode)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-            raise UsageError(f"{flag}{path}: no such {self._kind}") from error
+            raise UsageError(f"{flag}{path}: no such {self._kind}{close_paths(path)}") from error
         if not (self.dir_okay if is_folder else self.file_okay):
             raise UsageError(f"{flag}{path} is a {'directory' if is_folder else 'file'}; name a {self._kind}")
         return path
 
 
 INPUT, FOLDER, PLACE = InputPath(), InputPath(file=False, folder=True), InputPath(folder=True)
+
+
+def _texts() -> Iterable[str]:
+    from bitladder.text import BUILTIN
+
+    return BUILTIN
+
+
+def _fetched_texts() -> Iterable[str]:
+    from bitladder.hub import TEXTS
+
+    return TEXTS
+
+
+def _tasks() -> Iterable[str]:
+    from bitladder.evaluate import task_meanings
+
+    return task_meanings()
+
+
+TEXT, FETCHED_TEXT = Named(_texts), Named(_fetched_texts, files=False)
+TASK, TASKS = Named(_tasks, files=False), Named(_tasks, commas=True, files=False)
 
 
 class GroupedOption(click.Option):

@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from bitladder.errors import BitladderError, UsageError
+from bitladder.files import close_paths
 from bitladder.hub.names import FORMS, HubName, is_model, is_repository, parse, pick, shards
 
 # Of a checkpoint are fetched: weights, configuration, tokenizer and model card.
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
 # Of an outline are fetched whole: JSON files up to this many bytes, other than tokenizer.json and vocab.json.
 SMALL_FILE = 4 << 20
+EXAMPLE = "allenai/OLMo-2-0425-1B"
 UNREACHABLE = "the hub cannot be reached"
 OTHER_FILES = ["original/*", "onnx/*", "consolidated*", "*/*.safetensors"]
 
@@ -60,14 +62,15 @@ def fetch(spec: str, option: str = "") -> Fetched:
         return Fetched(path)
     name = parse(spec)
     if name is None or path.is_dir():
-        kind = "a directory" if path.is_dir() else "no file here, and no hub id"
-        raise UsageError(f"{named}: {kind}; name a GGUF file, or {FORMS}")
+        if path.is_dir():
+            raise UsageError(f"{named}: a directory; name a GGUF file, or {FORMS}")
+        raise _no_model(spec, option)
     try:
         return _download(name, named)
     except BitladderError:
         raise
     except Exception as error:  # of the network or the hub: there is no common base class
-        raise BitladderError(f"{named}: no such file here, and {not_given(error)}") from error
+        raise _no_model(spec, option, error) from error
 
 
 def fetch_checkpoint(model: str | pathlib.Path) -> pathlib.Path:
@@ -82,13 +85,13 @@ def fetch_checkpoint(model: str | pathlib.Path) -> pathlib.Path:
     if path.exists():
         raise UsageError(f"{path} is a file; name the checkpoint's directory")
     if not is_repository(str(model)):
-        raise UsageError(f"{model} is neither a directory nor a hub id such as allenai/OLMo-2-0425-1B")
+        raise _no_model(str(model))
     from huggingface_hub import snapshot_download
 
     try:
         snapshot = snapshot_download(str(model), allow_patterns=CHECKPOINT_FILES, ignore_patterns=OTHER_FILES)
     except Exception as error:  # of the network or the hub: there is no common base class
-        raise BitladderError(f"{model}: no such folder here, and {not_given(error)}") from error
+        raise _no_model(str(model), error=error) from error
     return pathlib.Path(snapshot)
 
 
@@ -107,7 +110,7 @@ def fetch_outline(repo: str, folder: pathlib.Path) -> None:
         BitladderError: the hub does not give a file.
     """
     if not is_repository(repo):
-        raise UsageError(f"{repo}: no such file or directory here, and no hub id such as allenai/OLMo-2-0425-1B")
+        raise _no_model(repo)
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -133,7 +136,7 @@ def fetch_outline(repo: str, folder: pathlib.Path) -> None:
                 target.touch()
                 os.truncate(target, file.size)
     except Exception as error:  # of the network or the hub: there is no common base class
-        raise BitladderError(f"{repo}: no such folder here, and {not_given(error)}") from error
+        raise _no_model(repo, error=error) from error
 
 
 def fetch_beginning(spec: str, folder: pathlib.Path, size: int) -> pathlib.Path:
@@ -153,7 +156,7 @@ def fetch_beginning(spec: str, folder: pathlib.Path, size: int) -> pathlib.Path:
     """
     name = parse(spec)
     if name is None:
-        raise UsageError(f"{spec}: no file here, and no hub id; name a GGUF file, or {FORMS}")
+        raise _no_model(spec)
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -177,7 +180,7 @@ def fetch_beginning(spec: str, folder: pathlib.Path, size: int) -> pathlib.Path:
     except BitladderError:
         raise
     except Exception as error:  # of the network or the hub: there is no common base class
-        raise BitladderError(f"{spec}: no such file here, and {not_given(error)}") from error
+        raise _no_model(spec, error=error) from error
     return targets[0]
 
 
@@ -233,6 +236,20 @@ def upload(
             f"upload to {repo}: {reason(error)}; run the same command again to continue where it stopped"
         ) from error
     return address
+
+
+def _no_model(spec: str, option: str = "", error: Exception | None = None) -> BitladderError:
+    """The error of a name that stands for no file here, and for none of the hub.
+
+    Parameters:
+        spec: what was typed.
+        option: the option that has it.
+        error: what the hub says; None for a name that no repository can have.
+    """
+    what, close = f"{option} {spec}: no such file or folder here, and".lstrip(), close_paths(spec)
+    if error is not None:
+        return BitladderError(f"{what} {not_given(error)}{close}")
+    return UsageError(f"{what} no hub id{close or f' such as {EXAMPLE}, {FORMS}'}")
 
 
 def not_given(error: Exception) -> str:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from bitladder import hub
-from bitladder.errors import BitladderError, UsageError
-from bitladder.files import sha256_bytes
+from bitladder.errors import BitladderError, UsageError, nearest
+from bitladder.files import close_paths, sha256_bytes
 from bitladder.keys import Algorithm
 from bitladder.options import option
 from bitladder.text.chat import (
@@ -127,10 +127,8 @@ def _load(spec: str) -> Text:
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        known, reason = " or ".join(BUILTIN), getattr(error, "strerror", None) or error
-        raise UsageError(
-            f"cannot read the text {spec}: {reason} (a file, {known}, or {hub.DATA_FORM} of the hub)"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read the text {spec}: {reason}{_way_out(spec)}") from error
     if not data.strip():
         raise BitladderError(f"the text {spec} is empty")
     if is_chat(path):
@@ -139,6 +137,15 @@ def _load(spec: str) -> Text:
         return Text(path.name, contents, sha256_bytes(data), conversations=conversations)
     text = plain_text(data, f"the text {spec}").removesuffix("\n")
     return Text(path.name, text, sha256_bytes(data))
+
+
+def _way_out(spec: str) -> str:
+    """What may be meant by a text that is not there."""
+    if spec in hub.TEXTS:
+        return f"; fetch it with: bitladder texts fetch {spec}"
+    if close := nearest(spec, BUILTIN, least=0.75):
+        return f"; did you mean {' or '.join(close)}?"
+    return close_paths(spec) or f" (a file, {' or '.join(BUILTIN)}, or {hub.DATA_FORM} of the hub)"
 
 
 def _of_hub(data: hub.DataFiles) -> Text:

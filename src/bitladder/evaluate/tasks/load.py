@@ -54,25 +54,29 @@ def task_meanings() -> dict[str, str]:
     return meanings | {continuation.NAME: continuation.MEANING}
 
 
-def parse_specs(text: str) -> list[TaskSpec]:
+def parse_specs(text: str, option: str = "--tasks") -> list[TaskSpec]:
     """Reads a list of tasks such as "hellaswag:f.txt,mmlu:mmlu.bin".
+
+    Parameters:
+        text: the list.
+        option: the option that has it, for errors; empty for an argument.
 
     Raises:
         UsageError: a name is unknown or comes twice, or a source is missing.
     """
-    names = task_names()
+    names, where = task_names(), f"{option}: " if option else ""
     specs: list[TaskSpec] = []
     for part in text.split(","):
         name, colon, source = part.strip().partition(":")
         if name not in names:
             close = did_you_mean(name, names, "there are")
-            raise UsageError(f"--tasks (NAME:FILE,NAME:FILE): there is no task {name!r}{close}")
+            raise UsageError(f"{where}there is no task {name!r}{close}")
         if any(spec.name == name for spec in specs):
-            raise UsageError(f"--tasks names {name} twice")
+            raise UsageError(f"{where}{name} is named twice")
         if name == continuation.NAME and not source:
-            raise UsageError(f"--tasks: {name} needs a text: {name}:FILE, or {name}:pydoc:test")
+            raise UsageError(f"{where}{name} needs a text: {name}:FILE, or {name}:pydoc:test")
         if colon and not source:
-            raise UsageError(f"--tasks: nothing after {name}: ; name a file or a folder, or leave the colon out")
+            raise UsageError(f"{where}nothing after {name}: ; name a file or a folder, or leave the colon out")
         specs.append(TaskSpec(name, source or None))
     return specs
 

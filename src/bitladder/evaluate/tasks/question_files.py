@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bitladder.errors import BitladderError, UsageError
+from bitladder.files import close_paths
 from bitladder.hub import not_given
 from bitladder.text import json_lines, json_list, need_pyarrow, parquet_rows, plain_text
 from bitladder.units import number_of
@@ -98,7 +99,7 @@ def open_file(path: pathlib.Path) -> QuestionFile:
         with path.open("rb") as stream:
             data = stream.read(_MOST + 1)
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror}{close_paths(path)}") from error
     unpack = _OPEN.get(path.suffix.lower())
     if unpack and len(data) <= _MOST:
         try:
