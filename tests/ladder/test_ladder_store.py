@@ -215,6 +215,7 @@ def test_a_run_counts_as_complete_only_when_it_is(tmp_path):
         ({"plan A": 1}, {"plan A": 2}, "plan A changed"),
         ({"plan A": 1}, {"plan A": 1, "plan B": 1}, "plan B was added"),
         ({"plan A": 1, "plan B": 1, "plan C": 1}, {"plan C": 1}, "plan A and plan B were left out"),
+        ({f"plan {rung}": 1 for rung in "ABCD"}, {}, "plan A, plan B, plan C and plan D were left out"),
         ({"plan A": 1, "options": {"n": 1}}, {"options": {"n": 2}}, "option n changed, plan A was left out"),
         ({}, {}, "its key changed"),
     ],

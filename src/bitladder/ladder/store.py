@@ -23,6 +23,7 @@ from bitladder.keys import key_of
 from bitladder.ladder.steps.step import Product
 from bitladder.progress import SILENT, Progress
 from bitladder.rundir import CachedHash, Layout, Manifest, OutputFile, RunRecord, StepRecord, load_manifest
+from bitladder.units import listed
 
 
 class Store:
@@ -186,10 +187,10 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     added = [name for name in names if name in now and name not in before]
     gone = [name for name in names if name in before and name not in now]
     changed = [name for name in names if name not in (*added, *gone)]
-    parts = [f"{' and '.join(changed)} changed"] if changed else []
+    parts = [f"{listed(changed)} changed"] if changed else []
     for those, what in ((added, "added"), (gone, "left out")):
         if those:
-            parts.append(f"{' and '.join(those)} {'was' if len(those) == 1 else 'were'} {what}")
+            parts.append(f"{listed(those)} {'was' if len(those) == 1 else 'were'} {what}")
     return ", ".join(parts) or "its key changed"
 
 
@@ -252,9 +253,10 @@ def open_store(
             _sweep(folder)
             try:
                 yield Store(folder, manifest, progress)
-            finally:
-                if manifest.run is None and not manifest.steps:
+            except BaseException:
+                if manifest.run is None and not manifest.steps:  # the run was refused
                     Layout(folder).manifest.unlink(missing_ok=True)
+                raise
     finally:
         if new:
             with contextlib.suppress(OSError):  # it has files of a run that began

@@ -22,6 +22,7 @@ from bitladder.refine.round.output_rounding import OutputRounding, joined_sha256
 from bitladder.refine.round.quantize_rounded import DEVICE_KEY, METHOD_KEY, MOMENTS_KEY
 from bitladder.rounding import Method, RoundingOptions, can_round, same_integers
 from bitladder.trial import Renderer
+from bitladder.units import listed
 
 Origin = Literal["copied", "stock", "stock without importance", "rounded", "tuned", "differs"]
 
@@ -109,7 +110,7 @@ def _rounding(quant: GgufFile, moments: Sequence[MomentsFile], options: Rounding
             f"{quant.path} was not rounded by bitladder ({METHOD_KEY} is {method!r}); leave out --moments"
         )
     if digest != joined_sha256(moments):
-        names = " and ".join(str(file.path) for file in moments)
+        names = listed([str(file.path) for file in moments])
         raise BitladderError(f"{quant.path} was made with other second moments than {names} ({MOMENTS_KEY})")
     device = quant.get(DEVICE_KEY, "cpu")
     if device not in get_args(Device):

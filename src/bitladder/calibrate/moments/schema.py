@@ -11,7 +11,7 @@ import numpy as np
 from bitladder.calibrate.moments.triangles import triangle, width_of
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo, describe_kind
-from bitladder.units import number_of
+from bitladder.units import listed, number_of
 
 INPUTS, INPUT_DIAGONALS, COUNTS = ".moments", ".diagonal", ".counts"
 OUTPUTS, OUTPUT_FACTORS, OUTPUT_DIAGONALS = ".outputs", ".outputs.factors", ".outputs.diagonal"
@@ -133,7 +133,7 @@ class _Reading:
         if not kept:
             return {}
         if len(kept) != 2 or kept[1] != OUTPUT_DIAGONALS:
-            self.fail(f"{name} has {' and '.join(kept)}, which do not belong together")
+            self.fail(f"{name} has {listed(kept)}, which do not belong together")
         if kept[0] == OUTPUTS:
             width, blocks = self._pair(name, parts[OUTPUTS], parts[OUTPUT_DIAGONALS])
             return {"n_out": width * blocks, "blocks": blocks}

@@ -16,7 +16,7 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.files import close_paths
 from bitladder.hub import not_given
 from bitladder.text import json_lines, json_list, need_pyarrow, parquet_rows, plain_text
-from bitladder.units import number_of
+from bitladder.units import listed, number_of
 
 _OPEN: dict[str, Callable[[io.BytesIO], Any]] = {
     ".bz2": bz2.BZ2File,
@@ -122,7 +122,7 @@ def find_files(folder: pathlib.Path, layouts: tuple[tuple[str, ...], ...]) -> li
         matches = [sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in layout]
         if all(matches):
             return [path for paths in matches for path in paths]
-    expected = "; or ".join(" and ".join(layout) for layout in layouts)
+    expected = "; or ".join(listed(layout) for layout in layouts)
     raise BitladderError(f"{folder} has none of the expected files: {expected}")
 
 

@@ -27,7 +27,7 @@ from bitladder.plan.allocate.problem import (
     total,
 )
 from bitladder.plan.allocate.solve import relaxed, solve
-from bitladder.units import number_of, size_text
+from bitladder.units import listed, number_of, size_text
 
 ALLOCATION = Algorithm("allocation", ("an exact multiple-choice knapsack under the size of the file",))
 
@@ -220,11 +220,8 @@ def _blame(problem: Problem, choices: Choices, nbytes: int) -> str:
     parts = []
     if (menus := sum(extra.values())) > 0:
         most = max(extra, key=lambda names: extra[names])
-        why = " and ".join(
-            word
-            for word, constraint in (("pins", problem.pins), ("floors", problem.floors), ("ties", problem.ties))
-            if constraint
-        )
+        kinds = (("pins", problem.pins), ("floors", problem.floors), ("ties", problem.ties))
+        why = listed([word for word, constraint in kinds if constraint])
         parts.append(f"{size_text(menus)} of it because of {why}, {size_text(extra[most])} for {_named(problem, most)}")
     if (others := nbytes - problem.fixed_bytes - menus - sum(alone.values())) > 0:
         parts.append(f"{size_text(others)} because of limits on types or time")
