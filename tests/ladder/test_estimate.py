@@ -116,7 +116,7 @@ def test_a_run_fits_on_a_disk_of_its_estimate_and_is_refused_on_a_smaller_one(ti
     options = options.replace(out=small / "out")
     with pytest.raises(BitladderError, match=r"the step .* needs about .* GB of the disk, which has .* GB free"):
         run(options)
-    assert [path.name for path in small.rglob("*") if path.is_file()] == ["ladder.json"]
+    assert not options.out.exists()
     # JSON, recipes and blocks of the file system are not counted.
     subprocess.run(["mount", "-o", f"remount,size={needed + (2 << 20)}", str(small)], check=True)
     assert set(run(options).rungs) == {"Q4_K_M", "IQ3_S"}
@@ -169,7 +169,7 @@ def test_the_command(tmp_path, monkeypatch):
 
 def test_what_has_no_cost_is_refused(tiny_gguf, tmp_path):
     quantize(tiny_gguf, tmp_path / "q.gguf", "Q8_0")
-    with pytest.raises(BitladderError, match=r"q.gguf is quantized already \(token_embd.weight is q8_0\)"):
+    with pytest.raises(BitladderError, match=r"q.gguf is quantized already \(.* is q8_0\)"):
         estimate(plain_options(model=str(tmp_path / "q.gguf"), rungs=("Q4_K_M",)))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BitladderError, match="config.json has no hidden_size"):

@@ -64,6 +64,14 @@ def test_a_changed_input_redoes_the_step_and_says_which(tmp_path):
     assert listener.lines == ["step: made again, because option n changed"]
 
 
+def test_options_that_follow_from_added_steps_are_no_reason(tmp_path):
+    work, listener = Work(tmp_path / "a.txt"), Listener()
+    before = {"code": 1, "options": {"presets": ["A"]}, "quantize A": "…"}
+    once(tmp_path, work, before)
+    once(tmp_path, work, before | {"options": {"presets": ["A", "B"]}, "quantize B": "…"}, listener)
+    assert listener.lines == ["step: made again, because quantize B was added"]
+
+
 def test_a_crash_between_file_and_manifest_redoes_the_step(tmp_path, monkeypatch):
     work = Work(tmp_path / "a.txt")
     with open_store(tmp_path) as store, monkeypatch.context() as patched, pytest.raises(RuntimeError):
