@@ -14,8 +14,9 @@ from rich.text import Text
 
 import bitladder
 from bitladder.cli import invoke
-from bitladder.evaluate import Scores
-from bitladder.show.eval_tables import eval_tables
+from bitladder.evaluate import Figure, Scores
+from bitladder.show import comparison_tables
+from bitladder.show.eval_tables import _pm, eval_tables
 from bitladder.show.table import Column, Table
 
 WIDTHS = (60, 80, 120)
@@ -148,3 +149,24 @@ def test_commands_at_all_widths(words, small_run, tiny_gguf, capsys, monkeypatch
         assert all(head in text.split() or head in note(lines) for head in heads)
         # Lines outside tables are for the terminal to wrap.
         assert all(cell_len(line) <= width for line in lines if line not in wide)
+
+
+@pytest.mark.parametrize("width", [24, 28, 40, 60])
+def test_counts_of_types_are_not_broken(width):
+    table = Table([Column("kind"), Column("types", fold=True)])
+    counts = [f"{count} × {kind}" for count, kind in ((27, "q5_K"), (113, "iq4_xs"), (1, "iq3_s"), (2, "q8_0"))]
+    table.add("ffn_down", Text(", ".join(counts), "green"))
+    lines = rendered(table, width)[2:]
+    assert max(map(cell_len, lines)) <= width
+    pieces = [piece for line in lines for piece in line.removeprefix("ffn_down").strip(" ,").split(", ")]
+    assert pieces == counts
+
+
+def test_a_file_against_itself_has_no_negative_zero():
+    """The last bits of its sums differ, and no more."""
+    nothing, noise = Figure(value=-1e-9, error=0.0), Figure(value=-1.2e-5, error=0.004)
+    assert comparison_tables._ratio(nothing) == "+0.00 ± 0.00 %"
+    assert comparison_tables._gap(noise) == "+0.0000 ± 0.0040"
+    assert comparison_tables._gap(Figure(value=-0.02, error=0.004)) == "-0.0200 ± 0.0040"
+    for sign in ("", "+"):
+        assert _pm(nothing, 4, 100, " %", sign) == f"{sign}0.0000 ± 0.0000 %"

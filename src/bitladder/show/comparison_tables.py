@@ -132,13 +132,14 @@ def _gap(figure: "Figure") -> str:
     """A difference with its sign."""
     from bitladder.report import with_error
 
-    return ("+" if figure.value >= 0 else "") + with_error(figure)
+    text = with_error(figure)
+    return text if text.startswith("-") else f"+{text}"
 
 
 def _ratio(gap: "Figure") -> str:
     """A difference of ln PPL as a change of PPL in percent."""
     ratio = math.exp(gap.value)
-    return f"{100 * (ratio - 1):+.2f} ± {100 * ratio * gap.error:.2f} %"
+    return f"{100 * (ratio - 1):+z.2f} ± {100 * ratio * gap.error:.2f} %"
 
 
 def _defeat(model: "ComparedModel", labels: list[str]) -> str:

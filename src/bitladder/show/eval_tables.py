@@ -92,7 +92,7 @@ def _pair_title(models: "list[Scores]") -> str:
 
 
 def _pm(figure: "Figure | None", digits: int, scale: float = 1, unit: str = "", sign: str = "") -> str:
-    return f"{figure.value * scale:{sign}.{digits}f} ± {figure.error * scale:.{digits}f}{unit}" if figure else ""
+    return f"{figure.value * scale:{sign}z.{digits}f} ± {figure.error * scale:.{digits}f}{unit}" if figure else ""
 
 
 def _low(figure: "Figure | None", digits: int, scale: float = 1, unit: str = "") -> Cell:
@@ -140,7 +140,7 @@ def _percentile(field: str, scores: "Scores") -> Cell:
     if not scores.kld:
         return "", None
     value = float(getattr(scores.kld, field))
-    return f"{value:.6f}", value
+    return f"{value:z.6f}", value
 
 
 def _task(name: str, scores: "Scores") -> Cell:

@@ -55,10 +55,10 @@ def _moved(rows: list[MovedTensors]) -> Table:
     )
     arrows = {"up": "▲", "down": "▼", "level": "="}
     for row in rows:
-        kld = "" if row.kld is None else f"{row.kld:+.5f}"
+        kld = "" if row.kld is None else f"{row.kld:+z.5f}"
         rate = "" if row.rate is None else f"{row.rate:.4f}"
         what = f"{row.kind}: {row.before} → {row.after}"
-        size = f"{row.bytes / 1e3:+.0f}"
+        size = f"{row.bytes / 1e3:+z.0f}"
         table.add(what, arrows[row.direction], str(row.count), size, kld, rate, ranges(row.layers))
     return table
 

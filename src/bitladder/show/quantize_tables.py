@@ -130,7 +130,7 @@ def rounding_json(quant: RoundedQuant) -> dict[str, Any]:
 
 
 def _trial(trial: GuardTrial) -> str:
-    return f"KLD {trial.change.value:+.5f} ± {trial.change.error:.5f}"
+    return f"KLD {trial.change.value:+z.5f} ± {trial.change.error:.5f}"
 
 
 def _tensors(trial: GuardTrial) -> str:

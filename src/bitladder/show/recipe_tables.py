@@ -136,7 +136,7 @@ def difference(changes: RecipeDiff) -> Iterator[str | Table]:
             yield f"{name}: {tensors_size(size)}"
     if changes.size_a and changes.size_b:
         gained = changes.size_b.bytes - changes.size_a.bytes
-        yield f"B less A: {gained:+,} bytes ({100 * gained / changes.size_a.bytes:+.2f} %)"
+        yield f"B less A: {gained:+,} bytes ({100 * gained / changes.size_a.bytes:+z.2f} %)"
     for name, only in (("A", changes.only_a), ("B", changes.only_b)):
         for tensor, kind in only.items():
             yield one_line(f"only in {name}: {tensor} ({kind})")

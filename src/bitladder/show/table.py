@@ -99,7 +99,7 @@ class Table:
             if fold:
                 titles = [min(LONGEST_WORD, size) for size in titles]
             if fold and column.fold:
-                words = (Text(word).cell_len for text in (head, *cells) for word in text.plain.split())
+                words = (Text(word).cell_len for text in (head, *cells) for word in _held(text.plain).split())
                 titles, lines = [], [min(LONGEST_WORD, max(words, default=0))]
             widths.append(max([*titles, *lines], default=0))
         return widths
@@ -125,7 +125,7 @@ class Table:
             parts = [
                 part
                 for line in cells[index].split("\n", allow_blank=True)
-                for part in (line.wrap(console, width, overflow="fold") if fold and width else [line])
+                for part in (_wrapped(console, line, width) if fold and width else [line])
             ]
             for part in parts:
                 part.rstrip()
@@ -141,6 +141,24 @@ class Table:
                 line.append_text(Text(blank) + part if self.columns[index].right else part + Text(blank))
             line.rstrip()
             yield line
+
+
+HELD = "\ue000"  # a space at which no line ends; any character that occurs nowhere else will do
+
+
+def _held(text: str) -> str:
+    """The text with its counts ("5 × q5_K") as single words."""
+    return text.replace(" × ", f"{HELD}×{HELD}")
+
+
+def _wrapped(console: Any, line: Text, width: int) -> list[Text]:
+    """The line in pieces of a width, which end between words and never within a count."""
+    held = line.copy()
+    held.plain = _held(line.plain)
+    pieces = list(held.wrap(console, width, overflow="fold"))
+    for piece in pieces:
+        piece.plain = piece.plain.replace(HELD, " ")
+    return pieces
 
 
 def _total(widths: Sequence[int], shown: Sequence[int]) -> int:

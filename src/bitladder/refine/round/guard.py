@@ -141,7 +141,7 @@ class Guard(Closing):
             for kind, names in kinds.items():
                 ordered = sorted(names, key=lambda name: -1 if block_of(name) is None else block_of(name) or 0)
                 self._try(kind, tuple(ordered), trials)
-                bar.note(f"{kind}: KLD {trials[-1].change.value:+.5f}")
+                bar.note(f"{kind}: KLD {trials[-1].change.value:+z.5f}")
                 bar.advance()
         removals = self._examine(candidates, all(trial.kept for trial in trials), progress)
         self._change(self._in, stock)
