@@ -10,15 +10,18 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from bitladder.cli import invoke
 from bitladder.errors import BitladderError
 from bitladder.evaluate import FIVE, Figure, RunScores
 from bitladder.evaluate.scores import TaskScore
 from bitladder.evaluate.several import task_fields
 from bitladder.evaluate.tasks.load import BENCHMARKS, parse_specs, task_meanings, task_names
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe, TextUsed, write_recipe
-from bitladder.report import gigabytes, percent, render_card, with_error, worth_their_size, write_card
-from bitladder.report.tables import METRICS
-from bitladder.rundir import Manifest, OutputFile, RunRecord, StepRecord
+from bitladder.report import gigabytes, percent, read_run, render_card, with_error, worth_their_size, write_card
+from bitladder.report.publish import record_repository
+from bitladder.report.tables import METRICS, signed
+from bitladder.rundir import Manifest, OutputFile, RunRecord, StepRecord, load_manifest
+from bitladder.show import next_steps
 
 RUNGS = ("Q8_0", "IQ3_S", "Q4_K_M", "IQ4_NL")
 # bytes, bpw, KLD and its error, RMS Δp, ρ
@@ -140,7 +143,9 @@ def test_what_is_not_known_is_left_out(run_dir):
 def test_one_row_per_rung_from_small_to_large(run_dir):
     card = render_card(run_dir)
     by_size = ["IQ3_S", "Q4_K_M", "IQ4_NL", "Q8_0"]
-    assert [row[0] for row in table(card, "Files")] == by_size
+    full = ["F16 (full precision)", "[X-F16.gguf](X-F16.gguf)", "16.00", "16.00"]
+    assert [row[0] for row in table(card, "Files")] == [*by_size, full[0]]
+    assert table(card, "Files")[-1] == full
     assert table(card, "Files")[0] == ["IQ3_S", "[X-IQ3_S.gguf](X-IQ3_S.gguf)", "3.66", "3.70"]
     rows = table(card, "Quality")
     assert rows[0] == ["F16 (full precision)", "9.123 ± 0.065", "–", "–", "–", "–"]
@@ -170,6 +175,7 @@ def test_what_is_recommended_is_better_by_more_than_noise(run_dir):
 def test_how_it_was_made_is_said(run_dir):
     card = render_card(run_dir)
     for said in ("wiki.test.raw", "ee" * 32, "40 chunks", "10,200 tokens", "abc1234", "c.txt", "cc" * 32, "dd" * 32,
+                 "8,000,000,000 weights",
                  "bitladder run org/X --out out", "WikiText", "llama.cpp", "X \\| Instruct"):  # fmt: skip
         assert said in card
     assert "Python Software Foundation" not in card
@@ -215,7 +221,7 @@ def test_the_card_is_written_only_if_it_differs(run_dir):
 
 def test_an_unfinished_run_has_no_card(run_dir, tmp_path_factory):
     change_manifest(run_dir, complete=False)
-    with pytest.raises(BitladderError, match="not finished"):
+    with pytest.raises(BitladderError, match="not finished. Continue it with: bitladder run org/X --out out"):
         render_card(run_dir)
     with pytest.raises(BitladderError, match="not a run directory"):
         render_card(tmp_path_factory.mktemp("empty"))
@@ -331,6 +337,12 @@ def test_what_noise_cannot_part_from_the_best_is_bold_with_it(run_dir):
     assert bold == {"F16 (full precision)": False, "IQ3_S": False, "Q4_K_M": False, "IQ4_NL": False, "Q8_0": True}
     assert "Some CPU, 2 threads" in card
     assert table(card, "Choose a file")[1][3] == "60.0 ± 1.0"
+    # The noise of what was measured once is not known.
+    for rung in RUNGS:
+        rewrite(run_dir, rung, bench=[SPEED | {"test": "tg64", "tokens_per_second": figure(speeds[rung][0], 0.0)}])
+    card = render_card(run_dir)
+    assert [row[1] for row in table(card, "Speed")] == ["50", "60", "58", "30"]
+    assert [row[3] for row in table(card, "Choose a file")] == ["50", "60", "58", "30"]
 
 
 def test_answers_decide_what_is_bold_question_by_question(run_dir):
@@ -451,8 +463,57 @@ def test_memory_is_that_of_the_file_and_of_what_the_context_takes(run_dir):
         ]
     # 3.66 + 1.2, 4.92 + 1.2 and 8.52 + 1.2 GB; IQ4_NL is not worth its size.
     assert "With 8k tokens of context: 6 GB → **IQ3_S**, 8 GB → **Q4_K_M**, 12 GB → **Q8_0**." in card
+    change_step(run_dir, "memory", beside={"512": 1000})
+    for name, rung in enumerate(RUNGS):
+        rewrite(run_dir, rung, bytes=1000 + name)  # all fit into the smallest memory
+    assert "With 512 tokens of context: 1 GB → **Q8_0**." in render_card(run_dir)
     change_step(run_dir, "memory", beside={})
     assert "context (GB)" not in render_card(run_dir)
+
+
+def test_one_rung_is_recommended_wherever_a_command_names_one(run_dir, capsys):
+    """The card, the end of the run and `push` name the best rung for the smallest usual memory that has room."""
+    change_manifest(run_dir, repo="me/X-GGUF")
+    for name in ("X-F16.gguf", "imatrix.gguf", *(f"X-{rung}.gguf" for rung in RUNGS)):
+        (run_dir / name).write_bytes(b"1")
+    for beside, memory, rung in ((1_000_000, 8, "Q4_K_M"), (4_000_000_000, 8, "IQ3_S"), (7_000_000_000, 16, "Q8_0")):
+        change_step(run_dir, "memory", beside={"8192": beside})
+        card = render_card(run_dir)
+        assert f"llama-server -hf me/X-GGUF:{rung}\n" in card and f"hf download me/X-GGUF X-{rung}.gguf" in card
+        assert f"They name {rung}, the best file for a memory of {memory} GB." in card
+        assert re.search(rf"for {memory}\b[^:]* GB: {rung}, llama-server", "\n".join(next_steps(read_run(run_dir))))
+        plain = "Without `:" + rung + "`, `-hf me/X-GGUF` takes Q4_K_M: llama.cpp's own rule prefers Q4_K_M, then Q8_0."
+        assert (plain in card) == (rung != "Q4_K_M")
+        write_card(run_dir)
+        assert invoke(["push", str(run_dir), "me/X-GGUF", "--dry-run"]) == 0
+        said = f"The card recommends {rung}, the best file for a memory of {memory} GB."
+        said += "" if rung == "Q4_K_M" else " -hf me/X-GGUF takes Q4_K_M: llama.cpp's own rule"
+        assert said in capsys.readouterr().out
+
+
+def test_a_card_that_gets_a_repository_is_written_and_says_so(run_dir, capsys):
+    write_card(run_dir)
+    assert invoke(["card", str(run_dir), "--repo", "me/X-GGUF"]) == 0
+    assert f"{run_dir / 'README.md'}: written" in capsys.readouterr().out
+    assert invoke(["card", str(run_dir), "--repo", "me/X-GGUF"]) == 0
+    assert f"{run_dir / 'README.md'}: unchanged" in capsys.readouterr().out
+
+
+def test_a_repository_is_named_for_the_ladder_before_and_for_the_run_that_extends_it(run_dir):
+    manifest = load_manifest(run_dir)
+    manifest.before, manifest.run = manifest.run, manifest.run.model_copy(update={"rungs": (*RUNGS, "Q6_K")})
+    manifest.save(run_dir)
+    record_repository(run_dir, "me/X-GGUF")
+    manifest = load_manifest(run_dir)
+    assert (manifest.run.repo, manifest.before.repo) == ("me/X-GGUF", "me/X-GGUF")
+    assert (manifest.run.rungs, manifest.before.rungs) == ((*RUNGS, "Q6_K"), RUNGS)
+
+
+def test_no_zero_is_negative():
+    tiny = Figure(value=-0.0000102, error=0.0021)
+    assert with_error(tiny) == "0.0000 ± 0.0021" and with_error(Figure(value=-0.0, error=0.0)) == "0"
+    assert signed(tiny) == "+0.0000 ± 0.0021"
+    assert signed(Figure(value=-0.0123, error=0.0004)) == "−0.01230 ± 0.00040"
 
 
 def test_the_speed_stands_beside_that_of_the_preset(run_dir):

@@ -153,7 +153,7 @@ def test_a_projector_goes_too_and_is_in_the_card(folder):
     card = render_card(folder)
     address = f"https://huggingface.co/{REPO}/resolve/main/{path.name}?download=true"
     assert f"[{path.name}]({address})" in card and f"--mmproj {path.name}" in card
-    assert "1234 weights" in card and "Q8_0, because no calibration text reaches them" in card
+    assert "1,234 weights" in card and "Q8_0, because no calibration text reaches them" in card
 
 
 def test_only_a_finished_run_goes(folder):

@@ -1,5 +1,6 @@
 """`bitladder show`: the table's figures are the scores', the plot's places the logarithms', the front brute force's."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -17,8 +18,8 @@ from bitladder.engine import Context, Decoding, Model, log
 from bitladder.progress import SILENT
 from bitladder.report import RunModel, read_run
 from bitladder.rundir import Layout, RunLog, follow, last_command, run_log
-from bitladder.show import ladder_tables
-from bitladder.show.ladder_tables import front, next_steps
+from bitladder.show.ladder_tables import front, pareto_plot
+from bitladder.show.last_lines import deletable, next_steps
 from bitladder.show.scatter import Point, scatter
 
 
@@ -140,7 +141,7 @@ def test_what_comes_next(small_run, monkeypatch):
     beside = 2**20 * sum(map(float, re.findall(r"buffer size = +([\d.]+) MiB", "".join(pieces))))
     # Memories around the two files with what stands beside them.
     memories = [(sizes[0] + beside - 100) / 1e9, (sizes[0] + beside + 100) / 1e9, (sizes[1] + beside + 100) / 1e9]
-    monkeypatch.setattr(ladder_tables, "MEMORIES", memories)
+    monkeypatch.setattr("bitladder.show.last_lines.USUAL_MEMORIES", memories)
     lines = "\n".join(next_steps(run))
     assert f"for {memories[0]} GB: no rung" in lines
     for memory, rung in zip(memories[1:], ("Q4_K_M", "Q8_0"), strict=True):
@@ -149,7 +150,30 @@ def test_what_comes_next(small_run, monkeypatch):
         assert f": {rung}, llama-server -m " in line and pathlib.Path(path).samefile(
             next(small_run.glob(f"*{rung}.gguf"))
         )
-    assert str(small_run / "README.md") in lines and f"bitladder push {small_run} OWNER/NAME" in lines
+    assert str(small_run / "README.md") in lines
+    for repo, shown in ((None, "OWNER/NAME"), ("me/Tiny-GGUF", "me/Tiny-GGUF")):
+        named = dataclasses.replace(run, record=run.record.model_copy(update={"repo": repo}))
+        assert f"publish: bitladder push {small_run} {shown}" in next_steps(named)
+
+
+def test_what_may_be_deleted_is_not_what_a_run_at_work_uses(small_run, tmp_path):
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    Layout(folder).work.mkdir(exist_ok=True)
+    (Layout(folder).work / "x.base").write_bytes(b"1" * 1234)
+    (line,) = deletable(read_run(folder))
+    assert (
+        f"may be deleted: {Layout(folder).work} (" in line
+        and "A run that adds a rung would then repeat: base (" in line
+    )
+    Layout(folder).lock.write_text(f"{os.getpid()}\n")
+    assert deletable(read_run(folder)) == []
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_the_plot_and_its_legend_are_no_wider_than_asked(folder, width):
+    lines = pareto_plot(read_run(folder), width=width, height=8)
+    assert max(map(len, lines)) <= width
+    assert {"● a rung", "◇ a plain preset", "† by others"} <= set(re.split("   |\n", "\n".join(lines)))
 
 
 @pytest.fixture
@@ -194,7 +218,13 @@ def test_a_run_that_is_not_complete_shows_what_there_is(extended, capsys):
     kld = json.loads((extended / "measured" / "Q8_0.json").read_text())["kld"]["value"]
     assert float(rows["Q8_0"].split(" ± ")[-2].split()[-1]) == pytest.approx(kld, rel=0.02)
     assert rows["Q6_K"].split()[1:] == ["–"] * 4
-    assert invoke(["push", str(extended), "someone/Tiny-GGUF", "--dry-run"]) == 1
+    for command in (["push", str(extended), "someone/Tiny-GGUF", "--dry-run"], ["card", str(extended)]):
+        capsys.readouterr()
+        assert invoke(command) == 1
+        assert "not finished. Continue it with: bitladder run 'my model' --out d" in capsys.readouterr().err
+    Layout(extended).lock.write_text(f"{os.getpid()}\n")
+    assert invoke(["card", str(extended)]) == 1
+    assert f"It is at work. Follow it with: bitladder show {extended} --follow" in capsys.readouterr().err
 
 
 def test_follow_ends_with_the_run(extended):

@@ -253,6 +253,7 @@ def push_command(
             hint += f"   (and -hf {repo})" if entry.name == default else ""
             table.add(entry.name, _size(entry.bytes), hint)
         output.print(table)
+        output.line(publish.recommendation(folder, entries, repo))
         output.line(f"{number_of(len(entries), 'file')}, {_size(total)}, for {repo}; nothing was sent")
         return
     from bitladder.hub import upload

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.report.best import by_size, worth_their_size
+    from bitladder.report.best import USUAL_MEMORIES, best_fitting, by_size, recommended, worth_their_size
     from bitladder.report.card import render_card, write_card
     from bitladder.report.finished_run import (
         FinishedRun,
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from bitladder.report.tables import gigabytes, percent, with_error
 
 __all__ = [
+    "USUAL_MEMORIES",
     "FinishedRun",
     "RunModel",
     "UnfinishedRun",
+    "best_fitting",
     "by_size",
     "gigabytes",
     "percent",
     "read_run",
     "read_unfinished",
+    "recommended",
     "render_card",
     "render_report",
     "with_error",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from bitladder.evaluate import FIVE, SURE, Figure, RunScores, average_of_five, paired_task
-from bitladder.report.finished_run import RunModel
+from bitladder.report.finished_run import FinishedRun, RunModel
 
 # The figure of one model less that of another, in the order (this, other); None if one of them was not measured.
 Difference = Callable[[RunScores, RunScores], Figure | None]
@@ -101,20 +101,36 @@ def tasks_average(this: RunScores, other: RunScores) -> Figure | None:
 
 # Memories that machines have, in GB.
 MEMORIES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 512, 1024)
+# Those of most readers, for which a rung is recommended.
+USUAL_MEMORIES = (8, 16, 24)
 
 
-def by_memory(rungs: Sequence[RunModel], beside: int) -> list[tuple[int, RunModel]]:
-    """The best rung for each usual memory, in GB. Memories that change nothing are left out.
+def best_fitting(run: FinishedRun, memory: float) -> RunModel | None:
+    """The best rung that fits into a memory, in GB, with the usual context; None if none does.
 
-    Parameters:
-        rungs: the rungs that are worth their size, from the smallest to the largest.
-        beside: bytes that the context takes beside the file.
+    It is the largest of those that are worth their size. If the memory of a context is not known, files alone count.
     """
+    beside = run.beside[run.usual_context] if run.usual_context is not None else 0
+    worth = worth_their_size([(rung.label, rung.scores) for rung in run.rungs])
+    fitting = [rung for rung in run.rungs if rung.scores.bytes + beside <= memory * 10**9]
+    return next((rung for rung in reversed(fitting) if rung.label in worth or not worth), None)
+
+
+def recommended(run: FinishedRun) -> tuple[int, RunModel]:
+    """The rung that commands name: the best one for the smallest usual memory, in GB, that has room for any rung."""
+    larger = [memory for memory in MEMORIES if memory > USUAL_MEMORIES[-1]]
+    fitting = ((memory, best_fitting(run, memory)) for memory in (*USUAL_MEMORIES, *larger))
+    smallest = run.rungs[0]
+    return next(((memory, rung) for memory, rung in fitting if rung), (smallest.scores.bytes // 10**9 + 1, smallest))
+
+
+def by_memory(run: FinishedRun) -> list[tuple[int, RunModel]]:
+    """The best rung for each memory that machines have, in GB. Memories that change nothing are left out."""
     choices: list[tuple[int, RunModel]] = []
     for memory in MEMORIES:
-        fitting = [rung for rung in rungs if rung.scores.bytes + beside <= memory * 10**9]
-        if fitting and (not choices or choices[-1][1] is not fitting[-1]):
-            choices.append((memory, fitting[-1]))
+        rung = best_fitting(run, memory)
+        if rung and (not choices or choices[-1][1] is not rung):
+            choices.append((memory, rung))
     return choices
 
 

@@ -11,19 +11,18 @@ from huggingface_hub import ModelCardData
 
 from bitladder.calibrate import first_lines
 from bitladder.errors import BitladderError
-from bitladder.evaluate import RunScores, task_meanings
+from bitladder.evaluate import Figure, RunScores, task_meanings
 from bitladder.files import write_text
+from bitladder.hub import pick
 from bitladder.recipe import Recipe, recipe_sha256
 from bitladder.report import tables
-from bitladder.report.best import LEVELS, by_memory, in_a_sentence, worth_their_size
+from bitladder.report.best import by_memory, in_a_sentence, recommended, worth_their_size
 from bitladder.report.finished_run import FinishedRun, RunModel, read_chat_template, read_run
 from bitladder.report.tables import gigabytes, with_errors
-from bitladder.rundir import Layout
+from bitladder.rundir import Layout, make_again
 from bitladder.text import BUILTIN, Conversation
 from bitladder.units import number_of
 
-# The speed in the table of choices: in a chat the user waits for generated tokens.
-GENERATION = "tg128"
 # Keys of the hub's front matter → keys of GGUF's general.* metadata.
 PASSED_ON = {
     "license": "license",
@@ -73,16 +72,17 @@ def facts(run: FinishedRun) -> dict[str, Any]:
     base = run.base.scores
     scored = [model.scores for model in run.models]
     recipes = [rung.recipe for rung in run.rungs if rung.recipe]
+    generation = tables.generation_test(run)
     return {
         "run": run,
         "record": run.record,
         "full": run.full,
         "projector": run.manifest.steps["convert"].facts.get("projector"),
         "prediction_weights": run.manifest.steps["convert"].facts.get("prediction_weights", 0),
-        "has_full_file": bool(run.manifest.steps["convert"].outputs),
+        "has_full_file": run.has_full_file,
         "base": base,
         "base_size": gigabytes(base.bytes),
-        "choices": _choices(run),
+        "choices": _choices(run, generation),
         "memory_heads": [f"{_thousands(tokens)} context (GB)" for tokens in run.beside],
         "fitting": _fitting(run),
         "example": _example(run),
@@ -91,7 +91,7 @@ def facts(run: FinishedRun) -> dict[str, Any]:
             "measured": any(text.name in BUILTIN for text in base.texts_used),
             "calibration": any(name in BUILTIN for name in _calibration_names(run)),
         },
-        "generation": GENERATION if any(rung.scores.speed(GENERATION) for rung in run.rungs) else None,
+        "generation": generation,
         "sizes": tables.sizes(run),
         "quality": tables.quality(run),
         "by_text": tables.by_text(run),
@@ -108,7 +108,7 @@ def facts(run: FinishedRun) -> dict[str, Any]:
         "made": [_made(rung) for rung in run.rungs],
         "smoothed": any(rung.scores.smoothed for rung in run.rungs),
         "tuned": any(rung.scores.tuned for rung in run.rungs),
-        "imatrix": _imatrix(recipes),
+        "imatrix": _imatrix(run),
         "unreached": first_lines(run.manifest.steps["imatrix"].facts.get("unreached", [])),
         "versions": _versions([recipe.versions for recipe in recipes] + [scores.versions for scores in scored]),
         "calibrated_on_text": any(
@@ -118,8 +118,17 @@ def facts(run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _choices(run: FinishedRun) -> list[dict[str, Any]]:
-    """The table of choices, a row for each rung: what somebody who downloads must know of a file."""
+def _choices(run: FinishedRun, generation: str | None) -> list[dict[str, Any]]:
+    """The table of choices, a row for each rung: what somebody who downloads must know of a file.
+
+    Parameters:
+        run: the run.
+        generation: the speed test that is shown; None without one.
+    """
+
+    def speed(model: RunModel | None) -> Figure | None:
+        return model.scores.speed(generation) if model and generation else None
+
     scores = [rung.scores for rung in run.rungs]
     presets = [run.naive.get(rung.label) for rung in run.rungs]
     worth = worth_their_size([(rung.label, rung.scores) for rung in run.rungs])
@@ -127,8 +136,8 @@ def _choices(run: FinishedRun) -> list[dict[str, Any]]:
         run.rungs,
         presets,
         with_errors([score.kld for score in scores]),
-        with_errors([score.speed(GENERATION) for score in scores]),
-        with_errors([preset.scores.speed(GENERATION) if preset else None for preset in presets]),
+        with_errors([speed(rung) for rung in run.rungs]),
+        with_errors([speed(preset) for preset in presets]),
         strict=True,
     )
     return [
@@ -158,22 +167,26 @@ def _thousands(tokens: int) -> str:
 
 
 def _fitting(run: FinishedRun) -> dict[str, Any] | None:
-    """The best rung for usual memories, with a context of medium length; None if all fit into the smallest."""
+    """The best rung for usual memories, with a context of medium length; None if its memory is not known."""
     context = run.usual_context
-    if context is None:
-        return None
-    worth = worth_their_size([(rung.label, rung.scores) for rung in run.rungs])
-    choices = by_memory([rung for rung in run.rungs if rung.label in worth], run.beside[context])
-    if len(choices) < 2:
+    choices = by_memory(run)
+    if context is None or not choices:
         return None
     return {"context": _thousands(context), "choices": [(memory, rung.label) for memory, rung in choices]}
 
 
-def _example(run: FinishedRun) -> dict[str, str]:
-    """The file of the commands: the smallest one whose loss is small, or the best one."""
-    small = [rung for rung in run.rungs if rung.scores.kld and rung.scores.kld.value <= LEVELS[1][0]]
-    rung = small[0] if small else run.rungs[-1]
-    return {"label": rung.label, "file": rung.scores.model}
+def _example(run: FinishedRun) -> dict[str, Any]:
+    """The file of the commands, and the quant that llama.cpp takes if none is named."""
+    memory, rung = recommended(run)
+    plain = unnamed_quant(run)
+    return {"label": rung.label, "file": rung.scores.model, "memory": memory, "plain": plain.label if plain else ""}
+
+
+def unnamed_quant(run: FinishedRun) -> RunModel | None:
+    """The model that `-hf OWNER/REPO` takes of the repository of a run, by llama.cpp's own rule."""
+    models = [*run.rungs, *([run.base] if run.has_full_file else [])]
+    file = pick(sorted(model.scores.model for model in models))  # the hub sorts by name
+    return next((model for model in models if model.scores.model == file), None)
 
 
 def _sampling(run: FinishedRun) -> str:
@@ -204,7 +217,7 @@ def _prompt(run: FinishedRun) -> dict[str, str] | None:
 
 def _hashes(run: FinishedRun) -> list[tuple[str, str]]:
     """Name and SHA-256 of all files that are named in the card."""
-    imatrix = _imatrix([rung.recipe for rung in run.rungs if rung.recipe])
+    imatrix = _imatrix(run)
     return [
         *((rung.scores.model, rung.scores.sha256) for rung in run.rungs),
         (imatrix["name"], imatrix["sha256"]),
@@ -253,11 +266,13 @@ def _threads(count: int) -> str | None:
     return number_of(count, "thread") if count else None
 
 
-def _imatrix(recipes: list[Recipe]) -> dict[str, Any]:
+def _imatrix(run: FinishedRun) -> dict[str, Any]:
     """The importance matrix of all rungs. Raises BitladderError if they have different ones."""
+    recipes = [rung.recipe for rung in run.rungs if rung.recipe]
     matrices = {recipe.imatrix.model_dump_json(): recipe.imatrix for recipe in recipes if recipe.imatrix}
     if len(matrices) != 1:
-        raise BitladderError("the recipes name different importance matrices; give the `bitladder run` command again")
+        again = make_again(run.layout.folder, run.manifest)
+        raise BitladderError(f"the recipes name different importance matrices. {again}")
     return next(iter(matrices.values())).model_dump()
 
 

@@ -125,6 +125,11 @@ class FinishedRun:
         return self.record.model_id or self.full.get("origin")
 
     @property
+    def has_full_file(self) -> bool:
+        """Whether the run made the full-precision file, which then belongs to the directory and its repository."""
+        return bool(self.manifest.steps["convert"].outputs)
+
+    @property
     def beside(self) -> dict[int, int]:
         """Bytes of cache and buffers by the tokens of the context; empty if they are not known."""
         memory = self.manifest.steps.get("memory")

@@ -15,10 +15,11 @@ import yaml
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import read_scores
 from bitladder.hub import PRESET, pick, side_word
+from bitladder.report.best import recommended
 from bitladder.report.card import render_card, write_card
-from bitladder.report.finished_run import read_prices
+from bitladder.report.finished_run import read_prices, read_run
 from bitladder.report.page import write_report
-from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, naive
+from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, make_again, naive
 
 # The start of a path of this machine: /home/…, ~/…, ./…, C:\…, \\server, file:…
 _LOCAL = re.compile(r"(/|~|\.{1,2}[/\\]|[A-Za-z]:[\\/]|\\\\|file:)")
@@ -64,10 +65,10 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
             raise BitladderError(f"{path} lies outside {folder}: files of the run were tampered with; nothing is sent")
         name = layout.name(path)
         if not path.is_file():
-            raise BitladderError(f"{path} is missing; give the `bitladder run` command again")
+            raise BitladderError(f"{path} is missing. {make_again(folder, manifest)}")
         size = path.stat().st_size
         if recorded.get(name, size) != size:
-            raise BitladderError(f"{path} was changed after the run; give the `bitladder run` command again")
+            raise BitladderError(f"{path} was changed after the run. {make_again(folder, manifest)}")
         files[name] = PublishedFile(name, size, rung)
     for pattern in exclude:
         excluded = fnmatch.filter(files, pattern)
@@ -78,6 +79,19 @@ def published_files(folder: pathlib.Path, exclude: Sequence[str] = ()) -> list[P
         for name in excluded:
             del files[name]
     return list(files.values())
+
+
+def record_repository(folder: pathlib.Path, repo: str) -> None:
+    """Records the repository that a finished run is for. No page is written.
+
+    Raises:
+        BitladderError: the run is not finished.
+    """
+    manifest, _ = complete_manifest(folder)
+    # While a run is extended, the finished one is the one before it. Both are for the same repository.
+    manifest.run = manifest.run and manifest.run.model_copy(update={"repo": repo})
+    manifest.before = manifest.before and manifest.before.model_copy(update={"repo": repo})
+    manifest.save(folder)
 
 
 def name_repository(folder: pathlib.Path, repo: str) -> bool:
@@ -91,13 +105,12 @@ def name_repository(folder: pathlib.Path, repo: str) -> bool:
     Raises:
         BitladderError: the run is not finished, or a file of it cannot be read.
     """
-    manifest, run = complete_manifest(folder)
+    _, run = complete_manifest(folder)
     layout = Layout(folder)
     if run.repo == repo:
         return True
     edited = layout.card.is_file() and layout.card.read_text(encoding="utf-8", errors="replace") != render_card(folder)
-    manifest.run = run.model_copy(update={"repo": repo})
-    manifest.save(folder)
+    record_repository(folder, repo)
     if not edited:
         write_card(folder)
         if layout.report.is_file():
@@ -189,7 +202,7 @@ def warnings(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> list[str
         lines.append(f"{card}: base_model {base} is not a hub id (OWNER/NAME)")
     if not front.get("license"):
         lines.append(f"{card} names no license; that of the source model applies to its quants; name it in the card")
-    names = [entry.name for entry in entries]
+    names = sorted(entry.name for entry in entries)
     for entry in entries:
         if entry.rung is None:
             continue
@@ -208,7 +221,20 @@ def warnings(folder: pathlib.Path, entries: Sequence[PublishedFile]) -> list[str
 
 def default_file(entries: Sequence[PublishedFile]) -> str | None:
     """The file that `-hf REPO` takes if no quant is named."""
-    return pick([entry.name for entry in entries])
+    return pick(sorted(entry.name for entry in entries))  # the hub sorts by name
+
+
+def recommendation(folder: pathlib.Path, entries: Sequence[PublishedFile], repo: str) -> str:
+    """A sentence about the quant that the card recommends, and about what `-hf REPO` takes if that is another one.
+
+    Raises BitladderError if the run cannot be read.
+    """
+    memory, rung = recommended(read_run(folder))
+    sentence = f"The card recommends {rung.label}, the best file for a memory of {memory} GB."
+    taken = next((entry for entry in entries if entry.name == default_file(entries)), None)
+    if taken is None or taken.rung == rung.label:
+        return sentence
+    return f"{sentence} -hf {repo} takes {taken.rung}: llama.cpp's own rule prefers Q4_K_M, then Q8_0."
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -43,15 +43,15 @@ def with_error(figure: Figure, scale: float = 1.0, *, powers: bool | None = None
     if not math.isfinite(value):
         return str(value)
     if not math.isfinite(error) or error <= 0:
-        return f"{value:.3e}" if powers else significant(value)
+        return f"{value:z.3e}" if powers else significant(value)
     # Rounding can add a digit (0.0996 → 0.10), so the decimal place is that of the rounded error.
     rounded = decimal.Decimal(f"{error:.1e}")
     exponent = rounded.adjusted() - 1
     if powers:
         digits = max(0, _magnitude(value) - exponent)
-        return f"{value:.{digits}e} ± {error:.1e}"
+        return f"{value:z.{digits}e} ± {error:.1e}"
     places = max(0, -exponent)
-    return f"{value:.{places}f} ± {error:.{places}f}"
+    return f"{value:z.{places}f} ± {error:.{places}f}"
 
 
 def significant(value: float, digits: int = 4) -> str:
@@ -63,7 +63,7 @@ def significant(value: float, digits: int = 4) -> str:
     """
     if 0 < abs(value) < SMALLEST_PLAIN:
         return f"{value:.{digits - 1}e}"
-    text = f"{value:.{max(0, digits - 1 - _magnitude(value))}f}"
+    text = f"{value:z.{max(0, digits - 1 - _magnitude(value))}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
@@ -232,22 +232,32 @@ def speed_tests(run: FinishedRun) -> list[str]:
     return list(dict.fromkeys(row.test for model in [*run.quants, run.base] for row in model.scores.bench))
 
 
+def generation_test(run: FinishedRun) -> str | None:
+    """The speed test of the table of choices: in a chat the user waits for generated tokens. None without one."""
+    tests = [test for test in speed_tests(run) if any(rung.scores.speed(test) for rung in run.rungs)]
+    return next((test for test in tests if test.startswith("tg")), None)
+
+
 def speeds(run: FinishedRun) -> Table | None:
     """Tokens per second of each test; None if no speed was measured."""
     tests = speed_tests(run)
     if not tests:
         return None
-    return _table(run, [_figures(run, t, _speed(t), best.independent(_speed(t)), higher=True) for t in tests])
+    return _table(run, [_figures(run, t, _speed(t), best.independent(_repeated(t)), higher=True) for t in tests])
 
 
 def sizes(run: FinishedRun) -> Table:
-    """Size in GB and bits per weight; with presets by themselves theirs too, and what is saved if something is."""
+    """Size in GB and bits per weight; with presets by themselves theirs too, and what is saved if something is.
+
+    The full precision is a row if its file belongs to the run.
+    """
     lines = []
     heads: tuple[str, ...] = ("Size (GB)", "Bits per weight")
     saves = any(_saved(rung.scores, naive.scores).value for rung in run.rungs if (naive := _preset(run, rung)))
     if run.naive:
         heads += ("Preset's size (GB)", "Preset's bits per weight", *(("Saved",) if saves else ()))
-    for model in sorted([*run.rungs, *run.others], key=lambda model: model.size_order):
+    models = [*run.rungs, *run.others, *([run.base] if run.has_full_file else [])]
+    for model in sorted(models, key=lambda model: model.size_order):
         cells = [*_size(model.scores)]
         if run.naive:
             naive = _preset(run, model)
@@ -337,7 +347,7 @@ def all_paired(run: FinishedRun) -> bool:
 def signed(figure: Figure, text: str | None = None) -> str:
     """A difference with its sign, as "−0.0123 ± 0.0004"; `text` is the difference in the form of its column."""
     text = text or with_error(figure)
-    return text.replace("-", "−", 1) if figure.value < 0 else f"+{text}"
+    return f"−{text[1:]}" if text.startswith("-") else f"+{text}"
 
 
 def _size(scores: RunScores) -> tuple[Cell, Cell]:
@@ -364,3 +374,13 @@ def _accuracy(name: str) -> Callable[[RunScores], Figure | None]:
 
 def _speed(test: str) -> Callable[[RunScores], Figure | None]:
     return lambda scores: scores.speed(test)
+
+
+def _repeated(test: str) -> Callable[[RunScores], Figure | None]:
+    """The speed in a test if it was measured more than once. Nobody knows the noise of a single time."""
+
+    def speed(scores: RunScores) -> Figure | None:
+        figure = scores.speed(test)
+        return figure if figure and figure.error > 0 else None
+
+    return speed

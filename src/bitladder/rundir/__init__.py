@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         check_source,
         complete_manifest,
         load_manifest,
+        make_again,
+        run_command,
     )
     from bitladder.rundir.run_log import RunLog, follow, is_running, last_command
 
@@ -34,6 +36,8 @@ __all__ = [
     "is_running",
     "last_command",
     "load_manifest",
+    "make_again",
     "naive",
+    "run_command",
 ]
 open_door(__name__)

@@ -1,6 +1,7 @@
 """ladder.json, the manifest of a run directory: the options of the run, complete steps, and their inputs."""
 
 import pathlib
+import shlex
 from typing import Any, Literal
 
 import pydantic
@@ -8,6 +9,7 @@ import pydantic
 from bitladder.errors import BitladderError
 from bitladder.files import write_json
 from bitladder.rundir.layout import Layout
+from bitladder.rundir.run_log import is_running, last_command
 
 
 class OutputFile(pydantic.BaseModel):
@@ -145,8 +147,21 @@ def complete_manifest(folder: pathlib.Path) -> tuple[Manifest, RunRecord]:
         raise BitladderError(f"{folder} is not a run directory: it has no {name}; bitladder run --out makes one")
     run = manifest.whole()
     if run is None:
-        raise BitladderError(f"the run in {folder} is not finished; give its `bitladder run` command again first")
+        then = f"Continue it with: {run_command(folder, manifest)}"
+        if is_running(folder):
+            then = f"It is at work. Follow it with: bitladder show {shlex.quote(str(folder))} --follow"
+        raise BitladderError(f"the run in {folder} is not finished. {then}")
     return manifest, run
+
+
+def run_command(folder: pathlib.Path, manifest: Manifest) -> str:
+    """The command of the last run in a directory: it continues the run, and makes what is missing of it."""
+    return last_command(folder) or (manifest.run.command if manifest.run else "bitladder run")
+
+
+def make_again(folder: pathlib.Path, manifest: Manifest) -> str:
+    """A sentence for an error about a file of a run that is missing or damaged."""
+    return f"Make it again with: {run_command(folder, manifest)}"
 
 
 class _SourceFacts(pydantic.BaseModel):
@@ -168,11 +183,11 @@ def check_source(folder: pathlib.Path, manifest: Manifest) -> None:
     path = Layout(folder).manifest
     convert = manifest.steps.get("convert")
     if convert is None:
-        raise BitladderError(f"{path} is damaged: it has no step convert; give the `bitladder run` command again")
+        raise BitladderError(f"{path} is damaged: it has no step convert. {make_again(folder, manifest)}")
     try:
         _SourceFacts.model_validate(convert.facts)
     except pydantic.ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise BitladderError(
-            f"{path} is damaged (convert: {where}); delete the file and give the `bitladder run` command again"
+            f"{path} is damaged (convert: {where}). Delete the file. {make_again(folder, manifest)}"
         ) from error

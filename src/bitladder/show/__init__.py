@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from bitladder.show.imatrix_view import print_view, view_differences, view_statistics
     from bitladder.show.ladder_tables import (
         RunDisplay,
-        deletable,
         diagnosis_json,
         diagnosis_table,
         estimate_lines,
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
         ladder_json,
         ladder_table,
         mixed_lines,
-        next_steps,
         pareto_plot,
         text_table,
         unfinished_json,
         unfinished_table,
     )
+    from bitladder.show.last_lines import deletable, next_steps
     from bitladder.show.output import Output, common_options, one_printable_line
     from bitladder.show.recipe_tables import difference
     from bitladder.show.speed_tables import FORMATS, render, speed_table

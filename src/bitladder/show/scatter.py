@@ -107,7 +107,7 @@ def _write_label(row: list[str], column: int, label: str) -> None:
 
 
 def _x_lines(axis: _Axis, margin: int, text: Callable[[float], str]) -> list[str]:
-    rule, words = ["─"] * axis.cells, [" "] * (axis.cells + 2)
+    rule, words = ["─"] * axis.cells, [" "] * axis.cells
     end = -1
     for value in axis.ticks():
         place, shown = axis.place(value), text(value)
