@@ -15,6 +15,7 @@ from bitladder.calibrate import (
 from bitladder.cli import options as shared
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputPath
+from bitladder.cli.unused import names_of, warn_unused
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
@@ -51,6 +52,7 @@ def imatrix_command(
     Files are interchangeable with llama-imatrix. The same command continues an interrupted run.
     """
     if not files:
+        warn_unused(output, "without -f", {"model", "process_output", *names_of(Reading, Decoding, but=("n_ctx",))})
         n_ctx, form = decoding.n_ctx, options.form
         result = merge_imatrices(out, in_files, n_ctx=n_ctx, form=form, progress=output.progress)
     else:
@@ -106,8 +108,11 @@ def calibrate_command(
     if not files:
         if imatrix:
             raise UsageError("--imatrix needs a text: pass -f")
+        warn_unused(output, "without -f", {"model", *names_of(MomentsOptions, Reading, Decoding)})
         result = merge_moments(out, in_files, progress=output.progress)
     else:
+        if imatrix is None:
+            warn_unused(output, "without --imatrix", {"process_output"})
         model, texts = _read(output, model, files)
         result = collect_moments(
             model,

@@ -9,6 +9,7 @@ import click
 from bitladder.cli.options import json_file, kept_results, options_from, warn_if_quantized
 from bitladder.cli.outputs import Command, OutputPath
 from bitladder.cli.typed import INPUT, TEXT, Choice, FileOrName
+from bitladder.cli.unused import warn_unused
 from bitladder.compare import CompareOptions, compare_quants
 from bitladder.errors import UsageError
 from bitladder.evaluate import (
@@ -69,6 +70,13 @@ def eval_command(
 
     Several models are shown side by side, with the paired difference of each from the first.
     """
+    if options.base is None:
+        noise = {"noise_chunks"} if options.noise_chunks and options.logits is None else set()
+        warn_unused(output, "without --base", {"base_file", *noise})
+    if options.tasks is None:
+        warn_unused(output, "without --tasks", {"task_count"})
+    elif not (options.texts or options.base or options.logits):
+        warn_unused(output, "without -f or --base", {"chunks"})
     warn_if_quantized(output, "--base", options.base)
     scores = evaluate_files(models, options, settings, results=results, progress=output.progress)
     values = [model_scores.to_json() for model_scores in scores]

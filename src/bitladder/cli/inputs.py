@@ -11,6 +11,7 @@ import click
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
 from bitladder.cli.typed import FETCHED_TEXT, INPUT, TASK, Choice, FileOrName, NamingGroup, Whole
+from bitladder.cli.unused import warn_unused, warn_unused_by_conversion
 from bitladder.convert import ConvertOptions
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options
@@ -42,6 +43,7 @@ def convert_command(model: str, out: pathlib.Path | None, options: ConvertOption
     """Convert MODEL, a checkpoint's directory or a Hugging Face hub id, to GGUF."""
     from bitladder import convert as package
 
+    warn_unused_by_conversion(output, model, options)
     target = out or pathlib.Path(package.default_name(model, options.outtype))
     check_output(target, "full model")
     result = package.convert(
@@ -86,6 +88,7 @@ def doctor_command(*, output: Output, model: str, options: ConvertOptions) -> in
     from bitladder.ladder import RunOptions, diagnose, estimate
     from bitladder.show import diagnosis_json, diagnosis_table
 
+    warn_unused_by_conversion(output, model, options)
     diagnosis, cost = diagnose(model, options, progress=output.progress), None
     if diagnosis.works and diagnosis.shape is not None:
         cost = estimate(RunOptions(model, pathlib.Path("ladder"), conversion=options), shape=diagnosis.shape)
@@ -191,6 +194,7 @@ def tasks_command(spec: str | None, out: pathlib.Path | None, task_count: int | 
     from bitladder.evaluate import export_task, load_task, parse_specs, summarize, task_command, task_meanings
 
     if spec is None:
+        warn_unused(output, "without NAME", {"out", "task_count"})
         if output.json:
             output.print_json(task_meanings())
         else:

@@ -12,6 +12,7 @@ from bitladder.cli import options as shared
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputPath, check_output, note_input
 from bitladder.cli.typed import INPUT, PLACE, Presets, Whole
+from bitladder.cli.unused import warn_unused
 from bitladder.engine import Decoding
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_file
@@ -134,6 +135,11 @@ def quantize_command(
         check_output(plain_path(out), _written({"words": words, "recipe": recipe}))
     elif not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    if rounding.method == "stock":
+        idle = {"moments", "guard", "guard_chunks", "device", "effort"}
+        warn_unused(output, "with --rounding stock, which is the default", idle)
+    elif guard == "none":
+        warn_unused(output, "with --guard none", {"guard_chunks"})
     if rounding.method != "stock" and not dry_run and out is not None:
         if not moments:
             raise UsageError(

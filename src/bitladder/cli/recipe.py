@@ -10,6 +10,7 @@ from bitladder.cli import options as shared
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
 from bitladder.cli.typed import INPUT, TEXT, Choice, NamingGroup
+from bitladder.cli.unused import names_of, warn_unused
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import write_text
 from bitladder.gguf import open_model
@@ -119,6 +120,7 @@ def plan_command(
 
     size = {} if n_ctx is None else {"n_ctx": n_ctx}
     amount = {} if chunks is None else {"chunks": chunks}
+    _warn_unused(output, aim, options, suggest_prune=suggest_prune, priced=sensitivity is not None)
     if suggest_prune:
         decoding = dataclasses.asdict(options.decoding)
         del decoding["n_ctx"]
@@ -162,6 +164,23 @@ def plan_command(
         output.line("")
     for line in (*plan_tables.lines(result, target), plan_tables.next_step(out, model, imatrix)):
         output.line(line)
+
+
+def _warn_unused(
+    output: Output, aim: TargetOptions, options: PlanOptions, *, suggest_prune: bool, priced: bool
+) -> None:
+    """Warns of options that do nothing beside the others."""
+    if suggest_prune:
+        own = {"imatrix", "out", "moments", "rounding", "sensitivity", "work", "effort"}
+        plans = names_of(TargetOptions, PlanOptions) - names_of(PruneOptions)
+        warn_unused(output, "with --suggest-prune", own | plans)
+        return
+    if aim.vram is None:
+        warn_unused(output, "without --vram", {"context"})
+    if priced:
+        warn_unused(output, "with --sensitivity", {"method", "probe_tokens"})
+    elif options.prices.method == "fisher":
+        warn_unused(output, "with --prices fisher", {"probe_tokens"})
 
 
 @click.group(

@@ -9,6 +9,7 @@ from bitladder.cli import options as shared
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputPath, check_output
 from bitladder.cli.typed import INPUT, TEXT
+from bitladder.cli.unused import warn_unused
 from bitladder.engine import Decoding
 from bitladder.errors import UsageError
 from bitladder.files import sha256_file
@@ -64,6 +65,8 @@ def smooth_command(
     """
     from bitladder.refine import smooth_model, try_smoothing
 
+    if text is None:
+        warn_unused(output, "without -f", {"trial_chunks", "n_ctx", "gpu_layers"})
     loaded = load_text(text, model) if text else None
     out = out or model.with_name(f"{model.stem}-smooth.gguf")
     imatrix_out = imatrix_out or out.with_name(f"{out.stem}.imatrix.gguf")
@@ -134,6 +137,8 @@ def tune_command(
     """
     from bitladder.refine import tune
 
+    if guard == "none":
+        warn_unused(output, "with --guard none", {"tune_guard_chunks"})
     texts = [load_text(spec, model) for spec in files]
     held_out = None if guard == "none" else load_text(guard, model)
     if held_out is not None and held_out.sha256 in {text.sha256 for text in texts}:

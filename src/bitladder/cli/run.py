@@ -9,6 +9,7 @@ import click
 from bitladder.cli.options import hours_option, options_from, within_hours
 from bitladder.cli.outputs import Command, check_folder, check_output, typed_command
 from bitladder.cli.typed import FOLDER, FileOrName, Whole
+from bitladder.cli.unused import warn_unused, warn_unused_by_run
 from bitladder.errors import Terminated
 from bitladder.ladder import RunOptions
 from bitladder.show import Column, Output, Table, common_options, figures
@@ -43,6 +44,7 @@ def run_command(*, output: Output, options: RunOptions, hours: float | None) -> 
     options = within_hours(options, hours)
     if hours is not None:
         output.progress.info(f"--hours {hours:g}: effort {options.effort}")
+    warn_unused_by_run(output, options)
     with RunLog(output.progress, Layout(options.out), typed_command()) as log:
         display = RunDisplay(output, log)
         with display.shown():
@@ -84,6 +86,7 @@ def estimate_command(*, output: Output, options: RunOptions, hours: float | None
     from bitladder.show import estimate_lines, estimate_table
 
     options = within_hours(options, hours)
+    warn_unused_by_run(output, options)
     total = estimate(options)
     if output.json:
         output.print_json(dataclasses.asdict(total) | total.sums())
@@ -126,6 +129,8 @@ def show_command(
         unfinished_table,
     )
 
+    if not plot:
+        warn_unused(output, "with --no-plot", {"width", "height"})
     if follows and (stopped := _follow(output, folder)):
         return stopped
     manifest, unfinished = load_manifest(folder), read_unfinished(folder)
