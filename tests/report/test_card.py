@@ -482,7 +482,8 @@ def test_one_rung_is_recommended_wherever_a_command_names_one(run_dir, capsys):
         assert f"llama-server -hf me/X-GGUF:{rung}\n" in card and f"hf download me/X-GGUF X-{rung}.gguf" in card
         assert f"They name {rung}, the best file for a memory of {memory} GB." in card
         assert re.search(rf"for {memory}\b[^:]* GB: {rung}, llama-server", "\n".join(next_steps(read_run(run_dir))))
-        plain = "Without `:" + rung + "`, `-hf me/X-GGUF` takes Q4_K_M: llama.cpp's own rule prefers Q4_K_M, then Q8_0."
+        plain = "Without `:" + rung + "`, `-hf me/X-GGUF` takes Q4_K_M: llama.cpp's own rule prefers Q4_K_M, "
+        plain += "then Q8_0, then the first file."
         assert (plain in card) == (rung != "Q4_K_M")
         write_card(run_dir)
         assert invoke(["push", str(run_dir), "me/X-GGUF", "--dry-run"]) == 0

@@ -156,6 +156,18 @@ def test_what_comes_next(small_run, monkeypatch):
         assert f"publish: bitladder push {small_run} {shown}" in next_steps(named)
 
 
+def test_the_table_of_the_tutorial_is_what_is_printed(small_run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    assert invoke(["show", str(small_run), "--no-plot"]) == 0
+    head = capsys.readouterr().out.splitlines()[1]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert invoke(["show", str(small_run), "--no-plot"]) == 0
+    base = capsys.readouterr().out.splitlines()[3]
+    tutorial = (pathlib.Path(__file__).parents[2] / "docs" / "tutorial.md").read_text()
+    for line in (head, base.split("±")[0].rsplit(maxsplit=1)[0]):  # the perplexity is of another text
+        assert " ".join(line.split()) in " ".join(tutorial.split())
+
+
 def test_what_may_be_deleted_is_not_what_a_run_at_work_uses(small_run, tmp_path):
     folder = shutil.copytree(small_run, tmp_path / "run")
     Layout(folder).work.mkdir(exist_ok=True)

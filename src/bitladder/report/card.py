@@ -31,6 +31,8 @@ PASSED_ON = {
     "language": "languages",
 }
 WIKITEXT = "Salesforce/wikitext"
+# What `-hf OWNER/REPO` takes if no quant is named (bitladder.hub.pick).
+UNNAMED_RULE = "llama.cpp's own rule prefers Q4_K_M, then Q8_0, then the first file"
 
 
 def write_card(folder: pathlib.Path) -> bool:
@@ -86,6 +88,7 @@ def facts(run: FinishedRun) -> dict[str, Any]:
         "memory_heads": [f"{_thousands(tokens)} context (GB)" for tokens in run.beside],
         "fitting": _fitting(run),
         "example": _example(run),
+        "unnamed_rule": UNNAMED_RULE,
         "sampling": _sampling(run),
         "builtin": {
             "measured": any(text.name in BUILTIN for text in base.texts_used),

@@ -16,7 +16,7 @@ from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import read_scores
 from bitladder.hub import PRESET, pick, side_word
 from bitladder.report.best import recommended
-from bitladder.report.card import render_card, write_card
+from bitladder.report.card import UNNAMED_RULE, render_card, write_card
 from bitladder.report.finished_run import read_prices, read_run
 from bitladder.report.page import write_report
 from bitladder.rundir import Layout, Manifest, RunRecord, check_source, complete_manifest, make_again, naive
@@ -234,7 +234,7 @@ def recommendation(folder: pathlib.Path, entries: Sequence[PublishedFile], repo:
     taken = next((entry for entry in entries if entry.name == default_file(entries)), None)
     if taken is None or taken.rung == rung.label:
         return sentence
-    return f"{sentence} -hf {repo} takes {taken.rung}: llama.cpp's own rule prefers Q4_K_M, then Q8_0."
+    return f"{sentence} -hf {repo} takes {taken.rung}: {UNNAMED_RULE}."
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
