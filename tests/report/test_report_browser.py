@@ -1,6 +1,7 @@
 """The report in a real browser: skipped where there is no Chromium with its driver."""
 
 import colorsys
+import itertools
 import json
 import re
 import shutil
@@ -312,6 +313,47 @@ def test_colours_are_readable_in_both_themes_and_without_a_kind_of_cone(page, th
                 )
                 assert gap > 0.12, (kind, one, two)
     page.theme("light")
+
+
+def test_the_text_of_a_cell_stands_out_from_its_colour(page):
+    page.run("drawTensors()")
+    heat, texts = page.run("const {data} = document.getElementById('heat-types'); return [data[0], data[1]]")
+    values = {(x, y): z for y, row in zip(heat["y"], heat["z"], strict=True)
+              for x, z in zip(heat["x"], row, strict=True) if z is not None}  # fmt: skip
+    least, most = min(values.values()), max(values.values())
+    assert len(values) == len(texts["text"]) and most > least and all(texts["text"])
+    for x, y, ink in zip(texts["x"], texts["y"], texts["textfont"]["color"], strict=True):
+        share = (values[x, y] - least) / (most - least)
+        low, high = next(pair for pair in itertools.pairwise(heat["colorscale"]) if share <= pair[1][0])
+        part = (share - low[0]) / (high[0] - low[0])
+        cell = [a + part * (b - a) for a, b in zip(rgb(low[1]), rgb(high[1]), strict=True)]
+        assert contrast("#" + "".join(f"{round(255 * one):02x}" for one in cell), ink) >= 4.5, (x, y)
+
+
+@pytest.mark.parametrize("width", [390, 700, 1280])
+def test_no_label_lies_under_a_mark_and_no_legend_under_the_toolbar(browser, folder, width):
+    page = Page(browser, folder).open(width=width)
+    for chart in ("chart-pareto", "chart-speed"):
+        inner = (
+            "const inner = e => { const r = e.getBoundingClientRect();"
+            " return [r.left + 1, r.right - 1, r.top + 2, r.bottom - 2]; };"
+            f"const found = [...document.querySelectorAll('#{chart} ' + arguments[0])];"
+            "return found.filter(e => e.textContent || arguments[1]).map(inner)"
+        )
+        labels, marks = page.run(inner, ".textpoint text", False), page.run(inner, ".scatterlayer .point", True)
+        assert len(labels) >= 2 and len(marks) > len(labels)
+        pairs = [*itertools.combinations(labels, 2), *itertools.product(labels, marks)]
+        assert not [pair for pair in pairs if overlap(*pair)], chart
+    bars = page.run(
+        "return [...document.querySelectorAll('.modebar')].filter(e => e.checkVisibility()).map(e => {"
+        "const [a, b] = [e, e.closest('.chart').querySelector('.legend')].map(e => e && e.getBoundingClientRect());"
+        "return b && [[a.left, a.right, a.top, a.bottom], [b.left, b.right, b.top, b.bottom]]; }).filter(Boolean)"
+    )
+    assert bool(bars) == (width > 640) and not [pair for pair in bars if overlap(*pair)]
+
+
+def overlap(one, two):
+    return one[0] < two[1] and two[0] < one[1] and one[2] < two[3] and two[2] < one[3]
 
 
 def test_the_charts_follow_the_theme(page):

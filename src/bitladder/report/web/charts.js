@@ -19,7 +19,7 @@ function paint(element, plain) {
   const figure = coloured(plain);
   const layout = { ...figure.layout, dragmode: touch.matches ? false : "zoom", uirevision: figure.layout.uirevision ?? "kept" };
   if (figure.data.some((trace) => trace.mode === "markers+text")) {
-    thinOut(figure.data, layout, layout.width ?? element.clientWidth);
+    placeLabels(figure.data, layout, layout.width ?? element.clientWidth);
   }
   if (narrow.matches) {
     layout.margin = { ...layout.margin, l: 8, r: 8 };
@@ -28,7 +28,7 @@ function paint(element, plain) {
   const options = {
     responsive: true,
     displaylogo: false,
-    displayModeBar: touch.matches || figure.data.some((trace) => trace.type === "heatmap") ? false : "hover",
+    displayModeBar: touch.matches || narrow.matches || figure.data.some((trace) => trace.type === "heatmap") ? false : "hover",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     // plotly.js has a button that uploads the chart; it is removed.
     showSendToCloud: false,
@@ -37,27 +37,63 @@ function paint(element, plain) {
   return Plotly.react(element, figure.data, layout, options);
 }
 
-// A label that covers another one is left out; hovering shows it. Files that are worth their size come first.
-function thinOut(traces, { xaxis, yaxis, height }, width) {
-  const place = (axis, length) => {
-    const scale = axis.type === "log" ? Math.log10 : (value) => value;
-    const key = axis === xaxis ? "x" : "y";
-    const values = traces.filter((trace) => !trace.yaxis).flatMap((trace) => trace[key]).map(scale).filter(Number.isFinite);
-    if (axis.rangemode === "tozero") values.push(0);
-    const [least, most] = [Math.min(...values), Math.max(...values)];
-    return (value) => ((scale(value) - least) / (most - least || 1)) * length;
-  };
+// Places of a label beside its mark, in the order in which they are tried: steps to the right and up.
+const PLACES = {
+  "top center": [0, 1], "bottom center": [0, -1], "middle right": [1, 0], "middle left": [-1, 0],
+  "bottom left": [-1, -1], "top right": [1, 1], "bottom right": [1, -1], "top left": [-1, 1],
+};
+
+// Pixels of an axis by value, from its lower end. Plotly.js leaves some room beyond the outermost marks.
+function ruler(axis, values, length) {
+  const scale = axis.type === "log" ? Math.log10 : (value) => value;
+  const scaled = values.map(scale).filter(Number.isFinite);
+  if (axis.rangemode === "tozero") scaled.push(0);
+  const [least, most] = axis.range ?? [Math.min(...scaled), Math.max(...scaled)];
+  const room = axis.range ? 0 : 0.06 * (most - least);
+  return (value) => ((scale(value) - least + room) / (most - least + 2 * room || 1)) * length;
+}
+
+// A label stands where it covers no mark, no error bar and no other label. If there is no such place it is left out, and
+// hovering shows it. Files that are worth their size come first.
+function placeLabels(traces, { xaxis, yaxis, height }, width) {
+  const drawn = traces.filter((trace) => !trace.yaxis);
+  const marked = drawn.filter((trace) => trace.mode?.includes("markers"));
+  const wide = width - 90;
+  const across = ruler(xaxis, drawn.flatMap((trace) => trace.x), wide);
+  const up = ruler(yaxis, drawn.flatMap((trace) => trace.y), height - 110);
+  const taken = marked.flatMap((trace) => trace.x.flatMap((value, index) => {
+    const [x, y, error] = [across(value), trace.y[index], trace.error_y?.array[index] ?? 0];
+    const [low, high] = [up(y - error), up(y + error)];
+    return [
+      { x, y: up(y), w: 6, h: 6 },
+      ...(Number.isFinite(low + high) ? [{ x, y: (low + high) / 2, w: 2, h: (high - low) / 2 }] : []),
+    ];
+  }));
   const front = traces.find((trace) => trace.meta === "front")?.x ?? [];
-  const [across, up] = [place(xaxis, width - 90), place(yaxis, height - 110)];
-  const labels = traces.filter((trace) => trace.mode === "markers+text").flatMap((trace) => trace.text.map((name, index) => (
-    { trace, index, name, x: across(trace.x[index]), y: up(trace.y[index]), first: front.includes(trace.x[index]) }
-  )));
-  const kept = [];
-  for (const one of labels.sort((a, b) => b.first - a.first)) {
-    const free = kept.every((other) => Math.abs(one.x - other.x) > 3.6 * (one.name.length + other.name.length)
-      || Math.abs(one.y - other.y) > 13);
-    if (free) kept.push(one);
-    else one.trace.text[one.index] = "";
+  const labels = marked.filter((trace) => trace.mode === "markers+text").flatMap((trace) => {
+    const usual = trace.textposition;
+    trace.textposition = trace.text.map(() => usual);
+    return trace.text.map((name, index) => ({ trace, index, name, usual, first: front.includes(trace.x[index]) }));
+  });
+  for (const { trace, index, name, usual } of labels.sort((a, b) => b.first - a.first)) {
+    const [w, h] = [3.4 * name.length, 7];
+    const box = (place) => {
+      const [right, above] = PLACES[place];
+      return { x: across(trace.x[index]) + right * (w + 8), y: up(trace.y[index]) + above * 14, w, h };
+    };
+    const free = (place) => {
+      const one = box(place);
+      return one.x - w > -20 && one.x + w < wide + 16 && taken.every((other) => (
+        Math.abs(one.x - other.x) > w + other.w || Math.abs(one.y - other.y) > h + other.h
+      ));
+    };
+    const place = [usual, ...Object.keys(PLACES)].find(free);
+    if (place) {
+      trace.textposition[index] = place;
+      taken.push(box(place));
+    } else {
+      trace.text[index] = "";
+    }
   }
 }
 

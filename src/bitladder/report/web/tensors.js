@@ -34,6 +34,41 @@ function pickers() {
   }
 }
 
+// Colours of a heat map from its least value to its largest, in even steps: Cividis, which all readers can tell apart.
+const SCALE = ["#00204c", "#3f4c6b", "#7c7b78", "#bdae6e", "#ffe945"];
+
+// Black or white, whichever stands out more from the colour at a share of the scale: at least 4.5 : 1.
+function inkOn(share) {
+  const place = Math.min(Math.max(share, 0), 1) * (SCALE.length - 1);
+  const below = Math.min(Math.floor(place), SCALE.length - 2);
+  const part = (colour, from) => parseInt(colour.slice(from, from + 2), 16) / 255;
+  const light = [[1, 0.2126], [3, 0.7152], [5, 0.0722]].reduce((sum, [from, weight]) => {
+    const value = part(SCALE[below], from) + (place - below) * (part(SCALE[below + 1], from) - part(SCALE[below], from));
+    return sum + weight * (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+  }, 0);
+  return light > 0.179 ? "#000000" : "#ffffff";
+}
+
+// The texts of the cells of a heat map, as a trace of its own, because each has its own colour.
+function cellTexts(map, texts) {
+  const values = map.z.flat().filter((value) => value !== null);
+  const [least, most] = [Math.min(...values), Math.max(...values)];
+  const cells = map.y.flatMap((y, j) => map.x.map((x, i) => ({ x, y, value: map.z[j][i], text: texts[j][i] })));
+  const shown = cells.filter(({ value }) => value !== null);
+  return {
+    type: "scatter",
+    mode: "text",
+    x: shown.map(({ x }) => x),
+    y: shown.map(({ y }) => y),
+    text: shown.map(({ text }) => text ?? ""),
+    textfont: {
+      size: narrow.matches ? 8 : 9,
+      color: shown.map(({ value }) => inkOn(most > least ? (value - least) / (most - least) : 0.5)),
+    },
+    hoverinfo: "skip",
+  };
+}
+
 function heat(cells, { logarithmic = false, text = false, title }) {
   const place = (make) => layers.map((layer) => kinds.map((kind) => {
     const tensor = shown.find((one) => one.layer === layer && one.kind === kind);
@@ -44,21 +79,21 @@ function heat(cells, { logarithmic = false, text = false, title }) {
   const label = (tensor) => `<b>${tensor.name}</b><br>${cells(tensor).told}`;
   const bar = { title: { text: title, side: "right" }, thickness: 12, outlinewidth: 0, len: 1 };
   if (logarithmic) Object.assign(bar, powers(z.flat().filter((one) => one !== null)));
+  const map = {
+    type: "heatmap",
+    z,
+    x: kinds,
+    y: layers.map((layer) => layer ?? "–"),
+    colorscale: SCALE.map((colour, step) => [step / (SCALE.length - 1), colour]),
+    xgap: 1,
+    ygap: 1,
+    hovertext: place(label),
+    hoverinfo: "text",
+    hoverongaps: false,
+    colorbar: bar,
+  };
   return {
-    data: [{
-      type: "heatmap",
-      z,
-      x: kinds,
-      y: layers.map((layer) => layer ?? "–"),
-      colorscale: "Cividis",
-      xgap: 1,
-      ygap: 1,
-      hovertext: place(label),
-      hoverinfo: "text",
-      hoverongaps: false,
-      colorbar: bar,
-      ...(text ? { text: place((tensor) => cells(tensor).text).map((row) => row.map((one) => one ?? "")), texttemplate: "%{text}", textfont: { size: narrow.matches ? 8 : 9 } } : {}),
-    }],
+    data: text ? [map, cellTexts(map, place((tensor) => cells(tensor).text))] : [map],
     layout: {
       height: 110 + 18 * Math.max(layers.length, 4),
       margin: { l: 36, r: 8, t: 8, b: 80 },
@@ -66,8 +101,11 @@ function heat(cells, { logarithmic = false, text = false, title }) {
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: "@text", size: 12, family: "system-ui, sans-serif" },
       hoverlabel: { align: "left", bgcolor: "@paper", bordercolor: "@text", font: { color: "@text" } },
-      xaxis: { type: "category", tickangle: -45, showgrid: false, automargin: true },
-      yaxis: { type: "category", autorange: "reversed", showgrid: false, automargin: true, title: { text: "layer" } },
+      showlegend: false,
+      xaxis: { type: "category", range: [-0.5, kinds.length - 0.5], tickangle: -45, showgrid: false, automargin: true },
+      yaxis: {
+        type: "category", range: [layers.length - 0.5, -0.5], showgrid: false, automargin: true, title: { text: "layer" },
+      },
       uirevision: chosen.file,
     },
   };
