@@ -222,6 +222,7 @@ def test_help_has_one_wording_for_all_commands():
     helps = {name: CliRunner().invoke(command, ["--help"]).output for name, command in helpful()}
     shown = {name: " ".join(text.split()) for name, text in helps.items()}
     assert "With --effort fast: 20, high: all." in shown["run"] and "With --effort fast: 20" in shown["estimate"]
+    assert "With --effort fast: 4, high: 12. [default: 6; to prune 4]" in shown["plan"]
     assert "With --effort fast: 2, high: as many as --chunks." in shown["plan"]
 
 

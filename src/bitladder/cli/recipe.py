@@ -9,11 +9,12 @@ from bitladder import recipe as recipes
 from bitladder.cli import options as shared
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
-from bitladder.cli.typed import INPUT, TEXT, Choice, NamingGroup
+from bitladder.cli.typed import INPUT, TEXT, Choice, GroupedOption, NamingGroup
 from bitladder.cli.unused import names_of, warn_unused
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import write_text
 from bitladder.gguf import open_model
+from bitladder.options import flat
 from bitladder.plan import (
     FeedbackOptions,
     PlanDecoding,
@@ -27,6 +28,7 @@ from bitladder.trial import PruneOptions
 from bitladder.units import number_of
 
 _TEXT, _PRUNE_TEXT = "pydoc:calibration", "pydoc:test"
+_CHUNKS = next(field for field in flat(FeedbackOptions) if field.name == "chunks")
 _model = click.option("-m", "--model", type=INPUT, help="The model's full-precision GGUF, for shapes and checks.")
 
 
@@ -65,6 +67,8 @@ _model = click.option("-m", "--model", type=INPUT, help="The model's full-precis
     "--chunks",
     type=int,
     metavar="N",
+    cls=GroupedOption,
+    efforts=_CHUNKS.option.efforts,
     help=f"Chunks that a recipe is measured on.  [default: {FeedbackOptions().chunks}; to prune "
     f"{PruneOptions().chunks}]",
 )

@@ -153,7 +153,7 @@ class GroupedOption(click.Option):
     """
 
     def __init__(
-        self, *args: Any, group: str = "", efforts: Mapping[str, str] = types.MappingProxyType({}), **kwargs: Any
+        self, *args: Any, group: str = "", efforts: Mapping[str, Any] = types.MappingProxyType({}), **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.group, self.efforts = group, efforts

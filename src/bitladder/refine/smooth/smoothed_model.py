@@ -37,7 +37,7 @@ from bitladder.units import number_of
 SMOOTHING = Algorithm(
     "smoothing",
     (
-        "channels are balanced by powers of two between norms, v, up and the weights behind them",
+        "channels are rescaled by powers of two between norms, v, up and the weights behind them",
         "channels are ordered where the head cannot be scaled",
         "the norm before a head stays where prediction heads share the head",
     ),
@@ -222,7 +222,7 @@ def smooth_model(
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> SmoothResult:
-    """Writes a model whose channels are balanced and ordered, its importance matrix and its second moments.
+    """Writes a model whose channels are rescaled and ordered, its importance matrix and its second moments.
 
     The logits of some tokens are compared. A kind of link that changes them is left out, with a warning, and so is the
     order.
