@@ -17,6 +17,7 @@ from bitladder.cli import invoke
 from bitladder.evaluate import Figure, Scores
 from bitladder.show import comparison_tables
 from bitladder.show.eval_tables import _pm, eval_tables
+from bitladder.show.imatrix_tables import FigureColumn
 from bitladder.show.table import Column, Table
 
 WIDTHS = (60, 80, 120)
@@ -168,5 +169,6 @@ def test_a_file_against_itself_has_no_negative_zero():
     assert comparison_tables._ratio(nothing) == "+0.00 ± 0.00 %"
     assert comparison_tables._gap(noise) == "+0.0000 ± 0.0040"
     assert comparison_tables._gap(Figure(value=-0.02, error=0.004)) == "-0.0200 ± 0.0040"
+    assert FigureColumn("change", "Change", 2, percent=True, scale="signed").cell(-0.0) == "+0.00%"
     for sign in ("", "+"):
         assert _pm(nothing, 4, 100, " %", sign) == f"{sign}0.0000 ± 0.0000 %"

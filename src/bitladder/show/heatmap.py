@@ -89,7 +89,7 @@ class FigureMap:
             return self.column.cell(value)
         shown = value * 100 if self.column.percent else value
         whole = 1000 <= abs(shown) < 1e6
-        return f"{shown:.0f}" if whole else f"{shown:.3g}"
+        return f"{shown:z.0f}" if whole else f"{shown:z.3g}"
 
     def title(self) -> str:
         """What is shown, with its unit."""

@@ -57,7 +57,7 @@ class FigureColumn:
         sign = "+" if self.scale == "signed" else ""
         # A value that would be rounded to 0 keeps two digits.
         small = 0 < abs(shown) < 0.5 * 10**-self.digits
-        text = f"{shown:{sign}.1e}" if small else f"{shown:{sign}.{self.digits}f}"
+        text = f"{shown:{sign}.1e}" if small else f"{shown:{sign}z.{self.digits}f}"
         return text + ("%" if self.percent else "")
 
 

@@ -37,7 +37,7 @@ def _shares(label: str, rows: list[Share]) -> Table:
     )
     for row in rows:
         types = ", ".join(f"{count} × {kind}" if row.tensors > 1 else kind for kind, count in row.types.items())
-        cells = f"{row.bytes / 1e6:.2f}", f"{row.kld:.5f}", f"{100 * row.share:.1f} %"
+        cells = f"{row.bytes / 1e6:.2f}", f"{row.kld:z.5f}", f"{100 * row.share:z.1f} %"
         table.add(row.name, str(row.tensors), *cells, types)
     return table
 
@@ -56,7 +56,7 @@ def _moved(rows: list[MovedTensors]) -> Table:
     arrows = {"up": "▲", "down": "▼", "level": "="}
     for row in rows:
         kld = "" if row.kld is None else f"{row.kld:+z.5f}"
-        rate = "" if row.rate is None else f"{row.rate:.4f}"
+        rate = "" if row.rate is None else f"{row.rate:z.4f}"
         what = f"{row.kind}: {row.before} → {row.after}"
         size = f"{row.bytes / 1e3:+z.0f}"
         table.add(what, arrows[row.direction], str(row.count), size, kld, rate, ranges(row.layers))
@@ -75,7 +75,7 @@ def _tried(rows: tuple[TriedRecipe, ...], best: TriedRecipe) -> Table:
         ]
     )
     for row in rows:
-        predicted = "" if row.predicted is None else f"{row.predicted:.5f}"
+        predicted = "" if row.predicted is None else f"{row.predicted:z.5f}"
         judged = "" if row.judged is None else _figure(row.judged)
         chosen = "best" if row is best else ""
         table.add(row.name, f"{row.bytes:,}", predicted, _figure(row.measured), judged, chosen)
@@ -92,7 +92,7 @@ def lines(result: PlanResult, target: Target) -> Iterator[str]:
     yield f"target {target.text}: {size_text(result.bytes)}"
     cost = result.allocation
     yield (
-        f"predicted KLD {result.predicted_kld:.5f} nats; price {cost.price * 1e6:.6f} nats per MB; "
+        f"predicted KLD {result.predicted_kld:z.5f} nats; price {cost.price * 1e6:.6f} nats per MB; "
         + ("proved optimal for these prices" if cost.gap <= 1e-6 else f"within {100 * cost.gap:.4f} % of the optimum")
     )
     if result.feedback is not None:
@@ -170,5 +170,5 @@ def prune_table(ranked: list[BlockLoss]) -> Table:
     """Blocks by the KLD of the model without them."""
     table = Table(figures("block", "KLD, nats", "size in MB"))
     for loss in ranked:
-        table.add(str(loss.block), f"{loss.kld.value:.5f} ± {loss.kld.error:.5f}", f"{loss.bytes / 1e6:.2f}")
+        table.add(str(loss.block), f"{loss.kld.value:z.5f} ± {loss.kld.error:.5f}", f"{loss.bytes / 1e6:.2f}")
     return table
