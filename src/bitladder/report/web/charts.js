@@ -83,7 +83,7 @@ function placeLabels(traces, { xaxis, yaxis, height }, width) {
     };
     const free = (place) => {
       const one = box(place);
-      return one.x - w > -20 && one.x + w < wide + 16 && taken.every((other) => (
+      return one.x - w > -4 && one.x + w < wide + 16 && taken.every((other) => (
         Math.abs(one.x - other.x) > w + other.w || Math.abs(one.y - other.y) > h + other.h
       ));
     };
