@@ -52,7 +52,15 @@ TOKENS = list(range(300, 324))
 PIECES = 400  # tokens of a vocabulary
 # One colour, which no resampling changes; as in tests/test_architectures.py.
 IMAGE = np.broadcast_to(np.uint8([200, 100, 50]), (56, 56, 3))
-WITH_PIECES = ("gemma2", "gemma3", "gemma3-vision", "phi3", "ernie4.5")  # their converters want tokenizer.model
+WITH_PIECES = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3-vision",
+    "phi3",
+    "ernie4.5",
+    "nemotron",
+)  # their converters want tokenizer.model
 SMALL = {
     "vocab_size": PIECES,
     "hidden_size": 256,
@@ -126,6 +134,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # As the one of 1.2B has it. Windows are for 64 blocks: llama.cpp ignores them elsewhere.
     "exaone4": ("Exaone4", {"head_dim": 64, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "seed-oss": ("SeedOss", {"head_dim": 64}),
+    "ministral3": ("Ministral3", {"head_dim": 64}),
+    "gemma": ("Gemma", {"head_dim": 64}),
+    "olmo": ("Olmo", {}),
+    "glm4": ("Glm4", {"head_dim": 64}),
+    "nemotron": ("Nemotron", {}),
+    "apertus": ("Apertus", {"head_dim": 64}),
+    "hunyuan": ("HunYuanDenseV1", {"head_dim": 64}),
+    "cohere": ("Cohere", {"logit_scale": 0.25}),
+    "stablelm": ("StableLm", {}),
+    "arcee": ("Arcee", {}),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 256}),
+    "lfm2moe": ("Lfm2Moe", {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}),
 }  # fmt: skip
 # Keys of config.json as the makers publish them, which the configuration classes of transformers leave out or rename.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -182,7 +205,7 @@ def make(name: str, folder: pathlib.Path, changed: dict[str, Any] | None = None)
         tiny_models.train_sentencepiece(folder, PIECES)
         return model
     tokenizer = tiny_models.train_byte_level(folder)
-    if name.startswith("glm4moe"):
+    if name.startswith("glm4"):
         tokenizer.add_tokens(["[gMASK]", "<sop>", "<|endoftext|>", "<|user|>", "<|observation|>"], special_tokens=True)
         tokenizer.save_pretrained(folder)
     return model

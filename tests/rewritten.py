@@ -19,7 +19,7 @@ def rewritten(
     *,
     architecture: str | None = None,
     metadata: Callable[[str, Any], Any] = lambda _, value: value,
-    numbers: Mapping[str, float] | None = None,
+    numbers: Mapping[str, float | list[float]] | None = None,
     extra: Iterable[tuple[str, Floats]] = (),
     without: Iterable[str] = (),
 ) -> pathlib.Path:
@@ -32,7 +32,7 @@ def rewritten(
         kind: type of the matrices that are edited.
         architecture: its new architecture, or None.
         metadata: returns the value of a key.
-        numbers: further values of the architecture, by the key without its first part.
+        numbers: further values of the architecture, by the key without its first part; lists, by the whole key.
         extra: further tensors.
         without: endings of names of tensors that are left out.
     """
@@ -46,6 +46,9 @@ def rewritten(
             value = metadata(key, field.contents())
             writer.add_key_value(key.replace(f"{old}.", f"{new}."), value, field.types[0], sub_type=inner)
     for key, number in (numbers or {}).items():
+        if isinstance(number, list):
+            writer.add_array(key, number)
+            continue
         (writer.add_uint32 if isinstance(number, int) else writer.add_float32)(f"{new}.{key}", number)
     for tensor in reader.tensors:
         if tensor.name.endswith(tuple(without)):

@@ -76,6 +76,7 @@ PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up"
 AFTER = vectors(64, "post_attention_norm.weight", "post_ffw_norm.weight")
 HEAD_NORMS = vectors(16, "attn_q_norm.weight", "attn_k_norm.weight")
 CAPPED = {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 16}
+XIELU = {"alpha_p": [0.2, 0.4], "alpha_n": [-1.0, -0.5], "beta": [0.5, 0.5], "eps": [-1e-6, -1e-6]}
 # By architecture: the model that it is made from, further numbers and tensors, and tensors that are left out.
 FAMILIES = {
     "qwen2": ("biases", {}, [], [f"{name}.bias" for name in PROJECTIONS[3:]]),
@@ -106,6 +107,21 @@ FAMILIES = {
     "smollm3": ("tied", {}, [], []),
     "exaone4": ("tied", {}, AFTER + HEAD_NORMS, ["attn_norm.weight", "ffn_norm.weight"]),  # as the one of 1.2B
     "olmo2": ("olmo2", {"attention.sliding_window": 16}, [], []),  # OLMo 3
+    "nemotron": (
+        "llama",
+        {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 8},
+        [
+            *vectors(64, "attn_norm.bias", "ffn_norm.bias"),
+            ("output_norm.bias", np.linspace(-1, 1, 64, dtype=np.float32)),
+        ],
+        ["ffn_gate.weight", "rope_freqs.weight"],
+    ),
+    "apertus": (
+        "llama",
+        {f"xielu.{part}": values for part, values in XIELU.items()},
+        HEAD_NORMS,
+        ["ffn_gate.weight"],
+    ),
     # Norms without weights, of which gguf knows nothing.
     "olmo": ("tied", {"attention.layer_norm_epsilon": 1e-5, "attention.clamp_kqv": 0.5}, [], ["norm.weight"]),
 }

@@ -17,6 +17,8 @@ POSITIONS = "position_embd.weight"
 _MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "gpt-oss": "gpt_oss",
+    "hunyuan-dense": "hunyuan_v1_dense",
+    "mistral3": "ministral3",
     "command-r": "cohere",
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
@@ -166,6 +168,11 @@ def _rope(file: GgufFile) -> dict[str, Any]:
         fast, slow = _value(file, "rope.scaling.yarn_beta_fast"), _value(file, "rope.scaling.yarn_beta_slow")
         rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         rope |= {"beta_fast": 32.0 if fast is None else fast, "beta_slow": 1.0 if slow is None else slow}
+        if multiplier := _value(file, "rope.scaling.yarn_log_multiplier"):  # the library takes 1 for the other one
+            rope |= {"mscale": 1.0, "mscale_all_dim": multiplier}
     elif factor != 1:
         rope |= {"rope_type": "linear", "factor": factor}
+    if file.architecture == "mistral3":  # queries grow with their position
+        rope.setdefault("original_max_position_embeddings", _value(file, "context_length"))
+        rope["llama_4_scaling_beta"] = _value(file, "attention.temperature_scale") or 0.0
     return rope

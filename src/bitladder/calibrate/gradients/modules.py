@@ -23,6 +23,7 @@ from bitladder.gguf import GgufFile
 
 _PERMUTED = ("attn_q", "attn_k")
 _STACKED = {"gate_up_proj", "down_proj"}  # parameters of a module of experts
+_XIELU = {"alpha_p", "alpha_n"}
 _ROUTER, _CHOICE = "ffn_gate_inp", "exp_probs_b.bias"  # what is added for the choice of experts
 
 
@@ -250,6 +251,8 @@ class Modules:
                 setattr(parent, name.rpartition(".")[2], _Embedding(self._layers, scale))
             elif any(part.endswith("inv_freq") for part, _ in module.named_buffers(recurse=False)):
                 setattr(parent, name.rpartition(".")[2], self._rotary(module, file))
+            elif own.keys() == _XIELU:
+                self._fill_xielu(name, module, file)
             elif own.keys() & _STACKED:
                 setattr(parent, name.rpartition(".")[2], self._experts(name, module, own))
             elif own:
@@ -258,6 +261,15 @@ class Modules:
         left += [name for name, parameter in self._causal.named_parameters() if parameter.is_meta]
         if left:
             raise GradientsError(f"{self._name}: transformers' {left[0]} is in no tensor of the file")
+
+    def _fill_xielu(self, name: str, module: Any, file: GgufFile) -> None:
+        """Fills the parameters of an activation that has some, of which the metadata has a list (Apertus)."""
+        for part in (*_XIELU, "beta", "eps"):
+            values = file.get(f"xielu.{part}")
+            if not isinstance(values, list) or len(values) < self.blocks:
+                raise GradientsError(f"{self._name}: the metadata has no xielu.{part} of each block")
+            filled = torch.tensor([float(values[self._block(name)])])
+            setattr(module, part, nn.Parameter(filled, requires_grad=False) if part in _XIELU else filled[0])
 
     def _experts(self, name: str, module: Any, own: dict[str, nn.Parameter]) -> _Experts:
         usual = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
@@ -284,7 +296,7 @@ class Modules:
                 if self._layers.weights.has(f"blk.{self._block(name)}.{_CHOICE}"):
                     setattr(module, part, self._layers.weights.get(f"blk.{self._block(name)}.{_CHOICE}").clone())
             return
-        if set(own) == {"weight"} and _adds_one(module):
+        if "weight" in own and _adds_one(module):
             module.weight = nn.Parameter(module.weight - 1, requires_grad=False)
 
     def _rotary(self, module: Any, file: GgufFile) -> nn.Module:
@@ -301,11 +313,13 @@ class Modules:
 
 
 def _adds_one(norm: Any) -> bool:
-    """Whether a norm multiplies by 1 + weight."""
-    weight = norm.weight.data
+    """Whether a norm multiplies by 1 + weight: without weight and bias it then gives more than zeros."""
+    kept = {part: parameter.data for part, parameter in norm.named_parameters(recurse=False)}
     try:
-        norm.weight.data = torch.zeros_like(weight)
+        for part, values in kept.items():
+            getattr(norm, part).data = torch.zeros_like(values)
         with torch.no_grad():
-            return bool(norm(torch.linspace(1, 2, len(weight))[None]).abs().sum() > 0)
+            return bool(norm(torch.linspace(1, 2, len(kept["weight"]))[None]).abs().sum() > 0)
     finally:
-        norm.weight.data = weight
+        for part, values in kept.items():
+            getattr(norm, part).data = values
