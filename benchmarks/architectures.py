@@ -35,7 +35,7 @@ import transformers
 
 from bitladder.cli import invoke
 from bitladder.convert import build
-from bitladder.convert.upstream import converter_source
+from bitladder.convert.upstream import converter_source, left_out
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
 from bitladder.ladder import Machine
@@ -92,6 +92,14 @@ LATENT = {
 SSM = {"mamba_n_heads": 4, "mamba_d_head": 128, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
 GLM = {"head_dim": 64, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1,
        "num_experts_per_tok": 2, "moe_intermediate_size": 256, "n_group": 1, "topk_group": 1}  # fmt: skip
+LINEAR = {
+    "head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
 GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 64}
 # Name → class prefix in transformers, and what its configuration has besides the sizes above.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -149,6 +157,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 256}),
     "lfm2moe": ("Lfm2Moe", {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}),
+    "qwen3next": ("Qwen3Next", LINEAR | EXPERTS | {"shared_expert_intermediate_size": 256, "norm_topk_prob": True}),
+    "qwen3.5": ("Qwen3_5Text", LINEAR),
 }  # fmt: skip
 # Keys of config.json as the makers publish them, which the configuration classes of transformers leave out or rename.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -249,7 +259,7 @@ def use_converter(source: pathlib.Path) -> None:
 
         conversion.TextModel.get_vocab_base_pre = lambda self, tokenizer: "dbrx"
         words, sys.argv = sys.argv, [str(converter.script), str(folder), "--outfile", str(target), "--outtype", outtype]
-        sys.argv += ["--mmproj"] if projector else []
+        sys.argv += ["--mmproj"] if projector else left_out(converter, folder)
         try:
             runpy.run_path(str(converter.script), run_name="__main__")
         except (Exception, SystemExit) as error:

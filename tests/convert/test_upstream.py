@@ -7,8 +7,10 @@ import shutil
 import sys
 import tarfile
 
+import numpy as np
 import pytest
 from heard import Heard as Notes
+from safetensors.numpy import save_file
 
 from bitladder.cli import invoke
 from bitladder.convert import convert, upstream, uses_upstream
@@ -136,6 +138,25 @@ def test_progress_is_what_the_converter_says(tmp_path):
     heard = Heard()
     run_converter(script(tmp_path, body), tmp_path, tmp_path / "o.gguf", "f16", heard)
     assert heard.advanced == 100
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensor", "flag"),
+    [
+        ("Qwen3_5ForCausalLM", "model.norm.weight", True),
+        ("Qwen3_5ForCausalLM", "mtp.norm.weight", False),
+        ("Qwen3ForCausalLM", "model.norm.weight", False),
+    ],
+)
+def test_prediction_heads_that_a_checkpoint_has_not_are_left_out(architecture, tensor, flag, tmp_path):
+    """As published by whoever trained a Qwen 3.5 with transformers, which drops them."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    save_file({tensor: np.ones(4, np.float32)}, tmp_path / "model.safetensors")
+    body = "known = ('--no-mtp', )\nopen(target, 'wb').write(b'GGUF' + ' '.join(sys.argv).encode())"
+    run_converter(script(tmp_path, body), tmp_path, tmp_path / "o.gguf", "f16", Heard())
+    assert ("--no-mtp" in (tmp_path / "o.gguf").read_text()) == flag
+    run_converter(script(tmp_path, body.replace("--no-mtp", "")), tmp_path, tmp_path / "o.gguf", "f16", Heard())
+    assert "--no-mtp" not in (tmp_path / "o.gguf").read_text()  # a converter of another version
 
 
 def test_the_converter_gets_no_tokens(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import platformdirs
 
+from bitladder.convert.checkpoint_files import read_header, read_json
 from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import SILENT, Progress
 
@@ -39,6 +40,8 @@ PASSED = (
 )
 # What pip does not get of its environment, in which it may have indexes, proxies and certificates.
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# Architectures whose converter expects prediction heads, their tensors, and the flag that leaves them out.
+_WITH_HEADS, _HEADS, _NO_HEADS = ("Qwen3Next", "Qwen3_5"), ("mtp.", "model.mtp."), "--no-mtp"
 _PERCENT = re.compile(r"(\d{1,3})%\|")
 
 
@@ -217,7 +220,7 @@ def run_converter(
         str(target),
         "--outtype",
         outtype,
-        *(["--mmproj"] if projector else []),
+        *(["--mmproj"] if projector else left_out(converter, folder)),
     ]
     label = f"Converting {'the projector' if projector else ''} with {converter.script.name}".replace("  ", " ")
     lines: list[str] = []
@@ -250,6 +253,20 @@ def run_converter(
     with target.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise BitladderError(f"{converter.script.name} ended well but wrote no GGUF")
+
+
+def left_out(converter: Converter, folder: pathlib.Path) -> list[str]:
+    """The flag that leaves prediction heads out, for a checkpoint that has none though its architecture has.
+
+    Whoever trains a Qwen 3.5 with transformers publishes it without them, and llama.cpp's converter expects them.
+    """
+    config = folder / "config.json"
+    names = (read_json(config).get("architectures") or []) if config.is_file() else []
+    if not any(str(name).startswith(_WITH_HEADS) for name in names):
+        return []
+    tensors = [name for path in folder.glob("*.safetensors") for name in read_header(path)]
+    known = _NO_HEADS in converter.script.read_text(encoding="utf-8", errors="replace")
+    return [_NO_HEADS] if known and not any(name.startswith(_HEADS) for name in tensors) else []
 
 
 def refuse_code(folder: pathlib.Path, names: Sequence[str], *, trusted: bool) -> None:
