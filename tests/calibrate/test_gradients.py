@@ -91,7 +91,7 @@ FAMILIES = {
     ),
     "phi3": (
         "biases",
-        {},
+        {"attention.sliding_window": 0},  # as Phi 4 has it
         matrices(96, 64, "attn_qkv.weight") + matrices(192, 64, "ffn_up.weight"),
         [".bias", *(f"{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"))],
     ),

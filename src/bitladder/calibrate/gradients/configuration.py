@@ -114,7 +114,7 @@ def configuration(file: GgufFile) -> Any:
         raise GradientsError(f"{file.path.name} has no {lacks}, which gradients need")
     width, heads = values["hidden_size"], values["num_attention_heads"]
     values.setdefault("num_key_value_heads", heads)
-    values.setdefault("sliding_window", None)
+    values["sliding_window"] = values.get("sliding_window") or None  # the converter writes 0 for none
     head = _value(file, "attention.key_length") or width // heads
     if (_value(file, "attention.value_length") or head) != head:
         raise GradientsError(f"{file.path.name}: keys and values of different sizes have no gradients here")
