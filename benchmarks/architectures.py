@@ -325,11 +325,10 @@ def examine(name: str, source: pathlib.Path, work: pathlib.Path) -> dict[str, st
     row["imatrix"] = run("imatrix", *m, *text, "-o", imatrix)[1] or "yes"
     row["stats"] = run("stats", imatrix)[1] or "yes"
     row["quantize"] = run("quantize", "Q4_K_M", *m, "--imatrix", imatrix, "-o", quant)[1] or "yes"
-    for weighting in ("gradients", "positions"):
-        problem = run("calibrate", *m, *text, "-o", moments, "--weighting", weighting)[1]
-        row["moments"] = weighting if not problem else row.get("moments", "") + f"{weighting}: {problem} "
-        if not problem:
-            break
+    row["moments"] = "gradients"
+    row["why"] = run("calibrate", *m, *text, "-o", moments, "--weighting", "gradients")[1]
+    if row["why"]:
+        row["moments"] = run("calibrate", *m, *text, "-o", moments, "--weighting", "positions")[1] or "positions"
     best = ["--rounding", "best", "--moments", moments, "--guard", "none"]
     row["rounding"] = run("quantize", "Q4_K_M", *m, "--imatrix", imatrix, "-o", rounded, *best)[1] or "yes"
     figures = ["--base", str(full), "-f", "pydoc:test", "-c", "128", "--chunks", "4", "--noise-chunks", "0"]
@@ -408,7 +407,13 @@ def page(rows: list[dict[str, str]]) -> str:
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     shown = [re.sub(r"\S*/", "", reason).replace("|", "/")[:300] for reason in reasons]  # without folders
     notes = [f"{number}. `{reason}`" for number, reason in enumerate(shown, 1)]
-    return HEAD + "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
+    why: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("why"):
+            why.setdefault(row["why"].rpartition("full.gguf: ")[2], []).append(row["name"])
+    positions = ["", "Tokens are weighted by positions, because there are no gradients:", ""]
+    positions += [f"- {', '.join(names)}: {reason.split(': ')[-1]}." for reason, names in why.items()]
+    return HEAD + "\n".join([*lines, "", *notes, *positions]) + "\n"
 
 
 REAL = "\n## Real checkpoints\n"

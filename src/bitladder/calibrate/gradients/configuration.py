@@ -16,7 +16,10 @@ POSITIONS = "position_embd.weight"
 # Model types of transformers whose names are not those of llama.cpp's architectures.
 _MODEL_TYPES = {
     "gemma3": "gemma3_text",
+    "deepseek2": "deepseek_v2",
+    "falcon-h1": "falcon_h1",
     "gpt-oss": "gpt_oss",
+    "granitehybrid": "granitemoehybrid",
     "hunyuan-dense": "hunyuan_v1_dense",
     "lfm2moe": "lfm2_moe",
     "mistral3": "ministral3",
@@ -84,8 +87,10 @@ def why_no_modules(file: GgufFile) -> str | None:
     folder = pathlib.Path(spec.origin).parent / "models" / model_type(file).removesuffix("_text")
     if not folder.is_dir():
         return f"transformers has no architecture {file.architecture!r}"
-    if file.get(f"{file.architecture}.ssm.state_size"):
+    if any(file.get(f"{file.architecture}.{key}") for key in ("ssm.state_size", "shortconv.l_cache")):
         return "it has recurrent blocks, which have no gradients here"
+    if file.get(f"{file.architecture}.attention.kv_lora_rank"):
+        return "its keys and values are compressed (MLA), which has no gradients here"
     if POSITIONS in file.tensors:
         return "it has embeddings of positions, which have no gradients here"
     if any(name.endswith("_exps.bias") for name in file.tensors):

@@ -124,7 +124,8 @@ class Modules:
             with torch.device("meta"):
                 self._causal: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-            raise GradientsError(f"{self._name}: transformers makes no such model: {error}") from error
+            problem = str(error).split(". ")[0]  # what follows is how to report it
+            raise GradientsError(f"{self._name}: transformers makes no such model: {problem}") from error
         self._causal.eval().requires_grad_(False)
         self._base = getattr(self._causal, self._causal.base_model_prefix)
         self.blocks: int = config.num_hidden_layers
