@@ -87,15 +87,14 @@ def why_no_modules(file: GgufFile) -> str | None:
     folder = pathlib.Path(spec.origin).parent / "models" / model_type(file).removesuffix("_text")
     if not folder.is_dir():
         return f"transformers has no architecture {file.architecture!r}"
-    if any(file.get(f"{file.architecture}.{key}") for key in ("ssm.state_size", "shortconv.l_cache")):
-        return "it has recurrent blocks, which have no gradients here"
-    if file.get(f"{file.architecture}.attention.kv_lora_rank"):
-        return "its keys and values are compressed (MLA), which has no gradients here"
-    if POSITIONS in file.tensors:
-        return "it has embeddings of positions, which have no gradients here"
-    if any(name.endswith("_exps.bias") for name in file.tensors):
-        return "its experts have biases, which have no gradients here"
-    return None
+    recurrent = any(file.get(f"{file.architecture}.{key}") for key in ("ssm.state_size", "shortconv.l_cache"))
+    lacking = {
+        "it has recurrent blocks, which have": recurrent,
+        "its keys and values are compressed (MLA), which has": file.get(f"{file.architecture}.attention.kv_lora_rank"),
+        "it has embeddings of positions, which have": POSITIONS in file.tensors,
+        "its experts have biases, which have": any(name.endswith("_exps.bias") for name in file.tensors),
+    }
+    return next((f"{what} no gradients here" for what, there in lacking.items() if there), None)
 
 
 def configuration(file: GgufFile) -> Any:
