@@ -29,6 +29,7 @@ from bitladder.calibrate import UnfinishedWork
 from bitladder.cli import main as command_line
 from bitladder.ladder import RunOptions
 from bitladder.options import words
+from bitladder.refine import TuneOptions
 from bitladder.rundir import Layout, load_manifest
 
 INTERRUPTED = {"interrupt": 130, "terminate": 143}  # exit codes
@@ -122,7 +123,9 @@ class Faults:
     def options(self, name: str) -> RunOptions:
         """Options of a run in a directory of this name."""
         options = tiny_run(self._folder, self._folder / name / "ladder")
-        return options.replace(mode="naive", method="stock", smooth=True) if self._quick else options
+        # Flags that have no effect would be warned of, and what is said is one line.
+        less = {"mode": "naive", "method": "stock", "smooth": True, **vars(TuneOptions())}
+        return options.replace(**less) if self._quick else options
 
     def _operation(self, options: RunOptions, act: Callable[[], None]) -> Operations:
         return Operations(str(options.out), self._draw.randint(1, self._operations), act)

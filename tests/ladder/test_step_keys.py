@@ -8,8 +8,10 @@ import contextlib
 import dataclasses
 
 import pytest
+from kills import tiny_run
 from plain_options import plain_options
 
+from bitladder.convert import convert
 from bitladder.engine import Decoding
 from bitladder.evaluate import MeasureOptions, read_scores
 from bitladder.keys import recorded, versions_of
@@ -40,8 +42,11 @@ DECODING_CLASSES = (Decoding, MeasureOptions, PlanDecoding)
 
 
 @pytest.fixture(scope="module")
-def seen(tiny_gguf, tmp_path_factory):
-    """Steps of a whole run, each with the fields and the algorithms that it used."""
+def seen(tmp_path_factory):
+    """Steps of a whole run of a model of one layer, each with the fields and the algorithms that it used."""
+    folder = tmp_path_factory.mktemp("keys")
+    model = folder / "model.gguf"
+    convert(tiny_run(folder, folder / "ladder").model, model)
     steps = {}
     reads: set[tuple[str, str, str]] | None = None
     get = object.__getattribute__
@@ -71,8 +76,8 @@ def seen(tiny_gguf, tmp_path_factory):
         do(self, step, **more)
 
     options = plain_options(
-        model=str(tiny_gguf),
-        out=tmp_path_factory.mktemp("keys") / "ladder",
+        model=str(model),
+        out=folder / "ladder",
         rungs=("Q3_K_S",),
         mode="quality",
         method="feedback",

@@ -4,6 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import tiny_models
 from calibrated import calibrate
 from heard import Heard
 
@@ -18,6 +19,7 @@ from bitladder.calibrate import (
     writing_moments,
 )
 from bitladder.cli import invoke
+from bitladder.convert import convert
 from bitladder.engine import Decoding, quantize_rows, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.evaluate import MeasureOptions, evaluate
@@ -107,8 +109,15 @@ def test_tensors_of_several_quants_are_rounded_once(tiny_gguf, prepared, tmp_pat
     assert not list((tmp_path / "full").glob("*.blocks"))
 
 
-def test_a_device_makes_files_of_its_own_that_are_as_good(tiny_gguf, prepared, tmp_path, monkeypatch):
-    files = ModelFiles(tiny_gguf, prepared / "imatrix.gguf", (prepared / "moments.gguf",))
+def test_a_device_makes_files_of_its_own_that_are_as_good(tmp_path, monkeypatch):
+    """On a random model of one layer: torch on a CPU is slow."""
+    tiny_models.train_byte_level(tmp_path / "checkpoint")
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "initializer_range": 0.1}
+    tiny_models.llama(tmp_path / "checkpoint", vocab_size=387, **wide)
+    model = tmp_path / "model.gguf"
+    convert(tmp_path / "checkpoint", model, outtype="f16")
+    calibrate(model, tmp_path)
+    files = ModelFiles(model, tmp_path / "imatrix.gguf", (tmp_path / "moments.gguf",))
     refine = RefineOptions(rounding=RoundingOptions(passes=1))
 
     def made(device, progress=SILENT):
@@ -124,7 +133,7 @@ def test_a_device_makes_files_of_its_own_that_are_as_good(tiny_gguf, prepared, t
     digests = {name: sha256_file(tmp_path / f"{name}.gguf") for name in ("cpu", "torch")}
     assert len(set(digests.values())) == 2
     origins = verify(
-        tmp_path / "torch.gguf", tiny_gguf, imatrix=files.imatrix, moments=files.moments, rounding=refine.rounding
+        tmp_path / "torch.gguf", model, imatrix=files.imatrix, moments=files.moments, rounding=refine.rounding
     ).origins
     assert "differs" not in origins.values() and "rounded" in origins.values()
     # What does not fit on it is rounded by the CPU, which says so.
