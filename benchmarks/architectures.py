@@ -339,8 +339,17 @@ def examine(name: str, source: pathlib.Path, work: pathlib.Path) -> dict[str, st
         run("plan", *m, "--imatrix", imatrix, "--like", "Q4_K_M", "-o", str(folder / "r.toml"), *quick)[1] or "yes"
     )
     row["prune"] = run("plan", *m, "--suggest-prune", "-c", "128", "--chunks", "2")[1] or "yes"
+    row["card"] = card(full, folder / "ladder")
     shutil.rmtree(folder)
     return row
+
+
+def card(full: pathlib.Path, out: pathlib.Path) -> str:
+    """Makes a ladder of one rung with its card. Returns "yes", or why there is none."""
+    short = ["--chunks", "2", "--imatrix-chunks", "2", "-c", "128", "--no-bench", "--no-smooth"]
+    rung = ["--ladder", "Q4_K_M", "--mode", "naive", "--rounding", "stock"]
+    problem = run("run", str(full), "-o", str(out), *short, *rung)[1]
+    return problem or ("yes" if "Q4_K_M" in (out / "README.md").read_text() else "no card")
 
 
 def write_fixture(name: str, source: pathlib.Path, work: pathlib.Path) -> None:
@@ -392,6 +401,7 @@ def page(rows: list[dict[str, str]]) -> str:
         "KLD",
         "plan",
         "prune",
+        "card",
     ]
     lines = ["| model | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     reasons: list[str] = []
@@ -432,6 +442,7 @@ all converted by llama.cpp's converter. It is written by `python benchmarks/arch
 - **rounding**: Q4_K_M with `--rounding best`.
 - **[KLD](glossary.md#measurement)**: a base of the full-precision model, and the mean KLD of Q4_K_M.
 - **plan**, **prune**: types by measured costs, and what each block is worth.
+- **card**: a ladder of one rung by `bitladder run`, with its card.
 
 A number in brackets names the reason below the table. `glm4moe-mtp` has a prediction head, which transformers does not
 compute and no text reaches. `gemma3-vision` has a vision part, which becomes a projector. Makers publish keys of
