@@ -1,5 +1,6 @@
 """Estimates: shapes against files and transformers, amounts against recorded runs, room against what runs wrote."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -20,8 +21,9 @@ from bitladder.engine import Decoding
 from bitladder.errors import BitladderError, UsageError
 from bitladder.gguf import GgufFile
 from bitladder.ladder import Machine, RunOptions, choose_effort, cost, diagnose, estimate, run
-from bitladder.ladder.estimate import measure_machine, shape_of
+from bitladder.ladder.estimate import extent_of, measure_machine, shape_of
 from bitladder.ladder.options import command_line
+from bitladder.ladder.plan import steps_of
 from bitladder.options import Effort
 from bitladder.quantize import quantize
 from bitladder.rundir import Layout
@@ -165,6 +167,20 @@ def test_the_command(tmp_path, monkeypatch):
     assert document["seconds"] == pytest.approx(document["core_seconds"] / 2)
     assert document["memory_bytes"] == max(stage["memory_bytes"] for stage in document["stages"])
     assert not (tmp_path / "out").exists()
+
+
+def test_bands_share_the_limit_of_rendered_blocks(tiny_gguf):
+    rungs = ("Q4_K_M", "Q3_K_M", "IQ2_M", "Q4_0")
+    options = plain_options(model=str(tiny_gguf), rungs=rungs, mode="quality", smooth=False)
+
+    def kept(limit):
+        planning = options.planning.replace(cache_bytes=limit, menu="all")
+        shape, changed = shape_of(str(tiny_gguf)), dataclasses.replace(options, planning=planning)
+        extent = extent_of(changed, shape, [load_text("pydoc:test")], [load_text("pydoc:test")], {}, models=5)
+        return [step.room(extent).work for step in steps_of(changed) if step.verb == "price"]
+
+    assert len(kept(10**9)) == 4 and sum(kept(10**9)[:2]) == pytest.approx(10 * shape_of(str(tiny_gguf)).weights)
+    assert sum(kept(1000)) == 1000
 
 
 def test_what_has_no_cost_is_refused(tiny_gguf, tmp_path):

@@ -76,7 +76,8 @@ class Price(Step):
         if self._unlikely:
             return []
         prices, share = self.options.planning.prices, self.options.planning.prices.group_share
-        types = self._lacking(TYPES)
+        before, after = self._before_and_after(TYPES)
+        types = max(after - before, 1.0)  # a type or two may be of a preset that is alone
         passes, n_ctx = self.options.refine.rounding.passes, self.options.planning.decoding.n_ctx
         rendering = round_part(
             self.options, extent, "render every tensor", types=types, passes=min(passes, prices.price_passes)
@@ -104,15 +105,15 @@ class Price(Step):
         bands = bands_of(self.options)
         return bands[: bands.index(self._band)]
 
-    def _lacking(self, of_bands: tuple[float, ...]) -> float:
-        """What the band adds to those before it, given the values of `BANDS`."""
+    def _before_and_after(self, of_bands: tuple[float, ...]) -> tuple[float, float]:
+        """What there is before the band and after it, given the values of `BANDS`."""
 
         def value(band: tuple[str, ...]) -> float:
             usual = BANDS.index(band) if band in BANDS else int(below_four_bits(band[0]))
             return of_bands[usual] if self.options.planning.menu == "all" else of_bands[usual] / 2
 
-        # A type or two may be of a preset that is alone.
-        return max(value(self._band) - max(map(value, self._bands_before()), default=0.0), 1.0)
+        before = max(map(value, self._bands_before()), default=0.0)
+        return before, max(before, value(self._band))
 
     def memory(self, extent: Extent) -> float:
         """The loaded model and what is swapped, or rounding."""
@@ -126,8 +127,12 @@ class Price(Step):
         """
         if self._unlikely and len(self.options.rungs) == 1:
             return Room()
-        need = self._lacking(BITS) / 8 * extent.shape.weights
-        return Room(work=cost.kept_blocks(extent.shape, need, self.options.planning.cache_bytes))
+        limit = self.options.planning.cache_bytes  # of all bands together
+        before, after = (
+            cost.kept_blocks(extent.shape, bits / 8 * extent.shape.weights, limit)
+            for bits in self._before_and_after(BITS)
+        )
+        return Room(work=after - before)
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages of the calibration texts, on which recipes are measured too."""
