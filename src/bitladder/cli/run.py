@@ -117,7 +117,7 @@ def show_command(
     smaller has less KLD. Of a run that is not complete the command shows what there is, and how to continue.
     """
     from bitladder.report import read_run, read_unfinished
-    from bitladder.rundir import is_running, last_command, load_manifest
+    from bitladder.rundir import is_running, load_manifest, run_command
     from bitladder.show import (
         deletable,
         ladder_json,
@@ -135,7 +135,7 @@ def show_command(
         return stopped
     manifest, unfinished = load_manifest(folder), read_unfinished(folder)
     if manifest is not None and unfinished is not None:
-        command = last_command(folder) or unfinished.record.command
+        command = run_command(folder, manifest)
         what = f"The run of {', '.join(unfinished.record.rungs)}"
         output.progress.info(
             f"{what} is at work. Follow it with: bitladder show {shlex.quote(str(folder))} --follow"

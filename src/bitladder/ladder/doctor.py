@@ -16,6 +16,7 @@ from bitladder.gguf import GgufFile, TensorInfo, block_of, kind_of, name_in_bloc
 from bitladder.ladder.model_shape import (
     ModelShape,
     outline_of_gguf,
+    quantized_tensor,
     shape_of_checkpoint,
     shape_of_gguf,
 )
@@ -183,10 +184,9 @@ def _of_gguf(about: Diagnosis, path: pathlib.Path) -> Diagnosis:
     try:
         with open_model(path) as file:
             about = _facts(about, file, exact=True)
-            quantized = [tensor for tensor in file.tensors.values() if tensor.type.quantized]
-            if quantized:
+            if quantized := quantized_tensor(file):
                 reasons.append(
-                    f"{quantized[0].name} is {quantized[0].type.name} already; start from an F16, BF16 or F32 model"
+                    f"{quantized.name} is {quantized.type.name} already; start from an F16, BF16 or F32 model"
                 )
             if file.get("tokenizer.ggml.model") is None:
                 reasons.append("it has no tokenizer, so no text can be measured; convert it again")

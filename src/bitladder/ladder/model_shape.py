@@ -14,7 +14,7 @@ import gguf
 from bitladder import hub
 from bitladder.convert import Checkpoint, read_json
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile, block_of, kind_of, open_model
+from bitladder.gguf import GgufFile, TensorInfo, block_of, kind_of, open_model
 
 _HEADS, _WIDE = ("attn_q", "attn_k"), ("ffn_gate", "ffn_up")
 _SAME_INPUT = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate", "ffn_up_exps": "ffn_gate_exps"}
@@ -135,10 +135,14 @@ def shape_of_gguf(path: pathlib.Path, full: str | None = None) -> ModelShape:
         return _of_open_gguf(file)
 
 
+def quantized_tensor(file: GgufFile) -> TensorInfo | None:
+    """The first quantized tensor of a model; None if it is in full precision."""
+    return next((tensor for tensor in file.tensors.values() if tensor.type.quantized), None)
+
+
 def refuse_quantized(file: GgufFile, name: str) -> None:
     """Refuses a model that is quantized already. Raises BitladderError that names a tensor of it."""
-    quantized = next((tensor for tensor in file.tensors.values() if tensor.type.quantized), None)
-    if quantized is not None:
+    if quantized := quantized_tensor(file):
         raise BitladderError(
             f"{name} is quantized already ({quantized.name} is {quantized.type.name}); start from F16, BF16 or F32"
         )

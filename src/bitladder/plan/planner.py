@@ -219,7 +219,7 @@ class Planner(Closing):
 
         Raises UsageError that gives the smallest possible size and the constraints behind it.
         """
-        named = self.options.menu not in MENUS
+        named = self.options.menu.strip().lower() not in MENUS
         menus = self.menus(self.window(self._bpw(target)), *(() if preset is None or named else (preset,)))
         free = {name: dict.fromkeys((kind.name for kind in menu), 0.0) for name, menu in menus.items()}
         try:

@@ -51,6 +51,7 @@ GRADIENT_MOMENTS = Algorithm(
         "the forward pass is that of transformers' modules",
         "factorizations and sums are computed in one thread: the same bytes by any number of threads",
         "each expert has moments of the tokens that are routed to it",
+        "models that had none have gradients: windows of 0, norms with a bias, without weights, ropes of Ministral 3",
     ),
 )
 # Parts of the names of what is kept of a matrix, as in the file.

@@ -56,7 +56,7 @@ def _named(word: str) -> TensorType:
     try:
         kind = type_by_name(word)
     except BitladderError as error:
-        names = ("k", "iq", "all", "fast", *(kind.name for kind in all_types().values() if storable(kind)))
+        names = (*MENUS, *(kind.name for kind in all_types().values() if storable(kind)))
         raise UsageError(f"--menu {word}: no such type{did_you_mean(word, names, 'write one of')}") from error
     if not (storable(kind) and kind.quantized):
         raise UsageError(f"--menu {word}: weights cannot be quantized to it")
