@@ -17,6 +17,7 @@ command runs once more under `profile_parts.py`, and where its time goes is prin
     rungs        the twelve usual rungs one after the other, one process here, twelve there
     hellaswag, mmlu   `--task-count` questions of a file in llama-perplexity's format
 
+Where this processor's special layouts of weights do not work, both sides do without them, as in `tasks_parity.py`.
 Jobs that were measured before with the same model, texts and numbers stay in the file; `--only` names those to measure.
 """
 
@@ -32,6 +33,9 @@ import time
 from typing import Any
 
 from profile_parts import line
+
+from bitladder.engine import versions
+from bitladder.engine.cpu_kernels import extras_work
 
 ROOT = pathlib.Path(__file__).parents[1]
 HERE = pathlib.Path(__file__).parent
@@ -90,7 +94,9 @@ class Jobs:
     def __init__(self, options: argparse.Namespace, work: pathlib.Path, tools: pathlib.Path) -> None:
         self._options, self._work, self._tools = options, work, tools
         self._bitladder = str(pathlib.Path(sys.executable).with_name("bitladder"))
-        self._environment = os.environ | {"LD_LIBRARY_PATH": str(tools)}
+        self.environment = os.environ | {"LD_LIBRARY_PATH": str(tools)}
+        if not extras_work():  # the tool would die of what this library cannot do either
+            self.environment |= {"LLAMA_ARG_REPACK": "0"}
         self._model, self._text = str(options.model), ["-f", str(options.text), "--chunks", str(options.chunks)]
         self._imatrix, self._quant = self._path("imatrix.gguf"), self._path("quant.gguf")
         self._base, self._logits = self._path("kept.base"), self._path("kept.logits")
@@ -108,7 +114,7 @@ class Jobs:
 
     def _run(self, command: Command) -> None:
         quiet = subprocess.DEVNULL
-        subprocess.run(command, check=True, env=self._environment, stdout=quiet, stderr=quiet)
+        subprocess.run(command, check=True, env=self.environment, stdout=quiet, stderr=quiet)
 
     def prepare(self, wanted: list[str]) -> dict[str, Any]:
         """Makes what jobs read, and returns the sizes of both bases."""
@@ -186,10 +192,10 @@ class Jobs:
 
 
 def compare(
-    name: str, ours: list[Command], theirs: list[Command], repeats: int, tools: pathlib.Path
+    name: str, ours: list[Command], theirs: list[Command], repeats: int, environment: dict[str, str]
 ) -> dict[str, object]:
-    """Interleaves two jobs and returns medians and ratios."""
-    sides = Side(dict(os.environ)), Side(os.environ | {"LD_LIBRARY_PATH": str(tools)})
+    """Interleaves two jobs and returns medians and ratios. The environment is that of theirs."""
+    sides = Side(dict(os.environ)), Side(environment)
     for index in range(repeats):
         # The order alternates too: the second of a pair finds warmer caches.
         for which in (0, 1) if index % 2 == 0 else (1, 0):
@@ -284,7 +290,7 @@ def main() -> None:
         sys.exit(f"no job {', '.join(unknown)}")
     names = {name: path and path.name for name, path in vars(options).items() if isinstance(path, pathlib.Path | None)}
     key = {name: names[name] for name in ("model", "text", "calibration")}
-    key |= {"chunks": options.chunks, "task_count": options.task_count}
+    key |= {"chunks": options.chunks, "task_count": options.task_count, "versions": versions()}
     result = load(options.out, key)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'job':11} {'ours':>10} {'theirs':>10}  {'ratio (of pairs)':>22}  {'target':16}{'ours':>10} {'theirs':>10}")
@@ -299,7 +305,7 @@ def main() -> None:
                 if name in wanted:
                     print(f"{name:11} not measured: give --{name}")
                 continue
-            row = compare(name, *commands, options.repeats, tools)
+            row = compare(name, *commands, options.repeats, jobs.environment)
             print(shown(row), flush=True)
             if not row["met"]:
                 row["profile"] = profiled(commands[0], pathlib.Path(folder) / "profile.json")
