@@ -25,6 +25,7 @@ PARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("engine/model.py", ("tokenize", "tokens"), "tokenize"),
     ("text/chunks.py", (), "tokenize"),
     ("tasks/scored_choices.py", ("tokenize_question",), "tokenize"),
+    ("engine/cpu_kernels.py", (), "check of the kernels"),
     ("engine/model.py", ("__init__", "close"), "load"),
     ("engine/context.py", ("__init__", "close"), "load"),
     ("engine/context.py", (), "decode"),

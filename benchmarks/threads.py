@@ -32,12 +32,13 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 from typing import IO, Any
 
 from thread_stages import STAGES, prepare
 
 from bitladder.engine import main_memory, processors, versions
-from bitladder.files import sha256_file, write_json
+from bitladder.files import sha256_bytes, sha256_file, write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENOUGH = 1.7  # the speed-up of two threads that work without a common limit should reach
@@ -184,6 +185,12 @@ def save(out: pathlib.Path, kept: dict[str, Any], threads: int) -> list[dict[str
     return rows
 
 
+def work_folder(model: pathlib.Path) -> pathlib.Path:
+    """A folder for what stages read of a model, in the system's folder for such files."""
+    known = f"{model.resolve()} {model.stat().st_mtime_ns}"
+    return pathlib.Path(tempfile.gettempdir()) / f"bitladder-threads-{sha256_bytes(known.encode())[:12]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=pathlib.Path, default=ROOT / "examples/tiny-olmo2")
@@ -191,13 +198,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8, help="about what a stage takes with one thread")
     parser.add_argument("--only", default="", help="names of stages, separated by semicolons")
-    parser.add_argument("--work", type=pathlib.Path, help="folder for what stages read; it is kept")
+    parser.add_argument("--work", type=pathlib.Path, help="folder for what stages read, of one model; it is kept")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks/results/threads.json")
     options = parser.parse_args()
     wanted = [name.strip() for name in options.only.split(";") if name.strip()] or list(STAGES)
     if unknown := [name for name in wanted if name not in STAGES]:
         sys.exit(f"no stage {', '.join(unknown)}; there are {'; '.join(STAGES)}")
-    work = options.work or options.out.with_suffix(".work")
+    work = options.work or work_folder(options.model)
     prepare(options.model, work)
     key = {
         "model": options.model.name,
