@@ -14,10 +14,10 @@ to such work, whatever the code does. An amount of work that takes about `--seco
     busy       CPU seconds by wall seconds, with one thread: above 1, something does not keep to the number of threads
 
 The rows "(arithmetic)" and "(memory)" are no stages: hashes in the caches, and copies of main memory. A stage whose
-ceiling is below 1.7 is bound by what the processes share: with an arithmetic that reaches 1.7, that is memory. Then its
-CPU seconds grow too, because processors that wait for memory count as busy. A stage that stays below a ceiling of 1.7
-or more has work that only one thread does, if CPU seconds stay as they are, or threads that wait by spinning, if they
-grow.
+ceiling is below 1.7, and which reaches it, is bound by what the processes share: with an arithmetic that reaches 1.7,
+that is memory. Then CPU seconds grow too, because processors that wait for memory count as busy. A stage that stays
+below its ceiling has work that only one thread does, if CPU seconds stay as they are, or threads that wait by spinning,
+if they grow by more than those of the processes.
 
 What is measured is kept after each round, and a call that was interrupted continues. Rows of another model, machine or
 number of threads are measured again.
@@ -43,6 +43,7 @@ from bitladder.files import sha256_bytes, sha256_file, write_json
 ROOT = pathlib.Path(__file__).parents[1]
 ENOUGH = 1.7  # the speed-up of two threads that work without a common limit should reach
 GROWN = 1.15  # CPU seconds that are so much more are no noise
+NEAR = 0.9  # of the ceiling: a stage that reaches so much of it is bound by what processes share
 PROBES = ("(arithmetic)", "(memory)")
 
 
@@ -123,7 +124,7 @@ def verdict(found: dict[str, Any], threads: int, arithmetic: float | None) -> st
         remarks.append("what the machine gives")
     elif up >= enough:
         remarks.append("scales")
-    elif ceiling < enough:
+    elif ceiling < enough and up >= NEAR * ceiling:
         shared = "memory" if arithmetic is None or arithmetic >= enough else "the machine, arithmetic too"
         remarks.append(f"bound by {shared}: {threads} processes of one thread are no faster")
     elif found["cpu_growth"] > GROWN * max(1.0, found["copies_cpu_growth"]):
@@ -132,6 +133,8 @@ def verdict(found: dict[str, Any], threads: int, arithmetic: float | None) -> st
         # Amdahl: 1 / up = s + (1 - s) / N.
         alone = (1 / up - 1 / threads) / (1 - 1 / threads)
         remarks.append(f"{min(alone, 1):.0%} of the time is of one thread")
+    if found["stage"] not in PROBES and up < NEAR * ceiling < NEAR * enough:
+        remarks.append(f"two processes reach {ceiling:.2f} only" if threads == 2 else f"processes reach {ceiling:.2f}")
     if found["spread"][1] < 1:
         remarks.append(f"SLOWER with {threads} threads")
     if found["busy_one"] > 1.1:
