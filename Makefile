@@ -24,10 +24,12 @@ docs: $(VENV)/.docs
 	$(BIN)/python scripts/docs.py
 	$(BIN)/zensical build --clean --strict
 
-# Ratios against llama.cpp's own tools: needs LLAMA_CPP_TOOLS=DIR and MODEL=F16.gguf TEXT=wiki.test.raw.
+# Ratios against llama.cpp's own tools, with targets: needs LLAMA_CPP_TOOLS=DIR and MODEL=F16.gguf TEXT=wiki.test.raw.
+# TASKS is a folder with the questions in hellaswag/ and mmlu/.
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/ratios.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT)) \
-		$(if $(CALIBRATION),--calibration $(CALIBRATION))
+		$(if $(CALIBRATION),--calibration $(CALIBRATION)) \
+		$(if $(TASKS),--hellaswag $(TASKS)/hellaswag --mmlu $(TASKS)/mmlu) $(OPTIONS)
 
 # KLD beside rivals at the same bytes, resumable: MODELS="F16.gguf …", TEXTS="prose=FILE code=pydoc:test …" that no
 # CALIBRATION="A B" saw, OPTIONS for more. Without MODELS, docs/evidence.md is written from benchmarks/results.

@@ -184,9 +184,9 @@ def test_little_memory_takes_passes_and_gives_the_same_bytes(which, request, tex
     held = []
     original = passes.MomentCollector.__init__
 
-    def counting(self, parts):
+    def counting(self, parts, pool):
         held.append(sum((part.stop - part.start) * sums_bytes(part.entry.input.width) for part in parts))
-        original(self, parts)
+        original(self, parts, pool)
 
     monkeypatch.setattr(passes.MomentCollector, "__init__", counting)
     little = PLAIN.replace(memory=memory / GIB)

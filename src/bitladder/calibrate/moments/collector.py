@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -147,9 +148,15 @@ class _WatchedInput:
 
 
 class MomentCollector:
-    """Adds up the inputs of some parts. `begin` says before each computation which tokens come."""
+    """Adds up the inputs of some parts. `begin` says before each computation which tokens come.
 
-    def __init__(self, parts: Sequence[EntryPart]) -> None:
+    Parameters:
+        parts: the parts.
+        pool: threads that add (`add_tokens`); None adds in the thread that decodes.
+    """
+
+    def __init__(self, parts: Sequence[EntryPart], pool: Executor | None = None) -> None:
+        self._pool = pool
         self.parts = [PartSums(part) for part in parts]
         self._watched: dict[str, _WatchedInput] = {}
         for leader, shared in {part.entry.input.leader: part.entry.input for part in parts}.items():
@@ -204,7 +211,7 @@ class MomentCollector:
             targets.append(WeightedSums(sums.sums[matrix - part.start], common, others))
             sums.counts[matrix - part.start] += len(rows)
         if targets:
-            add_tokens(rows if not rest.any() else rows[~rest], rows[rest], targets)
+            add_tokens(rows if not rest.any() else rows[~rest], rows[rest], targets, self._pool)
 
 
 def _watched(shared: WeightInput, parts: list[PartSums]) -> _WatchedInput:

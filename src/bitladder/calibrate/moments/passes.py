@@ -1,6 +1,7 @@
 """Passes over the chunks: each collects the parts that fit into memory together, and leaves them in a folder."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from bitladder.calibrate.moments.collector import EntryPart, MomentCollector, Mo
 from bitladder.calibrate.moments.schema import MomentShape, Provenance
 from bitladder.calibrate.moments.triangles import triangle
 from bitladder.calibrate.unfinished import UnfinishedWork
-from bitladder.engine import Decoding, Model, Tokens
+from bitladder.engine import Decoding, Model, Tokens, single_threaded, threads_available
 from bitladder.files import sha256_bytes
 from bitladder.progress import Progress
 
@@ -44,7 +45,11 @@ def run_passes(
         The parts of the last pass, by label.
     """
     parts: list[PartSums] = []
-    with progress.task("second moments", len(passes) * len(chunks)) as bar:
+    with (
+        progress.task("second moments", len(passes) * len(chunks)) as bar,
+        ThreadPoolExecutor(decoding.threads or threads_available()) as pool,
+        single_threaded(),
+    ):
         for number, planned in enumerate(passes):
             missing = [part for part in planned if not work.has(part.label)]
             beside = None if work.has(IMATRIX_FILE) else imatrix
@@ -52,7 +57,7 @@ def run_passes(
                 bar.advance(len(chunks))
                 continue
             bar.note(f"pass {number + 1} of {len(passes)}" if len(passes) > 1 else "")
-            collector = MomentCollector(missing)
+            collector = MomentCollector(missing, pool)
             state = dict(array for sums in collector.parts for array in sums.state())
             if beside is not None:
                 state |= beside[0].state()

@@ -7,6 +7,7 @@ below the sampling error.
 import dataclasses
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 import numpy as np
 import numpy.typing as npt
@@ -210,8 +211,11 @@ class WeightedSums:
     others: Floats
 
 
-def add_tokens(rows: Floats, rest: Floats, targets: Sequence[WeightedSums]) -> None:
+def add_tokens(rows: Floats, rest: Floats, targets: Sequence[WeightedSums], pool: Executor | None = None) -> None:
     """Adds inputs to several sums at once. The product of `rows` is made once for all.
+
+    The threads of a pool take a panel each: NumPy's own threads would spin beside those that decode, and there are as
+    many of them as processors. Sums do not depend on the pool.
 
     No weight is subtracted from another, so that a token that counts 0 leaves nothing, however large it is.
 
@@ -219,6 +223,7 @@ def add_tokens(rows: Floats, rest: Floats, targets: Sequence[WeightedSums]) -> N
         rows: inputs that count `common` for each target, float32 [tokens, width].
         rest: inputs that count `others`, float32 [n, width].
         targets: the sums.
+        pool: threads that add; None adds in the calling thread.
 
     Example:
         >>> sums = MomentSums(2)
@@ -228,7 +233,8 @@ def add_tokens(rows: Floats, rest: Floats, targets: Sequence[WeightedSums]) -> N
         [19.0, 2.0, 4.0]
     """
     scaled = [rest * np.sqrt(target.others)[:, None] for target in targets]
-    for index, part in enumerate(panels(rows.shape[1])):
+
+    def add(index: int, part: slice) -> None:
         if len(rows):
             product = rows[:, part].T @ rows[:, part.start :]
             for target in targets:
@@ -239,3 +245,10 @@ def add_tokens(rows: Floats, rest: Floats, targets: Sequence[WeightedSums]) -> N
         if len(rest):
             for target, own in zip(targets, scaled, strict=True):
                 target.sums.panels[index] += own[:, part].T @ own[:, part.start :]
+
+    parts = panels(rows.shape[1])
+    if pool is None or len(parts) == 1:
+        for index, part in enumerate(parts):
+            add(index, part)
+    else:
+        list(pool.map(add, range(len(parts)), parts))
