@@ -64,7 +64,7 @@ class GuardOptions(Options):
         0.005, least=0, help="A difference that is surely below this share of KLD does not matter."
     )
     unclear: int = option(
-        4, least=0, help="Most layers (or groups of layers) that are examined although they do no harm as a whole."
+        4, least=0, help="Most layers (or groups of layers) that are examined because they gain no more than the error."
     )
     single_layers: int = option(3, least=0, help="With more layers than this, groups of layers are examined first.")
 
