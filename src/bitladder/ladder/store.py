@@ -92,7 +92,7 @@ class Store:
             self._reopen(run.model_copy(update={"complete": False}))
         began = time.monotonic()
         product = work()
-        seconds = round(time.monotonic() - began, 3)
+        seconds = round(time.monotonic() - began, 3) if product.seconds is None else product.seconds
         outputs = [self._output(path) for path in product.files]
         record = StepRecord(
             key=key_of(inputs), inputs=inputs, outputs=outputs, facts=dict(product.facts), seconds=seconds

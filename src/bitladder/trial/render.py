@@ -168,6 +168,10 @@ class Renderer(Closing):
             self._errors[name, kind.name] = self._rendered(name, kind)[1]
         return self._errors[name, kind.name]
 
+    def learn(self, errors: Mapping[tuple[str, str], float]) -> None:
+        """Takes errors (`error`) that another process found, by tensor and type."""
+        self._errors |= errors
+
     @RENDERING.entry
     def _rendered(self, name: str, kind: TensorType) -> tuple[Bytes, float]:
         """Blocks and their error, from the folder or computed."""
