@@ -3,9 +3,9 @@
     python benchmarks/scale_out.py            # prints the table
     python benchmarks/scale_out.py --write    # writes it into docs/scale-out.md, between its marks
 
-Nothing is measured. Shapes are made from numbers of a config.json; a core is the reference core of docs/cost.md. Work of
-a kind is divided by the machines that it can be spread over: of a rung that is quantized there is one part, of tensors
-that are rounded many.
+Nothing is measured. Shapes are made from numbers of a config.json; a core is the reference core of docs/cost.md. Work
+of a kind is divided by the machines that it can be spread over: a rung is quantized by one machine, and tensors are
+rounded by any number.
 """
 
 import dataclasses

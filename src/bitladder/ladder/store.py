@@ -60,6 +60,7 @@ class Store:
             for path in place.glob("*.parts"):
                 if (path / "key").is_file():
                     shutil.rmtree(path, ignore_errors=True)
+        _sweep(self.folder)  # of machines that died
 
     def complete(self, name: str, inputs: Mapping[str, Any]) -> StepRecord | None:
         """The record of a step that `ensure` would not do, or None."""
