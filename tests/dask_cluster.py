@@ -1,6 +1,6 @@
 """A Dask cluster on loopback for tests: a scheduler, and workers with nannies, each a process of its own.
 
-A worker dies in the middle of the first task of each kind in `KINDS`, once. Its nanny starts another one.
+A worker dies in the middle of the first task of some kinds (`KINDS`), once each. Its nanny starts another one.
 """
 
 import contextlib
@@ -10,26 +10,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-# Verb of a step, and the method that the worker calls.
+# Verb of a step, and the method that a worker calls: all kinds of work that a run has for workers.
 KINDS = {
-    ("moments", "collect"),
-    ("price", "render"),
-    ("price", "measure"),
-    ("plan", "make"),
-    ("round", "render"),
-    ("quantize", "make"),
-    ("measure", "make"),
+    "base-make",
+    "imatrix-make",
+    "moments-collect",
+    "trial-make",
+    "price-render",
+    "price-measure",
+    "plan-make",
+    "naive-make",
+    "round-render",
+    "quantize-make",
+    "measure-make",
 }
-DEATHS = "BITLADDER_TEST_DEATHS"  # names the folder with a file for each death
+DEATHS = "BITLADDER_TEST_DEATHS"  # names the folder with a file for each death that is to come
 
 
 @contextlib.contextmanager
-def dask_cluster(folder: pathlib.Path, workers: int = 2) -> Iterator[tuple[str, pathlib.Path]]:
-    """The scheduler file of a cluster, and the folder with a file for each death."""
+def dask_cluster(folder: pathlib.Path, kinds: Iterable[str], workers: int = 2) -> Iterator[tuple[str, pathlib.Path]]:
+    """The scheduler file of a cluster, and the folder with a file for each kind in which a worker is still to die."""
     deaths = folder / "deaths"
     deaths.mkdir(parents=True)
+    for kind in kinds:
+        (deaths / kind).touch()
     place = folder / "scheduler.json"
     here = pathlib.Path(__file__)
     paths = [str(here.parent), *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
@@ -70,8 +76,8 @@ def dask_setup(worker: object) -> None:
     deaths, counts = pathlib.Path(os.environ[DEATHS]), dict[str, int]()
 
     def die() -> None:
-        with contextlib.suppress(FileExistsError):
-            (deaths / at_work[0]).touch(exist_ok=False)
+        with contextlib.suppress(FileNotFoundError):
+            (deaths / at_work[0]).unlink()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def notice(event: str, arguments: tuple[object, ...]) -> None:

@@ -1,6 +1,9 @@
 """Work divided between machines."""
 
-from bitladder.machines import Heard, shares
+from concurrent.futures import Future
+
+from bitladder import machines
+from bitladder.machines import Heard, Machines, shares
 
 
 def test_shares_have_about_the_same_cost():
@@ -17,3 +20,23 @@ def test_remarks_are_kept_in_order():
         heard.info("a")
         heard.warn("b")
     assert heard.remarks == [("info", "a"), ("warn", "b")]
+
+
+def test_a_run_without_machines_says_so_once_and_waits(monkeypatch):
+    monkeypatch.setattr(machines, "PATIENCE", 0)
+    future, heard = Future(), Heard()
+    asked = []
+
+    def alive():
+        asked.append(None)
+        if len(asked) == 2:
+            future.set_result(1)  # a machine that came has done it
+        return 2 - len(asked)
+
+    found = Machines(None, 1, alive=alive)
+    assert found.wait({future}, heard) == ({future}, set())
+    assert len(heard.remarks) == 0
+
+    lonely, soon = Future(), Machines(None, 1, alive=lambda: lonely.set_result(1) or 0)
+    assert soon.wait({lonely}, heard) == ({lonely}, set())
+    assert [kind for kind, _ in heard.remarks] == ["warn"]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FLAG = "--cluster"
 CONNECT = 15  # seconds in which a scheduler must answer
+WORKER = 60  # seconds in which the first worker must be there
 # Packages whose versions decide bytes, or what is collected, beside those of `engine.versions`.
 DECIDING = ("numpy", "numba", "torch", "transformers")
 # Deaths of workers under one task after which the task is to blame: Dask's default.
@@ -63,7 +64,7 @@ def connected(
             threads = _check(client, address, wanted, progress)
             executor = _Workers(client, address, wanted)
             try:
-                yield Machines(executor, len(threads), max(threads))
+                yield Machines(executor, len(threads), max(threads), lambda: len(client.nthreads()))
             finally:
                 executor.shutdown(wait=False)
                 if last is not None:
@@ -144,6 +145,8 @@ def _client(address: str) -> Iterator["Client"]:
 
 def _check(client: "Client", address: str, wanted: Mapping[str, Any], progress: Progress) -> list[int]:
     """The threads of each worker, after all were found fit."""
+    with contextlib.suppress(TimeoutError):
+        client.wait_for_workers(1, timeout=WORKER)
     tasks: dict[str, int] = client.nthreads()
     if not tasks:
         start = f"dask worker {address} --nthreads 1 --memory-limit 0"

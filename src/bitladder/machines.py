@@ -5,14 +5,15 @@ Whatever spreads work knows no more than this. `cluster` makes a `Machines` of a
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from typing import Any, Literal
 
-from bitladder.progress import Bar
+from bitladder.progress import Bar, Progress
 
 # Shares of work for each machine: one that dies loses little, and none waits long for the last one at the end.
 SHARES = 4
+PATIENCE = 60.0  # seconds without a result after which it is asked whether there is a machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,32 @@ class Machines:
         executor: takes work. Functions, arguments and results must be picklable.
         count: machines; each does one task at a time, in all its threads.
         threads: threads of the largest of them.
+        alive: how many there are now; more can come.
     """
 
     executor: Executor
     count: int
     threads: int = 1
+    alive: Callable[[], int] = lambda: 1
+
+    def wait(self, left: set[Future[Any]], progress: Progress) -> tuple[set[Future[Any]], set[Future[Any]]]:
+        """Waits until one of some futures is done.
+
+        Parameters:
+            left: the futures.
+            progress: gets a warning each time that no machine is left.
+
+        Returns:
+            Those that are done, and those that are not.
+        """
+        warned = False
+        while True:
+            done, undone = wait(left, timeout=None if warned else PATIENCE, return_when=FIRST_COMPLETED)
+            if done:
+                return done, undone
+            if not self.alive():
+                progress.warn("no machine is left; the run waits for one, or give the command again later to go on")
+                warned = True
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:

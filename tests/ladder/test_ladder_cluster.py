@@ -18,9 +18,10 @@ JOURNAL = ".planning/smoothed/measured.jsonl"
 
 
 def options_of(folder, name, **more):
-    """Two rungs, so that tensors are rounded for both; tuning does not repeat byte by byte."""
+    """Two rungs, so that tensors are rounded for both, and a benchmark; tuning does not repeat byte by byte."""
     options = kills.tiny_run(folder, folder / name / "ladder")
-    return options.replace(tune_chunks=0, rungs=("Q4_K_S", "Q3_K_M"), **more)
+    tasks = {"tasks": f"continuation:{folder / 'text.txt'}", "task_count": 4, "task_ctx": 256}
+    return options.replace(tune_chunks=0, rungs=("Q4_K_S", "Q3_K_M"), **tasks, **more)
 
 
 def made(options, progress=None):
@@ -52,12 +53,21 @@ def assert_same(local, options, files):
     assert steps(options.out) == steps(folder / "local" / "ladder")
 
 
-def test_workers_that_die_cost_time_only(local):
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"moments-collect", "price-render", "price-measure", "quantize-make"},
+        pytest.param(KINDS, marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_workers_that_die_cost_time_only(local, kinds, request):
     pytest.importorskip("distributed")
-    with dask_cluster(local[0] / "dask") as (scheduler, deaths):
-        options, heard = options_of(local[0], "dask-run", cluster=scheduler), Heard()
-        files = made(options, heard)
-        assert {path.name for path in deaths.iterdir()} == {"-".join(kind) for kind in KINDS}
+    name = request.node.callspec.id
+    with dask_cluster(local[0] / name / "dask", kinds) as (scheduler, to_come):
+        options = options_of(local[0], name, cluster=scheduler)
+        files = made(options)
+        assert list(to_come.iterdir()) == []
         assert_same(local, options, files)
         assert "cluster" not in (options.out / "README.md").read_text()
         assert run(options.replace(cluster=None)).made == ()

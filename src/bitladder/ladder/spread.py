@@ -6,7 +6,7 @@ What one machine must do, such as timing, is done here while others work. Steps 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from typing import Any
 
 from bitladder.ladder.context import Run
@@ -110,7 +110,7 @@ class Spread:
         left = {future for at_work in self._at_work for future in at_work.futures}
         with self._progress.task(f"{machines}: {', '.join(names)}", len(left)) as bar:
             while not (ended := [each for each in self._at_work if left.isdisjoint(each.futures)]):
-                done, left = wait(left, return_when=FIRST_COMPLETED)
+                done, left = self._machines.wait(left, self._progress)
                 for future in done:
                     future.result()  # an error ends the run at once
                     bar.advance()
@@ -149,7 +149,7 @@ class Spread:
             with progress.task(label, len(futures)) as bar:
                 left = set(futures)
                 while left:
-                    ended, left = wait(left, return_when=FIRST_COMPLETED)
+                    ended, left = self._machines.wait(left, progress)
                     for future in ended:
                         future.result()
                         bar.advance()
