@@ -24,19 +24,15 @@ def test_remarks_are_kept_in_order():
 
 def test_a_run_without_machines_says_so_once_and_waits(monkeypatch):
     monkeypatch.setattr(machines, "PATIENCE", 0)
-    future, heard = Future(), Heard()
-    asked = []
+    heard = Heard()
 
-    def alive():
-        asked.append(None)
-        if len(asked) == 2:
-            future.set_result(1)  # a machine that came has done it
-        return 2 - len(asked)
+    def wait(count):
+        """Of a result that comes when it is asked whether there is a machine."""
+        future = Future()
+        found = Machines(None, 1, alive=lambda: future.set_result(1) or count)
+        assert found.wait({future}, heard) == ({future}, set())
 
-    found = Machines(None, 1, alive=alive)
-    assert found.wait({future}, heard) == ({future}, set())
-    assert len(heard.remarks) == 0
-
-    lonely, soon = Future(), Machines(None, 1, alive=lambda: lonely.set_result(1) or 0)
-    assert soon.wait({lonely}, heard) == ({lonely}, set())
+    wait(1)
+    assert heard.remarks == []
+    wait(0)
     assert [kind for kind, _ in heard.remarks] == ["warn"]
