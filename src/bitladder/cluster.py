@@ -128,12 +128,14 @@ def _client(address: str) -> Iterator["Client"]:
     log.setLevel(logging.CRITICAL)
     file = pathlib.Path(address)
     where = {"scheduler_file": str(file)} if file.is_file() else {"address": address}
+    # One that does not come to be waits half a minute when it is forgotten, and prints a traceback.
+    kind = type("Client", (distributed.Client,), {"__del__": lambda _: None})
     # The texts of a run go with each task: some MB.
     settings = dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"})
     try:
         with settings:
             try:
-                client = distributed.Client(**where, timeout=CONNECT, set_as_default=False)
+                client = kind(**where, timeout=CONNECT, set_as_default=False)
             except (OSError, TimeoutError, ValueError, TypeError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise UsageError(f"{FLAG} {address}: no Dask scheduler answers there ({reason[:200]})") from error
