@@ -89,8 +89,8 @@ def dask_setup(worker: object) -> None:
                 die()
 
     def dying(state: object, step: str, method: str, *arguments: object) -> object:
-        verb = step.split(maxsplit=1)[0]
-        at_work[0] = f"{verb}-{method}" if (verb, method) in KINDS else ""
+        kind = f"{step.split(maxsplit=1)[0]}-{method}"
+        at_work[0] = kind if (deaths / kind).exists() else ""
         counts.clear()
         done = work_on(state, step, method, *arguments)
         if at_work[0]:

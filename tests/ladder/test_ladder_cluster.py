@@ -56,7 +56,7 @@ def assert_same(local, options, files):
 @pytest.mark.parametrize(
     "kinds",
     [
-        {"moments-collect", "price-render", "price-measure", "quantize-make"},
+        {"price-render", "quantize-make"},
         pytest.param(KINDS, marks=pytest.mark.slow),
     ],
     ids=["some", "all"],
