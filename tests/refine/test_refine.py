@@ -27,7 +27,7 @@ from bitladder.files import sha256_file
 from bitladder.gguf import GgufFile
 from bitladder.progress import SILENT
 from bitladder.quantize import QuantizeOptions, quantize
-from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, quantize_rounded, round_ahead, verify
+from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, RoundAhead, quantize_rounded, verify
 from bitladder.refine.round.output_rounding import OutputRounding
 from bitladder.rounding import RoundingOptions, SecondMoments, method, round_tensor
 from bitladder.text import Text, load_text
@@ -96,14 +96,16 @@ def test_tensors_of_several_quants_are_rounded_once(tiny_gguf, prepared, tmp_pat
 
     alone = make(None)
     monkeypatch.setattr(SecondMoments, "__init__", counting)
-    round_ahead(files, quants, refine.rounding, tmp_path / "blocks", decoding=Decoding(threads=1))
+    with RoundAhead(files, quants, refine.rounding, tmp_path / "blocks", decoding=Decoding(threads=1)) as ahead:
+        ahead.render()
     with MomentsFile(prepared / "moments.gguf") as moments:
         assert len(factored) == len(list(moments.names()))
     factored.clear()
     assert make(tmp_path / "blocks") == alone
     assert not factored
     monkeypatch.setattr(render, "KEPT_SHARE", 0)
-    round_ahead(files, quants, refine.rounding, tmp_path / "full", decoding=Decoding(threads=1))
+    with RoundAhead(files, quants, refine.rounding, tmp_path / "full", decoding=Decoding(threads=1)) as ahead:
+        ahead.render()
     assert not factored
     assert make(tmp_path / "full") == alone
     assert not list((tmp_path / "full").glob("*.blocks"))

@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from bitladder.text import Reading, Text
 from bitladder.units import number_of
 
 Weighting = Literal["gradients", "positions", "tokens"]
+RoundingMoments = Literal["plain", "weighted"]
 Path = str | os.PathLike[str]
 
 MOMENTS = Algorithm(
@@ -340,25 +341,40 @@ def collect_for_rounding(
     Raises:
         BitladderError: as `collect_moments`.
     """
-    options = options or RoundingMomentsOptions()
-    for path in (out, plain):
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    collect_moments(
-        model,
-        texts,
-        plain,
-        reading=Reading(chunks=options.plain_share * options.moments_chunks, expert_coverage=expert_coverage),
-        decoding=decoding,
-        options=MomentsOptions(weighting="tokens"),
-        progress=progress,
-    )
-    weighted = MomentsOptions(positions=options.positions, gradients=options.gradients)
+    more: dict[str, Any] = {"decoding": decoding, "options": options, "expert_coverage": expert_coverage}
+    collect_one_for_rounding(model, texts, plain, "plain", **more, progress=progress)
+    return collect_one_for_rounding(model, texts, out, "weighted", **more, progress=progress)
+
+
+def collect_one_for_rounding(
+    model: Path,
+    texts: Sequence[Text],
+    out: Path,
+    kind: RoundingMoments,
+    *,
+    decoding: Decoding | None = None,
+    options: RoundingMomentsOptions | None = None,
+    expert_coverage: int | None = None,
+    progress: Progress = SILENT,
+) -> MomentsResult:
+    """Collects one of the two files of `collect_for_rounding`, with its parameters.
+
+    Parameters:
+        out: path of the file.
+        kind: "weighted" moments, or "plain" ones.
+    """
+    options, plain = options or RoundingMomentsOptions(), kind == "plain"
+    pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     return collect_moments(
         model,
         texts,
         out,
-        reading=Reading(chunks=options.moments_chunks, expert_coverage=expert_coverage),
+        reading=Reading(
+            chunks=(options.plain_share if plain else 1) * options.moments_chunks, expert_coverage=expert_coverage
+        ),
         decoding=decoding,
-        options=weighted,
+        options=MomentsOptions(weighting="tokens")
+        if plain
+        else MomentsOptions(positions=options.positions, gradients=options.gradients),
         progress=progress,
     )

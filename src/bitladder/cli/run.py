@@ -73,7 +73,9 @@ def run_command(*, output: Output, options: RunOptions, hours: float | None) -> 
     ),
 )
 @click.argument("model", type=FileOrName())
-@options_from(RunOptions, arguments=("model",), leave_out=("replace_model", "keep"), out=pathlib.Path("ladder"))
+@options_from(
+    RunOptions, arguments=("model",), leave_out=("replace_model", "keep", "cluster"), out=pathlib.Path("ladder")
+)
 @hours_option
 @common_options
 def estimate_command(*, output: Output, options: RunOptions, hours: float | None) -> None:

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bitladder import evaluate
@@ -12,7 +12,7 @@ from bitladder.engine import Decoding
 from bitladder.files import Closing
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Other, Source
-from bitladder.ladder.steps.step import Step
+from bitladder.ladder.steps.step import Product, Step
 from bitladder.ladder.store import Store
 from bitladder.plan import RENDERED, PlanInputs, Planner
 from bitladder.progress import Progress
@@ -20,6 +20,7 @@ from bitladder.recipe import TextUsed
 from bitladder.refine import ModelFiles
 from bitladder.rundir import Layout, StepRecord
 from bitladder.text import Text
+from bitladder.trial import Helpers
 
 BASE = "base"
 
@@ -38,6 +39,12 @@ class Run(Closing):
         others: files of somebody else.
         progress: gets bars and remarks.
         rounding_threads: how many threads round at once, which memory limits.
+        known: records and digests of the complete steps, in a process that helps (`elsewhere`); None reads them.
+
+    Attributes:
+        steps: the steps by name, in their order.
+        helpers: makes what has other machines do parts of a step; None does all work here.
+        machines: how many other machines there are, and threads of the largest.
     """
 
     def __init__(
@@ -53,15 +60,18 @@ class Run(Closing):
         others: Sequence[Other],
         progress: Progress,
         rounding_threads: int,
+        known: tuple[Mapping[str, StepRecord], Mapping[str, Any]] | None = None,
     ) -> None:
         self.options, self.source, self.store, self.progress = options, source, store, progress
         self._rounding_threads = rounding_threads
         self.layout = Layout(store.folder)
         self.texts, self.calibration, self.tasks = list(texts), list(calibration), list(tasks)
         self.others = {other.name: other for other in others}
-        self._steps = {step.name: step for step in steps}
-        self._records: dict[str, StepRecord] = {}
-        self._digests = self._input_digests()
+        self.steps = {step.name: step for step in steps}
+        self._records: dict[str, StepRecord] = {} if known is None else dict(known[0])
+        self._digests = self._input_digests() if known is None else dict(known[1])
+        self.helpers: Callable[[Step], Helpers] | None = None
+        self.machines = (0, 1)
         self._open_bases: list[evaluate.HiddenBase] = []
         self._open_planner: tuple[bool, Planner] | None = None
 
@@ -104,31 +114,42 @@ class Run(Closing):
             self._open_planner[1].close()
         self._open_planner = None
 
+    def records(self) -> tuple[dict[str, StepRecord], dict[str, Any]]:
+        """The records of the complete steps, and what they and the inputs of the run hold, by name."""
+        return dict(self._records), dict(self._digests)
+
+    def hear(self, progress: Progress) -> None:
+        """Has another one hear of the work from now on."""
+        self.progress = progress
+        if self._open_planner is not None:
+            self._open_planner[1].progress = progress
+
     def due(self) -> set[str]:
         """The names of the steps that must be made, as far as that is known before the first of them is."""
         due = set[str]()
-        for step in self._steps.values():
+        for step in self.steps.values():
             if due.isdisjoint(step.needs) and due.isdisjoint(step.reads(self)):
-                record = self._complete(step)
+                record = self.complete(step)
                 if record is not None:
                     self._keep(step, record)
                     continue
             due.add(step.name)
-        return due.union(*(self._deleted(self._steps[name]) for name in due))
+        return due.union(*(self._deleted(self.steps[name]) for name in due))
 
     def before(self, step: Step) -> list[Step]:
         """The earlier steps to make again first, because files that the step reads are deleted. A complete one reads
         nothing."""
-        if self._complete(step):
+        if self.complete(step):
             return []
-        return [self._steps[name] for name in self._deleted(step)]
+        return [self.steps[name] for name in self._deleted(step)]
 
     def waits(self, step: Step) -> bool:
         """Whether the step is complete without its files, so that it is made again only if another step reads them."""
-        record = self._complete(step)
+        record = self.complete(step)
         return record is not None and not self._has_files(record)
 
-    def _complete(self, step: Step) -> StepRecord | None:
+    def complete(self, step: Step) -> StepRecord | None:
+        """The record of a step that is complete, or None."""
         return self.store.complete(step.name, step.inputs(self, self._digests))
 
     def _has_files(self, record: StepRecord) -> bool:
@@ -139,13 +160,19 @@ class Run(Closing):
         names: list[str] = []
         for name in step.reads(self):
             if name in self._records and not self._has_files(self._records[name]):
-                names += [*self._deleted(self._steps[name]), name]
+                names += [*self._deleted(self.steps[name]), name]
         return list(dict.fromkeys(names))
 
-    def do(self, step: Step, *, whole: bool = False) -> None:
-        """Does a step, unless it is complete. If not `whole`, files of it may be deleted in the work folder."""
+    def do(self, step: Step, *, whole: bool = False, made: Product | None = None) -> None:
+        """Does a step, unless it is complete.
+
+        Parameters:
+            step: the step.
+            whole: if not, files of it may be deleted in the work folder.
+            made: what other machines have made of it.
+        """
         inputs = step.inputs(self, self._digests)
-        self._keep(step, self.store.ensure(step.name, inputs, lambda: step.make(self), whole=whole))
+        self._keep(step, self.store.ensure(step.name, inputs, lambda: made or step.make(self), whole=whole))
         step.completed(self)
 
     def release(self, left: Sequence[Step]) -> None:
@@ -162,7 +189,7 @@ class Run(Closing):
         for name, record in self._records.items():
             if name not in read:
                 self.store.release(record)
-        for cache in {step.cache for step in self._steps.values()} - caches:
+        for cache in {step.cache for step in self.steps.values()} - caches:
             for folder in self.layout.blocks(cache):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -245,8 +272,11 @@ class Run(Closing):
             model, imatrix, moments = self.full, self.files("imatrix")[0], self.files("moments")
         return ModelFiles(model, imatrix, tuple(moments))
 
-    def planner(self, *, smoothed: bool) -> Planner:
-        """The planner of one of the two materials. Only one is open, because it holds a loaded model."""
+    def planner(self, *, smoothed: bool, step: Step | None = None) -> Planner:
+        """The planner of one of the two materials. Only one is open, because it holds a loaded model.
+
+        Other machines help it with the work of `step`, if there are some.
+        """
         if self._open_planner is None or self._open_planner[0] != smoothed:
             self._close_planner()
             files, options = self.material(smoothed=smoothed), self.options
@@ -266,7 +296,9 @@ class Run(Closing):
                 unreached_type=options.unreached_type,
             )
             self._open_planner = (smoothed, Planner(inputs, planning, self.progress))
-        return self._open_planner[1]
+        planner = self._open_planner[1]
+        planner.helpers = self.helpers(step) if self.helpers is not None and step is not None else None
+        return planner
 
 
 def text_used(text: Text) -> TextUsed:

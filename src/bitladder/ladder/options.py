@@ -62,6 +62,15 @@ class RunOptions(Options):
         help="Delete files that only steps read, such as second moments, when no later step of the run reads them. "
         "Another rung makes them again.",
     )
+    cluster: str | None = option(
+        None,
+        "--cluster",
+        decides=False,
+        hidden=True,
+        metavar="ADDRESS",
+        help="Dask scheduler whose workers share the work and see --out (docs/scale-out.md).",
+        unset="this machine alone",
+    )
     effort: Effort = option(
         "normal",
         "--effort",

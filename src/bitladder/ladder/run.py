@@ -1,14 +1,17 @@
 """A run: the steps of the plan, each done unless the run directory has it already."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bitladder import quantize
+from bitladder.gguf import shards_of
 from bitladder.ladder.checks import check_options, check_room, check_texts, refuse_other_model
 from bitladder.ladder.context import BASE, Run, read_json
+from bitladder.ladder.elsewhere import close_kept
 from bitladder.ladder.estimate import (
     Machine,
     estimate_steps,
@@ -19,12 +22,15 @@ from bitladder.ladder.estimate import (
     shape_of,
     tasks_of,
 )
+from bitladder.ladder.model_shape import ModelShape
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import Other, Source, describe, find_others, locate
-from bitladder.ladder.steps.step import Extent, Step, TextsOfRun
+from bitladder.ladder.spread import Spread
+from bitladder.ladder.steps.step import Extent, Product, Step, TextsOfRun
 from bitladder.ladder.store import Store, open_store
 from bitladder.ladder.tracker import Pace, Tracker, Watch
+from bitladder.machines import Machines
 from bitladder.progress import SILENT, Progress
 from bitladder.rundir import Layout, RunRecord, load_manifest, naive
 from bitladder.text import load_text, load_texts
@@ -104,7 +110,7 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
             progress=tracker,
             rounding_threads=extent.rounding_threads,
         )
-        with context:
+        with context, machines_of(options, source, others, store, progress) as machines:
             due = context.due()
             pace.keep(due)
             expect([step for step in steps if step.name in due], extent, options, progress)
@@ -113,22 +119,54 @@ def run(options: RunOptions, *, progress: Progress = SILENT, watch: Watch | None
                 names = ", ".join(left_out)
                 them = "it" if len(left_out) == 1 else "them"
                 progress.info(f"{names}: not in the card, because --ladder does not name {them} (--keep does)")
-            for number, step in enumerate(steps, 1):
-                if context.waits(step):
-                    context.do(step)
-                    continue
-                for each in (*context.before(step), step):
-                    with tracker.step(each.name, number, made=functools.partial(store.made.__contains__, each.name)):
-                        context.do(each, whole=each is not step)
-                        tell(tracker, each, context.layout)
-                if step.verb == "convert" and not source.is_gguf:  # the vocabulary is known from here on
-                    check_texts(steps, TextsOfRun(context.texts, context.calibration, context.full))
-                if options.release:
-                    context.release(steps[number:])
+            make_steps(context, steps, tracker, machines, shape)
         store.finish()
         labels = (BASE, *rungs, *(other.name for other in others))
         scores = [read_json(context.layout.scores(label)) for label in labels]
         return RunResult(store.folder, tuple(store.made), labels, rungs, scores)
+
+
+def make_steps(run: Run, steps: Sequence[Step], tracker: Tracker, machines: Machines | None, shape: ModelShape) -> None:
+    """Makes all steps that are not complete: one after the other, or side by side on several machines."""
+    left, store = list(steps), run.store
+
+    def record(step: Step, made: Product | None = None) -> None:
+        """Makes a step, if no other machine has made it, and keeps its record."""
+        left.remove(step)
+        if run.waits(step):
+            run.do(step)
+            return
+        for each in (*run.before(step), step) if made is None else (step,):
+            # What another machine did tells nothing of the pace of this one.
+            did = functools.partial(store.made.__contains__, each.name) if made is None else bool
+            with tracker.step(each.name, steps.index(step) + 1, made=did):
+                run.do(each, whole=each is not step, made=made)
+                tell(tracker, each, run.layout)
+        if step.verb == "convert" and not run.source.is_gguf:  # the vocabulary is known from here on
+            check_texts(steps, TextsOfRun(run.texts, run.calibration, run.full))
+        if run.options.release:
+            run.release(left)
+
+    if machines is None:
+        for step in steps:
+            record(step)
+    else:
+        Spread(run, machines, shape, tracker.progress).make(steps, record)
+
+
+@contextlib.contextmanager
+def machines_of(
+    options: RunOptions, source: Source, others: Sequence[Other], store: Store, progress: Progress
+) -> Iterator[Machines | None]:
+    """The machines of --cluster, after they were checked; None without."""
+    if options.cluster is None:
+        yield None
+        return
+    from bitladder.cluster import connected
+
+    files = [*(shards_of(source.path) if source.is_gguf else ()), *(other.path for other in others)]
+    with connected(options.cluster, store.folder, files, last=close_kept, progress=progress) as machines:
+        yield machines
 
 
 def expect(left: Sequence[Step], extent: Extent, options: RunOptions, progress: Progress) -> None:

@@ -60,6 +60,7 @@ class Store:
             for path in place.glob("*.parts"):
                 if (path / "key").is_file():
                     shutil.rmtree(path, ignore_errors=True)
+        _sweep(self.folder)  # of machines that died
 
     def complete(self, name: str, inputs: Mapping[str, Any]) -> StepRecord | None:
         """The record of a step that `ensure` would not do, or None."""
@@ -92,7 +93,7 @@ class Store:
             self._reopen(run.model_copy(update={"complete": False}))
         began = time.monotonic()
         product = work()
-        seconds = round(time.monotonic() - began, 3)
+        seconds = round(time.monotonic() - began, 3) if product.seconds is None else product.seconds
         outputs = [self._output(path) for path in product.files]
         record = StepRecord(
             key=key_of(inputs), inputs=inputs, outputs=outputs, facts=dict(product.facts), seconds=seconds

@@ -188,7 +188,7 @@ class Tracker:
         pace: learns how long parts of steps take.
         count: number of steps.
         rungs: the rungs of the run.
-        progress: gets all bars and remarks.
+        progress: gets all bars and remarks. It can be read.
         watch: gets the state when it changes, or None.
         clock: the time in seconds.
     """
@@ -203,7 +203,7 @@ class Tracker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pace, self._count, self._rungs = pace, count, rungs
-        self._progress, self._watch, self._clock = progress, watch, clock
+        self.progress, self._watch, self._clock = progress, watch, clock
         self._step, self._number = "", 0
         self._best: dict[str, Best] = {}
         self._depth = 0
@@ -241,18 +241,18 @@ class Tracker:
             self._working = True
             self._tell()
         try:
-            with self._progress.task(label, total) as task:
+            with self.progress.task(label, total) as task:
                 yield _Counted(task, total, self._advance if self._depth == 1 else None)
         finally:
             self._depth -= 1
 
     def info(self, text: str) -> None:
         """Passes a remark on."""
-        self._progress.info(text)
+        self.progress.info(text)
 
     def warn(self, text: str) -> None:
         """Passes a warning on."""
-        self._progress.warn(text)
+        self.progress.warn(text)
 
     def _advance(self, share: float) -> None:
         self._pace.advance(share)

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -124,6 +124,7 @@ class Feedback:
         options, places = self._options, self._planned.places
         total = len(rivals) + 1 + 2 * len({kind for kind, _ in places.values()}) + options.random_recipes
         with progress.task("measure recipes, correct prices", total + options.rounds + options.exchanges) as task:
+            self._expect(rivals.items(), options.chunks)
             for name, types in rivals.items():
                 self._try(name, types, None, task)
             problem = self._planned.build(self._planned.prices)
@@ -175,6 +176,7 @@ class Feedback:
         finalists = ranked[: options.finalists]
         finalists += [recipe for recipe in ranked[options.finalists :] if recipe.name in rivals]
         judged = []
+        self._expect([(finalist.name, finalist.types) for finalist in finalists], options.text_chunks)
         for finalist in finalists:
             task.note(f"judge {finalist.name}")
             whole = self._measure(finalist.types, options.text_chunks, finalist.name)
@@ -191,8 +193,13 @@ class Feedback:
         return min(judged, key=lambda finalist: target.rank(finalist.figure, finalist.bytes))
 
     def _measure(self, types: Mapping[str, str], chunks: int, label: str) -> Measurement:
-        swapped = {name: kind for name, kind in types.items() if kind != self._planned.full[name]}
-        return self._measurements.measure(swapped, chunks, label)
+        return self._measurements.measure(self._swapped(types), chunks, label)
+
+    def _expect(self, recipes: Iterable[tuple[str, Mapping[str, str]]], chunks: int) -> None:
+        self._measurements.expect((self._swapped(types), chunks, label) for label, types in recipes)
+
+    def _swapped(self, types: Mapping[str, str]) -> dict[str, str]:
+        return {name: kind for name, kind in types.items() if kind != self._planned.full[name]}
 
     def _try(self, name: str, types: Mapping[str, str], predicted: float | None, task: Bar) -> TriedRecipe:
         task.note(name)
@@ -206,6 +213,7 @@ class Feedback:
 
     def _teach(self, label: str, recipes: Sequence[Mapping[str, str]], task: Bar) -> None:
         """Measures recipes that only correct prices."""
+        self._expect([(label, types) for types in recipes], self._options.teaching_chunks)
         for types in recipes:
             task.note(label)
             self._measure(types, self._options.teaching_chunks, label)

@@ -8,6 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from bitladder.calibrate import MomentsFile, zeros_in
 from bitladder.engine import TensorType, type_by_name, versions
 from bitladder.errors import BitladderError, UsageError
@@ -27,7 +30,18 @@ from bitladder.progress import SILENT, Progress
 from bitladder.refine import OutputRounding, refuse_other_moments
 from bitladder.rounding import RoundingOptions
 from bitladder.text import Text, excerpts
-from bitladder.trial import Journal, Measurements, Renderer, SwappedModel, kept_base, measurement_inputs
+from bitladder.trial import (
+    Helpers,
+    Journal,
+    Measurement,
+    Measurements,
+    Renderer,
+    SwappedModel,
+    Wanted,
+    kept_base,
+    measurement_inputs,
+    render_all,
+)
 from bitladder.units import number_of, some_of
 
 RENDERED = "rendered"  # folder of the rendered blocks in the work folder
@@ -74,6 +88,7 @@ class Planner(Closing):
 
     def __init__(self, inputs: PlanInputs, options: PlanOptions, progress: Progress = SILENT) -> None:
         self.options, self.progress = options, progress
+        self.helpers: Helpers | None = None  # other machines that render and measure for this one
         decoding = dataclasses.asdict(options.decoding)
         self._settings = MeasureOptions(**decoding, chunks=options.chunks)
         self.text = planning_text(inputs.texts, options)
@@ -144,7 +159,26 @@ class Planner(Closing):
 
     def measurements(self) -> Measurements:
         """A new record of what one piece of work measures, with the journal as its cache."""
-        return Measurements(self._journal, self.model)
+        return Measurements(self._journal, _WhenNeeded(self), self._expect)
+
+    def _expect(self, wanted: Sequence[Wanted]) -> None:
+        if self.helpers is not None:
+            self.helpers.measure(self._journal, wanted, "measure on other machines", self.progress)
+
+    def render_share(self, pairs: Sequence[tuple[str, str]], room: int) -> dict[tuple[str, str], float]:
+        """Renders a share of the tensors for another machine, which gets the errors (`trial.Helpers`).
+
+        Parameters:
+            pairs: name of a tensor and name of a type.
+            room: bytes of blocks that are kept.
+        """
+        self.renderer.room = room
+        return render_all(self.renderer, pairs, progress=self.progress)
+
+    def measure_share(self, wanted: Sequence[Wanted]) -> list[Measurement]:
+        """Measures a share of the recipes for another machine (`trial.Helpers`)."""
+        measurements = self.measurements()
+        return [measurements.measure(*each) for each in wanted]
 
     @functools.cached_property
     def _speeds(self) -> dict[str, float]:
@@ -185,7 +219,13 @@ class Planner(Closing):
         """Prices every type of the menus."""
         menus, options = self.menus(window, *presets), self.options
         source = PriceSource(
-            self.renderer, self.subject.places, self.measurements(), options.prices, self.price_key(), self._made()
+            self.renderer,
+            self.subject.places,
+            self.measurements(),
+            options.prices,
+            self.price_key(),
+            self._made(),
+            self.helpers,
         )
         if options.prices.method == "forward":
             return price(source, menus, self.progress)
@@ -326,6 +366,17 @@ class Planner(Closing):
             tokens=tokens,
             seconds=time.monotonic() - began,
         )
+
+
+class _WhenNeeded:
+    """The loaded model of a planner, which is loaded when a recipe is measured that the journal does not have."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+
+    def kld(self, types: Mapping[str, str], chunks: int) -> npt.NDArray[np.float64]:
+        """See `trial.Measures`."""
+        return self._planner.model.kld(types, chunks)
 
 
 def refuse_unmet(target: Target, feedback: FeedbackResult, full: Mapping[str, str]) -> None:

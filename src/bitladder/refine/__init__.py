@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from bitladder.refine.round.output_rounding import OUTPUT_ROUNDING, OutputRounding, refuse_other_moments
     from bitladder.refine.round.quantize_rounded import (
         ROUNDED_QUANT,
+        RoundAhead,
         RoundedQuant,
         guard_text,
         quantize_rounded,
-        round_ahead,
     )
     from bitladder.refine.smooth.links import SmoothingError, links_of
     from bitladder.refine.smooth.smoothed_model import KEY as SMOOTHED_KEY
@@ -37,6 +37,7 @@ __all__ = [
     "ModelFiles",
     "OutputRounding",
     "RefineOptions",
+    "RoundAhead",
     "RoundedQuant",
     "SmoothResult",
     "SmoothingError",
@@ -50,7 +51,6 @@ __all__ = [
     "links_of",
     "quantize_rounded",
     "refuse_other_moments",
-    "round_ahead",
     "smooth_model",
     "trial_text",
     "try_smoothing",

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.trial.journal import Journal, Measurement, Measurements, Measures, recipe_key
+    from bitladder.trial.helpers import Helpers, Pair, rendering_shares
+    from bitladder.trial.journal import Journal, Measurement, Measurements, Measures, Wanted, recipe_key
     from bitladder.trial.render import KEPT_SHARE, RENDERING, Renderer, RoundingMethod, StockRounding, render_all
     from bitladder.trial.swapped_model import (
         SWAPPED_KLD,
@@ -24,21 +25,25 @@ __all__ = [
     "RENDERING",
     "SWAPPED_KLD",
     "BlockLoss",
+    "Helpers",
     "Journal",
     "Measurement",
     "Measurements",
     "Measures",
+    "Pair",
     "PruneOptions",
     "Rendered",
     "Renderer",
     "RoundingMethod",
     "StockRounding",
     "SwappedModel",
+    "Wanted",
     "blocks_left_out",
     "kept_base",
     "measurement_inputs",
     "rank_blocks",
     "recipe_key",
     "render_all",
+    "rendering_shares",
 ]
 open_door(__name__)

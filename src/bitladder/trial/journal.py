@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from bitladder.errors import BitladderError
 from bitladder.keys import key_of
 
 Doubles = npt.NDArray[np.float64]
+Wanted = tuple[Mapping[str, str], int, str]  # types of tensors, chunks, label: as of `Journal.measure`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +131,8 @@ class Journal:
             label: how the recipe came about.
         """
         key = recipe_key(types)
-        known = self.measurements.get(key)
-        if known is not None and len(known.chunks) >= chunks:
-            return known.part(0, chunks)
+        if self.knows(types, chunks):
+            return self.measurements[key].part(0, chunks)
         tokens = model.kld(types, chunks)
         means, squares = (tuple(map(float, values.mean(axis=1))) for values in (tokens, tokens**2))
         measurement = Measurement(dict(types), means, squares, tokens.shape[1], label)
@@ -140,6 +140,16 @@ class Journal:
         self.new += 1
         self._write(key, measurement)
         return measurement
+
+    def knows(self, types: Mapping[str, str], chunks: int) -> bool:
+        """Whether a recipe was measured on so many chunks."""
+        known = self.measurements.get(recipe_key(types))
+        return known is not None and len(known.chunks) >= chunks
+
+    def learn(self, measurement: Measurement) -> None:
+        """Takes a measurement that another process made, and wrote into the file."""
+        if not self.knows(measurement.types, len(measurement.chunks)):
+            self.measurements[recipe_key(measurement.types)] = measurement
 
     def _write(self, key: str, measurement: Measurement) -> None:
         if self.path is None:
@@ -187,10 +197,16 @@ class Measurements:
     Parameters:
         journal: where measurements are kept.
         model: what measures a recipe that the journal does not have.
+        expect: gets recipes that will be asked for, so that they can be measured side by side; None does nothing.
     """
 
-    def __init__(self, journal: Journal, model: Measures) -> None:
-        self._journal, self._model = journal, model
+    def __init__(
+        self,
+        journal: Journal,
+        model: Measures,
+        expect: Callable[[Sequence[Wanted]], None] | None = None,
+    ) -> None:
+        self._journal, self._model, self._expect = journal, model, expect
         self._by_recipe: dict[str, Measurement] = {}
 
     def measure(self, types: Mapping[str, str], chunks: int, label: str = "") -> Measurement:
@@ -207,6 +223,11 @@ class Measurements:
         if known is None or len(known.chunks) < chunks:
             self._by_recipe[key] = measurement
         return measurement
+
+    def expect(self, wanted: Iterable[Wanted]) -> None:
+        """Says that recipes will be asked for, whatever is measured of them. Each stays to be asked for (`measure`)."""
+        if self._expect is not None:
+            self._expect(list(wanted))
 
     def all(self) -> list[Measurement]:
         """Every recipe once, on the most chunks that were asked for."""

@@ -6,11 +6,12 @@ takes its blocks from here: another rounding method changes the blocks and nothi
 
 import collections
 import contextlib
+import errno
 import hashlib
-import os
 import pathlib
 import shutil
 import struct
+import uuid
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -168,6 +169,10 @@ class Renderer(Closing):
             self._errors[name, kind.name] = self._rendered(name, kind)[1]
         return self._errors[name, kind.name]
 
+    def learn(self, errors: Mapping[tuple[str, str], float]) -> None:
+        """Takes errors (`error`) that another process found, by tensor and type."""
+        self._errors |= errors
+
     @RENDERING.entry
     def _rendered(self, name: str, kind: TensorType) -> tuple[Bytes, float]:
         """Blocks and their error, from the folder or computed."""
@@ -255,7 +260,7 @@ def _write(path: pathlib.Path, blocks: Bytes, error: float) -> None:
     checksum shows whether a power cut has left a file incomplete.
     """
     body = blocks.tobytes() + struct.pack("<d", error)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # other machines may have this process's number
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(body + struct.pack("<I", zlib.crc32(body)))
@@ -271,9 +276,9 @@ def _read(path: pathlib.Path, size: int) -> tuple[Bytes, float] | None:
     """What `_write` kept, if it is whole."""
     try:
         body = path.read_bytes()
-    except FileNotFoundError:
-        return None
     except OSError as problem:
+        if problem.errno in (errno.ENOENT, errno.ESTALE):  # stale: another machine has just written the same again
+            return None
         raise BitladderError(f"cannot read {path}: {problem.strerror}") from problem
     if len(body) != size + 12 or zlib.crc32(body[:-4]) != struct.unpack_from("<I", body, size + 8)[0]:
         return None

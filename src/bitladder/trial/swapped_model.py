@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
+import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -205,7 +206,13 @@ def kept_base(
             return open_base(path, text, settings, identity)
         except BitladderError:  # the file is ours, and damaged
             path.unlink()
-    return load_or_compute_base(identity, text, settings, path=path, progress=progress)
+    own = folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    load_or_compute_base(identity, text, settings, path=own, progress=progress).close()
+    if path.exists():  # another machine has made it meanwhile, and may read it
+        own.unlink()
+    else:
+        own.replace(path)
+    return open_base(path, text, settings, identity)
 
 
 def measurement_inputs(base: HiddenBase, renderer: Renderer, decoding: Decoding) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Base(Step):
     """full-precision GGUF, texts → a base file of each."""
 
     verb = "base"
+    anywhere = True
     algorithms = (evaluate.BASE,)
 
     @property

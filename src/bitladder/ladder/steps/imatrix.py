@@ -18,6 +18,7 @@ class CollectImatrix(Step):
     """full-precision GGUF, calibration texts → importance matrix."""
 
     verb = "imatrix"
+    anywhere = True
     algorithms = (calibrate.IMATRIX,)
 
     @property

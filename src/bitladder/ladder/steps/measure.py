@@ -22,6 +22,7 @@ class Measure(Step):
     """quant, bases, texts → figures without speeds, and what each token scored."""
 
     verb = "measure"
+    anywhere = True
     algorithms = (evaluate.MEASURE, evaluate.TASKS)
 
     @property

@@ -1,13 +1,13 @@
 """The step that collects the second moments that rounding needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder import calibrate
 from bitladder.engine import device_key
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
-from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
+from bitladder.ladder.steps.step import CutText, Extent, Job, Part, Product, Room, Step, TextsOfRun
 from bitladder.text import Reading
 
 
@@ -15,6 +15,7 @@ class CollectMoments(Step):
     """full-precision GGUF, calibration texts → second moments: weighted ones, and plain ones of more tokens."""
 
     verb = "moments"
+    anywhere = True
     algorithms = (calibrate.MOMENTS,)
 
     @property
@@ -56,15 +57,28 @@ class CollectMoments(Step):
 
     def make(self, run: Run) -> Product:
         """Collects both files."""
-        out, plain = run.layout.moments, run.layout.plain_moments
-        result = calibrate.collect_for_rounding(
+        return self.joined(run, [self.collect(run, name) for name in ("plain", "weighted")])
+
+    def jobs(self, run: Run) -> list[Job]:
+        """The weighted file takes most of the time."""
+        del run
+        return [("collect", "weighted"), ("collect", "plain")]
+
+    def collect(self, run: Run, name: calibrate.RoundingMoments) -> calibrate.MomentsResult:
+        """Collects one of the two files."""
+        return calibrate.collect_one_for_rounding(
             run.full,
             run.calibration,
-            out,
-            plain,
+            run.layout.moments if name == "weighted" else run.layout.plain_moments,
+            name,
             decoding=self.options.decoding,
             options=self.options.moments,
             expert_coverage=self.options.expert_coverage,
             progress=run.progress,
         )
-        return Product([out, plain], {"chunks": result.chunks, "weighting": result.weighting})
+
+    def joined(self, run: Run, results: Sequence[calibrate.MomentsResult]) -> Product:
+        """Both files, and what the weighted one is made of."""
+        weighted = next(result for result in results if result.path.name == run.layout.moments.name)
+        facts = {"chunks": weighted.chunks, "weighting": weighted.weighting}
+        return Product([run.layout.moments, run.layout.plain_moments], facts)

@@ -18,6 +18,7 @@ class Naive(Step):
     """full-precision GGUF, imatrix → figures without speeds and recipe of the preset, as llama-quantize makes it."""
 
     verb = "naive"
+    anywhere = True
     algorithms = (quantize.QUANTIZE, evaluate.MEASURE, evaluate.TASKS)
 
     @property

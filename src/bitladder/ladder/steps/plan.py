@@ -1,6 +1,6 @@
 """The steps that plan a rung, the type of each tensor, and that join the plans of all rungs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.evaluate import BASE
@@ -12,7 +12,7 @@ from bitladder.ladder.steps.quantize import preset_decides
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 from bitladder.plan import PLANNING, RENDERED, band_name, band_of, candidates, load_prices, plan_rung
 from bitladder.refine import OUTPUT_ROUNDING
-from bitladder.trial import RENDERING
+from bitladder.trial import RENDERING, Measurement, Wanted
 
 RECIPES = 1.5  # time of a token on which a recipe is measured, of that of one that is compared
 SIMPLER = 5  # recipes of simpler methods, about
@@ -29,6 +29,11 @@ class PlanRung(Step):
     def needs(self) -> tuple[str, ...]:
         """The text, and which model the rung is made of."""
         return ("calibration", *((f"trial {self.label}",) if self.options.smooths else ()))
+
+    @property
+    def anywhere(self) -> bool:  # type: ignore[override]
+        """Each of several rungs is planned on one machine. The recipes of a rung that is alone are spread."""
+        return len(self.options.rungs) > 1
 
     def surroundings(self, run: Run) -> Mapping[str, Any]:
         """The model that the rung is made of, and its prices."""
@@ -69,8 +74,12 @@ class PlanRung(Step):
         smoothed, mode = run.smoothed(rung), self.options.mode
         assert mode != "naive"  # such a run has no step that plans
         prices = load_prices(run.layout.sensitivity(band_name(band_of(rung)), smoothed=smoothed))
-        write_json(out, plan_rung(run.planner(smoothed=smoothed), rung, mode, prices))
+        write_json(out, plan_rung(run.planner(smoothed=smoothed, step=self), rung, mode, prices))
         return Product([out])
+
+    def measure(self, run: Run, wanted: Sequence[Wanted]) -> list[Measurement]:
+        """Measures a share of the recipes (`trial.Helpers`)."""
+        return run.planner(smoothed=run.smoothed(self.label)).measure_share(wanted)
 
 
 class Candidates(Step):

@@ -5,7 +5,7 @@ rendered blocks and measured swaps, so a further one takes only what it lacks. T
 a ladder without a rung there has no step for them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.engine import device_key
@@ -18,6 +18,7 @@ from bitladder.ladder.steps.quantize import preset_decides, round_part
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.plan import BANDS, PRICES, RENDERED, band_name, band_of, planning_text, price_band
 from bitladder.refine import OUTPUT_ROUNDING
+from bitladder.trial import Measurement, Wanted
 
 # Types that are rendered for each of `BANDS`: their number, each counted by its time, and their bits for each weight.
 TYPES, BITS = (12.0, 20.0, 23.0), (60, 80, 85)
@@ -144,8 +145,16 @@ class Price(Step):
         if not self._used(run):
             return Product([])
         out = run.layout.sensitivity(band_name(self._band), smoothed=self._smoothed)
-        price_band(run.planner(smoothed=self._smoothed), self._band).save(out)
+        price_band(run.planner(smoothed=self._smoothed, step=self), self._band).save(out)
         return Product([out])
+
+    def render(self, run: Run, share: tuple[Sequence[tuple[str, str]], int]) -> dict[tuple[str, str], float]:
+        """Renders a share of the tensors (`trial.Helpers`)."""
+        return run.planner(smoothed=self._smoothed).render_share(*share)
+
+    def measure(self, run: Run, wanted: Sequence[Wanted]) -> list[Measurement]:
+        """Measures a share of the recipes (`trial.Helpers`)."""
+        return run.planner(smoothed=self._smoothed).measure_share(wanted)
 
 
 def priced(model: str, band: tuple[str, ...]) -> str:

@@ -32,6 +32,7 @@ class Quantize(Step):
     """model, imatrix, moments, plan → the quant and its recipe."""
 
     verb = "quantize"
+    anywhere = True
     cache = ROUNDED
 
     def __init__(self, options: RunOptions, label: str) -> None:
@@ -55,6 +56,11 @@ class Quantize(Step):
     def reads(self, run: Run | None = None) -> tuple[str, ...]:
         """Only what the rung is made of."""
         return read_for(self, run, self.label)
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The blocks of all rungs, from which this one is made."""
+        return ("round",)
 
     def decides(self) -> Mapping[str, Any]:
         """The preset, how blocks are rounded and tried, and how scales are tuned."""

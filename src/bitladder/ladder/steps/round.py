@@ -1,6 +1,6 @@
 """The step that rounds the tensors of all rungs: second moments of a tensor are factored once for all its types."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder.engine import device_key
@@ -14,9 +14,9 @@ from bitladder.ladder.steps.quantize import (
     rounding_part,
     types_of_rung,
 )
-from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
-from bitladder.refine import OUTPUT_ROUNDING, round_ahead
-from bitladder.trial import RENDERING
+from bitladder.ladder.steps.step import Extent, Job, Part, Product, Room, Step
+from bitladder.refine import OUTPUT_ROUNDING, RoundAhead
+from bitladder.trial import RENDERING, Pair
 
 # Types from which the rungs of a planned ladder draw a tensor's, about: in twelve rungs of the embedded model a tensor
 # has 5.0 different ones, in four 2.8, in two 1.8.
@@ -30,6 +30,7 @@ class Round(Step):
     """
 
     verb = "round"
+    anywhere = True
     cache = ROUNDED
     algorithms = (RENDERING, OUTPUT_ROUNDING)
 
@@ -74,17 +75,43 @@ class Round(Step):
 
     def make(self, run: Run) -> Product:
         """Rounds what the rungs without a file need."""
-        stem = run.facts("convert")["stem"]
-        rungs = [rung for rung in self.options.rungs if not run.layout.quant(stem, rung).exists()]
-        for smoothed in (False, True):
-            quants = [types_of_rung(run, rung)[1] for rung in rungs if run.smoothed(rung) == smoothed]
-            if quants:
-                round_ahead(
-                    run.material(smoothed=smoothed),
-                    quants,
-                    self.options.refine.rounding,
-                    run.layout.material_work(smoothed=smoothed) / ROUNDED,
-                    decoding=run.decoding,
-                    progress=run.progress,
-                )
+        for smoothed, rungs in self._rungs(run).items():
+            self.render(run, smoothed, rungs)
         return Product([])
+
+    def jobs(self, run: Run) -> list[Job]:
+        """Shares of the tensors."""
+        jobs: list[Job] = []
+        for smoothed, rungs in self._rungs(run).items():
+            with self._ahead(run, smoothed, rungs) as ahead:
+                jobs += [("render", smoothed, rungs, share) for share in ahead.shares(*run.machines)]
+        return jobs
+
+    def render(self, run: Run, smoothed: bool, rungs: Sequence[str], pairs: Sequence[Pair] | None = None) -> None:
+        """Rounds what some rungs need, or only some pairs of tensor and type of it."""
+        with self._ahead(run, smoothed, rungs) as ahead:
+            ahead.render(pairs, run.progress)
+
+    def _ahead(self, run: Run, smoothed: bool, rungs: Sequence[str]) -> RoundAhead:
+        return RoundAhead(
+            run.material(smoothed=smoothed),
+            [types_of_rung(run, rung)[1] for rung in rungs],
+            self.options.refine.rounding,
+            run.layout.material_work(smoothed=smoothed) / ROUNDED,
+            decoding=run.decoding,
+            progress=run.progress,
+        )
+
+    def joined(self, run: Run, results: Sequence[Any]) -> Product:
+        """The blocks are no product."""
+        del run, results
+        return Product([])
+
+    @staticmethod
+    def _rungs(run: Run) -> dict[bool, list[str]]:
+        """The rungs without a file, by whether they are made of the smoothed model."""
+        stem, found = run.facts("convert")["stem"], dict[bool, list[str]]()
+        for rung in run.options.rungs:
+            if not run.layout.quant(stem, rung).exists():
+                found.setdefault(run.smoothed(rung), []).append(rung)
+        return dict(sorted(found.items()))

@@ -24,10 +24,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """What a step gives: the files that it wrote, and facts for later steps and readers of the manifest."""
+    """What a step gives.
+
+    Parameters:
+        files: that it wrote.
+        facts: for later steps and readers of the manifest.
+        seconds: how long it took, if it was made elsewhere.
+    """
 
     files: Sequence[pathlib.Path]
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float | None = None
+
+
+# The name of a method of a step, and what it gets after the run.
+Job = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +121,7 @@ class Step(abc.ABC):
     """
 
     verb: ClassVar[str]
+    anywhere: bool = False  # whether other machines can do the work (`jobs`)
     cache: ClassVar[str] = ""  # the folder of rendered blocks (`Layout.blocks`) that steps of this kind fill and read
     algorithms: tuple[Algorithm, ...] = ()
 
@@ -137,6 +149,23 @@ class Step(abc.ABC):
         """The earlier steps whose files are read: mostly `needs`. Without a run, all whose files may be read."""
         del run
         return self.needs
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Earlier steps that it waits for where steps are made side by side, beside those that it needs and reads."""
+        return ()
+
+    def jobs(self, run: "Run") -> list[Job]:
+        """The work in parts that machines do side by side, of a step that can be made anywhere."""
+        del run
+        return [("make",)]
+
+    def joined(self, run: "Run", results: Sequence[Any]) -> "Product":
+        """What the results of the jobs make together."""
+        del run
+        (product,) = results
+        assert isinstance(product, Product)
+        return product
 
     def decides(self) -> Mapping[str, Any]:
         """The options that decide the result, as whole dataclasses where there are some."""

@@ -21,6 +21,7 @@ class SmoothingTrial(Step):
     """
 
     verb = "trial"
+    anywhere = True
     algorithms = (SMOOTHING_TRIAL, BASE)
 
     @property

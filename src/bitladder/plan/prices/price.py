@@ -30,7 +30,7 @@ from bitladder.plan.prices.law import FLOOR, Probe, first_groups, fit, probe_typ
 from bitladder.plan.prices.menu import Menus
 from bitladder.progress import SILENT, Bar, Progress
 from bitladder.text import EXCERPTS
-from bitladder.trial import RENDERING, SWAPPED_KLD, Measurement, Measurements, Renderer, render_all
+from bitladder.trial import RENDERING, SWAPPED_KLD, Helpers, Measurement, Measurements, Renderer, render_all
 
 PRICES = Algorithm(
     "prices",
@@ -62,6 +62,7 @@ class PriceSource:
         options: how, and how much.
         key: hash of everything that decides the prices.
         made: the same for a reader.
+        helpers: other machines that render; None renders here.
     """
 
     renderer: Renderer
@@ -70,11 +71,15 @@ class PriceSource:
     options: PriceOptions
     key: str
     made: PricedFrom
+    helpers: Helpers | None = None
 
     def rendered_errors(self, menus: Menus, progress: Progress = SILENT) -> dict[str, dict[str, float]]:
         """Renders each tensor in each type of its menu: tensor → type → Σ w (ŵ − w)²."""
         pairs = [(name, kind.name) for name, menu in menus.items() for kind in menu]
-        errors = render_all(self.renderer, pairs, label="render every tensor in every type", progress=progress)
+        label = "render every tensor in every type"
+        if self.helpers is not None:
+            self.helpers.render(self.renderer, pairs, label, progress)
+        errors = render_all(self.renderer, pairs, label=label, progress=progress)
         return {name: {kind.name: errors[name, kind.name] for kind in menu} for name, menu in menus.items()}
 
     def table(
@@ -167,10 +172,11 @@ class _Swaps:
 
         def measure(group: tuple[str, ...], task: Bar) -> None:
             task.note(group[0])
-            measured[group] = self._measure({name: self.probe_types[name] for name in group}, "probe")
+            measured[group] = self._measure(self._probe(group), "probe")
             task.advance()
 
         groups = first_groups(self._by_kind, budget)
+        self._measurements.expect((self._probe(group), self._options.probe_chunks, "probe") for group in groups)
         total = max(budget if len(groups) < len(self._menus) else 0, len(groups))
         with progress.task("probe tensors", total) as task:
             for group in groups:
@@ -182,7 +188,10 @@ class _Swaps:
                 measure(wide[:middle], task)
                 measure(wide[middle:], task)
                 left -= 2
-        return [({name: self.probe_types[name] for name in group}, swap) for group, swap in measured.items()]
+        return [(self._probe(group), swap) for group, swap in measured.items()]
+
+    def _probe(self, group: tuple[str, ...]) -> dict[str, str]:
+        return {name: self.probe_types[name] for name in group}
 
     def groups(self, progress: Progress) -> dict[tuple[str, str], Measurement]:
         """Every kind as a whole, at types that its rendered errors do not rule out: (kind, type) → measurement."""
@@ -194,11 +203,13 @@ class _Swaps:
             sums = {type_.name: sum(self._errors[name][type_.name] for name in names) for type_ in common}
             left = [type_.name for type_ in pruned(common, sums, self._options.prune_slack)]
             pairs += [(kind, type_name) for type_name in spaced(left, each)]
+        recipes = {(kind, type_name): dict.fromkeys(self._by_kind[kind], type_name) for kind, type_name in pairs}
+        chunks = self._options.probe_chunks
+        self._measurements.expect((types, chunks, f"kind {kind}") for (kind, _), types in recipes.items())
         measured = {}
         with progress.task("whole kinds at each type", len(pairs)) as task:
-            for kind, type_name in pairs:
+            for (kind, type_name), types in recipes.items():
                 task.note(f"{kind} {type_name}")
-                types = dict.fromkeys(self._by_kind[kind], type_name)
                 measured[kind, type_name] = self._measure(types, f"kind {kind}")
                 task.advance()
         return measured
@@ -227,6 +238,7 @@ def check_swaps(
     if len(pairs) < 3:
         return None
     measured = []
+    measurements.expect(({name: kind}, options.probe_chunks, "check") for name, kind in pairs.items())
     with progress.task("check single swaps", len(pairs)) as task:
         for name, kind in pairs.items():
             task.note(f"{name} {kind}")
@@ -295,10 +307,12 @@ def price_by_gradients(
     costs = fisher_costs(path, chunks, candidates, options=options.fisher, threads=threads, progress=progress)
     kld = {name: {kind: max(cost.sequence, FLOOR) for kind, cost in costs[name].items()} for name in inner}
     outer = [(name, kind.name) for name in menus if name not in kld for kind in menus[name]]
+    outside = "outside of the blocks"
+    source.measurements.expect(({name: kind}, options.probe_chunks, outside) for name, kind in outer)
     with progress.task("swap embeddings and head", len(outer)) as task:
         for name, kind in outer:
             task.note(f"{name} {kind}")
-            measured = source.measurements.measure({name: kind}, options.probe_chunks, "outside of the blocks")
+            measured = source.measurements.measure({name: kind}, options.probe_chunks, outside)
             kld.setdefault(name, {})[kind] = max(measured.kld, FLOOR)
             task.advance()
     check = check_swaps(kld, {}, source.measurements, options, progress)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from bitladder.calibrate import MomentsFile
 from bitladder.engine import Decoding, torch_device, type_by_name
 from bitladder.evaluate import MeasureOptions
-from bitladder.files import refuse_inputs
+from bitladder.files import Closing, refuse_inputs
 from bitladder.gguf import shards_of
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
@@ -27,7 +27,7 @@ from bitladder.refine.round.output_rounding import (
 )
 from bitladder.rounding import RoundingOptions
 from bitladder.text import EXCERPTS, Text, excerpts
-from bitladder.trial import Renderer, kept_base, render_all
+from bitladder.trial import Pair, Renderer, kept_base, render_all, rendering_shares
 
 ROUNDED_QUANT = Algorithm(
     "rounded quant",
@@ -110,16 +110,8 @@ def quantize_rounded(
         return _round(prepared, out, rounding, trial, work, decoding.threads, progress)
 
 
-def round_ahead(
-    files: ModelFiles,
-    quants: Sequence[QuantizeOptions],
-    options: RoundingOptions,
-    work: pathlib.Path,
-    *,
-    decoding: Decoding | None = None,
-    progress: Progress = SILENT,
-) -> None:
-    """Rounds the tensors of several quants into a folder, from which `quantize_rounded` takes them.
+class RoundAhead(Closing):
+    """The tensors of several quants, to be rounded into a folder, from which `quantize_rounded` takes them.
 
     Second moments of a tensor are factored once for all its types. What the folder has no room for is left out.
 
@@ -129,29 +121,70 @@ def round_ahead(
         options: how blocks are rounded.
         work: the folder.
         decoding: tensors that are rounded at once (threads), and which device rounds.
-        progress: where work is shown.
+        progress: hears of what does not fit.
 
     Raises:
         BitladderError: files do not fit together.
     """
-    with contextlib.ExitStack() as opened:
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        quants: Sequence[QuantizeOptions],
+        options: RoundingOptions,
+        work: pathlib.Path,
+        *,
+        decoding: Decoding | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
         decoding = decoding or Decoding()
-        moments = [opened.enter_context(MomentsFile(path)) for path in files.moments]
-        rounding = OutputRounding(moments, options, decoding.device, progress)
-        prepared = [opened.enter_context(prepare(files.model, quant, imatrix=files.imatrix)) for quant in quants]
-        first = prepared[0]
-        renderer = opened.enter_context(
-            Renderer(first.file, first.importance, rounding=rounding, folder=work, threads=decoding.threads)
-        )
-        pairs: dict[tuple[str, str], None] = {}
-        room = renderer.room
-        for quant in prepared:
-            for name, kind in _rounded_types(quant, rounding).items():
-                size = renderer.nbytes(name, type_by_name(kind))
-                if (name, kind) not in pairs and size <= room:
-                    pairs[name, kind] = None
+        with contextlib.ExitStack() as opened:
+            moments = [opened.enter_context(MomentsFile(path)) for path in files.moments]
+            self._rounding = OutputRounding(moments, options, decoding.device, progress)
+            self._quants = [
+                opened.enter_context(prepare(files.model, quant, imatrix=files.imatrix)) for quant in quants
+            ]
+            file, importance = self._quants[0].file, self._quants[0].importance
+            self._renderer = opened.enter_context(
+                Renderer(file, importance, rounding=self._rounding, folder=work, threads=decoding.threads)
+            )
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._opened.close()
+
+    def render(self, pairs: Sequence[Pair] | None = None, progress: Progress = SILENT) -> None:
+        """Rounds the tensors.
+
+        Parameters:
+            pairs: a share of them, which the folder has room for: name of a tensor, and of a type. None rounds all.
+            progress: where work is shown.
+        """
+        if pairs is None:
+            pairs = self._fitting()
+        else:
+            self._renderer.room = sum(self._size(pair) for pair in pairs)
+        render_all(self._renderer, pairs, progress=progress)
+
+    def shares(self, count: int, threads: int) -> list[list[Pair]]:
+        """Shares of the tensors for so many machines of so many threads (`trial.rendering_shares`)."""
+        return rendering_shares(self._renderer, self._fitting(), count, threads)
+
+    def _fitting(self) -> list[Pair]:
+        """The pairs of tensor and type that the folder has room for."""
+        pairs: dict[Pair, None] = {}
+        room = self._renderer.room
+        for quant in self._quants:
+            for pair in _rounded_types(quant, self._rounding).items():
+                size = self._size(pair)
+                if pair not in pairs and size <= room:
+                    pairs[pair] = None
                     room -= size
-        render_all(renderer, pairs, progress=progress)
+        return list(pairs)
+
+    def _size(self, pair: Pair) -> int:
+        return self._renderer.nbytes(pair[0], type_by_name(pair[1]))
 
 
 def _changes(quant: PreparedQuant) -> dict[str, str]:

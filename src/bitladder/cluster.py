@@ -1,0 +1,229 @@
+"""A Dask cluster as `Machines`: the only module that knows Dask (extra: cluster).
+
+Before any work every worker is asked what it has installed and whether it sees the files of the run. A task asks again
+where it begins, because a worker can join at any time.
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+import pathlib
+import platform
+import socket
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Executor, Future
+from typing import TYPE_CHECKING, Any
+
+from bitladder.engine import CPU, kernels, processors, threads_available, versions
+from bitladder.errors import BitladderError, UsageError
+from bitladder.files import write_text
+from bitladder.machines import Machines
+from bitladder.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+FLAG = "--cluster"
+CONNECT = 15  # seconds in which a scheduler must answer
+WORKER = 60  # seconds in which the first worker must be there
+# Packages whose versions decide bytes, or what is collected, beside those of `engine.versions`.
+DECIDING = ("numpy", "numba", "torch", "transformers")
+# Deaths of workers under one task after which the task is to blame: Dask's default.
+DEATHS = 4
+
+
+@contextlib.contextmanager
+def connected(
+    address: str,
+    folder: pathlib.Path,
+    files: Sequence[pathlib.Path] = (),
+    *,
+    last: Callable[[], None] | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[Machines]:
+    """The workers of a Dask cluster, after all of them were checked.
+
+    Parameters:
+        address: of the scheduler, such as tcp://10.0.0.1:8786, or the path of its scheduler file.
+        folder: that all share.
+        files: further files that all must see.
+        last: is called on each worker in the end. It must be importable there.
+        progress: gets a warning of workers whose processor is another one.
+
+    Raises:
+        UsageError: Dask is not installed, nobody answers, or there is no worker.
+        BitladderError: a worker has other versions, does not see a file, or does several tasks at once.
+    """
+    folder = folder.resolve()
+    mark = folder / f".cluster-{uuid.uuid4().hex}.tmp"  # what a killed run leaves is swept
+    with _client(address) as client:
+        write_text(mark, mark.name)
+        try:
+            wanted = {"versions": installed(), "sees": [str(path) for path in (mark, *map(_absolute, files))]}
+            threads = _check(client, address, wanted, progress)
+            executor = _Workers(client, address, wanted)
+            try:
+                yield Machines(executor, len(threads), max(threads), lambda: len(client.nthreads()))
+            finally:
+                executor.shutdown(wait=False)
+                if last is not None:
+                    with contextlib.suppress(Exception):  # of workers that have gone
+                        client.run(last, on_error="ignore")
+        finally:
+            mark.unlink(missing_ok=True)
+
+
+def _absolute(path: pathlib.Path) -> pathlib.Path:
+    return path.resolve()
+
+
+def installed() -> dict[str, str]:
+    """The versions that decide bytes, by name; "none" for a package that is not installed."""
+    found = {"Python": ".".join(platform.python_version_tuple()[:2]), **versions()}
+    for name in DECIDING:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def describe(sees: Sequence[str]) -> dict[str, Any]:
+    """What a worker says of itself: its host, versions, processor and threads, and which of some files it lacks."""
+    return {
+        "host": socket.gethostname(),
+        "versions": installed(),
+        "processor": f"{processors(CPU)} ({kernels()})",
+        "threads": threads_available(),
+        "lacks": [path for path in sees if not pathlib.Path(path).is_file()],
+    }
+
+
+def why_unfit(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """Why a worker cannot take part, from what it says (`describe`); None if it can."""
+    theirs, ours = said["versions"], wanted["versions"]
+    differing = [name for name, version in ours.items() if theirs.get(name) != version]
+    if differing:
+        other = ", ".join(f"{name} {theirs.get(name, 'none')} and not {ours[name]}" for name in differing)
+        return f"has {other}; install the same versions on all machines"
+    if wanted["sees"][0] in said["lacks"]:
+        folder = pathlib.Path(wanted["sees"][0]).parent
+        return f"does not see the run directory {folder}; put --out on a file system that all machines share"
+    if said["lacks"]:
+        return f"does not see {said['lacks'][0]}; put it on a file system that all machines share"
+    return None
+
+
+@contextlib.contextmanager
+def _client(address: str) -> Iterator["Client"]:
+    try:
+        import dask
+        import distributed
+    except ImportError as error:
+        raise UsageError(f"{FLAG} needs Dask: pip install 'bitladder[cluster]'") from error
+    # What goes wrong is told in one line by who meets it.
+    log = logging.getLogger("distributed")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    file = pathlib.Path(address)
+    where = {"scheduler_file": str(file)} if file.is_file() else {"address": address}
+    # One that does not come to be waits half a minute when it is forgotten, and prints a traceback.
+    kind = type("Client", (distributed.Client,), {"__del__": lambda _: None})
+    # The texts of a run go with each task: some MB.
+    settings = dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GB"})
+    try:
+        with settings:
+            try:
+                client = kind(**where, timeout=CONNECT, set_as_default=False)
+            except (OSError, TimeoutError, ValueError, TypeError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UsageError(f"{FLAG} {address}: no Dask scheduler answers there ({reason[:200]})") from error
+            with contextlib.closing(client):
+                yield client
+    finally:
+        log.setLevel(level)
+
+
+def _check(client: "Client", address: str, wanted: Mapping[str, Any], progress: Progress) -> list[int]:
+    """The threads of each worker, after all were found fit."""
+    with contextlib.suppress(TimeoutError):
+        client.wait_for_workers(1, timeout=WORKER)
+    tasks: dict[str, int] = client.nthreads()
+    if not tasks:
+        start = f"dask worker {address} --nthreads 1 --memory-limit 0"
+        raise UsageError(f"{FLAG} {address}: the scheduler has no worker; start one with: {start}")
+    if several := [worker for worker, count in tasks.items() if count > 1]:
+        raise BitladderError(
+            f"{FLAG}: the worker {several[0]} does {tasks[several[0]]} tasks at once, and each takes all its threads; "
+            "start it with --nthreads 1 --memory-limit 0"
+        )
+    # Asked first without our code, which a worker may not have.
+    for worker, version in client.run(importlib.metadata.version, "bitladder", on_error="return").items():
+        if isinstance(version, BaseException):
+            raise BitladderError(f"{FLAG}: the worker {worker} has no bitladder; install the same version there")
+    said = client.run(describe, wanted["sees"], on_error="return")
+    own = describe(())
+    for worker, each in said.items():
+        if isinstance(each, BaseException):
+            raise BitladderError(f"{FLAG}: the worker {worker} cannot load bitladder: {' '.join(str(each).split())}")
+        if reason := why_unfit(each, wanted):
+            raise BitladderError(f"{FLAG}: the worker {worker} ({each['host']}) {reason}")
+    if others := [each["host"] for each in said.values() if each["processor"] != own["processor"]]:
+        progress.warn(
+            f"{FLAG}: {', '.join(dict.fromkeys(others))} have another processor than this machine; the last bits of "
+            "what they compute may differ, and so files from those of this machine alone"
+        )
+    return [each["threads"] for each in said.values()]
+
+
+class _Workers(Executor):
+    """Dask's executor, with checks before each task, and errors of one line."""
+
+    def __init__(self, client: "Client", address: str, wanted: Mapping[str, Any]) -> None:
+        self._inner = client.get_executor(pure=False)
+        self._address, self._wanted = address, wanted
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See `concurrent.futures.Executor`."""
+        inner: Future[Any] = self._inner.submit(on_worker, self._wanted, fn, args, kwargs)
+        outer: Future[Any] = Future()
+        inner.add_done_callback(lambda _: self._pass_on(inner, outer))
+        outer.add_done_callback(lambda _: inner.cancel() if outer.cancelled() else None)
+        return outer
+
+    def _pass_on(self, inner: Future[Any], outer: Future[Any]) -> None:
+        if not outer.set_running_or_notify_cancel():
+            return
+        try:
+            outer.set_result(inner.result())
+        except CancelledError:
+            outer.set_exception(
+                BitladderError(f"{FLAG} {self._address}: the scheduler has gone; give the command again to go on")
+            )
+        except BaseException as error:
+            outer.set_exception(_in_words(error))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """See `concurrent.futures.Executor`. Without `wait` what is at work is cancelled too."""
+        self._inner.shutdown(wait=wait and not cancel_futures)
+
+
+def _in_words(error: BaseException) -> BaseException:
+    """An error of Dask's as one of ours; any other as it is."""
+    from distributed.scheduler import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        return BitladderError(
+            f"{FLAG}: {DEATHS} workers died at the same task, the last on {error.last_worker.address}; look into "
+            "its log (for want of memory, take larger machines or fewer threads)"
+        )
+    return error
+
+
+def on_worker(wanted: Mapping[str, Any], fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Calls a function on a worker, if the worker is fit. Raises BitladderError if it is not."""
+    said = {"versions": installed(), "lacks": [path for path in wanted["sees"] if not pathlib.Path(path).is_file()]}
+    if reason := why_unfit(said, wanted):
+        raise BitladderError(f"{FLAG}: a worker on {socket.gethostname()} {reason}")
+    return fn(*args, **kwargs)

@@ -1,0 +1,182 @@
+"""The work of a step in another process, which shares the run directory.
+
+A machine gets the name of a step and of one of its methods. It writes where the step writes here. So a task that is
+lost with a machine is done again by another one, and what is found in the directory is as if it had been made here.
+"""
+
+import dataclasses
+import pathlib
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bitladder import evaluate
+from bitladder.engine import main_memory, threads_available
+from bitladder.errors import BitladderError
+from bitladder.ladder import cost
+from bitladder.ladder.context import Run
+from bitladder.ladder.model_shape import ModelShape
+from bitladder.ladder.options import RunOptions
+from bitladder.ladder.plan import steps_of
+from bitladder.ladder.source import Other, Source
+from bitladder.ladder.store import Store
+from bitladder.machines import Heard, Remark
+from bitladder.progress import SILENT
+from bitladder.rundir import Manifest, StepRecord
+from bitladder.text import Text
+
+# Seconds until a file that another machine wrote must be seen here: network file systems keep what they know of a
+# folder for up to a minute.
+SEEN = 90.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """What another process needs to know of a run. Paths are absolute, and the same on all machines.
+
+    Parameters:
+        folder: the run directory.
+        options: the options of the run.
+        source: the model that the run starts from.
+        texts: the texts to measure with.
+        calibration: the texts to calibrate on.
+        tasks: the benchmarks to score with.
+        others: files of somebody else.
+        shape: the matrices of the model.
+        records: the complete steps, by name.
+        digests: what they wrote, by name (`Run.digest`).
+    """
+
+    folder: pathlib.Path
+    options: RunOptions
+    source: Source
+    texts: tuple[Text, ...]
+    calibration: tuple[Text, ...]
+    tasks: tuple[evaluate.QuestionSet, ...]
+    others: tuple[Other, ...]
+    shape: ModelShape
+    records: Mapping[str, StepRecord]
+    digests: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What a task gave.
+
+    Parameters:
+        result: of the method.
+        remarks: what it said.
+        seconds: how long it took.
+    """
+
+    result: Any
+    remarks: tuple[Remark, ...]
+    seconds: float
+
+
+def state_of(run: Run, shape: ModelShape) -> RunState:
+    """The state of a run, for another process."""
+    source = dataclasses.replace(run.source, path=run.source.path.resolve())
+    others = tuple(dataclasses.replace(other, path=other.path.resolve()) for other in run.others.values())
+    texts, calibration = tuple(run.texts), tuple(run.calibration)
+    folder, tasks = run.store.folder.resolve(), tuple(run.tasks)
+    records, digests = run.records()
+    return RunState(folder, run.options, source, texts, calibration, tasks, others, shape, records, digests)
+
+
+class _Kept:
+    """The run that a thread opened last. What it has loaded serves the next task of the same step."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: dict[int, tuple[RunState, Run]] = {}
+
+    def run(self, state: RunState) -> Run:
+        """The open run of a state. One of another state is closed first."""
+        thread = threading.get_ident()
+        with self._lock:
+            known = self._runs.get(thread)
+        if known is not None and known[0] == state:
+            return known[1]
+        self.close(thread)
+        run = _open(state)
+        with self._lock:
+            self._runs[thread] = (state, run)
+        return run
+
+    def close(self, thread: int) -> None:
+        """Closes the run of a thread, if it has one."""
+        with self._lock:
+            known = self._runs.pop(thread, None)
+        if known is not None:
+            known[1].close()
+
+    def close_all(self) -> None:
+        """Closes the runs of all threads, which must be idle."""
+        for thread in list(self._runs):
+            self.close(thread)
+
+
+_kept = _Kept()
+
+
+def close_kept() -> None:
+    """Frees what this process keeps of the last run. No task may be at work."""
+    _kept.close_all()
+
+
+def work_on(state: RunState, step: str, method: str, *arguments: Any) -> Done:
+    """Calls a method of a step. It is called in the process that does the work.
+
+    Parameters:
+        state: of the run.
+        step: name of the step.
+        method: name of the method.
+        arguments: what it gets after the run.
+
+    Raises:
+        BitladderError: as the method, or a file of the run is not seen here.
+    """
+    began, heard = time.monotonic(), Heard()
+    run = _kept.run(state)
+    run.hear(heard)
+    (own,) = (each for each in steps_of(state.options, [other.name for other in state.others]) if each.name == step)
+    wait_for([path for name in own.reads(run) for path in run.files(name)])
+    result = getattr(own, method)(run, *arguments)
+    return Done(result, tuple(heard.remarks), round(time.monotonic() - began, 3))
+
+
+def _open(state: RunState) -> Run:
+    threads = state.options.decoding.threads or threads_available()
+    memory = main_memory()
+    return Run(
+        state.options,
+        state.source,
+        Store(state.folder, Manifest(), SILENT),  # it is never written
+        steps=(),
+        texts=state.texts,
+        calibration=state.calibration,
+        tasks=state.tasks,
+        others=state.others,
+        progress=SILENT,
+        rounding_threads=cost.rounding_threads(state.shape, threads, memory) if memory else threads,
+        known=(state.records, state.digests),
+    )
+
+
+def wait_for(files: Iterable[pathlib.Path], seconds: float = SEEN) -> None:
+    """Waits until files are seen that another machine wrote.
+
+    Raises BitladderError that names the first that is not seen after some seconds.
+    """
+    until = time.monotonic() + seconds
+    for path in files:
+        while not path.is_file():
+            if time.monotonic() > until:
+                raise BitladderError(
+                    f"{path} was written by another machine and is not seen here after {seconds:.0f} s; "
+                    "all machines must share the run directory"
+                )
+            time.sleep(0.5)
+            list(path.parent.glob("*"))  # has a network file system read the folder again

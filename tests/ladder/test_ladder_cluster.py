@@ -1,0 +1,110 @@
+"""A run on several machines: the same bytes as on one, whatever dies."""
+
+import contextlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import kills
+import pytest
+from dask_cluster import KINDS, dask_cluster
+
+from bitladder.errors import BitladderError
+from bitladder.ladder import elsewhere, run
+from bitladder.machines import Heard, Machines
+from bitladder.report import write_card, write_report
+from bitladder.rundir import load_manifest
+
+JOURNAL = ".planning/smoothed/measured.jsonl"
+
+
+def options_of(folder, name, **more):
+    """Two rungs, so that tensors are rounded for both, and a benchmark; tuning does not repeat byte by byte."""
+    options = kills.tiny_run(folder, folder / name / "ladder")
+    tasks = {"tasks": f"continuation:{folder / 'text.txt'}", "task_count": 4, "task_ctx": 256}
+    return options.replace(tune_chunks=0, rungs=("Q4_K_S", "Q3_K_M"), **tasks, **more)
+
+
+def made(options, progress=None):
+    """The files of a run, but for what differs from one run to the next."""
+    run(options, progress=progress or Heard())
+    write_card(options.out)
+    write_report(options.out)
+    files = kills.contents(options.out)
+    del files["ladder.json"]  # in the order in which steps were complete
+    files[JOURNAL] = b"\n".join(sorted(files[JOURNAL].splitlines()))
+    return files
+
+
+def steps(folder):
+    """What the manifest says of each step, but for the time."""
+    return {name: step.model_dump(exclude={"seconds"}) for name, step in load_manifest(folder).steps.items()}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cluster")
+    return folder, made(options_of(folder, "local"))
+
+
+def assert_same(local, options, files):
+    folder, ours = local
+    assert files.keys() == ours.keys()
+    assert [name for name in files if files[name] != ours[name]] == []
+    assert steps(options.out) == steps(folder / "local" / "ladder")
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"price-render", "quantize-make"},
+        pytest.param(KINDS, marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_workers_that_die_cost_time_only(local, kinds, request):
+    pytest.importorskip("distributed")
+    name = request.node.callspec.id
+    with dask_cluster(local[0] / name / "dask", kinds) as (scheduler, to_come):
+        options = options_of(local[0], name, cluster=scheduler)
+        files = made(options)
+        assert list(to_come.iterdir()) == []
+        assert_same(local, options, files)
+        assert "cluster" not in (options.out / "README.md").read_text()
+        assert run(options.replace(cluster=None)).made == ()
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Any executor will do: here one thread, which is given what a worker gets."""
+    with ThreadPoolExecutor(1) as pool:
+
+        @contextlib.contextmanager
+        def machines(*_):
+            yield Machines(pool, 1)
+
+        monkeypatch.setattr(sys.modules["bitladder.ladder.run"], "machines_of", machines)
+        yield pool
+        pool.submit(elsewhere.close_kept).result()
+
+
+def test_the_order_of_steps_changes_no_byte(local, threads):
+    options = options_of(local[0], "threads")
+    assert_same(local, options, made(options))
+    assert run(options).made == ()
+
+
+def test_an_error_of_a_step_ends_the_run_and_what_is_complete_stays(local, threads, monkeypatch):
+    def fail(*_, **__):
+        raise BitladderError("the disk is full")
+
+    options = options_of(local[0], "error").replace(mode="naive", method="stock")
+    with monkeypatch.context() as patch:
+        patch.setattr("bitladder.calibrate.collect_imatrix", fail)
+        with pytest.raises(BitladderError, match="the disk is full"):
+            run(options)
+    assert "convert" not in run(options).made
+
+
+def test_a_file_that_is_not_seen_is_named(tmp_path):
+    with pytest.raises(BitladderError, match=r"moments\.gguf was written by another machine"):
+        elsewhere.wait_for([tmp_path / "moments.gguf"], seconds=0)
