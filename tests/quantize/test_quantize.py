@@ -1,5 +1,7 @@
 """Quants against llama-quantize, and against the library's own quantizer through the bindings."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from moe import write_moe
@@ -85,6 +87,14 @@ def test_presets_come_from_the_library(tiny_gguf):
     chosen = preset_types(tiny_gguf, Request("Q4_K_M"))
     assert {kind.name for kind in chosen.types.values()} == {"f32", "q4_K", "q6_K"} and not chosen.misfits
     assert preset_types(tiny_gguf, Request("IQ2_XXS")).needs_imatrix
+
+
+def test_types_of_presets_in_two_threads_at_once(tiny_gguf):
+    """They are read from what the library logs, in pieces of lines: each thread must see its own."""
+    requests = [Request("Q4_K_M"), Request("Q3_K_M", imatrix=True)] * 8
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda request: preset_types(tiny_gguf, request), requests))
+    assert both == [preset_types(tiny_gguf, request) for request in requests]
 
 
 def test_blocks_from_elsewhere_stand_in_for_the_librarys(tiny_gguf, tmp_path):

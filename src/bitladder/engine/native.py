@@ -271,7 +271,7 @@ class NativeLog:
     def __init__(self) -> None:
         self.lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=2000)
         self.verbose = False
-        self._taps: list[list[str]] = []
+        self._taps: list[tuple[int, list[str]]] = []  # the thread that each listens to
         self._level = 0
         self._lock = threading.Lock()
 
@@ -281,21 +281,26 @@ class NativeLog:
         with self._lock:
             self._level = self._level if level == CONTINUATION else level
             self.lines.append((self._level, decoded))
-            for tap in self._taps:
-                tap.append(decoded)
+            for thread, pieces in self._taps:
+                if thread == threading.get_ident():
+                    pieces.append(decoded)
         if self.verbose and self._level != DEBUG:
             sys.stderr.write(decoded)
 
     @contextlib.contextmanager
     def tapped(self) -> Iterator[list[str]]:
-        """Yields a list that collects the log inside the context, in pieces of lines."""
+        """Yields a list that collects what the calling thread logs inside the context, in pieces of lines.
+
+        Pieces of other threads would lie in the middle of its lines.
+        """
         install_log()  # another user of the library in this process can have replaced the callback
         pieces: list[str] = []
-        self._taps.append(pieces)
+        tap = threading.get_ident(), pieces
+        self._taps = [*self._taps, tap]
         try:
             yield pieces
         finally:
-            self._taps.remove(pieces)
+            self._taps = [other for other in self._taps if other is not tap]
 
     def last_error(self) -> str:
         """The last two errors in one line; without errors, the last warnings; empty without both."""
