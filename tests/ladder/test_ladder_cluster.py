@@ -1,6 +1,7 @@
 """A run on several machines: the same bytes as on one, whatever dies."""
 
 import contextlib
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,8 +32,17 @@ def made(options, progress=None):
     write_report(options.out)
     files = kills.contents(options.out)
     del files["ladder.json"]  # in the order in which steps were complete
-    files[JOURNAL] = b"\n".join(sorted(files[JOURNAL].splitlines()))
+    files[JOURNAL] = whole_lines(files[JOURNAL])
     return files
+
+
+def whole_lines(journal):
+    """Lines of a journal, sorted. A worker that dies can leave half a line, or one that is measured again."""
+    lines = set()
+    for line in journal.splitlines():
+        with contextlib.suppress(ValueError):
+            lines.add(json.dumps(json.loads(line), sort_keys=True))
+    return "\n".join(sorted(lines)).encode()
 
 
 def steps(folder):
