@@ -26,7 +26,12 @@ def _has_cache() -> bool:
 
 COMPILED: dict[str, Any] = {"nogil": True, "cache": _has_cache()}
 _OPTIONS: dict[str, Any] = COMPILED | {"fastmath": {"contract", "reassoc", "nsz", "arcp"}}
-jit = numba.njit(**_OPTIONS)
+# What Python calls.
+entry = numba.njit(**_OPTIONS)
+# What an entry calls becomes part of it. Otherwise a process that compiles would run the loop that was compiled by
+# itself, and one that finds the entry in the cache the copy inside the entry, which is optimized in another way: sums
+# in another order, and other blocks.
+jit = numba.njit(forceinline=True, **_OPTIONS)
 inlined = numba.njit(inline="always", **_OPTIONS)
 
 # A scale must be better by this share, or rounding errors might lead to an endless circle of changes.

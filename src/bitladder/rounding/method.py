@@ -34,6 +34,7 @@ ROUNDING = Algorithm(
         "errors are handed on by parts of 256 columns; sixteen scales are tried at once, those of points and steps in"
         " every second pass; passes end when they gain little",
         "the library's blocks stay where the damped loss does not fall; of wide matrices it is estimated",
+        "a process that compiles the loops gives the blocks of one that finds them compiled",
     ),
 )
 

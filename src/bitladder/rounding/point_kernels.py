@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from bitladder.rounding.kernels import COMPILED, jit
 
-fast = numba.njit(**COMPILED, fastmath=True)  # finite numbers only
+fast = numba.njit(forceinline=True, **COMPILED, fastmath=True)  # finite numbers only
 
 # Both signs are tried of columns that should be nearly 0, of so many columns at most.
 AMBIGUOUS = 4

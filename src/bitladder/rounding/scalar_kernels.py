@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.rounding.kernels import add_owed, inlined, jit, moved
+from bitladder.rounding.kernels import add_owed, entry, inlined, jit, moved
 from bitladder.rounding.scalar_types import ScalarType
 
 
@@ -145,7 +145,7 @@ def descend(h, shape, row, slope):
     return changed
 
 
-@jit
+@entry
 def open_rows(weights, first_row, targets, carried, leading, ut, columns, shape, rows, errors):
     """Rounds some columns of the rows from `first_row` on for the first time, in place in `rows`.
 

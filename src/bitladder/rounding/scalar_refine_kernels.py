@@ -9,7 +9,17 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.rounding.kernels import LESS, add_owed, best_move, block_product, half, inlined, jit, replace_block
+from bitladder.rounding.kernels import (
+    LESS,
+    add_owed,
+    best_move,
+    block_product,
+    entry,
+    half,
+    inlined,
+    jit,
+    replace_block,
+)
 from bitladder.rounding.lane_kernels import LANES, dot_lanes, half_lanes, new_lanes, quadratic_lanes, round_lanes
 from bitladder.rounding.scalar_kernels import descend, nearest, part_of
 
@@ -289,7 +299,7 @@ def refit(hessian, shape, row, slope):
     return changed
 
 
-@jit
+@entry
 def change_rows(first_row, start, slopes, coupling, shifts, hessian, shape, factors, rows, refine, fit):
     """Changes columns of the rows from `first_row` on, in place in `rows`: those from `start` on.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.rounding.kernels import LESS, add_owed, best_move, block_product, half, jit, replace_block
+from bitladder.rounding.kernels import LESS, add_owed, best_move, block_product, entry, half, jit, replace_block
 from bitladder.rounding.point_kernels import choose, choose_block
 
 
@@ -244,7 +244,7 @@ def refit_points(h, scales, row, slope):
     return changed
 
 
-@jit
+@entry
 def open_points(weights, first_row, targets, carried, leading, opening, scales, grid, rows, errors):
     """Rounds some columns of the rows from `first_row` on for the first time, in place in `rows`.
 
@@ -264,7 +264,7 @@ def open_points(weights, first_row, targets, carried, leading, opening, scales, 
             whole.delta[column] = deltas[index, place]
 
 
-@jit
+@entry
 def change_points(first_row, start, slopes, coupling, shifts, h, units, subs, scales, grid, rows, refine, fit):
     """Changes columns of the rows from `first_row` on, in place in `rows`: those from `start` on.
 

@@ -1,0 +1,64 @@
+"""The compiled loops give the same blocks in the process that compiles them and in those that find them compiled."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from numba.core.registry import CPUDispatcher
+
+from bitladder.rounding import kernels, lane_kernels, point_kernels, scalar_kernels, scalar_refine_kernels
+from bitladder.rounding import vector_kernels as vectors
+
+MODULES = (kernels, lane_kernels, point_kernels, scalar_kernels, scalar_refine_kernels, vectors)
+ENTRIES = {"open_rows", "change_rows", "open_points", "change_points"}
+# Many rows of a type with lanes, scales and minimums: a sum in another order changes some of them.
+ROUND = """
+import hashlib
+import numpy as np
+from bitladder.engine.types import quantize_rows, type_by_name
+from bitladder.rounding import RoundingOptions, round_tensor
+rng = np.random.default_rng(5)
+mixed = rng.normal(size=(512, 512)) * rng.exponential(size=512)
+weights = rng.standard_t(4, size=(512, 512)).astype(np.float32)
+inputs, outputs = ((x := rng.normal(size=(2000, 512)) @ mixed + 1).T @ x for _ in range(2))
+for kind in KINDS:
+    stock = quantize_rows(weights, type_by_name(kind), None)
+    rounded = round_tensor(weights, stock, kind, inputs, RoundingOptions(), outputs)
+    print(kind, hashlib.sha256(rounded.data.tobytes()).hexdigest())
+"""
+
+
+def test_what_an_entry_calls_is_part_of_it():
+    loops = {
+        name: loop
+        for module in MODULES
+        for name, loop in vars(module).items()
+        if isinstance(loop, CPUDispatcher) and loop.py_func.__module__ == module.__name__
+    }
+    assert len(loops) > 30 and set(loops) >= ENTRIES
+    apart = {
+        name
+        for name, loop in loops.items()
+        if not loop.targetoptions.get("forceinline") and loop.targetoptions.get("inline") != "always"
+    }
+    assert apart == ENTRIES
+    for module in MODULES:
+        for name in ENTRIES & set(vars(module)):
+            # An entry that another loop calls would be there twice.
+            callers = [other for other, loop in loops.items() if name in loop.py_func.__code__.co_names]
+            assert callers == []
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_rounds_as_one_that_does_not(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def blocks(*kinds):
+        code = ROUND.replace("KINDS", repr(kinds))
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return dict(line.split() for line in done.stdout.splitlines())
+
+    first = blocks("q4_K", "iq3_s")
+    assert blocks("q4_K", "iq3_s") == first
+    assert blocks("iq3_s", "q4_K") == first
