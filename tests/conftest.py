@@ -10,6 +10,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Tables follow the width of a terminal. pytest-xdist sets one for its workers.
 for _name in ("COLUMNS", "LINES"):
     os.environ.pop(_name, None)
+# Two processes test side by side. Threads that spin while they wait would take the other's processors: three times the
+# time for tuning. It is read when torch or the library is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Folders of the tests that take longest. Processes share files in this order, so that none has a long one at the end.
 LONGEST = ("ladder", "refine")
 
