@@ -111,14 +111,16 @@ def on_gpu(gpu: Gpu, shape: ModelShape) -> Iterator[None]:
         yield
 
 
-def estimated(options: RunOptions, texts: list[Text], calibration: list[Text], memory: int = MEMORY) -> Estimate:
-    """What a run takes on reference cores with so much memory."""
+def estimated(
+    options: RunOptions, texts: list[Text], calibration: list[Text], memory: int = MEMORY, threads: int = THREADS
+) -> Estimate:
+    """What a run takes on so many reference cores with so much memory."""
     shape = shape_of(options.model)
     extent = extent_of(options, shape, texts, calibration, {}, models=1 + len(options.rungs))
     extent = dataclasses.replace(
-        extent, rounding_threads=cost.rounding_threads(shape, THREADS, memory), threads=THREADS
+        extent, rounding_threads=cost.rounding_threads(shape, threads, memory), threads=threads
     )
-    return estimate_steps(steps_of(options), extent, Machine(threads=THREADS))
+    return estimate_steps(steps_of(options), extent, Machine(threads=threads))
 
 
 def of_size(tokens: int) -> Text:
@@ -197,12 +199,12 @@ def tables() -> dict[str, str]:
     }
 
 
-def written(page: str, table: str) -> str:
-    """A page with the table between its marks."""
-    marks = r"(<!-- cost_table\.py -->\n).*?(<!-- end -->)"
+def written(page: str, table: str, name: str = "cost_table.py") -> str:
+    """A page with the table between the marks of a benchmark."""
+    marks = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
     text, count = re.subn(marks, lambda match: f"{match[1]}\n{table}\n\n{match[2]}", page, flags=re.DOTALL)
     if count != 1:
-        raise click.ClickException("the page has no marks <!-- cost_table.py --> and <!-- end -->")
+        raise click.ClickException(f"the page has no marks <!-- {name} --> and <!-- end -->")
     return text
 
 

@@ -8,7 +8,6 @@ of a kind is divided by the machines that it can be spread over: a rung is quant
 rounded by any number.
 """
 
-import dataclasses
 import json
 import pathlib
 import tempfile
@@ -16,9 +15,7 @@ import tempfile
 import click
 import cost_table
 
-from bitladder.ladder import Machine, RunOptions, Stage, cost
-from bitladder.ladder.estimate import estimate_steps, extent_of, shape_of
-from bitladder.ladder.plan import steps_of
+from bitladder.ladder import RunOptions, Stage
 from bitladder.options import build
 from bitladder.quantize import RUNGS
 
@@ -51,12 +48,8 @@ def stages(model: str, name: str, *, effort: str) -> tuple[list[Stage], float]:
     """What each step of twelve rungs takes on one machine, and the bytes of the disk."""
     options = build(RunOptions, {"model": model, "out": pathlib.Path("ladder"), "rungs": RUNGS, "bench": False})
     options = options.at_effort(effort).replace(tune_chunks=0)
-    shape = shape_of(model)
     texts = [cost_table.of_size(320_000)], [cost_table.of_size(200_000)]
-    extent = extent_of(options, shape, *texts, {}, models=1 + len(RUNGS))
-    threads = cost.rounding_threads(shape, CORES, MEMORY[name])
-    extent = dataclasses.replace(extent, rounding_threads=threads, threads=CORES)
-    total = estimate_steps(steps_of(options), extent, Machine(threads=CORES))
+    total = cost_table.estimated(options, *texts, MEMORY[name], CORES)
     return list(total.stages), total.disk_bytes
 
 
@@ -107,9 +100,8 @@ def main(write: bool) -> None:
     if not write:
         click.echo(table())
         return
-    head, rest = PAGE.read_text(encoding="utf-8").split("<!-- scale_out.py -->\n")
-    _, end = rest.split("<!-- end -->")
-    PAGE.write_text(f"{head}<!-- scale_out.py -->\n\n{table()}\n\n<!-- end -->{end}", encoding="utf-8")
+    page = cost_table.written(PAGE.read_text(encoding="utf-8"), table(), "scale_out.py")
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -107,9 +107,10 @@ def prepare(model: pathlib.Path, folder: pathlib.Path) -> None:
     if not files.imatrix.exists():
         reading = Reading(chunks=KEPT_CHUNKS["imatrix"], spread=False)
         calibrate.collect_imatrix(files.full, [calibration], files.imatrix, reading=reading)
-    if not all(path.exists() for path in files.moments):
-        options = calibrate.RoundingMomentsOptions(moments_chunks=KEPT_CHUNKS["moments"])
-        calibrate.collect_for_rounding(files.full, [calibration], *files.moments, options=options)
+    options, kinds = calibrate.RoundingMomentsOptions(moments_chunks=KEPT_CHUNKS["moments"]), ("weighted", "plain")
+    for path, kind in zip(files.moments, kinds, strict=True):
+        if not path.exists():
+            calibrate.collect_for_rounding(files.full, [calibration], path, kind, options=options)
     if not files.quant.exists():
         quantize.quantize(files.full, files.quant, PRESET, imatrix=files.imatrix)
     if not files.base.exists():

@@ -60,7 +60,7 @@ def connected(
     with _client(address) as client:
         write_text(mark, mark.name)
         try:
-            wanted = {"versions": installed(), "sees": [str(path) for path in (mark, *map(_absolute, files))]}
+            wanted = {"versions": installed(), "sees": [str(path.resolve()) for path in (mark, *files)]}
             threads = _check(client, address, wanted, progress)
             executor = _Workers(client, address, wanted)
             try:
@@ -72,10 +72,6 @@ def connected(
                         client.run(last, on_error="ignore")
         finally:
             mark.unlink(missing_ok=True)
-
-
-def _absolute(path: pathlib.Path) -> pathlib.Path:
-    return path.resolve()
 
 
 def installed() -> dict[str, str]:
@@ -96,8 +92,12 @@ def describe(sees: Sequence[str]) -> dict[str, Any]:
         "versions": installed(),
         "processor": f"{processors(CPU)} ({kernels()})",
         "threads": threads_available(),
-        "lacks": [path for path in sees if not pathlib.Path(path).is_file()],
+        "lacks": _lacking(sees),
     }
+
+
+def _lacking(sees: Sequence[str]) -> list[str]:
+    return [path for path in sees if not pathlib.Path(path).is_file()]
 
 
 def why_unfit(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
@@ -223,7 +223,7 @@ def _in_words(error: BaseException) -> BaseException:
 
 def on_worker(wanted: Mapping[str, Any], fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Calls a function on a worker, if the worker is fit. Raises BitladderError if it is not."""
-    said = {"versions": installed(), "lacks": [path for path in wanted["sees"] if not pathlib.Path(path).is_file()]}
+    said = {"versions": installed(), "lacks": _lacking(wanted["sees"])}
     if reason := why_unfit(said, wanted):
         raise BitladderError(f"{FLAG}: a worker on {socket.gethostname()} {reason}")
     return fn(*args, **kwargs)

@@ -3,13 +3,12 @@
 Whatever spreads work knows no more than this. `cluster` makes a `Machines` of a Dask cluster.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from typing import Any, Literal
 
-from bitladder.progress import Bar, Progress
+from bitladder.progress import SILENT, Progress
 
 # Shares of work for each machine: one that dies loses little, and none waits long for the last one at the end.
 SHARES = 4
@@ -84,16 +83,7 @@ class Heard:
     def __init__(self) -> None:
         self.remarks: list[Remark] = []
 
-    @contextlib.contextmanager
-    def task(self, label: str, total: float) -> Iterator[Bar]:
-        """See `progress.Progress`."""
-        yield self
-
-    def advance(self, amount: float = 1) -> None:
-        """See `progress.Bar`."""
-
-    def note(self, text: str) -> None:
-        """See `progress.Bar`."""
+    task = SILENT.task
 
     def info(self, text: str) -> None:
         """Keeps a remark."""

@@ -70,13 +70,15 @@ def test_a_gguf_and_its_checkpoint_have_one_shape(tiny_gguf, tiny_checkpoint):
 def test_files_of_moments_have_the_bytes_of_the_formula(tiny_gguf, tmp_path):
     pytest.importorskip("torch")
     shape, files = shape_of(str(tiny_gguf)), [tmp_path / "weighted.gguf", tmp_path / "plain.gguf"]
-    collect_for_rounding(
-        tiny_gguf,
-        [load_text("pydoc:calibration")],
-        *files,
-        options=RoundingMomentsOptions(moments_chunks=8),
-        decoding=Decoding(n_ctx=64, threads=1),
-    )
+    for path, kind in zip(files, ("weighted", "plain"), strict=True):
+        collect_for_rounding(
+            tiny_gguf,
+            [load_text("pydoc:calibration")],
+            path,
+            kind,
+            options=RoundingMomentsOptions(moments_chunks=8),
+            decoding=Decoding(n_ctx=64, threads=1),
+        )
     for path, gradients in zip(files, (True, False), strict=True):
         with MomentsFile(path) as moments:
             assert moments.provenance.weighting == ("gradients" if gradients else "tokens")

@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -314,42 +314,6 @@ def collect_for_rounding(
     model: Path,
     texts: Sequence[Text],
     out: Path,
-    plain: Path,
-    *,
-    decoding: Decoding | None = None,
-    options: RoundingMomentsOptions | None = None,
-    expert_coverage: int | None = None,
-    progress: Progress = SILENT,
-) -> MomentsResult:
-    """Collects what rounding for layers' outputs needs: weighted moments, and plain ones of more chunks.
-
-    Tokens are weighted by gradients where these can be had and trusted, and else by positions.
-
-    Parameters:
-        model: path of a full-precision GGUF.
-        texts: the calibration texts.
-        out: path of the file of weighted moments.
-        plain: path of the file of moments in which all tokens count alike.
-        decoding: as for `collect_moments`.
-        options: how much is collected.
-        expert_coverage: as of `Reading`.
-        progress: hears of the work.
-
-    Returns:
-        What was written to `out`.
-
-    Raises:
-        BitladderError: as `collect_moments`.
-    """
-    more: dict[str, Any] = {"decoding": decoding, "options": options, "expert_coverage": expert_coverage}
-    collect_one_for_rounding(model, texts, plain, "plain", **more, progress=progress)
-    return collect_one_for_rounding(model, texts, out, "weighted", **more, progress=progress)
-
-
-def collect_one_for_rounding(
-    model: Path,
-    texts: Sequence[Text],
-    out: Path,
     kind: RoundingMoments,
     *,
     decoding: Decoding | None = None,
@@ -357,24 +321,35 @@ def collect_one_for_rounding(
     expert_coverage: int | None = None,
     progress: Progress = SILENT,
 ) -> MomentsResult:
-    """Collects one of the two files of `collect_for_rounding`, with its parameters.
+    """Collects one of the two files that rounding needs: weighted moments, or plain ones of more chunks.
+
+    Tokens are weighted by gradients where these can be had and trusted, and else by positions.
 
     Parameters:
+        model: path of a full-precision GGUF.
+        texts: the calibration texts.
         out: path of the file.
-        kind: "weighted" moments, or "plain" ones.
+        kind: "weighted", or "plain", in which all tokens count alike.
+        decoding: as for `collect_moments`.
+        options: how much is collected.
+        expert_coverage: as of `Reading`.
+        progress: hears of the work.
+
+    Raises:
+        BitladderError: as `collect_moments`.
     """
-    options, plain = options or RoundingMomentsOptions(), kind == "plain"
+    options = options or RoundingMomentsOptions()
+    weighting = MomentsOptions(positions=options.positions, gradients=options.gradients)
+    chunks = options.moments_chunks
+    if kind == "plain":
+        weighting, chunks = MomentsOptions(weighting="tokens"), options.plain_share * chunks
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     return collect_moments(
         model,
         texts,
         out,
-        reading=Reading(
-            chunks=(options.plain_share if plain else 1) * options.moments_chunks, expert_coverage=expert_coverage
-        ),
+        reading=Reading(chunks=chunks, expert_coverage=expert_coverage),
         decoding=decoding,
-        options=MomentsOptions(weighting="tokens")
-        if plain
-        else MomentsOptions(positions=options.positions, gradients=options.gradients),
+        options=weighting,
         progress=progress,
     )

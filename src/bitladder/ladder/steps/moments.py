@@ -66,7 +66,7 @@ class CollectMoments(Step):
 
     def collect(self, run: Run, name: calibrate.RoundingMoments) -> calibrate.MomentsResult:
         """Collects one of the two files."""
-        return calibrate.collect_one_for_rounding(
+        return calibrate.collect_for_rounding(
             run.full,
             run.calibration,
             run.layout.moments if name == "weighted" else run.layout.plain_moments,

@@ -90,7 +90,7 @@ class Round(Step):
     def render(self, run: Run, smoothed: bool, rungs: Sequence[str], pairs: Sequence[Pair] | None = None) -> None:
         """Rounds what some rungs need, or only some pairs of tensor and type of it."""
         with self._ahead(run, smoothed, rungs) as ahead:
-            ahead.render(pairs, run.progress)
+            ahead.render(pairs)
 
     def _ahead(self, run: Run, smoothed: bool, rungs: Sequence[str]) -> RoundAhead:
         return RoundAhead(

@@ -121,7 +121,7 @@ class RoundAhead(Closing):
         options: how blocks are rounded.
         work: the folder.
         decoding: tensors that are rounded at once (threads), and which device rounds.
-        progress: hears of what does not fit.
+        progress: where work is shown.
 
     Raises:
         BitladderError: files do not fit together.
@@ -137,7 +137,7 @@ class RoundAhead(Closing):
         decoding: Decoding | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        decoding = decoding or Decoding()
+        decoding, self._progress = decoding or Decoding(), progress
         with contextlib.ExitStack() as opened:
             moments = [opened.enter_context(MomentsFile(path)) for path in files.moments]
             self._rounding = OutputRounding(moments, options, decoding.device, progress)
@@ -154,18 +154,17 @@ class RoundAhead(Closing):
         """Closes the files."""
         self._opened.close()
 
-    def render(self, pairs: Sequence[Pair] | None = None, progress: Progress = SILENT) -> None:
+    def render(self, pairs: Sequence[Pair] | None = None) -> None:
         """Rounds the tensors.
 
         Parameters:
             pairs: a share of them, which the folder has room for: name of a tensor, and of a type. None rounds all.
-            progress: where work is shown.
         """
         if pairs is None:
             pairs = self._fitting()
         else:
             self._renderer.room = sum(self._size(pair) for pair in pairs)
-        render_all(self._renderer, pairs, progress=progress)
+        render_all(self._renderer, pairs, progress=self._progress)
 
     def shares(self, count: int, threads: int) -> list[list[Pair]]:
         """Shares of the tensors for so many machines of so many threads (`trial.rendering_shares`)."""
