@@ -19,8 +19,11 @@ def main() -> None:
         make_base(pathlib.Path(model), load_text(text), pathlib.Path(out), MeasureOptions(chunks=int(chunks)))
     elif job == "rungs":
         imatrix, folder = rest
+        made: list[pathlib.Path] = []
         for rung in RUNGS:
-            quantize(model, pathlib.Path(folder) / f"{rung}.gguf", rung, imatrix=imatrix)
+            out = pathlib.Path(folder) / f"{rung}.gguf"
+            quantize(model, out, rung, imatrix=imatrix, same=made)
+            made.append(out)
     else:
         sys.exit(f"no job {job}")
 

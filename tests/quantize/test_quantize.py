@@ -9,8 +9,9 @@ from quantize_reference import library_quantize, make_imatrix, make_model, same_
 
 from bitladder.calibrate import collect_imatrix
 from bitladder.engine import Decoding, Request, preset_number, preset_types, presets
+from bitladder.errors import UsageError
 from bitladder.gguf import GgufFile
-from bitladder.quantize import RUNGS, QuantizeOptions, prepare, quantize, write
+from bitladder.quantize import RUNGS, QuantizeOptions, prepare, quantize, write, write_quant
 from bitladder.text import Reading, load_text
 
 
@@ -108,3 +109,23 @@ def test_blocks_from_elsewhere_stand_in_for_the_librarys(tiny_gguf, tmp_path):
         for tensor in before.tensors.values():
             expected = blocks if tensor.name == name else before.read(tensor)
             assert np.array_equal(after.read(after.tensors[tensor.name]), expected), tensor.name
+
+
+def test_tensors_of_the_same_type_are_copied_from_another_quant(tiny_gguf, tmp_path, monkeypatch):
+    first, alone, copied = (tmp_path / f"{name}.gguf" for name in ("first", "alone", "copied"))
+    quantize(tiny_gguf, first, "Q4_K_M", threads=1)
+    quantize(tiny_gguf, alone, "Q4_K_S", threads=1)
+    real, pieces = write_quant.quantize_rows, []
+
+    def counting(weights, kind, importance):
+        pieces.append(len(weights))
+        return real(weights, kind, importance)
+
+    monkeypatch.setattr(write_quant, "quantize_rows", counting)
+    quantize(tiny_gguf, copied, "Q4_K_S", threads=1, same=[first])
+    assert copied.read_bytes() == alone.read_bytes()
+    with GgufFile(first) as one, GgufFile(alone) as other:
+        new = [tensor for name, tensor in other.tensors.items() if tensor.type != one.tensors[name].type]
+        assert 0 < len(new) < len(other.tensors) and sum(pieces) == sum(tensor.rows for tensor in new)
+    with pytest.raises(UsageError, match="is an input"):
+        quantize(tiny_gguf, first, "Q4_K_S", threads=1, same=[first])

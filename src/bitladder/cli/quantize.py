@@ -90,7 +90,7 @@ def _written(params: Mapping[str, Any]) -> str:
 @shared.guard("rounded blocks must lower KLD")
 @options_from(GuardOptions, parameter="trying")
 @click.option("--dry-run", is_flag=True, help="Show the types and the exact size. Write nothing.")
-@options_from(Decoding, parameter="decoding", leave_out=("n_ctx", "n_batch", "n_ubatch", "gpu_layers"))
+@options_from(Decoding, parameter="decoding", leave_out=("n_ctx", "n_batch", "n_ubatch"))
 @common_options
 @shared.effort
 def quantize_command(
@@ -136,10 +136,10 @@ def quantize_command(
     elif not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if rounding.method == "stock":
-        idle = {"moments", "guard", "guard_chunks", "device", "effort"}
+        idle = {"moments", "guard", "guard_chunks", "device", "gpu_layers", "effort"}
         warn_unused(output, "with --rounding stock, which is the default", idle)
     elif guard == "none":
-        warn_unused(output, "with --guard none", {"guard_chunks"})
+        warn_unused(output, "with --guard none", {"guard_chunks", "gpu_layers"})
     if rounding.method != "stock" and not dry_run and out is not None:
         if not moments:
             raise UsageError(

@@ -118,7 +118,7 @@ def smooth_command(
 )
 @options_from(TuneOptions, tune_chunks=64)
 @shared.guard("KLD must fall")
-@options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch", "gpu_layers"))
+@options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch"))
 @common_options
 def tune_command(
     output: Output,
@@ -138,7 +138,7 @@ def tune_command(
     from bitladder.refine import tune
 
     if guard == "none":
-        warn_unused(output, "with --guard none", {"tune_guard_chunks"})
+        warn_unused(output, "with --guard none", {"tune_guard_chunks", "gpu_layers"})
     texts = [load_text(spec, model) for spec in files]
     held_out = None if guard == "none" else load_text(guard, model)
     if held_out is not None and held_out.sha256 in {text.sha256 for text in texts}:

@@ -237,6 +237,13 @@ class Run(Closing):
         """Whether a rung is made of the smoothed model."""
         return bool(self.facts(f"trial {rung}").get("smoothed"))
 
+    def by_library(self, *, smoothed: bool) -> list[pathlib.Path]:
+        """The complete rungs that the library's kernels alone have made of the model, smoothed or not."""
+        if self.options.rounds:
+            return []
+        rungs = [rung for rung in self.options.rungs if self.smoothed(rung) == smoothed]
+        return [path for rung in rungs for path in self.files(f"quantize {rung}")[:1] if path.is_file()]
+
     def settings(self) -> evaluate.MeasureOptions:
         """How models are measured."""
         decoding = self.options.decoding

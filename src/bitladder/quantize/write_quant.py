@@ -7,6 +7,7 @@ With the same options, imatrix and library every tensor's bytes equal llama-quan
 """
 
 import collections
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -28,7 +29,7 @@ from bitladder.engine import (
 )
 from bitladder.errors import BitladderError
 from bitladder.files import refuse_inputs
-from bitladder.gguf import GgufFile, TensorInfo, output_paths, shards_of, writing
+from bitladder.gguf import GgufFile, TensorInfo, open_model, output_paths, shards_of, writing
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Bar, Progress
 from bitladder.quantize.choose_types import TensorChoice
@@ -83,6 +84,7 @@ def quantize(
     imatrix: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     progress: Progress = SILENT,
+    same: Sequence[str | os.PathLike[str]] = (),
 ) -> QuantizeResult:
     """Quantizes a GGUF.
 
@@ -93,6 +95,8 @@ def quantize(
         imatrix: path of an importance matrix of the same model, or None.
         threads: of the CPU; None for all.
         progress: where work and warnings are shown.
+        same: quants that this function has made of the same source with the same imatrix and options, but for the
+            types. A tensor that one of them has in the same type is copied from it, which takes a tenth of the time.
 
     Raises:
         BitladderError: before anything is written, if the options, the imatrix or the source cannot be used; and later,
@@ -100,9 +104,11 @@ def quantize(
     """
     if isinstance(options, str):
         options = QuantizeOptions(preset=options)
-    refuse_inputs([out], [*shards_of(pathlib.Path(source)), *([] if imatrix is None else [imatrix])])
-    with prepare(source, options, imatrix=imatrix, progress=progress) as prepared:
-        return write(prepared, out, threads=threads, progress=progress)
+    inputs = [*shards_of(pathlib.Path(source)), *([] if imatrix is None else [imatrix]), *same]
+    refuse_inputs([out], inputs)
+    with prepare(source, options, imatrix=imatrix, progress=progress) as prepared, contextlib.ExitStack() as opened:
+        others = [opened.enter_context(open_model(each)) for each in same]
+        return write(prepared, out, threads=threads, progress=progress, same=others)
 
 
 @QUANTIZE.entry
@@ -113,6 +119,7 @@ def write(
     threads: int | None = None,
     progress: Progress = SILENT,
     blocks: Blocks = NO_BLOCKS,
+    same: Sequence[GgufFile] = (),
 ) -> QuantizeResult:
     """Makes a prepared quant. The file, or its shards, appear when they are complete.
 
@@ -122,6 +129,7 @@ def write(
         threads: of the CPU; None for all.
         progress: where work is shown, and warnings of tensors that lose weights at the small end.
         blocks: name → what makes the tensor's blocks, uint8, shape [rows, row bytes], instead of the library's kernels.
+        same: as of `quantize`.
 
     Raises:
         BitladderError: `out` cannot be written or is the source, or weights are not finite.
@@ -134,7 +142,7 @@ def write(
         writing(out, prepared.metadata, prepared.groups) as writer,
         progress.task(f"quantize {label}", total) as bar,
     ):
-        lost = stream_tensors(writer, prepared.file, choice.tensors, prepared.importance, threads, bar, blocks)
+        lost = stream_tensors(writer, prepared.file, choice.tensors, prepared.importance, threads, bar, blocks, same)
     _warn_of_lost(prepared, lost, progress)
     return QuantizeResult(
         paths[0],
@@ -184,6 +192,7 @@ class _Piece:
         stop: row after the last.
         kind: the new type.
         importance: float32, shape [width], or None.
+        copied: a file that has the blocks, or None.
     """
 
     name: str
@@ -192,6 +201,7 @@ class _Piece:
     stop: int
     kind: TensorType
     importance: Floats | None
+    copied: GgufFile | None = None
 
 
 def stream_tensors(
@@ -202,7 +212,8 @@ def stream_tensors(
     threads: int | None,
     bar: Bar,
     blocks: Blocks = NO_BLOCKS,
-) -> dict[str, int]:
+    same: Sequence[GgufFile] = (),
+) -> dict[str, int]:  # what a file, its tensors, its machine and its watcher are: each is used by itself
     """Writes every chosen tensor of `file`, in order.
 
     Parameters:
@@ -213,6 +224,7 @@ def stream_tensors(
         threads: of the CPU; None for all.
         bar: where the bytes read are counted.
         blocks: name → what makes the tensor's blocks, uint8, shape [rows, row bytes], instead of the library's kernels.
+        same: as of `quantize`.
 
     Returns:
         How many blocks of a tensor (rows, of a floating-point type) lose their weights, by name, if any do
@@ -236,7 +248,7 @@ def stream_tensors(
         bar.advance((piece.stop - piece.start) * piece.tensor.type.row_bytes(piece.tensor.width))
 
     try:
-        for piece in _pieces(tensors, importance, blocks):
+        for piece in _pieces(tensors, importance, blocks, same):
             if len(waiting) >= AHEAD * count:
                 write_first()
             waiting.append((piece, pool.submit(_make, file, piece, blocks.get(piece.name))))
@@ -248,10 +260,14 @@ def stream_tensors(
 
 
 def _pieces(
-    tensors: Sequence[TensorChoice], importance: Mapping[str, Floats], whole: Collection[str]
+    tensors: Sequence[TensorChoice],
+    importance: Mapping[str, Floats],
+    whole: Collection[str],
+    same: Sequence[GgufFile],
 ) -> Iterator[_Piece]:
     for chosen in tensors:
         tensor, columns = chosen.source, importance.get(chosen.name)
+        copied = next((file for file in same if _holds(file, chosen)), None)
         if chosen.name in whole:
             yield _Piece(chosen.name, tensor, 0, tensor.rows, chosen.type, None)
             continue
@@ -260,7 +276,18 @@ def _pieces(
             end = first + tensor.rows_per_matrix
             for start in range(first, end, step):
                 row = columns[matrix] if columns is not None else None
-                yield _Piece(chosen.name, tensor, start, min(start + step, end), chosen.type, row)
+                yield _Piece(chosen.name, tensor, start, min(start + step, end), chosen.type, row, copied)
+
+
+def _holds(file: GgufFile, chosen: TensorChoice) -> bool:
+    """Whether a file has the tensor in the same quantized type."""
+    tensor = file.tensors.get(chosen.name)
+    return (
+        chosen.type.quantized
+        and tensor is not None
+        and tensor.type == chosen.type
+        and tensor.shape == chosen.source.shape
+    )
 
 
 def _make(file: GgufFile, piece: _Piece, elsewhere: Callable[[], Bytes] | None) -> tuple[Bytes, int]:
@@ -280,7 +307,10 @@ def _make(file: GgufFile, piece: _Piece, elsewhere: Callable[[], Bytes] | None) 
     _refuse_not_finite(weights, piece)
     if piece.kind == piece.tensor.type:
         return data, 0
-    data = quantize_rows(weights, piece.kind, piece.importance)
+    if piece.copied is not None:
+        data = piece.copied.read(piece.copied.tensors[piece.name], piece.start, piece.stop)
+    else:
+        data = quantize_rows(weights, piece.kind, piece.importance)
     return data, lost_units(weights, data, piece.kind, piece.importance)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from bitladder.calibrate import MomentsFile, read_imatrix
 from bitladder.engine import Device
@@ -24,7 +25,9 @@ from bitladder.rounding import Method, RoundingOptions, can_round, same_integers
 from bitladder.trial import Renderer
 from bitladder.units import listed
 
-Origin = Literal["copied", "stock", "stock without importance", "rounded", "tuned", "differs"]
+Origin = Literal["copied", "stock", "stock without importance", "rounded", "rounded on a device", "tuned", "differs"]
+# Between output errors of two ways to round the same tensor on a device.
+ALIKE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,9 @@ class VerifiedQuant:
     """How each tensor of a quant came about, by name.
 
     "copied": from the source. "stock": by the library's kernel with the imatrix, or without. "rounded": for the output.
-    "tuned": in a file that says so; its integers come from one of these ways, and only F16 numbers of blocks differ.
+    "rounded on a device": in a file that says so; the output error is the same within 2 %, for a device may add in
+    another order if there are other tensors beside one. "tuned": in a file that says so; its integers come from one of
+    these ways, and only F16 numbers of blocks differ.
     "differs": none of these gives its bytes.
     """
 
@@ -58,7 +63,7 @@ def verify(
     """Derives tensors of a quant again and compares bytes.
 
     Rounding repeats to the bit on one kind of processor; another may add in another order. What a GPU has rounded is
-    made again on a GPU of that kind.
+    made again there, a tensor at a time, and its output error compared.
 
     Parameters:
         quant: path of the quant.
@@ -130,6 +135,21 @@ def _origin(quant: GgufFile, tensor: TensorInfo, full: GgufFile, ways: Mapping[O
             continue  # such as a type that needs importance
         if np.array_equal(data, derived):
             return origin
+        if origin == "rounded" and quant.get(DEVICE_KEY) and _as_good(renderer, tensor, data):
+            return "rounded on a device"
         if tuned and same_integers(tensor.type.name, data, derived, tensor.width):
             return "tuned"
     return "differs"
+
+
+def _as_good(renderer: Renderer, tensor: TensorInfo, data: npt.NDArray[np.uint8]) -> bool:
+    """Whether blocks have the output error of those that the renderer has just derived, within `ALIKE`."""
+    method, name = renderer.rounding, tensor.name
+    assert isinstance(method, OutputRounding)
+    derived = method.losses.get((name, tensor.type.name))
+    if derived is None:  # the library's blocks, which a device does not change
+        return False
+    shape = (-1, tensor.rows_per_matrix, tensor.width)
+    values = renderer.kernels.dequantize(data, tensor.type, tensor.width).reshape(shape)
+    found = method.loss(name, renderer.weights(name).reshape(shape), values)
+    return abs(found - derived[1]) <= ALIKE * derived[1]

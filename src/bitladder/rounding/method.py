@@ -225,6 +225,21 @@ def fit_device(rows: int, width: int, coupled: bool, device: str) -> int:
     return SIDE_BY_SIDE if memory is None else min(memory // bytes_of(rows, width, coupled), SIDE_BY_SIDE)
 
 
+def moments_in_memory(rows: int, width: int, coupled: bool) -> int:
+    """How many matrices of a shape can be ready for a device at once, for a quarter of the memory that is free.
+
+    Ready are weights, errors and blocks, moments of inputs with their factors, and those of outputs.
+
+    Parameters:
+        rows: rows of a matrix.
+        width: its columns.
+        coupled: whether moments of outputs are known.
+    """
+    memory = device_memory("torch")
+    each = 4 * (3 * rows * width + 4 * width**2 + (2 * rows**2 if coupled else 0))
+    return SIDE_BY_SIDE if memory is None else max(1, memory // 4 // each)
+
+
 def round_on_device(
     weights: Sequence[Floats],
     starts: Sequence[Blocks],

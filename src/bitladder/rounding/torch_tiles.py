@@ -258,16 +258,20 @@ class Stack:
                 if leading is not None:
                     targets[x, :, rows.stop :][order] += delta[t] @ leading[x, rows.stop :, rows].T
 
-    def change(self, turn: int) -> tuple[float, float]:
+    def change(self, turn: int, going: Tensor) -> tuple[Tensor, Tensor]:
         """Changes all columns once more; see `method.change_groups`.
 
+        Parameters:
+            turn: number of the pass.
+            going: which matrices may change, bool [X].
+
         Returns:
-            By how much the damped loss fell, and about how large it was.
+            By how much the damped loss of each matrix fell, and about how large it was, [X].
         """
         sides = self._sides
         # What each row sees of its own errors and of those of others.
         seen = self.delta if sides.coupling is None else self.delta @ sides.coupling.mT
-        fall = torch.zeros((), dtype=wide(seen), device=seen.device)
+        fall = torch.zeros(len(seen), dtype=wide(seen), device=seen.device)
         level = torch.zeros_like(fall)
         for places in self._places(wave=False):
             _, rows, part, number = places[0]
@@ -289,9 +293,10 @@ class Stack:
             if own is not None:
                 rise, was = rise * own[:, None], was * own[:, None]
             rise = rise.sum((1, 2), dtype=wide(seen))
-            kept = (rise < 0)[:, None, None]  # where rows were still learning from each other, f may have risen
-            level += was.sum(dtype=wide(seen))
-            fall -= rise.clamp(max=0).sum()
+            # Where rows were still learning from each other, f may have risen.
+            kept = ((rise < 0) & going)[:, None, None]
+            level += was.sum((1, 2), dtype=wide(seen))
+            fall -= rise.clamp(max=0)
             for name, unit in self._kernels.units.items():
                 view = self.parts[name][:, part.start // unit : part.stop // unit, rows]
                 view.copy_(torch.where(kept, parts[name], view))
@@ -299,7 +304,7 @@ class Stack:
             if sides.coupling is not None:
                 seen[:, part] += moved @ sides.coupling[:, :, rows].mT
             before += moved
-        return float(fall), float(level)
+        return fall, level
 
 
 def _rows_at(whole: Tensor, places: Sequence[Place], columns: Sequence[Tensor]) -> Tensor:
@@ -374,9 +379,11 @@ def round_stack(
             sides,
         )
         stack.open()
+        going = torch.ones(len(weights), dtype=torch.bool, device=device)
         for turn in range(0 if options.method == "feedback" else options.passes):
-            gain, level = stack.change(turn)
-            if gain < options.enough * level:
+            gain, level = stack.change(turn, going)
+            going &= gain >= options.enough * level
+            if not going.any():
                 break
         done.append({name: part.mT.cpu() for name, part in stack.parts.items()})
     whole = {name: torch.cat([each[name] for each in done], 1).numpy() for name in kernels.units}

@@ -13,9 +13,9 @@ import shutil
 import struct
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,28 @@ class RoundingMethod(Protocol):
 
         Raises:
             BitladderError: the type cannot hold the tensor; the message names it.
+        """
+
+
+@runtime_checkable
+class SideBySide(RoundingMethod, Protocol):
+    """A method that rounds several tensors at once, since a GPU is busy only then."""
+
+    def groups(self, tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
+        """The tensors as they are rounded together; one that is rounded by itself is a group."""
+
+    def together(
+        self,
+        names: Sequence[str],
+        weights: Sequence[Floats],
+        kind: TensorType,
+        importance: Sequence[Floats | None],
+        threads: int,
+    ) -> list[Bytes]:
+        """The blocks of the tensors of a group, or of some of them. Each parameter is as of `__call__`.
+
+        Parameters:
+            threads: of the CPU, which make them ready.
         """
 
 
@@ -176,16 +198,56 @@ class Renderer(Closing):
     @RENDERING.entry
     def _rendered(self, name: str, kind: TensorType) -> tuple[Bytes, float]:
         """Blocks and their error, from the folder or computed."""
+        if (kept := self._kept(name, kind)) is not None:
+            return kept
+        weights = self._matrices(name)
+        blocks = self.rounding(name, weights, kind, self._importance.get(name))
+        return self._finished(name, kind, weights, blocks)
+
+    def render_group(self, names: Sequence[str], kind: TensorType) -> None:
+        """Renders tensors that the method rounds side by side, so that their errors are known (`error`).
+
+        Parameters:
+            names: of a group (`SideBySide.groups`).
+            kind: the type of all.
+        """
+        assert isinstance(self.rounding, SideBySide)
+        left: list[str] = []
+        for name in names:
+            if (name, kind.name) in self._errors:
+                continue
+            if (kept := self._kept(name, kind)) is None:
+                left.append(name)
+            else:
+                self._errors[name, kind.name] = kept[1]
+        if not left:
+            return
+        weights = [self._matrices(name) for name in left]
+        importance = [self._importance.get(name) for name in left]
+        group = self.rounding.together(left, weights, kind, importance, self.kernels.threads)
+        for name, matrices, blocks in zip(left, weights, group, strict=True):
+            self._errors[name, kind.name] = self._finished(name, kind, matrices, blocks)[1]
+
+    def _matrices(self, name: str) -> Floats:
+        """The full-precision tensor, float32 [matrices, rows, width]."""
         tensor = self.file.tensors[name]
-        row = kind.row_bytes(tensor.width)
-        path = None if self._folder is None else self._folder / f"{self.key(name, kind)}.blocks"
-        if path is not None and (kept := _read(path, tensor.rows * row)) is not None:
-            return kept[0].reshape(tensor.rows, row), kept[1]
-        importance, weights = self._importance.get(name), self.weights(name)
-        shape = (-1, tensor.rows_per_matrix, tensor.width)
-        blocks = self.rounding(name, weights.reshape(shape), kind, importance).reshape(tensor.rows, row)
+        return self.weights(name).reshape(-1, tensor.rows_per_matrix, tensor.width)
+
+    def _path(self, name: str, kind: TensorType) -> pathlib.Path | None:
+        return None if self._folder is None else self._folder / f"{self.key(name, kind)}.blocks"
+
+    def _kept(self, name: str, kind: TensorType) -> tuple[Bytes, float] | None:
+        """Blocks and their error, if the folder has them."""
+        path, tensor = self._path(name, kind), self.file.tensors[name]
+        kept = None if path is None else _read(path, self.nbytes(name, kind))
+        return None if kept is None else (kept[0].reshape(tensor.rows, -1), kept[1])
+
+    def _finished(self, name: str, kind: TensorType, weights: Floats, blocks: Bytes) -> tuple[Bytes, float]:
+        """Blocks [matrices, rows, row bytes] as a file holds them, and their error, which the folder keeps."""
+        path, tensor = self._path(name, kind), self.file.tensors[name]
+        blocks = blocks.reshape(tensor.rows, -1)
         values = self.kernels.dequantize(blocks, kind, tensor.width)
-        error = _error(weights, values, importance, tensor)
+        error = _error(weights.reshape(values.shape), values, self._importance.get(name), tensor)
         if path is not None and blocks.nbytes <= self.room:
             _write(path, blocks, error)
             self.room -= blocks.nbytes
@@ -203,7 +265,8 @@ def render_all(
 
     A thread renders a tensor in all its types, one after the other, so that a rounding method factors its moments once;
     only the library's kernels take all threads for one tensor. Large tensors go first, so that no thread has a large
-    one alone at the end.
+    one alone at the end. What a method rounds side by side is a group, two of which are in work at once: a device
+    rounds one while the CPU makes the other one ready.
 
     Parameters:
         renderer: what renders them.
@@ -216,26 +279,38 @@ def render_all(
     Raises:
         BitladderError: a type cannot hold a tensor; the message names it.
     """
-    tensors = renderer.file.tensors
+    tensors, method = renderer.file.tensors, renderer.rounding
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for name, kind in pairs:
         kinds[name].append(kind)
-    ordered = sorted(kinds, key=lambda name: -len(kinds[name]) * tensors[name].elements * tensors[name].width)
-    pool = ThreadPoolExecutor(1 if isinstance(renderer.rounding, StockRounding) else renderer.kernels.threads)
+    groups = [[name] for name in kinds]
+    if isinstance(method, SideBySide):
+        groups = [[tensor.name for tensor in group] for group in method.groups([tensors[name] for name in kinds])]
+
+    def work(group: Sequence[str]) -> int:
+        return sum(len(kinds[name]) * tensors[name].elements for name in group)
+
+    groups.sort(key=lambda group: -work(group) * tensors[group[0]].width)
+    alone = ThreadPoolExecutor(1 if isinstance(method, StockRounding) else renderer.kernels.threads)
+    together = ThreadPoolExecutor(2)
     errors: dict[tuple[str, str], float] = {}
 
-    def render(name: str) -> dict[tuple[str, str], float]:
-        return {(name, kind): renderer.error(name, type_by_name(kind)) for kind in kinds[name]}
+    def render(group: Sequence[str]) -> dict[tuple[str, str], float]:
+        if len(group) > 1:
+            for kind in dict.fromkeys(kind for name in group for kind in kinds[name]):
+                renderer.render_group([name for name in group if kind in kinds[name]], type_by_name(kind))
+        return {(name, kind): renderer.error(name, type_by_name(kind)) for name in group for kind in kinds[name]}
 
     try:
-        with progress.task(label, sum(len(kinds[name]) * tensors[name].elements for name in ordered)) as bar:
-            waiting = [(name, pool.submit(render, name)) for name in ordered]
-            for name, future in waiting:
+        with progress.task(label, sum(map(work, groups))) as bar:
+            waiting = [(group, (together if len(group) > 1 else alone).submit(render, group)) for group in groups]
+            for group, future in waiting:
                 errors |= future.result()
-                bar.note(name)
-                bar.advance(len(kinds[name]) * tensors[name].elements)
+                bar.note(group[-1])
+                bar.advance(work(group))
     finally:
-        pool.shutdown(cancel_futures=True)
+        alone.shutdown(cancel_futures=True)
+        together.shutdown(cancel_futures=True)
     return errors
 
 

@@ -63,6 +63,7 @@ def preset_file(run: Run, rung: str) -> Iterator[quantize.QuantizeResult]:
             imatrix=run.files("imatrix")[0],
             threads=run.options.decoding.threads,
             progress=run.progress,
+            same=run.by_library(smoothed=False),
         )
     finally:
         file.unlink(missing_ok=True)

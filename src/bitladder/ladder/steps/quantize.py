@@ -135,7 +135,13 @@ class Quantize(Step):
         files, facts = run.material(smoothed=smoothed), dict[str, Any]()
         if not options.rounds:
             result = quantize.quantize(
-                files.model, out, types, imatrix=files.imatrix, threads=decoding.threads, progress=run.progress
+                files.model,
+                out,
+                types,
+                imatrix=files.imatrix,
+                threads=decoding.threads,
+                progress=run.progress,
+                same=run.by_library(smoothed=smoothed),
             )
         else:
             rounded = quantize_rounded(

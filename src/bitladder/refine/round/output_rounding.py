@@ -1,8 +1,10 @@
 """From second moments of a model to the blocks of its tensors: `rounding`, as a method that a `Renderer` can use."""
 
+import collections
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +12,7 @@ import numpy.typing as npt
 from bitladder.calibrate import MomentsFile, model_sha256, triangle, unpack_triangle
 from bitladder.engine import Device, TensorType, device_key, torch_device
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile
+from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
 from bitladder.rounding import (
@@ -20,13 +22,17 @@ from bitladder.rounding import (
     SecondMoments,
     can_round,
     fit_device,
+    moments_in_memory,
     round_matrices,
 )
 from bitladder.trial import StockRounding
-from bitladder.units import number_of
+from bitladder.units import listed, number_of
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+
+# Tensors with coupled rows that a GPU must have side by side to gain by them (docs/devices.md).
+WORTHWHILE = 8
 
 OUTPUT_ROUNDING = Algorithm(
     "output rounding",
@@ -34,6 +40,7 @@ OUTPUT_ROUNDING = Algorithm(
         "tensors with second moments are rounded for their output, each expert by itself",
         "of several files of moments the mean counts, each scaled to the same trace",
         "an expert that no token reached is rounded for the mean of the inputs of the others",
+        "a device rounds tensors of one shape side by side, and ends the passes of each by itself",
     ),
     uses=(ROUNDING,),
 )
@@ -45,9 +52,9 @@ class OutputRounding:
     Of several files of moments the mean counts, each scaled to the same trace: moments that are weighted by gradients
     know what an error costs, and plain ones are collected from more tokens.
 
-    A device rounds experts of a tensor side by side. The CPU rounds what does not fit into its memory. It also rounds
-    tensors whose rows make up for each other's errors, unless the device is named: a GPU starts more kernels for them
-    than it gains (docs/devices.md).
+    A device rounds tensors of one shape side by side, and experts of a tensor, as many as fit into its memory. The CPU
+    rounds what does not fit. It also rounds tensors whose rows make up for each other's errors, unless the device is
+    named or has enough of them side by side: a GPU starts as many kernels for one as for all (docs/devices.md).
 
     Parameters:
         moments: second moments of the model.
@@ -87,15 +94,54 @@ class OutputRounding:
         An expert that no token reached is rounded for the mean over all tokens of the others. A tensor without moments
         gets the library's blocks.
         """
-        stock = self._stock(name, weights, kind, importance)
-        if not self.covers(name, kind):
-            return stock
-        try:
-            rounded = self._round(name, weights, stock, kind)
-        except BitladderError as error:
-            raise BitladderError(f"{name} as {kind.name}: {error}") from error
-        self.losses[name, kind.name] = sum(part.before for part in rounded), sum(part.after for part in rounded)
-        return np.stack([part.data for part in rounded])
+        return self.together([name], [weights], kind, [importance], 1)[0]
+
+    def groups(self, tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
+        """See `trial.SideBySide`. Tensors of one shape are a group, as many as fit."""
+        groups: dict[tuple[int, int, bool], list[TensorInfo]] = collections.defaultdict(list)
+        alone: list[list[TensorInfo]] = []
+        for tensor in tensors:
+            rows, width = tensor.rows_per_matrix, tensor.width
+            if self._device is None or tensor.rows != rows or not any(tensor.name in file for file in self._moments):
+                alone.append([tensor])
+            else:
+                groups[rows, width, self._coupled(tensor.name)].append(tensor)
+        cut: list[list[TensorInfo]] = []
+        for (rows, width, coupled), group in groups.items():
+            device, at_once = self._place(group[0].name, (rows, width), coupled, len(group))
+            size = 1 if device is None else min(at_once, moments_in_memory(rows, width, coupled))
+            count = -(-len(group) // max(size, 1))
+            cut += [group[number::count] for number in range(count)]
+        return [*cut, *alone]
+
+    def together(
+        self,
+        names: Sequence[str],
+        weights: Sequence[Floats],
+        kind: TensorType,
+        importance: Sequence[Floats | None],
+        threads: int,
+    ) -> list[Bytes]:
+        """See `trial.SideBySide`."""
+        with ThreadPoolExecutor(min(threads, len(names))) as pool:
+            stock = list(pool.map(self._stock, names, weights, [kind] * len(names), importance))
+            if not self.covers(names[0], kind):
+                return stock
+            try:
+                if len(weights[0]) == 1:
+                    rounded = [[each] for each in self._round(names, weights, stock, kind, pool)]
+                else:
+                    rounded = [self._round_experts(names[0], weights[0], stock[0], kind)]
+            except BitladderError as error:
+                raise BitladderError(f"{listed(list(names))} as {kind.name}: {error}") from error
+        for name, parts in zip(names, rounded, strict=True):
+            self.losses[name, kind.name] = sum(part.before for part in parts), sum(part.after for part in parts)
+        return [np.stack([part.data for part in parts]) for parts in rounded]
+
+    def loss(self, name: str, weights: Floats, blocks: Floats) -> float:
+        """tr(O ΔW H ΔWᵀ), as in `losses`, of a tensor and what its blocks stand for [matrices, rows, width]."""
+        pairs = zip(self._moments_of(name, weights), weights - blocks, strict=True)
+        return sum(ready.loss(delta) for ready, delta in pairs if ready is not None)
 
     def _refuse_other_shape(self, name: str, weights: Floats) -> None:
         """Raises BitladderError before moments of other shapes are expanded: a small file can make them huge."""
@@ -104,14 +150,54 @@ class OutputRounding:
             if shape is not None and (shape.n_in != weights.shape[2] or shape.n_out not in (0, weights.shape[1])):
                 raise BitladderError(f"{file.path} has second moments of another shape")
 
-    def _round(self, name: str, weights: Floats, stock: Bytes, kind: TensorType) -> list[Rounded]:
+    def _round(
+        self,
+        names: Sequence[str],
+        weights: Sequence[Floats],
+        stock: Sequence[Bytes],
+        kind: TensorType,
+        pool: ThreadPoolExecutor,
+    ) -> list[Rounded]:
+        """Rounds tensors of one matrix each, of one shape."""
+        for name, each in zip(names, weights, strict=True):
+            self._refuse_other_shape(name, each)
+        coupled = self._coupled(names[0])
+        device, _ = self._place(names[0], weights[0].shape[1:], coupled, len(names))
+        kept = self._ready_for(names)
+        ready = list(pool.map(lambda name: self._ready(name, kept, device), names))
+        rounded = [Rounded(blocks[0], 0.0, 0.0) for blocks in stock]
+        reached = [(index, moments) for index, moments in enumerate(ready) if moments is not None]
+        if reached:
+            numbers, moments = zip(*reached, strict=True)
+            matrices, blocks = ([each[number][0] for number in numbers] for each in (weights, stock))
+            results = round_matrices(matrices, blocks, kind.name, moments, self._options, device)
+            for number, result in zip(numbers, results, strict=True):
+                rounded[number] = result
+        return rounded
+
+    def _round_experts(self, name: str, weights: Floats, stock: Bytes, kind: TensorType) -> list[Rounded]:
+        """Rounds each expert of a tensor by itself, on a device as many at once as fit."""
+        device, at_once = self._place(name, weights.shape[1:], False, len(weights))
+        rounded: list[Rounded] = []
+        ready: list[SecondMoments] = []
+        # Moments are read expert by expert: those of hundreds do not fit into memory together.
+        for index, moments in enumerate(self._moments_of(name, weights, device)):
+            if moments is None:
+                return [Rounded(blocks, 0.0, 0.0) for blocks in stock]
+            ready.append(moments)
+            if len(ready) == at_once or index + 1 == len(weights):
+                some = slice(len(rounded), index + 1)
+                matrices, blocks = list(weights[some]), list(stock[some])
+                rounded += round_matrices(matrices, blocks, kind.name, ready, self._options, device)
+                ready = []
+        return rounded
+
+    def _moments_of(self, name: str, weights: Floats, device: str | None = None) -> Iterator[SecondMoments | None]:
+        """The moments of each matrix of a tensor; None for all if no token reached any."""
         self._refuse_other_shape(name, weights)
         if len(weights) == 1:
-            ready = self._ready(name)
-            if ready is None:
-                return [Rounded(stock[0], 0.0, 0.0)]
-            device, _ = self._place(name, weights, bool(len(ready.leading)))
-            return round_matrices(list(weights), list(stock), kind.name, [ready], self._options, device)
+            yield self._ready(name, self._ready_for([name]), device)
+            return
         files = [file for file in self._moments if name in file]
         counts = [file.counts(name) for file in files]
         matrices = next((len(each) for each in counts if len(each) != len(weights)), len(weights))
@@ -121,12 +207,9 @@ class OutputRounding:
                 "another model"
             )
         if not any(each.any() for each in counts):
-            return [Rounded(blocks, 0.0, 0.0) for blocks in stock]
+            yield from [None] * len(weights)
+            return
         others: Floats | None = None
-        rounded: list[Rounded] = []
-        device, at_once = self._place(name, weights, False)
-        ready_ones: list[SecondMoments] = []
-        # Moments are read expert by expert: those of hundreds do not fit into memory together.
         for index in range(len(weights)):
             known = [file for file, each in zip(files, counts, strict=True) if each[index]]
             if known:
@@ -135,26 +218,25 @@ class OutputRounding:
             else:
                 others = self._others(name, files, counts) if others is None else others
                 inputs = others
-            ready_ones.append(SecondMoments(inputs, None, self._options, device))
-            if len(ready_ones) == at_once or index + 1 == len(weights):
-                some = slice(len(rounded), index + 1)
-                matrices_of_batch, blocks = list(weights[some]), list(stock[some])
-                rounded += round_matrices(matrices_of_batch, blocks, kind.name, ready_ones, self._options, device)
-                ready_ones = []
-        return rounded
+            yield SecondMoments(inputs, None, self._options, device)
 
-    def _place(self, name: str, weights: Floats, coupled: bool) -> tuple[str | None, int]:
-        """What rounds a tensor [matrices, rows, width], and how many of its matrices at once."""
-        if self._device is None or (coupled and not self._named):
+    def _coupled(self, name: str) -> bool:
+        """Whether rows of a tensor make up for each other's errors."""
+        return self._options.two_sided and any(file.shape(name).n_out for file in self._moments if name in file)
+
+    def _place(self, name: str, shape: tuple[int, ...], coupled: bool, count: int) -> tuple[str | None, int]:
+        """What rounds `count` matrices of a shape (rows, width), and how many of them at once."""
+        if self._device is None:
             return None, 1
-        rows, width = weights.shape[1:]
-        fitting = fit_device(rows, width, coupled, self._device)
+        rows, width = shape
+        fitting = min(fit_device(rows, width, coupled, self._device), count)
         if not fitting:
             self._progress.info(
                 f"{name} does not fit into the memory of the device ({self._device}): the CPU rounds it"
             )
+        if not fitting or (coupled and not self._named and fitting < WORTHWHILE):
             return None, 1
-        return self._device, min(fitting, len(weights))
+        return self._device, fitting
 
     def _others(self, name: str, files: Sequence[MomentsFile], counts: Sequence[npt.NDArray[np.int64]]) -> Floats:
         """The mean over all tokens of all experts, float32 [n_in, n_in]."""
@@ -169,13 +251,18 @@ class OutputRounding:
             means.append(unpack_triangle(total))
         return _mean(means)
 
-    def _ready(self, name: str) -> SecondMoments | None:
-        """Factors of a tensor's moments, which serve all its types; None if no token reached it.
+    def _ready_for(self, names: Sequence[str]) -> dict[str, SecondMoments | None]:
+        """What `_ready` keeps of the moments of a group, in which it looks first.
 
-        Each thread keeps those of its last tensor: `trial.render_all` renders one tensor after the other.
+        Each thread keeps those of its last group: `trial.render_all` renders one group after the other.
         """
-        if getattr(self._last, "name", None) != name:
-            self._last.name, self._last.moments = None, None  # frees the memory first
+        kept: dict[str, SecondMoments | None] = getattr(self._last, "moments", {})
+        self._last.moments = kept = {name: kept[name] for name in names if name in kept}
+        return kept
+
+    def _ready(self, name: str, kept: dict[str, SecondMoments | None], device: str | None) -> SecondMoments | None:
+        """Factors of a tensor's moments, which serve all its types; None if no token reached it."""
+        if name not in kept:
             with self._lock:
                 files = [file for file in self._moments if name in file]
                 matrices = max(file.shape(name).matrices for file in files)
@@ -185,14 +272,9 @@ class OutputRounding:
                     )
                 reached = any(file.counts(name)[0] for file in files)
                 inputs = _mean([unpack_triangle(file.packed(name)) for file in files])
-                outputs = next((kept.matrix() for file in files if (kept := file.outputs(name)) is not None), None)
-            if reached:
-                self._last.moments = SecondMoments(
-                    inputs, outputs, self._options, self._device if outputs is None or self._named else None
-                )
-            self._last.name = name
-        ready: SecondMoments | None = self._last.moments
-        return ready
+                outputs = next((each.matrix() for file in files if (each := file.outputs(name)) is not None), None)
+            kept[name] = SecondMoments(inputs, outputs, self._options, device) if reached else None
+        return kept[name]
 
 
 def refuse_other_moments(moments: Sequence[MomentsFile], model: GgufFile, progress: Progress = SILENT) -> None:
