@@ -4,8 +4,9 @@
 
 The shapes are those of Llama's 7B: q, k, v and o of 4096 × 4096, gate and up of 11008 × 4096, down of 4096 × 11008.
 `--scale 0.0625` makes all of them so much smaller. Weights are random, and moments as in `rounding_cost.py`. Each type
-is rounded with `best` by the kernels of the CPU, in one thread, and by torch on the device. `operators` are torch's
-calls: on a GPU each starts a kernel, which takes some 5 µs at least. Operations and bytes follow from formulas:
+is rounded with `best` by the kernels of the CPU, in one thread, and by torch on the device: one matrix, and as many
+side by side as fit, up to `--beside`. `operators` are torch's calls: on a GPU each starts a kernel, which takes 5 µs or
+more. Operations and bytes follow from formulas:
 
     rounding  m n² + 2 m n² p + 2 m² n (½ + p) for an m × n matrix and p passes, and 2 (m³ + n³) / 3 for factors
     moments   of each token 4 W for products with W weights, and 1.2 (n² + m²) for the sums of a matrix
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--types", default="Q4_K,Q3_K,IQ3_S")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--beside", type=int, default=8)
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
     device = torch_device(arguments.device) or "torch"
@@ -46,7 +48,7 @@ def main() -> None:
     rows = [sums(shapes, device)]
     show(rows[0])
     for name in arguments.types.split(","):
-        of_type = [rounded(name, shape, count, arguments.passes, device) for shape, count in shapes]
+        of_type = [rounded(name, shape, count, arguments, device) for shape, count in shapes]
         for row in of_type:
             show(row)
         rows += of_type
@@ -78,25 +80,29 @@ def counted(work: Any) -> tuple[Any, float, int]:
     return result, time.perf_counter() - began, Counting.calls
 
 
-def rounded(name: str, shape: tuple[int, int], count: int, passes: int, device: str) -> dict[str, Any]:
-    """One matrix of a shape, of which the block has `count`."""
-    kind, (m, n), rng = type_by_name(name), shape, np.random.default_rng(0)
+def rounded(
+    name: str, shape: tuple[int, int], count: int, arguments: argparse.Namespace, device: str
+) -> dict[str, Any]:
+    """One matrix of a shape, of which the block has `count`, and several side by side."""
+    kind, (m, n), rng, passes = type_by_name(name), shape, np.random.default_rng(0), arguments.passes
     weights = (0.02 * rng.standard_normal(shape)).astype(np.float32)
     inputs, outputs = moments(n, rng), moments(m, rng)
     stock, options = quantize_rows(weights, kind, np.diag(inputs).copy()), RoundingOptions(passes=passes, enough=0)
 
-    def run(place: str | None) -> Any:
-        ready = SecondMoments(inputs, outputs, options, place)
-        return round_matrices([weights], [stock], kind.name, [ready], options, place)[0]
+    def run(place: str | None, beside: int = 1) -> Any:
+        ready = [SecondMoments(inputs, outputs, options, place) for _ in range(beside)]
+        return round_matrices([weights] * beside, [stock] * beside, kind.name, ready, options, place)[0]
 
     run(None) if m * n <= 1 << 20 else None  # compiles
     began = time.thread_time()
     cpu = run(None)
     cpu_seconds = time.thread_time() - began
     row: dict[str, Any] = {"work": kind.name, "matrix": f"{m} x {n}", "matrices": count, "CPU s": cpu_seconds}
-    if not fit_device(m, n, True, device):
+    fitting = min(fit_device(m, n, True, device), arguments.beside)
+    if not fitting:
         return row | {"device": "does not fit"}
     ours, seconds, calls = counted(lambda: run(device))
+    _, seconds_of_all, calls_of_all = counted(lambda: run(device, fitting))
     operations = m * n * n * (1 + 2 * passes) + m * m * n * (1 + 2 * passes) + 2 * (m**3 + n**3) / 3
     return row | {
         "device s": seconds,
@@ -104,6 +110,9 @@ def rounded(name: str, shape: tuple[int, int], count: int, passes: int, device: 
         "error device": ours.after / ours.before,
         "ratio": ours.after / cpu.after,
         "operators": calls,
+        "side by side": fitting,
+        "device s of all": seconds_of_all,
+        "operators of all": calls_of_all,
         "GFLOP": operations / 1e9,
         "MB": 4 * (7 * m * n + 2 * n * n + 2 * m * m) / 1e6,
     }

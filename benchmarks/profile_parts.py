@@ -5,7 +5,7 @@
 
 The rest of the line is a command of bitladder, or a script. A thread looks every 5 ms at what the main thread does: the
 innermost function of the product, or of Python's import, that PARTS names. Time between two looks counts for the
-second. Where the main thread waits for others, it counts for what they were given to do.
+second. Where the main thread waits for others, it counts for what they were given to do, or, in lanes, are doing.
 """
 
 import collections
@@ -18,6 +18,7 @@ import time
 import types
 
 EVERY = 0.005
+LANES = "lanes"  # the main thread waits for them: their threads are looked at instead
 # A part of a file's path, names of functions in it (none: all), and the part of the time. The first that fits counts.
 PARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("importlib", (), "import"),
@@ -36,6 +37,7 @@ PARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("files.py", ("sha256_file", "sha256_bytes"), "hash"),
     ("evaluate/identity.py", (), "hash"),
     ("evaluate/divergence.py", (), "score"),
+    ("evaluate/score_chunks.py", ("score",), "score"),
     ("evaluate/base/hidden.py", (), "score"),
     ("evaluate/base/logits", (), "score"),
     ("tasks/", (), "score"),
@@ -48,9 +50,19 @@ PARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("quantize/", (), "prepare"),
     ("engine/presets.py", (), "prepare"),
     ("gguf/", (), "read"),
+    ("evaluate/lanes.py", ("_side_by_side",), LANES),
     ("show/", (), "show"),
     ("text/", (), "text"),
 )
+
+
+def in_lane(frame: types.FrameType | None) -> bool:
+    """Whether a stack is that of a lane's thread."""
+    while frame is not None:
+        if "evaluate/lanes.py" in frame.f_code.co_filename and frame.f_code.co_name == "follow":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def part_of(frame: types.FrameType | None) -> str:
@@ -76,9 +88,12 @@ class Looks:
     def _look(self) -> None:
         last = time.perf_counter()
         while not self._over.wait(EVERY):
-            frame = sys._current_frames().get(self._main)
-            now = time.perf_counter()
-            self.seconds[part_of(frame)] += now - last
+            frames, now = sys._current_frames(), time.perf_counter()
+            looked_at = [frames.get(self._main)]
+            if part_of(looked_at[0]) == LANES:  # the main thread waits for the lanes
+                looked_at = [each for each in frames.values() if in_lane(each)] or looked_at
+            for frame in looked_at:
+                self.seconds[part_of(frame)] += (now - last) / len(looked_at)
             last = now
 
     def __enter__(self) -> "Looks":

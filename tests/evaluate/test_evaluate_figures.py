@@ -9,7 +9,8 @@ import pytest
 from bitladder.errors import BitladderError
 from bitladder.evaluate import figures
 from bitladder.evaluate.base.basefile import pack, unpack
-from bitladder.evaluate.divergence import PIECE, TokenScores, Workers, divergence, score_rows
+from bitladder.evaluate.divergence import PIECE, Workers, divergence, score_rows
+from bitladder.evaluate.score_chunks import TokenScores
 
 ROWS, VOCAB = 37, PIECE + 5_001  # more than one piece, and no multiple of a block
 

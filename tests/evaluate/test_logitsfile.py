@@ -13,7 +13,7 @@ import pytest
 
 from bitladder.engine.native import llama
 from bitladder.errors import BitladderError
-from bitladder.evaluate import MeasureOptions, Workers
+from bitladder.evaluate import Lanes, MeasureOptions, Workers
 from bitladder.evaluate.base import logits_file
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file, pack_rows, write_logits_file
@@ -49,10 +49,9 @@ def compared(folder, text, settings=SETTINGS, path=None):
     with (
         open_logits(path or folder / "full.kld", text, settings, folder / "q4.gguf") as base,
         settings.load(folder / "q4.gguf") as model,
-        settings.context(model) as context,
-        Workers(2) as workers,
+        Lanes(model, settings) as lanes,
     ):
-        return compare_logits(context, base, len(base.chunks), workers)
+        return compare_logits(lanes, base, len(base.chunks))
 
 
 def by_hand(n_ctx, n_vocab, tokens, rows):

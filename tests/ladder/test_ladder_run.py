@@ -84,7 +84,7 @@ class Fakes:
         )
         return ImatrixResult(out, 7, 5, {})
 
-    def quantize(self, source, out, options, *, imatrix, threads, progress):
+    def quantize(self, source, out, options, *, imatrix, threads, progress, same=()):
         preset = options.preset
         self.write(out, source.read_bytes(), imatrix.read_bytes(), preset.encode())
         return QuantizeResult(out, out.stat().st_size, 4.5, {"a.weight": preset.lower()}, preset)

@@ -150,6 +150,7 @@ def keyed(step):
 DECODINGS = {cls.__name__: {field.name: repr(field.default) for field in table(cls)} for cls in DECODING_CLASSES}
 # Other values of these: a step derives them from what is in its key, or its algorithm sets them.
 DERIVED = {
+    **{(verb, "threads"): "half of them for each of two contexts" for verb in ("base", "measure", "naive")},
     ("memory", "n_ctx"): "the algorithm asks for contexts of its own",
     ("bench", "n_ctx"): "as many tokens as the test has",
     ("bench", "threads"): "as many as the machine has",

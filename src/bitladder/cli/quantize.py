@@ -118,7 +118,6 @@ def quantize_command(
     bitladder quantize IN.gguf OUT.gguf PRESET [THREADS].
     """
     from bitladder.quantize import check_room, preflight, prepare, write
-    from bitladder.refine import quantize_rounded
     from bitladder.show import quantize_tables
 
     if source is None:
@@ -145,6 +144,8 @@ def quantize_command(
             raise UsageError(
                 f"--rounding {rounding.method} needs second moments: pass --moments (bitladder calibrate makes them)"
             )
+        from bitladder.refine import quantize_rounded  # numba takes a while to import
+
         quant = quantize_rounded(
             ModelFiles(source, imatrix, moments),
             out,

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,7 @@ class Context(Closing):
         self.n_batch = params.n_batch = min(decoding.n_batch, self.n_ctx * n_seq)
         params.n_ubatch = min(decoding.n_ubatch, params.n_batch)
         params.n_outputs_max = params.n_outputs_max_per_seq = params.n_batch
-        params.n_threads = params.n_threads_batch = decoding.threads or threads_available()
+        self._threads = params.n_threads = params.n_threads_batch = decoding.threads or threads_available()
         params.kv_unified = kv_unified
         params.flash_attn_type = FLASH_ATTN[flash_attn]
         params.swa_full = swa_full
@@ -190,6 +190,15 @@ class Context(Closing):
     def _check(self, status: int) -> None:
         if status != 0:
             raise BitladderError(f"decoding with {self.model.path} failed ({status}): {log.last_error()}")
+
+    @contextlib.contextmanager
+    def more_threads(self, threads: int) -> Iterator[None]:
+        """Decodes with another number of threads meanwhile."""
+        llama.llama_set_n_threads(self._context, threads, threads)
+        try:
+            yield
+        finally:
+            llama.llama_set_n_threads(self._context, self._threads, self._threads)
 
     def synchronize(self) -> None:
         """Waits until everything is computed."""

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from bitladder.evaluate.base.cache import cache_path, load_or_compute_base, open_base
     from bitladder.evaluate.base.hidden import BASE, HiddenBase
     from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file
-    from bitladder.evaluate.divergence import TokenScores, Workers, compare_with_base
+    from bitladder.evaluate.divergence import Workers
     from bitladder.evaluate.figures import average, mean
     from bitladder.evaluate.identity import Identity, NoResults, ResultFolder, Results, identify
+    from bitladder.evaluate.lanes import Lanes
     from bitladder.evaluate.measure import (
         MEASURE,
         Measurement,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         paired_task,
         with_pair,
     )
+    from bitladder.evaluate.score_chunks import TokenScores, compare_with_base
     from bitladder.evaluate.scores import (
         SCORES,
         Divergence,
@@ -80,6 +82,7 @@ __all__ = [
     "Figure",
     "HiddenBase",
     "Identity",
+    "Lanes",
     "LogitsFile",
     "MeasureOptions",
     "Measurement",

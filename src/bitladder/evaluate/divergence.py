@@ -1,4 +1,4 @@
-"""Perplexity, and divergence from the full-precision model, token by token over the whole vocabulary.
+"""Scores of rows of logits over the whole vocabulary: likelihood, and divergence from the full-precision model.
 
 Threads compute rows of logits in pieces that fit into a core's cache.
 """
@@ -12,12 +12,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Context, single_threaded, threads_available
+from bitladder.engine import threads_available
 from bitladder.errors import BitladderError, overflow
-from bitladder.evaluate.measure_options import decode
 from bitladder.files import Closing
-from bitladder.progress import SILENT, Progress
-from bitladder.text import Chunks
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -31,12 +28,17 @@ class Workers(Closing):
     """Threads that take work piece by piece. NumPy releases Python's lock, so the threads run in parallel.
 
     Each thread has a number, its slot, and two scratch arrays of PIECE numbers, float32: `scratch[slot]`.
+
+    Parameters:
+        threads: their number; None for that of the CPUs.
+        first: the first slot.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, first: int = 0) -> None:
         self.threads = threads or threads_available()
+        self._first = first
         self._pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
-        self.scratch = [np.empty((2, PIECE), np.float32) for _ in range(self.threads)]
+        self.scratch = {first + number: np.empty((2, PIECE), np.float32) for number in range(self.threads)}
 
     def close(self) -> None:
         """Stops the threads."""
@@ -56,9 +58,10 @@ class Workers(Closing):
                 work(index, slot)
 
         helpers = min(self.threads, count) - 1
-        waiting = [self._pool.submit(worker, i + 1) for i in range(helpers)] if self._pool else []
+        first = self._first
+        waiting = [self._pool.submit(worker, first + i + 1) for i in range(helpers)] if self._pool else []
         try:
-            worker(0)
+            worker(first)
         finally:
             for future in waiting:
                 future.result()
@@ -125,27 +128,6 @@ def check_finite(top_logit: Floats, what: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenScores:
-    """A quant against the base: one entry for each scored token, in the order of the text.
-
-    Two quants over the same text can be compared token by token.
-
-    Parameters:
-        nll: negative log-likelihood under the quant, nats, float64 [tokens].
-        nll_base: negative log-likelihood under the base, nats, float64 [tokens].
-        kld: Σ p_base ln(p_base/p_quant) over the vocabulary, nats, float64 [tokens].
-        delta_p: p_quant − p_base of the token that follows, float64 [tokens].
-        same_top: whether the same token is likeliest under both, bool [tokens].
-    """
-
-    nll: Doubles
-    nll_base: Doubles
-    kld: Doubles
-    delta_p: Doubles
-    same_top: npt.NDArray[np.bool_]
-
-
-@dataclasses.dataclass(frozen=True)
 class BaseRows:
     """What the base keeps of some scored rows.
 
@@ -174,79 +156,6 @@ class LogitBlocks(Protocol):
         """
 
 
-class Base(Protocol):
-    """Where the full-precision model's predictions come from."""
-
-    @property
-    def chunks(self) -> Chunks:
-        """The tokens that were predicted."""
-
-    def rows(self, chunk: int) -> BaseRows:
-        """What is kept of a chunk's scored rows."""
-
-    def logits(self, chunk: int, start: int, stop: int) -> LogitBlocks:
-        """Logits of a chunk's scored rows start … stop−1."""
-
-
-def token_nll(context: Context, chunks: Chunks, workers: Workers, progress: Progress = SILENT) -> Doubles:
-    """Runs a model over some chunks without a base.
-
-    Returns:
-        The negative log-likelihood of every scored token, nats, float64 [chunks × scored].
-
-    Raises:
-        BitladderError: decoding fails, or the logits are not finite.
-    """
-    name = context.model.name
-    nll = np.empty((len(chunks), chunks.scored))
-    with progress.task(f"Perplexity of {name}", len(chunks)) as task:
-        for chunk in range(len(chunks)):
-            targets = chunks.targets(chunk)
-            for start, logits in decode(context, chunks, chunk):
-                stop = start + len(logits)
-                nll[chunk, start:stop] = score_rows(logits, targets[start:stop], workers, what=name).nll
-            task.note(f"PPL {np.exp(min(nll[: chunk + 1].mean(), 700)):.4f}")
-            task.advance()
-    return nll.reshape(-1)
-
-
-def compare_with_base(
-    context: Context, base: Base, count: int, workers: Workers, progress: Progress = SILENT, *, first: int = 0
-) -> TokenScores:
-    """Runs a model over `count` chunks of a base, from number `first` on, and compares the predictions.
-
-    Raises:
-        BitladderError: decoding fails, or the logits are not finite.
-    """
-    chunks = base.chunks.head(first + count)
-    name = context.model.name
-    shape = (count, chunks.scored)
-    nll, nll_base, kld = np.empty(shape), np.empty(shape), np.empty(shape)
-    same_top = np.empty(shape, np.bool_)
-    with progress.task(f"Divergence of {name}", count) as task, single_threaded():
-        for place in range(count):
-            chunk = first + place
-            known, targets = base.rows(chunk), chunks.targets(chunk)
-            refuse_broken(known, "the base")
-            nll_base[place] = known.nll
-            for start, logits in decode(context, chunks, chunk):
-                part = slice(start, start + len(logits))
-                every = np.arange(len(logits))
-                top = logits.argmax(axis=1)
-                check_finite(logits[every, top], name)
-                same_top[place, part] = top == known.top[part]
-                predicted = base.logits(chunk, part.start, part.stop)
-                shift = _quant_shift(logits, top, known.top[part])
-                kld[place, part], lse = divergence(predicted, logits, known.top_logit[part], shift, workers)
-                nll[place, part] = lse - logits[every, targets[part]]
-            if not np.isfinite(kld[place]).all():
-                raise overflow(f"the divergence of {name} from its base is")
-            task.note(f"KLD {kld[: place + 1].mean():.6f}")
-            task.advance()
-    delta_p = np.exp(-nll) - np.exp(-nll_base)
-    return TokenScores(nll.ravel(), nll_base.ravel(), kld.ravel(), delta_p.ravel(), same_top.ravel())
-
-
 def refuse_broken(rows: BaseRows, name: str) -> None:
     """Raises BitladderError if a base's scores of a chunk are not finite, or if it predicts all tokens alike."""
     if not (np.isfinite(rows.nll).all() and np.isfinite(rows.top_logit).all()):
@@ -262,15 +171,6 @@ def refuse_alike(nll: Doubles, name: str) -> None:
             f"{name} predicts every token alike, whatever the text: weights are 0 or lost, or activations overflow; "
             "nothing can be said of it or compared with it"
         )
-
-
-def _quant_shift(logits: Floats, top: npt.NDArray[np.intp], base_top: Tokens) -> Floats:
-    # The shift is the logit of the base's likeliest token. The shifted logits of both models are then close to each
-    # other, and little precision is lost where they cancel. The shift is at most 60 below the quant's own maximum: e^60
-    # times the size of any vocabulary still fits into a float32.
-    every = np.arange(len(logits))
-    shift: Floats = np.maximum(logits[every, base_top], logits[every, top] - np.float32(60))
-    return shift
 
 
 def divergence(

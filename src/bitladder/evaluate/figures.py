@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.divergence import TokenScores
+from bitladder.evaluate.score_chunks import TokenScores
 from bitladder.evaluate.scores import DeltaP, Divergence, Figure
 
 Doubles = npt.NDArray[np.float64]

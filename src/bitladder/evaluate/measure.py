@@ -18,10 +18,12 @@ from bitladder.evaluate.base.cache import check_fits, load_or_compute_base, open
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import is_logits_file, write_logits_file
-from bitladder.evaluate.divergence import TokenScores, Workers, compare_with_base, refuse_alike, token_nll
+from bitladder.evaluate.divergence import refuse_alike
 from bitladder.evaluate.figures import divergence_figures, likelihood_figures
 from bitladder.evaluate.identity import Identity, NoResults, Results, check_vocabularies, identify, unlike
+from bitladder.evaluate.lanes import Lanes
 from bitladder.evaluate.measure_options import MeasureOptions
+from bitladder.evaluate.score_chunks import TokenScores, compare_with_base, token_nll
 from bitladder.evaluate.scores import BaseModelName, NamedFile, Scores, TextScores
 from bitladder.files import sha256_bytes
 from bitladder.keys import Algorithm
@@ -198,13 +200,12 @@ def measure(
         if base is None or (text is not None and text.answers is not None):
             cut = text_chunks(loaded, _needed(text), settings.n_ctx, chunks=settings.chunks)
             chunks = dataclasses.replace(chunks, answers=cut.answers) if base else cut
-        context = stack.enter_context(settings.context(loaded))
-        workers = stack.enter_context(Workers(settings.threads))
+        lanes = stack.enter_context(Lanes(loaded, settings))
         if base is None:
-            arrays: Arrays = {"nll": token_nll(context, chunks, workers, progress)}
+            arrays: Arrays = {"nll": token_nll(lanes, chunks, progress)}
         else:
             run = compare_logits if isinstance(base, LogitsBase) else compare_with_base
-            tokens = run(context, base, len(chunks), workers, progress)  # type: ignore[arg-type]
+            tokens = run(lanes, base, len(chunks), progress)  # type: ignore[arg-type]
             arrays = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
         refuse_alike(arrays["nll"], identity.name)
         arrays = counted(arrays, chunks, text.name if text else "")

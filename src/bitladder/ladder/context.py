@@ -239,10 +239,10 @@ class Run(Closing):
 
     def by_library(self, *, smoothed: bool) -> list[pathlib.Path]:
         """The complete rungs that the library's kernels alone have made of the model, smoothed or not."""
-        if self.options.rounds:
-            return []
-        rungs = [rung for rung in self.options.rungs if self.smoothed(rung) == smoothed]
-        return [path for rung in rungs for path in self.files(f"quantize {rung}")[:1] if path.is_file()]
+        made = {f"quantize {rung}": rung for rung in self.options.rungs if self.smoothed(rung) == smoothed}
+        # The facts of a rung with rounded blocks tell of its guard.
+        plain = [step for step in made if step in self._records and "guard" not in self.facts(step)]
+        return [path for step in plain for path in self.files(step)[:1] if path.is_file()]
 
     def settings(self) -> evaluate.MeasureOptions:
         """How models are measured."""

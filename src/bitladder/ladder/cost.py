@@ -116,10 +116,13 @@ def moments_sums(shape: ModelShape, *, gradients: bool) -> float:
 
 
 def decoding_bytes(extent: "Extent", logits: int | None = None) -> float:
-    """Of a loaded model that is decoded, with so many rows of logits; None stands for those of a chunk, twice."""
+    """Of a loaded model that is decoded, with so many rows of logits in one context.
+
+    None stands for a measurement: the logits of a chunk in each of two contexts (`evaluate.Lanes`), and once more.
+    """
     shape = extent.shape
-    rows = 2 * extent.chunk if logits is None else logits
-    return PROCESS + model_bytes(shape) + 4 * rows * shape.vocabulary + cache_bytes(extent)
+    rows, contexts = (3 * extent.chunk, 2) if logits is None else (logits, 1)
+    return PROCESS + model_bytes(shape) + 4 * rows * shape.vocabulary + contexts * cache_bytes(extent)
 
 
 def cache_bytes(extent: "Extent") -> float:

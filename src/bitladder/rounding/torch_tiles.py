@@ -288,14 +288,11 @@ class Stack:
             )
             self._kernels.change(turn, tile)
             moved = tile.delta - before
-            rise = (2 * slope + tile.h @ tile.seen(moved)) * moved
-            was = slope * before
-            if own is not None:
-                rise, was = rise * own[:, None], was * own[:, None]
-            rise = rise.sum((1, 2), dtype=wide(seen))
+            counts = 1 if own is None else own[:, None]
+            rise = (counts * (2 * slope + tile.h @ tile.seen(moved)) * moved).sum((1, 2), dtype=wide(seen))
             # Where rows were still learning from each other, f may have risen.
             kept = ((rise < 0) & going)[:, None, None]
-            level += was.sum((1, 2), dtype=wide(seen))
+            level += (counts * slope * before).sum((1, 2), dtype=wide(seen))
             fall -= rise.clamp(max=0)
             for name, unit in self._kernels.units.items():
                 view = self.parts[name][:, part.start // unit : part.stop // unit, rows]

@@ -3,14 +3,16 @@
 import collections
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitladder.evaluate import Figure
 from bitladder.gguf import block_of, in_main_block, kind_of, name_in_block, ranges
 from bitladder.quantize import Fallback, Preflight, QuantizeResult
-from bitladder.refine import GuardTrial, RoundedQuant, guard_json
 from bitladder.show.table import Column, Table
 from bitladder.units import number_of
+
+if TYPE_CHECKING:  # numba, which rounding needs, takes a while to import
+    from bitladder.evaluate import Figure
+    from bitladder.refine import GuardTrial, RoundedQuant
 
 SHOWN = 6  # names in a cell; of the others only their number is shown
 
@@ -96,7 +98,7 @@ def result_line(result: QuantizeResult) -> str:
     return f"{result.path}: {number_of(result.bytes, 'byte')}, {bpw} ({types})"
 
 
-def rounding_lines(quant: RoundedQuant) -> list[str]:
+def rounding_lines(quant: "RoundedQuant") -> list[str]:
     """Output errors by kind, and what the guard measured."""
     shown = []
     by_kind: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
@@ -124,18 +126,20 @@ def rounding_lines(quant: RoundedQuant) -> list[str]:
     return shown
 
 
-def rounding_json(quant: RoundedQuant) -> dict[str, Any]:
+def rounding_json(quant: "RoundedQuant") -> dict[str, Any]:
     """What `rounding_lines` shows, as JSON values."""
+    from bitladder.refine import guard_json
+
     return {"guard": None if quant.guard is None else guard_json(quant.guard), "output_errors": quant.losses}
 
 
-def _trial(trial: GuardTrial) -> str:
+def _trial(trial: "GuardTrial") -> str:
     return f"KLD {trial.change.value:+z.5f} ± {trial.change.error:.5f}"
 
 
-def _tensors(trial: GuardTrial) -> str:
+def _tensors(trial: "GuardTrial") -> str:
     return trial.tensors[0] if len(trial.tensors) == 1 else f"{len(trial.tensors)} {trial.kind}"
 
 
-def _with_error(figure: Figure) -> str:
+def _with_error(figure: "Figure") -> str:
     return f"{figure.value:.5f} ± {figure.error:.5f}"

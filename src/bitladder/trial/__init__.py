@@ -7,7 +7,8 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.trial.helpers import Helpers, Pair, rendering_shares
     from bitladder.trial.journal import Journal, Measurement, Measurements, Measures, Wanted, recipe_key
-    from bitladder.trial.render import KEPT_SHARE, RENDERING, Renderer, RoundingMethod, StockRounding, render_all
+    from bitladder.trial.render import KEPT_SHARE, RENDERING, Renderer, render_all
+    from bitladder.trial.rounding_method import RoundingMethod, StockRounding
     from bitladder.trial.swapped_model import (
         SWAPPED_KLD,
         BlockLoss,

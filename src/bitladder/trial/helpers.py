@@ -13,7 +13,8 @@ from bitladder.engine import type_by_name
 from bitladder.machines import SHARES, shares
 from bitladder.progress import SILENT, Progress
 from bitladder.trial.journal import Journal, Wanted
-from bitladder.trial.render import Renderer, StockRounding
+from bitladder.trial.render import Renderer
+from bitladder.trial.rounding_method import StockRounding
 
 Pair = tuple[str, str]  # name of a tensor, and of a type
 

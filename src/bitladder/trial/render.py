@@ -1,7 +1,7 @@
 """Blocks of a tensor in a type: exactly those that a file would hold, with their error, and a cache of both.
 
-A rounding method is a function from weights, type and importance to blocks. All that prices, tries or writes types
-takes its blocks from here: another rounding method changes the blocks and nothing else.
+All that prices, tries or writes types takes its blocks from here: another rounding method changes the blocks and
+nothing else.
 """
 
 import collections
@@ -15,17 +15,17 @@ import uuid
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import RowKernels, TensorType, quantize_rows, type_by_name, versions
+from bitladder.engine import RowKernels, TensorType, type_by_name, versions
 from bitladder.errors import BitladderError
 from bitladder.files import Closing
 from bitladder.gguf import GgufFile, TensorInfo, shards_of
 from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
+from bitladder.trial.rounding_method import RoundingMethod, SideBySide, StockRounding
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -35,77 +35,6 @@ WEIGHTS_AT_ONCE = 1 << 22  # whose error is summed: bounds the memory of float32
 KEPT_SHARE = 4
 
 RENDERING = Algorithm("rendering", ("blocks of a rounding method, and their error weighted by importance",))
-
-
-class RoundingMethod(Protocol):
-    """A function from weights to blocks.
-
-    `key` is the same for two methods only if they give the same blocks; rendered blocks are cached under it.
-    """
-
-    key: str
-
-    def __call__(self, name: str, weights: Floats, kind: TensorType, importance: Floats | None) -> Bytes:
-        """The blocks of a tensor.
-
-        Parameters:
-            name: the tensor's name.
-            weights: float32 [matrices, rows, width].
-            kind: the type to round to.
-            importance: mean squared inputs, float32 [matrices, width], or None.
-
-        Returns:
-            uint8 [matrices, rows, row bytes].
-
-        Raises:
-            BitladderError: the type cannot hold the tensor; the message names it.
-        """
-
-
-@runtime_checkable
-class SideBySide(RoundingMethod, Protocol):
-    """A method that rounds several tensors at once, since a GPU is busy only then."""
-
-    def groups(self, tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
-        """The tensors as they are rounded together; one that is rounded by itself is a group."""
-
-    def together(
-        self,
-        names: Sequence[str],
-        weights: Sequence[Floats],
-        kind: TensorType,
-        importance: Sequence[Floats | None],
-        threads: int,
-    ) -> list[Bytes]:
-        """The blocks of the tensors of a group, or of some of them. Each parameter is as of `__call__`.
-
-        Parameters:
-            threads: of the CPU, which make them ready.
-        """
-
-
-class StockRounding:
-    """The library's own kernels.
-
-    Parameters:
-        kernels: with threads of their own; None computes in the calling thread.
-    """
-
-    key = "stock"
-
-    def __init__(self, kernels: RowKernels | None = None) -> None:
-        self._quantize = quantize_rows if kernels is None else kernels.quantize
-
-    def __call__(self, name: str, weights: Floats, kind: TensorType, importance: Floats | None) -> Bytes:
-        """See `RoundingMethod`."""
-        try:
-            parts = [
-                self._quantize(matrix, kind, None if importance is None else importance[index])
-                for index, matrix in enumerate(weights)
-            ]
-        except BitladderError as error:
-            raise BitladderError(f"{name} as {kind.name}: {error}") from error
-        return np.stack(parts)
 
 
 class Renderer(Closing):
@@ -279,39 +208,66 @@ def render_all(
     Raises:
         BitladderError: a type cannot hold a tensor; the message names it.
     """
-    tensors, method = renderer.file.tensors, renderer.rounding
-    kinds: dict[str, list[str]] = collections.defaultdict(list)
-    for name, kind in pairs:
-        kinds[name].append(kind)
-    groups = [[name] for name in kinds]
-    if isinstance(method, SideBySide):
-        groups = [[tensor.name for tensor in group] for group in method.groups([tensors[name] for name in kinds])]
+    tensors = renderer.file.tensors
+    jobs = _jobs(renderer, pairs)
 
-    def work(group: Sequence[str]) -> int:
-        return sum(len(kinds[name]) * tensors[name].elements for name in group)
+    def work(job: _Job) -> int:
+        return sum(len(names) * tensors[names[0]].elements for names, _ in job)
 
-    groups.sort(key=lambda group: -work(group) * tensors[group[0]].width)
-    alone = ThreadPoolExecutor(1 if isinstance(method, StockRounding) else renderer.kernels.threads)
+    def width(job: _Job) -> int:
+        return tensors[job[0][0][0]].width
+
+    jobs.sort(key=lambda job: -work(job) * width(job))
+    alone = ThreadPoolExecutor(1 if isinstance(renderer.rounding, StockRounding) else renderer.kernels.threads)
     together = ThreadPoolExecutor(2)
     errors: dict[tuple[str, str], float] = {}
 
-    def render(group: Sequence[str]) -> dict[tuple[str, str], float]:
-        if len(group) > 1:
-            for kind in dict.fromkeys(kind for name in group for kind in kinds[name]):
-                renderer.render_group([name for name in group if kind in kinds[name]], type_by_name(kind))
-        return {(name, kind): renderer.error(name, type_by_name(kind)) for name in group for kind in kinds[name]}
+    def render(job: _Job) -> dict[tuple[str, str], float]:
+        for names, kind in job:
+            if len(names) > 1:
+                renderer.render_group(names, type_by_name(kind))
+        return {(name, kind): renderer.error(name, type_by_name(kind)) for names, kind in job for name in names}
 
     try:
-        with progress.task(label, sum(map(work, groups))) as bar:
-            waiting = [(group, (together if len(group) > 1 else alone).submit(render, group)) for group in groups]
-            for group, future in waiting:
+        with progress.task(label, sum(map(work, jobs))) as bar:
+            pools = (together if len(job[0][0]) > 1 else alone for job in jobs)
+            waiting = [(job, pool.submit(render, job)) for job, pool in zip(jobs, pools, strict=True)]
+            for job, future in waiting:
                 errors |= future.result()
-                bar.note(group[-1])
-                bar.advance(work(group))
+                bar.note(job[0][0][-1])
+                bar.advance(work(job))
     finally:
         alone.shutdown(cancel_futures=True)
         together.shutdown(cancel_futures=True)
     return errors
+
+
+# What one thread renders: tensors that are rounded side by side, or one, in one type after the other.
+_Job = list[tuple[list[str], str]]
+
+
+def _jobs(renderer: Renderer, pairs: Iterable[tuple[str, str]]) -> list[_Job]:
+    """Jobs for all pairs of tensor and type: each group of the method's, and each tensor outside of them."""
+    tensors, method = renderer.file.tensors, renderer.rounding
+    kinds: dict[str, list[str]] = collections.defaultdict(list)
+    for name, kind in pairs:
+        kinds[name].append(kind)
+    if not isinstance(method, SideBySide):
+        return [[([name], kind) for kind in some] for name, some in kinds.items()]
+    jobs: list[_Job] = []
+    alone: dict[str, _Job] = collections.defaultdict(list)
+    for group in method.groups([tensors[name] for name in kinds]):
+        job: _Job = []
+        for kind in dict.fromkeys(kind for tensor in group for kind in kinds[tensor.name]):
+            same = [tensor for tensor in group if kind in kinds[tensor.name]]
+            names = [tensor.name for tensor in same]
+            if len(same) > 1 and len(method.groups(same)) == 1:
+                job.append((names, kind))
+            else:  # too few have this type
+                for name in names:
+                    alone[name].append(([name], kind))
+        jobs += [job] if job else []
+    return [*jobs, *alone.values()]
 
 
 def _room(folder: pathlib.Path, model: pathlib.Path, max_bytes: int | None) -> int:

@@ -19,13 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Context, Decoding, KernelInputs, Model, TensorType, Weights, type_by_name, versions
+from bitladder.engine import Decoding, KernelInputs, Model, TensorType, Weights, type_by_name, versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate import (
     Figure,
     HiddenBase,
+    Lanes,
     MeasureOptions,
-    Workers,
     compare_with_base,
     identify,
     load_or_compute_base,
@@ -108,9 +108,8 @@ class SwappedModel(Closing):
                 Model(renderer.file.path, mmap=False, repack=False, gpu_layers=decoding.gpu_layers)
             )
             self._weights = Weights(model)
-            self._inputs = KernelInputs() if _rounds_inputs(decoding) else None
-            self._context = opened.enter_context(Context(model, decoding, callback=self._inputs))
-            self._workers = opened.enter_context(Workers(decoding.threads))
+            rounds = _rounds_inputs(decoding)
+            self._lanes = opened.enter_context(Lanes(model, decoding, callback=KernelInputs if rounds else None))
             self._opened = opened.pop_all()
 
     def close(self) -> None:
@@ -159,7 +158,7 @@ class SwappedModel(Closing):
         if count < 1:
             raise BitladderError("a recipe is measured on at least one chunk")
         self._replace(replacements)
-        return compare_with_base(self._context, self.base, count, self._workers, first=first).kld.reshape(count, -1)
+        return compare_with_base(self._lanes, self.base, count, first=first).kld.reshape(count, -1)
 
     def _replace(self, replacements: Mapping[str, Replacement]) -> None:
         file = self.renderer.file
@@ -173,9 +172,9 @@ class SwappedModel(Closing):
             else:
                 replacement.put_into(self._weights, name)
                 self._replaced[name] = replacement
-        if self._inputs is not None:
-            kernels = {name: replacement.kernel for name, replacement in self._replaced.items()}
-            self._inputs.pretend({name: kernel for name, kernel in kernels.items() if kernel is not None})
+        kernels = {name: replacement.kernel for name, replacement in self._replaced.items()}
+        for inputs in self._lanes.watching:
+            inputs.pretend({name: kernel for name, kernel in kernels.items() if kernel is not None})
 
 
 def kept_base(

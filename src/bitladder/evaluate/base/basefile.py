@@ -206,8 +206,7 @@ class BaseFile:
         return BaseRows(nll.astype(np.float64), top.astype(np.int32), top_logit.astype(np.float32))
 
     def _read(self, chunk: int, offset: int, size: int) -> bytes:
-        self._stream.seek(self._records + chunk * self.header.record + offset)
-        data = self._stream.read(size)
+        data = os.pread(self._stream.fileno(), size, self._records + chunk * self.header.record + offset)
         if len(data) != size:
             raise BitladderError(f"the base {self.path} ends inside chunk {chunk + 1}: delete it and make it again")
         return data

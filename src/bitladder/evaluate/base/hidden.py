@@ -5,17 +5,18 @@ logits of a chunk are in memory as a whole. To read from the system's file cache
 """
 
 import dataclasses
+import functools
 import pathlib
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Context, HiddenStates, dequantize_into, versions
+from bitladder.engine import HiddenStates, dequantize_into, versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
-from bitladder.evaluate.divergence import BaseRows, RowScores, Workers, refuse_broken, score_rows
+from bitladder.evaluate.divergence import BaseRows, RowScores, refuse_broken, score_rows
 from bitladder.evaluate.identity import Identity
+from bitladder.evaluate.lanes import Lane, Lanes
 from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import Closing, replacing
 from bitladder.gguf import GgufFile
@@ -217,10 +218,11 @@ def make_base(
     """
     with settings.load(model.path) as loaded:
         chunks = text_chunks(loaded, text, settings.n_ctx, chunks=settings.chunks)
-        observer = HiddenStates(model.head.name)
-        context = settings.context(loaded, observer)
-        with context, Workers(settings.threads) as workers, Head(model) as head:
-            maker = _Maker(model, text, chunks, settings.gpu_layers != 0, context, observer, head, workers)
+        with (
+            Lanes(loaded, settings, observer=lambda: HiddenStates(model.head.name)) as lanes,
+            Head(model) as head,
+        ):
+            maker = _Maker(model, text, chunks, settings.gpu_layers != 0, lanes, head)
             dtype: Dtype = _DTYPES.get(model.head.type.name, "f32")
             try:
                 maker.write(out, dtype, progress)
@@ -236,10 +238,8 @@ class _Maker:
     text: Text
     chunks: Chunks
     gpu: bool
-    context: Context
-    observer: HiddenStates
+    lanes: Lanes
     head: Head
-    workers: Workers
 
     def write(self, out: pathlib.Path, dtype: Dtype, progress: Progress) -> None:
         """Writes the whole base. Raises OverflowError if a hidden state is too large for the type."""
@@ -247,19 +247,25 @@ class _Maker:
         label = f"Base of {self.model.name} over {self.text.name}"
         with progress.task(label, count) as task, replacing(out) as temporary, temporary.open("wb") as stream:
             total = 0.0
-            for chunk in range(count):
-                total += self._chunk(stream, chunk, dtype)
+            results = self.lanes.each(count, functools.partial(self._chunk, dtype))
+            for chunk, (states, rows, difference) in enumerate(results):
+                if difference is not None:
+                    write_header(stream, self._header(dtype, difference), self.chunks.tokens)
+                write_record(stream, states, rows)
+                total += float(rows.nll.mean())
                 task.note(f"PPL {np.exp(min(total / (chunk + 1), 700)):.4f}")
                 task.advance()
 
-    def _chunk(self, stream: BinaryIO, chunk: int, dtype: Dtype) -> float:
+    def _chunk(self, dtype: Dtype, lane: Lane, chunk: int) -> tuple[npt.NDArray[np.generic], BaseRows, float | None]:
+        """A chunk's packed hidden states, what is kept of its rows, and of the first chunk what `_check` finds."""
         scores: list[RowScores] = []
         states: list[Floats] = []
         targets = self.chunks.targets(chunk)
         difference: float | None = None
-        self.observer.take()
-        for start, logits in decode(self.context, self.chunks, chunk):
-            hidden = self.observer.take()
+        observer: HiddenStates = self.lanes.watching[lane.number]
+        observer.take()
+        for start, logits in decode(lane.context, self.chunks, chunk):
+            hidden = observer.take()
             if len(hidden) != len(logits):
                 raise BitladderError(
                     f"{self.model.name}: {number_of(len(logits), 'row')} of logits come from "
@@ -267,20 +273,17 @@ class _Maker:
                     f"measured against a model of this architecture ({self.model.architecture})"
                 )
             # Scored first: logits that are not finite are named as such, not as those of another head.
-            scores.append(score_rows(logits, targets[start : start + len(logits)], self.workers, what=self.model.name))
+            scores.append(score_rows(logits, targets[start : start + len(logits)], lane.workers, what=self.model.name))
             if chunk == 0 and difference is None:
                 difference = self._check(unpack(pack(hidden, dtype), dtype), logits)
             states.append(hidden)
-        if difference is not None:
-            write_header(stream, self._header(dtype, difference), self.chunks.tokens)
         rows = BaseRows(
             np.concatenate([part.nll for part in scores]),
             np.concatenate([part.top for part in scores]),
             np.concatenate([part.top_logit for part in scores]),
         )
         refuse_broken(rows, self.model.name)
-        write_record(stream, pack(np.concatenate(states), dtype), rows)
-        return float(rows.nll.mean())
+        return pack(np.concatenate(states), dtype), rows, difference
 
     def _check(self, hidden: Floats, logits: Floats) -> float:
         """The largest difference of head × state from the logits as a share of their range, over a few rows.

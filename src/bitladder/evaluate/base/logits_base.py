@@ -7,11 +7,13 @@ import pathlib
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Context, Model
+from bitladder.engine import Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.logits_file import Codes, Floats, Layout, LogitsFile
-from bitladder.evaluate.divergence import BaseRows, TokenScores, Workers, compare_with_base
+from bitladder.evaluate.divergence import BaseRows
+from bitladder.evaluate.lanes import Lanes
 from bitladder.evaluate.measure_options import MeasureOptions
+from bitladder.evaluate.score_chunks import TokenScores, compare_with_base
 from bitladder.files import Closing, sha256_file
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Chunks, Text
@@ -140,15 +142,13 @@ class LogProbabilities:
         return first, out
 
 
-def compare_logits(
-    context: Context, base: LogitsBase, count: int, workers: Workers, progress: Progress = SILENT
-) -> TokenScores:
-    """Compares as `divergence.compare_with_base`, with the divergence as llama-perplexity computes it from such a file.
+def compare_logits(lanes: Lanes, base: LogitsBase, count: int, progress: Progress = SILENT) -> TokenScores:
+    """Compares as `score_chunks.compare_with_base`, with the divergence of llama-perplexity from such a file.
 
     The sum S of the stored probabilities is not quite 1. llama-perplexity does not scale them: its figure is
     Σ p (ln p − ln q) = S (KL + ln S) with KL of p/S. The figure of a token can be slightly below 0.
     """
-    scores = compare_with_base(context, base, count, workers, progress)
+    scores = compare_with_base(lanes, base, count, progress)
     mass = np.concatenate([base.mass(chunk) for chunk in range(count)])
     return dataclasses.replace(scores, kld=mass * (scores.kld + np.log(mass)))
 

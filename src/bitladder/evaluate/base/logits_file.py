@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import struct
+import threading
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from bitladder.engine import MIN_CTX
 from bitladder.errors import BitladderError
 from bitladder.evaluate.divergence import Workers, score_rows
+from bitladder.evaluate.lanes import Lane, Lanes
 from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import Closing, replacing
 from bitladder.progress import SILENT, Progress
@@ -103,8 +105,7 @@ class LogitsFile(Closing):
         except BaseException:
             self._stream.close()
             raise
-        self._record = np.empty((self.layout.scored, self.layout.row), "<u2")
-        self._chunk: int | None = None  # the chunk of that record
+        self._last = threading.local()  # each thread has a record, and the number of its chunk
 
     def _read_start(self) -> Layout:
         start = self._stream.read(_START.size)
@@ -147,15 +148,24 @@ class LogitsFile(Closing):
         self._stream.close()
 
     def read(self, chunk: int) -> tuple[Codes, Floats, Floats]:
-        """A chunk's codes, uint16 [scored, n_vocab], its scales and floors, float32 [scored]; valid until the next."""
-        if chunk != self._chunk:
-            self._chunk = None
-            self._stream.seek(self.layout.records + chunk * self.layout.record)
-            if self._stream.readinto(self._record.reshape(-1).view(np.uint8).data) != self.layout.record:
-                raise BitladderError(f"{self.path} ends inside chunk {chunk + 1}: make it again")
-            self._chunk = chunk
-        head = np.ascontiguousarray(self._record[:, :HEAD]).view("<f4").astype(np.float32)
-        return self._record[:, HEAD : HEAD + self.layout.n_vocab], head[:, 0], head[:, 1]
+        """A chunk's codes, uint16 [scored, n_vocab], its scales and floors, float32 [scored].
+
+        They are valid until the same thread reads another chunk.
+        """
+        last = self._last
+        if chunk != getattr(last, "chunk", None):
+            if not hasattr(last, "record"):
+                last.record = np.empty((self.layout.scored, self.layout.row), "<u2")
+            last.chunk = None
+            view, start = last.record.reshape(-1).view(np.uint8).data, self.layout.records + chunk * self.layout.record
+            while view:
+                if not (count := os.preadv(self._stream.fileno(), [view], start)):
+                    raise BitladderError(f"{self.path} ends inside chunk {chunk + 1}: make it again")
+                view, start = view[count:], start + count
+            last.chunk = chunk
+        record: Codes = last.record
+        head = np.ascontiguousarray(record[:, :HEAD]).view("<f4").astype(np.float32)
+        return record[:, HEAD : HEAD + self.layout.n_vocab], head[:, 0], head[:, 1]
 
 
 def write_logits_file(
@@ -185,19 +195,24 @@ def write_logits_file(
         nll = np.empty((len(chunks), chunks.scored))
         label = f"Log-probabilities of {model.name} over {text.name}"
         with (
-            settings.context(loaded) as context,
-            Workers(settings.threads) as workers,
+            Lanes(loaded, settings) as lanes,
             progress.task(label, len(chunks)) as task,
             replacing(out) as temporary,
             temporary.open("wb") as stream,
         ):
             stream.write(layout.start() + chunks.tokens.astype("<i4").tobytes())
-            for chunk in range(len(chunks)):
-                targets = chunks.targets(chunk)
-                for start, logits in decode(context, chunks, chunk):
+
+            def score(lane: Lane, chunk: int) -> list[Codes]:
+                targets, packed = chunks.targets(chunk), []
+                for start, logits in decode(lane.context, chunks, chunk):
                     part = slice(start, start + len(logits))
-                    nll[chunk, part] = score_rows(logits, targets[part], workers, what=model.name).nll
-                    stream.write(pack_rows(logits, workers).data)
+                    nll[chunk, part] = score_rows(logits, targets[part], lane.workers, what=model.name).nll
+                    packed.append(pack_rows(logits, lane.workers))
+                return packed
+
+            for chunk, packed in enumerate(lanes.each(len(chunks), score)):
+                for rows in packed:
+                    stream.write(rows.data)
                 task.note(f"PPL {np.exp(min(nll[: chunk + 1].mean(), 700)):.4f}")
                 task.advance()
     return nll.reshape(-1)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bitladder.engine import MIN_CTX, Context, Model
+from bitladder.engine import MIN_CTX, Model
 from bitladder.errors import BitladderError
-from bitladder.evaluate.divergence import Workers
+from bitladder.evaluate.lanes import Lanes
 from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.tasks.scored_choices import TokenizedQuestion, batches, choice_means, tokenize_question
 from bitladder.evaluate.tasks.task import Answer, Question, QuestionSet, Skipped, TaskKind, TaskResult
@@ -145,14 +145,14 @@ def _answer(
     answers: list[Answer] = []
     right = 0
     with (
-        Context(
-            model, settings.replace(n_ctx=max(-(-most // n_seq), MIN_CTX)), n_seq=n_seq, kv_unified=True
-        ) as context,
-        Workers(settings.threads) as workers,
+        Lanes(model, settings.replace(n_ctx=max(-(-most // n_seq), MIN_CTX)), n_seq=n_seq, kv_unified=True) as lanes,
         progress.task(f"{task.name} with {model.name}", len(questions)) as bar,
     ):
-        for batch in planned:
-            for question, means in zip(batch, choice_means(context, batch, workers), strict=True):
+        means_of_batches = lanes.each(
+            len(planned), lambda lane, number: choice_means(lane.context, planned[number], lane.workers)
+        )
+        for batch, means_of_batch in zip(planned, means_of_batches, strict=True):
+            for question, means in zip(batch, means_of_batch, strict=True):
                 chosen = question.take(means)
                 answers.append(Answer(question.record, chosen, question.correct, len(means)))
                 right += answers[-1].right

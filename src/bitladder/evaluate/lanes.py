@@ -1,0 +1,136 @@
+"""Chunks that are decoded side by side: two contexts of one model, each with half of the threads.
+
+A chunk is a part of a text, or a batch of questions. The threads of a context wait for each other after each operation.
+They also wait while Python scores rows or changes inputs. Two contexts wait at different times, so that all CPUs have
+work. No figure depends on it: the library's sums do not depend on the number of threads (docs/evaluate.md).
+"""
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
+
+from bitladder.engine import Context, Decoding, Model, threads_available
+from bitladder.evaluate.divergence import Workers
+from bitladder.files import Closing
+
+Result = TypeVar("Result")
+LANES = 2
+
+
+class Lane(NamedTuple):
+    """A context, and the threads that score what it decodes.
+
+    Parameters:
+        number: of the lane.
+        context: decodes.
+        workers: threads; their slots are those of no other lane.
+    """
+
+    number: int
+    context: Context
+    workers: Workers
+
+
+class Lanes(Closing):
+    """The lanes of a model. A GPU has one, and so has a single thread.
+
+    Parameters:
+        model: the loaded model.
+        decoding: tokens of a chunk, batch sizes, and the threads of all lanes together.
+        observer: makes an observer for a lane; None for none.
+        callback: makes what sees all nodes of a lane's graph, instead of an observer.
+        sequences: `n_seq` and `kv_unified` of the contexts.
+
+    Attributes:
+        watching: the observer or callback of each lane.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        decoding: Decoding,
+        *,
+        observer: Callable[[], Any] | None = None,
+        callback: Callable[[], Any] | None = None,
+        **sequences: Any,
+    ) -> None:
+        self._threads = threads = decoding.threads or threads_available()
+        count = LANES if threads >= LANES and decoding.gpu_layers == 0 else 1
+        shares = [threads // count + (number < threads % count) for number in range(count)]
+        firsts = itertools.accumulate(shares, initial=0)
+        make = observer or callback
+        self.watching = [make() for _ in shares] if make else []
+        self._lanes: list[Lane] = []
+        with contextlib.ExitStack() as opened:
+            for number, (share, first) in enumerate(zip(shares, firsts, strict=False)):
+                context = Context(
+                    model,
+                    decoding.replace(threads=share),
+                    observer=self.watching[number] if observer else None,
+                    callback=self.watching[number] if callback else None,
+                    **sequences,
+                )
+                opened.enter_context(context)
+                self._lanes.append(Lane(number, context, opened.enter_context(Workers(share, first))))
+            self._all = opened.enter_context(Workers(threads))
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Frees the contexts."""
+        self._opened.close()
+
+    @property
+    def model(self) -> Model:
+        """The model that is decoded."""
+        return self._lanes[0].context.model
+
+    def each(self, count: int, work: Callable[[Lane, int], Result]) -> Iterator[Result]:
+        """Does some work for each of `count` chunks.
+
+        What is left over when every lane has the same number of chunks is done by one lane with all threads.
+
+        Parameters:
+            count: chunks.
+            work: is called with a lane and the number of a chunk, in a thread of the lane.
+
+        Yields:
+            The results, in the order of the chunks.
+
+        Raises:
+            BaseException: what `work` raises, in the order of the chunks.
+        """
+        shared = count - count % len(self._lanes) if len(self._lanes) > 1 else 0
+        if shared:
+            yield from self._side_by_side(shared, work)
+        first = self._lanes[0]
+        whole = Lane(first.number, first.context, self._all)
+        with first.context.more_threads(self._threads):
+            for chunk in range(shared, count):
+                yield work(whole, chunk)
+
+    def _side_by_side(self, count: int, work: Callable[[Lane, int], Result]) -> Iterator[Result]:
+        results: list[Future[Result]] = [Future() for _ in range(count)]
+        numbers, stop = itertools.count(), threading.Event()
+
+        def follow(lane: Lane) -> None:
+            while not stop.is_set() and (chunk := next(numbers)) < count:
+                try:
+                    results[chunk].set_result(work(lane, chunk))
+                except BaseException as error:  # it is raised where results are taken
+                    results[chunk].set_exception(error)
+                    return
+
+        threads = [threading.Thread(target=follow, args=(lane,), name=f"lane {lane.number}") for lane in self._lanes]
+        for thread in threads:
+            thread.start()
+        try:
+            for place, result in enumerate(results):
+                yield result.result()
+                results[place] = Future()  # frees the result
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()

@@ -1,0 +1,100 @@
+"""Chunks that are decoded side by side: the same figures for any number of threads, in order, and errors at once."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from bitladder.engine import Model
+from bitladder.errors import BitladderError
+from bitladder.evaluate import Lanes, MeasureOptions, make_base, measure
+from bitladder.evaluate.base.logits_file import write_logits_file
+from bitladder.files import sha256_file
+from bitladder.text import load_text
+
+N_CTX = 128
+
+
+def settings(threads, chunks=5):
+    return MeasureOptions(n_ctx=N_CTX, threads=threads, chunks=chunks)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return load_text("pydoc:test")
+
+
+@pytest.mark.parametrize("chunks", [1, 5])
+def test_threads_change_no_figure(tiny_gguf, text, tmp_path, chunks):
+    """One thread has one lane, two have one each, three have one and two."""
+    scores, files = [], set()
+    for threads in (1, 2, 3):
+        base, logits = tmp_path / f"{threads}.base", tmp_path / f"{threads}.logits"
+        make_base(tiny_gguf, text, base, settings(threads, chunks))
+        write_logits_file(tiny_gguf, text, logits, settings(threads, chunks))
+        files.add((sha256_file(base), sha256_file(logits)))
+        for ways in ({}, {"base": tiny_gguf, "base_file": base}, {"base": logits}):
+            scores.append(measure(tiny_gguf, text, settings(threads, chunks), **ways))
+    assert len(files) == 1
+    for kind in range(3):
+        for other in scores[kind + 3 :: 3]:
+            assert all(np.array_equal(values, other.arrays[name]) for name, values in scores[kind].arrays.items())
+
+
+@pytest.fixture
+def lanes(tiny_gguf):
+    with Model(tiny_gguf) as model, Lanes(model, settings(3)) as opened:
+        yield opened
+
+
+def test_results_come_in_order_and_what_is_left_over_gets_all_threads(lanes):
+    seen = []
+
+    def work(lane, chunk):
+        seen.append((lane.number, chunk, lane.workers.threads, threading.current_thread().name))
+        time.sleep(0.02 * (chunk == 0))
+        return chunk
+
+    assert list(lanes.each(7, work)) == list(range(7))
+    assert {number for number, *_ in seen} == {0, 1}
+    shares = {number: threads for number, chunk, threads, _ in seen if chunk < 6}
+    assert sum(shares.values()) == 3
+    assert [(threads, name) for _, chunk, threads, name in seen if chunk == 6] == [(3, "MainThread")]
+    assert list(lanes.each(0, work)) == []
+
+
+def test_slots_of_lanes_differ(lanes):
+    slots = []
+
+    def work(lane, chunk):
+        lane.workers.run(50, lambda index, slot: slots.append((lane.number, slot)) or time.sleep(0.001))
+
+    list(lanes.each(4, work))
+    assert {slot for number, slot in slots if number == 0}.isdisjoint(slot for number, slot in slots if number == 1)
+
+
+def test_an_error_ends_all_lanes(lanes):
+    done = []
+
+    def work(lane, chunk):
+        if chunk == 2:
+            raise BitladderError("broken")
+        done.append(chunk)
+        time.sleep(0.01)
+        return chunk
+
+    results = lanes.each(100, work)
+    with pytest.raises(BitladderError, match="broken"):
+        list(results)
+    assert len(done) < 10
+    assert list(lanes.each(2, lambda lane, chunk: chunk)) == [0, 1]
+
+
+def test_whoever_takes_no_more_results_waits_for_no_more_chunks(lanes):
+    done = []
+    results = lanes.each(100, lambda lane, chunk: done.append(chunk) or time.sleep(0.01))
+    next(results)
+    results.close()  # as Ctrl-C does
+    assert len(done) < 10
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane ")]
