@@ -14,13 +14,24 @@ from bitladder.quantize import quantize
     [([b"CPU_REPACK"], None, True), ([b"AMX", b"CPU_REPACK"], 0, True), ([b"AMX"], 1, False), ([b"AMX"], -11, False)],
 )
 def test_amx_is_tried_where_it_is_and_nothing_else(buffers, code, expected, monkeypatch):
-    def run(*arguments, **options):
-        assert code is not None, "nothing is to be tried"
-        return subprocess.CompletedProcess(arguments, code)
+    class Process(subprocess.Popen):
+        def __init__(self, command, **options):
+            assert code is not None, "nothing is to be tried"
+            super().__init__([*command[:1], "-c", f"import os; os._exit({code})"], **options)
 
     monkeypatch.setattr(cpu_kernels, "_extra_buffers", lambda: [(name, 1) for name in buffers])
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(cpu_kernels, "begin_check", cpu_kernels.begin_check.__wrapped__)
     assert cpu_kernels.extras_work.__wrapped__() is expected
+
+
+def test_where_no_process_can_be_started_they_do_not_work(monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(cpu_kernels, "_extra_buffers", lambda: [(b"AMX", 1)])
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert cpu_kernels.begin_check.__wrapped__() is False
 
 
 def test_what_is_tried_tells_right_from_wrong(monkeypatch):

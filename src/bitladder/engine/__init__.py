@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         logit_differences,
         sequence_logits,
     )
-    from bitladder.engine.cpu_kernels import bytes_per_second, products_per_second
+    from bitladder.engine.cpu_kernels import begin_check, bytes_per_second, products_per_second
     from bitladder.engine.deaths import tell_of_deaths
     from bitladder.engine.devices import (
         ACCEL,
@@ -112,6 +112,7 @@ __all__ = [
     "all_types",
     "as_torch",
     "backend_names",
+    "begin_check",
     "bytes_per_second",
     "check_overrides",
     "dequantize_into",

@@ -26,18 +26,31 @@ _SECONDS = 60
 @functools.cache
 def extras_work() -> bool:
     """Whether models can be loaded with `use_extra_bufts`."""
+    check = begin_check()
+    if not isinstance(check, subprocess.Popen):
+        return check
+    try:
+        return check.wait(_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        check.kill()
+        check.wait()
+        return False
+
+
+@functools.cache
+def begin_check() -> "subprocess.Popen[bytes] | bool":
+    """Starts the process that `extras_work` waits for, so that other work can be done meanwhile.
+
+    Without AMX, or where no process can be started, it is the answer.
+    """
     if all(name != _AMX for name, _ in _extra_buffers()):
         return True
+    quiet = subprocess.DEVNULL
+    command = [sys.executable, "-P", "-m", "bitladder.engine.cpu_kernels"]
     try:
-        process = subprocess.run(
-            [sys.executable, "-P", "-m", "bitladder.engine.cpu_kernels"],
-            capture_output=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)
+    except OSError:
         return False
-    return process.returncode == 0
 
 
 def _extra_buffers() -> Iterator[tuple[bytes, int]]:

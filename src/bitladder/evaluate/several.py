@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from bitladder.engine import Model, kernels, library
+from bitladder.engine import Model, begin_check, kernels, library
 from bitladder.errors import UsageError
 from bitladder.evaluate.base.basefile import is_base_file
 from bitladder.evaluate.base.hidden import HiddenBase
@@ -239,6 +239,7 @@ def measure_several(
 ) -> list[Measurement]:
     """Measures as `evaluate_several`, and returns the scores of each token too, so that any two can be compared."""
     results = results or NoResults()
+    begin_check()  # it goes on while files are hashed and texts read into tokens
     identities = [identify(model) for model in models]
     first = request.bases[0] if request.bases else None
     noise = None
