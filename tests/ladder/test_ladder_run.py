@@ -49,6 +49,7 @@ class Fakes:
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
         self.scored: list[str] = []
+        self.copied: dict[str, list[str]] = {}  # of each rung, the files that it may copy from
 
     def write(self, path, *parts):
         digest = hashlib.sha256(b"|".join(parts)).digest()
@@ -86,6 +87,7 @@ class Fakes:
 
     def quantize(self, source, out, options, *, imatrix, threads, progress, same=()):
         preset = options.preset
+        self.copied[preset] = [path.name for path in same]
         self.write(out, source.read_bytes(), imatrix.read_bytes(), preset.encode())
         return QuantizeResult(out, out.stat().st_size, 4.5, {"a.weight": preset.lower()}, preset)
 
@@ -226,7 +228,10 @@ def test_a_run_makes_everything_and_again_nothing(options, fakes):
         assert [test["test"] for test in one["bench"]] == ["pp512", "tg64"]
         nanoseconds = 1_000_000 * (options.out / one["model"]).read_bytes()[-1] + 1
         assert one["bench"][1]["tokens_per_second"]["value"] == pytest.approx(64e9 / nanoseconds)
-    assert [one["model"] for one in result.scores] == ["Toy-64-F16.gguf", *(f"Toy-64-{rung}.gguf" for rung in RUNGS)]
+    files = [f"Toy-64-{rung}.gguf" for rung in RUNGS]
+    assert [one["model"] for one in result.scores] == ["Toy-64-F16.gguf", *files]
+    # The library's blocks are made once: a rung copies from those before it what they have in the same type.
+    assert fakes.copied == {rung: files[:place] for place, rung in enumerate(RUNGS)}
     with GgufFile(options.out / "Toy-64-F16.gguf") as file:
         assert file.get("general.basename") == "Toy"
     before = {path: path.stat().st_mtime_ns for path in options.out.rglob("*")}
