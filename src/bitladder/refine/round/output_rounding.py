@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import MomentsFile, model_sha256, triangle, unpack_triangle
-from bitladder.engine import Device, TensorType, device_key, torch_device
+from bitladder.engine import Device, TensorType, device_key, single_threaded, torch_device
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.keys import Algorithm, key_of
@@ -263,7 +263,7 @@ class OutputRounding:
     def _ready(self, name: str, kept: dict[str, SecondMoments | None], device: str | None) -> SecondMoments | None:
         """Factors of a tensor's moments, which serve all its types; None if no token reached it."""
         if name not in kept:
-            with self._lock:
+            with self._lock, single_threaded():  # moments of low rank are multiplied out
                 files = [file for file in self._moments if name in file]
                 matrices = max(file.shape(name).matrices for file in files)
                 if matrices != 1:
