@@ -91,6 +91,15 @@ def test_an_error_ends_all_lanes(lanes):
     assert list(lanes.each(2, lambda lane, chunk: chunk)) == [0, 1]
 
 
+def test_results_that_nobody_takes_do_not_pile_up(lanes):
+    done = []
+    results = lanes.each(100, lambda lane, chunk: done.append(chunk))
+    next(results)
+    time.sleep(0.2)
+    assert len(done) <= 5
+    assert len(list(results)) == 99
+
+
 def test_whoever_takes_no_more_results_waits_for_no_more_chunks(lanes):
     done = []
     results = lanes.each(100, lambda lane, chunk: done.append(chunk) or time.sleep(0.01))

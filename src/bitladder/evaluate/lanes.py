@@ -18,6 +18,7 @@ from bitladder.files import Closing
 
 Result = TypeVar("Result")
 LANES = 2
+AHEAD = 2  # results of a lane that may wait to be taken: those of a large vocabulary are large
 
 
 class Lane(NamedTuple):
@@ -114,9 +115,10 @@ class Lanes(Closing):
     def _side_by_side(self, count: int, work: Callable[[Lane, int], Result]) -> Iterator[Result]:
         results: list[Future[Result]] = [Future() for _ in range(count)]
         numbers, stop = itertools.count(), threading.Event()
+        room = threading.Semaphore(AHEAD * len(self._lanes))
 
         def follow(lane: Lane) -> None:
-            while not stop.is_set() and (chunk := next(numbers)) < count:
+            while room.acquire() and not stop.is_set() and (chunk := next(numbers)) < count:
                 try:
                     results[chunk].set_result(work(lane, chunk))
                 except BaseException as error:  # it is raised where results are taken
@@ -130,7 +132,9 @@ class Lanes(Closing):
             for place, result in enumerate(results):
                 yield result.result()
                 results[place] = Future()  # frees the result
+                room.release()
         finally:
             stop.set()
+            room.release(len(threads))
             for thread in threads:
                 thread.join()
