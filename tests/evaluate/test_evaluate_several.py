@@ -10,6 +10,7 @@ import pytest
 from bitladder import evaluate as ev
 from bitladder import keys
 from bitladder.cli import invoke
+from bitladder.engine import Context
 from bitladder.errors import BitladderError
 from bitladder.evaluate import load_task, parse_specs, several
 from bitladder.evaluate.base import cache
@@ -150,7 +151,7 @@ def in_batches(path, chunks, sizes):
     logs = []
     for size in sizes:
         settings = ev.MeasureOptions(n_ctx=128, threads=1, n_ubatch=size)
-        with settings.load(path) as model, settings.context(model) as context:
+        with settings.load(path) as model, Context(model, settings) as context:
             rows = [part.astype(np.float64) for i in range(len(chunks)) for _, part in decode(context, chunks, i)]
         logits = np.concatenate(rows)
         logits -= logits.max(axis=1, keepdims=True)

@@ -11,12 +11,14 @@ import types
 import numpy as np
 import pytest
 
+from bitladder.engine import Context
 from bitladder.engine.native import llama
 from bitladder.errors import BitladderError
-from bitladder.evaluate import Lanes, MeasureOptions, Workers
+from bitladder.evaluate import Lanes, MeasureOptions
 from bitladder.evaluate.base import logits_file
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file, pack_rows, write_logits_file
+from bitladder.evaluate.divergence import Workers
 from bitladder.evaluate.figures import divergence_figures
 from bitladder.text import Text, load_text
 
@@ -108,7 +110,7 @@ def test_rows_are_packed_as_defined():
 def test_what_is_written_is_what_the_model_says(folder, text):
     with SETTINGS.load(folder / "full.gguf") as model:
         tokens = model.tokenize(text.text)[: CTX * CHUNKS]
-        with SETTINGS.context(model) as context, LogitsFile(folder / "full.kld") as file:
+        with Context(model, SETTINGS) as context, LogitsFile(folder / "full.kld") as file:
             assert (file.layout.n_ctx, file.layout.n_vocab, file.layout.chunks) == (CTX, VOCAB, CHUNKS)
             assert np.array_equal(file.tokens.ravel(), tokens)
             context.decode(tokens[CTX : 2 * CTX], range(CTX), [0] * CTX, [True] * CTX)
@@ -132,7 +134,7 @@ def test_divergence_is_the_sum_over_what_is_stored(folder, text, tmp_path, n_bat
     settings = MeasureOptions(n_ctx=CTX, threads=1, n_batch=n_batch)  # without --chunks, all that the file has
     found = compared(folder, text, settings, path)
     assert len(found.kld) == CHUNKS * SCORED
-    with settings.load(folder / "q4.gguf") as model, settings.context(model) as context:
+    with settings.load(folder / "q4.gguf") as model, Context(model, settings) as context:
         with LogitsFile(path) as file:
             tokens, (codes, scale, floor) = file.tokens[2], file.read(2)
             base = (scale[:, None] * codes + floor[:, None]).astype(np.float64)

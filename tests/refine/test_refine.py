@@ -136,11 +136,23 @@ def test_a_device_makes_files_of_its_own_that_are_as_good(tmp_path, monkeypatch)
     assert here < 1.01 * there < before
     digests = {name: sha256_file(tmp_path / f"{name}.gguf") for name in ("cpu", "torch")}
     assert len(set(digests.values())) == 2
-    origins = verify(
-        tmp_path / "torch.gguf", model, imatrix=files.imatrix, moments=files.moments, rounding=refine.rounding
-    ).origins
-    # Derived one by one, tensors that were side by side may differ in bytes, not in output error.
-    assert "differs" not in origins.values() and {"rounded", "rounded on a device"} & set(origins.values())
+
+    def origins_in(path):
+        return verify(path, model, imatrix=files.imatrix, moments=files.moments, rounding=refine.rounding).origins
+
+    origins = origins_in(tmp_path / "torch.gguf")
+    assert "differs" not in origins.values() and "rounded" in origins.values()
+    # Tensors beside one may change an index of it, not its output error.
+    with GgufFile(tmp_path / "torch.gguf") as file:
+        tensor = file.tensors[next(name for name, way in origins.items() if way == "rounded")]
+        blocks, start = file.read(tensor), file.data_start + tensor.offset
+    turned = blocks.copy()
+    turned[0, 40] ^= 1
+    for data, expected in ((turned, "rounded on a device"), (np.zeros_like(blocks), "differs")):
+        content = bytearray((tmp_path / "torch.gguf").read_bytes())
+        content[start : start + tensor.nbytes] = data.tobytes()
+        (tmp_path / "mixed.gguf").write_bytes(content)
+        assert origins_in(tmp_path / "mixed.gguf") == origins | {tensor.name: expected}
     # What does not fit on it is rounded by the CPU, which says so.
     monkeypatch.setattr(method, "device_memory", lambda device: 1000)
     heard = Heard()
@@ -152,7 +164,7 @@ def test_a_device_makes_files_of_its_own_that_are_as_good(tmp_path, monkeypatch)
 def test_a_device_rounds_tensors_of_one_shape_side_by_side(tiny_gguf, prepared, monkeypatch):
     options, threads = RoundingOptions(passes=1), 2
     with GgufFile(tiny_gguf) as file, MomentsFile(prepared / "moments.gguf") as moments:
-        ways = [OutputRounding([moments], options, "torch") for _ in range(2)]
+        ways = [OutputRounding([moments], options, "torch") for _ in range(3)]
         tensors = [tensor for name, tensor in file.tensors.items() if name in moments]
         groups = ways[0].groups(tensors)
         assert sorted(tensor.name for group in groups for tensor in group) == sorted(tensor.name for tensor in tensors)
@@ -171,6 +183,19 @@ def test_a_device_rounds_tensors_of_one_shape_side_by_side(tiny_gguf, prepared, 
         with Renderer(file, {}, rounding=ways[0], threads=threads) as renderer:
             render_all(renderer, pairs)
         assert calls == [len(group)] * 2
+        # Moments of a group are factored once, though not all of its types are those of all tensors.
+        factored: list[int] = []
+
+        class Counting(SecondMoments):
+            def __init__(self, *arguments):
+                factored.append(1)
+                super().__init__(*arguments)
+
+        with monkeypatch.context() as patch, Renderer(file, {}, rounding=ways[2], threads=threads) as renderer:
+            patch.setattr(output_rounding, "SecondMoments", Counting)
+            halves = {"q5_0": group[: len(group) // 2], "q5_1": group[len(group) // 2 :], "q4_0": group[:2]}
+            render_all(renderer, [(name, kind) for kind, names in halves.items() for name in names])
+        assert len(group) >= 4 and len(factored) == len(group)
         with Renderer(file, {}, rounding=ways[1], threads=threads) as renderer:
             for name, kind in pairs:
                 renderer.blocks(name, type_by_name(kind))

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from bitladder.evaluate.base.cache import cache_path, load_or_compute_base, open_base
     from bitladder.evaluate.base.hidden import BASE, HiddenBase
     from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file
-    from bitladder.evaluate.divergence import Workers
     from bitladder.evaluate.figures import average, mean
     from bitladder.evaluate.identity import Identity, NoResults, ResultFolder, Results, identify
     from bitladder.evaluate.lanes import Lanes
@@ -105,7 +104,6 @@ __all__ = [
     "SpeedTest",
     "TextScores",
     "TokenScores",
-    "Workers",
     "add_tasks",
     "average",
     "average_of_five",

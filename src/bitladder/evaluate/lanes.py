@@ -43,7 +43,8 @@ class Lanes(Closing):
         decoding: tokens of a chunk, batch sizes, and the threads of all lanes together.
         observer: makes an observer for a lane; None for none.
         callback: makes what sees all nodes of a lane's graph, instead of an observer.
-        sequences: `n_seq` and `kv_unified` of the contexts.
+        n_seq: as of `Context`.
+        kv_unified: alike.
 
     Attributes:
         watching: the observer or callback of each lane.
@@ -56,26 +57,28 @@ class Lanes(Closing):
         *,
         observer: Callable[[], Any] | None = None,
         callback: Callable[[], Any] | None = None,
-        **sequences: Any,
+        n_seq: int = 1,
+        kv_unified: bool = False,
     ) -> None:
         self._threads = threads = decoding.threads or threads_available()
         count = LANES if threads >= LANES and decoding.gpu_layers == 0 else 1
         shares = [threads // count + (number < threads % count) for number in range(count)]
-        firsts = itertools.accumulate(shares, initial=0)
         make = observer or callback
         self.watching = [make() for _ in shares] if make else []
         self._lanes: list[Lane] = []
         with contextlib.ExitStack() as opened:
-            for number, (share, first) in enumerate(zip(shares, firsts, strict=False)):
+            for number, share in enumerate(shares):
                 context = Context(
                     model,
                     decoding.replace(threads=share),
                     observer=self.watching[number] if observer else None,
                     callback=self.watching[number] if callback else None,
-                    **sequences,
+                    n_seq=n_seq,
+                    kv_unified=kv_unified,
                 )
                 opened.enter_context(context)
-                self._lanes.append(Lane(number, context, opened.enter_context(Workers(share, first))))
+                workers = opened.enter_context(Workers(share, sum(shares[:number])))
+                self._lanes.append(Lane(number, context, workers))
             self._all = opened.enter_context(Workers(threads))
             self._opened = opened.pop_all()
 

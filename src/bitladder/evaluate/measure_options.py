@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Context, Decoding, Model, Observer, main_memory
+from bitladder.engine import Context, Decoding, Model, main_memory
 from bitladder.evaluate.identity import parts
 from bitladder.options import option
 from bitladder.text import Chunks
@@ -42,11 +42,6 @@ class MeasureOptions(Decoding):
         # fits into memory is mapped nevertheless, so that the system can drop its pages.
         size = sum(part.stat().st_size for part in parts(path) if part.is_file())
         return Model(path, mmap=2 * size > main_memory(), gpu_layers=self.gpu_layers)
-
-    def context(self, model: Model, observer: Observer | None = None) -> Context:
-        """A context for one chunk at a time."""
-        # Logits of several chunks at once need several times the memory and save no time: one sequence is enough.
-        return Context(model, self, observer=observer)
 
 
 Floats = npt.NDArray[np.float32]

@@ -239,9 +239,9 @@ class Run(Closing):
 
     def by_library(self, *, smoothed: bool) -> list[pathlib.Path]:
         """The complete rungs that the library's kernels alone have made of the model, smoothed or not."""
-        made = {f"quantize {rung}": rung for rung in self.options.rungs if self.smoothed(rung) == smoothed}
+        steps = [f"quantize {rung}" for rung in self.options.rungs if self.smoothed(rung) == smoothed]
         # The facts of a rung with rounded blocks tell of its guard.
-        plain = [step for step in made if step in self._records and "guard" not in self.facts(step)]
+        plain = [step for step in steps if step in self._records and "guard" not in self.facts(step)]
         return [path for step in plain for path in self.files(step)[:1] if path.is_file()]
 
     def settings(self) -> evaluate.MeasureOptions:

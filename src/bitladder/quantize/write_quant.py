@@ -213,7 +213,7 @@ def stream_tensors(
     bar: Bar,
     blocks: Blocks = NO_BLOCKS,
     same: Sequence[GgufFile] = (),
-) -> dict[str, int]:  # what a file, its tensors, its machine and its watcher are: each is used by itself
+) -> dict[str, int]:
     """Writes every chosen tensor of `file`, in order.
 
     Parameters:
@@ -267,10 +267,10 @@ def _pieces(
 ) -> Iterator[_Piece]:
     for chosen in tensors:
         tensor, columns = chosen.source, importance.get(chosen.name)
-        copied = next((file for file in same if _holds(file, chosen)), None)
         if chosen.name in whole:
             yield _Piece(chosen.name, tensor, 0, tensor.rows, chosen.type, None)
             continue
+        copied = next((file for file in same if _holds(file, chosen)), None)
         step = max(1, PIECE // tensor.width)
         for matrix, first in enumerate(range(0, tensor.rows, tensor.rows_per_matrix)):
             end = first + tensor.rows_per_matrix

@@ -108,7 +108,7 @@ class OutputRounding:
                 groups[rows, width, self._coupled(tensor.name)].append(tensor)
         cut: list[list[TensorInfo]] = []
         for (rows, width, coupled), group in groups.items():
-            device, at_once = self._place(group[0].name, (rows, width), coupled, len(group))
+            device, at_once = self._place((rows, width), coupled, len(group))
             size = 1 if device is None else min(at_once, moments_in_memory(rows, width, coupled))
             count = -(-len(group) // max(size, 1))
             cut += [group[number::count] for number in range(count)]
@@ -162,7 +162,7 @@ class OutputRounding:
         for name, each in zip(names, weights, strict=True):
             self._refuse_other_shape(name, each)
         coupled = self._coupled(names[0])
-        device, _ = self._place(names[0], weights[0].shape[1:], coupled, len(names))
+        device, _ = self._place(weights[0].shape[1:], coupled, len(names), say=names[0])
         kept = self._ready_for(names)
         ready = list(pool.map(lambda name: self._ready(name, kept, device), names))
         rounded = [Rounded(blocks[0], 0.0, 0.0) for blocks in stock]
@@ -177,7 +177,7 @@ class OutputRounding:
 
     def _round_experts(self, name: str, weights: Floats, stock: Bytes, kind: TensorType) -> list[Rounded]:
         """Rounds each expert of a tensor by itself, on a device as many at once as fit."""
-        device, at_once = self._place(name, weights.shape[1:], False, len(weights))
+        device, at_once = self._place(weights.shape[1:], False, len(weights), say=name)
         rounded: list[Rounded] = []
         ready: list[SecondMoments] = []
         # Moments are read expert by expert: those of hundreds do not fit into memory together.
@@ -224,16 +224,17 @@ class OutputRounding:
         """Whether rows of a tensor make up for each other's errors."""
         return self._options.two_sided and any(file.shape(name).n_out for file in self._moments if name in file)
 
-    def _place(self, name: str, shape: tuple[int, ...], coupled: bool, count: int) -> tuple[str | None, int]:
-        """What rounds `count` matrices of a shape (rows, width), and how many of them at once."""
+    def _place(self, shape: tuple[int, ...], coupled: bool, count: int, say: str = "") -> tuple[str | None, int]:
+        """What rounds `count` matrices of a shape (rows, width), and how many of them at once.
+
+        `say` is the tensor of which is said that it does not fit, if there is one.
+        """
         if self._device is None:
             return None, 1
         rows, width = shape
         fitting = min(fit_device(rows, width, coupled, self._device), count)
-        if not fitting:
-            self._progress.info(
-                f"{name} does not fit into the memory of the device ({self._device}): the CPU rounds it"
-            )
+        if not fitting and say:
+            self._progress.info(f"{say} does not fit into the memory of the device ({self._device}): the CPU rounds it")
         if not fitting or (coupled and not self._named and fitting < WORTHWHILE):
             return None, 1
         return self._device, fitting
@@ -257,7 +258,8 @@ class OutputRounding:
         Each thread keeps those of its last group: `trial.render_all` renders one group after the other.
         """
         kept: dict[str, SecondMoments | None] = getattr(self._last, "moments", {})
-        self._last.moments = kept = {name: kept[name] for name in names if name in kept}
+        if kept.keys().isdisjoint(names):
+            self._last.moments = kept = {}  # frees the memory first
         return kept
 
     def _ready(self, name: str, kept: dict[str, SecondMoments | None], device: str | None) -> SecondMoments | None:
