@@ -50,7 +50,7 @@ PARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("quantize/", (), "prepare"),
     ("engine/presets.py", (), "prepare"),
     ("gguf/", (), "read"),
-    ("evaluate/lanes.py", ("_side_by_side",), LANES),
+    ("engine/lanes.py", ("_side_by_side",), LANES),
     ("show/", (), "show"),
     ("text/", (), "text"),
 )
@@ -59,7 +59,7 @@ PARTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 def in_lane(frame: types.FrameType | None) -> bool:
     """Whether a stack is that of a lane's thread."""
     while frame is not None:
-        if "evaluate/lanes.py" in frame.f_code.co_filename and frame.f_code.co_name == "follow":
+        if "engine/lanes.py" in frame.f_code.co_filename and frame.f_code.co_name == "follow":
             return True
         frame = frame.f_back
     return False

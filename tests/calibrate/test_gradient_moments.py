@@ -55,12 +55,12 @@ def whole(model, text, tmp_path_factory):
 def test_killed_again_and_again_it_ends_with_the_bytes_of_one_segment(model, text, whole, tmp_path, monkeypatch):
     computed, original, forward = [], gradient_pass.GradientPass._chunk, UnfinishedWork.append_row
 
-    def dying(self, segment, place, entries):
+    def dying(self, segment, turn, entries):
         if len(computed) in (2, 7, 11, 19):
             computed.append(None)
             raise KeyboardInterrupt
-        original(self, segment, place, entries)
-        computed.append((segment.first, place))
+        computed.append((segment.first, turn.chunk))
+        return original(self, segment, turn, entries)
 
     def half_a_row(self, name, index, row):
         forward(self, name, index, row)
@@ -88,17 +88,40 @@ def test_killed_again_and_again_it_ends_with_the_bytes_of_one_segment(model, tex
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("options", [GRADIENTS, LITTLE])
+def test_chunks_side_by_side_give_the_same_bytes(model, text, whole, tmp_path, options, threads):
+    decoding = WORK["decoding"].replace(threads=threads)
+    collect_moments(model, [text], tmp_path / "m.gguf", options=options, **(WORK | {"decoding": decoding}))
+    assert (tmp_path / "m.gguf").read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("broken", [5, 6])
+def test_an_error_in_a_chunk_ends_the_one_beside_it(model, text, tmp_path, monkeypatch, broken):
+    original = gradient_pass.GradientPass._chunk
+
+    def failing(self, segment, turn, entries):
+        if turn.chunk == broken:
+            raise BitladderError("this chunk is broken")
+        return original(self, segment, turn, entries)
+
+    monkeypatch.setattr(gradient_pass.GradientPass, "_chunk", failing)
+    work = WORK | {"decoding": WORK["decoding"].replace(threads=2)}
+    with pytest.raises(BitladderError, match="this chunk is broken"):
+        collect_moments(model, [text], tmp_path / "m.gguf", options=GRADIENTS, **work)
+
+
 def test_sums_on_a_device_are_kept_and_taken_up_again(model, text, whole, tmp_path, monkeypatch):
     cpu, original, computed = torch.Tensor.cpu, gradient_pass.GradientPass._chunk, []
     # As on a device, whose memory is apart from that of `cpu()`.
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: cpu(self).clone())
     monkeypatch.setattr(UnfinishedWork, "due", lambda _: True)
 
-    def dying(self, segment, place, entries):
-        computed.append(place)
+    def dying(self, segment, turn, entries):
+        computed.append(turn.chunk)
         if len(computed) == 6:
             raise KeyboardInterrupt
-        original(self, segment, place, entries)
+        return original(self, segment, turn, entries)
 
     monkeypatch.setattr(gradient_pass.GradientPass, "_chunk", dying)
     work = WORK | {"decoding": WORK["decoding"].replace(device="torch")}
@@ -262,11 +285,11 @@ def test_where_no_gradient_reaches_there_are_moments_of_zeros(text, tmp_path):
 def test_state_without_its_gradients_is_refused_once(model, text, whole, tmp_path, monkeypatch):
     original, calls = gradient_pass.GradientPass._chunk, []
 
-    def dying(self, segment, place, entries):
+    def dying(self, segment, turn, entries):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        original(self, segment, place, entries)
-        calls.append(place)
+        calls.append(turn.chunk)
+        return original(self, segment, turn, entries)
 
     monkeypatch.setattr(gradient_pass.GradientPass, "_chunk", dying)
     monkeypatch.setattr(UnfinishedWork, "due", lambda _: True)

@@ -159,6 +159,9 @@ def test_the_file_has_each_experts_moments_and_tokens(models, tmp_path):
     heard = Heard()
     collect_moments(path, [text], tmp_path / "m.gguf", progress=heard, **work)
     assert any("tokens are weighted by gradients" in line for line in heard.lines)
+    side_by_side = work | {"decoding": Decoding(n_ctx=64, threads=2)}
+    collect_moments(path, [text], tmp_path / "two.gguf", **side_by_side)
+    assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
     plain = MomentsOptions(weighting="tokens")
     collect_moments(path, [text], tmp_path / "plain.gguf", options=plain, **work)
     with MomentsFile(tmp_path / "m.gguf") as weighted, MomentsFile(tmp_path / "plain.gguf") as counted:

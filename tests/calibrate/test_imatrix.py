@@ -18,7 +18,7 @@ from bitladder.calibrate import (
     read_imatrix,
     write_imatrix,
 )
-from bitladder.calibrate.collect_imatrix import ImatrixCollector
+from bitladder.calibrate.collect_imatrix import BatchSquares, ImatrixSums
 from bitladder.calibrate.coverage import tokens_needed
 from bitladder.calibrate.inputs import model_inputs
 from bitladder.engine import Context, Decoding, Model, Multiplication
@@ -73,6 +73,17 @@ def test_equals_llama_imatrix(which, request, tools, calibration_text, text, tmp
     assert result.gaps == theirs.gaps() and bool(result.gaps) == (which == "moe")
 
 
+@pytest.mark.parametrize("chunks", [1, 9])
+def test_threads_change_no_byte(tiny_gguf, text, tmp_path, chunks):
+    """Batches of two chunks: one thread decodes one after the other, two and three two batches side by side."""
+    files = set()
+    for threads in (1, 2, 3):
+        decoding = SHORT.replace(n_batch=256, threads=threads)
+        collect_imatrix(tiny_gguf, [text], tmp_path / "i", reading=first(chunks), decoding=decoding)
+        files.add((tmp_path / "i").read_bytes())
+    assert len(files) == 1
+
+
 def test_their_tool_reads_ours_and_we_read_theirs_in_both_formats(tools, tiny_gguf, text, tmp_path):
     collect_imatrix(tiny_gguf, [text], tmp_path / "a.gguf", reading=first(3), decoding=SHORT)
     collect_imatrix(
@@ -102,16 +113,18 @@ def test_expert_sums_are_brute_force(moe, text):
     """Every expert's sums, recomputed token by token in float64 from what the engine shows."""
     shown = []
 
-    class Both(ImatrixCollector):
+    class Both(BatchSquares):
         def see(self, seen: Multiplication, inputs, experts):
             if experts is not None:
                 shown.append((seen, inputs.astype(np.float64), experts))
             super().see(seen, inputs, experts)
 
     with Model(moe) as model:
-        collector, tokens = Both(model_inputs(model)), model.tokenize(text.text)[:128]
-        with Context(model, SHORT, observer=collector) as context:
+        collector, tokens = ImatrixSums(model_inputs(model)), model.tokenize(text.text)[:128]
+        observer = Both(collector.entries)
+        with Context(model, SHORT, observer=observer) as context:
             context.decode(tokens, np.arange(128), np.zeros(128, int), np.ones(128, bool))
+        collector.add(observer.take())
     assert len(shown) == 6
     for seen, inputs, experts in shown:
         sums, counts = np.zeros((8, inputs.shape[2])), np.zeros(8, int)
@@ -328,10 +341,12 @@ def test_leaving_the_head_out_changes_nothing_else(tiny_gguf, text):
     found, logits = [], []
     for skip_head in (False, True):
         with Model(tiny_gguf) as model:
-            collector, tokens = ImatrixCollector(model_inputs(model)), model.tokenize(text.text)[:256]
-            with Context(model, Decoding(n_ctx=256), observer=collector, skip_head=skip_head) as context:
+            collector, tokens = ImatrixSums(model_inputs(model)), model.tokenize(text.text)[:256]
+            observer = collector.observer()
+            with Context(model, Decoding(n_ctx=256), observer=observer, skip_head=skip_head) as context:
                 context.decode(tokens, np.arange(256), np.zeros(256, int), np.ones(256, bool))
                 logits.append(context.logits().copy())
+            collector.add(observer.take())
         found.append(collector.entries)
     assert not np.allclose(*logits, atol=1)  # without the head they are whatever lay in that memory
     assert found[0].keys() == found[1].keys()

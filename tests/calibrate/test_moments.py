@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -205,8 +206,8 @@ def test_killed_in_two_passes_it_ends_with_the_same_bytes(tied, text, tmp_path, 
     original, kill_at = passes.watch_chunks, [2, 5]
 
     def dying(*arguments, **options):
-        for done in original(*arguments, **options):
-            yield done  # the state is saved before this goes on
+        for done, kept in original(*arguments, **options):
+            yield done, kept  # the state is saved before this goes on
             decoded.append(done)
             if len(decoded) in kill_at:
                 raise KeyboardInterrupt
@@ -223,6 +224,38 @@ def test_killed_in_two_passes_it_ends_with_the_same_bytes(tied, text, tmp_path, 
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert (tmp_path / "ai.gguf").read_bytes() == (tmp_path / "bi.gguf").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "ai.gguf", "b.gguf", "bi.gguf"]
+
+
+@pytest.mark.parametrize("n_ubatch", [512, 32])
+@pytest.mark.parametrize("which", ["tied", "moe"])
+def test_threads_change_no_byte(which, n_ubatch, request, text, tmp_path):
+    """One thread decodes chunk by chunk, two and three two chunks side by side."""
+    path = request.getfixturevalue(which)
+    path, files = path if which == "moe" else path[1], set()
+    for threads in (1, 2, 3):
+        out, beside = tmp_path / f"{threads}.gguf", tmp_path / f"{threads}.imatrix"
+        decoding = Decoding(n_ctx=64, n_ubatch=n_ubatch, threads=threads)
+        reading = Reading(chunks=7)
+        collect_moments(path, [text], out, imatrix=beside, options=PLAIN, reading=reading, decoding=decoding)
+        files.add(out.read_bytes() + beside.read_bytes())
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("broken", [2, 3])
+def test_an_error_in_a_chunk_ends_the_one_beside_it(tied, text, tmp_path, monkeypatch, broken):
+    inputs = sys.modules["bitladder.calibrate.inputs"]
+    original, row = inputs.decode_columns, rows_of(tied[1], text, n_ctx=64, chunks=6)[broken]
+
+    def decode_columns(context, rows, first, stop):
+        if np.array_equal(rows[0], row):
+            raise BitladderError("this chunk is broken")
+        original(context, rows, first, stop)
+
+    monkeypatch.setattr(inputs, "decode_columns", decode_columns)
+    options = {"options": PLAIN, "reading": Reading(chunks=6, spread=False)}
+    with pytest.raises(BitladderError, match="this chunk is broken"):
+        collect_moments(tied[1], [text], tmp_path / "m", decoding=DECODING.replace(threads=2), **options)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane ")]
 
 
 def test_what_another_job_or_a_crash_left_is_not_used(tied, text, tmp_path, monkeypatch):

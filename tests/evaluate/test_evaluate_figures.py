@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 
+from bitladder.engine import PIECE, Workers
 from bitladder.errors import BitladderError
 from bitladder.evaluate import figures
 from bitladder.evaluate.base.basefile import pack, unpack
-from bitladder.evaluate.divergence import PIECE, Workers, divergence, score_rows
+from bitladder.evaluate.divergence import divergence, score_rows
 from bitladder.evaluate.score_chunks import TokenScores
 
 ROWS, VOCAB = 37, PIECE + 5_001  # more than one piece, and no multiple of a block

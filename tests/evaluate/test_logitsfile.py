@@ -11,14 +11,13 @@ import types
 import numpy as np
 import pytest
 
-from bitladder.engine import Context
+from bitladder.engine import Context, Workers
 from bitladder.engine.native import llama
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Lanes, MeasureOptions
 from bitladder.evaluate.base import logits_file
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file, pack_rows, write_logits_file
-from bitladder.evaluate.divergence import Workers
 from bitladder.evaluate.figures import divergence_figures
 from bitladder.text import Text, load_text
 

@@ -7,13 +7,13 @@ Which inputs count follows llama-imatrix: weights of blocks (and the output head
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.coverage import Counts, ExpertCounter, coverage_warning, covered, expert_counts
+from bitladder.calibrate.coverage import Counts, ExpertCounts, coverage_warning, covered, expert_counts
 from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix, zeros_in
 from bitladder.calibrate.inputs import (
     MIN_CALIBRATION_CTX,
@@ -26,7 +26,7 @@ from bitladder.calibrate.inputs import (
     refuse_short,
 )
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
-from bitladder.engine import Context, Decoding, Model, Multiplication, Tokens
+from bitladder.engine import Decoding, Lane, Lanes, Model, Multiplication, Tokens
 from bitladder.errors import UsageError
 from bitladder.gguf import in_main_block
 from bitladder.keys import Algorithm
@@ -70,39 +70,51 @@ class ImatrixResult:
     gaps: dict[str, list[int]]
 
 
-class ImatrixCollector:
-    """The observer that adds up. Sums of one batch are float32, the total float64, so that no token is lost in it."""
+class Squares(NamedTuple):
+    """The sums of squares of an input over the tokens of one computation.
 
-    def __init__(self, inputs: Sequence[WeightInput], process_output: bool = False) -> None:
-        self.entries: dict[str, ImatrixEntry] = {}
+    Parameters:
+        weight: the weight.
+        expert: the expert; None for all matrices.
+        squares: float32 [1, matrices × n_in], of an expert [n_in].
+        tokens: their number.
+    """
+
+    weight: str
+    expert: int | None
+    squares: Floats
+    tokens: int
+
+
+class BatchSquares:
+    """An observer that keeps the squares of the inputs of one batch, for sums that are made of several batches.
+
+    Parameters:
+        wanted: the weights.
+    """
+
+    def __init__(self, wanted: Collection[str]) -> None:
+        self._wanted = wanted
+        self._parts: list[Squares] = []
         self._shared: tuple[int, str, Floats] | None = None
-        # All sums are there from the start, so that the state of interrupted work can be read into them.
-        for shared in inputs:
-            for name in shared.names:
-                if in_main_block(name) or (process_output and name == "output.weight"):
-                    columns = shared.matrices * shared.width
-                    shape = (shared.matrices, shared.width) if shared.experts else (1, columns)
-                    self.entries[name] = ImatrixEntry(np.zeros(shape), np.zeros(shape[0], np.int64), shared.experts)
 
     def wants(self, seen: Multiplication) -> bool:
         """Whether a multiplication counts. A dense input of fewer than 16 tokens does not."""
-        return seen.weight in self.entries and (seen.experts or seen.tokens >= MIN_CALIBRATION_CTX)
+        return seen.weight in self._wanted and (seen.experts or seen.tokens >= MIN_CALIBRATION_CTX)
 
     def see(self, seen: Multiplication, inputs: Floats, experts: Experts | None) -> None:
-        """Add the squares of these inputs."""
-        entry = self.entries[seen.weight]
+        """Keeps the squares of these inputs."""
         if experts is None:
             matrices = seen.shape[2] * seen.shape[3]
-            entry.sums += self._squares(seen, inputs, matrices).reshape(1, -1)
-            entry.counts += inputs.shape[0] * inputs.shape[1] // matrices
+            squares = self._squares(seen, inputs, matrices).reshape(1, -1)
+            self._parts.append(Squares(seen.weight, None, squares, inputs.shape[0] * inputs.shape[1] // matrices))
             return
         for expert in np.unique(experts):
             tokens, slots = np.nonzero(experts == expert)
             rows = inputs[tokens, slots % inputs.shape[1]]
             squares = np.einsum("ij,ij->j", rows, rows)
             refuse_not_finite(seen, squares)
-            entry.sums[expert] += squares
-            entry.counts[expert] += len(tokens)
+            self._parts.append(Squares(seen.weight, int(expert), squares, len(tokens)))
 
     def _squares(self, seen: Multiplication, inputs: Floats, matrices: int) -> Floats:
         # Q, K and V multiply the same input one after the other, and so do gate and up: it is squared once.
@@ -114,6 +126,38 @@ class ImatrixCollector:
         refuse_not_finite(seen, sums)
         self._shared = (seen.input_id, seen.weight, sums)
         return sums
+
+    def take(self) -> list[Squares]:
+        """What was kept since the last call."""
+        parts, self._parts = self._parts, []
+        return parts
+
+
+class ImatrixSums:
+    """The sums of all batches, float64, so that no token is lost in them. Those of one computation are float32."""
+
+    label = "imatrix"
+
+    def __init__(self, inputs: Sequence[WeightInput], process_output: bool = False) -> None:
+        self.entries: dict[str, ImatrixEntry] = {}
+        # All sums are there from the start, so that the state of interrupted work can be read into them.
+        for shared in inputs:
+            for name in shared.names:
+                if in_main_block(name) or (process_output and name == "output.weight"):
+                    columns = shared.matrices * shared.width
+                    shape = (shared.matrices, shared.width) if shared.experts else (1, columns)
+                    self.entries[name] = ImatrixEntry(np.zeros(shape), np.zeros(shape[0], np.int64), shared.experts)
+
+    def observer(self) -> BatchSquares:
+        """An observer whose squares can be added."""
+        return BatchSquares(self.entries)
+
+    def add(self, parts: Sequence[Squares]) -> None:
+        """Adds what an observer kept."""
+        for part in parts:
+            entry, place = self.entries[part.weight], slice(None) if part.expert is None else part.expert
+            entry.sums[place] += part.squares
+            entry.counts[place] += part.tokens
 
     @property
     def counts(self) -> dict[str, Counts]:
@@ -175,9 +219,9 @@ def collect_imatrix(
     settings = [reading, decoding, decoding.n_batch, decoding.n_ubatch, options]
     work = UnfinishedWork(out, job_key(model, texts, IMATRIX, settings=settings))
     with Model(model, gpu_layers=decoding.gpu_layers) as loaded:
-        collector = ImatrixCollector(model_inputs(loaded, decoding.threads), options.process_output)
-        read = _decode(loaded, texts, reading, collector, decoding, options.process_output, work, progress)
-    total.add(collector.imatrix([text.name for text in texts], decoding.n_ctx))
+        sums = ImatrixSums(model_inputs(loaded, decoding.threads), options.process_output)
+        read = _decode(loaded, texts, reading, sums, decoding, options.process_output, work, progress)
+    total.add(sums.imatrix([text.name for text in texts], decoding.n_ctx))
     result = _write(total, out, options.form, len(read), reading.expert_coverage, progress)
     work.remove()
     return result
@@ -257,7 +301,7 @@ def covering_chunks(
     if reading.expert_coverage is None or not any(shared.experts for shared in inputs):
         return reading.rows(model, texts, decoding.n_ctx)
     if not work.has(COVERING):
-        work.put(COVERING, _decode(model, texts, reading, ExpertCounter(inputs), decoding, False, work, progress))
+        work.put(COVERING, _decode(model, texts, reading, ExpertCounts(inputs), decoding, False, work, progress))
     return np.asarray(work.get(COVERING))
 
 
@@ -265,7 +309,7 @@ def _decode(
     model: Model,
     texts: Sequence[Text],
     reading: Reading,
-    collector: ImatrixCollector | ExpertCounter,
+    sums: ImatrixSums | ExpertCounts,
     decoding: Decoding,
     head: bool,
     work: UnfinishedWork,
@@ -279,30 +323,34 @@ def _decode(
         chunks = np.concatenate([chunks, reading.further(model, texts, n_ctx)])
     side_by_side = max(1, decoding.n_batch // n_ctx)
     step = min(decoding.n_batch, n_ctx)
-    state, label = collector.state(), "imatrix" if isinstance(collector, ImatrixCollector) else "experts"
-    done = work.load_state(label, state, progress)
+    state = sums.state()
+    done = work.load_state(sums.label, state, progress)
+    # What is read for the experts is read chunk by chunk, so that batches do not decide how much it is.
+    starts = [*range(done, least, side_by_side), *range(max(done, least), len(chunks))]
+    batches = [chunks[start : min(start + side_by_side, least) if start < least else start + 1] for start in starts]
+
+    def read(lane: Lane, number: int) -> Any:
+        lane.context.clear()
+        for first in range(0, n_ctx, step):
+            decode_columns(lane.context, batches[number], first, min(first + step, n_ctx))
+        return lanes.watching[lane.number].take()
+
+    def enough() -> bool:
+        return done >= least and covered(sums.counts.values(), reading.expert_coverage or 0)
+
+    whole_batches = decoding.replace(n_batch=side_by_side * step)
     with (
-        Context(
-            model,
-            decoding.replace(n_batch=side_by_side * step),
-            n_seq=side_by_side,
-            observer=collector,
-            skip_head=not head,
-        ) as context,
-        progress.task(label, len(chunks)) as bar,
+        Lanes(model, whole_batches, n_seq=side_by_side, observer=sums.observer, skip_head=not head) as lanes,
+        progress.task(sums.label, len(chunks)) as bar,
     ):
         bar.advance(done)
-        while done < len(chunks):
-            if done >= least and covered(collector.counts.values(), reading.expert_coverage or 0):
-                break
-            # What is read for the experts is read chunk by chunk, so that batches do not decide how much it is.
-            rows = chunks[done : min(done + side_by_side, least) if done < least else done + 1]
-            context.clear()
-            for first in range(0, n_ctx, step):
-                decode_columns(context, rows, first, min(first + step, n_ctx))
-            done += len(rows)
-            bar.advance(len(rows))
+        for batch, parts in zip(batches, lanes.each(0 if enough() else len(batches), read), strict=False):
+            sums.add(parts)
+            done += len(batch)
+            bar.advance(len(batch))
             if work.due():
-                work.save_state(label, done, state)
+                work.save_state(sums.label, done, state)
+            if enough():
+                break
         bar.advance(len(chunks) - done)
     return chunks[:done]

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixCollector, ImatrixOptions, covering_chunks
+from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixOptions, ImatrixSums, covering_chunks
 from bitladder.calibrate.coverage import coverage_warning
 from bitladder.calibrate.gradients.usable import (
     check_logits,
@@ -181,7 +181,7 @@ def collect_moments(
             provenance = Provenance(datasets, len(chunks), decoding.n_ctx, weighting, model_sha256(model))
             beside = None
             if imatrix is not None:
-                beside = ImatrixCollector(inputs, options.imatrix.process_output), datasets
+                beside = ImatrixSums(inputs, options.imatrix.process_output), datasets
             if weighting != "gradients":
                 weights = _position_weights(model, chunks, work, decoding, options, progress)
                 planned = plan_passes(make_entries(inputs, weights, decoding.n_ctx), options.memory_bytes())
@@ -221,13 +221,14 @@ def _why_not_trusted(
     with Model(model, vocab_only=True) as vocabulary:
         tokens = reading.rows(vocabulary, texts, decoding.n_ctx)[0]
     from bitladder.calibrate.gradients.forward import TorchModel
-    from bitladder.calibrate.gradients.gradient_pass import choose_matrices, plan_entries, room_for_sums
+    from bitladder.calibrate.gradients.gradient_pass import choose_matrices, lanes_of, plan_entries, room_for_sums
 
     try:
         memory, threads = options.memory_bytes(), decoding.threads
         with torch_threads(threads), TorchModel(model, memory=memory // 2, threads=threads) as ours:
             check_logits(model, ours.checked(tokens), threads=threads, ours=ours)
-            room_for_sums(ours, plan_entries(ours, choose_matrices(ours, None), options.gradients), memory)
+            plans = plan_entries(ours, choose_matrices(ours, None), options.gradients)
+            room_for_sums(ours, plans, memory, lanes_of(ours, threads))
     except GradientsError as error:
         return str(error)
     return None

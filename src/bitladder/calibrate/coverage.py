@@ -207,25 +207,48 @@ def listed(names: list[str]) -> str:
     )
 
 
-class ExpertCounter:
-    """An observer that counts the tokens of each expert.
+class _ChosenExperts:
+    """An observer that keeps how often each expert was chosen."""
+
+    def __init__(self, wanted: Mapping[str, Counts]) -> None:
+        self._wanted = wanted
+        self._parts: list[tuple[str, Counts]] = []
+
+    def wants(self, seen: Multiplication) -> bool:
+        """Whether these are experts, not seen under another name."""
+        return seen.weight in self._wanted
+
+    def see(self, seen: Multiplication, inputs: Floats, experts: Experts | None) -> None:
+        """Counts the tokens."""
+        assert experts is not None
+        self._parts.append((seen.weight, np.bincount(experts.reshape(-1), minlength=len(self._wanted[seen.weight]))))
+
+    def take(self) -> list[tuple[str, Counts]]:
+        """What was kept since the last call."""
+        parts, self._parts = self._parts, []
+        return parts
+
+
+class ExpertCounts:
+    """The tokens of each expert.
 
     Parameters:
         inputs: inputs of the model's weights. Only those of experts are watched, once in a block.
     """
 
+    label = "experts"
+
     def __init__(self, inputs: Sequence[WeightInput]) -> None:
         self.counts = {shared.leader: np.zeros(shared.matrices, np.int64) for shared in inputs if shared.experts}
 
-    def wants(self, seen: Multiplication) -> bool:
-        """Whether these are experts, not seen under another name."""
-        return seen.weight in self.counts
+    def observer(self) -> _ChosenExperts:
+        """An observer whose counts can be added."""
+        return _ChosenExperts(self.counts)
 
-    def see(self, seen: Multiplication, inputs: Floats, experts: Experts | None) -> None:
-        """Counts the tokens."""
-        assert experts is not None
-        counts = self.counts[seen.weight]
-        counts += np.bincount(experts.reshape(-1), minlength=len(counts))
+    def add(self, parts: Sequence[tuple[str, Counts]]) -> None:
+        """Adds what an observer kept."""
+        for name, counts in parts:
+            self.counts[name] += counts
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
         """The arrays that grow, by name."""

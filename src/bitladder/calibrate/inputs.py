@@ -1,13 +1,25 @@
 """The inputs of a model's weights: which there are, which weights share one, and the decoding that shows them."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Context, Decoding, Model, Multiplication, SatisfiedObserver, Tokens, WatchingUntilSatisfied
+from bitladder.calibrate.turns import Turn, Turns
+from bitladder.engine import (
+    LANES,
+    Context,
+    Decoding,
+    Lane,
+    Lanes,
+    Model,
+    Multiplication,
+    SatisfiedObserver,
+    Tokens,
+    WatchingUntilSatisfied,
+)
 from bitladder.errors import BitladderError, UsageError, overflow
 from bitladder.gguf import in_main_block
 
@@ -79,37 +91,83 @@ def model_inputs(model: Model, threads: int | None = None) -> list[WeightInput]:
 
 
 class ChunkObserver(SatisfiedObserver, Protocol):
-    """An observer that hears which tokens come next."""
+    """An observer that hears which tokens come next. It wants an input at most once in a computation, or keeps it."""
 
-    def begin(self, chunk: int, first: int, count: int) -> None:
+    def begin(self, first: int, count: int) -> None:
         """The next computation has the tokens first … first+count−1 of a chunk, in order."""
+
+    def take(self) -> Any:
+        """What it kept of the chunk."""
 
 
 def watch_chunks(
-    model: Model, chunks: Tokens, observer: ChunkObserver, decoding: Decoding, *, done: int = 0
-) -> Iterator[int]:
-    """Decodes chunks one after the other for an observer, and yields the number of chunks that are done.
+    model: Model,
+    chunks: Tokens,
+    observers: Callable[[], ChunkObserver],
+    decoding: Decoding,
+    *,
+    done: int = 0,
+) -> Iterator[tuple[int, list[Any]]]:
+    """Decodes chunks for observers.
 
-    Each computation ends with the last input that the observer waits for.
+    Chunks are decoded side by side, but each input is shown in the order of the chunks: what observers add up does not
+    depend on the number of threads. Each computation ends with the last input that its observer waits for.
 
     Parameters:
         model: the loaded model.
         chunks: int32 [chunks, n_ctx].
-        observer: is shown the inputs.
-        decoding: its `n_ubatch` is the number of tokens of a computation; its `threads` are used.
+        observers: makes an observer, which is shown the inputs of one chunk after the other. Observers share what they
+            add up. No two of them are shown the same input at once.
+        decoding: its `n_ubatch` is the number of tokens of a computation; its `threads` and `gpu_layers` are used.
         done: chunks to skip.
+
+    Yields:
+        The number of chunks that are done, of which the observers were shown all inputs and no input of a later one,
+        and what observers kept of each chunk since the last time.
     """
     n_ctx = chunks.shape[1]
     step = min(decoding.n_ubatch, n_ctx)
-    decoding = Decoding(n_ctx=n_ctx, n_batch=step, n_ubatch=step, threads=decoding.threads)
-    with Context(model, decoding, callback=WatchingUntilSatisfied(observer)) as context:
-        for index in range(done, len(chunks)):
-            context.clear()
-            for first in range(0, n_ctx, step):
-                stop = min(first + step, n_ctx)
-                observer.begin(index, first, stop - first)
-                decode_columns(context, chunks[index : index + 1], first, stop)
-            yield index + 1
+    # A chunk of several computations is past an input only in its last one: the next chunk would wait for too long.
+    most = LANES if step == n_ctx else 1
+    decoding = decoding.replace(n_ctx=n_ctx, n_batch=step, n_ubatch=step)
+    seen = [_InTurn(observers()) for _ in range(most)]
+    callbacks = iter([WatchingUntilSatisfied(each) for each in seen])
+    with Lanes(model, decoding, callback=lambda: next(callbacks), most=most) as lanes:
+        while done < len(chunks):
+            turns = Turns(range(done, min(done + len(lanes), len(chunks))))
+
+            def read(lane: Lane, number: int, turns: Turns = turns) -> Any:
+                with turns.of(turns.chunks[number]) as turn:
+                    lane.context.clear()
+                    for first in range(0, n_ctx, step):
+                        stop = min(first + step, n_ctx)
+                        seen[lane.number].begin(first, stop - first, turn, last=stop == n_ctx)
+                        decode_columns(lane.context, chunks[turn.chunk : turn.chunk + 1], first, stop)
+                    return seen[lane.number].take()
+
+            kept = list(lanes.each(len(turns.chunks), read))
+            done = turns.chunks.stop
+            yield done, kept
+
+
+class _InTurn:
+    """An observer that shows another one its inputs when it is the chunk's turn."""
+
+    def __init__(self, observer: ChunkObserver) -> None:
+        self._observer = observer
+        self.wants, self.satisfied, self.take = observer.wants, observer.satisfied, observer.take
+
+    def begin(self, first: int, count: int, turn: Turn, *, last: bool) -> None:
+        """As of `ChunkObserver`; and whether this is the last computation of the chunk."""
+        self._turn, self._last = turn, last
+        self._observer.begin(first, count)
+
+    def see(self, seen: Multiplication, inputs: Floats, experts: Experts | None) -> None:
+        """Waits for the turn."""
+        self._turn.wait(seen.weight)
+        self._observer.see(seen, inputs, experts)
+        if self._last:
+            self._turn.leave(seen.weight)
 
 
 def decode_columns(context: Context, rows: Tokens, first: int, stop: int) -> None:

@@ -7,6 +7,8 @@ The library is loaded when the first of its functions is used, not by an import.
     presets      the type that llama-quantize gives each tensor
     model        a loaded model and its vocabulary
     context      decoding: its options, batches, logits
+    lanes        chunks that are decoded side by side
+    workers      threads that share small pieces of work
     observe      callbacks that watch the computation
     activations  callbacks that round or disturb activations
     weights      the weights of a loaded model, read and replaced in place
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
         processors,
         single_threaded,
     )
+    from bitladder.engine.lanes import LANES, Lane, Lanes
     from bitladder.engine.model import Model, Tokens
     from bitladder.engine.native import library, log, versions
     from bitladder.engine.observe import (
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
         type_by_name,
     )
     from bitladder.engine.weights import Weights
+    from bitladder.engine.workers import PIECE, Workers
 
 __all__ = [
     "ACCEL",
@@ -89,13 +93,17 @@ __all__ = [
     "GPU",
     "GPUS",
     "IGPU",
+    "LANES",
     "MIN_CTX",
+    "PIECE",
     "Context",
     "Decoding",
     "Device",
     "Floats",
     "HiddenStates",
     "KernelInputs",
+    "Lane",
+    "Lanes",
     "Model",
     "Multiplication",
     "NoisyOutputs",
@@ -109,6 +117,7 @@ __all__ = [
     "Tokens",
     "WatchingUntilSatisfied",
     "Weights",
+    "Workers",
     "all_types",
     "as_torch",
     "backend_names",

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from bitladder.units import number_of
 MIN_CTX = 4
 Floats = npt.NDArray[np.float32]
 FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
+_GO_ON, _STOP = b"0", b"1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,11 @@ class Context(Closing):
         self._callback = Watching(observer, skip_head=skip_head) if observer else callback
         if self._callback:
             params.cb_eval = self._callback.callback
+        # The CPU asks at each node whether to stop. C's atoi answers from this memory: Python's lock is not needed.
+        self._going = ctypes.create_string_buffer(_GO_ON)
+        library = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+        params.abort_callback = ctypes.cast(library.atoi, llama.ggml_abort_callback)
+        params.abort_callback_data = ctypes.addressof(self._going)
         log.lines.clear()
         self._context = llama.llama_init_from_model(model.handle, params)
         if not self._context:
@@ -199,6 +206,14 @@ class Context(Closing):
             yield
         finally:
             llama.llama_set_n_threads(self._context, self._threads, self._threads)
+
+    def stop(self) -> None:
+        """Ends the computation at hand, and the next ones, with an error: called from another thread. A GPU goes on."""
+        self._going.value = _STOP
+
+    def go_on(self) -> None:
+        """Undoes `stop`."""
+        self._going.value = _GO_ON
 
     def synchronize(self) -> None:
         """Waits until everything is computed."""

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file
     from bitladder.evaluate.figures import average, mean
     from bitladder.evaluate.identity import Identity, NoResults, ResultFolder, Results, identify
-    from bitladder.evaluate.lanes import Lanes
     from bitladder.evaluate.measure import (
         MEASURE,
         Measurement,
@@ -81,7 +80,6 @@ __all__ = [
     "Figure",
     "HiddenBase",
     "Identity",
-    "Lanes",
     "LogitsFile",
     "MeasureOptions",
     "Measurement",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Model, versions
+from bitladder.engine import Lanes, Model, versions
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate.base import hidden
 from bitladder.evaluate.base.basefile import is_base_file
@@ -21,7 +21,6 @@ from bitladder.evaluate.base.logits_file import is_logits_file, write_logits_fil
 from bitladder.evaluate.divergence import refuse_alike
 from bitladder.evaluate.figures import divergence_figures, likelihood_figures
 from bitladder.evaluate.identity import Identity, NoResults, Results, check_vocabularies, identify, unlike
-from bitladder.evaluate.lanes import Lanes
 from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.score_chunks import TokenScores, compare_with_base, token_nll
 from bitladder.evaluate.scores import BaseModelName, NamedFile, Scores, TextScores

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Context, KernelInputs, Model, single_threaded, type_by_name
+from bitladder.engine import Context, KernelInputs, Model, Workers, single_threaded, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
-from bitladder.evaluate.divergence import LogitBlocks, Workers, check_finite, divergence
+from bitladder.evaluate.divergence import LogitBlocks, check_finite, divergence
 from bitladder.evaluate.figures import mean
 from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.evaluate.scores import Noise, NoiseFigure

@@ -6,10 +6,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import single_threaded
+from bitladder.engine import Lane, Lanes, single_threaded
 from bitladder.errors import overflow
 from bitladder.evaluate.divergence import BaseRows, LogitBlocks, check_finite, divergence, refuse_broken, score_rows
-from bitladder.evaluate.lanes import Lane, Lanes
 from bitladder.evaluate.measure_options import decode
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Chunks

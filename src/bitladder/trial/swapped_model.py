@@ -19,12 +19,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Decoding, KernelInputs, Model, TensorType, Weights, type_by_name, versions
+from bitladder.engine import Decoding, KernelInputs, Lanes, Model, TensorType, Weights, type_by_name, versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate import (
     Figure,
     HiddenBase,
-    Lanes,
     MeasureOptions,
     compare_with_base,
     identify,

@@ -27,7 +27,8 @@ class TorchModel(Closing):
     """A model file as a function that can be differentiated with respect to what its matrices put out.
 
     `head` names the tensor that makes the logits (the embeddings where they are tied). `matrices` are the weights that
-    inputs are multiplied by, in the order of the computation, the head last.
+    inputs are multiplied by, in the order of the computation, the head last; `uses` says how often each one is. Several
+    threads may compute at once, but for the values of `half`.
 
     Parameters:
         path: the model.
@@ -66,7 +67,8 @@ class TorchModel(Closing):
             # Whatever transformers' modules of a model that nobody tried do.
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
             raise GradientsError(f"{self.path.name}: transformers' modules fail: {problem}") from error
-        self.matrices = [*self._layers.multiplied, self.head]
+        self.uses = {**self._layers.uses, self.head: 1}
+        self.matrices = list(self.uses)
 
     def close(self) -> None:
         """Forget the weights and close the file."""
@@ -143,7 +145,7 @@ class TorchModel(Closing):
 
         A backward pass from the result shows `tap` those of the weights `names` that are in these blocks.
         """
-        self._layers.tapped, self._layers.tap = frozenset(names), tap
+        self._layers.set_tap(names, tap)
         with torch.enable_grad():
             leaf = stream.detach().requires_grad_()
             return Differentiable(leaf, self.run(leaf, first, stop, final=stop == self.modules.blocks))
@@ -161,7 +163,7 @@ class TorchModel(Closing):
 
         With `names` they can be differentiated: a backward pass from them shows `tap` those weights, as `backward`.
         """
-        self._layers.tapped, self._layers.tap = frozenset(names), tap
+        self._layers.set_tap(names, tap)
         with torch.set_grad_enabled(bool(names)):
             stream = self.embed(tokens)
             if names:

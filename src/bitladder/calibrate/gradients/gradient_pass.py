@@ -4,11 +4,17 @@ The blocks of a model are cut into segments whose sums fit into memory. Every ch
 last segment; the residual streams at the cuts are kept in a folder. Then each segment, the last one first, is computed
 again from its stream and differentiated from the gradient that the segment above left. So a model of any depth is read
 twice forward and once back; one that is a single segment once forward and once back.
+
+Two chunks are computed side by side, each with half of the threads, because threads of torch wait for each other after
+each of many small operations. They add to the sums in their order.
 """
 
 import collections
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -16,12 +22,14 @@ from bitladder.calibrate.gradients.entry_sums import EntryPlan, EntrySums, Outpu
 from bitladder.calibrate.gradients.forward import HEAD_ROWS, TorchModel
 from bitladder.calibrate.gradients.torch_weights import Routed
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions
+from bitladder.calibrate.turns import Turn, Turns
 from bitladder.calibrate.unfinished import UnfinishedWork
-from bitladder.engine import Tokens, as_torch, device_memory
+from bitladder.engine import LANES, Tokens, as_torch, device_memory, threads_available
 from bitladder.errors import GradientsError, UsageError
 from bitladder.gguf import block_of, kind_of
 from bitladder.progress import Bar, Progress
 
+Result = TypeVar("Result")
 MOST_STATE = 2 << 30  # bytes of sums of a segment: what is saved each minute
 BASE_BYTES = 600 << 20  # of a process that has loaded torch and the library
 _HEADS, _WIDE = ("attn_q", "attn_k"), ("ffn_gate", "ffn_up")
@@ -81,8 +89,13 @@ def _output_shape(model: TorchModel, name: str, options: GradientOptions) -> Out
     return OutputShape(head, n_out // head) if kind in _HEADS else OutputShape(n_out, 1)
 
 
+def lanes_of(model: TorchModel, threads: int | None) -> int:
+    """Chunks that are computed side by side. A device computes one after the other."""
+    return LANES if model.device is None and (threads or threads_available()) >= LANES else 1
+
+
 def plan_segments(
-    model: TorchModel, plans: Sequence[EntryPlan], stop: int, memory: int, length: int, sketch: int
+    model: TorchModel, plans: Sequence[EntryPlan], stop: int, memory: int, length: int, sketch: int, lanes: int
 ) -> list[Segment]:
     """The segments below block `stop` down to the lowest that has an entry, from the last to the first.
 
@@ -93,6 +106,7 @@ def plan_segments(
         memory: bytes for the sums of a segment and for what its backward pass keeps. A block is never cut.
         length: tokens of a chunk.
         sketch: as of `GradientOptions`.
+        lanes: chunks that are computed side by side.
     """
     by_block: dict[int, list[EntryPlan]] = {}
     for plan in plans:
@@ -105,7 +119,7 @@ def plan_segments(
     kept, last = 0, stop
     for block in range(stop - 1, lowest - 1, -1):
         own = sum(sums_bytes(plan, sketch) for plan in by_block.get(block, []))
-        graph = _graph_bytes(model, block, length)
+        graph = lanes * _graph_bytes(model, block, length)
         if block + 1 < last and (sums + own > MOST_STATE or sums + own + kept + graph > memory):
             segments.append(Segment(block + 1, last, tuple(entries)))
             entries, sums, kept, last = [], 0, 0, block + 1
@@ -114,13 +128,13 @@ def plan_segments(
     return [*segments, Segment(min(lowest, last), last, tuple(entries))]
 
 
-def room_for_sums(model: TorchModel, plans: Sequence[EntryPlan], memory: int) -> int:
+def room_for_sums(model: TorchModel, plans: Sequence[EntryPlan], memory: int, lanes: int) -> int:
     """Bytes of `memory` that are left for sums, beside the weights, and beside torch, some logits and factors.
 
     Raises GradientsError where the experts of one block have larger sums than that: a block is never cut.
     """
     widest = max(model.shape(name)[1] for name in model.matrices)
-    fixed = BASE_BYTES + 5 * 4 * HEAD_ROWS * model.n_vocab + 3 * 4 * widest * widest
+    fixed = BASE_BYTES + lanes * (5 * 4 * HEAD_ROWS * model.n_vocab + 3 * 4 * widest * widest)
     room = memory - model.weights.most_bytes - fixed
     sizes: collections.Counter[int | None] = collections.Counter()
     for plan in plans:
@@ -159,6 +173,7 @@ class GradientPass:
         options: how tokens are weighted.
         memory: bytes for sums and for what a backward pass keeps.
         work: keeps streams, gradients, and the state of the segment at hand.
+        threads: threads of the CPU.
     """
 
     def __init__(
@@ -169,8 +184,10 @@ class GradientPass:
         options: GradientOptions,
         memory: int,
         work: UnfinishedWork,
+        threads: int | None,
     ) -> None:
         self._model, self._chunks, self._options, self._work = model, chunks, options, work
+        self._threads, self._lanes = threads or threads_available(), lanes_of(model, threads)
         pilots = range(0, len(chunks), options.pilots) if len(chunks) >= options.fewest else range(0)
         self._pilots = len(pilots)
         # Every segment reads the chunks in this order.
@@ -180,7 +197,9 @@ class GradientPass:
         stop = model.modules.blocks
         if work.has(NEXT_STOP):
             stop = int(work.get(NEXT_STOP))
-        self._segments = plan_segments(model, plans, stop, memory, length, options.sketch) if stop else []
+        self._segments = []
+        if stop:
+            self._segments = plan_segments(model, plans, stop, memory, length, options.sketch, self._lanes)
 
     def run(self, progress: Progress) -> Iterator[list[EntrySums]]:
         """Yields the entries of each segment when they are complete. The next one begins when they were kept."""
@@ -201,13 +220,47 @@ class GradientPass:
         """Keeps the residual stream of each chunk at some cuts, the highest first."""
         done = min(self._work.kept_rows(_stream(cut), self._stream_shape) for cut in cuts)
         bar.advance(done)
-        for place in range(done, len(self._order)):
-            with torch.no_grad():
-                stream, first = self._model.embed(self._chunks[self._order[place]]), 0
-                for cut in reversed(cuts):
-                    stream, first = self._model.run(stream, first, cut), cut
+
+        @torch.no_grad()
+        def forward(turn: Turn) -> list[torch.Tensor]:
+            streams = [self._model.embed(self._chunks[self._order[turn.chunk]])]
+            for first, cut in itertools.pairwise([0, *reversed(cuts)]):
+                turn.turns.check()
+                streams.append(self._model.run(streams[-1], first, cut))
+            return streams[1:]
+
+        for group in self._groups(done):
+            for place, streams in zip(group, self._side_by_side(group, forward), strict=True):
+                for cut, stream in zip(reversed(cuts), streams, strict=True):
                     self._work.append_row(_stream(cut), place, stream[0].numpy())
-            bar.advance()
+            bar.advance(len(group))
+
+    def _groups(self, done: int) -> Iterator[range]:
+        """Places of chunks that are computed side by side. Those for the leverages are apart from the rest."""
+        while done < len(self._order):
+            stop = min(done + self._lanes, len(self._order))
+            stop = self._pilots if done < self._pilots < stop else stop
+            yield range(done, stop)
+            done = stop
+
+    def _side_by_side(self, group: range, work: Callable[[Turn], Result]) -> list[Result]:
+        """The results of a group. Chunks that have no one beside them get all threads."""
+        turns = Turns(group)
+
+        def in_turn(place: int) -> Result:
+            with turns.of(place) as turn:
+                return work(turn)
+
+        if len(group) == 1:
+            return [in_turn(group.start)]
+        shares = iter([self._threads // len(group) + (n < self._threads % len(group)) for n in range(len(group))])
+        with ThreadPoolExecutor(len(group), initializer=lambda: torch.set_num_threads(next(shares))) as pool:
+            running = [pool.submit(in_turn, place) for place in group]
+            try:
+                return [each.result() for each in running]
+            except BaseException as error:
+                turns.stop(error)
+                raise
 
     def _segment(self, segment: Segment, bar: Bar, progress: Progress) -> list[EntrySums]:
         device = self._place(segment, progress)
@@ -222,16 +275,19 @@ class GradientPass:
         for entry in entries:
             entry.put()
             entry.learned = entry.leverages_known and 0 < self._pilots < done
-        for place in range(done, len(self._order)):
-            if self._pilots and place == self._pilots:
-                for entry in entries:
-                    entry.use_leverages()
-            self._chunk(segment, place, by_name)
-            bar.advance()
+        for group in self._groups(done):
+            if self._pilots and group.start == self._pilots:
+                with ThreadPoolExecutor(self._lanes) as pool:
+                    list(pool.map(EntrySums.use_leverages, entries))
+            downs = self._side_by_side(group, lambda turn: self._chunk(segment, turn, by_name))
+            for place, down in zip(group, downs, strict=True):
+                if down is not None:
+                    self._work.append_row(_gradient(segment.first), place, down.numpy())
+            bar.advance(len(group))
             if self._work.due():
                 for entry in entries:
                     entry.fetch()
-                self._work.save_state(label, place + 1, state)
+                self._work.save_state(label, group.stop, state)
         return entries
 
     def _place(self, segment: Segment, progress: Progress) -> torch.device | None:
@@ -248,33 +304,49 @@ class GradientPass:
             return None
         return as_torch(self._model.device)
 
-    def _chunk(self, segment: Segment, place: int, entries: dict[str, EntrySums]) -> None:
-        """Computes one chunk forward and back through a segment, and adds it to the entries."""
-        model, index, last = self._model, self._order[place], segment.stop == self._model.modules.blocks
+    def _chunk(self, segment: Segment, turn: Turn, entries: dict[str, EntrySums]) -> torch.Tensor | None:
+        """Computes one chunk forward and back through a segment, and adds it to the entries.
+
+        Returns the gradient for the segment below, [draws, length, width]; None if there is none.
+        """
+        model, place, draws = self._model, turn.chunk, self._options.draws
+        index, last = self._order[place], segment.stop == self._model.modules.blocks
         if segment.first:
             stream = torch.from_numpy(self._work.read_row(_stream(segment.first), place, self._stream_shape))[None]
         else:
             stream = model.embed(self._chunks[index])
+        left = {
+            entry.plan.names[0]: draws * sum(model.uses[each] for each in entry.plan.names)
+            for entry in entries.values()
+        }
 
         def tap(name: str, inputs: torch.Tensor, gradients: torch.Tensor, routed: Routed | None) -> None:
-            entries[name].add(name, inputs, gradients, routed)
+            sums = entries[name].plan.names[0]
+            turn.wait(sums)
+            if name == model.head:
+                entries[name].add_powers(name, inputs, gradients, gradients)
+            else:
+                entries[name].add(name, inputs, gradients, routed)
+            left[sums] -= 1
+            if not left[sums]:
+                turn.leave(sums)
 
         part = model.differentiable(stream, segment.first, segment.stop, entries.keys() - {model.head}, tap)
         generator = chunk_generator(self._options.seed, index)
         kept = None if last else self._work.read_row(_gradient(segment.stop), place, self._gradient_shape)
         downs = []
-        for draw in range(self._options.draws):
+        for draw in range(draws):
+            turn.turns.check()
             if kept is None:
                 hidden = part.result.detach()[0]
                 gradient, squares = model.head_backward(hidden, generator)
                 if model.head in entries:
-                    entries[model.head].add_powers(model.head, hidden, squares, squares)
+                    tap(model.head, hidden, squares, None)
             else:
                 gradient = torch.from_numpy(kept[draw])
             if segment.first < segment.stop:
-                downs.append(part.backward(gradient[None], last=draw + 1 == self._options.draws)[0])
-        if segment.first and downs:
-            self._work.append_row(_gradient(segment.first), place, torch.stack(downs).numpy())
+                downs.append(part.backward(gradient[None], last=draw + 1 == draws)[0])
+        return torch.stack(downs) if segment.first and downs else None
 
 
 def _stream(block: int) -> str:

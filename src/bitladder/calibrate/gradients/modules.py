@@ -8,6 +8,7 @@ with the experts that the router chose for each token; its stacked weights are t
 """
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -140,6 +141,7 @@ class Modules:
         self._stack = self._block_list()
         self._recorders = [_Recorder() for _ in range(self.blocks)]
         self._length = 0
+        self._recording = threading.Lock()  # the model without its blocks, or without all but the head, runs for one
         heads = {}
         with Model(file.path, vocab_only=True) as vocabulary:
             permuted = vocabulary.rotates_neighbours and not self._rotates_neighbours()
@@ -155,13 +157,15 @@ class Modules:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The residual stream [1, length, width] before the first block, of tokens [length]."""
-        self._record({"input_ids": tokens[None]})
-        return self._recorders[0].stream
+        with self._recording:
+            self._record({"input_ids": tokens[None]})
+            return self._recorders[0].stream
 
     def run(self, stream: torch.Tensor, first: int, stop: int, *, final: bool) -> torch.Tensor:
         """Blocks first…stop−1, and the final norm, over a residual stream [1, length, width]."""
-        if self._length != stream.shape[1]:
-            self._record({"inputs_embeds": stream.detach()})
+        with self._recording:
+            if self._length != stream.shape[1]:
+                self._record({"inputs_embeds": stream.detach()})
         for block in range(first, stop):
             positional, named = self._recorders[block].arguments
             out = self._stack[block](stream, *positional, **named)
@@ -190,11 +194,12 @@ class Modules:
                 return MoeModelOutputWithPast(last_hidden_state=raw[None])
 
         prefix = self._causal.base_model_prefix
-        setattr(self._causal, prefix, Given())
-        try:
-            logits: torch.Tensor = self._causal(input_ids=torch.zeros(1, len(raw), dtype=torch.int64)).logits[0]
-        finally:
-            setattr(self._causal, prefix, self._base)
+        with self._recording:
+            setattr(self._causal, prefix, Given())
+            try:
+                logits: torch.Tensor = self._causal(input_ids=torch.zeros(1, len(raw), dtype=torch.int64)).logits[0]
+            finally:
+                setattr(self._causal, prefix, self._base)
         return logits
 
     @torch.no_grad()

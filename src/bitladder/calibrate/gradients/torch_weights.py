@@ -3,7 +3,9 @@
 As many tensors are in memory as a budget allows.
 """
 
+import collections
 import dataclasses
+import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -67,6 +69,7 @@ class TorchWeights(Closing):
         self._kept: dict[tuple[str, int], torch.Tensor] = {}
         self._halves: dict[tuple[str, int], torch.Tensor] = {}
         self._kernels = RowKernels(threads)
+        self._keeping = threading.Lock()
         self.used: set[str] = set()
 
     @property
@@ -146,9 +149,10 @@ class TorchWeights(Closing):
     def _keep(
         self, kept: dict[tuple[str, int], torch.Tensor], name: str, matrix: int, values: torch.Tensor
     ) -> torch.Tensor:
-        if values.nbytes <= self._room:
-            self._room -= values.nbytes
-            kept[name, matrix] = values
+        with self._keeping:  # another chunk may have read it meanwhile
+            if (name, matrix) not in kept and values.nbytes <= self._room:
+                self._room -= values.nbytes
+                kept[name, matrix] = values
         return values
 
     def replace(self, name: str, values: torch.Tensor) -> None:
@@ -183,18 +187,18 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, layers: "Layers", name: str, routed: Routed | None) -> torch.Tensor:
         ctx.layers, ctx.name, ctx.routed = layers, name, routed
-        ctx.tapped = name in layers.tapped
-        if ctx.tapped:
+        ctx.tap = layers.tap_of(name)
+        if ctx.tap is not None:
             ctx.save_for_backward(inputs)
         return layers.multiply(inputs, name, routed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         layers, (gradient,) = ctx.layers, gradients
-        if ctx.tapped:
+        if ctx.tap is not None:
             (inputs,) = ctx.saved_tensors
             rows = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-            layers.tap(ctx.name, *rows, ctx.routed)
+            ctx.tap(ctx.name, *rows, ctx.routed)
         down = layers.back(gradient, ctx.name, ctx.routed) if ctx.needs_input_grad[0] else None
         return down, None, None, None
 
@@ -210,9 +214,21 @@ class Layers:
     def __init__(self, weights: TorchWeights, half: bool = False) -> None:
         self.weights = weights
         self.half = half
-        self.tapped: Collection[str] = ()
-        self.tap: Tap = nothing
-        self.multiplied: dict[str, None] = {}  # weights in the order of their first use
+        self._own = threading.local()  # chunks that are computed side by side have taps of their own
+        self.uses: collections.Counter[str] = collections.Counter()  # products made with each weight, in their order
+
+    def set_tap(self, names: Collection[str], tap: Tap) -> None:
+        """What a backward pass shows of the products that this thread makes from now on.
+
+        Parameters:
+            names: the weights.
+            tap: is shown them.
+        """
+        self._own.names, self._own.tap = frozenset(names), tap
+
+    def tap_of(self, name: str) -> Tap | None:
+        """Who is shown this weight."""
+        return self._own.tap if name in getattr(self._own, "names", ()) else None
 
     def multiply(self, inputs: torch.Tensor, name: str, routed: Routed | None = None) -> torch.Tensor:
         """Inputs [..., n_in] times the transpose of a weight, float32; rows that are routed, times their experts."""
@@ -244,7 +260,7 @@ class Layers:
 
     def linear(self, inputs: torch.Tensor, prefix: str, routed: Routed | None = None) -> torch.Tensor:
         """Multiplies by PREFIX.weight and adds PREFIX.bias where the file has one."""
-        self.multiplied.setdefault(f"{prefix}.weight")
+        self.uses[f"{prefix}.weight"] += 1
         product: torch.Tensor = _Multiply.apply(inputs, self, f"{prefix}.weight", routed)  # type: ignore[no-untyped-call]
         bias = f"{prefix}.bias"
         return product + self.weights.get(bias) if self.weights.has(bias) else product

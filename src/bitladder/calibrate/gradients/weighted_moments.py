@@ -190,10 +190,16 @@ def gradient_pass(
         work: keeps what is finished.
         threads: threads of the CPU.
     """
-    from bitladder.calibrate.gradients.gradient_pass import GradientPass, choose_matrices, plan_entries, room_for_sums
+    from bitladder.calibrate.gradients.gradient_pass import (
+        GradientPass,
+        choose_matrices,
+        lanes_of,
+        plan_entries,
+        room_for_sums,
+    )
 
     plans = plan_entries(model, choose_matrices(model, names), options)
-    room = room_for_sums(model, plans, memory)
+    room = room_for_sums(model, plans, memory, lanes_of(model, threads))
     try:
         check_logits(model.path, model.checked(chunks[0]), threads=threads, ours=model)
     except BitladderError:
@@ -201,7 +207,7 @@ def gradient_pass(
             raise
         model.half = False  # bfloat16 alone can move the logits of a model too far
         check_logits(model.path, model.checked(chunks[0]), threads=threads, ours=model)
-    return GradientPass(model, chunks, plans, options, room, work)
+    return GradientPass(model, chunks, plans, options, room, work, threads)
 
 
 def moments_by_gradients(

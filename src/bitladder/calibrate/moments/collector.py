@@ -1,4 +1,4 @@
-"""Entries of moments, the parts of them that fit into memory, and the observer that adds them up."""
+"""Entries of moments, the parts of them that fit into memory, and the observers that add them up."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.collect_imatrix import ImatrixCollector
+from bitladder.calibrate.collect_imatrix import ImatrixSums, Squares
 from bitladder.calibrate.inputs import Experts, Floats, WeightInput, refuse_not_finite
 from bitladder.calibrate.moments.triangles import MomentSums, WeightedSums, add_tokens, sums_bytes
 from bitladder.engine import Multiplication
@@ -148,7 +148,7 @@ class _WatchedInput:
 
 
 class MomentCollector:
-    """Adds up the inputs of some parts. `begin` says before each computation which tokens come.
+    """The parts that are collected. Its observers are shown the inputs.
 
     Parameters:
         parts: the parts.
@@ -156,18 +156,29 @@ class MomentCollector:
     """
 
     def __init__(self, parts: Sequence[EntryPart], pool: Executor | None = None) -> None:
-        self._pool = pool
+        self.pool = pool
         self.parts = [PartSums(part) for part in parts]
-        self._watched: dict[str, _WatchedInput] = {}
+        self.watched: dict[str, _WatchedInput] = {}
         for leader, shared in {part.entry.input.leader: part.entry.input for part in parts}.items():
             grown = [sums for sums in self.parts if sums.part.entry.input == shared]
-            self._watched[leader] = _watched(shared, grown)
+            self.watched[leader] = _watched(shared, grown)
+
+    def observer(self) -> "MomentObserver":
+        """An observer that adds to the parts. Only one at a time may see an input."""
+        return MomentObserver(self)
+
+
+class MomentObserver:
+    """Adds up the inputs of a collector's parts. `begin` says before each computation which tokens come."""
+
+    def __init__(self, collector: MomentCollector) -> None:
+        self._collector = collector
         self._waiting: set[str] = set()
         self._first, self._count = 0, 0
 
-    def begin(self, chunk: int, first: int, count: int) -> None:
+    def begin(self, first: int, count: int) -> None:
         """See `ChunkObserver.begin`."""
-        self._waiting = set(self._watched)
+        self._waiting = set(self._collector.watched)
         self._first, self._count = first, count
 
     def wants(self, seen: Multiplication) -> bool:
@@ -178,10 +189,13 @@ class MomentCollector:
         """Whether all inputs were seen in this computation."""
         return not self._waiting
 
+    def take(self) -> None:
+        """All is in the parts."""
+
     def see(self, seen: Multiplication, inputs: Floats, experts: Experts | None) -> None:
         """Adds these inputs."""
         self._waiting.discard(seen.weight)
-        watched = self._watched[seen.weight]
+        watched = self._collector.watched[seen.weight]
         tokens = inputs.shape[1] if experts is None else len(experts)
         if watched.rest is not None and tokens != self._count:
             raise BitladderError(
@@ -211,7 +225,7 @@ class MomentCollector:
             targets.append(WeightedSums(sums.sums[matrix - part.start], common, others))
             sums.counts[matrix - part.start] += len(rows)
         if targets:
-            add_tokens(rows if not rest.any() else rows[~rest], rows[rest], targets, self._pool)
+            add_tokens(rows if not rest.any() else rows[~rest], rows[rest], targets, self._collector.pool)
 
 
 def _watched(shared: WeightInput, parts: list[PartSums]) -> _WatchedInput:
@@ -230,33 +244,37 @@ def _watched(shared: WeightInput, parts: list[PartSums]) -> _WatchedInput:
     return _WatchedInput(shared, parts, common, rest if rest.ndim else None)
 
 
-class MomentsAndImatrix:
-    """A MomentCollector, and an ImatrixCollector that sees the same multiplications."""
+class MomentsAndSquares:
+    """A MomentObserver, and an observer of squares that sees the same multiplications."""
 
-    def __init__(self, moments: MomentCollector, imatrix: ImatrixCollector) -> None:
-        self._moments, self._imatrix = moments, imatrix
+    def __init__(self, moments: MomentObserver, imatrix: ImatrixSums) -> None:
+        self._moments, self._squares, self._weights = moments, imatrix.observer(), imatrix.entries
         self._waiting: set[str] = set()
 
-    def begin(self, chunk: int, first: int, count: int) -> None:
+    def begin(self, first: int, count: int) -> None:
         """See `ChunkObserver.begin`."""
-        self._moments.begin(chunk, first, count)
-        self._waiting = set(self._imatrix.entries)
+        self._moments.begin(first, count)
+        self._waiting = set(self._weights)
 
     def wants(self, seen: Multiplication) -> bool:
         """Whether one of the two wants this input."""
-        imatrix = self._imatrix.wants(seen)
-        if not imatrix:
+        squares = self._squares.wants(seen)
+        if not squares:
             self._waiting.discard(seen.weight)
-        return self._moments.wants(seen) or imatrix
+        return self._moments.wants(seen) or squares
 
     def see(self, seen: Multiplication, inputs: Floats, experts: Experts | None) -> None:
         """Shows the input to those that want it."""
         self._waiting.discard(seen.weight)
         if self._moments.wants(seen):
             self._moments.see(seen, inputs, experts)
-        if self._imatrix.wants(seen):
-            self._imatrix.see(seen, inputs, experts)
+        if self._squares.wants(seen):
+            self._squares.see(seen, inputs, experts)
 
     def satisfied(self) -> bool:
         """Whether both have seen all they wait for in this computation."""
         return not self._waiting and self._moments.satisfied()
+
+    def take(self) -> list[Squares]:
+        """The squares of the chunk."""
+        return self._squares.take()

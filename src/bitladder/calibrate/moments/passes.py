@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.collect_imatrix import ImatrixCollector
+from bitladder.calibrate.collect_imatrix import ImatrixSums
 from bitladder.calibrate.imatrix import write_imatrix
-from bitladder.calibrate.inputs import Floats, watch_chunks
-from bitladder.calibrate.moments.collector import EntryPart, MomentCollector, MomentEntry, MomentsAndImatrix, PartSums
+from bitladder.calibrate.inputs import ChunkObserver, Floats, watch_chunks
+from bitladder.calibrate.moments.collector import EntryPart, MomentCollector, MomentEntry, MomentsAndSquares, PartSums
 from bitladder.calibrate.moments.schema import MomentShape, Provenance
 from bitladder.calibrate.moments.triangles import triangle
 from bitladder.calibrate.unfinished import UnfinishedWork
@@ -18,6 +18,7 @@ from bitladder.files import sha256_bytes
 from bitladder.progress import Progress
 
 IMATRIX_FILE = "imatrix.gguf"
+_Beside = tuple[ImatrixSums, list[str]] | None  # an importance matrix that is collected too, and names of its texts
 
 
 def run_passes(
@@ -25,7 +26,7 @@ def run_passes(
     chunks: Tokens,
     passes: Sequence[Sequence[EntryPart]],
     work: UnfinishedWork,
-    imatrix: tuple[ImatrixCollector, list[str]] | None,
+    imatrix: _Beside,
     decoding: Decoding,
     progress: Progress,
 ) -> dict[str, PartSums]:
@@ -64,9 +65,15 @@ def run_passes(
             label = sha256_bytes("\n".join(state).encode())
             done = work.load_state(label, state, progress)
             bar.advance(done)
-            observer = collector if beside is None else MomentsAndImatrix(collector, beside[0])
-            for read in watch_chunks(model, chunks, observer, decoding, done=done):
-                bar.advance()
+
+            def observer(collector: MomentCollector = collector, beside: _Beside = beside) -> ChunkObserver:
+                return collector.observer() if beside is None else MomentsAndSquares(collector.observer(), beside[0])
+
+            for read, squares in watch_chunks(model, chunks, observer, decoding, done=done):
+                if beside is not None:
+                    for part in squares:
+                        beside[0].add(part)
+                bar.advance(len(squares))
                 if work.due():
                     work.save_state(label, read, state)
             if beside is not None:

@@ -11,12 +11,11 @@ import pathlib
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import HiddenStates, dequantize_into, versions
+from bitladder.engine import HiddenStates, Lane, Lanes, dequantize_into, versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
 from bitladder.evaluate.divergence import BaseRows, RowScores, refuse_broken, score_rows
 from bitladder.evaluate.identity import Identity
-from bitladder.evaluate.lanes import Lane, Lanes
 from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import Closing, replacing
 from bitladder.gguf import GgufFile

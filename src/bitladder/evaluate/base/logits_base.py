@@ -7,11 +7,10 @@ import pathlib
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Model
+from bitladder.engine import Lanes, Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.logits_file import Codes, Floats, Layout, LogitsFile
 from bitladder.evaluate.divergence import BaseRows
-from bitladder.evaluate.lanes import Lanes
 from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.score_chunks import TokenScores, compare_with_base
 from bitladder.files import Closing, sha256_file

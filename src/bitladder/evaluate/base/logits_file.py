@@ -16,10 +16,9 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import MIN_CTX
+from bitladder.engine import MIN_CTX, Lane, Lanes, Workers
 from bitladder.errors import BitladderError
-from bitladder.evaluate.divergence import Workers, score_rows
-from bitladder.evaluate.lanes import Lane, Lanes
+from bitladder.evaluate.divergence import score_rows
 from bitladder.evaluate.measure_options import MeasureOptions, decode
 from bitladder.files import Closing, replacing
 from bitladder.progress import SILENT, Progress

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Context, Model, Tokens
-from bitladder.evaluate.divergence import Workers, score_rows
+from bitladder.engine import Context, Model, Tokens, Workers
+from bitladder.evaluate.divergence import score_rows
 from bitladder.evaluate.tasks.task import Question, TaskKind
 
 Integers = npt.NDArray[np.int64]

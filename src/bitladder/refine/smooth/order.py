@@ -150,27 +150,31 @@ class _HeadInputs:
     """Keeps the inputs of the head."""
 
     def __init__(self) -> None:
-        self.inputs: list[Floats] = []
+        self._kept: list[Floats] = []
         self._seen = False
 
-    def begin(self, chunk: int, first: int, count: int) -> None:
+    def begin(self, first: int, count: int) -> None:
         self._seen = False
 
     def wants(self, seen: Multiplication) -> bool:
         return seen.weight == EMBEDDINGS
 
     def see(self, seen: Multiplication, inputs: Floats, experts: npt.NDArray[np.int32] | None) -> None:
-        self.inputs.append(inputs.reshape(-1, inputs.shape[-1]).copy())
+        self._kept.append(inputs.reshape(-1, inputs.shape[-1]).copy())
         self._seen = True
 
     def satisfied(self) -> bool:
         return self._seen
 
+    def take(self) -> list[Floats]:
+        kept, self._kept = self._kept, []
+        return kept
+
 
 def _head_inputs(file: GgufFile, chunks: int, threads: int | None) -> Floats:
-    observer = _HeadInputs()
+    kept: list[Floats] = []
     with Model(file.path, repack=False) as model:
         tokens = np.random.default_rng(0).integers(0, model.n_vocab, (chunks, LENGTH)).astype(np.int32)
-        for _ in watch_chunks(model, tokens, observer, Decoding(threads=threads)):
-            pass
-    return np.concatenate(observer.inputs)
+        for _, of_chunks in watch_chunks(model, tokens, _HeadInputs, Decoding(threads=threads)):
+            kept += [inputs for of_chunk in of_chunks for inputs in of_chunk]
+    return np.concatenate(kept)

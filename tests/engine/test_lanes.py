@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from bitladder.engine import Model
+from bitladder.engine import Lanes, Model
 from bitladder.errors import BitladderError
-from bitladder.evaluate import Lanes, MeasureOptions, make_base, measure
+from bitladder.evaluate import MeasureOptions, make_base, measure
 from bitladder.evaluate.base.logits_file import write_logits_file
 from bitladder.files import sha256_file
 from bitladder.text import load_text
@@ -60,7 +60,7 @@ def test_results_come_in_order_and_what_is_left_over_gets_all_threads(lanes):
     assert {number for number, *_ in seen} == {0, 1}
     shares = {number: threads for number, chunk, threads, _ in seen if chunk < 6}
     assert sum(shares.values()) == 3
-    assert [(threads, name) for _, chunk, threads, name in seen if chunk == 6] == [(3, "MainThread")]
+    assert [(threads, name) for _, chunk, threads, name in seen if chunk == 6] == [(3, "lane 0")]
     assert list(lanes.each(0, work)) == []
 
 
@@ -107,3 +107,32 @@ def test_whoever_takes_no_more_results_waits_for_no_more_chunks(lanes):
     results.close()  # as Ctrl-C does
     assert len(done) < 10
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane ")]
+
+
+def decode(context):
+    """A chunk of some tokens."""
+    tokens = np.arange(N_CTX, dtype=np.int32)
+    context.clear()
+    context.decode(tokens, tokens, np.zeros(N_CTX, int), np.ones(N_CTX, bool))
+
+
+@pytest.mark.parametrize("how", ["results", "lanes"])
+def test_what_is_computed_ends_when_nobody_waits_for_it(lanes, how):
+    begun, ended = threading.Event(), []
+
+    def work(lane, chunk):
+        while chunk:
+            begun.set()
+            try:
+                decode(lane.context)
+            except BitladderError as error:
+                ended.append(str(error))
+                raise
+
+    results = lanes.each(2, work)
+    next(results)
+    assert begun.wait(10)
+    (results if how == "results" else lanes).close()
+    assert len(ended) == 1 and "failed (2)" in ended[0]
+    if how == "results":
+        assert list(lanes.each(3, lambda lane, chunk: decode(lane.context))) == [None] * 3

@@ -6,14 +6,15 @@ work. No figure depends on it: the library's sums do not depend on the number of
 """
 
 import contextlib
-import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
-from bitladder.engine import Context, Decoding, Model, threads_available
-from bitladder.evaluate.divergence import Workers
+from bitladder.engine.context import Context, Decoding
+from bitladder.engine.model import Model
+from bitladder.engine.types import threads_available
+from bitladder.engine.workers import Workers
 from bitladder.files import Closing
 
 Result = TypeVar("Result")
@@ -45,6 +46,8 @@ class Lanes(Closing):
         callback: makes what sees all nodes of a lane's graph, instead of an observer.
         n_seq: as of `Context`.
         kv_unified: alike.
+        skip_head: alike.
+        most: contexts at most.
 
     Attributes:
         watching: the observer or callback of each lane.
@@ -59,9 +62,11 @@ class Lanes(Closing):
         callback: Callable[[], Any] | None = None,
         n_seq: int = 1,
         kv_unified: bool = False,
+        skip_head: bool = False,
+        most: int = LANES,
     ) -> None:
         self._threads = threads = decoding.threads or threads_available()
-        count = LANES if threads >= LANES and decoding.gpu_layers == 0 else 1
+        count = most if threads >= most and decoding.gpu_layers == 0 else 1
         shares = [threads // count + (number < threads % count) for number in range(count)]
         make = observer or callback
         self.watching = [make() for _ in shares] if make else []
@@ -75,15 +80,19 @@ class Lanes(Closing):
                     callback=self.watching[number] if callback else None,
                     n_seq=n_seq,
                     kv_unified=kv_unified,
+                    skip_head=skip_head,
                 )
                 opened.enter_context(context)
                 workers = opened.enter_context(Workers(share, sum(shares[:number])))
                 self._lanes.append(Lane(number, context, workers))
             self._all = opened.enter_context(Workers(threads))
             self._opened = opened.pop_all()
+        self._results: Iterator[Any] = iter(())
 
     def close(self) -> None:
-        """Frees the contexts."""
+        """Ends what is computed, and frees the contexts."""
+        if isinstance(self._results, Generator):
+            self._results.close()
         self._opened.close()
 
     @property
@@ -91,53 +100,68 @@ class Lanes(Closing):
         """The model that is decoded."""
         return self._lanes[0].context.model
 
+    def __len__(self) -> int:
+        """Contexts."""
+        return len(self._lanes)
+
     def each(self, count: int, work: Callable[[Lane, int], Result]) -> Iterator[Result]:
         """Does some work for each of `count` chunks.
 
-        What is left over when every lane has the same number of chunks is done by one lane with all threads.
+        What is left over when every lane has the same number of chunks is done by one lane with all threads. Lanes do
+        one such work at a time. The computations at hand end when the results or the lanes are closed.
 
         Parameters:
             count: chunks.
             work: is called with a lane and the number of a chunk, in a thread of the lane.
 
-        Yields:
-            The results, in the order of the chunks.
+        Returns:
+            The results, in the order of the chunks. Work begins when the first one is taken.
 
         Raises:
             BaseException: what `work` raises, in the order of the chunks.
         """
+        self._results = results = self._each(count, work)
+        return results
+
+    def _each(self, count: int, work: Callable[[Lane, int], Result]) -> Iterator[Result]:
         shared = count - count % len(self._lanes) if len(self._lanes) > 1 else 0
-        if shared:
-            yield from self._side_by_side(shared, work)
+        yield from _side_by_side(self._lanes, range(shared), work)
         first = self._lanes[0]
-        whole = Lane(first.number, first.context, self._all)
         with first.context.more_threads(self._threads):
-            for chunk in range(shared, count):
-                yield work(whole, chunk)
+            yield from _side_by_side([first._replace(workers=self._all)], range(shared, count), work)
 
-    def _side_by_side(self, count: int, work: Callable[[Lane, int], Result]) -> Iterator[Result]:
-        results: list[Future[Result]] = [Future() for _ in range(count)]
-        numbers, stop = itertools.count(), threading.Event()
-        room = threading.Semaphore(AHEAD * len(self._lanes))
 
-        def follow(lane: Lane) -> None:
-            while room.acquire() and not stop.is_set() and (chunk := next(numbers)) < count:
-                try:
-                    results[chunk].set_result(work(lane, chunk))
-                except BaseException as error:  # it is raised where results are taken
-                    results[chunk].set_exception(error)
-                    return
+def _side_by_side(lanes: list[Lane], chunks: range, work: Callable[[Lane, int], Result]) -> Iterator[Result]:
+    results: dict[int, Future[Result]] = {chunk: Future() for chunk in chunks}
+    numbers, stop = iter(chunks), threading.Event()
+    room, one_by_one = threading.Semaphore(AHEAD * len(lanes)), threading.Lock()
 
-        threads = [threading.Thread(target=follow, args=(lane,), name=f"lane {lane.number}") for lane in self._lanes]
+    def follow(lane: Lane) -> None:
+        while room.acquire() and not stop.is_set():
+            with one_by_one:
+                chunk = next(numbers, None)
+            if chunk is None:
+                return
+            try:
+                results[chunk].set_result(work(lane, chunk))
+            except BaseException as error:  # it is raised where results are taken
+                results[chunk].set_exception(error)
+                return
+
+    threads = [threading.Thread(target=follow, args=(lane,), name=f"lane {lane.number}") for lane in lanes]
+    for thread in threads:
+        thread.start()
+    try:
+        for chunk in chunks:
+            yield results[chunk].result()
+            del results[chunk]
+            room.release()
+    finally:
+        stop.set()
+        for lane in lanes:
+            lane.context.stop()
+        room.release(len(threads))
         for thread in threads:
-            thread.start()
-        try:
-            for place, result in enumerate(results):
-                yield result.result()
-                results[place] = Future()  # frees the result
-                room.release()
-        finally:
-            stop.set()
-            room.release(len(threads))
-            for thread in threads:
-                thread.join()
+            thread.join()
+        for lane in lanes:
+            lane.context.go_on()

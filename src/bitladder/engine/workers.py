@@ -1,0 +1,55 @@
+"""Threads that share small pieces of work, each with scratch memory that fits into a core's cache."""
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from bitladder.engine.types import threads_available
+from bitladder.files import Closing
+
+PIECE = 1 << 15  # numbers of a piece: 128 KB, so that a few such arrays fit into a core's second-level cache
+
+
+class Workers(Closing):
+    """Threads that take work piece by piece. NumPy releases Python's lock, so the threads run in parallel.
+
+    Each thread has a number, its slot, and two scratch arrays of PIECE numbers, float32: `scratch[slot]`.
+
+    Parameters:
+        threads: their number; None for that of the CPUs.
+        first: the first slot.
+    """
+
+    def __init__(self, threads: int | None = None, first: int = 0) -> None:
+        self.threads = threads or threads_available()
+        self._first = first
+        self._pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
+        self.scratch = {first + number: np.empty((2, PIECE), np.float32) for number in range(self.threads)}
+
+    def close(self) -> None:
+        """Stops the threads."""
+        if self._pool:
+            self._pool.shutdown()
+
+    def run(self, count: int, work: Callable[[int, int], None]) -> None:
+        """Calls work(i, slot) for each i in 0 … count−1, in any order; the calling thread helps.
+
+        Raises what `work` raises.
+        """
+        # Threads take pieces one by one, because on a busy machine one thread can be far slower than the others.
+        counter = itertools.count()
+
+        def worker(slot: int) -> None:
+            while (index := next(counter)) < count:
+                work(index, slot)
+
+        helpers = min(self.threads, count) - 1
+        first = self._first
+        waiting = [self._pool.submit(worker, first + i + 1) for i in range(helpers)] if self._pool else []
+        try:
+            worker(first)
+        finally:
+            for future in waiting:
+                future.result()
