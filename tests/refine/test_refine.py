@@ -10,6 +10,7 @@ from calibrated import calibrate
 from heard import Heard
 
 from bitladder.calibrate import (
+    Correlations,
     Moment,
     MomentsFile,
     MomentShape,
@@ -349,13 +350,14 @@ def write_expert_moments(path, name, unreached=()):
     counts = rng.integers(1, 400, EXPERTS)
     counts[list(unreached)] = 0
 
-    def packed():
+    def matrices():
         for count in counts:
             x = rng.normal(size=(40, EXPERT_WIDTH)).astype(np.float32) * np.linspace(0.2, 2, EXPERT_WIDTH)
-            yield pack_triangle((x.T @ x / 40 if count else np.zeros((EXPERT_WIDTH,) * 2)).astype(np.float32))
+            inputs = (x.T @ x / 40 if count else np.zeros((EXPERT_WIDTH,) * 2)).astype(np.float32)
+            yield Correlations.of(pack_triangle(inputs)[None])
 
     with writing_moments(path, Provenance(["none"], 1, 64), {name: MomentShape(EXPERTS, EXPERT_WIDTH)}, {}) as writer:
-        writer.write_inputs(name, packed(), counts)
+        writer.write_inputs(name, matrices(), counts)
     return counts
 
 

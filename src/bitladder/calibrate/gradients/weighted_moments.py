@@ -291,8 +291,12 @@ class KeptMoments:
 
     def packed(self, name: str, matrix: int = 0) -> Floats:
         """See MomentsSource."""
-        packed: Floats = Correlations(*self._kept(_inputs(self._plans[name], matrix))).packed()[0]
+        packed: Floats = self.kept_inputs(name, matrix).packed()[0]
         return packed
+
+    def kept_inputs(self, name: str, matrix: int = 0) -> Correlations:
+        """See MomentsSource."""
+        return Correlations(*self._kept(_inputs(self._plans[name], matrix)))
 
     def outputs(self, name: str) -> Correlations | LowRank | None:
         """See MomentsSource."""

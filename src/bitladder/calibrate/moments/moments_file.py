@@ -38,6 +38,7 @@ from bitladder.calibrate.moments.triangles import (
     pack_triangle,
     triangle,
     unpack_triangle,
+    within_one,
 )
 from bitladder.engine import type_by_name
 from bitladder.errors import BitladderError, overflow
@@ -128,10 +129,13 @@ class MomentsFile(Closing):
 
     def packed(self, name: str, matrix: int = 0) -> Floats:
         """The moments of one matrix (expert) of a weight: see `unpack_triangle`."""
-        self.shape(name)
-        values, diagonals = self._pair(self.entry(name), INPUTS, INPUT_DIAGONALS, matrix, matrix + 1)
-        packed: Floats = Correlations(values, diagonals).packed()[0]
+        packed: Floats = self.kept_inputs(name, matrix).packed()[0]
         return packed
+
+    def kept_inputs(self, name: str, matrix: int = 0) -> Correlations:
+        """The moments of one matrix (expert) of a weight, as they are kept."""
+        self.shape(name)
+        return Correlations(*self._pair(self.entry(name), INPUTS, INPUT_DIAGONALS, matrix, matrix + 1))
 
     def outputs(self, name: str) -> Correlations | LowRank | None:
         """O = E[ggᵀ] as it is kept; None if it is not known."""
@@ -147,7 +151,7 @@ class MomentsFile(Closing):
     ) -> tuple[npt.NDArray[np.float16], Floats]:
         values = self._file.read(self._file.tensors[name + part], start, stop).view(np.float16)
         diagonals = self._file.read(self._file.tensors[name + diagonal], start, stop).view(np.float32)
-        if not (np.isfinite(diagonals).all() and (diagonals >= 0).all() and (np.abs(values) <= 1).all()):
+        if not (np.isfinite(diagonals).all() and (diagonals >= 0).all() and within_one(values)):
             raise BitladderError(
                 f"{self.path}: {name}{part} are no second moments: a value is not finite, a square is negative, or a "
                 "correlation is above 1; collect them again"
@@ -163,19 +167,18 @@ class MomentsWriter:
 
     def write(self, name: str, moment: Moment) -> None:
         """Appends an entry, which must be the next one, and its moments of outputs as a whole."""
-        self.write_inputs(name, map(pack_triangle, moment.inputs), moment.counts)
+        self.write_inputs(name, (Correlations.of(pack_triangle(each)[None]) for each in moment.inputs), moment.counts)
         if moment.outputs is not None:
             self.write_outputs(name, Correlations.of(pack_triangle(moment.outputs)[None]))
 
-    def write_inputs(self, name: str, matrices: Iterable[Floats], counts: npt.NDArray[np.int64]) -> None:
-        """Appends packed matrices (see `pack_triangle`), which are read one after the other.
+    def write_inputs(self, name: str, matrices: Iterable[Correlations], counts: npt.NDArray[np.int64]) -> None:
+        """Appends matrices, which are read one after the other.
 
         Raises BitladderError that names the weight if a value is not finite.
         """
         diagonals = []
-        for packed in matrices:
-            self._refuse_not_finite(name, packed)
-            part = Correlations.of(packed[None])
+        for part in matrices:
+            self._refuse_not_finite(name, part)
             self._put(name + INPUTS, part.values)
             diagonals.append(part.diagonals)
         self._put(name + INPUT_DIAGONALS, np.concatenate(diagonals))
@@ -183,15 +186,15 @@ class MomentsWriter:
 
     def write_outputs(self, name: str, outputs: Correlations | LowRank) -> None:
         """Appends moments of outputs. Raises BitladderError that names the weight if a value is not finite."""
-        self._refuse_not_finite(name, outputs.diagonals, outputs.values)
+        self._refuse_not_finite(name, outputs)
         self._put(name + (OUTPUT_FACTORS if isinstance(outputs, LowRank) else OUTPUTS), outputs.values)
         self._put(name + OUTPUT_DIAGONALS, outputs.diagonals)
 
     def _put(self, name: str, values: npt.NDArray[np.floating]) -> None:
         self._writer.write(name, np.ascontiguousarray(values).view(np.uint8))
 
-    def _refuse_not_finite(self, name: str, *arrays: npt.NDArray[np.floating]) -> None:
-        if not all(np.isfinite(array).all() for array in arrays):
+    def _refuse_not_finite(self, name: str, kept: Correlations | LowRank) -> None:
+        if not (np.isfinite(kept.diagonals).all() and within_one(kept.values)):
             raise overflow(f"the second moments of {name} are")
 
 
@@ -260,6 +263,9 @@ class MomentsSource(Protocol):
     def packed(self, name: str, matrix: int = 0) -> Floats:
         """The moments of one matrix of a weight: the upper triangle by rows, float32."""
 
+    def kept_inputs(self, name: str, matrix: int = 0) -> Correlations:
+        """`packed` in half precision, of a single matrix."""
+
     def outputs(self, name: str) -> Correlations | LowRank | None:
         """E[ggᵀ] of a weight; None if it is not known."""
 
@@ -310,9 +316,13 @@ def _joined_shape(name: str, shapes: Sequence[MomentShape]) -> MomentShape:
     return shapes[0] if len(set(shapes)) == 1 else MomentShape(shapes[0].matrices, shapes[0].n_in)
 
 
-def _matrices(sources: Sequence[MomentsSource], name: str, counts: npt.NDArray[np.int64]) -> Iterator[Floats]:
+def _matrices(sources: Sequence[MomentsSource], name: str, counts: npt.NDArray[np.int64]) -> Iterator[Correlations]:
     for matrix in range(counts.shape[1]):
-        yield _mean([source.packed(name, matrix) for source in sources], counts[:, matrix])
+        if len(sources) == 1:
+            yield sources[0].kept_inputs(name, matrix)
+        else:
+            mean = _mean([source.packed(name, matrix) for source in sources], counts[:, matrix])
+            yield Correlations.of(mean[None])
 
 
 def _outputs(sources: Sequence[MomentsSource], name: str, counts: npt.NDArray[np.int64]) -> Correlations | LowRank:

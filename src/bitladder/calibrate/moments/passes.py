@@ -11,7 +11,7 @@ from bitladder.calibrate.imatrix import write_imatrix
 from bitladder.calibrate.inputs import ChunkObserver, Floats, watch_chunks
 from bitladder.calibrate.moments.collector import EntryPart, MomentCollector, MomentEntry, MomentsAndSquares, PartSums
 from bitladder.calibrate.moments.schema import MomentShape, Provenance
-from bitladder.calibrate.moments.triangles import triangle
+from bitladder.calibrate.moments.triangles import Correlations, triangle
 from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine import Decoding, Model, Tokens, single_threaded, threads_available
 from bitladder.files import sha256_bytes
@@ -147,6 +147,10 @@ class CollectedMoments:
         if sums:
             return sums.sums[index].packed(int(sums.counts[index]))
         return np.asarray(self._work.get(part.label)[index])
+
+    def kept_inputs(self, name: str, matrix: int = 0) -> Correlations:
+        """See MomentsSource."""
+        return Correlations.of(self.packed(name, matrix)[None])
 
     def outputs(self, name: str) -> None:
         """See MomentsSource. Nothing is known of outputs."""

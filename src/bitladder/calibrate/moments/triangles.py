@@ -147,6 +147,19 @@ class LowRank:
         return np.asarray(full)
 
 
+def within_one(values: Halves) -> bool:
+    """Whether all numbers are between −1 and 1, as correlations are; one that is not finite is not.
+
+    Their bits say so as integers, with and without a sign: NumPy compares numbers in half precision far slower.
+
+    Example:
+        >>> [within_one(np.array([0.5, value], np.float16)) for value in (-1.0, 1.001, -1.001, np.nan)]
+        [True, False, False, False]
+    """
+    most_negative, most = (np.float16(one).view(kind) for one, kind in ((-1, np.uint16), (1, np.int16)))
+    return bool(values.view(np.uint16).max(initial=0) <= most_negative and values.view(np.int16).max(initial=0) <= most)
+
+
 def _row_starts(n: int) -> npt.NDArray[np.int64]:
     """Where each row of a packed triangle begins, which is the place of its diagonal number."""
     rows = np.arange(n, dtype=np.int64)

@@ -18,7 +18,6 @@ from bitladder.calibrate import (
     MomentShape,
     pack_triangle,
     read_imatrix,
-    unpack_triangle,
     write_imatrix,
     writing_moments,
 )
@@ -110,7 +109,7 @@ def changed_rows(file: GgufFile, tensor: TensorInfo, change: Change) -> Iterator
             np.multiply(weights, change.columns[matrix], out=weights)
         if rows is not None:
             np.multiply(weights, rows[numbers], out=weights)
-        if tensor.type.name == "f16" and not np.abs(weights).max() <= np.finfo(np.float16).max:
+        if tensor.type.name == "f16" and not max(weights.max(), -weights.min()) <= np.finfo(np.float16).max:
             raise BitladderError(f"{tensor.name}: scaled weights overflow F16; convert with --outtype bf16 or f32")
         placed = weights if change.column_order is None else np.ascontiguousarray(weights[:, change.column_order])
         yield quantize_rows(placed, tensor.type, None)
@@ -131,18 +130,20 @@ def changed_imatrix(imatrix: Imatrix, changes: Mapping[str, Change]) -> Imatrix:
     return dataclasses.replace(imatrix, entries=entries)
 
 
-def _changed_inputs(moments: MomentsFile, name: str, change: Change) -> Iterator[Floats]:
-    """E[w xxᵀ] of the new inputs, packed, matrix by matrix: they are divided by the scales of a weight's columns."""
+def _changed_inputs(moments: MomentsFile, name: str, change: Change) -> Iterator[Correlations]:
+    """E[w xxᵀ] of the new inputs, matrix by matrix: they are divided by the scales of a weight's columns."""
     shape = moments.shape(name)
     scales = None if change.columns is None else np.broadcast_to(change.columns, (shape.matrices, shape.n_in))
     for matrix in range(shape.matrices):
-        inputs = unpack_triangle(moments.packed(name, matrix))
-        if scales is not None:
-            inverse = (1 / scales[matrix]).astype(np.float32)
-            inputs = inputs * inverse[:, None] * inverse
-        if change.column_order is not None:
-            inputs = np.ascontiguousarray(inputs[np.ix_(change.column_order, change.column_order)])
-        yield pack_triangle(inputs)
+        inputs = moments.kept_inputs(name, matrix)
+        if scales is not None:  # correlations stay what they are
+            inputs = Correlations(inputs.values, (inputs.diagonals / np.square(scales[matrix])).astype(np.float32))
+        yield inputs if change.column_order is None else _ordered(inputs, change.column_order)
+
+
+def _ordered(moments: Correlations, order: Indices) -> Correlations:
+    """Moments of numbers that come in another order."""
+    return Correlations.of(pack_triangle(moments.matrix()[np.ix_(order, order)])[None])
 
 
 def _changed_outputs(outputs: Correlations | LowRank, change: Change) -> Correlations | LowRank:
@@ -155,8 +156,7 @@ def _changed_outputs(outputs: Correlations | LowRank, change: Change) -> Correla
         return type(outputs)(values, diagonals)
     if isinstance(outputs, LowRank):
         return LowRank(values[change.row_order], diagonals[:, change.row_order])
-    matrix = Correlations(values, diagonals).matrix()[np.ix_(change.row_order, change.row_order)]
-    return Correlations.of(pack_triangle(matrix)[None])
+    return _ordered(Correlations(values, diagonals), change.row_order)
 
 
 def smoothed_moments(
