@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from bitladder.calibrate.turns import Turn, Turns
 from bitladder.engine import (
-    LANES,
     Context,
     Decoding,
     Lane,
@@ -19,6 +18,7 @@ from bitladder.engine import (
     SatisfiedObserver,
     Tokens,
     WatchingUntilSatisfied,
+    lane_count,
 )
 from bitladder.errors import BitladderError, UsageError, overflow
 from bitladder.gguf import in_main_block
@@ -100,6 +100,14 @@ class ChunkObserver(SatisfiedObserver, Protocol):
         """What it kept of the chunk."""
 
 
+def chunks_at_once(decoding: Decoding, n_ctx: int) -> int:
+    """Chunks of `n_ctx` tokens that `watch_chunks` decodes side by side.
+
+    A chunk of several computations is past an input only in its last one: the next chunk would wait for too long.
+    """
+    return lane_count(decoding) if decoding.n_ubatch >= n_ctx else 1
+
+
 def watch_chunks(
     model: Model,
     chunks: Tokens,
@@ -127,8 +135,7 @@ def watch_chunks(
     """
     n_ctx = chunks.shape[1]
     step = min(decoding.n_ubatch, n_ctx)
-    # A chunk of several computations is past an input only in its last one: the next chunk would wait for too long.
-    most = LANES if step == n_ctx else 1
+    most = chunks_at_once(decoding, n_ctx)
     decoding = decoding.replace(n_ctx=n_ctx, n_batch=step, n_ubatch=step)
     seen = [_InTurn(observers()) for _ in range(most)]
     callbacks = iter([WatchingUntilSatisfied(each) for each in seen])

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         processors,
         single_threaded,
     )
-    from bitladder.engine.lanes import LANES, Lane, Lanes
+    from bitladder.engine.lanes import LANES, Lane, Lanes, lane_count
     from bitladder.engine.model import Model, Tokens
     from bitladder.engine.native import library, log, versions
     from bitladder.engine.observe import (
@@ -129,6 +129,7 @@ __all__ = [
     "device_memory",
     "kernel_needs_importance",
     "kernels",
+    "lane_count",
     "library",
     "log",
     "logit_differences",

@@ -36,8 +36,14 @@ class Lane(NamedTuple):
     workers: Workers
 
 
+def lane_count(decoding: Decoding) -> int:
+    """Contexts that decode side by side: LANES, but one on a GPU or with a single thread."""
+    threads = decoding.threads or threads_available()
+    return LANES if threads >= LANES and decoding.gpu_layers == 0 else 1
+
+
 class Lanes(Closing):
-    """The lanes of a model. A GPU has one, and so has a single thread.
+    """The lanes of a model.
 
     Parameters:
         model: the loaded model.
@@ -47,7 +53,7 @@ class Lanes(Closing):
         n_seq: as of `Context`.
         kv_unified: alike.
         skip_head: alike.
-        most: contexts at most.
+        most: contexts at most (see `lane_count`).
 
     Attributes:
         watching: the observer or callback of each lane.
@@ -66,7 +72,7 @@ class Lanes(Closing):
         most: int = LANES,
     ) -> None:
         self._threads = threads = decoding.threads or threads_available()
-        count = most if threads >= most and decoding.gpu_layers == 0 else 1
+        count = min(most, lane_count(decoding))
         shares = [threads // count + (number < threads % count) for number in range(count)]
         make = observer or callback
         self.watching = [make() for _ in shares] if make else []

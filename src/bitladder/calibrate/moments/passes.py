@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from bitladder.calibrate.collect_imatrix import ImatrixSums
 from bitladder.calibrate.imatrix import write_imatrix
-from bitladder.calibrate.inputs import ChunkObserver, Floats, watch_chunks
+from bitladder.calibrate.inputs import ChunkObserver, Floats, chunks_at_once, watch_chunks
 from bitladder.calibrate.moments.collector import EntryPart, MomentCollector, MomentEntry, MomentsAndSquares, PartSums
 from bitladder.calibrate.moments.schema import MomentShape, Provenance
 from bitladder.calibrate.moments.triangles import Correlations, triangle
@@ -46,6 +46,7 @@ def run_passes(
         The parts of the last pass, by label.
     """
     parts: list[PartSums] = []
+    threads = (decoding.threads or threads_available()) // chunks_at_once(decoding, chunks.shape[1])
     with (
         progress.task("second moments", len(passes) * len(chunks)) as bar,
         ThreadPoolExecutor(decoding.threads or threads_available()) as pool,
@@ -58,7 +59,7 @@ def run_passes(
                 bar.advance(len(chunks))
                 continue
             bar.note(f"pass {number + 1} of {len(passes)}" if len(passes) > 1 else "")
-            collector = MomentCollector(missing, pool)
+            collector = MomentCollector(missing, pool if threads > 1 else None)
             state = dict(array for sums in collector.parts for array in sums.state())
             if beside is not None:
                 state |= beside[0].state()
