@@ -228,7 +228,7 @@ def _why_not_trusted(
         with torch_threads(threads), TorchModel(model, memory=memory // 2, threads=threads) as ours:
             check_logits(model, ours.checked(tokens), threads=threads, ours=ours)
             plans = plan_entries(ours, choose_matrices(ours, None), options.gradients)
-            room_for_sums(ours, plans, memory, lanes_of(ours, threads))
+            room_for_sums(ours, plans, memory, lanes_of(ours, memory, decoding.n_ctx, threads))
     except GradientsError as error:
         return str(error)
     return None

@@ -4,7 +4,8 @@ A matrix of n × n numbers is kept whole, as the upper triangle in panels; or as
 diagonal and its product with a few columns. A leverage says how far a row stands out from such a sum. An entry is one
 input, and the outputs of the weights that multiply it.
 
-Factorizations are computed in one thread: their last bits depend on the number of threads. Those of products do not.
+Factorizations and thin products are computed in one thread: their last bits depend on the number of threads. Those of
+products that are added to a panel do not, since their sums are short (one chunk).
 """
 
 import dataclasses
@@ -119,6 +120,7 @@ class LowRankGram:
         self._products = torch.zeros(width, rank)
         self._diagonal = torch.zeros(width)
 
+    @torch_threads(1)
     def add(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
         """Adds rows [tokens, width], of which each counts its weight [tokens]."""
         scaled = rows * weights.sqrt()[:, None]
@@ -187,6 +189,7 @@ class Leverage:
         lower = torch.linalg.cholesky(blocks)
         self.roots.copy_(torch.linalg.solve_triangular(lower, signs, upper=False, left=False)).div_(mean.sqrt())
 
+    @torch_threads(1)
     def of(self, rows: torch.Tensor) -> torch.Tensor:
         """The leverages [tokens] of rows [tokens, blocks × width]."""
         blocks, _, width = self.roots.shape

@@ -10,13 +10,14 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate.gradients.usable import check_logits, require_torch, torch_threads
-from bitladder.engine import Floats, Tokens
+from bitladder.engine import Floats, Tokens, threads_available
 from bitladder.errors import BitladderError
 from bitladder.keys import Algorithm
 from bitladder.options import Options, option
@@ -36,6 +37,7 @@ FISHER: Algorithm = Algorithm(
         "errors are summed over a sequence before they are squared",
         "the forward pass is that of transformers' modules",
         "errors of all experts of a tensor are summed",
+        "products do not depend on the number of threads",
     ),
 )
 
@@ -91,13 +93,18 @@ def fisher_costs(
     Raises:
         BitladderError: as `weighted_moments`; or a candidate has another shape than its weight.
     """
-    require_torch()
+    one_each = {"initializer": require_torch().set_num_threads, "initargs": (1,)}
     from bitladder.calibrate.gradients.forward import TorchModel
     from bitladder.calibrate.gradients.gradient_pass import choose_matrices, chunk_generator
 
     options = options or FisherOptions()
     costs: dict[str, dict[str, FisherCost]] = {}
-    with torch_threads(threads), TorchModel(path, memory=memory, threads=threads) as model:
+    with (
+        torch_threads(threads),
+        TorchModel(path, memory=memory, threads=threads) as model,
+        ThreadPoolExecutor(threads or threads_available(), **one_each) as products,
+    ):
+        model.set_repeatable(products)
         check_logits(path, model.checked(chunks[0]), threads=threads, ours=model)
         groups: list[list[str]] = []
         names, room = choose_matrices(model, candidates), 0
@@ -161,7 +168,9 @@ class _CostSums:
         from bitladder.calibrate.gradients.torch_weights import weight_gradient
 
         total = weight_gradient(inputs, gradients, routed)
-        self._sequences.append((self._errors.flatten(1) @ total.flatten()).double().square().numpy())
+        with torch_threads(1):  # so that sums have one order
+            products = self._errors.flatten(1) @ total.flatten()
+        self._sequences.append(products.double().square().numpy())
         if not self._tokenwise:
             return
         for index, error in enumerate(self._errors):

@@ -6,7 +6,8 @@ Its modules are those of transformers. Its logits are compared with the library'
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
@@ -84,6 +85,14 @@ class TorchModel(Closing):
     def half(self, half: bool) -> None:
         self.weights.forget()
         self._layers.half = half
+
+    def set_repeatable(self, pool: Executor | None) -> None:
+        """See `Layers.set_repeatable`."""
+        self._layers.set_repeatable(pool)
+
+    def set_check(self, check: Callable[[], None]) -> None:
+        """See `Layers.set_check`."""
+        self._layers.set_check(check)
 
     def shape(self, name: str) -> tuple[int, int]:
         """(n_out, n_in) of a weight, or of each of its experts."""

@@ -5,15 +5,16 @@ last segment; the residual streams at the cuts are kept in a folder. Then each s
 again from its stream and differentiated from the gradient that the segment above left. So a model of any depth is read
 twice forward and once back; one that is a single segment once forward and once back.
 
-Two chunks are computed side by side, each with half of the threads, because threads of torch wait for each other after
-each of many small operations. They add to the sums in their order.
+As many chunks as there are threads are computed side by side, if they fit into memory: threads of torch wait for each
+other after each of many small operations. Chunks add to the sums in their order, and no product depends on the number
+of threads.
 """
 
 import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from bitladder.calibrate.gradients.torch_weights import Routed
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions
 from bitladder.calibrate.turns import Turn, Turns
 from bitladder.calibrate.unfinished import UnfinishedWork
-from bitladder.engine import LANES, Tokens, as_torch, device_memory, threads_available
+from bitladder.engine import Tokens, as_torch, device_memory, threads_available
 from bitladder.errors import GradientsError, UsageError
 from bitladder.gguf import block_of, kind_of
 from bitladder.progress import Bar, Progress
@@ -89,9 +90,17 @@ def _output_shape(model: TorchModel, name: str, options: GradientOptions) -> Out
     return OutputShape(head, n_out // head) if kind in _HEADS else OutputShape(n_out, 1)
 
 
-def lanes_of(model: TorchModel, threads: int | None) -> int:
-    """Chunks that are computed side by side. A device computes one after the other."""
-    return LANES if model.device is None and (threads or threads_available()) >= LANES else 1
+def lanes_of(model: TorchModel, memory: int, length: int, threads: int | None) -> int:
+    """Chunks that are computed side by side: one for each thread, in a quarter of the memory. A device computes one."""
+    if model.device is not None:
+        return 1
+    largest = max(_graph_bytes(model, block, length) for block in range(model.modules.blocks))
+    return max(1, min(threads or threads_available(), memory // 4 // (_head_bytes(model) + largest)))
+
+
+def _head_bytes(model: TorchModel) -> int:
+    """Bytes of logits that are in memory at once while a chunk is computed."""
+    return 5 * 4 * HEAD_ROWS * model.n_vocab
 
 
 def plan_segments(
@@ -134,7 +143,7 @@ def room_for_sums(model: TorchModel, plans: Sequence[EntryPlan], memory: int, la
     Raises GradientsError where the experts of one block have larger sums than that: a block is never cut.
     """
     widest = max(model.shape(name)[1] for name in model.matrices)
-    fixed = BASE_BYTES + lanes * (5 * 4 * HEAD_ROWS * model.n_vocab + 3 * 4 * widest * widest)
+    fixed = BASE_BYTES + lanes * _head_bytes(model) + 3 * 4 * widest * widest
     room = memory - model.weights.most_bytes - fixed
     sizes: collections.Counter[int | None] = collections.Counter()
     for plan in plans:
@@ -173,6 +182,7 @@ class GradientPass:
         options: how tokens are weighted.
         memory: bytes for sums and for what a backward pass keeps.
         work: keeps streams, gradients, and the state of the segment at hand.
+        lanes: chunks that are computed side by side.
         threads: threads of the CPU.
     """
 
@@ -184,10 +194,15 @@ class GradientPass:
         options: GradientOptions,
         memory: int,
         work: UnfinishedWork,
+        lanes: int,
         threads: int | None,
     ) -> None:
         self._model, self._chunks, self._options, self._work = model, chunks, options, work
-        self._threads, self._lanes = threads or threads_available(), lanes_of(model, threads)
+        self._lanes = lanes
+        # Experts are chosen by products of transformers' own.
+        experts = any(plan.experts > 1 for plan in plans)
+        self._learners = max(1, min(lanes, memory // 4 // (3 * 4 * max(plan.n_in for plan in plans) ** 2)))
+        self._share = 1 if experts else max(1, (threads or threads_available()) // lanes)
         pilots = range(0, len(chunks), options.pilots) if len(chunks) >= options.fewest else range(0)
         self._pilots = len(pilots)
         # Every segment reads the chunks in this order.
@@ -204,7 +219,11 @@ class GradientPass:
     def run(self, progress: Progress) -> Iterator[list[EntrySums]]:
         """Yields the entries of each segment when they are complete. The next one begins when they were kept."""
         cuts = [segment.first for segment in self._segments if segment.first]
-        with progress.task("gradients", len(self._chunks) * (len(self._segments) + bool(cuts))) as bar:
+        with (
+            progress.task("gradients", len(self._chunks) * (len(self._segments) + bool(cuts))) as bar,
+            ThreadPoolExecutor(self._lanes * self._share, initializer=torch.set_num_threads, initargs=(1,)) as products,
+            ThreadPoolExecutor(self._lanes, initializer=self._begin_lane, initargs=(products,)) as self._pool,
+        ):
             if cuts:
                 self._forward(cuts, bar)
             for segment in self._segments:
@@ -225,7 +244,6 @@ class GradientPass:
         def forward(turn: Turn) -> list[torch.Tensor]:
             streams = [self._model.embed(self._chunks[self._order[turn.chunk]])]
             for first, cut in itertools.pairwise([0, *reversed(cuts)]):
-                turn.turns.check()
                 streams.append(self._model.run(streams[-1], first, cut))
             return streams[1:]
 
@@ -243,24 +261,27 @@ class GradientPass:
             yield range(done, stop)
             done = stop
 
+    def _begin_lane(self, products: Executor) -> None:
+        torch.set_num_threads(self._share)
+        self._model.set_repeatable(products if self._share > 1 else None)
+
     def _side_by_side(self, group: range, work: Callable[[Turn], Result]) -> list[Result]:
-        """The results of a group. Chunks that have no one beside them get all threads."""
+        """The results of a group."""
         turns = Turns(group)
 
         def in_turn(place: int) -> Result:
             with turns.of(place) as turn:
+                self._model.set_check(turns.check)
                 return work(turn)
 
-        if len(group) == 1:
-            return [in_turn(group.start)]
-        shares = iter([self._threads // len(group) + (n < self._threads % len(group)) for n in range(len(group))])
-        with ThreadPoolExecutor(len(group), initializer=lambda: torch.set_num_threads(next(shares))) as pool:
-            running = [pool.submit(in_turn, place) for place in group]
-            try:
-                return [each.result() for each in running]
-            except BaseException as error:
-                turns.stop(error)
-                raise
+        running = [self._pool.submit(in_turn, place) for place in group]
+        try:
+            return [each.result() for each in running]
+        except BaseException as error:
+            turns.stop(error)
+            raise
+        finally:
+            wait(running)
 
     def _segment(self, segment: Segment, bar: Bar, progress: Progress) -> list[EntrySums]:
         device = self._place(segment, progress)
@@ -277,8 +298,8 @@ class GradientPass:
             entry.learned = entry.leverages_known and 0 < self._pilots < done
         for group in self._groups(done):
             if self._pilots and group.start == self._pilots:
-                with ThreadPoolExecutor(self._lanes) as pool:
-                    list(pool.map(EntrySums.use_leverages, entries))
+                with ThreadPoolExecutor(self._learners) as learners:
+                    list(learners.map(EntrySums.use_leverages, entries))
             downs = self._side_by_side(group, lambda turn: self._chunk(segment, turn, by_name))
             for place, down in zip(group, downs, strict=True):
                 if down is not None:
@@ -336,7 +357,6 @@ class GradientPass:
         kept = None if last else self._work.read_row(_gradient(segment.stop), place, self._gradient_shape)
         downs = []
         for draw in range(draws):
-            turn.turns.check()
             if kept is None:
                 hidden = part.result.detach()[0]
                 gradient, squares = model.head_backward(hidden, generator)

@@ -7,14 +7,18 @@ import collections
 import dataclasses
 import threading
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
 
+from bitladder.calibrate.gradients.usable import torch_threads
 from bitladder.engine import GPUS, RowKernels, as_torch, device_memory
 from bitladder.errors import GradientsError
 from bitladder.files import Closing
 from bitladder.gguf import GgufFile, TensorInfo
+
+LARGE, PIECES = 1 << 24, 16  # a matrix of so many numbers is multiplied in so many pieces, by columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +234,18 @@ class Layers:
         """Who is shown this weight."""
         return self._own.tap if name in getattr(self._own, "names", ()) else None
 
+    def set_repeatable(self, pool: Executor | None) -> None:
+        """Products of the CPU that this thread makes from now on do not depend on the number of threads.
+
+        Parameters:
+            pool: threads, each with one of torch's, that share large products; None makes them in this thread.
+        """
+        self._own.repeatable, self._own.pool = True, pool
+
+    def set_check(self, check: Callable[[], None]) -> None:
+        """Calls this before each product of this thread. What it raises ends the computation."""
+        self._own.check = check
+
     def multiply(self, inputs: torch.Tensor, name: str, routed: Routed | None = None) -> torch.Tensor:
         """Inputs [..., n_in] times the transpose of a weight, float32; rows that are routed, times their experts."""
         n_out, _ = self.weights.shape(name)
@@ -252,10 +268,13 @@ class Layers:
 
     def _product(self, rows: torch.Tensor, name: str, matrix: int, *, transposed: bool = False) -> torch.Tensor:
         """Rows times a matrix of a weight. A vector of the file is a matrix of one row."""
+        getattr(self._own, "check", lambda: None)()
         weight = self.weights.for_product(name, matrix, half=self.half).view(self.weights.shape(name))
         weight = weight.T if transposed else weight
         # Everything else is computed where the rows are, on the CPU.
         there = (rows.bfloat16() if self.half else rows).to(weight.device)
+        if weight.device.type == "cpu" and getattr(self._own, "repeatable", False):
+            return _repeatable_product(there, weight, self._own.pool)
         return (there @ weight).to(rows.device).float()
 
     def linear(self, inputs: torch.Tensor, prefix: str, routed: Routed | None = None) -> torch.Tensor:
@@ -264,6 +283,22 @@ class Layers:
         product: torch.Tensor = _Multiply.apply(inputs, self, f"{prefix}.weight", routed)  # type: ignore[no-untyped-call]
         bias = f"{prefix}.bias"
         return product + self.weights.get(bias) if self.weights.has(bias) else product
+
+
+def _repeatable_product(rows: torch.Tensor, weight: torch.Tensor, pool: Executor | None) -> torch.Tensor:
+    """Rows [..., k] times a matrix [k, n], float32. Torch adds up in another order with another number of threads."""
+    with torch_threads(1):
+        if weight.numel() < LARGE:
+            return (rows @ weight).float()
+        n = weight.shape[1]
+        out, step = torch.empty(*rows.shape[:-1], n), 64 * -(-n // (64 * PIECES))
+
+        @torch.no_grad()
+        def piece(start: int) -> None:
+            out[..., start : start + step] = rows @ weight[:, start : start + step]
+
+        list((pool.map if pool else map)(piece, range(0, n, step)))
+        return out
 
 
 def weight_gradient(inputs: torch.Tensor, gradients: torch.Tensor, routed: Routed | None) -> torch.Tensor:

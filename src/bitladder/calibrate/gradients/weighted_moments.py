@@ -50,6 +50,7 @@ GRADIENT_MOMENTS = Algorithm(
         "of gate and up of low rank; products with weights in bfloat16 where the CPU has them",
         "the forward pass is that of transformers' modules",
         "factorizations and sums are computed in one thread: the same bytes by any number of threads",
+        "so are products of wide matrices, whose last bits depended on the number of threads",
         "each expert has moments of the tokens that are routed to it",
         "models that had none have gradients: windows of 0, norms with a bias, without weights, ropes of Ministral 3",
     ),
@@ -120,7 +121,7 @@ def weighted_moments(
 ) -> Iterator[GradientMoments]:
     """Yields the moments of a model's weights, in the order of the computation from the last to the first.
 
-    The same seed, model, chunks, threads and kind of CPU give the same moments, whatever the memory.
+    The same seed, model, chunks and kind of CPU give the same moments, whatever the memory and the number of threads.
 
     Parameters:
         path: the model.
@@ -199,7 +200,8 @@ def gradient_pass(
     )
 
     plans = plan_entries(model, choose_matrices(model, names), options)
-    room = room_for_sums(model, plans, memory, lanes_of(model, threads))
+    lanes = lanes_of(model, memory, chunks.shape[1], threads)
+    room = room_for_sums(model, plans, memory, lanes)
     try:
         check_logits(model.path, model.checked(chunks[0]), threads=threads, ours=model)
     except BitladderError:
@@ -207,7 +209,7 @@ def gradient_pass(
             raise
         model.half = False  # bfloat16 alone can move the logits of a model too far
         check_logits(model.path, model.checked(chunks[0]), threads=threads, ours=model)
-    return GradientPass(model, chunks, plans, options, room, work, threads)
+    return GradientPass(model, chunks, plans, options, room, work, lanes, threads)
 
 
 def moments_by_gradients(
