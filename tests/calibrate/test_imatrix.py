@@ -78,7 +78,7 @@ def test_threads_change_no_byte(tiny_gguf, text, tmp_path, chunks):
     """Batches of two chunks: one thread decodes one after the other, two and three two batches side by side."""
     files = set()
     for threads in (1, 2, 3):
-        decoding = SHORT.replace(n_batch=512, threads=threads)
+        decoding = SHORT.replace(n_batch=256, threads=threads)
         collect_imatrix(tiny_gguf, [text], tmp_path / "i", reading=first(chunks), decoding=decoding)
         files.add((tmp_path / "i").read_bytes())
     assert len(files) == 1

@@ -26,7 +26,7 @@ from bitladder.calibrate.inputs import (
     refuse_short,
 )
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
-from bitladder.engine import LANES, Decoding, Lane, Lanes, Model, Multiplication, Tokens
+from bitladder.engine import Decoding, Lane, Lanes, Model, Multiplication, Tokens
 from bitladder.errors import UsageError
 from bitladder.gguf import in_main_block
 from bitladder.keys import Algorithm
@@ -39,7 +39,6 @@ IMATRIX = Algorithm(
     (
         "sums of squared inputs by column, as llama-imatrix adds them up",
         "the mean of the other experts stands in for one that no token reached",
-        "batches of half the size: two of them are decoded at once",
     ),
 )
 
@@ -202,8 +201,7 @@ def collect_imatrix(
         out: path of the file to write.
         reading: which chunks of each text are read; None reads all. The first chunks (`spread=False`) are what
             llama-imatrix reads.
-        decoding: chunks of `n_ctx` tokens. A batch has as many as half of `n_batch` tokens hold. Two are decoded at
-            once.
+        decoding: chunks of `n_ctx` tokens; as many side by side as `n_batch` tokens hold.
         options: what the matrix covers, and its format.
         in_files: matrices to add.
         progress: hears of the work.
@@ -323,8 +321,7 @@ def _decode(
     least = len(chunks)
     if reading.expert_coverage is not None:
         chunks = np.concatenate([chunks, reading.further(model, texts, n_ctx)])
-    # Half of a batch for each lane, also where there is one, so that bytes do not depend on the number of threads.
-    side_by_side = max(1, decoding.n_batch // n_ctx // LANES)
+    side_by_side = max(1, decoding.n_batch // n_ctx)
     step = min(decoding.n_batch, n_ctx)
     state = sums.state()
     done = work.load_state(sums.label, state, progress)
