@@ -116,13 +116,13 @@ def moments_sums(shape: ModelShape, *, gradients: bool) -> float:
 
 
 def decoding_bytes(extent: "Extent", logits: int | None = None) -> float:
-    """Of a loaded model that is decoded, with so many rows of logits in one context.
+    """Of a loaded model that is decoded in two contexts (`engine.Lanes`), each with so many rows of logits.
 
-    None stands for a measurement: the logits of a chunk in each of two contexts (`evaluate.Lanes`), and once more.
+    None stands for a measurement: the logits of a chunk in each context, and once more.
     """
     shape = extent.shape
-    rows, contexts = (3 * extent.chunk, 2) if logits is None else (logits, 1)
-    return PROCESS + model_bytes(shape) + 4 * rows * shape.vocabulary + contexts * cache_bytes(extent)
+    rows = 3 * extent.chunk if logits is None else 2 * logits
+    return PROCESS + model_bytes(shape) + 4 * rows * shape.vocabulary + 2 * cache_bytes(extent)
 
 
 def cache_bytes(extent: "Extent") -> float:
