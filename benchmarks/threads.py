@@ -20,7 +20,7 @@ below its ceiling has work that only one thread does, if CPU seconds stay as the
 if they grow by more than those of the processes.
 
 What is measured is kept after each round, and a call that was interrupted continues. Rows of another model, machine or
-number of threads are measured again.
+number of threads are measured again, all of them. A stage keeps its amount.
 """
 
 import argparse
@@ -213,7 +213,6 @@ def main() -> None:
         "model": options.model.name,
         "sha256": sha256_file(work / "full.gguf"),
         "threads": options.threads,
-        "seconds": options.seconds,
         "processor": processors(0),
         "cpus": os.cpu_count(),
         "memory_gib": round(main_memory() / 2**30),
