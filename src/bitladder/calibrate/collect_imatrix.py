@@ -26,7 +26,7 @@ from bitladder.calibrate.inputs import (
     refuse_short,
 )
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
-from bitladder.engine import Decoding, Lane, Lanes, Model, Multiplication, Tokens
+from bitladder.engine import LANES, Decoding, Lane, Lanes, Model, Multiplication, Tokens, main_memory
 from bitladder.errors import UsageError
 from bitladder.gguf import in_main_block
 from bitladder.keys import Algorithm
@@ -42,6 +42,7 @@ IMATRIX = Algorithm(
     ),
 )
 
+LOGITS_SHARE = 1 / 16  # of main memory: two batches are decoded at once where the logits of one take no more
 COVERING = "covering.chunks"  # the piece that has the chunks after which experts have their tokens
 
 
@@ -201,7 +202,7 @@ def collect_imatrix(
         out: path of the file to write.
         reading: which chunks of each text are read; None reads all. The first chunks (`spread=False`) are what
             llama-imatrix reads.
-        decoding: chunks of `n_ctx` tokens; as many side by side as `n_batch` tokens hold.
+        decoding: chunks of `n_ctx` tokens; as many in a batch as `n_batch` tokens hold.
         options: what the matrix covers, and its format.
         in_files: matrices to add.
         progress: hears of the work.
@@ -339,8 +340,10 @@ def _decode(
         return done >= least and covered(sums.counts.values(), reading.expert_coverage or 0)
 
     whole_batches = decoding.replace(n_batch=side_by_side * step)
+    # The library makes room for the logits of a batch, which nobody computes.
+    most = LANES if 4 * whole_batches.n_batch * model.n_vocab <= main_memory() * LOGITS_SHARE else 1
     with (
-        Lanes(model, whole_batches, n_seq=side_by_side, observer=sums.observer, skip_head=not head) as lanes,
+        Lanes(model, whole_batches, n_seq=side_by_side, observer=sums.observer, skip_head=not head, most=most) as lanes,
         progress.task(sums.label, len(chunks)) as bar,
     ):
         bar.advance(done)
