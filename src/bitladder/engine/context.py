@@ -5,7 +5,9 @@ import ctypes
 import dataclasses
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -131,9 +133,12 @@ class Context(Closing):
         self._memory = llama.llama_get_memory(self._context)
         self._batch = llama.llama_batch_init(self.n_batch, 0, n_seq)
         self._outputs = 0
+        self._decoder: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
         """Frees the memory."""
+        if self._decoder:
+            self._decoder.shutdown()
         if self._context:
             llama.llama_batch_free(self._batch)
             llama.llama_free(self._context)
@@ -179,9 +184,27 @@ class Context(Closing):
         _view(batch.logits, ctypes.c_int8, count)[:] = outputs
         self._outputs = int(np.count_nonzero(outputs))
         log.lines.clear()
-        with self._callback.raising() if self._callback else contextlib.nullcontext():
+        if self._callback:
+            with self._callback.raising():
+                status = llama.llama_decode(self._context, batch)
+        elif threading.current_thread() is threading.main_thread():
+            status = self._interruptible(batch)
+        else:
             status = llama.llama_decode(self._context, batch)
         self._check(status)
+
+    def _interruptible(self, batch: Any) -> int:
+        """Decodes in another thread. This one, which handles signals, waits in Python, where Ctrl-C can reach it."""
+        if self._decoder is None:
+            self._decoder = ThreadPoolExecutor(1)
+        decoding = self._decoder.submit(llama.llama_decode, self._context, batch)
+        try:
+            return int(decoding.result())
+        except BaseException:
+            self.stop()
+            wait([decoding])
+            self.go_on()
+            raise
 
     def advance(self, tokens: Tokens) -> None:
         """Continues sequence 0 by at most `n_batch` tokens, int32; only the last one has logits.
