@@ -11,10 +11,10 @@ import types
 import numpy as np
 import pytest
 
-from bitladder.engine import Context, Workers
+from bitladder.engine import Context, Lanes, Workers
 from bitladder.engine.native import llama
 from bitladder.errors import BitladderError
-from bitladder.evaluate import Lanes, MeasureOptions
+from bitladder.evaluate import MeasureOptions
 from bitladder.evaluate.base import logits_file
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file, pack_rows, write_logits_file
