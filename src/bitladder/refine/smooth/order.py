@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import watch_chunks
-from bitladder.engine import Decoding, Model, Multiplication
+from bitladder.engine import Decoding, HiddenStates, Model, Multiplication
 from bitladder.gguf import GgufFile, name_in_block
 from bitladder.refine.model_files import Doubles, Floats, Indices, column_squares
 from bitladder.refine.options import SmoothingOptions
@@ -146,35 +146,28 @@ def _cost(squares: Doubles, weights: Doubles, inside: Indices) -> float:
     return float(squares[:, inside].max(axis=1).mean() * weights[inside].sum())
 
 
-class _HeadInputs:
-    """Keeps the inputs of the head."""
+class _HeadInputs(HiddenStates):
+    """Keeps the inputs of the head, chunk by chunk."""
 
     def __init__(self) -> None:
-        self._kept: list[Floats] = []
+        super().__init__(EMBEDDINGS)
         self._seen = False
 
     def begin(self, first: int, count: int) -> None:
         self._seen = False
 
-    def wants(self, seen: Multiplication) -> bool:
-        return seen.weight == EMBEDDINGS
-
     def see(self, seen: Multiplication, inputs: Floats, experts: npt.NDArray[np.int32] | None) -> None:
-        self._kept.append(inputs.reshape(-1, inputs.shape[-1]).copy())
+        super().see(seen, inputs, experts)
         self._seen = True
 
     def satisfied(self) -> bool:
         return self._seen
-
-    def take(self) -> list[Floats]:
-        kept, self._kept = self._kept, []
-        return kept
 
 
 def _head_inputs(file: GgufFile, chunks: int, threads: int | None) -> Floats:
     kept: list[Floats] = []
     with Model(file.path, repack=False) as model:
         tokens = np.random.default_rng(0).integers(0, model.n_vocab, (chunks, LENGTH)).astype(np.int32)
-        for _, of_chunks in watch_chunks(model, tokens, _HeadInputs, Decoding(threads=threads)):
-            kept += [inputs for of_chunk in of_chunks for inputs in of_chunk]
+        for _, inputs in watch_chunks(model, tokens, _HeadInputs, Decoding(threads=threads)):
+            kept += inputs
     return np.concatenate(kept)
