@@ -41,6 +41,7 @@ def main() -> int:
     parse.add_argument("parsers", nargs="*", metavar="PARSER", help="which of them  [default: all]")
     parse.add_argument("--minutes", type=float, default=1.0, help="of the CPU, for each parser  [default: 1]")
     parse.add_argument("--work", type=pathlib.Path, default=pathlib.Path(".fuzz"), help="folder of corpus and finds")
+    parse.add_argument("--record", type=pathlib.Path, help="JSON lines: one is added for each parser that was fuzzed")
     parse.add_argument("--replay", type=pathlib.Path, nargs="+", metavar="FIND", help="run kept inputs again")
     parse.add_argument("--worker", help=argparse.SUPPRESS)
     options = parse.parse_args()
@@ -57,7 +58,7 @@ def main() -> int:
         from fuzz import documents
 
         documents.prepare(work / "prepared")
-    results = [_fuzz(name, work, options.minutes * 60) for name in names]
+    results = [_fuzz(name, work, options.minutes * 60, options.record) for name in names]
     return int(any(results))
 
 
@@ -88,7 +89,7 @@ def _replay(paths: list[pathlib.Path], work: pathlib.Path) -> int:
     return int(broken > 0)
 
 
-def _fuzz(name: str, work: pathlib.Path, seconds: float) -> int:
+def _fuzz(name: str, work: pathlib.Path, seconds: float, record: pathlib.Path | None) -> int:
     """Fuzzes a parser in processes of its own until its time is over. Returns the number of kinds of finds."""
     finds = work / "finds" / name
     finds.mkdir(parents=True, exist_ok=True)
@@ -114,6 +115,11 @@ def _fuzz(name: str, work: pathlib.Path, seconds: float) -> int:
     corpus = len(list((work / "corpus" / name).iterdir()))
     line = f"{name:14} {count:9,} inputs  {spent / 60:5.1f} CPU minutes  {corpus:5} in the corpus  "
     print(line + (f"FINDS: {', '.join(kinds)}" if kinds else "no find"), flush=True)
+    if record is not None:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
+        result = {"parser": name, "commit": commit.stdout.strip(), "cpu_minutes": round(spent / 60, 1), "inputs": count}
+        with record.open("a") as stream:
+            print(json.dumps(result | {"corpus": corpus, "finds": kinds}), file=stream)
     return len(kinds)
 
 

@@ -2,14 +2,16 @@ import os
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
+from bitladder.calibrate import UnfinishedWork
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import write_text
 from bitladder.ladder import store as module
 from bitladder.ladder.steps.step import Product
 from bitladder.ladder.store import open_store
-from bitladder.rundir import Manifest, RunRecord, complete_manifest, load_manifest
+from bitladder.rundir import Layout, Manifest, RunRecord, complete_manifest, load_manifest
 
 INPUTS = {"code": 1, "options": {"n": 1}}
 
@@ -169,6 +171,22 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
         pass
     assert [path.exists() for path in left + kept] == [False, False, False, True, True]
     assert not trial.exists()
+
+
+def test_unfinished_work_without_its_key_does_not_stop_the_next_run(tmp_path):
+    layout = Layout(tmp_path)
+    outputs = [layout.imatrix, layout.moments, layout.smoothed.moments, tmp_path / ".x-Q4_K_M.gguf.tmp"]
+    strange = tmp_path / "notes.parts"
+    with open_store(tmp_path):
+        for out in outputs:
+            UnfinishedWork(out, "key").put("part", np.arange(3.0))
+        strange.mkdir()
+    for out in outputs[:3]:
+        (out.with_name(f"{out.name}.parts") / "key").unlink()
+    with open_store(tmp_path) as store:
+        assert [UnfinishedWork(out, "key").has("part") for out in outputs] == [False, False, False, True]
+        store.finish()
+    assert not layout.unfinished() and strange.is_dir()
 
 
 def test_a_directory_of_somebody_else_is_refused(tmp_path):

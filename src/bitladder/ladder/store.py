@@ -56,10 +56,8 @@ class Store:
         if self._changed:
             self._save()
         # Every step is complete: unfinished work is of steps that this run does not have, or has with other options.
-        for place in (self.folder, Layout(self.folder).work):
-            for path in place.glob("*.parts"):
-                if (path / "key").is_file():
-                    shutil.rmtree(path, ignore_errors=True)
+        for path in Layout(self.folder).unfinished():
+            shutil.rmtree(path, ignore_errors=True)
         _sweep(self.folder)  # of machines that died
 
     def complete(self, name: str, inputs: Mapping[str, Any]) -> StepRecord | None:
@@ -275,10 +273,14 @@ def _refuse_strangers(folder: pathlib.Path, keep: pathlib.Path | None) -> None:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-    """Removes what a killed run was writing: files and folders called .NAME.tmp. The lock is held."""
+    """Removes what a killed run was writing: files and folders called .NAME.tmp. The lock is held.
+
+    Unfinished work without its key goes too, since nothing says what it is of.
+    """
     layout = Layout(folder)
     places = [path for place in layout.with_temporary_files() for path in place.glob(".*.tmp")]
-    for path in [*places, *layout.work.rglob(".*.tmp")]:
+    damaged = [path for path in layout.unfinished() if not (path / "key").is_file()]
+    for path in [*places, *layout.work.rglob(".*.tmp"), *damaged]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -157,6 +157,11 @@ class Layout:
         """Whether a rung is better made of the smoothed model."""
         return self.work / "trials" / f"{rung}.json"
 
+    def unfinished(self) -> list[pathlib.Path]:
+        """The folders that interrupted steps left beside their outputs."""
+        patterns = (f"{self.imatrix.name}.parts", ".*.tmp.parts", f"{self.work.name}/**/*.parts")
+        return [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
+
     def written_by_runs(self) -> tuple[str, ...]:
         """Patterns of what a run writes. Without a manifest such files belong to somebody else."""
         return (self.card.name, self.report.name, "recipes", "scores", "*.gguf")
