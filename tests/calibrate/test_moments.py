@@ -20,7 +20,7 @@ from bitladder.calibrate import (
     weighted_moments,
 )
 from bitladder.calibrate.gradients.modules import Modules
-from bitladder.calibrate.moments.triangles import pack_triangle, unpack_triangle
+from bitladder.calibrate.moments.triangles import Correlations, pack_triangle, unpack_triangle
 from bitladder.cli import invoke
 from bitladder.engine import Context, Decoding, Model
 from bitladder.errors import BitladderError, GradientsError, UsageError
@@ -240,6 +240,18 @@ def test_triangles(width):
     packed = pack_triangle(matrix)
     assert np.array_equal(packed, matrix[np.triu_indices(width)])
     assert np.array_equal(unpack_triangle(packed), matrix)
+
+
+@pytest.mark.parametrize("width", [1, 2, 257])
+def test_correlations_in_another_order_are_those_of_the_other_matrix(width):
+    rng = np.random.default_rng(width)
+    inputs = rng.standard_normal((3, 2 * width, width)).astype(np.float32) * np.logspace(-3, 3, width, dtype=np.float32)
+    order = rng.permutation(width)
+    matrices = [each.T @ each for each in inputs]
+    ours = Correlations.of(np.stack([pack_triangle(each) for each in matrices])).ordered(order)
+    theirs = Correlations.of(np.stack([pack_triangle(each[np.ix_(order, order)]) for each in matrices]))
+    assert np.array_equal(ours.diagonals, theirs.diagonals)
+    assert np.abs(ours.values.astype(float) - theirs.values).max() <= 2.0**-10  # M_ij and M_ji differ in a last digit
 
 
 @pytest.mark.parametrize(

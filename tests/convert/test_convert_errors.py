@@ -17,6 +17,7 @@ from heard import Heard
 
 from bitladder.cli.inputs import convert_command
 from bitladder.convert import checkpoint, checkpoint_files, convert, default_name, tensors
+from bitladder.engine import Workers
 from bitladder.errors import BitladderError, UsageError
 from bitladder.hub import fetch_checkpoint
 
@@ -114,7 +115,24 @@ def test_bf16_rounds_to_nearest_even() -> None:
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     values[:3] = [1.00390625, 1.01171875, 0.0]  # two ties
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    np.testing.assert_array_equal(tensors.encode("x", values, tensors.Type.BF16), expected)
+    with Workers(1) as workers:
+        np.testing.assert_array_equal(tensors.encode("x", values, tensors.Type.BF16, workers)[0], expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_a_tensor_and_name_its_first_large_weight(threads: int) -> None:
+    torch: Any = pytest.importorskip("torch")
+    rows = 3 * tensors.SLAB // 1000
+    weights = np.random.default_rng(0).normal(size=(rows, 1000)).astype(np.float32)
+    lost = [3, 300, rows - 1]
+    weights[lost] *= 1e-9
+    with Workers(threads) as workers:
+        stored, count = tensors.encode("x", weights, tensors.Type.F16, workers)
+        assert count == len(lost)
+        np.testing.assert_array_equal(stored, torch.from_numpy(weights).half().numpy())
+        weights[[rows - 2, 500], 7] = [-70000, 66000]
+        with pytest.raises(BitladderError, match="x has the weight 66000, which F16 cannot hold"):
+            tensors.encode("x", weights, tensors.Type.F16, workers)
 
 
 def test_unknown_architecture(folder: pathlib.Path) -> None:

@@ -43,6 +43,26 @@ def test_blocks_that_vanish_are_counted(name, weighted):
     assert lost_units(weights, data, kind, importance) == gone.sum()
 
 
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+@pytest.mark.parametrize("shape", ["normal", "one", "spread"])
+def test_lost_rows_are_those_of_the_formula(name, shape):
+    """Rows of every size, also where most are left out because of their largest weight."""
+    rng = np.random.default_rng(4)
+    weights = {
+        "normal": rng.standard_normal((2000, 64)),
+        "one": np.where(np.arange(64) == 5, 1, 1e-3) * np.ones((2000, 1)),
+        "spread": np.exp(2 * rng.standard_normal((2000, 64))),
+    }[shape]
+    weights = (weights * np.logspace(-12, 0, 2000)[:, None]).astype(np.float32)
+    kind = type_by_name(name)
+    data = quantize_rows(weights, kind, None)
+    wide = weights.astype(np.float64)
+    stored = data.view(np.float16).astype(np.float64) if name == "f16" else expanded(data, name).astype(np.float64)
+    lost = np.square(stored - wide).sum(1) > 1e-4 * np.square(wide).sum(1)
+    assert lost_units(weights, data, kind, None) == lost.sum()
+    assert lost.any() == (name == "f16")
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_ordinary_weights_lose_nothing(name):
     kind = type_by_name(name)

@@ -24,7 +24,7 @@ from bitladder.engine import Decoding
 from bitladder.evaluate import MeasureOptions, load_or_compute_base, noise_floor
 from bitladder.gguf import GgufFile
 from bitladder.quantize import quantize
-from bitladder.refine import SmoothingError, SmoothingOptions
+from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
 from bitladder.refine.smooth.order import find_order, order_for_blocks
 from bitladder.refine.smooth.smoothed_model import smoothed_moments
 from bitladder.text import Reading
@@ -102,6 +102,19 @@ def test_what_rounding_inputs_costs_gets_less(tmp_path, text, ordinary):
         with load_or_compute_base(model, text, settings, path=tmp_path / f"{model.stem}.base") as base:
             floors.append(noise_floor(base, 4, settings).activations_k.value)
     assert floors[1] < 0.9 * floors[0]
+
+
+def test_files_do_not_depend_on_threads(tmp_path, text, ordinary):
+    path, imatrix, _ = ordinary
+    moments = tmp_path / "m.gguf"
+    collect_moments(path, [text], moments, reading=Reading(chunks=2), decoding=Decoding(n_ctx=64))
+    written = []
+    for threads in (1, 3):
+        names = (f"{name}-{threads}.gguf" for name in ("o", "oi", "om"))
+        model, matrix, moved = (tmp_path / name for name in names)
+        smooth_model(ModelFiles(path, imatrix, (moments,)), ModelFiles(model, matrix, (moved,)), threads=threads)
+        written.append([file.read_bytes() for file in (model, matrix, moved)])
+    assert written[0] == written[1]
 
 
 def test_imatrix_and_moments_are_those_of_the_ordered_model(tmp_path, text, ordinary):

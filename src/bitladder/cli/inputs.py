@@ -8,6 +8,7 @@ import pathlib
 
 import click
 
+from bitladder.cli import options as shared
 from bitladder.cli.options import options_from
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
 from bitladder.cli.typed import FETCHED_TEXT, INPUT, TASK, Choice, FileOrName, NamingGroup, Whole
@@ -38,8 +39,11 @@ _BUILTIN_ABOUT = "half of Python's language reference, built in: to try things, 
     help="The GGUF file to write.  [default: named after the model, in the current directory]",
 )
 @options_from(ConvertOptions)
+@shared.threads
 @common_options
-def convert_command(model: str, out: pathlib.Path | None, options: ConvertOptions, *, output: Output) -> None:
+def convert_command(
+    model: str, out: pathlib.Path | None, options: ConvertOptions, threads: int | None, *, output: Output
+) -> None:
     """Convert MODEL, a checkpoint's directory or a Hugging Face hub id, to GGUF."""
     from bitladder import convert as package
 
@@ -54,6 +58,7 @@ def convert_command(model: str, out: pathlib.Path | None, options: ConvertOption
         converter=options.converter,
         trust_remote_code=options.trust_remote_code,
         projector=target.with_name(f"mmproj-{target.name}") if options.mmproj else None,
+        threads=threads,
         progress=output.progress,
     )
     if output.json:

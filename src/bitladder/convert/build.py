@@ -24,11 +24,11 @@ from bitladder.convert.tensors import (
     choose_outtype,
     encode,
     plan_copies,
-    small_end_loss,
 )
 from bitladder.convert.tokenizer import read_vocabulary, write_vocabulary
 from bitladder.convert.upstream import Converter, converter_at, refuse_code, run_converter
 from bitladder.convert.upstream_checks import check_converted, check_finite_file, known_to, refuse_incomplete
+from bitladder.engine import Workers, lost_in
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import replacing
 from bitladder.hub import fetch_checkpoint
@@ -76,6 +76,7 @@ def convert(
     converter: pathlib.Path | None = None,
     trust_remote_code: bool = False,
     projector: pathlib.Path | None = None,
+    threads: int | None = None,
     progress: Progress = SILENT,
 ) -> ConvertResult:
     """Writes a checkpoint as a GGUF file.
@@ -93,6 +94,7 @@ def convert(
         trust_remote_code: whether llama.cpp's converter may run Python code that the checkpoint brings.
         projector: the file to write a projector of images or sounds to, if llama.cpp's converter knows the
             checkpoint's; None for none.
+        threads: threads of the CPU; None takes all. llama.cpp's converter has its own.
         progress: is told how much is done.
 
     Raises:
@@ -128,7 +130,9 @@ def convert(
             progress.info(f"outtype {decided}, by the checkpoint's weights")
         copies = plan_copies(checkpoint, family, decided, progress)
         with replacing(out) as temporary:
-            tensors = write_file(temporary, checkpoint, family, copies, outtype=decided, progress=progress)
+            tensors = write_file(
+                temporary, checkpoint, family, copies, outtype=decided, threads=threads, progress=progress
+            )
     name = gguf.MODEL_ARCH_NAMES[family.arch]
     return ConvertResult(pathlib.Path(out), name, decided, tensors, pathlib.Path(out).stat().st_size)
 
@@ -210,6 +214,7 @@ def write_file(
     *,
     outtype: str,
     progress: Progress,
+    threads: int | None = None,
     vocabulary: bool = True,
     weights: bool = True,
 ) -> int:
@@ -239,12 +244,15 @@ def write_file(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         if weights:
-            with progress.task("Converting", sum(copy.bytes for copy in copies)) as bar:
+            with (
+                Workers(threads) as workers,
+                progress.task("Converting", sum(copy.bytes for copy in copies)) as bar,
+            ):
                 for values in extra.values():
                     writer.write_tensor_data(values)
                 for copy in copies:
                     bar.note(copy.name)
-                    writer.write_tensor_data(_load(checkpoint, family, copy, progress))
+                    writer.write_tensor_data(_load(checkpoint, family, copy, workers, progress))
                     bar.advance(copy.bytes)
     finally:
         writer.close()
@@ -259,14 +267,18 @@ def add_hole(path: pathlib.Path, sizes: Iterable[int]) -> None:
     os.truncate(path, sum(gguf.GGUFWriter.ggml_pad(size, align) for size in (path.stat().st_size, *sizes)))
 
 
-def _load(checkpoint: Checkpoint, family: Family, copy: TensorCopy, progress: Progress) -> NDArray[np.generic]:
+def _load(
+    checkpoint: Checkpoint, family: Family, copy: TensorCopy, workers: Workers, progress: Progress
+) -> NDArray[np.generic]:
     raw = checkpoint.read(copy.source)
-    check_finite(copy.source, raw)
-    raw = family.arrange(copy.source, raw)
-    stored = encode(copy.source, raw, copy.type)
-    loss = small_end_loss(copy.source, raw, stored, copy.type)
-    if loss is not None:
-        progress.warn(loss)
+    try:
+        stored, lost = encode(copy.source, family.arrange(copy.source, raw), copy.type, workers)
+    except BitladderError:
+        check_finite(copy.source, raw)  # names the place in the checkpoint
+        raise
+    if lost:
+        rows = stored.size // stored.shape[-1]
+        progress.warn(lost_in(copy.source, lost, rows, "f16", "convert with --outtype bf16"))
     return stored
 
 

@@ -16,7 +16,7 @@ from bitladder.convert.checkpoint import Checkpoint, Raw
 from bitladder.convert.checkpoint_files import Shape, brief, plain
 from bitladder.convert.families import BIASES, EMBEDDING, HEAD, Family
 from bitladder.convert.quantized import FP8
-from bitladder.engine import lost_in, lost_rows
+from bitladder.engine import Workers, lost_rows
 from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress
 
@@ -36,8 +36,8 @@ STORED: dict[Any, np.dtype[Any]] = {
     Type.F16: np.dtype(np.float16),
     Type.BF16: np.dtype(np.uint16),
 }
-# Weights are encoded in slabs of this many, so that the float32 values in between stay small.
-SLAB = 1 << 22
+# Weights are encoded in slabs of this many, so that the float32 values in between stay in a core's cache.
+SLAB = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,62 +197,61 @@ def first_not_finite(raw: Raw) -> tuple[int, np.float32] | None:
     return None
 
 
-def encode(name: str, raw: Raw, target: Type) -> NDArray[Any]:
+def encode(name: str, raw: Raw, target: Type, workers: Workers) -> tuple[NDArray[Any], int]:
     """A tensor in another format, rounded to nearest, ties to even.
 
     Parameters:
         name: name of the tensor, for the error.
         raw: the weights as the checkpoint has them.
         target: F32, F16 or BF16.
+        workers: threads that share the work.
 
     Returns:
-        The weights in the same shape; BF16 as its bits in uint16.
+        The weights in the same shape, BF16 as its bits in uint16; and how many rows of a matrix F16 loses
+        (`engine.lost_rows`).
 
     Raises:
-        BitladderError: a weight is too large for `target`.
+        BitladderError: a weight is too large for `target`, or not finite.
     """
-    out = np.empty(raw.size, STORED[target])
-    for start, slab in _slabs(raw):
-        largest = np.abs(slab).argmax() if slab.size else 0
-        if slab.size and not abs(slab[largest]) <= LARGEST[target]:
-            raise BitladderError(
-                f"tensor {name} has the weight {slab[largest]:g}, which {target.name} cannot hold (at most"
-                f" {LARGEST[target]:g}); use --outtype {'bf16' if target == Type.F16 else 'f32'}"
-            )
-        out[start : start + slab.size] = _bfloat16(slab) if target == Type.BF16 else slab
-    return out.reshape(raw.shape)
+    width = max(raw.shape[-1] if raw.ndim > 1 else raw.size, 1)
+    rows, step = raw.reshape(-1, width), max(1, SLAB // width)
+    out = np.empty(rows.shape, STORED[target])
+    lossy = target == Type.F16 and raw.ndim > 1  # BF16 has the exponents of F32
+    refused: dict[int, np.float32] = {}
+    lost = [0] * -(-len(rows) // step)
 
+    def work(piece: int, slot: int) -> None:
+        del slot
+        part = slice(piece * step, (piece + 1) * step)
+        weights = _float32(rows[part])
+        if not max(weights.max(), -weights.min()) <= LARGEST[target]:
+            refused[piece] = weights.flat[np.abs(weights).argmax()]
+            return
+        out[part] = _bfloat16(weights) if target == Type.BF16 else weights
+        if lossy:
+            lost[piece] = lost_rows(weights, out[part].astype(np.float32))
 
-def small_end_loss(name: str, raw: Raw, stored: NDArray[Any], target: Type) -> str | None:
-    """The warning of a matrix that loses rows because its weights are too small for a type; None if it loses none.
-
-    Parameters:
-        name: name of the tensor.
-        raw: the weights as the checkpoint has them, with two or more dimensions.
-        stored: what `encode` made of them.
-        target: F32, F16 or BF16.
-    """
-    if target != Type.F16 or raw.ndim < 2:  # BF16 has the exponents of F32
-        return None
-    rows, width = raw.reshape(-1, raw.shape[-1]), raw.shape[-1]
-    encoded, step = stored.reshape(-1, width), max(1, SLAB // width)
-    lost = 0
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        wide = np.concatenate([slab for _, slab in _slabs(part)]).reshape(part.shape)
-        lost += lost_rows(wide, encoded[start : start + step].astype(np.float32))
-    return lost_in(name, lost, len(rows), "f16", "convert with --outtype bf16") if lost else None
+    workers.run(len(lost), work)
+    if refused:
+        raise BitladderError(
+            f"tensor {name} has the weight {refused[min(refused)]:g}, which {target.name} cannot hold (at most"
+            f" {LARGEST[target]:g}); use --outtype {'bf16' if target == Type.F16 else 'f32'}"
+        )
+    return out.reshape(raw.shape), sum(lost)
 
 
 def _slabs(raw: Raw) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """The slabs of a flattened tensor: position, and weights as float32."""
     flat = raw.reshape(-1)
     for start in range(0, flat.size, SLAB):
-        slab = flat[start : start + SLAB]
-        if slab.dtype == np.uint16:
-            yield start, (slab.astype(np.uint32) << 16).view(np.float32)
-        else:
-            yield start, slab.astype(np.float32)
+        yield start, _float32(flat[start : start + SLAB])
+
+
+def _float32(weights: Raw) -> NDArray[np.float32]:
+    """Weights as the checkpoint has them (BF16 as its bits), as float32."""
+    if weights.dtype == np.uint16:
+        return (weights.astype(np.uint32) << 16).view(np.float32)
+    return weights.astype(np.float32)
 
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -83,10 +83,11 @@ if TYPE_CHECKING:
         type_by_name,
     )
     from bitladder.engine.weights import Weights
-    from bitladder.engine.workers import PIECE, Workers
+    from bitladder.engine.workers import AHEAD, PIECE, Workers, in_order
 
 __all__ = [
     "ACCEL",
+    "AHEAD",
     "ALIASES",
     "CPU",
     "FLASH_ATTN",
@@ -127,6 +128,7 @@ __all__ = [
     "dequantize_into",
     "device_key",
     "device_memory",
+    "in_order",
     "kernel_needs_importance",
     "kernels",
     "lane_count",

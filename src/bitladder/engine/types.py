@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -198,11 +199,12 @@ def lost_rows(weights: Floats, stored: Floats) -> int:
         >>> lost_rows(tiny, tiny.astype(np.float16).astype(np.float32))
         1
     """
-    # Squares of small float32 numbers vanish themselves, so rows are scaled to 1 first.
-    largest = np.abs(weights).max(axis=1, initial=0)
-    small = np.flatnonzero((largest > 0) & (largest < 1))
+    # F16 errs by 2⁻²⁵ at most where it underflows: a row with a larger weight than this cannot lose so much.
+    largest = np.maximum(weights.max(axis=1, initial=0), -weights.min(axis=1, initial=0))
+    small = np.flatnonzero((largest > 0) & (largest < 2.0**-18 * math.sqrt(weights.shape[1])))
     if not len(small):
         return 0
+    # Squares of small float32 numbers vanish themselves, so rows are scaled to 1 first.
     scale = largest[small].astype(np.float64)[:, None]
     scaled = weights[small] / scale
     gap = stored[small] / scale - scaled

@@ -1,14 +1,18 @@
-"""Threads that share small pieces of work, each with scratch memory that fits into a core's cache."""
+"""Threads that share small pieces of work: in any order, with scratch memory of their own, or in order."""
 
+import collections
 import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from bitladder.engine.types import threads_available
 from bitladder.files import Closing
 
+Result = TypeVar("Result")
+AHEAD = 4  # works per thread that may be at hand or wait to be taken
 PIECE = 1 << 15  # numbers of a piece: 128 KB, so that a few such arrays fit into a core's second-level cache
 
 
@@ -53,3 +57,34 @@ class Workers(Closing):
         finally:
             for future in waiting:
                 future.result()
+
+
+def in_order(
+    works: Iterable[Callable[[], Result]], threads: int | None = None, ahead: int = AHEAD
+) -> Generator[Result, None, None]:
+    """Does works in threads, side by side, and yields their results in the order of the works.
+
+    Parameters:
+        works: what computes each result.
+        threads: their number; None for that of the CPUs.
+        ahead: works per thread that may be at hand or wait to be taken.
+
+    Raises:
+        BaseException: what a work raises. No thread is left running.
+
+    Example:
+        >>> list(in_order([lambda: 3, lambda: 1, lambda: 2], threads=2))
+        [3, 1, 2]
+    """
+    count = threads or threads_available()
+    pool = ThreadPoolExecutor(count)
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    try:
+        for work in works:
+            if len(waiting) >= ahead * count:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(work))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -9,11 +9,11 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 
-from bitladder.engine import Request, preset_types, threads_available, type_by_name
+from bitladder.engine import AHEAD, Request, preset_types, threads_available, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.gguf import F32, GgufWriter, TensorPlan, file_size, name_in_block, scalar, split_sizes, string, u32
 from bitladder.quantize.prepare import PreparedQuant
-from bitladder.quantize.write_quant import AHEAD, PIECE
+from bitladder.quantize.write_quant import PIECE
 from bitladder.units import number_of
 
 

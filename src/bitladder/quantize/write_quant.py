@@ -6,27 +6,18 @@ work at once, so that memory does not grow with the model, and no thread waits a
 With the same options, imatrix and library every tensor's bytes equal llama-quantize's.
 """
 
-import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import (
-    TensorType,
-    dequantize_into,
-    lost_in,
-    plain_type,
-    quantize_rows,
-    storable,
-    threads_available,
-)
+from bitladder.engine import TensorType, dequantize_into, in_order, lost_in, plain_type, quantize_rows, storable
 from bitladder.errors import BitladderError
 from bitladder.files import refuse_inputs
 from bitladder.gguf import GgufFile, TensorInfo, open_model, output_paths, shards_of, writing
@@ -42,7 +33,6 @@ Bytes = npt.NDArray[np.uint8]
 Blocks = Mapping[str, Callable[[], Bytes]]
 NO_BLOCKS: Blocks = {}
 PIECE = 1 << 17  # weights: the overhead of a call is negligible, and float32 of them fits the cache of a core
-AHEAD = 4  # pieces per thread that may be in work or wait to be written
 QUANTIZE = Algorithm(
     "quantize",
     (
@@ -233,30 +223,19 @@ def stream_tensors(
     Raises:
         BitladderError: weights are not finite, those of copied tensors included. No thread is left running.
     """
-    count = threads or threads_available()
-    pool = ThreadPoolExecutor(count)
-    waiting: collections.deque[tuple[_Piece, Future[tuple[Bytes, int]]]] = collections.deque()
     lost: dict[str, int] = {}
-
-    def write_first() -> None:
-        piece, future = waiting.popleft()
-        data, units = future.result()
-        writer.write(piece.name, data)
-        if units:
-            lost[piece.name] = lost.get(piece.name, 0) + units
-        bar.note(piece.name)
-        bar.advance((piece.stop - piece.start) * piece.tensor.type.row_bytes(piece.tensor.width))
-
-    try:
-        for piece in _pieces(tensors, importance, blocks, same):
-            if len(waiting) >= AHEAD * count:
-                write_first()
-            waiting.append((piece, pool.submit(_make, file, piece, blocks.get(piece.name))))
-        while waiting:
-            write_first()
-        return lost
-    finally:
-        pool.shutdown(cancel_futures=True)
+    works = (
+        functools.partial(_make, file, piece, blocks.get(piece.name))
+        for piece in _pieces(tensors, importance, blocks, same)
+    )
+    with contextlib.closing(in_order(works, threads)) as made:
+        for piece, data, units in made:
+            writer.write(piece.name, data)
+            if units:
+                lost[piece.name] = lost.get(piece.name, 0) + units
+            bar.note(piece.name)
+            bar.advance((piece.stop - piece.start) * piece.tensor.type.row_bytes(piece.tensor.width))
+    return lost
 
 
 def _pieces(
@@ -290,8 +269,12 @@ def _holds(file: GgufFile, chosen: TensorChoice) -> bool:
     )
 
 
-def _make(file: GgufFile, piece: _Piece, elsewhere: Callable[[], Bytes] | None) -> tuple[Bytes, int]:
-    """The piece's bytes, and how many of its blocks lose their weights."""
+def _make(file: GgufFile, piece: _Piece, elsewhere: Callable[[], Bytes] | None) -> tuple[_Piece, Bytes, int]:
+    """The piece, its bytes, and how many of its blocks lose their weights."""
+    return piece, *_bytes_of(file, piece, elsewhere)
+
+
+def _bytes_of(file: GgufFile, piece: _Piece, elsewhere: Callable[[], Bytes] | None) -> tuple[Bytes, int]:
     if elsewhere is not None:
         blocks, tensor = elsewhere(), piece.tensor
         step = max(1, PIECE // tensor.width)

@@ -1,13 +1,15 @@
 """The files of a model that is refined: read and copied piece by piece, so that memory is bounded by one tensor."""
 
+import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import dequantize_into
+from bitladder.engine import dequantize_into, in_order
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, string
 from bitladder.progress import SILENT, Bar, Progress
@@ -35,31 +37,19 @@ class ModelFiles:
     moments: tuple[pathlib.Path, ...] = ()
 
 
-def row_pieces(file: GgufFile, tensor: TensorInfo, order: Indices | None = None) -> Iterator[tuple[Indices, Floats]]:
-    """Reads a tensor as float32, each piece within one matrix.
-
-    Parameters:
-        file: where the tensor is.
-        tensor: what to read.
-        order: in which order the rows of each matrix come, int64 [rows of a matrix]; each matrix is then read whole.
-
-    Yields:
-        Numbers of rows, and the rows, float32 [rows, width].
-    """
+def row_spans(tensor: TensorInfo) -> Iterator[tuple[int, int]]:
+    """The first row of each piece of a tensor, and the row after its last. A piece lies within one matrix."""
     step = max(1, PIECE // tensor.width)
     for first in range(0, tensor.rows, tensor.rows_per_matrix):
         end = first + tensor.rows_per_matrix
-        whole = None if order is None else file.read(tensor, first, end)
-        for start in range(first, end, step):
-            numbers = np.arange(start, min(start + step, end))
-            if whole is None or order is None:
-                data = file.read(tensor, start, start + len(numbers))
-            else:
-                within = order[numbers - first]
-                numbers, data = within + first, whole[within]
-            weights = np.empty((len(numbers), tensor.width), np.float32)
-            dequantize_into(data, tensor.type, weights)
-            yield numbers, weights
+        yield from ((start, min(start + step, end)) for start in range(first, end, step))
+
+
+def expanded(data: Bytes, tensor: TensorInfo) -> Floats:
+    """Rows as the file has them, uint8 [rows, row bytes], as float32 [rows, width]."""
+    weights = np.empty((len(data), tensor.width), np.float32)
+    dequantize_into(data, tensor.type, weights)
+    return weights
 
 
 def column_squares(file: GgufFile, tensor: TensorInfo, matrices: int = 1, task: Bar | None = None) -> Doubles:
@@ -78,8 +68,9 @@ def column_squares(file: GgufFile, tensor: TensorInfo, matrices: int = 1, task: 
         BitladderError: weights are not finite.
     """
     squares = np.zeros((matrices, tensor.width))
-    for numbers, weights in row_pieces(file, tensor):
-        matrix = numbers[0] // tensor.rows_per_matrix if matrices > 1 else 0
+    for start, stop in row_spans(tensor):
+        weights = expanded(file.read(tensor, start, stop), tensor)
+        matrix = start // tensor.rows_per_matrix if matrices > 1 else 0
         squares[matrix] += np.einsum("ij,ij->j", weights, weights, dtype=np.float64)
         if task is not None:
             task.advance(weights.size)
@@ -92,9 +83,10 @@ def copy_model(
     file: GgufFile,
     out: pathlib.Path,
     remark: tuple[str, str],
-    data: Callable[[TensorInfo], Iterable[Bytes]],
+    data: Callable[[TensorInfo], Iterable[Callable[[], Bytes]]],
     *,
     label: str,
+    threads: int | None = None,
     progress: Progress = SILENT,
 ) -> None:
     """Writes a model with the same tensors and types, and other data.
@@ -103,17 +95,26 @@ def copy_model(
         file: the model that is copied.
         out: path of the copy.
         remark: key and text that the metadata of the copy say of it.
-        data: the bytes of a tensor in the copy, in order, in pieces of any size.
+        data: what makes the bytes of a tensor in the copy, in order, in pieces of any size.
         label: what the progress bar says.
+        threads: threads that make pieces; None for one on each CPU. Two pieces for each are in memory.
     """
     key, text = remark
     metadata = {name: value for name, value in file.metadata.items() if name not in DROPPED} | {key: string(text)}
     plans = [TensorPlan(name, tensor.shape, tensor.type) for name, tensor in file.tensors.items()]
-    with out.open("wb") as stream, progress.task(label, file.tensor_bytes) as task:
+    works = (functools.partial(_named, name, make) for name, tensor in file.tensors.items() for make in data(tensor))
+    with (
+        out.open("wb") as stream,
+        progress.task(label, file.tensor_bytes) as task,
+        contextlib.closing(in_order(works, threads, ahead=2)) as pieces,
+    ):
         writer = GgufWriter(stream, metadata, plans)
-        for name, tensor in file.tensors.items():
+        for name, piece in pieces:
             task.note(name)
-            for piece in data(tensor):
-                writer.write(name, piece)
-                task.advance(piece.nbytes)
+            writer.write(name, piece)
+            task.advance(piece.nbytes)
         writer.finish()
+
+
+def _named(name: str, make: Callable[[], Bytes]) -> tuple[str, Bytes]:
+    return name, make()

@@ -229,6 +229,6 @@ def _write(quant: pathlib.Path, out: pathlib.Path, blocks: dict[str, Bytes], rem
             file,
             out,
             (TUNE_KEY, remark),
-            lambda tensor: (blocks[tensor.name] if tensor.name in blocks else file.read(tensor),),
+            lambda tensor: (lambda: blocks[tensor.name] if tensor.name in blocks else file.read(tensor),),
             label="write the tuned quant",
         )

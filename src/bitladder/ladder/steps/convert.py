@@ -107,6 +107,7 @@ class Convert(Step):
                 converter=self.options.conversion.converter,
                 trust_remote_code=self.options.conversion.trust_remote_code,
                 projector=hidden_projector if self.options.conversion.mmproj else None,
+                threads=self.options.decoding.threads,
                 progress=run.progress,
             )
             facts = describe(hidden)

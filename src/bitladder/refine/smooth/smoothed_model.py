@@ -4,9 +4,13 @@ Its importance matrix and second moments change with it.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
+import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +25,13 @@ from bitladder.calibrate import (
     write_imatrix,
     writing_moments,
 )
-from bitladder.engine import logit_differences, quantize_rows, sequence_logits
+from bitladder.engine import in_order, logit_differences, quantize_rows, sequence_logits
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import refuse_inputs, replacing, sha256_file
 from bitladder.gguf import GgufFile, TensorInfo, open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
-from bitladder.refine.model_files import PIECE, Bytes, Floats, Indices, ModelFiles, copy_model, row_pieces
+from bitladder.refine.model_files import PIECE, Bytes, Floats, Indices, ModelFiles, copy_model, expanded, row_spans
 from bitladder.refine.options import SmoothingOptions
 from bitladder.refine.smooth.links import FLOATS, Link, SmoothingError, link_importance, link_scales, links_of
 from bitladder.refine.smooth.order import Order, find_order
@@ -90,29 +94,47 @@ def changes_of(scales: Sequence[tuple[Link, Floats]], order: Order | None = None
     return changes
 
 
-def changed_rows(file: GgufFile, tensor: TensorInfo, change: Change) -> Iterator[Bytes]:
-    """The new rows of a tensor, piece by piece, in its own type.
+def changed_rows(file: GgufFile, tensor: TensorInfo, change: Change) -> Iterator[Callable[[], Bytes]]:
+    """What makes the new rows of a tensor, piece by piece, in its own type.
 
-    Powers of two and another order round nothing. Raises BitladderError for weights that overflow F16.
+    Powers of two and another order round nothing. A piece raises BitladderError for weights that overflow F16.
     """
-    if change.nothing:
-        step = max(1, PIECE // tensor.width)
-        for start in range(0, tensor.rows, step):
-            yield file.read(tensor, start, min(start + step, tensor.rows))
+    if change.row_order is not None:  # rows come from all over the matrix
+        for first in range(0, tensor.rows, tensor.rows_per_matrix):
+            yield functools.partial(_changed_matrix, file, tensor, change, first, change.row_order)
         return
-    rows = change.rows
-    if rows is not None:  # of a vector (of each expert, if there are several) each element is a channel
-        rows = rows.reshape(tensor.rows, -1 if tensor.elements == rows.size else 1)
-    for numbers, weights in row_pieces(file, tensor, change.row_order):
-        if change.columns is not None:
-            matrix = numbers[0] // tensor.rows_per_matrix if len(change.columns) > 1 else 0
-            np.multiply(weights, change.columns[matrix], out=weights)
-        if rows is not None:
-            np.multiply(weights, rows[numbers], out=weights)
-        if tensor.type.name == "f16" and not max(weights.max(), -weights.min()) <= np.finfo(np.float16).max:
-            raise BitladderError(f"{tensor.name}: scaled weights overflow F16; convert with --outtype bf16 or f32")
-        placed = weights if change.column_order is None else np.ascontiguousarray(weights[:, change.column_order])
-        yield quantize_rows(placed, tensor.type, None)
+    for start, stop in row_spans(tensor):
+        yield functools.partial(_changed_piece, file, tensor, change, start, stop)
+
+
+def _changed_matrix(file: GgufFile, tensor: TensorInfo, change: Change, first: int, order: Indices) -> Bytes:
+    whole = file.read(tensor, first, first + tensor.rows_per_matrix)
+    out, step = np.empty_like(whole), max(1, PIECE // tensor.width)
+    for start in range(0, len(whole), step):
+        within = order[start : start + step]
+        out[start : start + step] = _changed(whole[within], tensor, change, within + first)
+    return out
+
+
+def _changed_piece(file: GgufFile, tensor: TensorInfo, change: Change, start: int, stop: int) -> Bytes:
+    data = file.read(tensor, start, stop)
+    return data if change.nothing else _changed(data, tensor, change, np.arange(start, stop))
+
+
+def _changed(data: Bytes, tensor: TensorInfo, change: Change, numbers: Indices) -> Bytes:
+    """Rows of one matrix with these numbers, changed, in the same order."""
+    weights = expanded(data, tensor)
+    if change.columns is not None:
+        matrix = numbers[0] // tensor.rows_per_matrix if len(change.columns) > 1 else 0
+        np.multiply(weights, change.columns[matrix], out=weights)
+    if change.rows is not None:
+        # Of a vector (of each expert, if there are several) each element is a channel.
+        rows = change.rows.reshape(tensor.rows, -1 if tensor.elements == change.rows.size else 1)
+        np.multiply(weights, rows[numbers], out=weights)
+    if tensor.type.name == "f16" and not max(weights.max(), -weights.min()) <= np.finfo(np.float16).max:
+        raise BitladderError(f"{tensor.name}: scaled weights overflow F16; convert with --outtype bf16 or f32")
+    placed = weights if change.column_order is None else np.ascontiguousarray(weights[:, change.column_order])
+    return quantize_rows(placed, tensor.type, None)
 
 
 def changed_imatrix(imatrix: Imatrix, changes: Mapping[str, Change]) -> Imatrix:
@@ -130,24 +152,27 @@ def changed_imatrix(imatrix: Imatrix, changes: Mapping[str, Change]) -> Imatrix:
     return dataclasses.replace(imatrix, entries=entries)
 
 
-def _changed_inputs(moments: MomentsFile, name: str, change: Change) -> Iterator[Correlations]:
-    """E[w xxᵀ] of the new inputs, matrix by matrix: they are divided by the scales of a weight's columns."""
-    shape = moments.shape(name)
-    scales = None if change.columns is None else np.broadcast_to(change.columns, (shape.matrices, shape.n_in))
-    for matrix in range(shape.matrices):
-        inputs = moments.kept_inputs(name, matrix)
-        if scales is not None:  # correlations stay what they are
-            inputs = Correlations(inputs.values, (inputs.diagonals / np.square(scales[matrix])).astype(np.float32))
-        yield inputs if change.column_order is None else _ordered(inputs, change.column_order)
+def _changed_inputs(moments: MomentsFile, name: str, change: Change, matrix: int) -> Correlations:
+    """E[w xxᵀ] of the new inputs of a matrix: they are divided by the scales of a weight's columns."""
+    inputs = moments.kept_inputs(name, matrix)
+    if change.columns is not None:  # correlations stay what they are
+        scales = np.square(change.columns[matrix if len(change.columns) > 1 else 0])
+        inputs = Correlations(inputs.values, (inputs.diagonals / scales).astype(np.float32))
+    return inputs if change.column_order is None else _ordered(inputs, change.column_order)
 
 
 def _ordered(moments: Correlations, order: Indices) -> Correlations:
     """Moments of numbers that come in another order."""
+    if len(moments.values) == 1:
+        return moments.ordered(order)
     return Correlations.of(pack_triangle(moments.matrix()[np.ix_(order, order)])[None])
 
 
-def _changed_outputs(outputs: Correlations | LowRank, change: Change) -> Correlations | LowRank:
+def _changed_outputs(moments: MomentsFile, name: str, change: Change) -> Correlations | LowRank | None:
     """E[ggᵀ] of the new outputs: one that is divided by s has a gradient that is s times larger."""
+    outputs = moments.outputs(name)
+    if outputs is None:
+        return None
     values, diagonals = outputs.values, outputs.diagonals
     if change.rows is not None:
         # Correlations stay what they are.
@@ -160,7 +185,11 @@ def _changed_outputs(outputs: Correlations | LowRank, change: Change) -> Correla
 
 
 def smoothed_moments(
-    moments: pathlib.Path, changes: Mapping[str, Change], out: pathlib.Path, model_sha256: str
+    moments: pathlib.Path,
+    changes: Mapping[str, Change],
+    out: pathlib.Path,
+    model_sha256: str,
+    threads: int | None = None,
 ) -> None:
     """Writes the second moments of the smoothed model.
 
@@ -172,6 +201,7 @@ def smoothed_moments(
         changes: what happened to each tensor.
         out: path to write.
         model_sha256: hash of the smoothed model.
+        threads: threads of the CPU; None takes all. Each has the moments of a matrix in memory.
 
     Raises:
         BitladderError: the file holds no second moments.
@@ -181,14 +211,28 @@ def smoothed_moments(
         shared = {name: old.entry(name) for name in names if old.entry(name) != name}
         provenance = dataclasses.replace(old.provenance, model_sha256=model_sha256)
         shapes = {name: _changed_shape(old.shape(name), changes.get(name, Change())) for name in names}
-        with writing_moments(out, provenance, shapes, shared) as writer:
-            for name in names:
-                change = changes.get(name, Change())
+        with (
+            writing_moments(out, provenance, shapes, shared) as writer,
+            contextlib.closing(in_order(_changed_moments(old, changes, shared), threads, ahead=1)) as made,
+        ):
+            for name, shape in shapes.items():
                 if name not in shared:
-                    writer.write_inputs(name, _changed_inputs(old, name, change), old.counts(name))
-                outputs = old.outputs(name)
-                if outputs is not None:
-                    writer.write_outputs(name, _changed_outputs(outputs, change))
+                    writer.write_inputs(name, itertools.islice(made, shape.matrices), old.counts(name))
+                if shape.n_out:
+                    writer.write_outputs(name, next(made))
+
+
+def _changed_moments(
+    old: MomentsFile, changes: Mapping[str, Change], shared: Collection[str]
+) -> Iterator[Callable[[], Any]]:
+    """What makes the new moments of each weight: of its inputs, matrix by matrix, if it has its own; of its outputs."""
+    for name in old.names():
+        change, shape = changes.get(name, Change()), old.shape(name)
+        if name not in shared:
+            for matrix in range(shape.matrices):
+                yield functools.partial(_changed_inputs, old, name, change, matrix)
+        if shape.n_out:
+            yield functools.partial(_changed_outputs, old, name, change)
 
 
 def _changed_shape(shape: MomentShape, change: Change) -> MomentShape:
@@ -276,7 +320,7 @@ def smooth_model(
     if source.moments:
         model_sha256 = sha256_file(out.model)
         for old, new in zip(source.moments, out.moments, strict=True):
-            smoothed_moments(old, changes, new, model_sha256)
+            smoothed_moments(old, changes, new, model_sha256, threads)
     return SmoothResult(parts.links(), None if parts.order is None else parts.order.noise, moved, changes)
 
 
@@ -323,6 +367,7 @@ class _Attempt:
             (KEY, self._digest),
             lambda tensor: changed_rows(self._file, tensor, changes.get(tensor.name, Change())),
             label="write the smoothed model",
+            threads=self._threads,
             progress=progress,
         )
         logits = sequence_logits(self._out, self._tokens, threads=self._threads)
