@@ -197,10 +197,11 @@ def test_what_is_not_known_is_refused(models, tmp_path):
         TorchModel(rewritten(models / "tied.gguf", tmp_path / "gpt2.gguf", architecture="gpt2"))
     with pytest.raises(GradientsError, match=r"headless\.gguf has no attention\.head_count"):
         TorchModel(without_heads(models / "tied.gguf", tmp_path / "headless.gguf"))
-    with pytest.raises(UsageError, match=r"does not multiply by a weight called 'token_embd\.weight'"):
-        next(weighted_moments(models / "llama.gguf", TOKENS, names=["token_embd.weight"]))
+    with pytest.raises(UsageError, match=r"does not multiply by a weight called 'output\.weight'"):
+        next(weighted_moments(models / "tied.gguf", TOKENS, names=["output.weight"]))
 
 
+EMBEDDING = "token_embd.weight"
 PARTS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -218,7 +219,7 @@ def by_autograd(kind, folder, tokens, labels):
     modules = {
         f"blk.{b}.{ours}.weight": f"model.layers.{b}.{theirs}" for b in range(2) for ours, theirs in PARTS.items()
     }
-    modules["output.weight"] = "lm_head"
+    modules |= {"output.weight": "lm_head", EMBEDDING: "model.embed_tokens"}
     seen, handles = {}, []
     for name, path in modules.items():
 
@@ -284,6 +285,7 @@ def test_moments_are_those_of_autograd_per_token(models, name, kind, count):
     pilots = np.repeat((np.arange(count) % 4 == 0) & (count >= 8), chunks.shape[1])
     entries = [
         ("output.weight",),
+        (EMBEDDING,),
         *(tuple(f"blk.{b}.{part}.weight" for part in shared) for b in (0, 1) for shared in SHARED),
     ]
     for entry in entries:
@@ -294,7 +296,9 @@ def test_moments_are_those_of_autograd_per_token(models, name, kind, count):
             profile = power.reshape(chunks.shape).mean(0) / power.mean()
             np.testing.assert_allclose(computed[weight].by_position, profile, rtol=2e-3, atol=1e-6, err_msg=weight)
             assert computed[weight].tokens == chunks.size
-            if weight == "output.weight" or count < 8:
+            if weight == EMBEDDING:  # each token counts alike
+                x, weights, kept, v = g / np.sqrt(power)[:, None], power**0, power > 0, power**0
+            elif weight == "output.weight" or count < 8:
                 weights, kept, v = weights + power, np.ones(len(x), np.bool_), np.ones(len(x))
             else:
                 # Of gate and up only the diagonal of O is used for leverages.
@@ -307,7 +311,7 @@ def test_moments_are_those_of_autograd_per_token(models, name, kind, count):
         for weight in entry:
             moments = computed[weight]
             np.testing.assert_allclose(moments.inputs, wanted, rtol=0, atol=2e-4 * np.abs(wanted).max(), err_msg=weight)
-            if weight == "output.weight":
+            if weight in ("output.weight", EMBEDDING):
                 assert moments.outputs is None
                 continue
             expected = outputs[weight]

@@ -176,6 +176,25 @@ def test_how_many_rows_are_taken_together_changes_nothing(name, monkeypatch):
         assert np.mean(one.data == found[0].data) > 0.99
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_independent_rows_may_be_rounded_some_at_a_time(name, monkeypatch):
+    weights, h = ordinary(5 * rounding_method.GROUP + 3), moments(WIDTH, 2000)
+    whole, stock = checked(name, weights, h, passes=2, enough=0)
+    monkeypatch.setattr(rounding_method, "PIECE", 2 * rounding_method.GROUP * WIDTH)
+    seen = []
+    real = rounding_method.round_blocks
+    monkeypatch.setattr(
+        rounding_method, "round_blocks", lambda part, *more: seen.append(len(part)) or real(part, *more)
+    )
+    pieces, _ = checked(name, weights, h, passes=2, enough=0)
+    assert seen == [256, 256, 131] and np.array_equal(pieces.data, whole.data)
+    assert pieces.after == pytest.approx(whole.after, rel=1e-5)
+    seen.clear()
+    outputs = moments(len(weights), 4000)
+    round_tensor(weights, stock, name, h, RoundingOptions(passes=1), outputs)
+    assert seen == [len(weights)]
+
+
 def test_the_loss_of_a_wide_matrix_is_estimated():
     weights, h, outputs = ordinary(40, width=1024), moments(1024, 900, spread=0.9), moments(40, 200)
     options = RoundingOptions()

@@ -69,16 +69,19 @@ def by_library(shape: ModelShape, preset: str) -> float:
 
 
 def rounding(shape: ModelShape, passes: int, types: float = 1) -> float:
-    """Of rounding the matrices of the blocks in some types, with feedback and so many passes. Factors are made once."""
-    return sum(matrix.count * round_matrix(matrix, passes, types) for matrix in shape.matrices)
+    """Of rounding all matrices in some types, with feedback and so many passes. Factors are made once."""
+    heads = Matrix("output", shape.vocabulary, shape.width, 1 if shape.tied else 2)  # and the embeddings
+    blocks = sum(matrix.count * round_matrix(matrix, passes, types) for matrix in shape.matrices)
+    return blocks + heads.count * round_matrix(heads, passes, types, coupled=False)
 
 
-def round_matrix(matrix: Matrix, passes: int, types: float = 1) -> float:
-    """Of rounding one matrix."""
+def round_matrix(matrix: Matrix, passes: int, types: float = 1, *, coupled: bool = True) -> float:
+    """Of rounding one matrix; coupled rows make up for each other's errors."""
     m, n = matrix.rows, matrix.width
-    opened = OPEN_WEIGHT + OPEN_COLUMN * n + OPEN_ROW * m
-    each = PASS_WEIGHT + PASS_COLUMN * n + PASS_ROW * m
-    factors = sum(FACTORS * side**2 + FACTORS_CUBED * side**3 for side in (n, m))
+    coupling = m if coupled else 0
+    opened = OPEN_WEIGHT + OPEN_COLUMN * n + OPEN_ROW * coupling
+    each = PASS_WEIGHT + PASS_COLUMN * n + PASS_ROW * coupling
+    factors = sum(FACTORS * side**2 + FACTORS_CUBED * side**3 for side in (n, coupling))
     return types * m * n * (opened + passes * each) + factors
 
 

@@ -35,11 +35,13 @@ ROUNDING = Algorithm(
         " every second pass; passes end when they gain little",
         "the library's blocks stay where the damped loss does not fall; of wide matrices it is estimated",
         "a process that compiles the loops gives the blocks of one that finds them compiled",
+        "many rows that do not make up for each other's errors are rounded some at a time",
     ),
 )
 
 TYPES: dict[str, BlockType] = {**SCALAR_TYPES, **VECTOR_TYPES}
 GROUP = 128  # rows whose errors are handed on to others by one product of matrices
+PIECE = 1 << 23  # weights that are rounded at once, at most, where rows are independent: some 24 bytes for each
 SIDE_BY_SIDE = 32  # matrices that a device rounds at once, at most
 
 
@@ -173,6 +175,13 @@ def round_matrix(
     device: str | None = None,
 ) -> Rounded:
     """`round_tensor` with second moments that serve several types; `kind` is one that `can_round` knows."""
+    step = max(GROUP, PIECE // weights.shape[1])
+    if device is None and step < len(weights) and not len(moments.coupling):
+        starts = range(0, len(weights), step)
+        parts = [(weights[start : start + step], stock[start : start + step]) for start in starts]
+        rounded = [round_matrices([part], [data], kind, [moments], options)[0] for part, data in parts]
+        blocks = np.concatenate([part.data for part in rounded])
+        return Rounded(blocks, sum(part.before for part in rounded), sum(part.after for part in rounded))
     return round_matrices([weights], [stock], kind, [moments], options, device)[0]
 
 

@@ -27,7 +27,8 @@ HEAD_ROWS = 128  # positions whose logits are made at once
 class TorchModel(Closing):
     """A model file as a function that can be differentiated with respect to what its matrices put out.
 
-    `head` names the tensor that makes the logits (the embeddings where they are tied). `matrices` are the weights that
+    `head` names the tensor that makes the logits (the embeddings where they are tied), `embedding` embeddings that only
+    are looked up, or is None. `matrices` are the weights that
     inputs are multiplied by, in the order of the computation, the head last; `uses` says how often each one is. Several
     threads may compute at once, but for the values of `half`.
 
@@ -57,6 +58,7 @@ class TorchModel(Closing):
         self.weights = TorchWeights(self._file, memory, threads, device)
         self._layers = Layers(self.weights, half)
         self.head = HEAD if self.weights.has(HEAD) else EMBEDDING
+        self.embedding = EMBEDDING if self.head != EMBEDDING else None
         self.n_vocab = self.weights.shape(self.head)[0]
         try:
             self.modules = Modules(self._file, self._layers)

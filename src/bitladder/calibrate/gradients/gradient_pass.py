@@ -54,16 +54,17 @@ class Segment:
 
 
 def choose_matrices(model: TorchModel, names: Collection[str] | None) -> list[str]:
-    """The names (None: all matrices), from the last in the computation to the first.
+    """The names (None: all matrices, and embeddings), from the last in the computation to the first.
 
-    Raises UsageError for a name that is not a matrix.
+    Raises UsageError for a name that is neither.
     """
+    known = [*model.matrices[::-1], *([] if model.embedding is None else [model.embedding])]
     if names is None:
-        return model.matrices[::-1]
-    unknown = [name for name in names if name not in model.matrices]
+        return known
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(f"{model.path.name} does not multiply by a weight called {unknown[0]!r}")
-    return [name for name in reversed(model.matrices) if name in names]
+    return [name for name in known if name in names]
 
 
 def plan_entries(model: TorchModel, names: Sequence[str], options: GradientOptions) -> list[EntryPlan]:
@@ -82,7 +83,7 @@ def plan_entries(model: TorchModel, names: Sequence[str], options: GradientOptio
 
 def _output_shape(model: TorchModel, name: str, options: GradientOptions) -> OutputShape | None:
     n_out, kind = model.shape(name)[0], kind_of(name)
-    if not options.outputs or name == model.head or model.experts(name) > 1:
+    if not options.outputs or name in (model.head, model.embedding) or model.experts(name) > 1:
         return None
     if kind in _WIDE:
         return OutputShape(1, n_out, options.rank)
@@ -119,7 +120,7 @@ def plan_segments(
     """
     by_block: dict[int, list[EntryPlan]] = {}
     for plan in plans:
-        block = block_of(plan.names[0])
+        block = 0 if plan.names[0] == model.embedding else block_of(plan.names[0])
         by_block.setdefault(model.modules.blocks if block is None else block, []).append(plan)
     lowest = min(by_block)
     segments: list[Segment] = []
@@ -337,7 +338,7 @@ class GradientPass:
         else:
             stream = model.embed(self._chunks[index])
         left = {
-            entry.plan.names[0]: draws * sum(model.uses[each] for each in entry.plan.names)
+            entry.plan.names[0]: draws * sum(model.uses.get(each, 1) for each in entry.plan.names)
             for entry in entries.values()
         }
 
@@ -346,13 +347,20 @@ class GradientPass:
             turn.wait(sums)
             if name == model.head:
                 entries[name].add_powers(name, inputs, gradients, gradients)
+            elif name == model.embedding:
+                # Each token counts alike: a row is the vector of one, and few tokens have nearly all of the square.
+                squares = gradients.square().sum(1)
+                reached = (squares > 0).float()
+                directions = gradients * squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()[:, None]
+                entries[name].add_powers(name, directions, squares, reached)
             else:
                 entries[name].add(name, inputs, gradients, routed)
             left[sums] -= 1
             if not left[sums]:
                 turn.leave(sums)
 
-        part = model.differentiable(stream, segment.first, segment.stop, entries.keys() - {model.head}, tap)
+        names = entries.keys() - {model.head, model.embedding}
+        part = model.differentiable(stream, segment.first, segment.stop, names, tap)
         generator = chunk_generator(self._options.seed, index)
         kept = None if last else self._work.read_row(_gradient(segment.stop), place, self._gradient_shape)
         downs = []
@@ -366,6 +374,8 @@ class GradientPass:
                 gradient = torch.from_numpy(kept[draw])
             if segment.first < segment.stop:
                 downs.append(part.backward(gradient[None], last=draw + 1 == draws)[0])
+                if model.embedding in entries:
+                    tap(model.embedding, downs[-1], downs[-1], None)
         return torch.stack(downs) if segment.first and downs else None
 
 

@@ -53,6 +53,7 @@ GRADIENT_MOMENTS = Algorithm(
         "so are products of wide matrices, whose last bits depended on the number of threads",
         "each expert has moments of the tokens that are routed to it",
         "models that had none have gradients: windows of 0, norms with a bias, without weights, ropes of Ministral 3",
+        "embeddings that are not the head have moments of the gradients at their rows",
     ),
 )
 # Parts of the names of what is kept of a matrix, as in the file.

@@ -24,6 +24,7 @@ from bitladder.rounding import (
     fit_device,
     moments_in_memory,
     round_matrices,
+    round_matrix,
 )
 from bitladder.trial import StockRounding
 from bitladder.units import listed, number_of
@@ -170,10 +171,23 @@ class OutputRounding:
         if reached:
             numbers, moments = zip(*reached, strict=True)
             matrices, blocks = ([each[number][0] for number in numbers] for each in (weights, stock))
-            results = round_matrices(matrices, blocks, kind.name, moments, self._options, device)
-            for number, result in zip(numbers, results, strict=True):
+            for number, result in zip(numbers, self._all(matrices, blocks, kind, moments, device), strict=True):
                 rounded[number] = result
         return rounded
+
+    def _all(
+        self,
+        weights: Sequence[Floats],
+        stock: Sequence[Bytes],
+        kind: TensorType,
+        moments: Sequence[SecondMoments],
+        device: str | None,
+    ) -> list[Rounded]:
+        """Rounds matrices of one shape: on a device side by side, by the CPU one after the other."""
+        if device is not None:
+            return round_matrices(weights, stock, kind.name, moments, self._options, device)
+        sets = zip(weights, stock, moments, strict=True)
+        return [round_matrix(matrix, blocks, kind.name, each, self._options) for matrix, blocks, each in sets]
 
     def _round_experts(self, name: str, weights: Floats, stock: Bytes, kind: TensorType) -> list[Rounded]:
         """Rounds each expert of a tensor by itself, on a device as many at once as fit."""
@@ -188,7 +202,7 @@ class OutputRounding:
             if len(ready) == at_once or index + 1 == len(weights):
                 some = slice(len(rounded), index + 1)
                 matrices, blocks = list(weights[some]), list(stock[some])
-                rounded += round_matrices(matrices, blocks, kind.name, ready, self._options, device)
+                rounded += self._all(matrices, blocks, kind, ready, device)
                 ready = []
         return rounded
 
