@@ -13,8 +13,8 @@ import shutil
 import plotly.graph_objects
 import pytest
 from click.testing import CliRunner
+from report_card_run import change_manifest
 from report_runs import CHECK, HIGH, LOW, RUNGS
-from test_card import change_manifest, run_dir  # noqa: F401
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate import Figure
@@ -208,7 +208,7 @@ def test_every_linked_file_is_there(folder, page):
     assert all((folder / link).is_file() for link in files)
 
 
-def test_what_is_absent_leaves_its_part_out(run_dir):  # noqa: F811
+def test_what_is_absent_leaves_its_part_out(run_dir):
     """A directory with scores and recipes only: no GGUF, matrix, candidates, prices, benchmarks or speeds."""
     parser = Parser(render_report(run_dir))
     assert {"choose", "pareto", "types", "made"} <= parser.ids()
@@ -217,7 +217,7 @@ def test_what_is_absent_leaves_its_part_out(run_dir):  # noqa: F811
     assert "None" not in "".join(parser.texts[name] for name in parser.texts if name not in ("plotly", "data"))
 
 
-def test_names_cannot_break_out_of_the_page(run_dir):  # noqa: F811
+def test_names_cannot_break_out_of_the_page(run_dir):
     nasty = '</script><img src=x onerror="alert(1)">&"\''
     path = run_dir / "ladder.json"
     value = json.loads(path.read_text())
@@ -232,7 +232,7 @@ def test_names_cannot_break_out_of_the_page(run_dir):  # noqa: F811
     assert nasty in {one["name"] for one in data["tensors"]["tensors"]}
 
 
-def test_the_report_is_written_only_if_it_differs(run_dir):  # noqa: F811
+def test_the_report_is_written_only_if_it_differs(run_dir):
     assert write_report(run_dir)
     before = (run_dir / "report.html").stat().st_mtime_ns
     assert not write_report(run_dir)
@@ -242,7 +242,7 @@ def test_the_report_is_written_only_if_it_differs(run_dir):  # noqa: F811
         write_report(run_dir)
 
 
-def test_the_command_writes_card_and_report(run_dir):  # noqa: F811
+def test_the_command_writes_card_and_report(run_dir):
     from bitladder.cli.run import card_command
 
     done = CliRunner().invoke(card_command, [str(run_dir), "--json"], catch_exceptions=False)
@@ -255,7 +255,7 @@ def test_the_command_writes_card_and_report(run_dir):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["candidates.json", "sensitivity-IQ4_XS-Q8_0.json"])
-def test_a_damaged_file_is_one_line(run_dir, name):  # noqa: F811
+def test_a_damaged_file_is_one_line(run_dir, name):
     (run_dir / name).write_text('{"candidates": [{"rung": 1}], "tensors": {"a": {"kld": "x"}}}')
     with pytest.raises(BitladderError, match=rf"{name}: (candidates|tensors)"):
         render_report(run_dir)
