@@ -26,7 +26,7 @@ from bitladder.gguf import GgufFile
 from bitladder.quantize import quantize
 from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
 from bitladder.refine.smooth.order import find_order, order_for_blocks
-from bitladder.refine.smooth.smoothed_model import smoothed_moments
+from bitladder.refine.smooth.smoothed_moments import smoothed_moments
 from bitladder.text import Reading
 
 WIDE = {"hidden_size": 512, "tie_word_embeddings": True, "initializer_range": 0.05}

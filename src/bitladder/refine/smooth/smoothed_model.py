@@ -4,37 +4,25 @@ Its importance matrix and second moments change with it.
 """
 
 import collections
-import contextlib
 import dataclasses
-import functools
-import itertools
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bitladder.calibrate import (
-    Correlations,
-    Imatrix,
-    LowRank,
-    MomentsFile,
-    MomentShape,
-    pack_triangle,
-    read_imatrix,
-    write_imatrix,
-    writing_moments,
-)
-from bitladder.engine import in_order, logit_differences, quantize_rows, sequence_logits
+from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
+from bitladder.engine import logit_differences, sequence_logits
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import refuse_inputs, replacing, sha256_file
-from bitladder.gguf import GgufFile, TensorInfo, open_model
+from bitladder.gguf import GgufFile, open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
-from bitladder.refine.model_files import PIECE, Bytes, Floats, Indices, ModelFiles, copy_model, expanded, row_spans
+from bitladder.refine.model_files import Floats, ModelFiles, copy_model
 from bitladder.refine.options import SmoothingOptions
+from bitladder.refine.smooth.changes import Change, changed_imatrix, changed_rows, changes_of
 from bitladder.refine.smooth.links import FLOATS, Link, SmoothingError, link_importance, link_scales, links_of
 from bitladder.refine.smooth.order import Order, find_order
+from bitladder.refine.smooth.smoothed_moments import smoothed_moments
 from bitladder.units import number_of
 
 SMOOTHING = Algorithm(
@@ -48,196 +36,6 @@ SMOOTHING = Algorithm(
 
 KEY = "bitladder.smooth.imatrix.sha256"  # in files that are smoothed: the importance matrix they were smoothed by
 CHECKED_TOKENS = 64
-
-
-@dataclasses.dataclass
-class Change:
-    """What happens to a tensor: first it is multiplied, then its columns and rows come in another order.
-
-    Parameters:
-        columns: factors of its columns, float32 [matrices or 1, width]; None leaves them.
-        rows: factors of its rows, float32 [rows]; None leaves them.
-        column_order: numbers of the columns in their new order, int64 [width]; None leaves them.
-        row_order: the same for the rows of each of its matrices.
-    """
-
-    columns: Floats | None = None
-    rows: Floats | None = None
-    column_order: Indices | None = None
-    row_order: Indices | None = None
-
-    @property
-    def nothing(self) -> bool:
-        """Whether the tensor stays as it is."""
-        return all(part is None for part in (self.columns, self.rows, self.column_order, self.row_order))
-
-
-def changes_of(scales: Sequence[tuple[Link, Floats]], order: Order | None = None) -> dict[str, Change]:
-    """What happens to each tensor that changes, by name.
-
-    Parameters:
-        scales: each link and its scales, float32 [matrices, channels of the readers].
-        order: the new order of channels, or None.
-    """
-    changes: dict[str, Change] = {}
-    for link, scale in scales:
-        for name in link.readers:
-            changes.setdefault(name, Change()).columns = scale
-        once = scale.reshape(link.matrices, link.groups, link.repeats, link.size)[:, :, 0].reshape(-1)
-        for name in link.makers:
-            changes.setdefault(name, Change()).rows = (1 / once).astype(np.float32)
-    if order is not None:
-        for name in order.columns:
-            changes.setdefault(name, Change()).column_order = order.channels
-        for name in order.rows:
-            changes.setdefault(name, Change()).row_order = order.channels
-    return changes
-
-
-def changed_rows(file: GgufFile, tensor: TensorInfo, change: Change) -> Iterator[Callable[[], Bytes]]:
-    """What makes the new rows of a tensor, piece by piece, in its own type.
-
-    Powers of two and another order round nothing. A piece raises BitladderError for weights that overflow F16.
-    """
-    if change.row_order is not None:  # rows come from all over the matrix
-        for first in range(0, tensor.rows, tensor.rows_per_matrix):
-            yield functools.partial(_changed_matrix, file, tensor, change, first, change.row_order)
-        return
-    for start, stop in row_spans(tensor):
-        yield functools.partial(_changed_piece, file, tensor, change, start, stop)
-
-
-def _changed_matrix(file: GgufFile, tensor: TensorInfo, change: Change, first: int, order: Indices) -> Bytes:
-    whole = file.read(tensor, first, first + tensor.rows_per_matrix)
-    out, step = np.empty_like(whole), max(1, PIECE // tensor.width)
-    for start in range(0, len(whole), step):
-        within = order[start : start + step]
-        out[start : start + step] = _changed(whole[within], tensor, change, within + first)
-    return out
-
-
-def _changed_piece(file: GgufFile, tensor: TensorInfo, change: Change, start: int, stop: int) -> Bytes:
-    data = file.read(tensor, start, stop)
-    return data if change.nothing else _changed(data, tensor, change, np.arange(start, stop))
-
-
-def _changed(data: Bytes, tensor: TensorInfo, change: Change, numbers: Indices) -> Bytes:
-    """Rows of one matrix with these numbers, changed, in the same order."""
-    weights = expanded(data, tensor)
-    if change.columns is not None:
-        matrix = numbers[0] // tensor.rows_per_matrix if len(change.columns) > 1 else 0
-        np.multiply(weights, change.columns[matrix], out=weights)
-    if change.rows is not None:
-        # Of a vector (of each expert, if there are several) each element is a channel.
-        rows = change.rows.reshape(tensor.rows, -1 if tensor.elements == change.rows.size else 1)
-        np.multiply(weights, rows[numbers], out=weights)
-    if tensor.type.name == "f16" and not max(weights.max(), -weights.min()) <= np.finfo(np.float16).max:
-        raise BitladderError(f"{tensor.name}: scaled weights overflow F16; convert with --outtype bf16 or f32")
-    placed = weights if change.column_order is None else np.ascontiguousarray(weights[:, change.column_order])
-    return quantize_rows(placed, tensor.type, None)
-
-
-def changed_imatrix(imatrix: Imatrix, changes: Mapping[str, Change]) -> Imatrix:
-    """The importance matrix of the new inputs: the old inputs divided by the scales, in the new order."""
-    entries = dict(imatrix.entries)
-    for name, change in changes.items():
-        if name not in entries:
-            continue
-        sums = entries[name].sums
-        if change.columns is not None:
-            sums = sums / np.square(change.columns, dtype=np.float64)
-        if change.column_order is not None:
-            sums = np.ascontiguousarray(sums[:, change.column_order])
-        entries[name] = dataclasses.replace(entries[name], sums=sums)
-    return dataclasses.replace(imatrix, entries=entries)
-
-
-def _changed_inputs(moments: MomentsFile, name: str, change: Change, matrix: int) -> Correlations:
-    """E[w xxᵀ] of the new inputs of a matrix: they are divided by the scales of a weight's columns."""
-    inputs = moments.kept_inputs(name, matrix)
-    if change.columns is not None:  # correlations stay what they are
-        scales = np.square(change.columns[matrix if len(change.columns) > 1 else 0])
-        inputs = Correlations(inputs.values, (inputs.diagonals / scales).astype(np.float32))
-    return inputs if change.column_order is None else _ordered(inputs, change.column_order)
-
-
-def _ordered(moments: Correlations, order: Indices) -> Correlations:
-    """Moments of numbers that come in another order."""
-    if len(moments.values) == 1:
-        return moments.ordered(order)
-    return Correlations.of(pack_triangle(moments.matrix()[np.ix_(order, order)])[None])
-
-
-def _changed_outputs(moments: MomentsFile, name: str, change: Change) -> Correlations | LowRank | None:
-    """E[ggᵀ] of the new outputs: one that is divided by s has a gradient that is s times larger."""
-    outputs = moments.outputs(name)
-    if outputs is None:
-        return None
-    values, diagonals = outputs.values, outputs.diagonals
-    if change.rows is not None:
-        # Correlations stay what they are.
-        diagonals = np.asarray(diagonals / np.square(change.rows.reshape(diagonals.shape)), np.float32)
-    if change.row_order is None:
-        return type(outputs)(values, diagonals)
-    if isinstance(outputs, LowRank):
-        return LowRank(values[change.row_order], diagonals[:, change.row_order])
-    return _ordered(Correlations(values, diagonals), change.row_order)
-
-
-def smoothed_moments(
-    moments: pathlib.Path,
-    changes: Mapping[str, Change],
-    out: pathlib.Path,
-    model_sha256: str,
-    threads: int | None = None,
-) -> None:
-    """Writes the second moments of the smoothed model.
-
-    They are those that collecting on the smoothed model gives, up to the rounding of F16. The weights of tokens are an
-    exception: for v and up they stay those of the gradients before smoothing.
-
-    Parameters:
-        moments: path of the second moments of the model before.
-        changes: what happened to each tensor.
-        out: path to write.
-        model_sha256: hash of the smoothed model.
-        threads: threads of the CPU; None takes all. Each has the moments of a matrix in memory.
-
-    Raises:
-        BitladderError: the file holds no second moments.
-    """
-    with MomentsFile(moments) as old:
-        names = old.names()
-        shared = {name: old.entry(name) for name in names if old.entry(name) != name}
-        provenance = dataclasses.replace(old.provenance, model_sha256=model_sha256)
-        shapes = {name: _changed_shape(old.shape(name), changes.get(name, Change())) for name in names}
-        with (
-            writing_moments(out, provenance, shapes, shared) as writer,
-            contextlib.closing(in_order(_changed_moments(old, changes, shared), threads, ahead=1)) as made,
-        ):
-            for name, shape in shapes.items():
-                if name not in shared:
-                    writer.write_inputs(name, itertools.islice(made, shape.matrices), old.counts(name))
-                if shape.n_out:
-                    writer.write_outputs(name, next(made))
-
-
-def _changed_moments(
-    old: MomentsFile, changes: Mapping[str, Change], shared: Collection[str]
-) -> Iterator[Callable[[], Any]]:
-    """What makes the new moments of each weight: of its inputs, matrix by matrix, if it has its own; of its outputs."""
-    for name in old.names():
-        change, shape = changes.get(name, Change()), old.shape(name)
-        if name not in shared:
-            for matrix in range(shape.matrices):
-                yield functools.partial(_changed_inputs, old, name, change, matrix)
-        if shape.n_out:
-            yield functools.partial(_changed_outputs, old, name, change)
-
-
-def _changed_shape(shape: MomentShape, change: Change) -> MomentShape:
-    """Outputs in another order are not in blocks any more."""
-    return shape if change.row_order is None else dataclasses.replace(shape, blocks=1)
 
 
 @dataclasses.dataclass(frozen=True)
