@@ -20,7 +20,9 @@ PRODUCTS, BLAS = 80e9, 75e9
 GRADIENT_PRODUCTS = 98e9  # of torch in bfloat16
 GRADIENT_TOKEN, GRADIENT_BESIDE = 4e-4, 1.15  # seconds of any token; and time of all, of that of products and sums
 BESIDE = 1.25  # time of a decoded token, of that of its matrix products
-QUANT = 1.7  # speed of a quant's products
+# Speed of a quant's products, of that in full precision: of types with super-blocks of 256, and of those of 32, which
+# stand in where rows hold no super-blocks.
+QUANT, QUANT_32 = 1.7, 0.6
 EXPONENTIALS = 2.5e-9  # seconds for each logit of a scored token
 
 # Seconds of rounding in Q4_K, of feedback and of each pass of `best`: for each weight; for each weight and column; and
@@ -52,6 +54,20 @@ def decoding(shape: ModelShape, tokens: float, n_ctx: int, logits: float = 0.5) 
 def scoring(shape: ModelShape, tokens: float) -> float:
     """Of the logits of the tokens of which half are scored."""
     return tokens / 2 * shape.vocabulary * EXPONENTIALS
+
+
+def quant_speed(shape: ModelShape) -> float:
+    """How fast a quant decodes, as a multiple of the speed in full precision.
+
+    Example:
+        >>> shape = ModelShape(3, (Matrix("a", 10, 256, 1), Matrix("b", 10, 96, 1)), 1, 256, 0, True, 64)
+        >>> round(quant_speed(shape), 3)
+        1.133
+    """
+    sizes = [(matrix.count * matrix.share * matrix.rows * matrix.width, matrix.width) for matrix in shape.matrices]
+    sizes.append((shape.head, shape.width))
+    times = [size / (QUANT if width % 256 == 0 else QUANT_32) for size, width in sizes]
+    return sum(size for size, _ in sizes) / sum(times)
 
 
 def comparing(shape: ModelShape, tokens: float, n_ctx: int, speed: float = 1.0) -> float:
