@@ -35,6 +35,7 @@ Bytes = npt.NDArray[np.uint8]
 # Tensors with coupled rows that a GPU must have side by side to gain by them (docs/devices.md).
 WORTHWHILE = 8
 
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 OUTPUT_ROUNDING = Algorithm(
     "output rounding",
     (
@@ -42,6 +43,7 @@ OUTPUT_ROUNDING = Algorithm(
         "of several files of moments the mean counts, each scaled to the same trace",
         "an expert that no token reached is rounded for the mean of the inputs of the others",
         "a device rounds tensors of one shape side by side, and ends the passes of each by itself",
+        "embeddings that are not the head and have no moments are rounded as if columns counted alike",
     ),
     uses=(ROUNDING,),
 )
@@ -86,7 +88,21 @@ class OutputRounding:
 
     def covers(self, name: str, kind: TensorType) -> bool:
         """Whether a tensor of that type gets other blocks than the library's."""
-        return self._options.method != "stock" and can_round(kind.name) and any(name in file for file in self._moments)
+        return self._options.method != "stock" and can_round(kind.name) and self._knows(name)
+
+    def _knows(self, name: str) -> bool:
+        """Whether there are moments of a tensor, or it is rounded without."""
+        return any(name in file for file in self._moments) or self._alike(name)
+
+    def _alike(self, name: str) -> bool:
+        """Whether a tensor is rounded as if its columns counted alike: embeddings that are not the head.
+
+        Their rows are no products with an input: without gradients nothing is known of them.
+        """
+        return name == EMBEDDING and not any(name in file for file in self._moments) and bool(self._heads())
+
+    def _heads(self) -> list[MomentsFile]:
+        return [file for file in self._moments if HEAD in file]
 
     @OUTPUT_ROUNDING.entry
     def __call__(self, name: str, weights: Floats, kind: TensorType, importance: Floats | None) -> Bytes:
@@ -103,7 +119,7 @@ class OutputRounding:
         alone: list[list[TensorInfo]] = []
         for tensor in tensors:
             rows, width = tensor.rows_per_matrix, tensor.width
-            if self._device is None or tensor.rows != rows or not any(tensor.name in file for file in self._moments):
+            if self._device is None or tensor.rows != rows or not self._knows(tensor.name):
                 alone.append([tensor])
             else:
                 groups[rows, width, self._coupled(tensor.name)].append(tensor)
@@ -278,6 +294,9 @@ class OutputRounding:
 
     def _ready(self, name: str, kept: dict[str, SecondMoments | None], device: str | None) -> SecondMoments | None:
         """Factors of a tensor's moments, which serve all its types; None if no token reached it."""
+        if name not in kept and self._alike(name):
+            width = self._heads()[0].shape(HEAD).n_in
+            kept[name] = SecondMoments(np.eye(width, dtype=np.float32), None, self._options, device)
         if name not in kept:
             with self._lock, single_threaded():  # moments of low rank are multiplied out
                 files = [file for file in self._moments if name in file]
