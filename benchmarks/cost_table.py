@@ -80,7 +80,7 @@ GPU = Gpu("RTX 4090", products=165e12, bandwidth=1008e9, memory=24e9, bus=25e9)
 @contextlib.contextmanager
 def on_gpu(gpu: Gpu, shape: ModelShape) -> Iterator[None]:
     """While this is open, formulas of what the library decodes are those of a GPU with the CPU."""
-    decoding, full, quant = cost.decoding, gpu.share(shape, FULL_BITS), gpu.share(shape, QUANT_BITS)
+    decoding, full, quant_share = cost.decoding, gpu.share(shape, FULL_BITS), gpu.share(shape, QUANT_BITS)
 
     def time(share: float, cpu: float = 1.0) -> float:
         """Time of what is decoded, of that on the CPU in full precision."""
@@ -93,9 +93,8 @@ def on_gpu(gpu: Gpu, shape: ModelShape) -> Iterator[None]:
             seconds += THREADS * tokens * 4 * inputs / gpu.bus
         return seconds
 
-    def compared(shape: ModelShape, tokens: float, n_ctx: int, speed: float = 1.0) -> float:
-        is_quant = speed == cost.QUANT
-        seconds = time(quant, cost.QUANT) if is_quant else time(full)
+    def compared(shape: ModelShape, tokens: float, n_ctx: int, *, quant: bool = False) -> float:
+        seconds = time(quant_share, cost.quant_speed(shape)) if quant else time(full)
         head = tokens / 2 * 2 * shape.head / cost.BLAS
         return seconds * decoding(shape, tokens, n_ctx) + 2 * cost.scoring(shape, tokens) + head
 

@@ -70,11 +70,12 @@ def quant_speed(shape: ModelShape) -> float:
     return sum(size for size, _ in sizes) / sum(times)
 
 
-def comparing(shape: ModelShape, tokens: float, n_ctx: int, speed: float = 1.0) -> float:
-    """Of decoding tokens, and of comparing half of them with a base, whose logits are computed by its head.
+def comparing(shape: ModelShape, tokens: float, n_ctx: int, *, quant: bool = False) -> float:
+    """Of decoding tokens by a quant or in full precision, and of comparing half of them with a base.
 
-    `speed` is how fast a token is decoded, as a multiple of the speed in full precision.
+    The logits of the base are computed by its head.
     """
+    speed = quant_speed(shape) if quant else 1
     head = tokens / 2 * 2 * shape.head / BLAS
     return decoding(shape, tokens, n_ctx) / speed + 2 * scoring(shape, tokens) + head
 

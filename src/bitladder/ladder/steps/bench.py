@@ -68,10 +68,8 @@ class Bench(Step):
         def speed(tests: Sequence[tuple[int, int]], full: int, quants: int) -> Part:
             speeds = [evaluate.SpeedTest(*test) for test in tests]
             tokens = sum(test.warming(GENERATED) + repetitions * test.work(GENERATED) for test in speeds)
-            return Part(
-                "speed",
-                cost.decoding(extent.shape, tokens * (full + quants / cost.quant_speed(extent.shape)), extent.chunk),
-            )
+            tokens *= full + quants / cost.quant_speed(extent.shape)
+            return Part("speed", cost.decoding(extent.shape, tokens, extent.chunk))
 
         if not self.options.plans:
             return [speed(tests, 1, extent.models - 1)]

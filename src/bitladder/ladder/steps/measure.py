@@ -84,7 +84,7 @@ def scoring(step: Step) -> dict[str, Any]:
 
 def divergence(extent: Extent) -> Part:
     """The work of comparing a quant with the base."""
-    return Part("divergence", cost.comparing(extent.shape, extent.text, extent.chunk, cost.quant_speed(extent.shape)))
+    return Part("divergence", cost.comparing(extent.shape, extent.text, extent.chunk, quant=True))
 
 
 def task_parts(step: Step, extent: Extent) -> list[Part]:

@@ -97,9 +97,7 @@ class Quantize(Step):
             tuning = TUNE * cost.decoding(extent.shape, extent.tuned, extent.chunk, logits=1)
             parts.append(Part("tune", tuning, rate="blas"))
             parts.append(base_part(extent, tried, extent.chunk))
-            parts += 2 * [
-                Part("divergence", cost.comparing(extent.shape, tried, extent.chunk, cost.quant_speed(extent.shape)))
-            ]
+            parts += 2 * [Part("divergence", cost.comparing(extent.shape, tried, extent.chunk, quant=True))]
         return parts
 
     def memory(self, extent: Extent) -> float:

@@ -41,7 +41,7 @@ class SmoothingTrial(Step):
     def parts(self, extent: Extent) -> list[Part]:
         """Two quants by the library, and two measurements."""
         tokens = 2 * self.options.refine.smoothing.trial_chunks * extent.chunk
-        seconds = cost.comparing(extent.shape, tokens, extent.chunk, cost.quant_speed(extent.shape))
+        seconds = cost.comparing(extent.shape, tokens, extent.chunk, quant=True)
         seconds += 2 * cost.by_library(extent.shape, self.label)
         return [*shared_base(self, extent, tokens / 2, extent.chunk), Part("trial", seconds, "original and smoothed")]
 
