@@ -102,7 +102,7 @@ def test_tensors_of_several_quants_are_rounded_once(tiny_gguf, prepared, tmp_pat
     with RoundAhead(files, quants, refine.rounding, tmp_path / "blocks", decoding=Decoding(threads=1)) as ahead:
         ahead.render()
     with MomentsFile(prepared / "moments.gguf") as moments:
-        assert len(factored) == len({*moments.names(), "token_embd.weight"})  # embeddings are rounded without
+        assert len(factored) == len({*moments.names(), "token_embd.weight"})  # rounded without an entry
     factored.clear()
     assert make(tmp_path / "blocks") == alone
     assert not factored

@@ -161,6 +161,13 @@ def dequantize_into(data: Bytes, kind: TensorType, out: Floats) -> None:
     to_float(data.ctypes.data, out.ctypes.data, out.size)
 
 
+def dequantize_rows(data: Bytes, kind: TensorType, width: int) -> Floats:
+    """Expands rows in the calling thread, uint8 [rows, row bytes] to float32 [rows, width]; see `dequantize_into`."""
+    out = np.empty((len(data), width), np.float32)
+    dequantize_into(data, kind, out)
+    return out
+
+
 def quantize_rows(weights: Floats, kind: TensorType, importance: Floats | None = None) -> Bytes:
     """Quantizes rows in the calling thread; see `RowKernels.quantize`."""
     rows, width = weights.shape

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         u32,
     )
     from bitladder.gguf.names import (
+        EMBEDDING,
+        HEAD,
         around_block,
         block_of,
         block_prefix,
@@ -70,7 +72,9 @@ __all__ = [
     "ARRAY",
     "BOOL",
     "DEFAULT_ALIGNMENT",
+    "EMBEDDING",
     "F32",
+    "HEAD",
     "SCALARS",
     "GgufFile",
     "GgufWriter",

@@ -7,6 +7,7 @@ prefix comes first ("enc.blk.7.attn_k.weight"), and it belongs to the kind.
 import re
 from collections.abc import Iterable
 
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 _BLOCK = re.compile(r"(^|\.)blk\.(\d+)\.")
 # Embedding and head, then the weights of a block in the order in which a token meets them.
 _ORDER = ["token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]

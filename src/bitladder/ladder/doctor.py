@@ -12,7 +12,17 @@ from bitladder.calibrate import why_no_gradients
 from bitladder.convert import Checkpoint, ConvertOptions, Outline, architectures, write_outline
 from bitladder.engine import Request, preset_types
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile, TensorInfo, block_of, kind_of, name_in_block, open_model, prediction_tensors
+from bitladder.gguf import (
+    EMBEDDING,
+    HEAD,
+    GgufFile,
+    TensorInfo,
+    block_of,
+    kind_of,
+    name_in_block,
+    open_model,
+    prediction_tensors,
+)
 from bitladder.ladder.model_shape import (
     ModelShape,
     outline_of_gguf,
@@ -30,7 +40,6 @@ from bitladder.units import number_of, some_of
 LADDER_TYPES = ("iq3_s", "q3_K", "q4_K", "q5_K", "q6_K")
 # Beginnings of the kinds that only recurrent blocks have: state spaces, short convolutions, RWKV.
 RECURRENT = ("ssm_", "shortconv", "time_mix_", "wkv_")
-HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import gguf
 from bitladder import hub
 from bitladder.convert import Checkpoint, read_json
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile, TensorInfo, block_of, kind_of, open_model
+from bitladder.gguf import EMBEDDING, HEAD, GgufFile, TensorInfo, block_of, kind_of, open_model
 
 _HEADS, _WIDE = ("attn_q", "attn_k"), ("ffn_gate", "ffn_up")
 _SAME_INPUT = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate", "ffn_up_exps": "ffn_gate_exps"}
@@ -22,7 +22,6 @@ _SHARED = {"ffn_up": "ffn_gate", "ffn_up_exps": "ffn_gate_exps"}  # with one inp
 _BLOCK, _EXPERT = re.compile(r"\.(\d+)\."), re.compile(r"\.experts\.\d+\.")
 _EXPERTS = "_exps"
 _BEGINNINGS = (8 << 20, 32 << 20, 128 << 20)  # bytes that are fetched for a header: the vocabulary takes most
-_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 # Parts of a checkpoint that conversion leaves out.
 _OTHER_TOWERS = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|mm_\w+|multi_modal_projector|mtp)\.")
@@ -175,13 +174,13 @@ def _of_open_gguf(file: GgufFile) -> ModelShape:
     counts: collections.Counter[Matrix] = collections.Counter()
     for name, tensor in file.tensors.items():
         rows, width = tensor.rows_per_matrix, tensor.width
-        if name not in (_EMBEDDING, _HEAD) and rows > 1 and width > 1:
+        if name not in (EMBEDDING, HEAD) and rows > 1 and width > 1:
             matrices = tensor.rows // rows
             share = used / experts if matrices > 1 and experts else 1.0
             counts[Matrix(kind_of(name), rows, width, 1, share)] += matrices
     if not counts:
         raise BitladderError(f"{file.path} has no weight matrices; it is not a model")
-    embedding = file.tensors.get(_EMBEDDING) or max(file.tensors.values(), key=lambda tensor: tensor.elements)
+    embedding = file.tensors.get(EMBEDDING) or max(file.tensors.values(), key=lambda tensor: tensor.elements)
     heads = file.get(f"{arch}.attention.head_count", 1)
     heads = max(heads) if isinstance(heads, list) else heads
     return _shape(
@@ -190,7 +189,7 @@ def _of_open_gguf(file: GgufFile) -> ModelShape:
         blocks=1 + max((block_of(name) or 0 for name in file.tensors), default=0),
         width=embedding.width,
         vocabulary=embedding.rows,
-        tied=_HEAD not in file.tensors,
+        tied=HEAD not in file.tensors,
         head_size=int(file.get(f"{arch}.attention.key_length", embedding.width // max(1, heads))),
         bytes=file.size,
     )
@@ -234,9 +233,9 @@ def _of_tensors(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]
         known = names.get_name(_EXPERT.sub(".experts.", name), try_suffixes=(".weight",)) or name
         if len(shape) < 2 or min(shape[-2:]) < 2:
             continue
-        if known == _EMBEDDING or name.endswith(_EMBEDDINGS):
+        if known == EMBEDDING or name.endswith(_EMBEDDINGS):
             embedding = shape
-        elif known == _HEAD or name.endswith("lm_head.weight"):
+        elif known == HEAD or name.endswith("lm_head.weight"):
             head = True
         else:
             experts = math.prod(shape[:-2])

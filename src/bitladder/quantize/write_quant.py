@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import TensorType, dequantize_into, in_order, lost_in, plain_type, quantize_rows, storable
+from bitladder.engine import TensorType, dequantize_rows, in_order, lost_in, plain_type, quantize_rows, storable
 from bitladder.errors import BitladderError
 from bitladder.files import refuse_inputs
 from bitladder.gguf import GgufFile, TensorInfo, open_model, output_paths, shards_of, writing
@@ -281,12 +281,14 @@ def _bytes_of(file: GgufFile, piece: _Piece, elsewhere: Callable[[], Bytes] | No
         lost = 0
         for start in range(piece.start, piece.stop, step):
             data = file.read(tensor, start, min(start + step, piece.stop))
-            lost += lost_units(_expanded(data, tensor), blocks[start : start + len(data)], piece.kind, None)
+            lost += lost_units(
+                dequantize_rows(data, tensor.type, tensor.width), blocks[start : start + len(data)], piece.kind, None
+            )
         return blocks, lost
     data = file.read(piece.tensor, piece.start, piece.stop)
     if piece.kind == piece.tensor.type and not storable(piece.kind):
         return data, 0  # integers and the like
-    weights = _expanded(data, piece.tensor)
+    weights = dequantize_rows(data, piece.tensor.type, piece.tensor.width)
     _refuse_not_finite(weights, piece)
     if piece.kind == piece.tensor.type:
         return data, 0
@@ -295,13 +297,6 @@ def _bytes_of(file: GgufFile, piece: _Piece, elsewhere: Callable[[], Bytes] | No
     else:
         data = quantize_rows(weights, piece.kind, piece.importance)
     return data, lost_units(weights, data, piece.kind, piece.importance)
-
-
-def _expanded(data: Bytes, tensor: TensorInfo) -> Floats:
-    """Rows as the file has them, uint8 [rows, row bytes], as float32 [rows, width]."""
-    weights = np.empty((len(data), tensor.width), np.float32)
-    dequantize_into(data, tensor.type, weights)
-    return weights
 
 
 def _refuse_not_finite(weights: Floats, piece: _Piece) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import dequantize_into, in_order
+from bitladder.engine import dequantize_rows, in_order
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, string
 from bitladder.progress import SILENT, Bar, Progress
@@ -45,13 +45,6 @@ def row_spans(tensor: TensorInfo) -> Iterator[tuple[int, int]]:
         yield from ((start, min(start + step, end)) for start in range(first, end, step))
 
 
-def expanded(data: Bytes, tensor: TensorInfo) -> Floats:
-    """Rows as the file has them, uint8 [rows, row bytes], as float32 [rows, width]."""
-    weights = np.empty((len(data), tensor.width), np.float32)
-    dequantize_into(data, tensor.type, weights)
-    return weights
-
-
 def column_squares(file: GgufFile, tensor: TensorInfo, matrices: int = 1, task: Bar | None = None) -> Doubles:
     """Sums of squares of the columns of a tensor.
 
@@ -69,7 +62,7 @@ def column_squares(file: GgufFile, tensor: TensorInfo, matrices: int = 1, task: 
     """
     squares = np.zeros((matrices, tensor.width))
     for start, stop in row_spans(tensor):
-        weights = expanded(file.read(tensor, start, stop), tensor)
+        weights = dequantize_rows(file.read(tensor, start, stop), tensor.type, tensor.width)
         matrix = start // tensor.rows_per_matrix if matrices > 1 else 0
         squares[matrix] += np.einsum("ij,ij->j", weights, weights, dtype=np.float64)
         if task is not None:

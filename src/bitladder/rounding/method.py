@@ -175,13 +175,6 @@ def round_matrix(
     device: str | None = None,
 ) -> Rounded:
     """`round_tensor` with second moments that serve several types; `kind` is one that `can_round` knows."""
-    step = max(GROUP, PIECE // weights.shape[1])
-    if device is None and step < len(weights) and not len(moments.coupling):
-        starts = range(0, len(weights), step)
-        parts = [(weights[start : start + step], stock[start : start + step]) for start in starts]
-        rounded = [round_matrices([part], [data], kind, [moments], options)[0] for part, data in parts]
-        blocks = np.concatenate([part.data for part in rounded])
-        return Rounded(blocks, sum(part.before for part in rounded), sum(part.after for part in rounded))
     return round_matrices([weights], [stock], kind, [moments], options, device)[0]
 
 
@@ -199,20 +192,32 @@ def round_matrices(
     """
     for matrix, each in zip(weights, moments, strict=True):
         each.check(*matrix.shape)
-    starts = [TYPES[kind].unpack(data, matrix.shape[1]) for data, matrix in zip(stock, weights, strict=True)]
+    sets = zip(weights, stock, moments, strict=True)
     with single_threaded():
         if device is None:
-            sets = zip(weights, starts, moments, strict=True)
-            rounded = [round_blocks(*one, options) for one in sets]
-        else:
-            rounded = round_on_device(weights, starts, moments, options, device)
-        results = []
-        for matrix, data, start, blocks, each in zip(weights, stock, starts, rounded, moments, strict=True):
-            # What the row kernels carried along has rounding errors of its own.
-            before, after = (each.loss(matrix - part.values()) for part in (start, blocks))
-            better = after < before
-            results.append(Rounded(blocks.pack() if better else data, before, after if better else before))
-    return results
+            return [_by_rows(matrix, data, kind, each, options) for matrix, data, each in sets]
+        starts = [TYPES[kind].unpack(data, matrix.shape[1]) for data, matrix in zip(stock, weights, strict=True)]
+        rounded = round_on_device(weights, starts, moments, options, device)
+        return [_better(*one, *blocks) for one, blocks in zip(sets, zip(starts, rounded, strict=True), strict=True)]
+
+
+def _by_rows(weights: Floats, stock: Bytes, kind: str, moments: SecondMoments, options: RoundingOptions) -> Rounded:
+    """Rounds a matrix on the CPU: rows that do not make up for each other's errors some at a time."""
+    step = len(weights) if len(moments.coupling) else max(GROUP, PIECE // weights.shape[1])
+    parts = []
+    for first in range(0, len(weights), step):
+        rows, data = weights[first : first + step], stock[first : first + step]
+        start = TYPES[kind].unpack(data, rows.shape[1])
+        parts.append(_better(rows, data, moments, start, round_blocks(rows, start, moments, options)))
+    blocks = np.concatenate([part.data for part in parts])
+    return Rounded(blocks, sum(part.before for part in parts), sum(part.after for part in parts))
+
+
+def _better(weights: Floats, stock: Bytes, moments: SecondMoments, start: Blocks, blocks: Blocks) -> Rounded:
+    """The blocks, or those of the library (`stock`, unpacked `start`) if their loss is not lower."""
+    # What the row kernels carried along has rounding errors of its own.
+    before, after = (moments.loss(weights - part.values()) for part in (start, blocks))
+    return Rounded(blocks.pack(), before, after) if after < before else Rounded(stock, before, before)
 
 
 _ONE_AT_A_TIME = threading.Lock()  # what is on a device was asked for as if nothing else were there

@@ -159,7 +159,7 @@ class Layout:
 
     def unfinished(self) -> list[pathlib.Path]:
         """The folders that interrupted steps left beside their outputs."""
-        patterns = (f"{self.imatrix.name}.parts", ".*.tmp.parts", f"{self.work.name}/**/*.parts")
+        patterns = (f"{self.imatrix.name}.parts", ".*.tmp.parts", f"{self.work.name}/*.parts")
         return [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
 
     def written_by_runs(self) -> tuple[str, ...]:

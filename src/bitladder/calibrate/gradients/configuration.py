@@ -9,9 +9,9 @@ import pathlib
 from typing import Any
 
 from bitladder.errors import GradientsError
-from bitladder.gguf import GgufFile
+from bitladder.gguf import EMBEDDING, GgufFile
 
-EMBEDDING, HEAD, DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+DIVISORS = "rope_freqs.weight"
 POSITIONS = "position_embd.weight"
 # Model types of transformers whose names are not those of llama.cpp's architectures.
 _MODEL_TYPES = {

@@ -12,13 +12,12 @@ from concurrent.futures import Executor
 import numpy as np
 import torch
 
-from bitladder.calibrate.gradients.configuration import EMBEDDING, HEAD
 from bitladder.calibrate.gradients.modules import Modules
 from bitladder.calibrate.gradients.torch_weights import Layers, Tap, TorchWeights, nothing
 from bitladder.engine import Floats, Tokens
 from bitladder.errors import BitladderError, GradientsError
 from bitladder.files import Closing
-from bitladder.gguf import GgufFile, block_of, prediction_tensors
+from bitladder.gguf import EMBEDDING, HEAD, GgufFile, block_of, prediction_tensors
 
 CHECKED_TOKENS = 128  # of the first chunk, whose logits are compared before work starts
 HEAD_ROWS = 128  # positions whose logits are made at once
@@ -27,10 +26,10 @@ HEAD_ROWS = 128  # positions whose logits are made at once
 class TorchModel(Closing):
     """A model file as a function that can be differentiated with respect to what its matrices put out.
 
-    `head` names the tensor that makes the logits (the embeddings where they are tied), `embedding` embeddings that only
-    are looked up, or is None. `matrices` are the weights that
-    inputs are multiplied by, in the order of the computation, the head last; `uses` says how often each one is. Several
-    threads may compute at once, but for the values of `half`.
+    `head` names the tensor that makes the logits (the embeddings where they are tied), `embedding` embeddings that
+    only are looked up, or is None. `matrices` are the weights that inputs are multiplied by, in the order of the
+    computation, the head last; `uses` says how often each one is. Several threads may compute at once, but for the
+    values of `half`.
 
     Parameters:
         path: the model.

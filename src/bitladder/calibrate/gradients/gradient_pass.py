@@ -348,7 +348,7 @@ class GradientPass:
             if name == model.head:
                 entries[name].add_powers(name, inputs, gradients, gradients)
             elif name == model.embedding:
-                # Each token counts alike: a row is the vector of one, and few tokens have nearly all of the square.
+                # Each token counts alike: a row is the vector of one, and few tokens have half of the squares.
                 squares = gradients.square().sum(1)
                 reached = (squares > 0).float()
                 directions = gradients * squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()[:, None]

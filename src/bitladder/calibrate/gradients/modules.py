@@ -16,11 +16,11 @@ import gguf
 import torch
 from torch import nn
 
-from bitladder.calibrate.gradients.configuration import DIVISORS, EMBEDDING, configuration
+from bitladder.calibrate.gradients.configuration import DIVISORS, configuration
 from bitladder.calibrate.gradients.torch_weights import Layers, Routed
 from bitladder.engine import Model
 from bitladder.errors import GradientsError
-from bitladder.gguf import GgufFile
+from bitladder.gguf import EMBEDDING, GgufFile
 
 _PERMUTED = ("attn_q", "attn_k")
 _STACKED = {"gate_up_proj", "down_proj"}  # parameters of a module of experts

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from bitladder.calibrate import MomentsFile, model_sha256, triangle, unpack_triangle
 from bitladder.engine import Device, TensorType, device_key, single_threaded, torch_device
 from bitladder.errors import BitladderError
-from bitladder.gguf import GgufFile, TensorInfo
+from bitladder.gguf import EMBEDDING, HEAD, GgufFile, TensorInfo
 from bitladder.keys import Algorithm, key_of
 from bitladder.progress import SILENT, Progress
 from bitladder.rounding import (
@@ -24,7 +24,6 @@ from bitladder.rounding import (
     fit_device,
     moments_in_memory,
     round_matrices,
-    round_matrix,
 )
 from bitladder.trial import StockRounding
 from bitladder.units import listed, number_of
@@ -35,7 +34,6 @@ Bytes = npt.NDArray[np.uint8]
 # Tensors with coupled rows that a GPU must have side by side to gain by them (docs/devices.md).
 WORTHWHILE = 8
 
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 OUTPUT_ROUNDING = Algorithm(
     "output rounding",
     (
@@ -78,6 +76,12 @@ class OutputRounding:
     ) -> None:
         self._moments, self._options, self._progress = tuple(moments), options, progress
         self._device, self._named = torch_device(device), device != "auto"
+        # Rows of embeddings are no products with an input: without gradients nothing is known of those that are not the
+        # head. Their columns count alike. The width by name:
+        self._alike: dict[str, int] = {}
+        heads = [file for file in moments if HEAD in file]
+        if heads and not any(EMBEDDING in file for file in moments):
+            self._alike[EMBEDDING] = heads[0].shape(HEAD).n_in
         self._stock = StockRounding()
         self._lock, self._last = threading.Lock(), threading.local()
         self.losses: dict[tuple[str, str], tuple[float, float]] = {}
@@ -92,17 +96,7 @@ class OutputRounding:
 
     def _knows(self, name: str) -> bool:
         """Whether there are moments of a tensor, or it is rounded without."""
-        return any(name in file for file in self._moments) or self._alike(name)
-
-    def _alike(self, name: str) -> bool:
-        """Whether a tensor is rounded as if its columns counted alike: embeddings that are not the head.
-
-        Their rows are no products with an input: without gradients nothing is known of them.
-        """
-        return name == EMBEDDING and not any(name in file for file in self._moments) and bool(self._heads())
-
-    def _heads(self) -> list[MomentsFile]:
-        return [file for file in self._moments if HEAD in file]
+        return name in self._alike or any(name in file for file in self._moments)
 
     @OUTPUT_ROUNDING.entry
     def __call__(self, name: str, weights: Floats, kind: TensorType, importance: Floats | None) -> Bytes:
@@ -187,23 +181,10 @@ class OutputRounding:
         if reached:
             numbers, moments = zip(*reached, strict=True)
             matrices, blocks = ([each[number][0] for number in numbers] for each in (weights, stock))
-            for number, result in zip(numbers, self._all(matrices, blocks, kind, moments, device), strict=True):
+            results = round_matrices(matrices, blocks, kind.name, moments, self._options, device)
+            for number, result in zip(numbers, results, strict=True):
                 rounded[number] = result
         return rounded
-
-    def _all(
-        self,
-        weights: Sequence[Floats],
-        stock: Sequence[Bytes],
-        kind: TensorType,
-        moments: Sequence[SecondMoments],
-        device: str | None,
-    ) -> list[Rounded]:
-        """Rounds matrices of one shape: on a device side by side, by the CPU one after the other."""
-        if device is not None:
-            return round_matrices(weights, stock, kind.name, moments, self._options, device)
-        sets = zip(weights, stock, moments, strict=True)
-        return [round_matrix(matrix, blocks, kind.name, each, self._options) for matrix, blocks, each in sets]
 
     def _round_experts(self, name: str, weights: Floats, stock: Bytes, kind: TensorType) -> list[Rounded]:
         """Rounds each expert of a tensor by itself, on a device as many at once as fit."""
@@ -218,7 +199,7 @@ class OutputRounding:
             if len(ready) == at_once or index + 1 == len(weights):
                 some = slice(len(rounded), index + 1)
                 matrices, blocks = list(weights[some]), list(stock[some])
-                rounded += self._all(matrices, blocks, kind, ready, device)
+                rounded += round_matrices(matrices, blocks, kind.name, ready, self._options, device)
                 ready = []
         return rounded
 
@@ -294,9 +275,8 @@ class OutputRounding:
 
     def _ready(self, name: str, kept: dict[str, SecondMoments | None], device: str | None) -> SecondMoments | None:
         """Factors of a tensor's moments, which serve all its types; None if no token reached it."""
-        if name not in kept and self._alike(name):
-            width = self._heads()[0].shape(HEAD).n_in
-            kept[name] = SecondMoments(np.eye(width, dtype=np.float32), None, self._options, device)
+        if name not in kept and name in self._alike:
+            kept[name] = SecondMoments(np.eye(self._alike[name], dtype=np.float32), None, self._options, device)
         if name not in kept:
             with self._lock, single_threaded():  # moments of low rank are multiplied out
                 files = [file for file in self._moments if name in file]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from bitladder.calibrate import Imatrix
-from bitladder.engine import quantize_rows
+from bitladder.engine import dequantize_rows, quantize_rows
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
-from bitladder.refine.model_files import PIECE, Bytes, Floats, Indices, expanded, row_spans
+from bitladder.refine.model_files import PIECE, Bytes, Floats, Indices, row_spans
 from bitladder.refine.smooth.links import Link
 from bitladder.refine.smooth.order import Order
 
@@ -88,7 +88,7 @@ def _changed_piece(file: GgufFile, tensor: TensorInfo, change: Change, start: in
 
 def _changed(data: Bytes, tensor: TensorInfo, change: Change, numbers: Indices) -> Bytes:
     """Rows of one matrix with these numbers, changed, in the same order."""
-    weights = expanded(data, tensor)
+    weights = dequantize_rows(data, tensor.type, tensor.width)
     if change.columns is not None:
         matrix = numbers[0] // tensor.rows_per_matrix if len(change.columns) > 1 else 0
         np.multiply(weights, change.columns[matrix], out=weights)

@@ -13,12 +13,11 @@ import numpy.typing as npt
 
 from bitladder.calibrate import watch_chunks
 from bitladder.engine import Decoding, HiddenStates, Model, Multiplication
-from bitladder.gguf import GgufFile, name_in_block
+from bitladder.gguf import EMBEDDING, HEAD, GgufFile, name_in_block
 from bitladder.refine.model_files import Doubles, Floats, Indices, column_squares
 from bitladder.refine.options import SmoothingOptions
 from bitladder.refine.smooth.links import FLOATS
 
-HEAD, EMBEDDINGS = "output.weight", "token_embd.weight"
 BLOCK = 256  # QK_K in ggml-common.h: what a block of Q8_K holds
 LENGTH = 64  # of a chunk of random tokens: which channels are large hardly depends on the text
 
@@ -72,7 +71,7 @@ def find_order(file: GgufFile, options: SmoothingOptions, threads: int | None = 
     Raises:
         BitladderError: the model does not decode.
     """
-    embeddings = file.tensors.get(EMBEDDINGS)
+    embeddings = file.tensors.get(EMBEDDING)
     if embeddings is None or HEAD in file.tensors:
         return None
     width = embeddings.width
@@ -150,7 +149,7 @@ class _HeadInputs(HiddenStates):
     """Keeps the inputs of the head, chunk by chunk."""
 
     def __init__(self) -> None:
-        super().__init__(EMBEDDINGS)
+        super().__init__(EMBEDDING)
         self._seen = False
 
     def begin(self, first: int, count: int) -> None:

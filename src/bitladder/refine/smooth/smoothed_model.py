@@ -14,7 +14,7 @@ from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
 from bitladder.engine import logit_differences, sequence_logits
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import refuse_inputs, replacing, sha256_file
-from bitladder.gguf import GgufFile, open_model
+from bitladder.gguf import EMBEDDING, GgufFile, open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
 from bitladder.refine.model_files import Floats, ModelFiles, copy_model
@@ -152,7 +152,7 @@ class _Attempt:
 
     def __init__(self, file: GgufFile, digest: str, out: pathlib.Path, threads: int | None) -> None:
         self._file, self._digest, self._out, self._threads = file, digest, out, threads
-        vocabulary = file.tensors["token_embd.weight"].shape[1]
+        vocabulary = file.tensors[EMBEDDING].shape[1]
         self._tokens = np.random.default_rng(0).integers(0, vocabulary, CHECKED_TOKENS).astype(np.int32)
         self._logits = sequence_logits(file.path, self._tokens, threads=threads)
 
