@@ -120,3 +120,19 @@ def test_tasks_that_kill_every_worker_are_told_in_one_line():
 
     error = cluster._in_words(scheduler.KilledWorker("task", Last(), 3))
     assert isinstance(error, BitladderError) and "tcp://10.0.0.2:1" in str(error)
+
+
+def test_workers_must_reach_the_objects(workers, tmp_path, monkeypatch):
+    objects = tmp_path / "objects"
+    with cluster.connected(workers.scheduler_address, tmp_path, share=f"file://{objects}/") as machines:
+        (own,) = objects.iterdir()
+        assert machines.share == f"file://{own}" and (own / "mark").is_file()
+        assert machines.executor.submit(divmod, 17, 2).result() == (8, 1)
+    assert list(objects.iterdir()) == []
+    monkeypatch.setattr(cluster, "reaches", lambda _: False)
+    with (
+        pytest.raises(BitladderError, match=rf"the worker .* does not reach --share file://{objects}; give it access"),
+        cluster.connected(workers.scheduler_address, tmp_path, share=f"file://{objects}"),
+    ):
+        pass
+    assert list(objects.iterdir()) == []

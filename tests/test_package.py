@@ -49,6 +49,7 @@ WALLS = {
         "convert",
         "engine",
         "evaluate",
+        "exchange",
         "gguf",
         "hub",
         "plan",
@@ -102,6 +103,7 @@ def test_walls(package):
             parts = name.split(".")
             assert parts[0] != "llama_cpp" or package == "engine", f"{path} opens its own door to native code"
             assert parts[0] not in {"dask", "distributed"}, f"{path} knows Dask; bitladder.cluster does"
+            assert parts[0] != "fsspec", f"{path} knows fsspec; bitladder.exchange does"
             if parts[0] == "bitladder" and len(parts) > 1:
                 assert parts[1] in WALLS[package] | SHARED | {package}, f"{path} imports {name}"
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from bitladder.engine import CPU, kernels, processors, threads_available, versions
 from bitladder.errors import BitladderError, UsageError
+from bitladder.exchange import FLAG as SHARE
+from bitladder.exchange import reaches, remove_objects, write_object
 from bitladder.files import write_text
 from bitladder.machines import Machines
 from bitladder.progress import SILENT, Progress
@@ -39,6 +41,7 @@ def connected(
     folder: pathlib.Path,
     files: Sequence[pathlib.Path] = (),
     *,
+    share: str | None = None,
     last: Callable[[], None] | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Machines]:
@@ -48,6 +51,7 @@ def connected(
         address: of the scheduler, such as tcp://10.0.0.1:8786, or the path of its scheduler file.
         folder: that all share.
         files: further files that all must see.
+        share: URL below which files are exchanged instead. A folder there is made, and removed in the end.
         last: is called on each worker in the end. It must be importable there.
         progress: gets a warning of workers whose processor is another one.
 
@@ -57,14 +61,20 @@ def connected(
     """
     folder = folder.resolve()
     mark = folder / f".cluster-{uuid.uuid4().hex}.tmp"  # what a killed run leaves is swept
+    own = None if share is None else f"{share.rstrip('/')}/{uuid.uuid4().hex}"
     with _client(address) as client:
-        write_text(mark, mark.name)
         try:
-            wanted = {"versions": installed(), "sees": [str(path.resolve()) for path in (mark, *files)]}
+            if own is None:
+                write_text(mark, mark.name)
+                sees = [str(path.resolve()) for path in (mark, *files)]
+            else:
+                sees = [f"{own}/mark"]
+                write_object(sees[0], mark.name)
+            wanted = {"versions": installed(), "sees": sees}
             threads = _check(client, address, wanted, progress)
             executor = _Workers(client, address, wanted)
             try:
-                yield Machines(executor, len(threads), max(threads), lambda: len(client.nthreads()))
+                yield Machines(executor, len(threads), max(threads), lambda: len(client.nthreads()), own)
             finally:
                 executor.shutdown(wait=False)
                 if last is not None:
@@ -72,6 +82,8 @@ def connected(
                         client.run(last, on_error="ignore")
         finally:
             mark.unlink(missing_ok=True)
+            if own is not None:
+                remove_objects(own)
 
 
 def installed() -> dict[str, str]:
@@ -97,7 +109,7 @@ def describe(sees: Sequence[str]) -> dict[str, Any]:
 
 
 def _lacking(sees: Sequence[str]) -> list[str]:
-    return [path for path in sees if not pathlib.Path(path).is_file()]
+    return [path for path in sees if not (reaches(path) if "://" in path else pathlib.Path(path).is_file())]
 
 
 def why_unfit(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
@@ -107,9 +119,15 @@ def why_unfit(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     if differing:
         other = ", ".join(f"{name} {theirs.get(name, 'none')} and not {ours[name]}" for name in differing)
         return f"has {other}; install the same versions on all machines"
+    if said["lacks"] and "://" in said["lacks"][0]:
+        url = said["lacks"][0].rsplit("/", 2)[0]
+        return f"does not reach {SHARE} {url}; give it access, and the package that fsspec needs for such a URL"
     if wanted["sees"][0] in said["lacks"]:
         folder = pathlib.Path(wanted["sees"][0]).parent
-        return f"does not see the run directory {folder}; put --out on a file system that all machines share"
+        return (
+            f"does not see the run directory {folder}; put --out on a file system that all machines share, or give "
+            f"{SHARE} URL"
+        )
     if said["lacks"]:
         return f"does not see {said['lacks'][0]}; put it on a file system that all machines share"
     return None

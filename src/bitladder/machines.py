@@ -17,19 +17,21 @@ PATIENCE = 60.0  # seconds without a result after which it is asked whether ther
 
 @dataclasses.dataclass(frozen=True)
 class Machines:
-    """Machines that see the same files.
+    """Machines that see the same files, or exchange them.
 
     Parameters:
         executor: takes work. Functions, arguments and results must be picklable.
         count: machines; each does one task at a time, in all its threads.
         threads: threads of the largest of them.
         alive: how many there are now; more can come.
+        share: URL of the folder where they exchange files (`exchange`); None if they see the same.
     """
 
     executor: Executor
     count: int
     threads: int = 1
     alive: Callable[[], int] = lambda: 1
+    share: str | None = None
 
     def wait(self, left: set[Future[Any]], progress: Progress) -> tuple[set[Future[Any]], set[Future[Any]]]:
         """Waits until one of some futures is done.

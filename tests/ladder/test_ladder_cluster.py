@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,43 +65,76 @@ def assert_same(local, options, files):
 
 
 @pytest.mark.parametrize(
-    "kinds",
+    ("kinds", "share"),
     [
-        {"price-render", "quantize-make"},
-        pytest.param(KINDS, marks=pytest.mark.slow),
+        ({"price-render", "quantize-make"}, False),
+        ({"moments-collect", "round-render"}, True),
+        pytest.param(KINDS, False, marks=pytest.mark.slow),
+        pytest.param(KINDS, True, marks=pytest.mark.slow),
     ],
-    ids=["some", "all"],
+    ids=["some", "some-share", "all", "all-share"],
 )
-def test_workers_that_die_cost_time_only(local, kinds, request):
+def test_workers_that_die_cost_time_only(local, kinds, share, request):
     pytest.importorskip("distributed")
     name = request.node.callspec.id
     with dask_cluster(local[0] / name / "dask", kinds) as (scheduler, to_come):
-        options = options_of(local[0], name, cluster=scheduler)
+        objects = local[0] / name / "objects"
+        options = options_of(local[0], name, cluster=scheduler, share=f"file://{objects}" if share else None)
         files = made(options)
+        assert not share or list(objects.iterdir()) == []  # they were there, and are gone
         assert list(to_come.iterdir()) == []
         assert_same(local, options, files)
         assert "cluster" not in (options.out / "README.md").read_text()
-        assert run(options.replace(cluster=None)).made == ()
+        assert run(options.replace(cluster=None, share=None)).made == ()
 
 
-@pytest.fixture
-def threads(monkeypatch):
+@contextlib.contextmanager
+def one_thread(monkeypatch, share=None):
     """Any executor will do: here one thread, which is given what a worker gets."""
     with ThreadPoolExecutor(1) as pool:
 
         @contextlib.contextmanager
         def machines(*_):
-            yield Machines(pool, 1)
+            yield Machines(pool, 1, share=share)
 
         monkeypatch.setattr(sys.modules["bitladder.ladder.run"], "machines_of", machines)
         yield pool
         pool.submit(elsewhere.close_kept).result()
 
 
+@pytest.fixture
+def threads(monkeypatch):
+    with one_thread(monkeypatch) as pool:
+        yield pool
+
+
 def test_the_order_of_steps_changes_no_byte(local, threads):
     options = options_of(local[0], "threads")
     assert_same(local, options, made(options))
     assert run(options).made == ()
+
+
+def test_machines_without_a_common_disk_exchange_files(local, monkeypatch, tmp_path):
+    """What works elsewhere has neither the run directory nor the model, and writes the same bytes."""
+    folder, there = local[0], set[pathlib.Path]()
+    opened = elsewhere._open
+
+    def watched(state):
+        there.add(state.folder)
+        assert not state.folder.is_relative_to(folder)
+        return opened(state)
+
+    monkeypatch.setattr(elsewhere, "_open", watched)
+    options = options_of(folder, "exchange")
+    with one_thread(monkeypatch, f"file://{tmp_path}/objects"):
+        assert_same(local, options, made(options))
+        assert run(options).made == ()
+        (place,) = there
+        full = options.out / load_manifest(options.out).steps["convert"].outputs[0].path
+        again = options.replace(model=str(full), out=folder / "of-gguf" / "ladder", mode="naive", method="stock")
+        run(again)  # a MODEL that is a GGUF goes along
+        assert next(place.rglob(f".inputs/*/{full.name}")).is_file()
+    assert not place.exists()
 
 
 def test_an_error_of_a_step_ends_the_run_and_what_is_complete_stays(local, threads, monkeypatch):

@@ -365,5 +365,5 @@ def test_prices_rank_swaps_that_were_held_out(small, tmp_path, method):
         assert prices.check.rank_correlation > 0.8 and 0.3 < prices.check.median_ratio < 3
         # Kinds measured as a whole, by hand.
         names = [name for name, (kind, _) in subject.places.items() if kind == "ffn_down"]
-        real = planner.model.kld(dict.fromkeys(names, "q4_0"), 4).mean()
+        real = planner.models.kld(dict.fromkeys(names, "q4_0"), 4).mean()
         assert sum(prices.tensors[name].kld["q4_0"] for name in names) == pytest.approx(real, rel=0.6)

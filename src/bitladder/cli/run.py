@@ -74,7 +74,10 @@ def run_command(*, output: Output, options: RunOptions, hours: float | None) -> 
 )
 @click.argument("model", type=FileOrName())
 @options_from(
-    RunOptions, arguments=("model",), leave_out=("replace_model", "keep", "cluster"), out=pathlib.Path("ladder")
+    RunOptions,
+    arguments=("model",),
+    leave_out=("replace_model", "keep", "cluster", "share"),
+    out=pathlib.Path("ladder"),
 )
 @hours_option
 @common_options

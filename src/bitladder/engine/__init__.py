@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         processors,
         single_threaded,
     )
-    from bitladder.engine.lanes import LANES, Lane, Lanes, lane_count
+    from bitladder.engine.lanes import LANES, Lane, Lanes, lane_count, side_by_side
     from bitladder.engine.model import Model, Tokens
     from bitladder.engine.native import library, log, versions
     from bitladder.engine.observe import (
@@ -149,6 +149,7 @@ __all__ = [
     "products_per_second",
     "quantize_rows",
     "sequence_logits",
+    "side_by_side",
     "single_threaded",
     "storable",
     "tell_of_deaths",

@@ -7,7 +7,7 @@ work. No figure depends on it: the library's sums do not depend on the number of
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,6 +54,7 @@ class Lanes(Closing):
         kv_unified: alike.
         skip_head: alike.
         most: contexts at most (see `lane_count`).
+        first_slot: of their threads (`Workers`).
 
     Attributes:
         watching: the observer or callback of each lane.
@@ -70,6 +71,7 @@ class Lanes(Closing):
         kv_unified: bool = False,
         skip_head: bool = False,
         most: int = LANES,
+        first_slot: int = 0,
     ) -> None:
         self._threads = threads = decoding.threads or threads_available()
         count = min(most, lane_count(decoding))
@@ -89,9 +91,9 @@ class Lanes(Closing):
                     skip_head=skip_head,
                 )
                 opened.enter_context(context)
-                workers = opened.enter_context(Workers(share, sum(shares[:number])))
+                workers = opened.enter_context(Workers(share, first_slot + sum(shares[:number])))
                 self._lanes.append(Lane(number, context, workers))
-            self._all = opened.enter_context(Workers(threads))
+            self._all = opened.enter_context(Workers(threads, first_slot))
             self._opened = opened.pop_all()
         self._results: Iterator[Any] = iter(())
 
@@ -105,6 +107,11 @@ class Lanes(Closing):
     def model(self) -> Model:
         """The model that is decoded."""
         return self._lanes[0].context.model
+
+    @property
+    def first(self) -> Lane:
+        """The first lane, with its own threads only."""
+        return self._lanes[0]
 
     def __len__(self) -> int:
         """Contexts."""
@@ -131,13 +138,25 @@ class Lanes(Closing):
 
     def _each(self, count: int, work: Callable[[Lane, int], Result]) -> Iterator[Result]:
         shared = count - count % len(self._lanes) if len(self._lanes) > 1 else 0
-        yield from _side_by_side(self._lanes, range(shared), work)
-        first = self._lanes[0]
-        with first.context.more_threads(self._threads):
-            yield from _side_by_side([first._replace(workers=self._all)], range(shared, count), work)
+        yield from side_by_side(self._lanes, range(shared), work)
+        with self.first.context.more_threads(self._threads):
+            yield from side_by_side([self.first._replace(workers=self._all)], range(shared, count), work)
 
 
-def _side_by_side(lanes: list[Lane], chunks: range, work: Callable[[Lane, int], Result]) -> Iterator[Result]:
+def side_by_side(lanes: Sequence[Lane], chunks: range, work: Callable[[Lane, int], Result]) -> Iterator[Result]:
+    """Does some work for each chunk on whichever lane is idle; what is left undone ends when this is closed.
+
+    Parameters:
+        lanes: of one model, or of several.
+        chunks: their numbers.
+        work: is called with a lane and the number of a chunk, in a thread of the lane.
+
+    Returns:
+        The results, in the order of the chunks. Work begins when the first one is taken.
+
+    Raises:
+        BaseException: what `work` raises, in the order of the chunks.
+    """
     results: dict[int, Future[Result]] = {chunk: Future() for chunk in chunks}
     numbers, stop = iter(chunks), threading.Event()
     room, one_by_one = threading.Semaphore(AHEAD * len(lanes)), threading.Lock()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         paired_task,
         with_pair,
     )
-    from bitladder.evaluate.score_chunks import TokenScores, compare_with_base
+    from bitladder.evaluate.score_chunks import TokenScores, compare_chunk, compare_with_base
     from bitladder.evaluate.scores import (
         SCORES,
         Divergence,
@@ -107,6 +107,7 @@ __all__ = [
     "average_of_five",
     "bench",
     "cache_path",
+    "compare_chunk",
     "compare_pair",
     "compare_with_base",
     "evaluate",

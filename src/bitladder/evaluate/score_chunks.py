@@ -86,36 +86,44 @@ def compare_with_base(
     Raises:
         BitladderError: decoding fails, or the logits are not finite.
     """
-    chunks = base.chunks.head(first + count)
     name = lanes.model.name
-    shape = (count, chunks.scored)
-    nll, nll_base, kld = np.empty(shape), np.empty(shape), np.empty(shape)
-    same_top = np.empty(shape, np.bool_)
+    each: list[TokenScores] = []
+    total = 0.0
+    with progress.task(f"Divergence of {name}", count) as task:
+        for scores in lanes.each(count, lambda lane, place: compare_chunk(lane, base, first + place)):
+            each.append(scores)
+            total += float(scores.kld.mean())
+            task.note(f"KLD {total / len(each):.6f}")
+            task.advance()
+    return TokenScores(
+        *(np.concatenate([getattr(scores, part.name) for scores in each]) for part in dataclasses.fields(TokenScores))
+    )
 
-    def score(lane: Lane, place: int) -> None:
-        chunk = first + place
-        known, targets = base.rows(chunk), chunks.targets(chunk)
-        refuse_broken(known, "the base")
-        nll_base[place] = known.nll
-        for start, logits in decode(lane.context, chunks, chunk):
+
+def compare_chunk(lane: Lane, base: Base, chunk: int) -> TokenScores:
+    """Runs the model of a lane over a chunk of a base, and compares the predictions.
+
+    Raises:
+        BitladderError: decoding fails, or the logits are not finite.
+    """
+    name, known, targets = lane.context.model.name, base.rows(chunk), base.chunks.targets(chunk)
+    refuse_broken(known, "the base")
+    nll, kld = np.empty(len(targets)), np.empty(len(targets))
+    same_top = np.empty(len(targets), np.bool_)
+    with single_threaded():
+        for start, logits in decode(lane.context, base.chunks, chunk):
             part = slice(start, start + len(logits))
             every = np.arange(len(logits))
             top = logits.argmax(axis=1)
             check_finite(logits[every, top], name)
-            same_top[place, part] = top == known.top[part]
+            same_top[part] = top == known.top[part]
             predicted = base.logits(chunk, part.start, part.stop)
             shift = _quant_shift(logits, top, known.top[part])
-            kld[place, part], lse = divergence(predicted, logits, known.top_logit[part], shift, lane.workers)
-            nll[place, part] = lse - logits[every, targets[part]]
-        if not np.isfinite(kld[place]).all():
-            raise overflow(f"the divergence of {name} from its base is")
-
-    with progress.task(f"Divergence of {name}", count) as task, single_threaded():
-        for place, _ in enumerate(lanes.each(count, score)):
-            task.note(f"KLD {kld[: place + 1].mean():.6f}")
-            task.advance()
-    delta_p = np.exp(-nll) - np.exp(-nll_base)
-    return TokenScores(nll.ravel(), nll_base.ravel(), kld.ravel(), delta_p.ravel(), same_top.ravel())
+            kld[part], lse = divergence(predicted, logits, known.top_logit[part], shift, lane.workers)
+            nll[part] = lse - logits[every, targets[part]]
+    if not np.isfinite(kld).all():
+        raise overflow(f"the divergence of {name} from its base is")
+    return TokenScores(nll, known.nll, kld, np.exp(-nll) - np.exp(-known.nll), same_top)
 
 
 def _quant_shift(logits: Floats, top: npt.NDArray[np.intp], base_top: Tokens) -> Floats:

@@ -175,17 +175,19 @@ class Run(Closing):
         self._keep(step, self.store.ensure(step.name, inputs, lambda: made or step.make(self), whole=whole))
         step.completed(self)
 
+    def free(self, left: Sequence[Step]) -> None:
+        """Frees the loaded models that none of the steps that are left uses."""
+        if RENDERED not in {step.cache for step in left}:
+            self._close_planner()
+        if BASE not in {name for step in left for name in step.reads(self)}:
+            self._close_bases()
+
     def release(self, left: Sequence[Step]) -> None:
-        """Deletes the files of the work folder that none of the steps that are left reads."""
+        """Deletes the files of the work folder that none of the steps that are left reads. What it uses is freed."""
         read = {name for step in left for name in step.reads(self)}
         caches = {step.cache for step in left}
         if not left:
-            self.close()
             shutil.rmtree(self.layout.work, ignore_errors=True)
-        if RENDERED not in caches:
-            self._close_planner()
-        if BASE not in read:
-            self._close_bases()
         for name, record in self._records.items():
             if name not in read:
                 self.store.release(record)

@@ -71,6 +71,16 @@ class RunOptions(Options):
         help="Dask scheduler whose workers share the work and see --out (docs/scale-out.md).",
         unset="this machine alone",
     )
+    share: str | None = option(
+        None,
+        "--share",
+        decides=False,
+        hidden=True,
+        metavar="URL",
+        help="Folder of an object store, such as s3://BUCKET/FOLDER, through which the machines of --cluster exchange "
+        "files.",
+        unset="all machines see --out",
+    )
     effort: Effort = option(
         "normal",
         "--effort",

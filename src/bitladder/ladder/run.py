@@ -144,6 +144,7 @@ def make_steps(run: Run, steps: Sequence[Step], tracker: Tracker, machines: Mach
                 tell(tracker, each, run.layout)
         if step.verb == "convert" and not run.source.is_gguf:  # the vocabulary is known from here on
             check_texts(steps, TextsOfRun(run.texts, run.calibration, run.full))
+        run.free(left if machines is None else [each for each in left if not each.anywhere])
         if run.options.release:
             run.release(left)
 
@@ -165,7 +166,9 @@ def machines_of(
     from bitladder.cluster import connected
 
     files = [*(shards_of(source.path) if source.is_gguf else ()), *(other.path for other in others)]
-    with connected(options.cluster, store.folder, files, last=close_kept, progress=progress) as machines:
+    with connected(
+        options.cluster, store.folder, files, share=options.share, last=close_kept, progress=progress
+    ) as machines:
         yield machines
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from bitladder.exchange import Exchange
 from bitladder.ladder.context import Run
-from bitladder.ladder.elsewhere import Done, RunState, state_of, wait_for, work_on
+from bitladder.ladder.elsewhere import Done, RunState, read_by, state_of, wait_for, work_on
 from bitladder.ladder.model_shape import ModelShape
 from bitladder.ladder.steps.step import Product, Step
 from bitladder.machines import Machines
@@ -44,6 +45,8 @@ class Spread:
     def __init__(self, run: Run, machines: Machines, shape: ModelShape, progress: Progress) -> None:
         self._run, self._machines, self._shape, self._progress = run, machines, shape, progress
         self._at_work: list[_AtWork] = []
+        share = machines.share
+        self._exchange = None if share is None else Exchange(share, run.store.folder)
         run.machines = (machines.count, machines.threads)
         run.helpers = self._helpers
 
@@ -67,7 +70,6 @@ class Spread:
                         self._begin(step)
                     else:
                         record(step, None)
-                        self._close_what_no_step_uses(left)
                 else:
                     self._finish(record)
         finally:
@@ -96,12 +98,24 @@ class Spread:
         """Gives a step to the machines, after what it reads and is deleted was made again here."""
         for deleted in self._run.before(step):
             self._run.do(deleted, whole=True)
-        state = state_of(self._run, self._shape)
-        futures = [self._submit(state, step, job) for job in step.jobs(self._run)]
+        state = self._state()
+        futures = self._submit(state, step, step.jobs(self._run))
         self._at_work.append(_AtWork(step, state, futures))
 
-    def _submit(self, state: RunState, step: Step, job: tuple[Any, ...]) -> Future[Done]:
-        return self._machines.executor.submit(work_on, state, step.name, *job)
+    def _state(self) -> RunState:
+        return state_of(self._run, self._shape, self._machines.share)
+
+    def _submit(self, state: RunState, step: Step, jobs: Sequence[tuple[Any, ...]]) -> list[Future[Done]]:
+        """Gives jobs to the machines, and files that the step reads to those that share no disk."""
+        if self._exchange is not None:
+            listing = self._exchange.put(read_by(self._run, step), state.inputs)
+            state = dataclasses.replace(state, listing=listing)
+        return [self._machines.executor.submit(work_on, state, step.name, *job) for job in jobs]
+
+    def _bring(self, done: Done) -> None:
+        """Brings what a task wrote here, if files are exchanged."""
+        if self._exchange is not None:
+            self._exchange.get(done.listing)
 
     def _finish(self, record: Record) -> None:
         """Waits until a step is complete, and records it."""
@@ -112,7 +126,7 @@ class Spread:
             while not (ended := [each for each in self._at_work if left.isdisjoint(each.futures)]):
                 done, left = self._machines.wait(left, self._progress)
                 for future in done:
-                    future.result()  # an error ends the run at once
+                    self._bring(future.result())  # an error ends the run at once
                     bar.advance()
         for each in ended:
             self._at_work.remove(each)
@@ -137,21 +151,21 @@ class Spread:
 
     def _helpers(self, step: Step) -> Helpers:
         """The machines, for parts of a step that is made here."""
-        call = functools.partial(self._call, state_of(self._run, self._shape), step)
+        call = functools.partial(self._call, self._state(), step)
         return Helpers(call, self._machines.count, self._machines.threads)
 
     def _call(
         self, state: RunState, step: Step, method: str, shares: Sequence[Any], label: str, progress: Progress
     ) -> list[Any]:
         """Has machines do the shares of a part of a step."""
-        futures = [self._submit(state, step, (method, share)) for share in shares]
+        futures = self._submit(state, step, [(method, share) for share in shares])
         try:
             with progress.task(label, len(futures)) as bar:
                 left = set(futures)
                 while left:
                     ended, left = self._machines.wait(left, progress)
                     for future in ended:
-                        future.result()
+                        self._bring(future.result())
                         bar.advance()
         finally:
             for future in futures:
@@ -159,8 +173,3 @@ class Spread:
         done = [future.result() for future in futures]
         self._repeat(done)
         return [each.result for each in done]
-
-    def _close_what_no_step_uses(self, left: Sequence[Step]) -> None:
-        """Frees a loaded model that no step that is made here needs any more."""
-        if not any(step.cache and not step.anywhere for step in left):
-            self._run.close()

@@ -8,9 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from bitladder.calibrate import MomentsFile, zeros_in
 from bitladder.engine import TensorType, type_by_name, versions
 from bitladder.errors import BitladderError, UsageError
@@ -35,11 +32,14 @@ from bitladder.trial import (
     Journal,
     Measurement,
     Measurements,
+    ModelPair,
     Renderer,
     SwappedModel,
     Wanted,
+    copies,
     kept_base,
     measurement_inputs,
+    recipe_key,
     render_all,
 )
 from bitladder.units import number_of, some_of
@@ -133,9 +133,11 @@ class Planner(Closing):
         return self._opened.enter_context(base)
 
     @functools.cached_property
-    def model(self) -> SwappedModel:
-        """The loaded model in which recipes are tried."""
-        return self._opened.enter_context(SwappedModel(self.base, self.renderer, self._settings))
+    def models(self) -> ModelPair:
+        """The models in which recipes are tried, loaded when a recipe is measured that the journal does not have."""
+        copied = copies(self.subject.file.tensor_bytes, self.options.decoding)
+        load = functools.partial(SwappedModel, self.base, self.renderer, self._settings)
+        return self._opened.enter_context(ModelPair(load, copied))
 
     @functools.cached_property
     def _measured_from(self) -> dict[str, Any]:
@@ -159,11 +161,15 @@ class Planner(Closing):
 
     def measurements(self) -> Measurements:
         """A new record of what one piece of work measures, with the journal as its cache."""
-        return Measurements(self._journal, _WhenNeeded(self), self._expect)
+        return Measurements(self._journal, self.models, self._expect)
 
     def _expect(self, wanted: Sequence[Wanted]) -> None:
         if self.helpers is not None:
             self.helpers.measure(self._journal, wanted, "measure on other machines", self.progress)
+            return
+        unknown = {recipe_key(types): types for types, chunks, _ in wanted if not self._journal.knows(types, chunks)}
+        if all(chunks == 1 for _, chunks, _ in wanted):
+            self.models.expect(list(unknown.values()))
 
     def render_share(self, pairs: Sequence[tuple[str, str]], room: int) -> dict[tuple[str, str], float]:
         """Renders a share of the tensors for another machine, which gets the errors (`trial.Helpers`).
@@ -178,6 +184,7 @@ class Planner(Closing):
     def measure_share(self, wanted: Sequence[Wanted]) -> list[Measurement]:
         """Measures a share of the recipes for another machine (`trial.Helpers`)."""
         measurements = self.measurements()
+        measurements.expect(wanted)
         return [measurements.measure(*each) for each in wanted]
 
     @functools.cached_property
@@ -217,6 +224,7 @@ class Planner(Closing):
 
     def price(self, window: Window, *presets: Preset) -> TypePrices:
         """Prices every type of the menus."""
+        self.models.unload()  # rounding takes the memory
         menus, options = self.menus(window, *presets), self.options
         source = PriceSource(
             self.renderer,
@@ -366,17 +374,6 @@ class Planner(Closing):
             tokens=tokens,
             seconds=time.monotonic() - began,
         )
-
-
-class _WhenNeeded:
-    """The loaded model of a planner, which is loaded when a recipe is measured that the journal does not have."""
-
-    def __init__(self, planner: Planner) -> None:
-        self._planner = planner
-
-    def kld(self, types: Mapping[str, str], chunks: int) -> npt.NDArray[np.float64]:
-        """See `trial.Measures`."""
-        return self._planner.model.kld(types, chunks)
 
 
 def refuse_unmet(target: Target, feedback: FeedbackResult, full: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.trial.helpers import Helpers, Pair, rendering_shares
     from bitladder.trial.journal import Journal, Measurement, Measurements, Measures, Wanted, recipe_key
+    from bitladder.trial.model_pair import COPY_SHARE, ModelPair, copies
     from bitladder.trial.render import KEPT_SHARE, RENDERING, Renderer, render_all
     from bitladder.trial.rounding_method import RoundingMethod, StockRounding
     from bitladder.trial.swapped_model import (
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "COPY_SHARE",
     "KEPT_SHARE",
     "RENDERING",
     "SWAPPED_KLD",
@@ -31,6 +33,7 @@ __all__ = [
     "Measurement",
     "Measurements",
     "Measures",
+    "ModelPair",
     "Pair",
     "PruneOptions",
     "Rendered",
@@ -40,6 +43,7 @@ __all__ = [
     "SwappedModel",
     "Wanted",
     "blocks_left_out",
+    "copies",
     "kept_base",
     "measurement_inputs",
     "rank_blocks",

@@ -19,12 +19,25 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Decoding, KernelInputs, Lanes, Model, TensorType, Weights, type_by_name, versions
+from bitladder.engine import (
+    LANES,
+    Decoding,
+    KernelInputs,
+    Lane,
+    Lanes,
+    Model,
+    TensorType,
+    Weights,
+    threads_available,
+    type_by_name,
+    versions,
+)
 from bitladder.errors import BitladderError
 from bitladder.evaluate import (
     Figure,
     HiddenBase,
     MeasureOptions,
+    compare_chunk,
     compare_with_base,
     identify,
     load_or_compute_base,
@@ -94,13 +107,17 @@ class SwappedModel(Closing):
         base: the predictions that it is compared with.
         renderer: of the file that is loaded, which is the base's model or one that computes the same.
         decoding: how to decode; the context length must be the base's.
+        most: as of `Lanes`.
+        first_slot: alike.
 
     Raises:
         BitladderError: the model cannot be loaded, or its weights cannot be replaced.
     """
 
-    def __init__(self, base: HiddenBase, renderer: Renderer, decoding: Decoding) -> None:
-        self.base, self.renderer = base, renderer
+    def __init__(
+        self, base: HiddenBase, renderer: Renderer, decoding: Decoding, *, most: int = LANES, first_slot: int = 0
+    ) -> None:
+        self.base, self.renderer, self._decoding = base, renderer, decoding
         self._replaced: dict[str, Replacement] = {}
         with contextlib.ExitStack() as opened:
             model = opened.enter_context(
@@ -108,7 +125,10 @@ class SwappedModel(Closing):
             )
             self._weights = Weights(model)
             rounds = _rounds_inputs(decoding)
-            self._lanes = opened.enter_context(Lanes(model, decoding, callback=KernelInputs if rounds else None))
+            callback = KernelInputs if rounds else None
+            self._lanes = opened.enter_context(
+                Lanes(model, decoding, callback=callback, most=most, first_slot=first_slot)
+            )
             self._opened = opened.pop_all()
 
     def close(self) -> None:
@@ -125,15 +145,36 @@ class SwappedModel(Closing):
         Returns:
             KLD of each token, nats, float64 [chunks, scored].
         """
+        return self.kld_with(self._rendered(types), chunks)
+
+    def copy(self) -> "SwappedModel":
+        """A second copy of the model, for work beside the first lane of this one with the other half of the threads."""
+        threads = self._decoding.threads or threads_available()
+        half = self._decoding.replace(threads=threads // LANES)
+        return SwappedModel(self.base, self.renderer, half, most=1, first_slot=threads - threads // LANES)
+
+    @property
+    def lane(self) -> Lane:
+        """The first lane, with its own threads only."""
+        return self._lanes.first
+
+    @SWAPPED_KLD.entry
+    def kld_beside(self, types: Mapping[str, str]) -> Doubles:
+        """The divergence of a recipe on the base's first chunk, by the first lane: others may be at work meanwhile.
+
+        Returns:
+            As `kld`.
+        """
+        self._replace(self._rendered(types))
+        return compare_chunk(self.lane, self.base, 0).kld.reshape(1, -1)
+
+    def _rendered(self, types: Mapping[str, str]) -> dict[str, Replacement]:
         tensors = self.renderer.file.tensors
-        return self.kld_with(
-            {
-                name: Rendered(self.renderer, type_by_name(kind))
-                for name, kind in types.items()
-                if kind != tensors[name].type.name
-            },
-            chunks,
-        )
+        return {
+            name: Rendered(self.renderer, type_by_name(kind))
+            for name, kind in types.items()
+            if kind != tensors[name].type.name
+        }
 
     @SWAPPED_KLD.entry
     def kld_with(

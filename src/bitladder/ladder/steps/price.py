@@ -8,7 +8,7 @@ a ladder without a rung there has no step for them.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitladder.engine import device_key
+from bitladder.engine import Decoding, device_key
 from bitladder.evaluate import BASE
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
@@ -18,7 +18,7 @@ from bitladder.ladder.steps.quantize import preset_decides, round_part
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.plan import BANDS, PRICES, RENDERED, band_name, band_of, planning_text, price_band
 from bitladder.refine import OUTPUT_ROUNDING
-from bitladder.trial import Measurement, Wanted
+from bitladder.trial import Measurement, Wanted, copies
 
 # Types that are rendered for each of `BANDS`: their number, each counted by its time, and their bits for each weight.
 TYPES, BITS = (12.0, 20.0, 23.0), (60, 80, 85)
@@ -175,8 +175,10 @@ def prices_of(options: RunOptions) -> list[Price]:
 
 
 def swapped_bytes(extent: Extent) -> float:
-    """Memory of a loaded model in which tensors are swapped: one is expanded to float32 twice."""
-    return cost.decoding_bytes(extent) + 8 * extent.shape.largest
+    """Memory of a model in which tensors are swapped: one is expanded to float32 twice. A small model has a copy."""
+    shape, size = extent.shape, cost.model_bytes(extent.shape)
+    copy = size + 4 * extent.chunk * shape.vocabulary + cost.cache_bytes(extent) + 8 * shape.largest
+    return cost.decoding_bytes(extent) + 8 * shape.largest + copy * copies(size, Decoding(threads=extent.threads))
 
 
 def below_four_bits(preset: str) -> bool:

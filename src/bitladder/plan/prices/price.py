@@ -175,8 +175,11 @@ class _Swaps:
             measured[group] = self._measure(self._probe(group), "probe")
             task.advance()
 
+        def expect(groups: Sequence[tuple[str, ...]]) -> None:
+            self._measurements.expect((self._probe(group), self._options.probe_chunks, "probe") for group in groups)
+
         groups = first_groups(self._by_kind, budget)
-        self._measurements.expect((self._probe(group), self._options.probe_chunks, "probe") for group in groups)
+        expect(groups)
         total = max(budget if len(groups) < len(self._menus) else 0, len(groups))
         with progress.task("probe tensors", total) as task:
             for group in groups:
@@ -184,9 +187,10 @@ class _Swaps:
             left = budget - len(groups)
             while left >= 2 and (wide := split({group: measurement.kld for group, measurement in measured.items()})):
                 del measured[wide]
-                middle = len(wide) // 2
-                measure(wide[:middle], task)
-                measure(wide[middle:], task)
+                halves = wide[: len(wide) // 2], wide[len(wide) // 2 :]
+                expect(halves)
+                for half in halves:
+                    measure(half, task)
                 left -= 2
         return [(self._probe(group), swap) for group, swap in measured.items()]
 
