@@ -10,7 +10,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from bitladder.gguf.header import DEFAULT_ALIGNMENT as ALIGNMENT
 from bitladder.gguf.header import TensorInfo, Value, i32, string, u16
 from bitladder.gguf.reader import COUNT, MAX_SHARDS, NUMBER, SPLIT_KEYS, TENSORS, plain_path, shard_path
 from bitladder.units import number_of
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,9 @@ def file_size(metadata: Mapping[str, Value], tensors: Sequence[TensorPlan]) -> i
 class GgufWriter:
     """Writes the header at once, then takes the bytes of the tensors in the planned order, in pieces of any size."""
 
-    def __init__(self, stream: BinaryIO, metadata: Mapping[str, Value], tensors: Sequence[TensorPlan]) -> None:
+    def __init__(
+        self, stream: "SupportsWrite[Any]", metadata: Mapping[str, Value], tensors: Sequence[TensorPlan]
+    ) -> None:
         if "general.alignment" in metadata:
             raise ValueError("the writer has the default alignment only")
         self._stream = stream

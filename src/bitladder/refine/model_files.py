@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from bitladder.engine import dequantize_rows, in_order
 from bitladder.errors import BitladderError
+from bitladder.files import HashedStream
 from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, string
-from bitladder.progress import SILENT, Bar, Progress
+from bitladder.progress import SILENT, Progress
 from bitladder.quantize import DROPPED
 
 Floats = npt.NDArray[np.float32]
@@ -45,14 +46,13 @@ def row_spans(tensor: TensorInfo) -> Iterator[tuple[int, int]]:
         yield from ((start, min(start + step, end)) for start in range(first, end, step))
 
 
-def column_squares(file: GgufFile, tensor: TensorInfo, matrices: int = 1, task: Bar | None = None) -> Doubles:
+def column_squares(file: GgufFile, tensor: TensorInfo, matrices: int = 1) -> Doubles:
     """Sums of squares of the columns of a tensor.
 
     Parameters:
         file: where the tensor is.
         tensor: what to read.
         matrices: 1 for the sums over all matrices of the tensor, else the number of its matrices.
-        task: advances by the weights that are read.
 
     Returns:
         float64 [matrices, width].
@@ -65,8 +65,6 @@ def column_squares(file: GgufFile, tensor: TensorInfo, matrices: int = 1, task: 
         weights = dequantize_rows(file.read(tensor, start, stop), tensor.type, tensor.width)
         matrix = start // tensor.rows_per_matrix if matrices > 1 else 0
         squares[matrix] += np.einsum("ij,ij->j", weights, weights, dtype=np.float64)
-        if task is not None:
-            task.advance(weights.size)
     if not np.isfinite(squares).all():
         raise BitladderError(f"{file.path}: {tensor.name} has weights that are not finite")
     return squares
@@ -81,7 +79,7 @@ def copy_model(
     label: str,
     threads: int | None = None,
     progress: Progress = SILENT,
-) -> None:
+) -> str:
     """Writes a model with the same tensors and types, and other data.
 
     Parameters:
@@ -91,6 +89,9 @@ def copy_model(
         data: what makes the bytes of a tensor in the copy, in order, in pieces of any size.
         label: what the progress bar says.
         threads: threads that make pieces; None for one on each CPU. Two pieces for each are in memory.
+
+    Returns:
+        The SHA-256 of the copy.
     """
     key, text = remark
     metadata = {name: value for name, value in file.metadata.items() if name not in DROPPED} | {key: string(text)}
@@ -101,12 +102,14 @@ def copy_model(
         progress.task(label, file.tensor_bytes) as task,
         contextlib.closing(in_order(works, threads, ahead=2)) as pieces,
     ):
-        writer = GgufWriter(stream, metadata, plans)
+        hashed = HashedStream(stream)
+        writer = GgufWriter(hashed, metadata, plans)
         for name, piece in pieces:
             task.note(name)
             writer.write(name, piece)
             task.advance(piece.nbytes)
         writer.finish()
+    return hashed.sha256()
 
 
 def _named(name: str, make: Callable[[], Bytes]) -> tuple[str, Bytes]:

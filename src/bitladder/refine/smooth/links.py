@@ -1,6 +1,8 @@
 """Where the scale of a channel can move while the model computes the same, and by how much it is moved."""
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -8,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import Imatrix
+from bitladder.engine import in_order
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, block_of, block_prefix, prediction_tensors
 from bitladder.progress import Progress
@@ -152,7 +155,12 @@ def balance(
 
 
 def link_scales(
-    file: GgufFile, links: Sequence[Link], imatrix: Imatrix, options: SmoothingOptions, progress: Progress
+    file: GgufFile,
+    links: Sequence[Link],
+    imatrix: Imatrix,
+    options: SmoothingOptions,
+    progress: Progress,
+    threads: int | None = None,
 ) -> list[tuple[Link, Floats]]:
     """Scales for each link.
 
@@ -162,6 +170,7 @@ def link_scales(
         imatrix: the importance matrix of the model.
         options: how far a channel may be scaled.
         progress: where work is shown.
+        threads: threads of the CPU; None takes all.
 
     Returns:
         Each link and its scales, float32 [matrices, channels of the readers].
@@ -170,12 +179,14 @@ def link_scales(
         BitladderError: the matrix belongs to another model, or weights are not finite.
     """
     scales = []
-    total = sum(file.tensors[name].elements for link in links for name in link.readers)
-    with progress.task("rescale channels", total) as task:
-        for link in links:
+    works = [functools.partial(_squares, file, link) for link in links]
+    with (
+        progress.task("rescale channels", sum(_weights(file, link) for link in links)) as task,
+        contextlib.closing(in_order(works, threads)) as sums,
+    ):
+        for link, squares in zip(links, sums, strict=True):
             importance = link_importance(imatrix, link)
             assert importance is not None
-            squares = sum(column_squares(file, file.tensors[name], link.matrices, task) for name in link.readers)
             shape = (link.matrices, link.groups, link.repeats, link.size)
             # Heads that share a head of v share its scales.
             shared = [np.asarray(values, np.float64).reshape(shape).sum(2) for values in (importance, squares)]
@@ -185,7 +196,19 @@ def link_scales(
                 rows.append(balance(inputs, weights, options.most_powers))
             whole = np.stack(rows).reshape(link.matrices, link.groups, 1, link.size)
             scales.append((link, np.broadcast_to(whole, shape).reshape(link.matrices, -1)))
+            task.advance(_weights(file, link))
     return scales
+
+
+def _weights(file: GgufFile, link: Link) -> int:
+    return sum(file.tensors[name].elements for name in link.readers)
+
+
+def _squares(file: GgufFile, link: Link) -> Doubles:
+    """Sums of squares of the columns of what reads a link, float64 [matrices, channels]."""
+    each = [column_squares(file, file.tensors[name], link.matrices) for name in link.readers]
+    squares: Doubles = np.sum(each, axis=0)
+    return squares
 
 
 def link_importance(imatrix: Imatrix, link: Link) -> Doubles | None:

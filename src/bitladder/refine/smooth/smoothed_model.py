@@ -90,7 +90,7 @@ def smooth_model(
             raise BitladderError(f"{file.path} is smoothed already")
         _refuse_other_imatrix(file, matrix, source.imatrix)
         parts = _Parts(
-            link_scales(file, _links(file, matrix, source.imatrix), matrix, options, progress)
+            link_scales(file, _links(file, matrix, source.imatrix), matrix, options, progress, threads)
             if options.scales
             else [],
             find_order(file, options, threads) if options.order else None,
@@ -111,14 +111,13 @@ def smooth_model(
                     "can change"
                 )
                 moved = attempt.moved(parts, progress)
+            model_sha256 = attempt.sha256
             if not parts.names() or not moved <= options.tolerance:
                 raise SmoothingError(f"{file.path}: no scale can move without changing the logits; do not smooth it")
     changes = parts.changes()
     write_imatrix(changed_imatrix(matrix, changes), out.imatrix)
-    if source.moments:
-        model_sha256 = sha256_file(out.model)
-        for old, new in zip(source.moments, out.moments, strict=True):
-            smoothed_moments(old, changes, new, model_sha256, threads)
+    for old, new in zip(source.moments, out.moments, strict=True):
+        smoothed_moments(old, changes, new, model_sha256, threads)
     return SmoothResult(parts.links(), None if parts.order is None else parts.order.noise, moved, changes)
 
 
@@ -148,18 +147,23 @@ class _Parts:
 
 
 class _Attempt:
-    """Writes changed models to one path, and compares their logits with those of the model before."""
+    """Writes changed models to one path, and compares their logits with those of the model before.
+
+    Attributes:
+        sha256: of the last model that was written.
+    """
 
     def __init__(self, file: GgufFile, digest: str, out: pathlib.Path, threads: int | None) -> None:
         self._file, self._digest, self._out, self._threads = file, digest, out, threads
         vocabulary = file.tensors[EMBEDDING].shape[1]
         self._tokens = np.random.default_rng(0).integers(0, vocabulary, CHECKED_TOKENS).astype(np.int32)
         self._logits = sequence_logits(file.path, self._tokens, threads=threads)
+        self.sha256 = ""
 
     def moved(self, parts: _Parts, progress: Progress = SILENT) -> float:
         """The largest difference of logits, as a share of the range of those of the position."""
         changes: Mapping[str, Change] = parts.changes()
-        copy_model(
+        self.sha256 = copy_model(
             self._file,
             self._out,
             (KEY, self._digest),
