@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         IMATRIX,
         ImatrixOptions,
         ImatrixResult,
+        batches_at_once,
         collect_imatrix,
         merge_imatrices,
     )
@@ -87,6 +88,7 @@ __all__ = [
     "TensorStatistics",
     "TorchModel",
     "UnfinishedWork",
+    "batches_at_once",
     "by_kind",
     "by_layer",
     "check_logits",

@@ -26,7 +26,7 @@ from bitladder.calibrate.inputs import (
     refuse_short,
 )
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
-from bitladder.engine import LANES, Decoding, Lane, Lanes, Model, Multiplication, Tokens, main_memory
+from bitladder.engine import Decoding, Lane, Lanes, Model, Multiplication, Tokens, lane_count, main_memory
 from bitladder.errors import UsageError
 from bitladder.gguf import in_main_block
 from bitladder.keys import Algorithm
@@ -42,7 +42,7 @@ IMATRIX = Algorithm(
     ),
 )
 
-LOGITS_SHARE = 1 / 16  # of main memory: two batches are decoded at once where the logits of one take no more
+LOGITS_SHARE = 1 / 16  # of main memory, that the logits of a batch may take beside those of another
 COVERING = "covering.chunks"  # the piece that has the chunks after which experts have their tokens
 
 
@@ -340,8 +340,7 @@ def _decode(
         return done >= least and covered(sums.counts.values(), reading.expert_coverage or 0)
 
     whole_batches = decoding.replace(n_batch=side_by_side * step)
-    # The library makes room for the logits of a batch, which nobody computes.
-    most = LANES if 4 * whole_batches.n_batch * model.n_vocab <= main_memory() * LOGITS_SHARE else 1
+    most = batches_at_once(whole_batches, model.n_vocab)
     with (
         Lanes(model, whole_batches, n_seq=side_by_side, observer=sums.observer, skip_head=not head, most=most) as lanes,
         progress.task(sums.label, len(chunks)) as bar,
@@ -357,3 +356,13 @@ def _decode(
                 break
         bar.advance(len(chunks) - done)
     return chunks[:done]
+
+
+def batches_at_once(decoding: Decoding, n_vocab: int) -> int:
+    """Batches that are decoded at once. The library makes room for the logits of each, which nobody computes.
+
+    Parameters:
+        decoding: how they are decoded.
+        n_vocab: tokens of the vocabulary.
+    """
+    return lane_count(decoding) if 4 * decoding.n_batch * n_vocab <= main_memory() * LOGITS_SHARE else 1

@@ -136,12 +136,12 @@ def moments_sums(shape: ModelShape, *, gradients: bool) -> float:
 
 
 def decoding_bytes(extent: "Extent", logits: int | None = None) -> float:
-    """Of a loaded model that is decoded in two contexts (`engine.Lanes`), each with so many rows of logits.
+    """Of a loaded model that is decoded in two contexts (`engine.Lanes`), with so many rows of logits.
 
     None stands for a measurement: the logits of a chunk in each context, and once more.
     """
     shape = extent.shape
-    rows = 3 * extent.chunk if logits is None else 2 * logits
+    rows = 3 * extent.chunk if logits is None else logits
     return PROCESS + model_bytes(shape) + 4 * rows * shape.vocabulary + 2 * cache_bytes(extent)
 
 

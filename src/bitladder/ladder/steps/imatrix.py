@@ -39,8 +39,10 @@ class CollectImatrix(Step):
         return [Part("imatrix", WATCHED * cost.decoding(extent.shape, extent.imatrix, extent.chunk, logits=0))]
 
     def memory(self, extent: Extent) -> float:
-        """The model, and logits of a batch."""
-        return cost.decoding_bytes(extent, self.options.decoding.n_batch)
+        """The model, and logits of the batches that are decoded at once."""
+        decoding = self.options.decoding.replace(threads=extent.threads)
+        batches = calibrate.batches_at_once(decoding, extent.shape.vocabulary)
+        return cost.decoding_bytes(extent, batches * decoding.n_batch)
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Each calibration text."""
