@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 KINDS = {
     "base-make",
     "imatrix-make",
-    "moments-collect",
+    "moments-collect_text",
     "trial-make",
     "price-render",
     "price-measure",

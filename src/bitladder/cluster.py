@@ -11,6 +11,7 @@ import pathlib
 import platform
 import socket
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from typing import TYPE_CHECKING, Any
@@ -196,35 +197,47 @@ def _check(client: "Client", address: str, wanted: Mapping[str, Any], progress: 
 
 
 class _Workers(Executor):
-    """Dask's executor, with checks before each task, and errors of one line."""
+    """Tasks on the workers of a cluster, with checks before each task, and errors of one line.
+
+    Unlike Dask's own executor it lets go of a result once it is here: a task whose result died with a worker would be
+    done again, though nobody wants it.
+    """
 
     def __init__(self, client: "Client", address: str, wanted: Mapping[str, Any]) -> None:
-        self._inner = client.get_executor(pure=False)
-        self._address, self._wanted = address, wanted
+        self._client, self._address, self._wanted = client, address, wanted
+        self._tasks: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """See `concurrent.futures.Executor`."""
-        inner: Future[Any] = self._inner.submit(on_worker, self._wanted, fn, args, kwargs)
-        outer: Future[Any] = Future()
-        inner.add_done_callback(lambda _: self._pass_on(inner, outer))
-        outer.add_done_callback(lambda _: inner.cancel() if outer.cancelled() else None)
-        return outer
+        task = self._client.submit(on_worker, self._wanted, fn, args, kwargs, pure=False)
+        self._tasks.add(task)
+        future: Future[Any] = Future()
+        task.add_done_callback(lambda _: self._pass_on(task, future))
+        future.add_done_callback(lambda _: task.cancel() if future.cancelled() else None)
+        return future
 
-    def _pass_on(self, inner: Future[Any], outer: Future[Any]) -> None:
-        if not outer.set_running_or_notify_cancel():
+    def _pass_on(self, task: Any, future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
             return
         try:
-            outer.set_result(inner.result())
+            future.set_result(task.result())
         except CancelledError:
-            outer.set_exception(
+            future.set_exception(
                 BitladderError(f"{FLAG} {self._address}: the scheduler has gone; give the command again to go on")
             )
         except BaseException as error:
-            outer.set_exception(_in_words(error))
+            future.set_exception(_in_words(error))
+        finally:
+            task.release()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """See `concurrent.futures.Executor`. Without `wait` what is at work is cancelled too."""
-        self._inner.shutdown(wait=wait and not cancel_futures)
+        tasks = list(self._tasks)
+        if wait and not cancel_futures:
+            for task in tasks:
+                task.exception()
+        else:
+            self._client.cancel(tasks)
 
 
 def _in_words(error: BaseException) -> BaseException:

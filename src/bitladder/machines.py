@@ -4,14 +4,20 @@ Whatever spreads work knows no more than this. `cluster` makes a `Machines` of a
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from typing import Any, Literal
 
+from bitladder.errors import BitladderError
 from bitladder.progress import SILENT, Progress
 
 # Shares of work for each machine: one that dies loses little, and none waits long for the last one at the end.
 SHARES = 4
+# Seconds until a file that another machine wrote must be seen here: network file systems keep what they know of a
+# folder for up to a minute.
+SEEN = 90.0
 PATIENCE = 60.0  # seconds without a result after which it is asked whether there is a machine
 
 
@@ -94,3 +100,20 @@ class Heard:
     def warn(self, text: str) -> None:
         """Keeps a warning."""
         self.remarks.append(("warn", text))
+
+
+def wait_for(files: Iterable[pathlib.Path], seconds: float = SEEN) -> None:
+    """Waits until files are seen that another machine wrote.
+
+    Raises BitladderError that names the first that is not seen after some seconds.
+    """
+    until = time.monotonic() + seconds
+    for path in files:
+        while not path.is_file():
+            if time.monotonic() > until:
+                raise BitladderError(
+                    f"{path} was written by another machine and is not seen here after {seconds:.0f} s; "
+                    "all machines must share the run directory"
+                )
+            time.sleep(0.5)
+            list(path.parent.glob("*"))  # has a network file system read the folder again

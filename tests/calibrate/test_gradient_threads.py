@@ -49,6 +49,6 @@ def test_sums_and_leverages(kind, width):
                 gram.add(rows(width, seed), weights)
                 whole.add(rows(width, seed), weights)
             leverage.learn(whole, 0.1)
-            found.append([*map(torch.from_numpy, gram.arrays()), leverage.of(rows(width))])
+            found.append([*map(torch.from_numpy, gram.arrays().values()), leverage.of(rows(width))])
     for others in found[1:]:
         assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))

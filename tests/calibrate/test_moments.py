@@ -37,7 +37,7 @@ PLACES |= {"attn_v": "self_attn.v_proj", "ffn_gate": "mlp.gate_proj", "ffn_down"
 @pytest.fixture
 def weigh(monkeypatch):
     """Lets positions count what a test says: weights by weight's name, [n_ctx]."""
-    module = sys.modules["bitladder.calibrate.collect_moments"]
+    module = sys.modules["bitladder.calibrate.moments_job"]
     return lambda weights: monkeypatch.setattr(module, "position_weights", lambda *_, **__: weights)
 
 

@@ -12,16 +12,21 @@ from dask_cluster import KINDS, dask_cluster
 
 from bitladder.errors import BitladderError
 from bitladder.ladder import elsewhere, run
-from bitladder.machines import Heard, Machines
+from bitladder.machines import Heard, Machines, wait_for
 from bitladder.report import write_card, write_report
 from bitladder.rundir import load_manifest
+from bitladder.text import builtin_text
 
-JOURNAL = ".planning/smoothed/measured.jsonl"
+JOURNAL = "measured.jsonl"
 
 
 def options_of(folder, name, **more):
-    """Two rungs, so that tensors are rounded for both, and a benchmark; tuning does not repeat byte by byte."""
+    """Two rungs, so that tensors are rounded for both, two calibration texts, so that each is read on a machine, and a
+    benchmark; tuning does not repeat byte by byte."""
     options = kills.tiny_run(folder, folder / name / "ladder")
+    other = folder / "other.txt"
+    other.write_text(builtin_text("calibration")[8_000:14_000])
+    options = options.replace(calibration=(*options.calibration, str(other)))
     tasks = {"tasks": f"continuation:{folder / 'text.txt'}", "task_count": 4, "task_ctx": 256}
     return options.replace(tune_chunks=0, rungs=("Q4_K_S", "Q3_K_M"), **tasks, **more)
 
@@ -33,8 +38,7 @@ def made(options, progress=None):
     write_report(options.out)
     files = kills.contents(options.out)
     del files["ladder.json"]  # in the order in which steps were complete
-    files[JOURNAL] = whole_lines(files[JOURNAL])
-    return files
+    return {name: whole_lines(data) if name.endswith(JOURNAL) else data for name, data in files.items()}
 
 
 def whole_lines(journal):
@@ -68,7 +72,7 @@ def assert_same(local, options, files):
     ("kinds", "share"),
     [
         ({"price-render", "quantize-make"}, False),
-        ({"moments-collect", "round-render"}, True),
+        ({"moments-collect_text", "round-render"}, True),
         pytest.param(KINDS, False, marks=pytest.mark.slow),
         pytest.param(KINDS, True, marks=pytest.mark.slow),
     ],
@@ -151,4 +155,4 @@ def test_an_error_of_a_step_ends_the_run_and_what_is_complete_stays(local, threa
 
 def test_a_file_that_is_not_seen_is_named(tmp_path):
     with pytest.raises(BitladderError, match=r"moments\.gguf was written by another machine"):
-        elsewhere.wait_for([tmp_path / "moments.gguf"], seconds=0)
+        wait_for([tmp_path / "moments.gguf"], seconds=0)

@@ -14,16 +14,15 @@ if TYPE_CHECKING:
         merge_imatrices,
     )
     from bitladder.calibrate.collect_moments import (
-        MOMENTS,
-        MomentsOptions,
         MomentsResult,
         RoundingMoments,
         RoundingMomentsOptions,
         collect_for_rounding,
         collect_moments,
+        collect_text,
+        job_for_rounding,
+        join_texts,
         merge_moments,
-        model_sha256,
-        usual_weighting,
     )
     from bitladder.calibrate.compare_imatrices import (
         ImatrixComparison,
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from bitladder.calibrate.moments.positions import PositionOptions, position_weights
     from bitladder.calibrate.moments.schema import MomentShape, Provenance
     from bitladder.calibrate.moments.triangles import Correlations, LowRank, pack_triangle, triangle, unpack_triangle
+    from bitladder.calibrate.moments_job import MOMENTS, MomentsJob, MomentsOptions, model_sha256, usual_weighting
     from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
     "Moment",
     "MomentShape",
     "MomentsFile",
+    "MomentsJob",
     "MomentsOptions",
     "MomentsResult",
     "PositionOptions",
@@ -95,13 +96,16 @@ __all__ = [
     "collect_for_rounding",
     "collect_imatrix",
     "collect_moments",
+    "collect_text",
     "compare_imatrices",
     "expert_lines",
     "find_gaps",
     "first_lines",
     "fisher_costs",
     "grouped_differences",
+    "job_for_rounding",
     "job_key",
+    "join_texts",
     "listed",
     "merge_imatrices",
     "merge_moments",

@@ -5,84 +5,29 @@ What a token counts (w) comes from gradients, from trying what an error at its p
 
 import contextlib
 import dataclasses
-import importlib.metadata
-import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixOptions, ImatrixSums, covering_chunks
+from bitladder.calibrate.collect_imatrix import ImatrixSums
 from bitladder.calibrate.coverage import coverage_warning
-from bitladder.calibrate.gradients.usable import (
-    check_logits,
-    has_half_products,
-    require_torch,
-    torch_threads,
-    why_no_gradients,
-)
-from bitladder.calibrate.gradients.weighted_moments import GRADIENT_MOMENTS, GradientOptions, moments_by_gradients
+from bitladder.calibrate.gradients.weighted_moments import GradientOptions
 from bitladder.calibrate.imatrix import read_imatrix, write_imatrix
-from bitladder.calibrate.inputs import Floats, model_inputs, refuse_short
-from bitladder.calibrate.moments.collector import make_entries, plan_passes
 from bitladder.calibrate.moments.moments_file import MomentsFile, MomentsSource, write_sources
-from bitladder.calibrate.moments.passes import IMATRIX_FILE, CollectedMoments, run_passes
-from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, position_weights
-from bitladder.calibrate.moments.schema import Provenance
-from bitladder.calibrate.unfinished import UnfinishedWork, job_key
-from bitladder.engine import Decoding, Model, Tokens, main_memory, sequence_logits, torch_device
-from bitladder.errors import GradientsError, UsageError
-from bitladder.files import sha256_file
-from bitladder.gguf import joined_sha256, shards_of
-from bitladder.keys import Algorithm
+from bitladder.calibrate.moments.passes import IMATRIX_FILE, CollectedMoments, join_parts, run_passes
+from bitladder.calibrate.moments.positions import PositionOptions
+from bitladder.calibrate.moments_job import MOMENTS, MomentsJob, MomentsOptions, Path
+from bitladder.engine import Decoding
+from bitladder.errors import BitladderError, UsageError
 from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Reading, Text
 from bitladder.units import number_of
 
-Weighting = Literal["gradients", "positions", "tokens"]
+COMPLETE = "complete"  # a piece that says that the sums of a text are
 RoundingMoments = Literal["plain", "weighted"]
-Path = str | os.PathLike[str]
-
-MOMENTS = Algorithm(
-    "moments",
-    (
-        "means of w xxᵀ; each input is added up once",
-        "added up in float32; kept as correlations in F16 and diagonals in F32",
-    ),
-    uses=(POSITIONS, GRADIENT_MOMENTS),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class MomentsOptions(Options):
-    """What a token counts, and what is collected."""
-
-    weighting: Weighting | None = option(
-        None,
-        "--weighting",
-        help="Weight of a token: the cost of an error there, by gradients (needs torch) or by its position (measured "
-        "with noise); or 1.",
-        unset="gradients if torch and transformers compute the model's logits, else positions",
-    )
-    memory: float | None = option(
-        None,
-        "--memory",
-        least=1e-6,
-        decides=False,
-        metavar="GIB",
-        help="GiB for the work. What does not fit is computed forward twice by gradients, and else takes another pass "
-        "over the text.",
-        unset="a quarter of main memory",
-    )
-    positions: PositionOptions = option(PositionOptions)
-    gradients: GradientOptions = option(GradientOptions)
-    imatrix: ImatrixOptions = option(ImatrixOptions)
-
-    def memory_bytes(self) -> int:
-        """Bytes for the work: `memory`, or a quarter of main memory."""
-        return max(main_memory() // 4, 1 << 28) if self.memory is None else int(self.memory * 2**30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +51,6 @@ class MomentsResult:
     passes: int
     weighting: str
     gaps: dict[str, list[int]]
-
-
-def usual_weighting(model: Path) -> Weighting:
-    """What tokens count by if nobody chooses: "gradients" where they can be had (`why_no_gradients`), or "positions".
-
-    Only the model's header is read. Whoever keeps moments under a key has this in the key. Where the logits show that
-    gradients cannot be trusted, `collect_moments` takes positions all the same.
-    """
-    return "gradients" if why_no_gradients(model) is None else "positions"
 
 
 # Nine parameters: the inputs, the outputs, options of three kinds, and who hears of the work.
@@ -152,86 +88,96 @@ def collect_moments(
             had (see `gradients.weighted_moments`).
         UsageError: there is no text, or chunks are shorter than MIN_CALIBRATION_CTX tokens.
     """
-    reading, decoding, options = reading or Reading(), decoding or Decoding(), options or MomentsOptions()
-    refuse_short({"-c": decoding.n_ctx} | ({} if imatrix is None else {"-ub": decoding.n_ubatch}))
-    if not texts:
-        raise UsageError("second moments need a text: pass -f")
-    out, datasets = pathlib.Path(out), [text.name for text in texts]
-    weighting = options.weighting or usual_weighting(model)
-    if options.weighting is None:
-        reason = why_no_gradients(model)
-        if weighting == "gradients":
-            reason = _why_not_trusted(model, texts, reading, decoding, options)
-            weighting = "positions" if reason else weighting
-        progress.info(f"tokens are weighted by {weighting}" + (f": {reason}" if reason else ""))
-    settings = [reading, decoding, decoding.n_ubatch, options, weighting, imatrix is not None]
-    device = None
-    if weighting == "gradients":
-        torch_version, modules = str(require_torch().__version__), importlib.metadata.version("transformers")
-        device = torch_device(decoding.device)
-        settings += [torch_version, modules, has_half_products(device), *([] if device is None else [device])]
-    passes = 1
+    job = MomentsJob(model, texts, reading, decoding, options, imatrix=imatrix is not None, progress=progress)
+    out, decoding, passes = pathlib.Path(out), job.decoding, 1
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(MomentsFile(path)) for path in in_files]
-        work = UnfinishedWork(out, job_key(model, texts, MOMENTS, IMATRIX, settings=settings))
-        only_vocabulary = weighting == "gradients" and imatrix is None and reading.expert_coverage is None
-        with Model(model, vocab_only=only_vocabulary, gpu_layers=decoding.gpu_layers) as loaded:
-            inputs = [] if only_vocabulary else model_inputs(loaded, decoding.threads)
-            chunks = covering_chunks(loaded, texts, reading, inputs, decoding, work, progress)
-            provenance = Provenance(datasets, len(chunks), decoding.n_ctx, weighting, model_sha256(model))
+        work = job.work(out)
+        with job.read(work) as (loaded, inputs, chunks, by_text):
+            provenance = job.provenance(len(chunks))
             beside = None
             if imatrix is not None:
-                beside = ImatrixSums(inputs, options.imatrix.process_output), datasets
-            if weighting != "gradients":
-                weights = _position_weights(model, chunks, work, decoding, options, progress)
-                planned = plan_passes(make_entries(inputs, weights, decoding.n_ctx), options.memory_bytes())
+                beside = ImatrixSums(inputs, job.options.imatrix.process_output), provenance.datasets
+            if job.weighting != "gradients":
+                planned = job.passes(inputs, chunks, work)
                 passes = len(planned)
                 if passes > 1:
                     progress.info(
                         f"{number_of(passes, 'pass', 'passes')} over the chunks; more memory (--memory) would need "
                         "fewer"
                     )
-                last = run_passes(loaded, chunks, planned, work, beside, decoding, progress)
+                last = run_passes(loaded, chunks, by_text, planned, work, beside, decoding, progress)
                 source: MomentsSource = CollectedMoments(planned, last, work, provenance)
             elif beside is not None:
-                run_passes(loaded, chunks, [[]], work, beside, decoding, progress)
-        if weighting == "gradients":
-            source = moments_by_gradients(
-                model,
-                chunks,
-                work,
-                provenance,
-                options.gradients,
-                options.memory_bytes(),
-                decoding.threads,
-                device,
-                progress,
-            )
-        result = _write(out, [source, *others], passes, reading.expert_coverage, progress)
+                run_passes(loaded, chunks, by_text, [[]], work, beside, decoding, progress)
+        if job.weighting == "gradients":
+            source = job.gradients(chunks, by_text).collect(work, provenance, progress)
+        result = _write(out, [source, *others], passes, job.reading.expert_coverage, progress)
         if imatrix is not None:
-            write_imatrix(read_imatrix(work.path(IMATRIX_FILE)), imatrix, options.imatrix.form)
+            write_imatrix(read_imatrix(work.path(IMATRIX_FILE)), imatrix, job.options.imatrix.form)
     work.remove()
     return result
 
 
-def _why_not_trusted(
-    model: Path, texts: Sequence[Text], reading: Reading, decoding: Decoding, options: MomentsOptions
-) -> str | None:
-    """Why gradients of a model cannot be trusted, after a look at its logits, or do not fit; None if they can."""
-    with Model(model, vocab_only=True) as vocabulary:
-        tokens = reading.rows(vocabulary, texts, decoding.n_ctx)[0]
-    from bitladder.calibrate.gradients.forward import TorchModel
-    from bitladder.calibrate.gradients.gradient_pass import choose_matrices, lanes_of, plan_entries, room_for_sums
+@MOMENTS.entry
+def collect_text(job: MomentsJob, out: pathlib.Path, number: int) -> pathlib.Path:
+    """Leaves the sums of one text in a folder beside `out`, for `join_texts`. What is there is not made again.
 
-    try:
-        memory, threads = options.memory_bytes(), decoding.threads
-        with torch_threads(threads), TorchModel(model, memory=memory // 2, threads=threads) as ours:
-            check_logits(model, ours.checked(tokens), threads=threads, ours=ours)
-            plans = plan_entries(ours, choose_matrices(ours, None), options.gradients)
-            room_for_sums(ours, plans, memory, lanes_of(ours, memory, decoding.n_ctx, threads))
-    except GradientsError as error:
-        return str(error)
-    return None
+    Parameters:
+        job: all texts, and how they are read.
+        out: path of the file that is to be.
+        number: of the text.
+
+    Returns:
+        The last file of the folder that is written.
+
+    Raises:
+        BitladderError: as `collect_moments`.
+    """
+    work = job.work(out, number)
+    complete = work.folder / COMPLETE
+    if work.has(COMPLETE):
+        return complete
+    with job.read(work, number) as (loaded, inputs, chunks, by_text):
+        if job.weighting != "gradients":
+            run_passes(
+                loaded, chunks, by_text, job.passes(inputs, chunks, work), work, None, job.decoding, job.progress
+            )
+    if job.weighting == "gradients":
+        job.gradients(chunks, by_text).collect_text(work, job.progress)
+    work.put(COMPLETE, np.zeros(0))
+    return complete
+
+
+@MOMENTS.entry
+def join_texts(job: MomentsJob, out: pathlib.Path) -> MomentsResult:
+    """Writes the moments of all texts from what `collect_text` left of each: the bytes of `collect_moments`.
+
+    Parameters:
+        job: as of `collect_text`.
+        out: path of the file.
+
+    Raises:
+        BitladderError: the sums of a text are missing or damaged.
+    """
+    works = [job.work(out, number) for number in range(len(job.texts))]
+    for work in works:
+        if not work.has(COMPLETE):
+            raise BitladderError(f"{work.folder} is not complete; give the command again")
+    whole = job.work(out)
+    with job.read(works[0]) as (_, inputs, chunks, by_text):
+        provenance, passes = job.provenance(len(chunks)), 1
+        if job.weighting != "gradients":
+            planned = job.passes(inputs, chunks, works[0])
+            join_parts(planned, works, whole, job.progress)
+            source: MomentsSource = CollectedMoments(planned, {}, whole, provenance)
+            passes = len(planned)
+    if job.weighting == "gradients":
+        source = job.gradients(chunks, by_text).join(works, whole, provenance, job.progress)
+    result = _write(out, [source], passes, job.reading.expert_coverage, job.progress)
+    for work in (*works, whole):
+        work.remove()
+    return result
 
 
 def merge_moments(out: Path, in_files: Sequence[Path], *, progress: Progress = SILENT) -> MomentsResult:
@@ -270,26 +216,6 @@ def _write(
         progress.warn(warning)
     entries = len({tuple(source.entry(name) for source in sources) for name in names})
     return MomentsResult(out, len(names), entries, provenance.chunk_count, passes, provenance.weighting, gaps)
-
-
-def model_sha256(model: Path) -> str:
-    """The hash of a model's content, of all its shards."""
-    return joined_sha256([sha256_file(part) for part in shards_of(pathlib.Path(model))])
-
-
-def _position_weights(
-    model: Path, chunks: Tokens, work: UnfinishedWork, decoding: Decoding, options: MomentsOptions, progress: Progress
-) -> Mapping[str, Floats]:
-    """What tokens count by their positions, measured or as it was kept; nothing where all count alike."""
-    if options.weighting == "tokens":
-        sequence_logits(model, chunks[0], threads=decoding.threads)  # refuses a model that overflows
-        return {}
-    if not work.has("positions"):
-        profiles = position_weights(model, chunks, options=options.positions, decoding=decoding, progress=progress)
-        work.put("positions.names", np.array(list(profiles)))
-        work.put("positions", np.stack(list(profiles.values())))
-    names = work.get("positions.names").tolist()
-    return dict(zip(names, work.get("positions"), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,18 +265,33 @@ def collect_for_rounding(
     Raises:
         BitladderError: as `collect_moments`.
     """
-    options = options or RoundingMomentsOptions()
-    weighting = MomentsOptions(positions=options.positions, gradients=options.gradients)
-    chunks = options.moments_chunks
-    if kind == "plain":
-        weighting, chunks = MomentsOptions(weighting="tokens"), options.plain_share * chunks
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
-    return collect_moments(
-        model,
-        texts,
-        out,
-        reading=Reading(chunks=chunks, expert_coverage=expert_coverage),
-        decoding=decoding,
-        options=weighting,
-        progress=progress,
-    )
+    reading, weighting = _for_rounding(kind, options, expert_coverage)
+    return collect_moments(model, texts, out, reading=reading, decoding=decoding, options=weighting, progress=progress)
+
+
+def job_for_rounding(
+    model: Path,
+    texts: Sequence[Text],
+    kind: RoundingMoments,
+    *,
+    decoding: Decoding | None = None,
+    options: RoundingMomentsOptions | None = None,
+    expert_coverage: int | None = None,
+    progress: Progress = SILENT,
+) -> MomentsJob:
+    """What `collect_for_rounding` collects, for `collect_text` and `join_texts`. The parameters are the same."""
+    reading, weighting = _for_rounding(kind, options, expert_coverage)
+    return MomentsJob(model, texts, reading, decoding, weighting, progress=progress)
+
+
+def _for_rounding(
+    kind: RoundingMoments, options: RoundingMomentsOptions | None, expert_coverage: int | None
+) -> tuple[Reading, MomentsOptions]:
+    options = options or RoundingMomentsOptions()
+    if kind == "plain":
+        chunks, weighting = options.plain_share * options.moments_chunks, MomentsOptions(weighting="tokens")
+    else:
+        chunks = options.moments_chunks
+        weighting = MomentsOptions(positions=options.positions, gradients=options.gradients)
+    return Reading(chunks=chunks, expert_coverage=expert_coverage), weighting

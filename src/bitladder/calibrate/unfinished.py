@@ -27,7 +27,9 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 SUM = 4  # bytes of the checksum behind each piece and each row: what was damaged would change a result unnoticed
 
 
-def job_key(model: str | os.PathLike[str], texts: Sequence[Text], *algorithms: Algorithm, **settings: Any) -> str:
+def job_key(
+    model: str | os.PathLike[str], texts: Sequence[Text], *algorithms: Algorithm, sha256: str = "", **settings: Any
+) -> str:
     """The key of work on a model and texts (see `keys.key_of`). The library's commit is in it.
 
     The model counts by the names of its tensors and the sizes and times of its files, so that it need not be read.
@@ -36,11 +38,13 @@ def job_key(model: str | os.PathLike[str], texts: Sequence[Text], *algorithms: A
         model: path of a GGUF.
         texts: what is read.
         algorithms: whose results the work is made of.
+        sha256: of the model's content, where another machine must find the same key; it counts instead of the times.
         settings: whatever else decides the result.
     """
     with open_model(model) as file:
         stats = [part.stat() for part in file.parts]
-        header = [list(file.tensors), [[stat.st_size, stat.st_mtime_ns] for stat in stats]]
+        files = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+        header = [list(file.tensors), sha256 or files]
     return key_of(
         {
             "model": header,
@@ -136,6 +140,20 @@ class UnfinishedWork:
                 for row in rows:
                     stream.write(np.ascontiguousarray(row, np.float32).data)
             _seal(temporary)
+
+    def put_arrays(self, name: str, arrays: Arrays) -> None:
+        """Keeps some arrays in one piece, which has checksums."""
+        with replacing(self.path(name)) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+    def get_arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        """Arrays that were kept in one piece. Raises BitladderError (`damaged`)."""
+        path = self.folder / name
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                return dict(data)
+        except Exception as error:  # whatever a damaged zip or array may raise
+            raise self.damaged(f"{path} is damaged") from error
 
     def get(self, name: str) -> npt.NDArray[Any]:
         """An array that was kept, read from the file when it is used. Raises BitladderError (`damaged`)."""

@@ -11,12 +11,11 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from bitladder import evaluate
 from bitladder.engine import main_memory, threads_available
-from bitladder.errors import BitladderError
 from bitladder.exchange import Exchange, Listing, own_folder
 from bitladder.gguf import shards_of
 from bitladder.ladder import cost
@@ -27,14 +26,11 @@ from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import Other, Source
 from bitladder.ladder.steps.step import Product, Step
 from bitladder.ladder.store import Store
-from bitladder.machines import Heard, Remark
+from bitladder.machines import Heard, Remark, wait_for
 from bitladder.progress import SILENT
 from bitladder.rundir import Manifest, StepRecord
 from bitladder.text import Text
 
-# Seconds until a file that another machine wrote must be seen here: network file systems keep what they know of a
-# folder for up to a minute.
-SEEN = 90.0
 INPUTS = ".inputs"  # folder of exchanged files that are not in the run directory
 
 
@@ -225,20 +221,3 @@ def _open(state: RunState) -> Run:
         rounding_threads=cost.rounding_threads(state.shape, threads, memory) if memory else threads,
         known=(state.records, state.digests),
     )
-
-
-def wait_for(files: Iterable[pathlib.Path], seconds: float = SEEN) -> None:
-    """Waits until files are seen that another machine wrote.
-
-    Raises BitladderError that names the first that is not seen after some seconds.
-    """
-    until = time.monotonic() + seconds
-    for path in files:
-        while not path.is_file():
-            if time.monotonic() > until:
-                raise BitladderError(
-                    f"{path} was written by another machine and is not seen here after {seconds:.0f} s; "
-                    "all machines must share the run directory"
-                )
-            time.sleep(0.5)
-            list(path.parent.glob("*"))  # has a network file system read the folder again

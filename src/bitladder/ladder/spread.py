@@ -11,10 +11,10 @@ from typing import Any
 
 from bitladder.exchange import Exchange
 from bitladder.ladder.context import Run
-from bitladder.ladder.elsewhere import Done, RunState, read_by, state_of, wait_for, work_on
+from bitladder.ladder.elsewhere import Done, RunState, read_by, state_of, work_on
 from bitladder.ladder.model_shape import ModelShape
 from bitladder.ladder.steps.step import Product, Step
-from bitladder.machines import Machines
+from bitladder.machines import Machines, wait_for
 from bitladder.progress import Progress
 from bitladder.trial import Helpers
 from bitladder.units import number_of

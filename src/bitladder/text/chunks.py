@@ -218,7 +218,11 @@ class Reading(Options):
 
         Raises BitladderError for a text that is too short.
         """
-        return np.concatenate([self._chunks(model, text, n_ctx).inputs() for text in texts])
+        return np.concatenate(self.rows_by_text(model, texts, n_ctx))
+
+    def rows_by_text(self, model: "Model", texts: Sequence[Text], n_ctx: int) -> list[Tokens]:
+        """The tokens of each text, as `rows` has them together."""
+        return [self._chunks(model, text, n_ctx).inputs() for text in texts]
 
     def further(self, model: "Model", texts: Sequence[Text], n_ctx: int) -> Tokens:
         """The chunks that `rows` leaves, a chunk of each text after the other, int32, shape [chunks, n_ctx]."""

@@ -9,6 +9,7 @@ products that are added to a panel do not, since their sums are short (one chunk
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,11 @@ from bitladder.calibrate.gradients.weighted_moments import GradientOptions
 from bitladder.calibrate.moments.triangles import Correlations, LowRank, triangle
 from bitladder.engine import Floats
 
+Array = npt.NDArray[Any]
+
 PANEL = 256  # rows of a whole matrix that are multiplied at once: half of the work of a full product
 LEAST = 1e-30  # a mean diagonal below this counts as 0
+COLUMNS, ROOTS = "columns", "roots"  # arrays of an entry that are no sums begin or end so
 
 
 class Gram:
@@ -82,10 +86,10 @@ class Gram:
         for panel in self.panels:
             panel.zero_()
 
-    def arrays(self) -> list[npt.NDArray[np.float32]]:
+    def arrays(self) -> dict[str, npt.NDArray[np.float32]]:
         """What grows, in memory that is shared; of a device a copy, which `fetch` and `put` keep the same."""
         self._copies = [panel.cpu() for panel in self.panels]
-        return [copy.numpy() for copy in self._copies]
+        return {str(number): copy.numpy() for number, copy in enumerate(self._copies)}
 
     def fetch(self) -> None:
         """Brings the sums from the device to `arrays`. On the CPU they are the same memory."""
@@ -150,9 +154,10 @@ class LowRankGram:
         self._products.zero_()
         self._diagonal.zero_()
 
-    def arrays(self) -> list[npt.NDArray[np.float32]]:
-        """What grows, in memory that is shared."""
-        return [part.numpy() for part in (self._columns, self._products, self._diagonal)]
+    def arrays(self) -> dict[str, npt.NDArray[np.float32]]:
+        """What grows, in memory that is shared, and the columns."""
+        parts = {COLUMNS: self._columns, "products": self._products, "diagonal": self._diagonal}
+        return {name: part.numpy() for name, part in parts.items()}
 
 
 class Leverage:
@@ -270,17 +275,17 @@ class EntrySums:
         self._powers = np.zeros((len(plan.names), length))
         self._waiting: dict[str, torch.Tensor] = {}
 
-    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+    def arrays(self) -> dict[str, Array]:
         """What grows, by name, in memory that is shared."""
-        arrays: dict[str, npt.NDArray[np.generic]] = {"totals": self._totals, "powers": self._powers}
+        arrays: dict[str, Array] = {"totals": self._totals, "powers": self._powers}
         arrays["rows"] = self._rows
         for place, gram in enumerate([*self.inputs, *self.outputs]):
             if gram is not None:
-                arrays |= {f"gram {place} {number}": panel for number, panel in enumerate(gram.arrays())}
+                arrays |= {f"gram {place} {part}": panel for part, panel in gram.arrays().items()}
         for place, leverage in enumerate([self._of_inputs, *self._of_outputs]):
             if leverage is not None:
-                arrays[f"roots {place}"] = leverage.roots.numpy()
-        return {f"{self.plan.names[0]} {name}": array for name, array in arrays.items()}
+                arrays[f"{ROOTS} {place}"] = leverage.roots.numpy()
+        return arrays
 
     def fetch(self) -> None:
         """Brings sums from the device to `arrays`."""

@@ -95,7 +95,8 @@ def fisher_costs(
     """
     one_each = {"initializer": require_torch().set_num_threads, "initargs": (1,)}
     from bitladder.calibrate.gradients.forward import TorchModel
-    from bitladder.calibrate.gradients.gradient_pass import choose_matrices, chunk_generator
+    from bitladder.calibrate.gradients.gradient_pass import chunk_generator
+    from bitladder.calibrate.gradients.segments import choose_matrices
 
     options = options or FisherOptions()
     costs: dict[str, dict[str, FisherCost]] = {}

@@ -10,162 +10,27 @@ other after each of many small operations. Chunks add to the sums in their order
 of threads.
 """
 
-import collections
-import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
 
-from bitladder.calibrate.gradients.entry_sums import EntryPlan, EntrySums, OutputShape, sums_bytes
-from bitladder.calibrate.gradients.forward import HEAD_ROWS, TorchModel
+from bitladder.calibrate.by_text import ByText
+from bitladder.calibrate.gradients.entry_sums import Array, EntryPlan, EntrySums, sums_bytes
+from bitladder.calibrate.gradients.forward import TorchModel
+from bitladder.calibrate.gradients.segments import Segment, plan_segments
+from bitladder.calibrate.gradients.text_sums import add_text, clear_sums, kept_of_text, of_text
 from bitladder.calibrate.gradients.torch_weights import Routed
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions
 from bitladder.calibrate.turns import Turn, Turns
 from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine import Tokens, as_torch, device_memory, threads_available
-from bitladder.errors import GradientsError, UsageError
-from bitladder.gguf import block_of, kind_of
 from bitladder.progress import Bar, Progress
 
 Result = TypeVar("Result")
-MOST_STATE = 2 << 30  # bytes of sums of a segment: what is saved each minute
-BASE_BYTES = 600 << 20  # of a process that has loaded torch and the library
-_HEADS, _WIDE = ("attn_q", "attn_k"), ("ffn_gate", "ffn_up")
-_SHARED = {"ffn_up": "ffn_gate", "ffn_up_exps": "ffn_gate_exps"}  # kinds with one input
 NEXT_STOP = "segments"  # the piece that says which block is the first whose entries are finished
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """Blocks first…stop−1, which are differentiated together; behind the last block comes the head.
-
-    Parameters:
-        first: the first block.
-        stop: the block behind the last one.
-        entries: what is collected there, from the last in the computation to the first.
-    """
-
-    first: int
-    stop: int
-    entries: tuple[EntryPlan, ...]
-
-
-def choose_matrices(model: TorchModel, names: Collection[str] | None) -> list[str]:
-    """The names (None: all matrices, and embeddings), from the last in the computation to the first.
-
-    Raises UsageError for a name that is neither.
-    """
-    known = [*model.matrices[::-1], *([] if model.embedding is None else [model.embedding])]
-    if names is None:
-        return known
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UsageError(f"{model.path.name} does not multiply by a weight called {unknown[0]!r}")
-    return [name for name in known if name in names]
-
-
-def plan_entries(model: TorchModel, names: Sequence[str], options: GradientOptions) -> list[EntryPlan]:
-    """The entries of some weights, in the order of the names: gate and up share one."""
-    plans = []
-    gates = {name: name.replace(kind, _SHARED[kind]) for name in names if (kind := kind_of(name)) in _SHARED}
-    ups = {gate: up for up, gate in gates.items() if gate in names}
-    for name in names:
-        if gates.get(name) in ups:
-            continue
-        shared = (name, ups[name]) if name in ups else (name,)
-        shapes = tuple(_output_shape(model, weight, options) for weight in shared)
-        plans.append(EntryPlan(shared, model.shape(name)[1], shapes, model.experts(name)))
-    return plans
-
-
-def _output_shape(model: TorchModel, name: str, options: GradientOptions) -> OutputShape | None:
-    n_out, kind = model.shape(name)[0], kind_of(name)
-    if not options.outputs or name in (model.head, model.embedding) or model.experts(name) > 1:
-        return None
-    if kind in _WIDE:
-        return OutputShape(1, n_out, options.rank)
-    head = model.modules.head_dim
-    return OutputShape(head, n_out // head) if kind in _HEADS else OutputShape(n_out, 1)
-
-
-def lanes_of(model: TorchModel, memory: int, length: int, threads: int | None) -> int:
-    """Chunks that are computed side by side: one for each thread, in a quarter of the memory. A device computes one."""
-    if model.device is not None:
-        return 1
-    largest = max(_graph_bytes(model, block, length) for block in range(model.modules.blocks))
-    return max(1, min(threads or threads_available(), memory // 4 // (_head_bytes(model) + largest)))
-
-
-def _head_bytes(model: TorchModel) -> int:
-    """Bytes of logits that are in memory at once while a chunk is computed."""
-    return 5 * 4 * HEAD_ROWS * model.n_vocab
-
-
-def plan_segments(
-    model: TorchModel, plans: Sequence[EntryPlan], stop: int, memory: int, length: int, sketch: int, lanes: int
-) -> list[Segment]:
-    """The segments below block `stop` down to the lowest that has an entry, from the last to the first.
-
-    Parameters:
-        model: the model.
-        plans: all entries.
-        stop: the block behind the last one.
-        memory: bytes for the sums of a segment and for what its backward pass keeps. A block is never cut.
-        length: tokens of a chunk.
-        sketch: as of `GradientOptions`.
-        lanes: chunks that are computed side by side.
-    """
-    by_block: dict[int, list[EntryPlan]] = {}
-    for plan in plans:
-        block = 0 if plan.names[0] == model.embedding else block_of(plan.names[0])
-        by_block.setdefault(model.modules.blocks if block is None else block, []).append(plan)
-    lowest = min(by_block)
-    segments: list[Segment] = []
-    entries = by_block.get(stop, []) if stop == model.modules.blocks else []
-    sums = sum(sums_bytes(plan, sketch) for plan in entries)
-    kept, last = 0, stop
-    for block in range(stop - 1, lowest - 1, -1):
-        own = sum(sums_bytes(plan, sketch) for plan in by_block.get(block, []))
-        graph = lanes * _graph_bytes(model, block, length)
-        if block + 1 < last and (sums + own > MOST_STATE or sums + own + kept + graph > memory):
-            segments.append(Segment(block + 1, last, tuple(entries)))
-            entries, sums, kept, last = [], 0, 0, block + 1
-        entries = [*entries, *by_block.get(block, [])]
-        sums, kept = sums + own, kept + graph
-    return [*segments, Segment(min(lowest, last), last, tuple(entries))]
-
-
-def room_for_sums(model: TorchModel, plans: Sequence[EntryPlan], memory: int, lanes: int) -> int:
-    """Bytes of `memory` that are left for sums, beside the weights, and beside torch, some logits and factors.
-
-    Raises GradientsError where the experts of one block have larger sums than that: a block is never cut.
-    """
-    widest = max(model.shape(name)[1] for name in model.matrices)
-    fixed = BASE_BYTES + lanes * _head_bytes(model) + 3 * 4 * widest * widest
-    room = memory - model.weights.most_bytes - fixed
-    sizes: collections.Counter[int | None] = collections.Counter()
-    for plan in plans:
-        if plan.experts > 1:
-            sizes[block_of(plan.names[0])] += sums_bytes(plan, 0)
-    block, size = max(sizes.items(), key=lambda item: item[1], default=(None, 0))
-    if size > max(room, 0):
-        raise GradientsError(
-            f"{model.path.name}: the sums of the experts of block {block} take {size / 2**30:.2g} GiB, and "
-            f"{max(room, 0) / 2**30:.2g} GiB of memory are left for them; gradients need a larger --memory"
-        )
-    return room
-
-
-def _graph_bytes(model: TorchModel, block: int, length: int) -> int:
-    """Bytes that the backward pass of a block keeps: some arrays of each width, as measured."""
-    rows = 0
-    for name in model.matrices:
-        if block_of(name) == block:
-            rows += model.shape(name)[0] * (model.modules.used_experts if model.experts(name) > 1 else 1)
-    return 4 * length * (3 * rows + 12 * model.modules.width)
 
 
 def chunk_generator(seed: int, index: int) -> torch.Generator:
@@ -179,6 +44,7 @@ class GradientPass:
     Parameters:
         model: the model.
         chunks: int32 [chunks, n_ctx].
+        by_text: which chunks are of which text.
         plans: the entries, from the last in the computation to the first.
         options: how tokens are weighted.
         memory: bytes for sums and for what a backward pass keeps.
@@ -191,6 +57,7 @@ class GradientPass:
         self,
         model: TorchModel,
         chunks: Tokens,
+        by_text: ByText,
         plans: Sequence[EntryPlan],
         options: GradientOptions,
         memory: int,
@@ -199,6 +66,7 @@ class GradientPass:
         threads: int | None,
     ) -> None:
         self._model, self._chunks, self._options, self._work = model, chunks, options, work
+        self._by_text = by_text
         self._lanes = lanes
         # Experts are chosen by products of transformers' own.
         experts = any(plan.experts > 1 for plan in plans)
@@ -206,8 +74,11 @@ class GradientPass:
         self._share = 1 if experts else max(1, (threads or threads_available()) // lanes)
         pilots = range(0, len(chunks), options.pilots) if len(chunks) >= options.fewest else range(0)
         self._pilots = len(pilots)
-        # Every segment reads the chunks in this order.
-        self._order = [*pilots, *(index for index in range(len(chunks)) if index not in pilots)]
+        # Every segment reads the chunks in this order: the pilots of all texts, and what is left of one or all of them.
+        self._order, self._stops = list(pilots), list[int]()
+        for text in by_text.chosen:
+            self._order += [index for index in by_text.chunks(text) if index not in pilots]
+            self._stops.append(len(self._order))
         length, width = chunks.shape[1], model.modules.width
         self._stream_shape, self._gradient_shape = (length, width), (options.draws, length, width)
         stop = model.modules.blocks
@@ -221,7 +92,7 @@ class GradientPass:
         """Yields the entries of each segment when they are complete. The next one begins when they were kept."""
         cuts = [segment.first for segment in self._segments if segment.first]
         with (
-            progress.task("gradients", len(self._chunks) * (len(self._segments) + bool(cuts))) as bar,
+            progress.task("gradients", len(self._order) * (len(self._segments) + bool(cuts))) as bar,
             ThreadPoolExecutor(self._lanes * self._share, initializer=torch.set_num_threads, initargs=(1,)) as products,
             ThreadPoolExecutor(self._lanes, initializer=self._begin_lane, initargs=(products,)) as self._pool,
         ):
@@ -235,6 +106,7 @@ class GradientPass:
                 entries.clear()  # whoever was given them holds the list: two segments do not fit into memory
                 self._work.put(NEXT_STOP, torch.tensor(segment.first).numpy())
                 self._work.drop(_gradient(segment.stop), _stream(segment.first))
+                self._work.drop(*(of_text(plan, text) for plan in segment.entries for text in self._kept_texts))
 
     def _forward(self, cuts: Sequence[int], bar: Bar) -> None:
         """Keeps the residual stream of each chunk at some cuts, the highest first."""
@@ -255,12 +127,16 @@ class GradientPass:
             bar.advance(len(group))
 
     def _groups(self, done: int) -> Iterator[range]:
-        """Places of chunks that are computed side by side. Those for the leverages are apart from the rest."""
+        """Places of chunks that are computed side by side. Those for the leverages and those of a text are apart."""
         while done < len(self._order):
-            stop = min(done + self._lanes, len(self._order))
-            stop = self._pilots if done < self._pilots < stop else stop
+            stop = min(done + self._lanes, *(stop for stop in (self._pilots, *self._stops) if stop > done))
             yield range(done, stop)
             done = stop
+
+    @property
+    def _kept_texts(self) -> Sequence[int]:
+        """The texts whose sums are kept until those of the last one are complete."""
+        return self._by_text.chosen[:-1]
 
     def _begin_lane(self, products: Executor) -> None:
         torch.set_num_threads(self._share)
@@ -288,7 +164,12 @@ class GradientPass:
         device = self._place(segment, progress)
         entries = [EntrySums(plan, self._options, self._chunks.shape[1], device) for plan in segment.entries]
         by_name = {name: entry for entry in entries for name in entry.plan.names}
-        state = {name: array for entry in entries for name, array in entry.arrays().items()}
+        arrays = [entry.arrays() for entry in entries]
+        state = {
+            f"{entry.plan.names[0]} {name}": array
+            for entry, parts in zip(entries, arrays, strict=True)
+            for name, array in parts.items()
+        }
         label = f"blocks {segment.first} to {segment.stop}"
         done = self._work.load_state(label, state, progress)
         if segment.first and done > self._work.kept_rows(_gradient(segment.first), self._gradient_shape):
@@ -297,10 +178,11 @@ class GradientPass:
         for entry in entries:
             entry.put()
             entry.learned = entry.leverages_known and 0 < self._pilots < done
+        if done > self._pilots:
+            self._end_texts(done, entries, arrays)  # one that was complete when the state was kept
         for group in self._groups(done):
-            if self._pilots and group.start == self._pilots:
-                with ThreadPoolExecutor(self._learners) as learners:
-                    list(learners.map(EntrySums.use_leverages, entries))
+            if group.start == self._pilots:
+                self._end_pilots(entries, arrays)
             downs = self._side_by_side(group, lambda turn: self._chunk(segment, turn, by_name))
             for place, down in zip(group, downs, strict=True):
                 if down is not None:
@@ -310,7 +192,49 @@ class GradientPass:
                 for entry in entries:
                     entry.fetch()
                 self._work.save_state(label, group.stop, state)
+            if group.stop != self._pilots:
+                self._end_texts(group.stop, entries, arrays)
+        if len(self._order) == self._pilots:
+            self._end_pilots(entries, arrays)
+        self._add_texts(entries, arrays)
         return entries
+
+    def _end_pilots(self, entries: Sequence[EntrySums], arrays: Sequence[Mapping[str, Array]]) -> None:
+        """Makes leverages of the pilots. What is counted of them is counted with the first text."""
+        if not self._pilots:
+            return
+        with ThreadPoolExecutor(self._learners) as learners:
+            list(learners.map(EntrySums.use_leverages, entries))
+        if self._by_text.chosen[0]:
+            self._clear(entries, arrays)
+        self._end_texts(self._pilots, entries, arrays)  # one that has nothing but pilots
+
+    def _end_texts(self, done: int, entries: Sequence[EntrySums], arrays: Sequence[Mapping[str, Array]]) -> None:
+        """Keeps the sums of a text that ends at a place, but for the last text, and starts again from 0."""
+        for text, stop in zip(self._kept_texts, self._stops, strict=False):
+            if stop == done:
+                for entry, parts in zip(entries, arrays, strict=True):
+                    entry.fetch()
+                    self._work.put_arrays(of_text(entry.plan, text), kept_of_text(parts))
+                self._clear(entries, arrays)
+
+    @staticmethod
+    def _clear(entries: Sequence[EntrySums], arrays: Sequence[Mapping[str, Array]]) -> None:
+        for entry, parts in zip(entries, arrays, strict=True):
+            entry.fetch()
+            clear_sums(parts)
+            entry.put()
+
+    def _add_texts(self, entries: Sequence[EntrySums], arrays: Sequence[Mapping[str, Array]]) -> None:
+        """Adds the sums of all texts in their order."""
+        for entry, parts in zip(entries, arrays, strict=True) if self._kept_texts else ():
+            entry.fetch()
+            last = {name: array.copy() for name, array in kept_of_text(parts).items()}
+            clear_sums(parts)
+            for text in self._kept_texts:
+                add_text(parts, self._work.get_arrays(of_text(entry.plan, text)))
+            add_text(parts, last)
+            entry.put()
 
     def _place(self, segment: Segment, progress: Progress) -> torch.device | None:
         """Where the sums of a segment are: on the device, if half of what is free there holds them."""

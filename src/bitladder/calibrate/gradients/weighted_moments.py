@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from bitladder.calibrate.by_text import ByText
 from bitladder.calibrate.gradients.usable import (
     check_logits,
     has_half_products,
@@ -38,7 +39,7 @@ from bitladder.options import Options, option
 from bitladder.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from bitladder.calibrate.gradients.entry_sums import EntryPlan
+    from bitladder.calibrate.gradients.entry_sums import EntryPlan, EntrySums
     from bitladder.calibrate.gradients.forward import TorchModel
     from bitladder.calibrate.gradients.gradient_pass import GradientPass
 GRADIENT_MOMENTS = Algorithm(
@@ -54,6 +55,7 @@ GRADIENT_MOMENTS = Algorithm(
         "each expert has moments of the tokens that are routed to it",
         "models that had none have gradients: windows of 0, norms with a bias, without weights, ropes of Ministral 3",
         "embeddings that are not the head have moments of the gradients at their rows",
+        "sums of each text begin at 0, and are added up in the order of the texts",
     ),
 )
 # Parts of the names of what is kept of a matrix, as in the file.
@@ -145,15 +147,16 @@ def weighted_moments(
         opened_model(path, options, memory, threads, device) as model,
     ):
         work = UnfinishedWork(pathlib.Path(folder) / "moments", "", seconds=float("inf"))
-        for entries in gradient_pass(model, chunks, names, options, memory, work, threads).run(progress):
+        whole = ByText((len(chunks),))
+        for entries in gradient_pass(model, chunks, whole, names, options, memory, work, threads).run(progress):
             for entry in entries:
                 experts = range(entry.plan.experts)
                 inputs = np.stack([unpack_blocks(entry.packed_inputs(expert)) for expert in experts])
                 inputs = inputs if len(inputs) > 1 else inputs[0]
                 for name in entry.plan.names:
                     outputs = entry.kept_outputs(name)
-                    whole = None if outputs is None else outputs.matrix()
-                    yield GradientMoments(name, chunks.size, inputs, whole, entry.by_position(name))
+                    matrix = None if outputs is None else outputs.matrix()
+                    yield GradientMoments(name, chunks.size, inputs, matrix, entry.by_position(name))
 
 
 @contextlib.contextmanager
@@ -175,6 +178,7 @@ def opened_model(
 def gradient_pass(
     model: "TorchModel",
     chunks: Tokens,
+    by_text: ByText,
     names: Collection[str] | None,
     options: GradientOptions,
     memory: int,
@@ -186,19 +190,15 @@ def gradient_pass(
     Parameters:
         model: the model, open.
         chunks: int32 [chunks, n_ctx].
+        by_text: which of them are of which text.
         names: weights; None takes all.
         options: how tokens are weighted.
         memory: bytes for everything.
         work: keeps what is finished.
         threads: threads of the CPU.
     """
-    from bitladder.calibrate.gradients.gradient_pass import (
-        GradientPass,
-        choose_matrices,
-        lanes_of,
-        plan_entries,
-        room_for_sums,
-    )
+    from bitladder.calibrate.gradients.gradient_pass import GradientPass
+    from bitladder.calibrate.gradients.segments import choose_matrices, lanes_of, plan_entries, room_for_sums
 
     plans = plan_entries(model, choose_matrices(model, names), options)
     lanes = lanes_of(model, memory, chunks.shape[1], threads)
@@ -210,47 +210,80 @@ def gradient_pass(
             raise
         model.half = False  # bfloat16 alone can move the logits of a model too far
         check_logits(model.path, model.checked(chunks[0]), threads=threads, ours=model)
-    return GradientPass(model, chunks, plans, options, room, work, lanes, threads)
+    return GradientPass(model, chunks, by_text, plans, options, room, work, lanes, threads)
 
 
-def moments_by_gradients(
-    model: str | os.PathLike[str],
-    chunks: Tokens,
-    work: UnfinishedWork,
-    provenance: Provenance,
-    options: GradientOptions,
-    memory: int,
-    threads: int | None,
-    device: str | None,
-    progress: Progress,
-) -> "KeptMoments":
-    """Computes the moments of all weights that are not in the folder of unfinished work yet.
+@dataclasses.dataclass(frozen=True)
+class GradientWork:
+    """Moments by gradients that are collected for a file.
 
     Parameters:
         model: path of a GGUF.
         chunks: int32 [chunks, n_ctx].
-        work: keeps the moments of each weight.
-        provenance: where the moments come from.
+        by_text: which of them are of which text.
         options: as of `weighted_moments`.
         memory: bytes for everything.
         threads: threads of the CPU.
         device: what makes products and sums; None is the CPU.
-        progress: hears of the work.
     """
-    from bitladder.calibrate.gradients.gradient_pass import choose_matrices, plan_entries
 
-    with opened_model(model, options, memory, threads, device) as ours:
-        plans = plan_entries(ours, choose_matrices(ours, None), options)
-        for entries in gradient_pass(ours, chunks, None, options, memory, work, threads).run(progress):
-            for entry in entries:
-                for expert in range(entry.plan.experts):
-                    _keep(work, _inputs(entry.plan, expert), Correlations.of(entry.packed_inputs(expert)))
-                work.put(_counts(entry.plan), entry.counts())
-                for name in entry.plan.names:
-                    outputs = entry.kept_outputs(name)
-                    if outputs is not None:
-                        _keep(work, f"{name}.outputs", outputs)
-    return KeptMoments(plans[::-1], work, provenance)
+    model: str | os.PathLike[str]
+    chunks: Tokens
+    by_text: ByText
+    options: GradientOptions
+    memory: int
+    threads: int | None
+    device: str | None
+
+    def collect(self, work: UnfinishedWork, provenance: Provenance, progress: Progress) -> "KeptMoments":
+        """Computes the moments of all weights that are not in a folder of unfinished work yet."""
+        with self._opened() as (model, plans):
+            for entries in self._pass(model, work).run(progress):
+                for entry in entries:
+                    _keep_entry(work, entry)
+        return KeptMoments(plans[::-1], work, provenance)
+
+    def collect_text(self, work: UnfinishedWork, progress: Progress) -> None:
+        """Leaves the sums of the one text of `by_text` in a folder of unfinished work."""
+        from bitladder.calibrate.gradients.text_sums import keep_text
+
+        assert self.by_text.only is not None
+        with self._opened() as (model, _):
+            for entries in self._pass(model, work).run(progress):
+                for entry in entries:
+                    keep_text(work, entry, self.by_text.only)
+
+    def join(
+        self, works: Sequence[UnfinishedWork], out: UnfinishedWork, provenance: Provenance, progress: Progress
+    ) -> "KeptMoments":
+        """The moments of all texts from what `collect_text` left of each."""
+        from bitladder.calibrate.gradients.text_sums import joined_entry
+
+        with self._opened() as (_, plans), progress.task("add up texts", len(plans)) as bar:
+            for plan in plans:
+                _keep_entry(out, joined_entry(plan, self.options, self.chunks.shape[1], works))
+                bar.advance()
+        return KeptMoments(plans[::-1], out, provenance)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple["TorchModel", "list[EntryPlan]"]]:
+        from bitladder.calibrate.gradients.segments import choose_matrices, plan_entries
+
+        with opened_model(self.model, self.options, self.memory, self.threads, self.device) as model:
+            yield model, plan_entries(model, choose_matrices(model, None), self.options)
+
+    def _pass(self, model: "TorchModel", work: UnfinishedWork) -> "GradientPass":
+        return gradient_pass(model, self.chunks, self.by_text, None, self.options, self.memory, work, self.threads)
+
+
+def _keep_entry(work: UnfinishedWork, entry: "EntrySums") -> None:
+    for expert in range(entry.plan.experts):
+        _keep(work, _inputs(entry.plan, expert), Correlations.of(entry.packed_inputs(expert)))
+    work.put(_counts(entry.plan), entry.counts())
+    for name in entry.plan.names:
+        outputs = entry.kept_outputs(name)
+        if outputs is not None:
+            _keep(work, f"{name}.outputs", outputs)
 
 
 def _inputs(plan: "EntryPlan", expert: int) -> str:

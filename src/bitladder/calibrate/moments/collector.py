@@ -124,6 +124,17 @@ class PartSums:
             for number, panel in enumerate(sums.panels):
                 yield f"{self.part.label} {index} {number}", panel
 
+    @property
+    def matrices(self) -> range:
+        """Numbers of the matrices."""
+        return range(self.part.start, self.part.stop)
+
+    def of_matrix(self, matrix: int) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of one matrix that grow, by name."""
+        index = matrix - self.part.start
+        panels = {f"panel {number}": panel for number, panel in enumerate(self.sums[index].panels)}
+        return {"count": self.counts[index : index + 1], **panels}
+
     def packed(self) -> Iterator[Floats]:
         """The mean of each matrix, packed."""
         for sums, count in zip(self.sums, self.counts, strict=True):

@@ -1,5 +1,6 @@
 """The step that collects the second moments that rounding needs."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,10 @@ from bitladder.engine import device_key
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.step import CutText, Extent, Job, Part, Product, Room, Step, TextsOfRun
+from bitladder.machines import wait_for
 from bitladder.text import Reading
+
+KINDS: tuple[calibrate.RoundingMoments, ...] = ("weighted", "plain")
 
 
 class CollectMoments(Step):
@@ -57,19 +61,20 @@ class CollectMoments(Step):
 
     def make(self, run: Run) -> Product:
         """Collects both files."""
-        return self.joined(run, [self.collect(run, name) for name in ("plain", "weighted")])
+        return self._product(run, [self.collect(run, name) for name in ("plain", "weighted")])
 
     def jobs(self, run: Run) -> list[Job]:
-        """The weighted file takes most of the time."""
-        del run
-        return [("collect", "weighted"), ("collect", "plain")]
+        """Each file, the weighted one first, which takes most of the time; of several texts, each text of each file."""
+        if len(run.calibration) == 1:
+            return [("collect", name) for name in KINDS]
+        return [("collect_text", name, number) for name in KINDS for number in range(len(run.calibration))]
 
     def collect(self, run: Run, name: calibrate.RoundingMoments) -> calibrate.MomentsResult:
         """Collects one of the two files."""
         return calibrate.collect_for_rounding(
             run.full,
             run.calibration,
-            run.layout.moments if name == "weighted" else run.layout.plain_moments,
+            self._out(run, name),
             name,
             decoding=self.options.decoding,
             options=self.options.moments,
@@ -77,8 +82,36 @@ class CollectMoments(Step):
             progress=run.progress,
         )
 
-    def joined(self, run: Run, results: Sequence[calibrate.MomentsResult]) -> Product:
+    def collect_text(self, run: Run, name: calibrate.RoundingMoments, number: int) -> str:
+        """Collects the sums of a text for one of the files. Returns the last file of them, below the work folder."""
+        complete = calibrate.collect_text(self._job(run, name), self._out(run, name), number)
+        return complete.relative_to(run.layout.work).as_posix()
+
+    def joined(self, run: Run, results: Sequence[Any]) -> Product:
+        """Both files, of what was collected by file or by text."""
+        if len(run.calibration) > 1:
+            wait_for([run.layout.work / complete for complete in results])
+            results = [calibrate.join_texts(self._job(run, name), self._out(run, name)) for name in KINDS]
+        return self._product(run, results)
+
+    def _product(self, run: Run, results: Sequence[calibrate.MomentsResult]) -> Product:
         """Both files, and what the weighted one is made of."""
         weighted = next(result for result in results if result.path.name == run.layout.moments.name)
         facts = {"chunks": weighted.chunks, "weighting": weighted.weighting}
         return Product([run.layout.moments, run.layout.plain_moments], facts)
+
+    def _job(self, run: Run, name: calibrate.RoundingMoments) -> calibrate.MomentsJob:
+        return calibrate.job_for_rounding(
+            run.full,
+            run.calibration,
+            name,
+            decoding=self.options.decoding,
+            options=self.options.moments,
+            expert_coverage=self.options.expert_coverage,
+            progress=run.progress,
+        )
+
+    @staticmethod
+    def _out(run: Run, name: calibrate.RoundingMoments) -> pathlib.Path:
+        run.layout.work.mkdir(parents=True, exist_ok=True)
+        return run.layout.moments if name == "weighted" else run.layout.plain_moments
