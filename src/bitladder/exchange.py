@@ -12,8 +12,8 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_bytes, sha256_file
@@ -120,7 +120,7 @@ class Exchange:
         return [path for path in self.folder.rglob("*") if path.is_file()]
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Any:
+    def _told(self, what: str) -> Iterator[None]:
         """Says in one line what went wrong; file systems of fsspec raise errors of many kinds."""
         try:
             yield

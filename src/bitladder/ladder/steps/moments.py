@@ -51,9 +51,10 @@ class CollectMoments(Step):
         return cost.gradient_bytes(extent)
 
     def room(self, extent: Extent) -> Room:
-        """Both files; and beside them what is finished of one of them, and the state of what is not."""
+        """Both files; and beside them what is finished of one of them, the state of what is not, and sums of texts."""
         files = [cost.moments_bytes(extent.shape, gradients=weighted) for weighted in (extent.gradients, False)]
-        return Room(work=sum(files), beside=2 * max(files))
+        text = min(extent.limit, cost.moments_sums(extent.shape, gradients=False))
+        return Room(work=sum(files), beside=2 * max(files) + (len(self.options.calibration) - 1) * text)
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Each calibration text."""
