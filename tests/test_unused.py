@@ -34,6 +34,7 @@ from bitladder.cli import invoke
             "--moments-chunks, --guard-chunks and --tune-chunks have no effect with --rounding stock",
         ),
         ("run gone.gguf --out OUT --no-smooth --no-order", "--no-order has no effect without --smooth"),
+        ("run gone.gguf --out OUT --share s3://bucket/x", "--share has no effect without --cluster"),
         ("run gone.gguf --out OUT --tune-rate 0.001", "--tune-rate has no effect without --tune-chunks"),
     ],
 )

@@ -51,6 +51,8 @@ def warn_unused_by_run(output: Output, options: "RunOptions") -> None:
         warn_unused(output, "without --tune-chunks", tuning - {"tune_chunks"})
     if not options.smooths:
         warn_unused(output, "without --smooth", {"scales", "order", "trial_chunks"})
+    if options.cluster is None:
+        warn_unused(output, "without --cluster", {"share"})
     if options.tasks is None:
         warn_unused(output, "without --tasks", {"task_count"})
     warn_unused_by_conversion(output, options.model, options.conversion)

@@ -42,8 +42,6 @@ def check_options(
     _check_conversion(options.conversion, source, progress)
     if not source.is_gguf and options.out.resolve() == source.path.resolve():
         raise UsageError(f"--out {options.out} is the directory of the checkpoint; name another one")
-    if options.share is not None and options.cluster is None:
-        progress.warn("--share has no effect without --cluster")
     if options.repo is not None:
         check_repository(options.repo)
     if options.unreached_type != AS_PRESET:
