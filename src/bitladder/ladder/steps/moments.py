@@ -10,6 +10,7 @@ from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.step import CutText, Extent, Job, Part, Product, Room, Step, TextsOfRun
 from bitladder.machines import wait_for
+from bitladder.progress import SILENT, Progress
 from bitladder.text import Reading
 
 KINDS: tuple[calibrate.RoundingMoments, ...] = ("weighted", "plain")
@@ -85,14 +86,16 @@ class CollectMoments(Step):
 
     def collect_text(self, run: Run, name: calibrate.RoundingMoments, number: int) -> str:
         """Collects the sums of a text for one of the files. Returns the last file of them, below the work folder."""
-        complete = calibrate.collect_text(self._job(run, name), self._out(run, name), number)
+        job = self._job(run, name, SILENT)  # what a token counts by is said once, where texts are joined
+        complete = calibrate.collect_text(job, self._out(run, name), number)
         return complete.relative_to(run.layout.work).as_posix()
 
     def joined(self, run: Run, results: Sequence[Any]) -> Product:
         """Both files, of what was collected by file or by text."""
         if len(run.calibration) > 1:
             wait_for([run.layout.work / complete for complete in results])
-            results = [calibrate.join_texts(self._job(run, name), self._out(run, name)) for name in KINDS]
+            jobs = [self._job(run, name, run.progress) for name in KINDS]
+            results = [calibrate.join_texts(job, self._out(run, name)) for job, name in zip(jobs, KINDS, strict=True)]
         return self._product(run, results)
 
     def _product(self, run: Run, results: Sequence[calibrate.MomentsResult]) -> Product:
@@ -101,7 +104,7 @@ class CollectMoments(Step):
         facts = {"chunks": weighted.chunks, "weighting": weighted.weighting}
         return Product([run.layout.moments, run.layout.plain_moments], facts)
 
-    def _job(self, run: Run, name: calibrate.RoundingMoments) -> calibrate.MomentsJob:
+    def _job(self, run: Run, name: calibrate.RoundingMoments, progress: Progress) -> calibrate.MomentsJob:
         return calibrate.job_for_rounding(
             run.full,
             run.calibration,
@@ -109,7 +112,7 @@ class CollectMoments(Step):
             decoding=self.options.decoding,
             options=self.options.moments,
             expert_coverage=self.options.expert_coverage,
-            progress=run.progress,
+            progress=progress,
         )
 
     @staticmethod
