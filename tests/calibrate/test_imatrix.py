@@ -1,5 +1,7 @@
 """The importance matrix against llama-imatrix, brute force, and itself cut short."""
 
+import struct
+
 import numpy as np
 import pytest
 from heard import Heard
@@ -351,3 +353,35 @@ def test_leaving_the_head_out_changes_nothing_else(tiny_gguf, text):
     assert not np.allclose(*logits, atol=1)  # without the head they are whatever lay in that memory
     assert found[0].keys() == found[1].keys()
     assert all(np.array_equal(found[0][name].sums, entry.sums) for name, entry in found[1].items())
+
+
+@pytest.mark.parametrize("form", ["gguf", "dat"])
+def test_a_negative_count_is_refused(tmp_path, form):
+    """Nothing can be merged with it, and no file can be written."""
+    path = tmp_path / f"i.{form}"
+    write_imatrix(Imatrix({"w": ImatrixEntry(np.ones((1, 4)), np.array([3]))}, ["t"], 1, 512), path, form=form)
+    data = path.read_bytes()
+    three = struct.pack("<f", 3) if form == "gguf" else b"w" + struct.pack("<i", 1)
+    less = struct.pack("<f", -3) if form == "gguf" else b"w" + struct.pack("<i", -1)
+    assert data.count(three) == 1
+    path.write_bytes(data.replace(three, less))
+    with pytest.raises(BitladderError, match=rf"i\.{form}: w has the negative count -\d; compute it again"):
+        read_imatrix(path)
+
+
+def test_a_negative_number_of_chunks_is_refused(tmp_path):
+    path = tmp_path / "i.dat"
+    write_imatrix(Imatrix({"w": ImatrixEntry(np.ones((1, 4)), np.array([3]))}, ["t"], 7, 512), path, form="dat")
+    data = path.read_bytes()
+    end = struct.pack("<ii", 7, 1) + b"t"
+    assert data.endswith(end)
+    path.write_bytes(data.removesuffix(end) + struct.pack("<ii", -7, 1) + b"t")
+    with pytest.raises(BitladderError, match="the file has the negative count -7"):
+        read_imatrix(path)
+
+
+def test_large_counts_fit_into_the_old_format(tmp_path):
+    path = tmp_path / "i.dat"
+    large = Imatrix({"w": ImatrixEntry(np.full((1, 4), 2.0**50), np.array([2**49]))}, ["t"], 2**32 - 1, 1)
+    write_imatrix(large, path, form="dat")
+    assert np.allclose(read_imatrix(path).entries["w"].means(), 2.0)

@@ -12,7 +12,7 @@ from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.refine import GuardOptions
 from bitladder.refine.round.guard import Guard
 from bitladder.text import builtin_text, load_text
-from bitladder.trial import Renderer, SwappedModel, measurement_inputs
+from bitladder.trial import Renderer, SwappedModel, kept_base, measurement_inputs
 
 SETTINGS = ev.MeasureOptions(n_ctx=64, chunks=3, threads=1)
 
@@ -81,3 +81,23 @@ def test_the_context_of_measurements_changes_with_each_input(tiny_gguf, prepared
         keys.append(key_of(measurement_inputs(base, weighted, SETTINGS.replace(n_ctx=128))))
         assert len(set(keys)) == 4
         assert key_of(measurement_inputs(base, weighted, SETTINGS.replace(threads=2, chunks=1))) == keys[0]
+
+
+@pytest.mark.parametrize("damage", ["base", "hash", "no hash"])
+def test_a_damaged_base_is_made_again(tiny_gguf, prepared, tmp_path, damage):
+    """One byte of a prediction would change every figure that is compared with it."""
+    text = load_text(str(prepared / "text.txt"))
+    kept_base(tmp_path, tiny_gguf, text, SETTINGS).close()
+    (path,) = tmp_path.glob("*.base")
+    whole, made = path.read_bytes(), path.stat().st_ino
+    kept_base(tmp_path, tiny_gguf, text, SETTINGS).close()
+    assert path.stat().st_ino == made
+    (digest,) = tmp_path.glob("*.sha256")
+    if damage == "base":
+        path.write_bytes(whole[:-5000] + bytes([whole[-5000] ^ 1]) + whole[-4999:])
+    elif damage == "hash":
+        digest.write_bytes(b"\xff")
+    else:
+        digest.unlink()
+    kept_base(tmp_path, tiny_gguf, text, SETTINGS).close()
+    assert path.read_bytes() == whole and len(list(tmp_path.iterdir())) == 2

@@ -38,6 +38,7 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 STANDS_IN = np.float32(0.5)
 # What the format counts chunks in, and the tokens up to which float64 counts exactly.
 _MOST_CHUNKS, _MOST_TOKENS = 2**32 - 1, 2**53
+_MOST_CALLS = 2**31 - 1  # of the old format
 
 
 @dataclasses.dataclass
@@ -224,6 +225,7 @@ def _read_gguf(path: pathlib.Path) -> Imatrix:
                 raise BitladderError(
                     f"{path}: {weight} has {number_of(len(sums), 'row')} of sums but {number_of(len(counts), 'count')}"
                 )
+            _refuse_negative(counts, weight, path)
             stands_in = tokens == STANDS_IN
             if stands_in.any():
                 sums = np.where(stands_in[:, None], np.float32(0), sums)
@@ -255,12 +257,19 @@ def _read_dat(path: pathlib.Path) -> Imatrix:
             sums = np.frombuffer(data, "<f4", values, position)
             position += 4 * values
             entries[name] = ImatrixEntry(sums[None].copy(), np.array([calls], np.int64))
+            _refuse_negative(entries[name].counts, one_line(name), path)
         if position < len(data):
             chunks, size = struct.unpack_from("<ii", data, position)
+            _refuse_negative(np.array([chunks]), "the file", path)
             datasets = [data[position + 8 : position + 8 + size].decode("utf-8", "replace")] if size > 0 else []
     except (struct.error, ValueError) as error:
         raise BitladderError(f"{path} ends early: it is a truncated .dat imatrix, or another kind of file") from error
     return Imatrix(entries, datasets, chunks, 0, legacy=True)
+
+
+def _refuse_negative(counts: npt.NDArray[np.int64], what: str, path: pathlib.Path) -> None:
+    if (counts < 0).any():
+        raise BitladderError(f"{path}: {what} has the negative count {counts.min()}; compute it again")
 
 
 def _refuse_impossible(imatrix: Imatrix, path: pathlib.Path) -> None:
@@ -307,10 +316,10 @@ def _write_dat(imatrix: Imatrix, path: str | os.PathLike[str]) -> None:
         stream.write(struct.pack("<i", len(reached)))
         for name, entry in reached.items():
             # The old format counts chunks, not tokens; rounding up avoids zeros.
-            calls = -(-int(entry.counts.max()) // imatrix.chunk_size)
+            calls = min(-(-int(entry.counts.max()) // imatrix.chunk_size), _MOST_CALLS)
             values = entry.means().reshape(-1) * np.float32(calls)
             encoded = name.encode()
             stream.write(struct.pack("<i", len(encoded)) + encoded + struct.pack("<ii", calls, values.size))
             stream.write(values.astype("<f4").tobytes())
         dataset = (imatrix.datasets[-1] if imatrix.datasets else "").encode()
-        stream.write(struct.pack("<ii", imatrix.chunk_count, len(dataset)) + dataset)
+        stream.write(struct.pack("<ii", min(imatrix.chunk_count, _MOST_CALLS), len(dataset)) + dataset)
