@@ -110,7 +110,7 @@ def prepare(model: pathlib.Path, folder: pathlib.Path) -> None:
     options, kinds = calibrate.RoundingMomentsOptions(moments_chunks=KEPT_CHUNKS["moments"]), ("weighted", "plain")
     for path, kind in zip(files.moments, kinds, strict=True):
         if not path.exists():
-            calibrate.collect_for_rounding(files.full, [calibration], path, kind, options=options)
+            calibrate.collect_job(calibrate.job_for_rounding(files.full, [calibration], kind, options=options), path)
     if not files.quant.exists():
         quantize.quantize(files.full, files.quant, PRESET, imatrix=files.imatrix)
     if not files.base.exists():

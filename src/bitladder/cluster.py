@@ -17,7 +17,7 @@ from concurrent.futures import CancelledError, Executor, Future
 from typing import TYPE_CHECKING, Any
 
 from bitladder.engine import CPU, kernels, processors, threads_available, versions
-from bitladder.errors import BitladderError, UsageError
+from bitladder.errors import BitladderError, UsageError, in_one_line
 from bitladder.exchange import FLAG as SHARE
 from bitladder.exchange import reaches, remove_objects, write_object
 from bitladder.files import write_text
@@ -156,8 +156,8 @@ def _client(address: str) -> Iterator["Client"]:
             try:
                 client = kind(**where, timeout=CONNECT, set_as_default=False)
             except (OSError, TimeoutError, ValueError, TypeError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise UsageError(f"{FLAG} {address}: no Dask scheduler answers there ({reason[:200]})") from error
+                reason = in_one_line(error)
+                raise UsageError(f"{FLAG} {address}: no Dask scheduler answers there ({reason})") from error
             with contextlib.closing(client):
                 yield client
     finally:

@@ -69,3 +69,8 @@ def overflow(what: str) -> BitladderError:
         "or f32 and start from that file (if it is a quant of such a file already, take a K-quant: Q8_0, Q4_0 and the "
         "like hold no inputs above 8e6)"
     )
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error of another package says, in one line of 200 letters at most; its kind, if it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

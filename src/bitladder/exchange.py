@@ -15,8 +15,8 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from bitladder.errors import BitladderError, UsageError
-from bitladder.files import sha256_bytes, sha256_file
+from bitladder.errors import BitladderError, UsageError, in_one_line
+from bitladder.files import is_alive, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -125,8 +125,7 @@ class Exchange:
         try:
             yield
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise BitladderError(f"{FLAG} {self.url}: cannot {what} ({reason[:200]})") from error
+            raise BitladderError(f"{FLAG} {self.url}: cannot {what} ({in_one_line(error)})") from error
 
 
 def reaches(url: str) -> bool:
@@ -145,8 +144,7 @@ def write_object(url: str, text: str) -> None:
         _make_folder(files, path.rpartition("/")[0])
         files.pipe_file(path, text.encode())
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{FLAG} {url.rpartition('/')[0]} cannot be written to ({reason[:200]})") from error
+        raise UsageError(f"{FLAG} {url.rpartition('/')[0]} cannot be written to ({in_one_line(error)})") from error
 
 
 def remove_objects(url: str) -> None:
@@ -164,7 +162,7 @@ def own_folder() -> pathlib.Path:
     place = pathlib.Path(tempfile.gettempdir())
     for left in place.glob("bitladder-share-*-*"):
         number = left.name.split("-")[2]
-        if number.isdecimal() and not _alive(int(number)):
+        if number.isdecimal() and not is_alive(int(number)):
             shutil.rmtree(left, ignore_errors=True)
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"bitladder-share-{os.getpid()}-", dir=place))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -179,7 +177,7 @@ def _file_system(url: str) -> tuple["AbstractFileSystem", str]:
     try:
         files, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise UsageError(f"{FLAG} {url}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{FLAG} {url}: {in_one_line(error)}") from error
     return files, str(path).rstrip("/")
 
 
@@ -205,13 +203,3 @@ def _add_lines(path: pathlib.Path, data: bytes) -> None:
     if new:
         with path.open("ab", buffering=0) as stream:
             stream.write(b"\n" * bool(old and not old.endswith(b"\n")) + b"\n".join(new) + b"\n")
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -186,6 +187,19 @@ def sha256_file(path: PathLike) -> str:
 def sha256_bytes(data: bytes) -> str:
     """The SHA-256 of bytes in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number. On Windows it is taken to be there."""
+    if sys.platform == "win32":  # `os.kill` would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True  # somebody else's process
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 class HashedStream:

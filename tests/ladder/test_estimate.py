@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from kills import tiny_run
 from plain_options import plain_options
 
-from bitladder.calibrate import MomentsFile, RoundingMomentsOptions, collect_for_rounding
+from bitladder.calibrate import MomentsFile, RoundingMomentsOptions, collect_job, job_for_rounding
 from bitladder.cli import application
 from bitladder.engine import Decoding
 from bitladder.errors import BitladderError, UsageError
@@ -71,14 +71,14 @@ def test_files_of_moments_have_the_bytes_of_the_formula(tiny_gguf, tmp_path):
     pytest.importorskip("torch")
     shape, files = shape_of(str(tiny_gguf)), [tmp_path / "weighted.gguf", tmp_path / "plain.gguf"]
     for path, kind in zip(files, ("weighted", "plain"), strict=True):
-        collect_for_rounding(
+        job = job_for_rounding(
             tiny_gguf,
             [load_text("pydoc:calibration")],
-            path,
             kind,
             options=RoundingMomentsOptions(moments_chunks=8),
             decoding=Decoding(n_ctx=64, threads=1),
         )
+        collect_job(job, path)
     for path, gradients in zip(files, (True, False), strict=True):
         with MomentsFile(path) as moments:
             assert moments.provenance.weighting == ("gradients" if gradients else "tokens")

@@ -282,7 +282,7 @@ def covering_chunks(
     decoding: Decoding,
     work: UnfinishedWork,
     progress: Progress,
-) -> Tokens:
+) -> list[Tokens]:
     """The chunks that `reading` names, and those after which each expert has the tokens that it wants.
 
     They are decoded once to count the tokens of each expert, unless nothing is wanted.
@@ -297,13 +297,15 @@ def covering_chunks(
         progress: hears of the work.
 
     Returns:
-        int32 [chunks, n_ctx].
+        Those of each text, int32 [chunks, n_ctx]. What experts want beyond `reading` is with the last.
     """
+    rows = reading.rows_by_text(model, texts, decoding.n_ctx)
     if reading.expert_coverage is None or not any(shared.experts for shared in inputs):
-        return reading.rows(model, texts, decoding.n_ctx)
+        return rows
     if not work.has(COVERING):
         work.put(COVERING, _decode(model, texts, reading, ExpertCounts(inputs), decoding, False, work, progress))
-    return np.asarray(work.get(COVERING))
+    further = work.get(COVERING)[sum(map(len, rows)) :]
+    return [*rows[:-1], np.concatenate([rows[-1], further])]
 
 
 def _decode(

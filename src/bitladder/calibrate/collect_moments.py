@@ -54,7 +54,6 @@ class MomentsResult:
 
 
 # Nine parameters: the inputs, the outputs, options of three kinds, and who hears of the work.
-@MOMENTS.entry
 def collect_moments(
     model: Path,
     texts: Sequence[Text],
@@ -89,7 +88,15 @@ def collect_moments(
         UsageError: there is no text, or chunks are shorter than MIN_CALIBRATION_CTX tokens.
     """
     job = MomentsJob(model, texts, reading, decoding, options, imatrix=imatrix is not None, progress=progress)
-    out, decoding, passes = pathlib.Path(out), job.decoding, 1
+    return collect_job(job, pathlib.Path(out), imatrix=imatrix, in_files=in_files)
+
+
+@MOMENTS.entry
+def collect_job(
+    job: MomentsJob, out: pathlib.Path, *, imatrix: Path | None = None, in_files: Sequence[Path] = ()
+) -> MomentsResult:
+    """Collects what a job describes. The parameters, the result and errors are those of `collect_moments`."""
+    decoding, passes, progress = job.decoding, 1, job.progress
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(MomentsFile(path)) for path in in_files]
         work = job.work(out)
@@ -237,39 +244,6 @@ class RoundingMomentsOptions(Options):
     gradients: GradientOptions = option(GradientOptions)
 
 
-def collect_for_rounding(
-    model: Path,
-    texts: Sequence[Text],
-    out: Path,
-    kind: RoundingMoments,
-    *,
-    decoding: Decoding | None = None,
-    options: RoundingMomentsOptions | None = None,
-    expert_coverage: int | None = None,
-    progress: Progress = SILENT,
-) -> MomentsResult:
-    """Collects one of the two files that rounding needs: weighted moments, or plain ones of more chunks.
-
-    Tokens are weighted by gradients where these can be had and trusted, and else by positions.
-
-    Parameters:
-        model: path of a full-precision GGUF.
-        texts: the calibration texts.
-        out: path of the file.
-        kind: "weighted", or "plain", in which all tokens count alike.
-        decoding: as for `collect_moments`.
-        options: how much is collected.
-        expert_coverage: as of `Reading`.
-        progress: hears of the work.
-
-    Raises:
-        BitladderError: as `collect_moments`.
-    """
-    pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
-    reading, weighting = _for_rounding(kind, options, expert_coverage)
-    return collect_moments(model, texts, out, reading=reading, decoding=decoding, options=weighting, progress=progress)
-
-
 def job_for_rounding(
     model: Path,
     texts: Sequence[Text],
@@ -280,18 +254,27 @@ def job_for_rounding(
     expert_coverage: int | None = None,
     progress: Progress = SILENT,
 ) -> MomentsJob:
-    """What `collect_for_rounding` collects, for `collect_text` and `join_texts`. The parameters are the same."""
-    reading, weighting = _for_rounding(kind, options, expert_coverage)
-    return MomentsJob(model, texts, reading, decoding, weighting, progress=progress)
+    """One of the two files that rounding needs: weighted moments, or plain ones of more chunks.
 
+    Tokens are weighted by gradients where these can be had and trusted, and else by positions.
 
-def _for_rounding(
-    kind: RoundingMoments, options: RoundingMomentsOptions | None, expert_coverage: int | None
-) -> tuple[Reading, MomentsOptions]:
+    Parameters:
+        model: path of a full-precision GGUF.
+        texts: the calibration texts.
+        kind: "weighted", or "plain", in which all tokens count alike.
+        decoding: as for `collect_moments`.
+        options: how much is collected.
+        expert_coverage: as of `Reading`.
+        progress: hears of the work.
+
+    Raises:
+        BitladderError: as `collect_moments`.
+    """
     options = options or RoundingMomentsOptions()
     if kind == "plain":
         chunks, weighting = options.plain_share * options.moments_chunks, MomentsOptions(weighting="tokens")
     else:
         chunks = options.moments_chunks
         weighting = MomentsOptions(positions=options.positions, gradients=options.gradients)
-    return Reading(chunks=chunks, expert_coverage=expert_coverage), weighting
+    reading = Reading(chunks=chunks, expert_coverage=expert_coverage)
+    return MomentsJob(model, texts, reading, decoding, weighting, progress=progress)

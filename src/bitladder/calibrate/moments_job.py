@@ -161,16 +161,14 @@ class MomentsJob:
 
         Yields:
             The model, its inputs (none where only the vocabulary is needed), the chunks of all texts, int32
-            [chunks, n_ctx], and which of them are of which text. What experts want beyond that is of the last text.
+            [chunks, n_ctx], and which of them are of which text.
         """
         decoding, coverage = self.decoding, self.reading.expert_coverage
         only_vocabulary = self.weighting == "gradients" and not self._imatrix and coverage is None
         with Model(self.model, vocab_only=only_vocabulary, gpu_layers=decoding.gpu_layers) as loaded:
             inputs = [] if only_vocabulary else model_inputs(loaded, decoding.threads)
-            chunks = covering_chunks(loaded, self.texts, self.reading, inputs, decoding, work, self.progress)
-            counts = [len(rows) for rows in self.reading.rows_by_text(loaded, self.texts, decoding.n_ctx)]
-            counts[-1] += len(chunks) - sum(counts)
-            yield loaded, inputs, chunks, ByText(tuple(counts), text)
+            rows = covering_chunks(loaded, self.texts, self.reading, inputs, decoding, work, self.progress)
+            yield loaded, inputs, np.concatenate(rows), ByText(tuple(map(len, rows)), text)
 
     def provenance(self, chunks: int) -> Provenance:
         """Where the moments of so many chunks come from."""

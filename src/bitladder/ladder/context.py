@@ -183,7 +183,7 @@ class Run(Closing):
             self._close_bases()
 
     def release(self, left: Sequence[Step]) -> None:
-        """Deletes the files of the work folder that none of the steps that are left reads. What it uses is freed."""
+        """Deletes the files of the work folder that none of the steps that are left reads. `free` comes first."""
         read = {name for step in left for name in step.reads(self)}
         caches = {step.cache for step in left}
         if not left:

@@ -224,7 +224,7 @@ class Planner(Closing):
 
     def price(self, window: Window, *presets: Preset) -> TypePrices:
         """Prices every type of the menus."""
-        self.models.unload()  # rounding takes the memory
+        self.models.close()  # rounding takes the memory
         menus, options = self.menus(window, *presets), self.options
         source = PriceSource(
             self.renderer,

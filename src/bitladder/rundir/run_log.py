@@ -2,13 +2,12 @@
 
 import contextlib
 import datetime
-import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Self
 
+from bitladder.files import is_alive
 from bitladder.progress import Bar, LoggedBar, Progress
 from bitladder.rundir.layout import Layout
 
@@ -122,14 +121,9 @@ def follow(folder: pathlib.Path, sleep: Callable[[float], None] = time.sleep) ->
 def is_running(folder: pathlib.Path) -> bool:
     """Whether a run is at work in a directory: its lock file names a process that lives."""
     try:
-        holder = int(Layout(folder).lock.read_text(encoding="ascii"))
-        if sys.platform != "win32":
-            os.kill(holder, 0)
-    except PermissionError:
-        return True  # somebody else's process
+        return is_alive(int(Layout(folder).lock.read_text(encoding="ascii")))
     except (OSError, ValueError):
         return False
-    return True
 
 
 def _place_after(lines: list[str], line: str) -> int:

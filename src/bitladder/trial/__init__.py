@@ -7,7 +7,7 @@ from bitladder.doors import open_door
 if TYPE_CHECKING:
     from bitladder.trial.helpers import Helpers, Pair, rendering_shares
     from bitladder.trial.journal import Journal, Measurement, Measurements, Measures, Wanted, recipe_key
-    from bitladder.trial.model_pair import COPY_SHARE, ModelPair, copies
+    from bitladder.trial.model_pair import ModelPair, copies
     from bitladder.trial.render import KEPT_SHARE, RENDERING, Renderer, render_all
     from bitladder.trial.rounding_method import RoundingMethod, StockRounding
     from bitladder.trial.swapped_model import (
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "COPY_SHARE",
     "KEPT_SHARE",
     "RENDERING",
     "SWAPPED_KLD",

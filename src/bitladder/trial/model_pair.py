@@ -49,11 +49,7 @@ class ModelPair(Closing):
         self._results: Iterator[Doubles] = iter(())
 
     def close(self) -> None:
-        """Ends what is measured, and frees the models."""
-        self.unload()
-
-    def unload(self) -> None:
-        """Frees the models, until they are needed again."""
+        """Ends what is measured, and frees the models. A recipe that is measured later loads them again."""
         self._forget()
         self._models.clear()
         self._opened.close()

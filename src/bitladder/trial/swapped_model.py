@@ -252,10 +252,10 @@ def kept_base(
         path.unlink()  # the file is ours, and damaged
     own = folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
     load_or_compute_base(identity, text, settings, path=own, progress=progress).close()
-    write_text(digest, sha256_file(own))
     if path.exists():  # another machine has made it meanwhile, and may read it
         own.unlink()
     else:
+        write_text(digest, sha256_file(own))
         own.replace(path)
     return open_base(path, text, settings, identity)
 

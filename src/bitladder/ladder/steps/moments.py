@@ -73,16 +73,7 @@ class CollectMoments(Step):
 
     def collect(self, run: Run, name: calibrate.RoundingMoments) -> calibrate.MomentsResult:
         """Collects one of the two files."""
-        return calibrate.collect_for_rounding(
-            run.full,
-            run.calibration,
-            self._out(run, name),
-            name,
-            decoding=self.options.decoding,
-            options=self.options.moments,
-            expert_coverage=self.options.expert_coverage,
-            progress=run.progress,
-        )
+        return calibrate.collect_job(self._job(run, name, run.progress), self._out(run, name))
 
     def collect_text(self, run: Run, name: calibrate.RoundingMoments, number: int) -> str:
         """Collects the sums of a text for one of the files. Returns the last file of them, below the work folder."""
