@@ -169,13 +169,13 @@ def moments(files: Files, amount: int, threads: int, weighting: str) -> None:
 
 
 def smoothed(files: Files, amount: int, threads: int) -> None:
-    """The model and its moments, so many times."""
-    out = refine.ModelFiles(
-        files.out("smoothed.gguf"),
-        files.out("smoothed.imatrix.gguf"),
-        (files.out("smoothed.gradients.gguf"), files.out("smoothed.plain.gguf")),
-    )
+    """The model and its moments, so many times. As in a run, there are no files that new ones replace."""
     for _ in range(amount):
+        number = len(list(files.scratch.glob("smoothed-*")))
+        folder = files.out(f"smoothed-{number}")
+        folder.mkdir()
+        moments = folder / "gradients.gguf", folder / "plain.gguf"
+        out = refine.ModelFiles(folder / "model.gguf", folder / "imatrix.gguf", moments)
         refine.smooth_model(refine.ModelFiles(files.full, files.imatrix, files.moments), out, threads=threads)
 
 

@@ -10,13 +10,12 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from bitladder.errors import BitladderError, UsageError, nearest
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from _typeshed import ReadableBuffer as Buffer
 
 PathLike = str | os.PathLike[str]
 # Bytes of a file name that `file_name` makes. File systems allow 255; names of rungs and temporary files are longer.
@@ -200,22 +199,6 @@ def is_alive(process: int) -> bool:
     except (OSError, OverflowError):
         return False
     return True
-
-
-class HashedStream:
-    """Passes bytes on to a stream, and hashes them."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self._hash = stream, hashlib.sha256()
-
-    def write(self, data: "Buffer") -> None:
-        """Appends bytes."""
-        self._hash.update(data)
-        self._stream.write(data)
-
-    def sha256(self) -> str:
-        """The SHA-256 of the bytes so far, in hexadecimal digits."""
-        return self._hash.hexdigest()
 
 
 class Closing:

@@ -137,7 +137,7 @@ def test_imatrix_and_moments_are_those_of_the_ordered_model(tmp_path, text, ordi
                 decoding=Decoding(n_ctx=64),
                 options=MomentsOptions(weighting, gradients=GradientOptions(half=False, rank=4096)),
             )
-        smoothed_moments(tmp_path / "old.m", result.changes, tmp_path / "said.m", "of the smoothed")
+        smoothed_moments([tmp_path / "old.m"], result.changes, [tmp_path / "said.m"], "of the smoothed")
         with MomentsFile(tmp_path / "said.m") as ours, MomentsFile(tmp_path / "new.m") as theirs:
             for name in ours.names():
                 if name.endswith(("attn_v.weight", "ffn_gate.weight", "ffn_up.weight")):

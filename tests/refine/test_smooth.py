@@ -118,7 +118,7 @@ def test_moments_are_those_of_the_smoothed_model(tmp_path, text):
             options=MomentsOptions(weighting="gradients", gradients=GradientOptions(half=False)),
         )
     for pair in (plain, weighted):
-        smoothed_moments(pair["old"], result.changes, tmp_path / "m.gguf", "of the smoothed")
+        smoothed_moments([pair["old"]], result.changes, [tmp_path / "m.gguf"], "of the smoothed")
         with MomentsFile(tmp_path / "m.gguf") as said, MomentsFile(pair["new"]) as seen:
             assert said.names() == seen.names() and said.provenance.model_sha256 == "of the smoothed"
             for name in said.names():

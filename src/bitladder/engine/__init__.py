@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         processors,
         single_threaded,
     )
-    from bitladder.engine.lanes import LANES, Lane, Lanes, lane_count, side_by_side
+    from bitladder.engine.lanes import LANES, Lane, Lanes, lane_count, logits_side_by_side, side_by_side
     from bitladder.engine.model import Model, Tokens
     from bitladder.engine.native import library, log, versions
     from bitladder.engine.observe import (
@@ -137,6 +137,7 @@ __all__ = [
     "library",
     "log",
     "logit_differences",
+    "logits_side_by_side",
     "lost_in",
     "lost_rows",
     "main_memory",

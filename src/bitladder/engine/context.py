@@ -246,6 +246,18 @@ class Context(Closing):
         """Lets the CPU compute with the threads of a pool, which must outlive the context."""
         ggml.llama_attach_threadpool(self._context, pool.handle, None)
 
+    def sequence_logits(self, tokens: Tokens) -> Floats:
+        """Decodes a sequence, int32 [positions], and copies the logits at every position, float32 [positions, n_vocab].
+
+        Raises BitladderError if a logit is not finite, and as `decode`.
+        """
+        count = len(tokens)
+        self.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
+        logits = self.logits().copy()
+        if not np.isfinite(logits).all():
+            raise overflow(f"the logits of {self.model.name} are")
+        return logits
+
     def logits(self) -> Floats:
         """The logits of the last batch's outputs, float32, shape [outputs, n_vocab], in the order of the batch.
 
@@ -272,15 +284,14 @@ def sequence_logits(path: str | os.PathLike[str], tokens: Tokens, *, threads: in
     Raises:
         BitladderError: the file does not load, decoding fails, or a logit is not finite.
     """
-    count = len(tokens)
-    size = max(count, MIN_CTX)
-    decoding = Decoding(n_ctx=size, n_batch=size, threads=threads)
-    with Model(path, repack=False) as model, Context(model, decoding) as context:
-        context.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
-        logits = context.logits().copy()
-    if not np.isfinite(logits).all():
-        raise overflow(f"the logits of {model.name} are")
-    return logits
+    with Model(path, repack=False) as model, Context(model, for_sequence(tokens, threads)) as context:
+        return context.sequence_logits(tokens)
+
+
+def for_sequence(tokens: Tokens, threads: int | None) -> Decoding:
+    """How a sequence is decoded as a whole."""
+    size = max(len(tokens), MIN_CTX)
+    return Decoding(n_ctx=size, n_batch=size, threads=threads)
 
 
 def logit_differences(logits: Floats, expected: Floats) -> Floats:

@@ -6,15 +6,17 @@ work. No figure depends on it: the library's sums do not depend on the number of
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from bitladder.engine.context import Context, Decoding
-from bitladder.engine.model import Model
+from bitladder.engine.context import Context, Decoding, Floats, for_sequence, sequence_logits
+from bitladder.engine.model import Model, Tokens
 from bitladder.engine.types import threads_available
-from bitladder.engine.workers import Workers
+from bitladder.engine.workers import Workers, in_order
 from bitladder.files import Closing
 
 Result = TypeVar("Result")
@@ -190,3 +192,32 @@ def side_by_side(lanes: Sequence[Lane], chunks: range, work: Callable[[Lane, int
             thread.join()
         for lane in lanes:
             lane.context.go_on()
+
+
+def logits_side_by_side(
+    paths: Sequence[str | os.PathLike[str]], tokens: Tokens, *, threads: int | None = None
+) -> list[Floats]:
+    """The logits of several models at every position of a sequence. Models share the threads; one has all of them.
+
+    Parameters:
+        paths: the GGUF files of the models.
+        tokens: int32, shape [positions].
+        threads: threads of the CPU, at least one for each model, else models are decoded one by one; None uses all.
+
+    Returns:
+        For each model float32, shape [positions, n_vocab].
+
+    Raises:
+        BitladderError: as of `sequence_logits`.
+    """
+    share = (threads or threads_available()) // max(1, len(paths))
+    if len(paths) == 1 or not share:
+        return [sequence_logits(path, tokens, threads=threads) for path in paths]
+    with contextlib.ExitStack() as opened:
+        with contextlib.closing(in_order([partial(Model, path, repack=False) for path in paths], len(paths))) as loaded:
+            models = [opened.enter_context(model) for model in loaded]
+        decoding = for_sequence(tokens, share)
+        lanes = [opened.enter_context(Lanes(model, decoding, most=1)).first for model in models]
+        return list(
+            side_by_side(lanes, range(len(paths)), lambda _, place: lanes[place].context.sequence_logits(tokens))
+        )

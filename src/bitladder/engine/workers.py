@@ -66,7 +66,7 @@ def in_order(
 
     Parameters:
         works: what computes each result.
-        threads: their number; None for that of the CPUs.
+        threads: their number; None for that of the CPUs. A single one is the calling thread.
         ahead: works per thread that may be at hand or wait to be taken.
 
     Raises:
@@ -77,6 +77,10 @@ def in_order(
         [3, 1, 2]
     """
     count = threads or threads_available()
+    if count == 1:
+        for work in works:
+            yield work()
+        return
     pool = ThreadPoolExecutor(count)
     waiting: collections.deque[Future[Result]] = collections.deque()
     try:

@@ -3,18 +3,24 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.engine import dequantize_rows, in_order
 from bitladder.errors import BitladderError
-from bitladder.files import HashedStream
+from bitladder.files import Closing
 from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, string
 from bitladder.progress import SILENT, Progress
 from bitladder.quantize import DROPPED
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -101,16 +107,51 @@ def copy_model(
         out.open("wb") as stream,
         progress.task(label, file.tensor_bytes) as task,
         contextlib.closing(in_order(works, threads, ahead=2)) as pieces,
+        _HashedStream(stream, threads) as hashed,
     ):
-        hashed = HashedStream(stream)
         writer = GgufWriter(hashed, metadata, plans)
         for name, piece in pieces:
             task.note(name)
             writer.write(name, piece)
             task.advance(piece.nbytes)
         writer.finish()
-    return hashed.sha256()
+        return hashed.sha256()
 
 
 def _named(name: str, make: Callable[[], Bytes]) -> tuple[str, Bytes]:
     return name, make()
+
+
+class _HashedStream(Closing):
+    """Passes bytes on to a stream, and hashes them. With several threads, one of them hashes a piece while others work.
+
+    What is written must not change afterwards.
+    """
+
+    def __init__(self, stream: BinaryIO, threads: int | None) -> None:
+        self._stream, self._hash = stream, hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1) if threads != 1 else None
+        self._last: Future[None] | None = None
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self._pool:
+            self._pool.shutdown()
+
+    def write(self, data: "Buffer") -> None:
+        """Appends bytes."""
+        self._wait()
+        if self._pool:
+            self._last = self._pool.submit(self._hash.update, data)
+        else:
+            self._hash.update(data)
+        self._stream.write(data)
+
+    def sha256(self) -> str:
+        """The SHA-256 of the bytes so far, in hexadecimal digits."""
+        self._wait()
+        return self._hash.hexdigest()
+
+    def _wait(self) -> None:
+        if self._last:
+            self._last.result()

@@ -77,7 +77,7 @@ def _changed_matrix(file: GgufFile, tensor: TensorInfo, change: Change, first: i
     out, step = np.empty_like(whole), max(1, PIECE // tensor.width)
     for start in range(0, len(whole), step):
         within = order[start : start + step]
-        out[start : start + step] = _changed(whole[within], tensor, change, within + first)
+        out[start : start + step] = _changed(np.take(whole, within, axis=0), tensor, change, within + first)
     return out
 
 
@@ -98,7 +98,8 @@ def _changed(data: Bytes, tensor: TensorInfo, change: Change, numbers: Indices) 
         np.multiply(weights, rows[numbers], out=weights)
     if tensor.type.name == "f16" and not max(weights.max(), -weights.min()) <= np.finfo(np.float16).max:
         raise BitladderError(f"{tensor.name}: scaled weights overflow F16; convert with --outtype bf16 or f32")
-    placed = weights if change.column_order is None else np.ascontiguousarray(weights[:, change.column_order])
+    # `take` lets other threads of Python run meanwhile.
+    placed = weights if change.column_order is None else np.take(weights, change.column_order, axis=1)
     return quantize_rows(placed, tensor.type, None)
 
 

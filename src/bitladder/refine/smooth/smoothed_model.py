@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
-from bitladder.engine import logit_differences, sequence_logits
+from bitladder.engine import logit_differences, logits_side_by_side
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import refuse_inputs, replacing, sha256_file
 from bitladder.gguf import EMBEDDING, GgufFile, open_model
@@ -116,8 +116,7 @@ def smooth_model(
                 raise SmoothingError(f"{file.path}: no scale can move without changing the logits; do not smooth it")
     changes = parts.changes()
     write_imatrix(changed_imatrix(matrix, changes), out.imatrix)
-    for old, new in zip(source.moments, out.moments, strict=True):
-        smoothed_moments(old, changes, new, model_sha256, threads)
+    smoothed_moments(source.moments, changes, out.moments, model_sha256, threads)
     return SmoothResult(parts.links(), None if parts.order is None else parts.order.noise, moved, changes)
 
 
@@ -157,7 +156,7 @@ class _Attempt:
         self._file, self._digest, self._out, self._threads = file, digest, out, threads
         vocabulary = file.tensors[EMBEDDING].shape[1]
         self._tokens = np.random.default_rng(0).integers(0, vocabulary, CHECKED_TOKENS).astype(np.int32)
-        self._logits = sequence_logits(file.path, self._tokens, threads=threads)
+        self._logits: list[Floats] = []  # of the model before, once they are known
         self.sha256 = ""
 
     def moved(self, parts: _Parts, progress: Progress = SILENT) -> float:
@@ -172,8 +171,10 @@ class _Attempt:
             threads=self._threads,
             progress=progress,
         )
-        logits = sequence_logits(self._out, self._tokens, threads=self._threads)
-        return float(logit_differences(logits, self._logits).max())
+        paths = [self._out, *([] if self._logits else [self._file.path])]
+        logits, *before = logits_side_by_side(paths, self._tokens, threads=self._threads)
+        self._logits += before
+        return float(logit_differences(logits, *self._logits).max())
 
 
 def _refuse_other_imatrix(file: GgufFile, matrix: Imatrix, path: pathlib.Path) -> None:

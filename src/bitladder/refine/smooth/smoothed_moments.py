@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from bitladder.refine.smooth.changes import Change
 
 
 def smoothed_moments(
-    moments: pathlib.Path,
+    moments: Sequence[pathlib.Path],
     changes: Mapping[str, Change],
-    out: pathlib.Path,
+    out: Sequence[pathlib.Path],
     model_sha256: str,
     threads: int | None = None,
 ) -> None:
@@ -29,27 +29,49 @@ def smoothed_moments(
     exception: for v and up they stay those of the gradients before smoothing.
 
     Parameters:
-        moments: path of the second moments of the model before.
+        moments: paths of second moments of the model before.
         changes: what happened to each tensor.
-        out: path to write.
+        out: paths to write, one for each.
         model_sha256: hash of the smoothed model.
         threads: threads of the CPU; None takes all. Each has the moments of a matrix in memory.
 
     Raises:
-        BitladderError: the file holds no second moments.
+        BitladderError: a file holds no second moments.
     """
-    with MomentsFile(moments) as old:
-        names = old.names()
-        shared = {name: old.entry(name) for name in names if old.entry(name) != name}
-        provenance = dataclasses.replace(old.provenance, model_sha256=model_sha256)
-        shapes = {name: _changed_shape(old.shape(name), changes.get(name, Change())) for name in names}
-        with (
-            writing_moments(out, provenance, shapes, shared) as writer,
-            contextlib.closing(in_order(_changed_moments(old, changes, shared), threads, ahead=1)) as made,
-        ):
-            for name, shape in shapes.items():
-                if name not in shared:
-                    writer.write_inputs(name, itertools.islice(made, shape.matrices), old.counts(name))
+    with contextlib.ExitStack() as opened:
+        files = [_Smoothed(opened.enter_context(MomentsFile(path)), changes) for path in moments]
+        works = itertools.chain.from_iterable(file.works() for file in files)
+        # While a file is synced, moments of the next one are made.
+        made = opened.enter_context(contextlib.closing(in_order(works, threads, ahead=2)))
+        for file, path in zip(files, out, strict=True):
+            file.write(made, path, model_sha256)
+
+
+class _Smoothed:
+    """The moments of a file after smoothing."""
+
+    def __init__(self, old: MomentsFile, changes: Mapping[str, Change]) -> None:
+        self._old, self._names = old, old.names()
+        self._changes = {name: changes.get(name, Change()) for name in self._names}
+        self._shared = {name: old.entry(name) for name in self._names if old.entry(name) != name}
+        self._shapes = {name: _changed_shape(old.shape(name), self._changes[name]) for name in self._names}
+
+    def works(self) -> Iterator[Callable[[], Any]]:
+        """What makes the moments of each weight: of its inputs, matrix by matrix, if it has its own; of its outputs."""
+        for name, change in self._changes.items():
+            if name not in self._shared:
+                for matrix in range(self._shapes[name].matrices):
+                    yield functools.partial(_changed_inputs, self._old, name, change, matrix)
+            if self._shapes[name].n_out:
+                yield functools.partial(_changed_outputs, self._old, name, change)
+
+    def write(self, made: Iterator[Any], path: pathlib.Path, model_sha256: str) -> None:
+        """Writes what the works made, which are done in their order."""
+        provenance = dataclasses.replace(self._old.provenance, model_sha256=model_sha256)
+        with writing_moments(path, provenance, self._shapes, self._shared) as writer:
+            for name, shape in self._shapes.items():
+                if name not in self._shared:
+                    writer.write_inputs(name, itertools.islice(made, shape.matrices), self._old.counts(name))
                 if shape.n_out:
                     writer.write_outputs(name, next(made))
 
@@ -84,19 +106,6 @@ def _changed_outputs(moments: MomentsFile, name: str, change: Change) -> Correla
     if isinstance(outputs, LowRank):
         return LowRank(values[change.row_order], diagonals[:, change.row_order])
     return _ordered(Correlations(values, diagonals), change.row_order)
-
-
-def _changed_moments(
-    old: MomentsFile, changes: Mapping[str, Change], shared: Collection[str]
-) -> Iterator[Callable[[], Any]]:
-    """What makes the new moments of each weight: of its inputs, matrix by matrix, if it has its own; of its outputs."""
-    for name in old.names():
-        change, shape = changes.get(name, Change()), old.shape(name)
-        if name not in shared:
-            for matrix in range(shape.matrices):
-                yield functools.partial(_changed_inputs, old, name, change, matrix)
-        if shape.n_out:
-            yield functools.partial(_changed_outputs, old, name, change)
 
 
 def _changed_shape(shape: MomentShape, change: Change) -> MomentShape:
