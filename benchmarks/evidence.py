@@ -245,14 +245,16 @@ class Evidence:
         pairs = [(mine[name].astype(float), theirs[name].astype(float)) for name in theirs]
         if not pairs or mine.keys() != theirs.keys() or any(a.shape != b.shape for a, b in pairs):
             return None
+        scored = self.settings.n_ctx - self.settings.n_ctx // 2 - 1  # tokens of a chunk; a short text has fewer chunks
+        chunks = [len(a) // scored for a, _ in pairs]
         below = average([Figure(value=float(b.mean()), error=0.0) for _, b in pairs]).value
         ratio = average([Figure(value=float(a.mean()), error=0.0) for a, _ in pairs]).value / below
-        spread = average([paired_mean(a, ratio * b, self.settings.chunks) for a, b in pairs]).error
-        difference = average([paired_mean(a, b, self.settings.chunks) for a, b in pairs])
+        spread = average([paired_mean(a, ratio * b, count) for (a, b), count in zip(pairs, chunks, strict=True)]).error
+        difference = average([paired_mean(a, b, count) for (a, b), count in zip(pairs, chunks, strict=True)])
         on_texts = {}
-        for name, (a, b) in zip((name.removesuffix(".kld") for name in theirs), pairs, strict=True):
+        for name, (a, b), count in zip((name.removesuffix(".kld") for name in theirs), pairs, chunks, strict=True):
             own = float(a.mean() / b.mean())
-            error = paired_mean(a, own * b, self.settings.chunks).error / float(b.mean())
+            error = paired_mean(a, own * b, count).error / float(b.mean())
             on_texts[name] = {"value": own, "error": error}
         return {
             "with": other["method"],

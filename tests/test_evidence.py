@@ -25,7 +25,7 @@ def rows_on_disk(tmp_path):
     for key, arrays in (("ours" * 6, ours), ("them" * 6, theirs)):
         np.savez_compressed(tmp_path / f"{key}.npz", **arrays)
     rows = ({"key": "ours" * 6, "method": "ours", "mean": {}}, {"key": "them" * 6, "method": "theirs", "mean": {}})
-    bench = SimpleNamespace(work=tmp_path, settings=SimpleNamespace(chunks=4))
+    bench = SimpleNamespace(work=tmp_path, settings=SimpleNamespace(chunks=4, n_ctx=2048))
     return bench, rows, ours, theirs
 
 
@@ -42,6 +42,24 @@ def test_ratios_and_their_errors_are_those_of_a_bootstrap(rows_on_disk):
     assert pair["ratio"]["error"] == pytest.approx(np.std(ratios), rel=0.15)
     assert pair["difference"]["error"] == pytest.approx(np.std(differences), rel=0.15)
     assert pair["texts"]["a"]["value"] == pytest.approx(ours["a.kld"].mean() / theirs["a.kld"].mean())
+
+
+def test_a_text_may_have_fewer_chunks_than_are_measured(tmp_path):
+    """Errors are of chunks on one text, and of tokens on one with too few chunks."""
+    random, scored = np.random.default_rng(0), 512 - 256 - 1
+    of_chunks = np.repeat(random.gamma(2.0, size=8), scored)
+    theirs = {"a.kld": of_chunks, "b.kld": random.gamma(2.0, size=7 * scored)}
+    ours = {"a.kld": 0.5 * of_chunks + np.repeat(random.gamma(1.0, size=8), scored), "b.kld": 0.5 * theirs["b.kld"]}
+    for key, arrays in (("ours" * 6, ours), ("them" * 6, theirs)):
+        np.savez_compressed(tmp_path / f"{key}.npz", **arrays)
+    bench = SimpleNamespace(work=tmp_path, settings=SimpleNamespace(chunks=8, n_ctx=512))
+    pair = evidence.Evidence.pair(
+        bench, {"key": "ours" * 6, "mean": {}}, {"key": "them" * 6, "method": "m", "mean": {}}
+    )
+    own = ours["a.kld"].mean() / theirs["a.kld"].mean()
+    apart = (ours["a.kld"] - own * theirs["a.kld"])[::scored] / theirs["a.kld"].mean()
+    assert pair["texts"]["a"]["error"] == pytest.approx(apart.std() / np.sqrt(7), rel=1e-4)
+    assert pair["texts"]["b"] == {"value": pytest.approx(0.5), "error": pytest.approx(0, abs=1e-6)}
 
 
 def row(rung, method, kld, nbytes, group="rivals"):

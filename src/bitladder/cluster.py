@@ -71,9 +71,9 @@ def connected(
             else:
                 sees = [f"{own}/mark"]
                 write_object(sees[0], mark.name)
-            wanted = {"versions": installed(), "sees": sees}
-            threads = _check(client, address, wanted, progress)
-            executor = _Workers(client, address, wanted)
+            needed = {"versions": installed(), "sees": sees}
+            threads = _check(client, address, needed, progress)
+            executor = _Workers(client, address, needed)
             try:
                 yield Machines(executor, len(threads), max(threads), lambda: len(client.nthreads()), own)
             finally:
@@ -89,13 +89,13 @@ def connected(
 
 def installed() -> dict[str, str]:
     """The versions that decide bytes, by name; "none" for a package that is not installed."""
-    found = {"Python": ".".join(platform.python_version_tuple()[:2]), **versions()}
+    by_name = {"Python": ".".join(platform.python_version_tuple()[:2]), **versions()}
     for name in DECIDING:
         try:
-            found[name] = importlib.metadata.version(name)
+            by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
+            by_name[name] = "none"
+    return by_name
 
 
 def describe(sees: Sequence[str]) -> dict[str, Any]:
@@ -113,24 +113,24 @@ def _lacking(sees: Sequence[str]) -> list[str]:
     return [path for path in sees if not (reaches(path) if "://" in path else pathlib.Path(path).is_file())]
 
 
-def why_unfit(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+def why_unfit(worker: Mapping[str, Any], needed: Mapping[str, Any]) -> str | None:
     """Why a worker cannot take part, from what it says (`describe`); None if it can."""
-    theirs, ours = said["versions"], wanted["versions"]
+    theirs, ours = worker["versions"], needed["versions"]
     differing = [name for name, version in ours.items() if theirs.get(name) != version]
     if differing:
         other = ", ".join(f"{name} {theirs.get(name, 'none')} and not {ours[name]}" for name in differing)
         return f"has {other}; install the same versions on all machines"
-    if said["lacks"] and "://" in said["lacks"][0]:
-        url = said["lacks"][0].rsplit("/", 2)[0]
+    if worker["lacks"] and "://" in worker["lacks"][0]:
+        url = worker["lacks"][0].rsplit("/", 2)[0]
         return f"does not reach {SHARE} {url}; give it access, and the package that fsspec needs for such a URL"
-    if wanted["sees"][0] in said["lacks"]:
-        folder = pathlib.Path(wanted["sees"][0]).parent
+    if needed["sees"][0] in worker["lacks"]:
+        folder = pathlib.Path(needed["sees"][0]).parent
         return (
             f"does not see the run directory {folder}; put --out on a file system that all machines share, or give "
             f"{SHARE} URL"
         )
-    if said["lacks"]:
-        return f"does not see {said['lacks'][0]}; put it on a file system that all machines share"
+    if worker["lacks"]:
+        return f"does not see {worker['lacks'][0]}; put it on a file system that all machines share"
     return None
 
 
@@ -164,7 +164,7 @@ def _client(address: str) -> Iterator["Client"]:
         log.setLevel(level)
 
 
-def _check(client: "Client", address: str, wanted: Mapping[str, Any], progress: Progress) -> list[int]:
+def _check(client: "Client", address: str, needed: Mapping[str, Any], progress: Progress) -> list[int]:
     """The threads of each worker, after all were found fit."""
     with contextlib.suppress(TimeoutError):
         client.wait_for_workers(1, timeout=WORKER)
@@ -181,19 +181,21 @@ def _check(client: "Client", address: str, wanted: Mapping[str, Any], progress: 
     for worker, version in client.run(importlib.metadata.version, "bitladder", on_error="return").items():
         if isinstance(version, BaseException):
             raise BitladderError(f"{FLAG}: the worker {worker} has no bitladder; install the same version there")
-    said = client.run(describe, wanted["sees"], on_error="return")
+    workers = client.run(describe, needed["sees"], on_error="return")
     own = describe(())
-    for worker, each in said.items():
-        if isinstance(each, BaseException):
-            raise BitladderError(f"{FLAG}: the worker {worker} cannot load bitladder: {' '.join(str(each).split())}")
-        if reason := why_unfit(each, wanted):
-            raise BitladderError(f"{FLAG}: the worker {worker} ({each['host']}) {reason}")
-    if others := [each["host"] for each in said.values() if each["processor"] != own["processor"]]:
+    for worker, described in workers.items():
+        if isinstance(described, BaseException):
+            raise BitladderError(
+                f"{FLAG}: the worker {worker} cannot load bitladder: {' '.join(str(described).split())}"
+            )
+        if reason := why_unfit(described, needed):
+            raise BitladderError(f"{FLAG}: the worker {worker} ({described['host']}) {reason}")
+    if others := [described["host"] for described in workers.values() if described["processor"] != own["processor"]]:
         progress.warn(
             f"{FLAG}: {', '.join(dict.fromkeys(others))} have another processor than this machine; the last bits of "
             "what they compute may differ, and so files from those of this machine alone"
         )
-    return [each["threads"] for each in said.values()]
+    return [described["threads"] for described in workers.values()]
 
 
 class _Workers(Executor):
@@ -203,13 +205,13 @@ class _Workers(Executor):
     done again, though nobody wants it.
     """
 
-    def __init__(self, client: "Client", address: str, wanted: Mapping[str, Any]) -> None:
-        self._client, self._address, self._wanted = client, address, wanted
+    def __init__(self, client: "Client", address: str, needed: Mapping[str, Any]) -> None:
+        self._client, self._address, self._needed = client, address, needed
         self._tasks: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """See `concurrent.futures.Executor`."""
-        task = self._client.submit(on_worker, self._wanted, fn, args, kwargs, pure=False)
+        task = self._client.submit(on_worker, self._needed, fn, args, kwargs, pure=False)
         self._tasks.add(task)
         future: Future[Any] = Future()
         task.add_done_callback(lambda _: self._pass_on(task, future))
@@ -252,9 +254,9 @@ def _in_words(error: BaseException) -> BaseException:
     return error
 
 
-def on_worker(wanted: Mapping[str, Any], fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def on_worker(needed: Mapping[str, Any], fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Calls a function on a worker, if the worker is fit. Raises BitladderError if it is not."""
-    said = {"versions": installed(), "lacks": _lacking(wanted["sees"])}
-    if reason := why_unfit(said, wanted):
+    described = {"versions": installed(), "lacks": _lacking(needed["sees"])}
+    if reason := why_unfit(described, needed):
         raise BitladderError(f"{FLAG}: a worker on {socket.gethostname()} {reason}")
     return fn(*args, **kwargs)

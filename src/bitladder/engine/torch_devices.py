@@ -106,8 +106,8 @@ def device_memory(name: str) -> int | None:
         free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     else:
         meminfo = pathlib.Path("/proc/meminfo")
-        found = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text()) if meminfo.is_file() else None
-        if found is None:
+        available = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text()) if meminfo.is_file() else None
+        if available is None:
             return None
-        free = 1024 * int(found[1])
+        free = 1024 * int(available[1])
     return int(USABLE * max(free, 0))

@@ -51,7 +51,7 @@ class PlanResult:
 
 def planned_recipe(subject: Subject, result: PlanResult, target: Target) -> Recipe:
     """The recipe with what is known of how it was made."""
-    made = result.prices.made
+    origin = result.prices.made
     imatrix = None
     if subject.imatrix_path is not None and subject.imatrix is not None:
         imatrix = ImatrixUsed(
@@ -67,8 +67,8 @@ def planned_recipe(subject: Subject, result: PlanResult, target: Target) -> Reci
         budget=target.text,
         bytes=result.bytes,
         bpw=bits_per_weight(subject, result.types),
-        made=f"bitladder plan: {way}; {result.prices.method} prices on {made.text}",
-        source=FileUsed(name=made.model, sha256=made.model_sha256),
+        made=f"bitladder plan: {way}; {result.prices.method} prices on {origin.text}",
+        source=FileUsed(name=origin.model, sha256=origin.model_sha256),
         imatrix=imatrix,
         versions=versions(),
         tensors=result.types,

@@ -228,8 +228,8 @@ def stream_tensors(
         functools.partial(_make, file, piece, blocks.get(piece.name))
         for piece in _pieces(tensors, importance, blocks, same)
     )
-    with contextlib.closing(in_order(works, threads)) as made:
-        for piece, data, units in made:
+    with contextlib.closing(in_order(works, threads)) as pieces:
+        for piece, data, units in pieces:
             writer.write(piece.name, data)
             if units:
                 lost[piece.name] = lost.get(piece.name, 0) + units

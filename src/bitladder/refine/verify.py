@@ -151,5 +151,5 @@ def _as_good(renderer: Renderer, tensor: TensorInfo, data: npt.NDArray[np.uint8]
         return False
     shape = (-1, tensor.rows_per_matrix, tensor.width)
     values = renderer.kernels.dequantize(data, tensor.type, tensor.width).reshape(shape)
-    found = method.loss(name, renderer.weights(name).reshape(shape), values)
-    return abs(found - derived[1]) <= ALIKE * derived[1]
+    loss = method.loss(name, renderer.weights(name).reshape(shape), values)
+    return abs(loss - derived[1]) <= ALIKE * derived[1]

@@ -180,9 +180,9 @@ class FinishedRun:
     def prices_for(self, model: RunModel) -> Prices | None:
         """The prices of the model that a file is made of, for its rung; the first ones if they are for no such rung."""
         names = {model.label, model.scores.rung, model.recipe.preset if model.recipe else None}
-        found = self.prices.get(model.scores.smoothed, {}).values()
-        own = [prices for prices in found if not names.isdisjoint(prices.rungs)]
-        return next(iter([*own, *found]), None)
+        of_bands = self.prices.get(model.scores.smoothed, {}).values()
+        own = [prices for prices in of_bands if not names.isdisjoint(prices.rungs)]
+        return next(iter([*own, *of_bands]), None)
 
     @property
     def models(self) -> list[RunModel]:

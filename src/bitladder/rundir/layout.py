@@ -142,8 +142,8 @@ class Layout:
 
     def sensitivities(self, *, smoothed: bool) -> list[pathlib.Path]:
         """The same of all bands, as far as there are files."""
-        found = sorted(self.folder.glob("sensitivity-*.json"))
-        return [path for path in found if path.name.startswith(f"sensitivity{_SMOOTHED}") == smoothed]
+        paths = sorted(self.folder.glob("sensitivity-*.json"))
+        return [path for path in paths if path.name.startswith(f"sensitivity{_SMOOTHED}") == smoothed]
 
     def material_work(self, *, smoothed: bool) -> pathlib.Path:
         """Rendered blocks, prices and measurements of one of the two materials."""

@@ -125,14 +125,14 @@ def parquet_column(
         try:
             with parquet.ParquetFile(path) as file:
                 columns = file.schema_arrow.names
-                chosen = next((one for one in ([column] if column else known) if one in columns), None)
+                chosen = next((name for name in ([column] if column else known) if name in columns), None)
                 if chosen is None:
                     raise BitladderError(
                         f"{name} has no column {column or ' or '.join(known)}; it has {', '.join(columns)}; name one "
                         "behind #"
                     )
-                wanted = [one for one in columns if one in (chosen, "tools", "system")]
-                for batch in file.iter_batches(batch_size=ROWS, columns=wanted):
+                read_columns = [name for name in columns if name in (chosen, "tools", "system")]
+                for batch in file.iter_batches(batch_size=ROWS, columns=read_columns):
                     for row in batch.to_pylist():
                         rows += 1
                         read += len(str(row[chosen]))

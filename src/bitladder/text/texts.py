@@ -176,8 +176,8 @@ def _of_parquet(paths: Iterable[pathlib.Path], name: str, column: str | None) ->
         raise BitladderError(f"the text {name} is empty")
     if not conversations:
         return Text.of(name, text)
-    said = json.dumps([[part.messages, part.more] for part in conversations], sort_keys=True)
-    return Text(name, text, sha256_bytes(said.encode()), conversations=tuple(conversations))
+    messages = json.dumps([[part.messages, part.more] for part in conversations], sort_keys=True)
+    return Text(name, text, sha256_bytes(messages.encode()), conversations=tuple(conversations))
 
 
 def load_texts(specs: Sequence[str], model: pathlib.Path | None = None, *, assistant_only: bool = False) -> list[Text]:

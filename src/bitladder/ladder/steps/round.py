@@ -110,8 +110,8 @@ class Round(Step):
     @staticmethod
     def _rungs(run: Run) -> dict[bool, list[str]]:
         """The rungs without a file, by whether they are made of the smoothed model."""
-        stem, found = run.facts("convert")["stem"], dict[bool, list[str]]()
+        stem, missing = run.facts("convert")["stem"], dict[bool, list[str]]()
         for rung in run.options.rungs:
             if not run.layout.quant(stem, rung).exists():
-                found.setdefault(run.smoothed(rung), []).append(rung)
-        return dict(sorted(found.items()))
+                missing.setdefault(run.smoothed(rung), []).append(rung)
+        return dict(sorted(missing.items()))

@@ -42,9 +42,9 @@ def smoothed_moments(
         files = [_Smoothed(opened.enter_context(MomentsFile(path)), changes) for path in moments]
         works = itertools.chain.from_iterable(file.works() for file in files)
         # While a file is synced, moments of the next one are made.
-        made = opened.enter_context(contextlib.closing(in_order(works, threads, ahead=2)))
+        moments_in_order = opened.enter_context(contextlib.closing(in_order(works, threads, ahead=2)))
         for file, path in zip(files, out, strict=True):
-            file.write(made, path, model_sha256)
+            file.write(moments_in_order, path, model_sha256)
 
 
 class _Smoothed:
