@@ -7,7 +7,7 @@ import pytest
 
 from bitladder import exchange
 from bitladder.errors import BitladderError, UsageError
-from bitladder.exchange import Exchange
+from bitladder.exchange import SharedFolder
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -16,7 +16,7 @@ def pair(request, tmp_path):
     url = {"file": f"file://{tmp_path}/objects", "memory": f"memory://{tmp_path.name}/objects"}[request.param]
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-    yield Exchange(url, tmp_path / "here"), Exchange(url, tmp_path / "there")
+    yield SharedFolder(url, tmp_path / "here"), SharedFolder(url, tmp_path / "there")
     exchange.remove_objects(url)
     assert not exchange.reaches(url)
 
@@ -81,7 +81,7 @@ def test_files_from_elsewhere_have_the_name_that_they_are_given(pair, tmp_path):
 
 
 def test_damage_and_loss_are_one_line_and_leave_no_file(tmp_path):
-    here, there = (Exchange(f"file://{tmp_path}/objects", tmp_path / name) for name in ("here", "there"))
+    here, there = (SharedFolder(f"file://{tmp_path}/objects", tmp_path / name) for name in ("here", "there"))
     listing = here.put([write(here, "plan.json", b"good")])
     thing = tmp_path / "objects" / listing["plan.json"]
     thing.write_bytes(b"evil")

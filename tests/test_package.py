@@ -148,6 +148,31 @@ def test_every_public_name_is_there_and_stays_itself():
         bitladder.nothing  # noqa: B018
 
 
+def test_classes_of_two_modules_have_two_names():
+    names = [
+        statement.name
+        for path in SOURCE.rglob("*.py")
+        for statement in ast.parse(path.read_text()).body
+        if isinstance(statement, ast.ClassDef) and not statement.name.startswith("_")
+    ]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_a_long_list_of_parameters_has_a_reason_beside_it():
+    """More than eight. Commands have one for each option; of compiled loops `rounding.kernels` says why."""
+    without = []
+    for path in SOURCE.rglob("*.py"):
+        lines = path.read_text().splitlines()
+        for function in (node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.FunctionDef)):
+            names = [each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.arg != "self"]
+            first = min([function, *function.decorator_list], key=lambda node: node.lineno).lineno - 1
+            compiled = any(ast.unparse(each) in ("jit", "entry") for each in function.decorator_list)
+            exempt = compiled or path.parent.name == "cli"
+            if len(names) > 8 and not exempt and not lines[first - 1].strip().startswith("#"):
+                without.append((path.name, function.name, names))
+    assert not without
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb(verb, capsys):
     assert invoke([verb, "--help"]) == 0

@@ -31,7 +31,7 @@ WITH_FOLDERS = {"file", "local", "memory", "sftp", "ssh", "smb", "hdfs", "webhdf
 _Stamp = tuple[int, int, int]  # bytes, time of change, inode
 
 
-class Exchange:
+class SharedFolder:
     """A folder of this machine whose files go to others, and those of others to it.
 
     Parameters:

@@ -19,7 +19,7 @@ from bitladder.plan.prices.law import Probe, first_groups, fit, runs, spaced, sp
 from bitladder.plan.prices.price import held_out, rank_correlation
 from bitladder.plan.rungs import fitted
 from bitladder.plan.subject import Preset
-from bitladder.trial import Journal, Measurement, Measurements
+from bitladder.trial import Journal, MeasuredRecipe, Measurements
 
 TYPES = {"iq3_s": 3.4375, "iq4_xs": 4.25, "q4_K": 4.5, "q5_K": 5.5, "q6_K": 6.5625, "q8_0": 8.5}
 KINDS = {"attn_q": 1 << 12, "attn_v": 1 << 10, "ffn_up": 3 << 12}
@@ -138,7 +138,7 @@ def test_corrections_are_learnt_from_whole_recipes():
 
     def measured(types):
         value = truth.mean(types) + 0.001  # what no price explains
-        return Measurement(types, (value, value), (value**2, value**2), 8)
+        return MeasuredRecipe(types, (value, value), (value**2, value**2), 8)
 
     near = [*kind_moves(problem(prices), start, PLACES), *random_moves(problem(prices), start, PLACES, 12, seed=1)]
     reference = measured(start)
@@ -157,7 +157,7 @@ def test_corrections_are_learnt_from_whole_recipes():
 def test_nothing_measured_changes_nothing():
     prices = {name: dict.fromkeys(TYPES, 1.0) for name in PLACES}
     start = dict.fromkeys(PLACES, "q4_K")
-    found = correct(prices, PLACES, [], Measurement(start, (1.0,), (1.0,), 8), CorrectionOptions())
+    found = correct(prices, PLACES, [], MeasuredRecipe(start, (1.0,), (1.0,), 8), CorrectionOptions())
     assert found.apply(prices) == prices and found.offset == pytest.approx(1.0 - len(PLACES))
 
 

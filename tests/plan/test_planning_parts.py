@@ -8,13 +8,13 @@ from bitladder.plan.feedback import FeedbackResult, TriedRecipe
 from bitladder.plan.planner import refuse_unmet
 from bitladder.plan.prices.menu import measured_speeds, menu_types, within_speed
 from bitladder.text import excerpts, load_text
-from bitladder.trial import Measurement
+from bitladder.trial import MeasuredRecipe
 
 
 def test_a_divergence_that_was_promised_but_not_measured_is_refused():
     full, types = {"a": "f16"}, {"a": "q4_0"}
     tried = [
-        TriedRecipe("exact", of, 1, None, Measurement(of, (kld,), (0.0,), 1))
+        TriedRecipe("exact", of, 1, None, MeasuredRecipe(of, (kld,), (0.0,), 1))
         for of, kld in ((types, 0.02), (full, 0.0))
     ]
     result = FeedbackResult(tried[0], tuple(tried), None, None, None)

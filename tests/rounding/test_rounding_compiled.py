@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from numba.core.registry import CPUDispatcher
@@ -55,6 +56,22 @@ def test_what_an_entry_calls_is_part_of_it():
             # An entry that another loop calls would be there twice.
             callers = [other for other, loop in loops.items() if name in loop.py_func.__code__.co_names]
             assert callers == []
+
+
+def test_a_class_that_has_another_name_in_this_version(tmp_path, monkeypatch):
+    """Numba alone fails at the index of the version before."""
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+    folder = tmp_path / "__pycache__"
+    folder.mkdir()
+    for name, of_index, of_source, kept in (
+        ("older", 1000, 2000, False), ("newer", 2000, 1000, True), ("ahead", 2000, time.time() + 9999, True),
+    ):  # fmt: skip
+        index, source = folder / f"{name}.loop-3.py311.nbi", tmp_path / f"{name}.py"
+        for path, seconds in ((index, of_index), (source, of_source)):
+            path.touch()
+            os.utime(path, (seconds, seconds))
+        kernels._drop_older(folder)
+        assert index.exists() == kept, name
 
 
 @pytest.mark.slow

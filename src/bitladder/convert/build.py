@@ -66,6 +66,7 @@ class ConvertResult:
     projector: pathlib.Path | None = None
 
 
+# Nine parameters: the input, the output, and what the command line can say of a conversion.
 @CONVERT.entry
 def convert(
     model: str | pathlib.Path,
@@ -206,6 +207,7 @@ def default_name(model: str | pathlib.Path, outtype: str = "auto") -> str:
     return model_metadata.default_file_name(metadata, decided)
 
 
+# Nine parameters: what is written, its form, and which parts are left out.
 def write_file(
     path: pathlib.Path,
     checkpoint: Checkpoint,

@@ -88,6 +88,7 @@ class Context(Closing):
         BitladderError: the model has fewer positions; or the library refuses, mostly for want of memory.
     """
 
+    # Nine parameters: one for each setting of the library that a caller decides.
     def __init__(
         self,
         model: Model,

@@ -62,6 +62,7 @@ class Lanes(Closing):
         watching: the observer or callback of each lane.
     """
 
+    # Nine parameters: those of `Context`, and how many contexts there are.
     def __init__(
         self,
         model: Model,

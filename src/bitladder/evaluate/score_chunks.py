@@ -39,7 +39,7 @@ class TokenScores:
     same_top: npt.NDArray[np.bool_]
 
 
-class Base(Protocol):
+class BasePredictions(Protocol):
     """Where the full-precision model's predictions come from. Several threads may call it."""
 
     @property
@@ -79,7 +79,7 @@ def token_nll(lanes: Lanes, chunks: Chunks, progress: Progress = SILENT) -> Doub
 
 
 def compare_with_base(
-    lanes: Lanes, base: Base, count: int, progress: Progress = SILENT, *, first: int = 0
+    lanes: Lanes, base: BasePredictions, count: int, progress: Progress = SILENT, *, first: int = 0
 ) -> TokenScores:
     """Runs a model over `count` chunks of a base, from number `first` on, and compares the predictions.
 
@@ -100,7 +100,7 @@ def compare_with_base(
     )
 
 
-def compare_chunk(lane: Lane, base: Base, chunk: int) -> TokenScores:
+def compare_chunk(lane: Lane, base: BasePredictions, chunk: int) -> TokenScores:
     """Runs the model of a lane over a chunk of a base, and compares the predictions.
 
     Raises:

@@ -47,6 +47,7 @@ class Run(Closing):
         machines: how many other machines there are, and threads of the largest.
     """
 
+    # Eleven parameters: all that steps read is said here once, so that none of it has a default.
     def __init__(
         self,
         options: RunOptions,

@@ -16,7 +16,7 @@ from typing import Any
 
 from bitladder import evaluate
 from bitladder.engine import main_memory, threads_available
-from bitladder.exchange import Exchange, Listing, own_folder
+from bitladder.exchange import Listing, SharedFolder, own_folder
 from bitladder.gguf import shards_of
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
@@ -122,14 +122,14 @@ class _Kept:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs: dict[int, tuple[RunState, Run]] = {}
-        self._exchanges: dict[tuple[int, str], Exchange] = {}
+        self._exchanges: dict[tuple[int, str], SharedFolder] = {}
 
-    def exchange(self, url: str) -> Exchange:
+    def exchange(self, url: str) -> SharedFolder:
         """The files that this thread exchanges, in a folder of their own."""
         key = threading.get_ident(), url
         with self._lock:
             if key not in self._exchanges:
-                self._exchanges[key] = Exchange(url, own_folder())
+                self._exchanges[key] = SharedFolder(url, own_folder())
             return self._exchanges[key]
 
     def run(self, state: RunState) -> Run:

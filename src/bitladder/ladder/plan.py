@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from bitladder.ladder.options import RunOptions
-from bitladder.ladder.steps.base import Base
+from bitladder.ladder.steps.base import MakeBase
 from bitladder.ladder.steps.bench import Bench
 from bitladder.ladder.steps.convert import Convert
 from bitladder.ladder.steps.imatrix import CollectImatrix
@@ -18,19 +18,19 @@ from bitladder.ladder.steps.round import Round
 from bitladder.ladder.steps.score import Score
 from bitladder.ladder.steps.smooth import Smooth
 from bitladder.ladder.steps.step import Step
-from bitladder.ladder.steps.trial import SmoothingTrial
+from bitladder.ladder.steps.trial import TrySmoothing
 from bitladder.rundir import naive
 
 
 def steps_of(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
     """The steps of a run, each after those that it reads; `others` names the files of --compare."""
     rungs = options.rungs
-    steps: list[Step] = [Convert(options), Memory(options), Base(options), Measure(options, "base")]
+    steps: list[Step] = [Convert(options), Memory(options), MakeBase(options), Measure(options, "base")]
     steps.append(CollectImatrix(options))
     if options.rounds:
         steps.append(CollectMoments(options))
     if options.smooths:
-        steps += [Smooth(options), *(SmoothingTrial(options, rung) for rung in rungs)]
+        steps += [Smooth(options), *(TrySmoothing(options, rung) for rung in rungs)]
     if options.plans:
         steps += [
             *prices_of(options),

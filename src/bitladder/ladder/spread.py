@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from bitladder.exchange import Exchange
+from bitladder.exchange import SharedFolder
 from bitladder.ladder.context import Run
 from bitladder.ladder.elsewhere import Done, RunState, read_by, state_of, work_on
 from bitladder.ladder.model_shape import ModelShape
@@ -46,7 +46,7 @@ class Spread:
         self._run, self._machines, self._shape, self._progress = run, machines, shape, progress
         self._at_work: list[_AtWork] = []
         share = machines.share
-        self._exchange = None if share is None else Exchange(share, run.store.folder)
+        self._exchange = None if share is None else SharedFolder(share, run.store.folder)
         run.machines = (machines.count, machines.threads)
         run.helpers = self._helpers
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from bitladder.plan.options import CorrectionOptions
 from bitladder.plan.subject import Prices
-from bitladder.trial import Measurement
+from bitladder.trial import MeasuredRecipe
 
 Doubles = npt.NDArray[np.float64]
 Places = Mapping[str, tuple[str, int | None]]  # tensor → (kind, layer)
@@ -47,8 +47,8 @@ class Correction:
 def correct(
     prices: Prices,
     places: Places,
-    measured: Sequence[Measurement],
-    reference: Measurement,
+    measured: Sequence[MeasuredRecipe],
+    reference: MeasuredRecipe,
     options: CorrectionOptions,
 ) -> Correction:
     """Fits the factors to measured recipes.

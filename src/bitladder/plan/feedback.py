@@ -16,7 +16,7 @@ from bitladder.plan.subject import Prices
 from bitladder.plan.target import Target
 from bitladder.progress import SILENT, Bar, Progress
 from bitladder.text import EXCERPTS
-from bitladder.trial import SWAPPED_KLD, Measurement, Measurements
+from bitladder.trial import SWAPPED_KLD, MeasuredRecipe, Measurements
 
 PLANNING = Algorithm(
     "planning",
@@ -49,11 +49,11 @@ class TriedRecipe:
     types: dict[str, str]
     bytes: int
     predicted: float | None
-    measured: Measurement
-    judged: Measurement | None = None
+    measured: MeasuredRecipe
+    judged: MeasuredRecipe | None = None
 
     @property
-    def figure(self) -> Measurement:
+    def figure(self) -> MeasuredRecipe:
         """The measurement to report: on the text that decides if there is one."""
         return self.judged or self.measured
 
@@ -155,7 +155,7 @@ class Feedback:
         problem = self._planned.build(correction.apply(prices))
         return correction, problem, self._target.solve(problem, correction.offset)
 
-    def _whole_recipes(self) -> list[Measurement]:
+    def _whole_recipes(self) -> list[MeasuredRecipe]:
         """Recipes of nearly all tensors. A single swap from full precision is another regime.
 
         The text that decides teaches nothing: its chunks are left out.
@@ -192,7 +192,7 @@ class Feedback:
             )
         return min(judged, key=lambda finalist: target.rank(finalist.figure, finalist.bytes))
 
-    def _measure(self, types: Mapping[str, str], chunks: int, label: str) -> Measurement:
+    def _measure(self, types: Mapping[str, str], chunks: int, label: str) -> MeasuredRecipe:
         return self._measurements.measure(self._swapped(types), chunks, label)
 
     def _expect(self, recipes: Iterable[tuple[str, Mapping[str, str]]], chunks: int) -> None:

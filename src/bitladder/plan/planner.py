@@ -30,7 +30,7 @@ from bitladder.text import Text, excerpts
 from bitladder.trial import (
     Helpers,
     Journal,
-    Measurement,
+    MeasuredRecipe,
     Measurements,
     ModelPair,
     Renderer,
@@ -181,7 +181,7 @@ class Planner(Closing):
         self.renderer.room = room
         return render_all(self.renderer, pairs, progress=self.progress)
 
-    def measure_share(self, wanted: Sequence[Wanted]) -> list[Measurement]:
+    def measure_share(self, wanted: Sequence[Wanted]) -> list[MeasuredRecipe]:
         """Measures a share of the recipes for another machine (`trial.Helpers`)."""
         measurements = self.measurements()
         measurements.expect(wanted)

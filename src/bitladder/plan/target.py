@@ -13,7 +13,7 @@ from bitladder.plan.allocate.allocation import smallest_bytes, smallest_cost
 from bitladder.plan.allocate.problem import Allocation, Problem
 from bitladder.plan.options import PlanDecoding, TargetOptions
 from bitladder.plan.subject import Preset, Subject
-from bitladder.trial import Measurement
+from bitladder.trial import MeasuredRecipe
 from bitladder.units import bpw_bytes, parse_size, size_text
 
 LARGEST = "Q8_0"  # no plan has more bits for a tensor
@@ -54,7 +54,7 @@ class Target:
         # Where the offset alone is above the target, the best allocation may still measure below it.
         return smallest_bytes(problem, max(self.max_kld - offset, self.max_kld * 0.02))
 
-    def rank(self, measurement: Measurement, nbytes: int) -> tuple[bool, float]:
+    def rank(self, measurement: MeasuredRecipe, nbytes: int) -> tuple[bool, float]:
         """The key by which measured recipes are sorted, the best first."""
         if self.max_kld is None:
             return self.max_bytes is not None and nbytes > self.max_bytes, measurement.kld

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from bitladder.evaluate import Figure
 from bitladder.report.best import worth_their_size
 from bitladder.report.chart import LOOKS, Chart, axis, describe, errors, figure
-from bitladder.report.finished_run import FinishedRun, RunModel, TriedRecipe
+from bitladder.report.finished_run import FinishedRun, ReportedRecipe, RunModel
 from bitladder.report.tables import count_text, gigabytes, with_error
 
 # Powers of ten. Sizes that differ by less, as those of a rung and its preset, would stand between two ticks of an axis.
@@ -90,7 +90,7 @@ def _front(quants: Sequence[RunModel]) -> Chart:
     }
 
 
-def _candidates(tried: Sequence[TriedRecipe]) -> Chart:
+def _candidates(tried: Sequence[ReportedRecipe]) -> Chart:
     name, colour, symbol = LOOKS["candidate"]
     losses = [recipe.kld for recipe in tried if recipe.kld]
     return {
@@ -107,7 +107,7 @@ def _candidates(tried: Sequence[TriedRecipe]) -> Chart:
     }
 
 
-def describe_tried(candidate: TriedRecipe) -> str:
+def describe_tried(candidate: ReportedRecipe) -> str:
     """The text for hovering over a candidate."""
     lines = [
         f"<b>{html.escape(candidate.name)}</b> for {html.escape(candidate.rung)}" + (", chosen" * candidate.chosen),

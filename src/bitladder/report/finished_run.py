@@ -19,7 +19,7 @@ from bitladder.text import ChatTemplate
 D = TypeVar("D", bound=pydantic.BaseModel)
 
 
-class TriedRecipe(pydantic.BaseModel):
+class ReportedRecipe(pydantic.BaseModel):
     """A recipe that was tried for a rung: predicted, measured or both; KLD in nats per token."""
 
     rung: str
@@ -39,16 +39,16 @@ class TriedRecipes(pydantic.BaseModel):
     text: NamedFile | None = None
     n_ctx: int | None = None
     chunks: int | None = None
-    candidates: list[TriedRecipe] = []
+    candidates: list[ReportedRecipe] = []
 
 
-class TensorPrices(pydantic.BaseModel):
+class ReportedPrices(pydantic.BaseModel):
     """What each type of a tensor adds to the mean KLD, nats per token, by the name of the type."""
 
     kld: dict[str, float]
 
 
-class PriceCheck(pydantic.BaseModel):
+class ReportedCheck(pydantic.BaseModel):
     """How prices fit swaps that they were not made from: Spearman's correlation, and measured / predicted."""
 
     pairs: int
@@ -60,8 +60,8 @@ class Prices(pydantic.BaseModel):
     """sensitivity-….json: the price of each type of each tensor, and the rungs that it serves; all if none is named."""
 
     rungs: list[str] = []
-    tensors: dict[str, TensorPrices] = {}
-    check: PriceCheck | None = None
+    tensors: dict[str, ReportedPrices] = {}
+    check: ReportedCheck | None = None
 
 
 @dataclasses.dataclass(frozen=True)

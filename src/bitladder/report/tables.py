@@ -151,7 +151,7 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class ModelTable:
     """The headings of all columns except the first, which names the model, and the rows."""
 
     heads: tuple[str, ...]
@@ -173,7 +173,7 @@ def label(model: RunModel) -> str:
     return model.label + MARKS[model.role]
 
 
-def quality(run: FinishedRun) -> Table:
+def quality(run: FinishedRun) -> ModelTable:
     """PPL, ρPPL, KLD, RMS Δp and same top token, the full precision first; with presets, the difference from them."""
     columns = [
         _figures(run, "PPL", lambda s: s.ppl, best.perplexity),
@@ -187,7 +187,7 @@ def quality(run: FinishedRun) -> Table:
     return _table(run, columns)
 
 
-def by_text(run: FinishedRun) -> Table | None:
+def by_text(run: FinishedRun) -> ModelTable | None:
     """KLD on each of several texts, and its difference from the preset's; None for a single text."""
     if not run.texts:
         return None
@@ -216,7 +216,7 @@ def mixed(run: FinishedRun) -> list[str]:
     return sentences
 
 
-def tasks(run: FinishedRun) -> Table | None:
+def tasks(run: FinishedRun) -> ModelTable | None:
     """The accuracy in each task and the average of the five benchmarks, full precision first; None without tasks."""
     names = list(dict.fromkeys(name for model in run.models for name in model.scores.tasks))
     if not names:
@@ -238,7 +238,7 @@ def generation_test(run: FinishedRun) -> str | None:
     return next((test for test in tests if test.startswith("tg")), None)
 
 
-def speeds(run: FinishedRun) -> Table | None:
+def speeds(run: FinishedRun) -> ModelTable | None:
     """Tokens per second of each test; None if no speed was measured."""
     tests = speed_tests(run)
     if not tests:
@@ -246,7 +246,7 @@ def speeds(run: FinishedRun) -> Table | None:
     return _table(run, [_figures(run, t, _speed(t), best.independent(_repeated(t)), higher=True) for t in tests])
 
 
-def sizes(run: FinishedRun) -> Table:
+def sizes(run: FinishedRun) -> ModelTable:
     """Size in GB and bits per weight; with presets by themselves theirs too, and what is saved if something is.
 
     The full precision is a row if its file belongs to the run.
@@ -265,7 +265,7 @@ def sizes(run: FinishedRun) -> Table:
             if saves:
                 cells.append(_saved(model.scores, naive.scores) if naive else Cell(DASH))
         lines.append(Line(label(model), model.role, model.scores.model, tuple(cells)))
-    return Table(heads, tuple(lines))
+    return ModelTable(heads, tuple(lines))
 
 
 def type_counts(model: RunModel) -> str:
@@ -283,7 +283,7 @@ def count_text(counts: "collections.Counter[str] | dict[str, int]") -> str:
 _Column = tuple[str, list[Cell]]
 
 
-def _table(run: FinishedRun, columns: Sequence[_Column]) -> Table:
+def _table(run: FinishedRun, columns: Sequence[_Column]) -> ModelTable:
     """The columns side by side. A model of which nothing was measured has no row."""
     cells = zip(*(column for _, column in columns), strict=True)
     lines = [
@@ -291,7 +291,7 @@ def _table(run: FinishedRun, columns: Sequence[_Column]) -> Table:
         for model, row in zip(run.models, cells, strict=True)
         if any(cell.value is not None for cell in row)
     ]
-    return Table(tuple(head for head, _ in columns), tuple(lines))
+    return ModelTable(tuple(head for head, _ in columns), tuple(lines))
 
 
 def _figures(

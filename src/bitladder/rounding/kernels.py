@@ -2,13 +2,17 @@
 
 All of them lower f = (t − v)ᵀ H (t − v) for one row: t is the target, v the values that the type can say, H the second
 moments of the input. `delta` is t − v and `slope` is H · delta, half of −∂f/∂v. Later passes only move the two along
-with v. Their delta may be w − v, where t is the weight w plus what the row makes up for of other rows' errors.
+with v. Their delta may be w − v, where t is the weight w plus what the row makes up for of other rows' errors. An
+`entry` takes what changes from call to call one by one, however much it is; named tuples hold what stays.
 
 Example:
     >>> float(half(np.float32(0.1))), float(half(np.float32(1e6)))
     (0.0999755859375, 65504.0)
 """
 
+import contextlib
+import pathlib
+import time
 from typing import Any
 
 import numba
@@ -18,10 +22,24 @@ import numpy as np
 def _has_cache() -> bool:
     """Whether numba finds a folder for compiled loops. Where it finds none, each process compiles them again."""
     try:
-        numba.njit(cache=True)(_has_cache)
+        loop = numba.njit(cache=True)(_has_cache)
     except RuntimeError:
         return False
+    _drop_older(pathlib.Path(str(loop.stats.cache_path)))
     return True
+
+
+def _drop_older(folder: pathlib.Path) -> None:
+    """Removes the index of each loop whose source is newer.
+
+    Numba reads an index as a whole before it sees that the source has changed. That fails if a class in it has another
+    name in this version.
+    """
+    for index in folder.glob("*.nbi"):  # MODULE.LOOP-LINE.VERSION.nbi
+        source = pathlib.Path(__file__).with_name(f"{index.name.partition('.')[0]}.py")
+        with contextlib.suppress(OSError):
+            if index.stat().st_mtime < source.stat().st_mtime < time.time():
+                index.unlink()
 
 
 COMPILED: dict[str, Any] = {"nogil": True, "cache": _has_cache()}

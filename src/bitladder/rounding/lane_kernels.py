@@ -132,7 +132,7 @@ add_where_greater = _operation(
 )
 
 
-class Lanes(NamedTuple):
+class ScaleLanes(NamedTuple):
     """What is tried, a lane for each, and what comes of it: [LANES] each, `level` and `rest` [sub · LANES].
 
     `scale` and `minimum` are the integers of size and shift; `level` is the level of each column, `cost` what errors
@@ -153,8 +153,8 @@ class Lanes(NamedTuple):
 
 @jit
 def new_lanes(sub):
-    """Lanes for sub-blocks of `sub` columns."""
-    return Lanes(
+    """ScaleLanes for sub-blocks of `sub` columns."""
+    return ScaleLanes(
         np.ones(LANES, np.int64),
         np.zeros(LANES, np.int64),
         np.ones(LANES, np.float32),

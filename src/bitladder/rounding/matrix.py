@@ -11,7 +11,7 @@ from bitladder.rounding.scalar_kernels import Rows, open_rows, shape_of
 from bitladder.rounding.scalar_refine_kernels import Hessian, change_rows
 from bitladder.rounding.scalar_types import NONE, ScalarBlocks, ScalarType
 from bitladder.rounding.second_moments import Order, SecondMoments, column_parts
-from bitladder.rounding.vector_kernels import Local, Opening, PointRows, Scales, change_points, open_points
+from bitladder.rounding.vector_kernels import LocalArrays, PointOpening, PointRows, Scales, change_points, open_points
 from bitladder.rounding.vector_types import BLOCK, VectorBlocks
 
 
@@ -108,7 +108,7 @@ class VectorRounding:
         self._locals = []
         for block, part in zip(moments.diagonal, column_parts(weights.shape[1]), strict=True):
             pair = (local.part(part.start, part.stop) for local in (units, subs))
-            self._locals.append((block, *(Local(local.triangles, local.inverse) for local in pair)))
+            self._locals.append((block, *(LocalArrays(local.triangles, local.inverse) for local in pair)))
         points, costs = np.ascontiguousarray(kind.grid.T), np.empty(kind.points, np.float32)
         hold = np.float32((options.hold_even if kind.even else options.hold) * points.min())
         self._grid = Points(points, kind.unit, kind.even, hold, costs, costs.view(np.int32))
@@ -124,7 +124,7 @@ class VectorRounding:
         within = range(0, len(roots), sub)
         triangles = np.stack([roots[at : at + sub, None] * ut[at : at + sub, at : at + sub] for at in within])
         order = self._sub_order[places.start // sub : places.stop // sub]
-        opening = Opening(ut, order, roots, triangles)
+        opening = PointOpening(ut, order, roots, triangles)
         open_points(
             self.weights, first, targets, carried, leading, opening, self._scales, self._grid, self._rows, errors
         )  # fmt: skip

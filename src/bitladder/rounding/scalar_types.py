@@ -50,7 +50,7 @@ class ScalarType(BlockType):
     """
 
     levels: Floats
-    layout: "Layout"
+    layout: "IndexLayout"
     scales: tuple[int, int] = NONE
     sign: int = 0
     minimums: tuple[int, int] = NONE
@@ -145,7 +145,7 @@ class ScalarBlocks(Blocks):
         return np.hstack(pieces).reshape(len(self.indices), -1)
 
 
-class Parts(NamedTuple):
+class IndexParts(NamedTuple):
     """The parts of blocks as in `ScalarBlocks`, with a row for each block; None for what the type does not have."""
 
     indices: Bytes
@@ -155,26 +155,26 @@ class Parts(NamedTuple):
     minimum: Integers | None = None
 
 
-class Layout(NamedTuple):
+class IndexLayout(NamedTuple):
     """Bytes [blocks, block bytes] to parts; and blocks, with a row for each, to pieces of bytes from left to right."""
 
-    unpack: Callable[[Bytes], Parts]
+    unpack: Callable[[Bytes], IndexParts]
     pack: Callable[[ScalarBlocks], list[Bytes]]
 
 
-def _simple(bits: int, minimum: bool = False) -> Layout:
+def _simple(bits: int, minimum: bool = False) -> IndexLayout:
     """Blocks of 32: F16 d, perhaps F16 m, perhaps 32 fifth bits, then the low bits (or whole bytes)."""
 
-    def unpack(data: Bytes) -> Parts:
+    def unpack(data: Bytes) -> IndexParts:
         d = halves(data[:, :2])
         m = halves(data[:, 2:4]) if minimum else None
         at = 4 if minimum else 2
         if bits == 8:
-            return Parts(data[:, at:] ^ np.uint8(0x80), d)
+            return IndexParts(data[:, at:] ^ np.uint8(0x80), d)
         if bits == 5:
             high = np.unpackbits(data[:, at : at + 4], axis=1, bitorder="little")
-            return Parts(high_and_low(split_bits(data[:, at + 4 :], 4, 16), high, 4), d, m)
-        return Parts(split_bits(data[:, at:], 4, 16), d, m)
+            return IndexParts(high_and_low(split_bits(data[:, at + 4 :], 4, 16), high, 4), d, m)
+        return IndexParts(split_bits(data[:, at:], 4, 16), d, m)
 
     def pack(blocks: ScalarBlocks) -> list[Bytes]:
         head, q = [half_bytes(blocks.d)], blocks.indices
@@ -186,7 +186,7 @@ def _simple(bits: int, minimum: bool = False) -> Layout:
             head.append(np.packbits(q >> 4, axis=1, bitorder="little"))
         return [*head, join_bits(q & 15, 4, 16)]
 
-    return Layout(unpack, pack)
+    return IndexLayout(unpack, pack)
 
 
 # The head of Q4_K and Q5_K: d, dmin, then twelve bytes of eight scales and eight minimums of six bits.
@@ -207,18 +207,18 @@ def _pack_head(blocks: ScalarBlocks) -> list[Bytes]:
     return [half_bytes(blocks.d), half_bytes(blocks.dmin), as_bytes(np.hstack([low, high, both]))]
 
 
-def _unpack_q4k(data: Bytes) -> Parts:
-    return Parts(split_bits(data[:, 16:], 4, 32), *_unpack_head(data))
+def _unpack_q4k(data: Bytes) -> IndexParts:
+    return IndexParts(split_bits(data[:, 16:], 4, 32), *_unpack_head(data))
 
 
 def _pack_q4k(blocks: ScalarBlocks) -> list[Bytes]:
     return [*_pack_head(blocks), join_bits(blocks.indices, 4, 32)]
 
 
-def _unpack_q5k(data: Bytes) -> Parts:
+def _unpack_q5k(data: Bytes) -> IndexParts:
     # Byte i of the high bits holds those of weights i, i + 32, …, i + 224.
     indices = high_and_low(split_bits(data[:, 48:], 4, 32), split_bits(data[:, 16:48], 1, 32), 4)
-    return Parts(indices, *_unpack_head(data))
+    return IndexParts(indices, *_unpack_head(data))
 
 
 def _pack_q5k(blocks: ScalarBlocks) -> list[Bytes]:
@@ -226,10 +226,10 @@ def _pack_q5k(blocks: ScalarBlocks) -> list[Bytes]:
     return [*_pack_head(blocks), join_bits(q >> 4, 1, 32), join_bits(q & 15, 4, 32)]
 
 
-def _unpack_q2k(data: Bytes) -> Parts:
+def _unpack_q2k(data: Bytes) -> IndexParts:
     both = data[:, :16]
     scale, minimum = (both & 15).astype(np.int16), (both >> 4).astype(np.int16)
-    return Parts(split_bits(data[:, 16:80], 2, 32), halves(data[:, 80:82]), halves(data[:, 82:84]), scale, minimum)
+    return IndexParts(split_bits(data[:, 16:80], 2, 32), halves(data[:, 80:82]), halves(data[:, 82:84]), scale, minimum)
 
 
 def _pack_q2k(blocks: ScalarBlocks) -> list[Bytes]:
@@ -238,11 +238,11 @@ def _pack_q2k(blocks: ScalarBlocks) -> list[Bytes]:
     return [as_bytes(scale | (minimum << 4)), q, half_bytes(blocks.d), half_bytes(blocks.dmin)]
 
 
-def _unpack_q3k(data: Bytes) -> Parts:
+def _unpack_q3k(data: Bytes) -> IndexParts:
     indices = high_and_low(split_bits(data[:, 32:96], 2, 32), split_bits(data[:, :32], 1, 32), 2)
     # Sixteen scales of six bits: low four bits in eight bytes, high two in four.
     scale = high_and_low(split_bits(data[:, 96:104], 4, 8), split_bits(data[:, 104:108], 2, 4), 4)
-    return Parts(indices, halves(data[:, 108:110]), scale=scale.astype(np.int16) - 32)
+    return IndexParts(indices, halves(data[:, 108:110]), scale=scale.astype(np.int16) - 32)
 
 
 def _pack_q3k(blocks: ScalarBlocks) -> list[Bytes]:
@@ -251,11 +251,11 @@ def _pack_q3k(blocks: ScalarBlocks) -> list[Bytes]:
     return [join_bits(q >> 2, 1, 32), join_bits(q & 3, 2, 32), *scales, half_bytes(blocks.d)]
 
 
-def _unpack_q6k(data: Bytes) -> Parts:
+def _unpack_q6k(data: Bytes) -> IndexParts:
     # Two halves of 128 weights, each with 64 bytes of low and 32 bytes of high bits.
     indices = high_and_low(split_bits(data[:, :128], 4, 64), split_bits(data[:, 128:192], 2, 32), 4)
     scale = np.ascontiguousarray(data[:, 192:208]).view(np.int8).astype(np.int16)
-    return Parts(indices, halves(data[:, 208:210]), scale=scale)
+    return IndexParts(indices, halves(data[:, 208:210]), scale=scale)
 
 
 def _pack_q6k(blocks: ScalarBlocks) -> list[Bytes]:
@@ -263,10 +263,10 @@ def _pack_q6k(blocks: ScalarBlocks) -> list[Bytes]:
     return [join_bits(q & 15, 4, 64), join_bits(q >> 4, 2, 32), scale, half_bytes(blocks.d)]
 
 
-def _unpack_iq4xs(data: Bytes) -> Parts:
+def _unpack_iq4xs(data: Bytes) -> IndexParts:
     # Eight scales of six bits: high two bits in two bytes, low four in four, both in order.
     scale = high_and_low(split_bits(data[:, 4:8], 4, 1), split_bits(data[:, 2:4], 2, 1), 4)
-    return Parts(split_bits(data[:, 8:], 4, 16), halves(data[:, :2]), scale=scale.astype(np.int16) - 32)
+    return IndexParts(split_bits(data[:, 8:], 4, 16), halves(data[:, :2]), scale=scale.astype(np.int16) - 32)
 
 
 def _pack_iq4xs(blocks: ScalarBlocks) -> list[Bytes]:
@@ -293,11 +293,11 @@ SCALAR_TYPES = {
         # −128 can be stored, but kernels that negate it in eight bits go wrong.
         ScalarType("q8_0", 32, 32, 34, _range(-128, 127), _simple(8), lowest=1),
         ScalarType("iq4_nl", 32, 32, 18, _IQ4, _simple(4)),
-        ScalarType("iq4_xs", 256, 32, 136, _IQ4, Layout(_unpack_iq4xs, _pack_iq4xs), (-32, 31)),
-        ScalarType("q2_K", 256, 16, 84, _range(0, 3), Layout(_unpack_q2k, _pack_q2k), (0, 15), -1, (0, 15)),
-        ScalarType("q3_K", 256, 16, 110, _range(-4, 3), Layout(_unpack_q3k, _pack_q3k), (-32, 31)),
-        ScalarType("q4_K", 256, 32, 144, _range(0, 15), Layout(_unpack_q4k, _pack_q4k), _SIX_BITS, -1, _SIX_BITS),
-        ScalarType("q5_K", 256, 32, 176, _range(0, 31), Layout(_unpack_q5k, _pack_q5k), _SIX_BITS, -1, _SIX_BITS),
-        ScalarType("q6_K", 256, 16, 210, _range(-32, 31), Layout(_unpack_q6k, _pack_q6k), (-128, 127)),
+        ScalarType("iq4_xs", 256, 32, 136, _IQ4, IndexLayout(_unpack_iq4xs, _pack_iq4xs), (-32, 31)),
+        ScalarType("q2_K", 256, 16, 84, _range(0, 3), IndexLayout(_unpack_q2k, _pack_q2k), (0, 15), -1, (0, 15)),
+        ScalarType("q3_K", 256, 16, 110, _range(-4, 3), IndexLayout(_unpack_q3k, _pack_q3k), (-32, 31)),
+        ScalarType("q4_K", 256, 32, 144, _range(0, 15), IndexLayout(_unpack_q4k, _pack_q4k), _SIX_BITS, -1, _SIX_BITS),
+        ScalarType("q5_K", 256, 32, 176, _range(0, 31), IndexLayout(_unpack_q5k, _pack_q5k), _SIX_BITS, -1, _SIX_BITS),
+        ScalarType("q6_K", 256, 16, 210, _range(-32, 31), IndexLayout(_unpack_q6k, _pack_q6k), (-128, 127)),
     )
 }

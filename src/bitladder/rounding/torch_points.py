@@ -14,7 +14,7 @@ from bitladder.rounding.kernels import LESS as LESS_OF_KERNELS
 from bitladder.rounding.options import RoundingOptions
 from bitladder.rounding.point_kernels import AMBIGUOUS
 from bitladder.rounding.second_moments import SecondMoments, column_parts
-from bitladder.rounding.torch_tiles import Arrays, Opening, Parts, Tile, half, wide
+from bitladder.rounding.torch_tiles import Arrays, BlockParts, Tile, TileOpening, half, wide
 from bitladder.rounding.vector_types import BLOCK, VectorBlocks, VectorType
 
 LESS = float(LESS_OF_KERNELS)
@@ -192,7 +192,7 @@ class PointTiles:
 
     # Feedback
 
-    def open(self, parts: Parts, opening: Opening) -> tuple[Tensor, Tensor]:
+    def open(self, parts: BlockParts, opening: TileOpening) -> tuple[Tensor, Tensor]:
         """See `Kernels`.
 
         Without coupling sub-blocks are rounded one after the other, for all rows at once. With it sub-block j of row i

@@ -14,7 +14,7 @@ from bitladder.rounding.scalar_kernels import shape_of
 from bitladder.rounding.scalar_refine_kernels import ROUNDS, TURNS
 from bitladder.rounding.scalar_types import ScalarBlocks, ScalarType
 from bitladder.rounding.second_moments import SecondMoments
-from bitladder.rounding.torch_tiles import Arrays, Opening, Parts, Tile, half, wide
+from bitladder.rounding.torch_tiles import Arrays, BlockParts, Tile, TileOpening, half, wide
 
 LESS = float(LESS_OF_KERNELS)
 
@@ -67,13 +67,13 @@ class ScalarTiles:
 
     # Feedback
 
-    def open(self, parts: Parts, opening: Opening) -> tuple[Tensor, Tensor]:
+    def open(self, parts: BlockParts, opening: TileOpening) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
         cells = parts["level"], parts["d"] * parts["scale"], self._sign * (parts["m"] * parts["minimum"])
         run = self._open_alone if opening.leading is None else self._open_coupled
         return run(*cells, opening)
 
-    def _open_alone(self, level: Tensor, size: Tensor, shift: Tensor, opening: Opening) -> tuple[Tensor, Tensor]:
+    def _open_alone(self, level: Tensor, size: Tensor, shift: Tensor, opening: TileOpening) -> tuple[Tensor, Tensor]:
         """Column by column, each to what the errors before it ask for. Level [T, B, R] is overwritten."""
         errors = torch.empty_like(level)
         for j in range(level.shape[1]):
@@ -84,7 +84,7 @@ class ScalarTiles:
             errors[:, j] = opening.target[:, j] - (level[:, j] * size[:, j] + shift[:, j])
         return errors, opening.weights - (level * size + shift)
 
-    def _open_coupled(self, level: Tensor, size: Tensor, shift: Tensor, opening: Opening) -> tuple[Tensor, Tensor]:
+    def _open_coupled(self, level: Tensor, size: Tensor, shift: Tensor, opening: TileOpening) -> tuple[Tensor, Tensor]:
         """The same where row i aims at w_i + Σ_{k<i} leading_ik delta_k too.
 
         Column j of row i waits for the columns before it and for the rows above it alone. So the columns t − i of all

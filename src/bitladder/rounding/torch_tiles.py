@@ -30,7 +30,7 @@ ROWS = 8192  # rows whose errors are not
 TURNS = 3  # in which rows learn what others change
 CANDIDATES = 16  # scales that are tried at once, at most
 
-Parts = dict[str, Tensor]
+BlockParts = dict[str, Tensor]
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -67,7 +67,7 @@ class Tile:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: BlockParts,
         delta: Tensor,
         slope: Tensor,
         h: Tensor,
@@ -129,7 +129,7 @@ class Tile:
         self.slope -= self.h[:, :, columns] @ self.seen(change)
 
 
-class Opening(NamedTuple):
+class TileOpening(NamedTuple):
     """Columns of a tile that are rounded for the first time, in the order of rounding.
 
     weights and target [T, B, R] are what they are and what they should be, carried [T, B, R] what the errors of columns
@@ -150,7 +150,7 @@ class Kernels(Protocol):
 
     @property
     def units(self) -> Mapping[str, int]:
-        """Parts of blocks, and how many columns share a number of each."""
+        """BlockParts of blocks, and how many columns share a number of each."""
 
     @property
     def cell(self) -> int:
@@ -165,7 +165,7 @@ class Kernels(Protocol):
     def local(self, moments: SecondMoments) -> list[tuple[Tensor, ...]]:
         """What `change` needs of each part of H besides its diagonal block."""
 
-    def open(self, parts: Parts, opening: Opening) -> tuple[Tensor, Tensor]:
+    def open(self, parts: BlockParts, opening: TileOpening) -> tuple[Tensor, Tensor]:
         """Rounds the cells of a tile for the first time.
 
         Parameters:
@@ -241,7 +241,7 @@ class Stack:
             # Which numbers of each part of blocks belong to the tile.
             at = {name: [order[:: min(unit, cell)] // unit for order in orders] for name, unit in units.items()}
             parts = {name: _rows_at(self.parts[name], places, at[name]) for name in units}
-            opening = Opening(
+            opening = TileOpening(
                 _rows_at(self._weights, places, orders),
                 _rows_at(targets, places, orders),
                 torch.stack([carried[x, part, rows] for x, rows, part, _ in places]),
@@ -365,7 +365,7 @@ def round_stack(
     values, arrays = [start.values() for start in starts], [kernels.arrays(start) for start in starts]
     rows = len(weights[0])
     step = ROWS if sides.coupling is None else rows
-    done: list[Parts] = []
+    done: list[BlockParts] = []
     for first in range(0, rows, step):
         some = slice(first, first + step)
         stack = Stack(

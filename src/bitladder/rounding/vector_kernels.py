@@ -22,7 +22,7 @@ class Scales(NamedTuple):
     per: int
 
 
-class Opening(NamedTuple):
+class PointOpening(NamedTuple):
     """H = U D Uᵀ in the order of rounding, of some columns: ut [B, B], order [B/sub] of their sub-blocks, roots [B] of
     D, and triangles [B/sub, sub, sub], the diagonal blocks of √D Uᵀ."""
 
@@ -32,7 +32,7 @@ class Opening(NamedTuple):
     triangles: npt.NDArray[np.float32]
 
 
-class Local(NamedTuple):
+class LocalArrays(NamedTuple):
     """H's diagonal blocks of a width: T with TᵀT = H_b, and inverses, [n/width, width, width] each."""
 
     triangles: npt.NDArray[np.float32]
@@ -126,7 +126,7 @@ def open_row(targets, carried, opening, scales, grid, row, errors):
 def descend_points(h, units, scales, grid, row, slope):
     """One pass over a row that chooses each unit again, all others as they are; returns how many changed.
 
-    units: `Local` of H's diagonal blocks of units.
+    units: `LocalArrays` of H's diagonal blocks of units.
     """
     multipliers, sub, per = scales.multipliers, scales.sub, scales.per
     group, unit = grid.points.shape[0], grid.unit
@@ -169,7 +169,7 @@ def descend_points(h, units, scales, grid, row, slope):
 def refine_points(h, subs, scales, grid, row, slope):
     """Tries other scales for each sub-block of a row, with new points; returns how many sub-blocks changed.
 
-    subs: `Local` of H's diagonal blocks of sub-blocks.
+    subs: `LocalArrays` of H's diagonal blocks of sub-blocks.
     """
     multipliers, sub, per = scales.multipliers, scales.sub, scales.per
     group = grid.points.shape[0]

@@ -58,7 +58,7 @@ class VectorType(BlockType):
     points: int
     even: bool
     offset: float
-    layout: "Layout"
+    layout: "PointLayout"
 
     @property
     def unit(self) -> int:
@@ -152,11 +152,11 @@ class VectorBlocks(Blocks):
         """See `Blocks`."""
         rows, count = len(self.minus), self.d.size
         signs = np.packbits(self.minus.reshape(count, BLOCK), axis=1, bitorder="little")
-        parts = Parts(self.codes.reshape(count, -1), signs, self.scale.reshape(count, -1).astype(np.uint8))
+        parts = PointParts(self.codes.reshape(count, -1), signs, self.scale.reshape(count, -1).astype(np.uint8))
         return np.hstack([half_bytes(self.d.reshape(count, 1)), *self.type.layout.pack(parts)]).reshape(rows, -1)
 
 
-class Parts(NamedTuple):
+class PointParts(NamedTuple):
     """What follows d in blocks: codes [blocks, 256/group], bytes of signs [blocks, 32], scales [blocks, 256/sub]."""
 
     codes: npt.NDArray[np.integer]
@@ -164,11 +164,11 @@ class Parts(NamedTuple):
     scale: Bytes
 
 
-class Layout(NamedTuple):
+class PointLayout(NamedTuple):
     """Bytes that follow d to parts; and parts to pieces of bytes from left to right."""
 
-    unpack: Callable[[Bytes], Parts]
-    pack: Callable[[Parts], list[Bytes]]
+    unpack: Callable[[Bytes], PointParts]
+    pack: Callable[[PointParts], list[Bytes]]
 
 
 def _full_signs(sevens: npt.NDArray[np.integer]) -> Bytes:
@@ -178,35 +178,35 @@ def _full_signs(sevens: npt.NDArray[np.integer]) -> Bytes:
     return as_bytes(low | (odd << 7))
 
 
-def _unpack_iq3s(data: Bytes) -> Parts:
+def _unpack_iq3s(data: Bytes) -> PointParts:
     # Low eight bits of the codes, their ninth bits, signs, scales of four bits.
     high = np.unpackbits(data[:, 64:72], axis=1, bitorder="little").astype(np.uint16)
-    return Parts(data[:, :64] | (high << 8), data[:, 72:104], split_bits(data[:, 104:108], 4, 1))
+    return PointParts(data[:, :64] | (high << 8), data[:, 72:104], split_bits(data[:, 104:108], 4, 1))
 
 
-def _pack_iq3s(parts: Parts) -> list[Bytes]:
+def _pack_iq3s(parts: PointParts) -> list[Bytes]:
     high = np.packbits(as_bytes(parts.codes >> 8), axis=1, bitorder="little")
     return [as_bytes(parts.codes & 255), high, parts.signs, join_bits(parts.scale, 4, 1)]
 
 
-def _unpack_iq2s(data: Bytes) -> Parts:
+def _unpack_iq2s(data: Bytes) -> PointParts:
     # Low eight bits of the codes, signs, two high bits of each code, scales of four bits.
     codes = data[:, :32] | (split_bits(data[:, 64:72], 2, 1).astype(np.uint16) << 8)
-    return Parts(codes, data[:, 32:64], split_bits(data[:, 72:80], 4, 1))
+    return PointParts(codes, data[:, 32:64], split_bits(data[:, 72:80], 4, 1))
 
 
-def _pack_iq2s(parts: Parts) -> list[Bytes]:
+def _pack_iq2s(parts: PointParts) -> list[Bytes]:
     high = join_bits(as_bytes(parts.codes >> 8), 2, 1)
     return [as_bytes(parts.codes & 255), parts.signs, high, join_bits(parts.scale, 4, 1)]
 
 
-def _unpack_iq2xs(data: Bytes) -> Parts:
+def _unpack_iq2xs(data: Bytes) -> PointParts:
     # Sixteen bits for eight columns: nine of the code, seven signs.
     words = np.ascontiguousarray(data[:, :64]).view("<u2")
-    return Parts(words & 511, _full_signs(words >> 9), split_bits(data[:, 64:72], 4, 1))
+    return PointParts(words & 511, _full_signs(words >> 9), split_bits(data[:, 64:72], 4, 1))
 
 
-def _pack_iq2xs(parts: Parts) -> list[Bytes]:
+def _pack_iq2xs(parts: PointParts) -> list[Bytes]:
     words = (parts.codes | ((parts.signs & 127).astype(np.uint16) << 9)).astype("<u2")
     return [words.view(np.uint8), join_bits(parts.scale, 4, 1)]
 
@@ -221,29 +221,29 @@ def _unpack_words(data: Bytes) -> tuple[Bytes, Bytes]:
     return signs.reshape(len(data), -1), as_bytes(words >> 28)
 
 
-def _pack_words(parts: Parts) -> Bytes:
+def _pack_words(parts: PointParts) -> Bytes:
     sevens = (parts.signs & 127).astype(np.uint32).reshape(len(parts.signs), -1, 4) << _SEVENS
     words = np.bitwise_or.reduce(sevens, axis=2) | (parts.scale.astype(np.uint32) << 28)
     as_bytes: Bytes = words.astype("<u4").view(np.uint8)
     return as_bytes
 
 
-def _unpack_iq3xxs(data: Bytes) -> Parts:
-    return Parts(data[:, :64], *_unpack_words(data[:, 64:]))
+def _unpack_iq3xxs(data: Bytes) -> PointParts:
+    return PointParts(data[:, :64], *_unpack_words(data[:, 64:]))
 
 
-def _pack_iq3xxs(parts: Parts) -> list[Bytes]:
+def _pack_iq3xxs(parts: PointParts) -> list[Bytes]:
     return [as_bytes(parts.codes), _pack_words(parts)]
 
 
-def _unpack_iq2xxs(data: Bytes) -> Parts:
+def _unpack_iq2xxs(data: Bytes) -> PointParts:
     # Eight bytes for 32 columns: four codes, then a word of signs and scale.
     both = data.reshape(len(data), 8, 8)
     words = both[:, :, 4:].reshape(len(data), -1)
-    return Parts(both[:, :, :4].reshape(len(data), -1), *_unpack_words(words))
+    return PointParts(both[:, :, :4].reshape(len(data), -1), *_unpack_words(words))
 
 
-def _pack_iq2xxs(parts: Parts) -> list[Bytes]:
+def _pack_iq2xxs(parts: PointParts) -> list[Bytes]:
     codes, words = (part.reshape(len(part), 8, 4) for part in (as_bytes(parts.codes), _pack_words(parts)))
     return [np.concatenate([codes, words], axis=2).reshape(len(codes), -1)]
 
@@ -251,10 +251,10 @@ def _pack_iq2xxs(parts: Parts) -> list[Bytes]:
 VECTOR_TYPES = {
     kind.name: kind
     for kind in (
-        VectorType("iq2_xxs", BLOCK, 32, 66, 8, 256, True, 0.125, Layout(_unpack_iq2xxs, _pack_iq2xxs)),
-        VectorType("iq2_xs", BLOCK, 16, 74, 8, 512, True, 0.125, Layout(_unpack_iq2xs, _pack_iq2xs)),
-        VectorType("iq2_s", BLOCK, 16, 82, 8, 1024, False, 0.125, Layout(_unpack_iq2s, _pack_iq2s)),
-        VectorType("iq3_xxs", BLOCK, 32, 98, 4, 256, True, 0.25, Layout(_unpack_iq3xxs, _pack_iq3xxs)),
-        VectorType("iq3_s", BLOCK, 32, 110, 4, 512, False, 1, Layout(_unpack_iq3s, _pack_iq3s)),
+        VectorType("iq2_xxs", BLOCK, 32, 66, 8, 256, True, 0.125, PointLayout(_unpack_iq2xxs, _pack_iq2xxs)),
+        VectorType("iq2_xs", BLOCK, 16, 74, 8, 512, True, 0.125, PointLayout(_unpack_iq2xs, _pack_iq2xs)),
+        VectorType("iq2_s", BLOCK, 16, 82, 8, 1024, False, 0.125, PointLayout(_unpack_iq2s, _pack_iq2s)),
+        VectorType("iq3_xxs", BLOCK, 32, 98, 4, 256, True, 0.25, PointLayout(_unpack_iq3xxs, _pack_iq3xxs)),
+        VectorType("iq3_s", BLOCK, 32, 110, 4, 512, False, 1, PointLayout(_unpack_iq3s, _pack_iq3s)),
     )
 }

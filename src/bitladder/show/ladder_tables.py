@@ -157,7 +157,7 @@ def unfinished_json(run: UnfinishedRun, command: str) -> dict[str, Any]:
 
 def text_table(run: FinishedRun) -> Table:
     """A table of the KLD of every quant on each of several texts. Figures within noise of the best are bold."""
-    shown = tables.by_text(run) or tables.Table((), ())
+    shown = tables.by_text(run) or tables.ModelTable((), ())
     table = Table([Column("quant", fold=True), *figures(*shown.heads)])
     for line in shown.lines:
         cells = (Text(cell.text, "bold" if cell.best else "") for cell in line.cells)

@@ -8,7 +8,7 @@ from typing import Any
 from bitladder.gguf import ranges
 from bitladder.plan import MovedTensors, PlanResult, Share, Target, TriedRecipe, moved_tensors, shares
 from bitladder.show.table import Column, Table, figures
-from bitladder.trial import BlockLoss, Measurement
+from bitladder.trial import BlockLoss, MeasuredRecipe
 from bitladder.units import number_of, size_text
 
 Places = Mapping[str, tuple[str, int | None]]
@@ -82,7 +82,7 @@ def _tried(rows: tuple[TriedRecipe, ...], best: TriedRecipe) -> Table:
     return table
 
 
-def _figure(measured: Measurement) -> str:
+def _figure(measured: MeasuredRecipe) -> str:
     return f"{measured.kld:.5f} ± {measured.error:.5f}"
 
 

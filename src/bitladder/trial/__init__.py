@@ -6,7 +6,7 @@ from bitladder.doors import open_door
 
 if TYPE_CHECKING:
     from bitladder.trial.helpers import Helpers, Pair, rendering_shares
-    from bitladder.trial.journal import Journal, Measurement, Measurements, Measures, Wanted, recipe_key
+    from bitladder.trial.journal import Journal, MeasuredRecipe, Measurements, Measures, Wanted, recipe_key
     from bitladder.trial.model_pair import ModelPair, copies
     from bitladder.trial.render import KEPT_SHARE, RENDERING, Renderer, render_all
     from bitladder.trial.rounding_method import RoundingMethod, StockRounding
@@ -29,7 +29,7 @@ __all__ = [
     "BlockLoss",
     "Helpers",
     "Journal",
-    "Measurement",
+    "MeasuredRecipe",
     "Measurements",
     "Measures",
     "ModelPair",

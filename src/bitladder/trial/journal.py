@@ -19,7 +19,7 @@ Wanted = tuple[Mapping[str, str], int, str]  # types of tensors, chunks, label: 
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
+class MeasuredRecipe:
     """The divergence of a recipe.
 
     Parameters:
@@ -47,7 +47,7 @@ class Measurement:
         variance = max(float(np.mean(self.squares)) - self.kld**2, 0.0)
         return math.sqrt(variance / max(len(self.chunks) * self.tokens - 1, 1))
 
-    def part(self, first: int, last: int) -> "Measurement":
+    def part(self, first: int, last: int) -> "MeasuredRecipe":
         """The measurement of the chunks first … last−1."""
         return dataclasses.replace(self, chunks=self.chunks[first:last], squares=self.squares[first:last])
 
@@ -94,7 +94,7 @@ class Journal:
 
     def __init__(self, path: pathlib.Path | None, context: str, tokens_per_chunk: int) -> None:
         self.path, self._context, self.tokens_per_chunk = path, context, tokens_per_chunk
-        self.measurements: dict[str, Measurement] = {}
+        self.measurements: dict[str, MeasuredRecipe] = {}
         self.new = 0  # measurements by this process
         self._torn = False  # whether the last line has no end
         if path is not None and path.is_file():
@@ -112,7 +112,7 @@ class Journal:
             except pydantic.ValidationError:
                 continue  # damaged, or the last line of a process that was killed: it is measured again
             if entry.context == self._context and recipe_key(entry.types) == entry.key:
-                self.measurements[entry.key] = Measurement(
+                self.measurements[entry.key] = MeasuredRecipe(
                     entry.types, entry.kld, entry.squares, entry.tokens, entry.label
                 )
 
@@ -121,7 +121,7 @@ class Journal:
         """Tokens decoded for all measurements of this context."""
         return sum(len(measurement.chunks) for measurement in self.measurements.values()) * self.tokens_per_chunk
 
-    def measure(self, model: Measures, types: Mapping[str, str], chunks: int, label: str = "") -> Measurement:
+    def measure(self, model: Measures, types: Mapping[str, str], chunks: int, label: str = "") -> MeasuredRecipe:
         """The divergence of a recipe over the first chunks; it is decoded only if it is not known yet.
 
         Parameters:
@@ -135,7 +135,7 @@ class Journal:
             return self.measurements[key].part(0, chunks)
         tokens = model.kld(types, chunks)
         means, squares = (tuple(map(float, values.mean(axis=1))) for values in (tokens, tokens**2))
-        measurement = Measurement(dict(types), means, squares, tokens.shape[1], label)
+        measurement = MeasuredRecipe(dict(types), means, squares, tokens.shape[1], label)
         self.measurements[key] = measurement
         self.new += 1
         self._write(key, measurement)
@@ -146,12 +146,12 @@ class Journal:
         known = self.measurements.get(recipe_key(types))
         return known is not None and len(known.chunks) >= chunks
 
-    def learn(self, measurement: Measurement) -> None:
+    def learn(self, measurement: MeasuredRecipe) -> None:
         """Takes a measurement that another process made, and wrote into the file."""
         if not self.knows(measurement.types, len(measurement.chunks)):
             self.measurements[recipe_key(measurement.types)] = measurement
 
-    def _write(self, key: str, measurement: Measurement) -> None:
+    def _write(self, key: str, measurement: MeasuredRecipe) -> None:
         if self.path is None:
             return
         entry = {
@@ -207,9 +207,9 @@ class Measurements:
         expect: Callable[[Sequence[Wanted]], None] | None = None,
     ) -> None:
         self._journal, self._model, self._expect = journal, model, expect
-        self._by_recipe: dict[str, Measurement] = {}
+        self._by_recipe: dict[str, MeasuredRecipe] = {}
 
-    def measure(self, types: Mapping[str, str], chunks: int, label: str = "") -> Measurement:
+    def measure(self, types: Mapping[str, str], chunks: int, label: str = "") -> MeasuredRecipe:
         """The divergence of a recipe on the first chunks of the text.
 
         Parameters:
@@ -229,7 +229,7 @@ class Measurements:
         if self._expect is not None:
             self._expect(list(wanted))
 
-    def all(self) -> list[Measurement]:
+    def all(self) -> list[MeasuredRecipe]:
         """Every recipe once, on the most chunks that were asked for."""
         return list(self._by_recipe.values())
 

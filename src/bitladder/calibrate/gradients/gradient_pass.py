@@ -53,6 +53,7 @@ class GradientPass:
         threads: threads of the CPU.
     """
 
+    # Nine parameters: what is read, what is summed, where it is kept, and the limits of memory and threads.
     def __init__(
         self,
         model: TorchModel,

@@ -170,7 +170,7 @@ class HeadLogits:
 
 
 class HiddenBase(Closing):
-    """A base file with the head of the model that it was made of (a `divergence.Base`)."""
+    """A base file with the head of the model that it was made of (a `score_chunks.BasePredictions`)."""
 
     def __init__(self, file: BaseFile, model: Identity) -> None:
         self.file = file

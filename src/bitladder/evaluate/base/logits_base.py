@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from bitladder.engine import Lanes, Model
 from bitladder.errors import BitladderError
-from bitladder.evaluate.base.logits_file import Codes, Floats, Layout, LogitsFile
+from bitladder.evaluate.base.logits_file import Codes, Floats, LogitsFile, LogitsLayout
 from bitladder.evaluate.divergence import BaseRows
 from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.score_chunks import TokenScores, compare_with_base
@@ -56,7 +56,7 @@ class LogitsBase(Closing):
         return sha256_file(self.file.path)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> LogitsLayout:
         """Sizes of context, vocabulary and file."""
         return self.file.layout
 

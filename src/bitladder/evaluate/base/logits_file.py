@@ -1,6 +1,6 @@
 """llama-perplexity's file of log-probabilities (--kl-divergence-base): read, and written with the same bytes.
 
-Layout, little-endian: the magic "_logits_", n_ctx (u32), n_vocab and chunks (i32), the tokens of the text (i32
+LogitsLayout, little-endian: the magic "_logits_", n_ctx (u32), n_vocab and chunks (i32), the tokens of the text (i32
 [chunks, n_ctx], without BOS), then a record for each chunk. A record has one row for each scored position n_ctx/2 …
 n_ctx−2: scale and floor (f32), one u16 for each token of the vocabulary, and two bytes of padding if n_vocab is odd. A
 natural log-probability is scale × u16 + floor. Logits 16 or more below the row's largest are stored as the floor.
@@ -39,7 +39,7 @@ _LARGEST = np.float32(65535)
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class LogitsLayout:
     """The sizes of a file: tokens of a chunk, tokens of the vocabulary, and chunks."""
 
     n_ctx: int
@@ -106,7 +106,7 @@ class LogitsFile(Closing):
             raise
         self._last = threading.local()  # each thread has a record, and the number of its chunk
 
-    def _read_start(self) -> Layout:
+    def _read_start(self) -> LogitsLayout:
         start = self._stream.read(_START.size)
         if start[: len(MAGIC)] != MAGIC:
             raise BitladderError(f"{self.path} is not a file of log-probabilities as llama-perplexity writes it")
@@ -118,7 +118,7 @@ class LogitsFile(Closing):
                 f"{self.path} has a damaged header ({number_of(chunks, 'chunk')} of {n_ctx} tokens, a vocabulary of "
                 f"{n_vocab}): make it again"
             )
-        layout = Layout(n_ctx, n_vocab, chunks)
+        layout = LogitsLayout(n_ctx, n_vocab, chunks)
         size = os.fstat(self._stream.fileno()).st_size
         if size != layout.size:
             chunk = (size - layout.records) // layout.record + 1
@@ -189,7 +189,7 @@ def write_logits_file(
     """
     with settings.load(model) as loaded:
         chunks = text_chunks(loaded, text, settings.n_ctx, chunks=settings.chunks)
-        layout = Layout(chunks.n_ctx, loaded.n_vocab, len(chunks))
+        layout = LogitsLayout(chunks.n_ctx, loaded.n_vocab, len(chunks))
         _check_room(out, layout.size)
         nll = np.empty((len(chunks), chunks.scored))
         label = f"Log-probabilities of {model.name} over {text.name}"
@@ -224,7 +224,7 @@ def pack_rows(logits: Floats, workers: Workers) -> Codes:
     of exponentials.
     """
     rows, n_vocab = logits.shape
-    packed = np.zeros((rows, Layout(0, n_vocab, 0).row), "<u2")
+    packed = np.zeros((rows, LogitsLayout(0, n_vocab, 0).row), "<u2")
 
     def work(row: int, _slot: int) -> None:
         values = logits[row]

@@ -19,7 +19,7 @@ def base_part(extent: Extent, tokens: float, n_ctx: int) -> Part:
     return Part("base", cost.decoding(extent.shape, tokens, n_ctx) + cost.scoring(extent.shape, tokens), "base of")
 
 
-class Base(Step):
+class MakeBase(Step):
     """full-precision GGUF, texts → a base file of each."""
 
     verb = "base"

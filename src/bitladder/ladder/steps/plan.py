@@ -12,7 +12,7 @@ from bitladder.ladder.steps.quantize import preset_decides
 from bitladder.ladder.steps.step import Extent, Part, Product, Step
 from bitladder.plan import PLANNING, RENDERED, band_name, band_of, candidates, load_prices, plan_rung
 from bitladder.refine import OUTPUT_ROUNDING
-from bitladder.trial import RENDERING, Measurement, Wanted
+from bitladder.trial import RENDERING, MeasuredRecipe, Wanted
 
 RECIPES = 1.5  # time of a token on which a recipe is measured, of that of one that is compared
 SIMPLER = 5  # recipes of simpler methods, about
@@ -77,7 +77,7 @@ class PlanRung(Step):
         write_json(out, plan_rung(run.planner(smoothed=smoothed, step=self), rung, mode, prices))
         return Product([out])
 
-    def measure(self, run: Run, wanted: Sequence[Wanted]) -> list[Measurement]:
+    def measure(self, run: Run, wanted: Sequence[Wanted]) -> list[MeasuredRecipe]:
         """Measures a share of the recipes (`trial.Helpers`)."""
         return run.planner(smoothed=run.smoothed(self.label)).measure_share(wanted)
 

@@ -18,7 +18,7 @@ from bitladder.ladder.steps.quantize import preset_decides, round_part
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.plan import BANDS, PRICES, RENDERED, band_name, band_of, planning_text, price_band
 from bitladder.refine import OUTPUT_ROUNDING
-from bitladder.trial import Measurement, Wanted, copies
+from bitladder.trial import MeasuredRecipe, Wanted, copies
 
 # Types that are rendered for each of `BANDS`: their number, each counted by its time, and their bits for each weight.
 TYPES, BITS = (12.0, 20.0, 23.0), (60, 80, 85)
@@ -152,7 +152,7 @@ class Price(Step):
         """Renders a share of the tensors (`trial.Helpers`)."""
         return run.planner(smoothed=self._smoothed).render_share(*share)
 
-    def measure(self, run: Run, wanted: Sequence[Wanted]) -> list[Measurement]:
+    def measure(self, run: Run, wanted: Sequence[Wanted]) -> list[MeasuredRecipe]:
         """Measures a share of the recipes (`trial.Helpers`)."""
         return run.planner(smoothed=self._smoothed).measure_share(wanted)
 

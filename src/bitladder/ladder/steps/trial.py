@@ -14,7 +14,7 @@ from bitladder.quantize import QuantizeOptions
 from bitladder.refine import SMOOTHING_TRIAL, trial_text, try_smoothing
 
 
-class SmoothingTrial(Step):
+class TrySmoothing(Step):
     """both models, imatrices, passages of the calibration text → which of the two the rung is made of.
 
     The preset of each is measured. The text that is scored is not looked at.

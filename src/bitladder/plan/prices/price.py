@@ -30,7 +30,7 @@ from bitladder.plan.prices.law import FLOOR, Probe, first_groups, fit, probe_typ
 from bitladder.plan.prices.menu import Menus
 from bitladder.progress import SILENT, Bar, Progress
 from bitladder.text import EXCERPTS
-from bitladder.trial import RENDERING, SWAPPED_KLD, Helpers, Measurement, Measurements, Renderer, render_all
+from bitladder.trial import RENDERING, SWAPPED_KLD, Helpers, MeasuredRecipe, Measurements, Renderer, render_all
 
 PRICES = Algorithm(
     "prices",
@@ -162,13 +162,13 @@ class _Swaps:
         options = self._options
         return max(1, int(options.probe_tokens * share / (options.probe_chunks * self._tokens_per_chunk)))
 
-    def _measure(self, types: Mapping[str, str], label: str) -> Measurement:
+    def _measure(self, types: Mapping[str, str], label: str) -> MeasuredRecipe:
         return self._measurements.measure(types, self._options.probe_chunks, label)
 
-    def probes(self, progress: Progress) -> list[tuple[dict[str, str], Measurement]]:
+    def probes(self, progress: Progress) -> list[tuple[dict[str, str], MeasuredRecipe]]:
         """Every tensor at its probe type, alone or with its neighbours."""
         budget = self._affordable(1 - self._options.group_share)
-        measured: dict[tuple[str, ...], Measurement] = {}
+        measured: dict[tuple[str, ...], MeasuredRecipe] = {}
 
         def measure(group: tuple[str, ...], task: Bar) -> None:
             task.note(group[0])
@@ -197,7 +197,7 @@ class _Swaps:
     def _probe(self, group: tuple[str, ...]) -> dict[str, str]:
         return {name: self.probe_types[name] for name in group}
 
-    def groups(self, progress: Progress) -> dict[tuple[str, str], Measurement]:
+    def groups(self, progress: Progress) -> dict[tuple[str, str], MeasuredRecipe]:
         """Every kind as a whole, at types that its rendered errors do not rule out: (kind, type) → measurement."""
         each = max(2, self._affordable(self._options.group_share) // len(self._by_kind))
         pairs: list[tuple[str, str]] = []
