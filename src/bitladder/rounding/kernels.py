@@ -30,15 +30,16 @@ def _has_cache() -> bool:
 
 
 def _drop_older(folder: pathlib.Path) -> None:
-    """Removes the index of each loop whose source is newer.
+    """Removes the index of each compiled loop that is older than a source of this package.
 
-    Numba reads an index as a whole before it sees that the source has changed. That fails if a class in it has another
-    name in this version.
+    Numba compares an index with the loop's own file. But a loop has those of other files in it, and the index names
+    classes of theirs: it cannot be read where one has another name now.
     """
-    for index in folder.glob("*.nbi"):  # MODULE.LOOP-LINE.VERSION.nbi
-        source = pathlib.Path(__file__).with_name(f"{index.name.partition('.')[0]}.py")
+    sources = pathlib.Path(__file__).parent.glob("*.py")
+    newest = max((seconds for path in sources if (seconds := path.stat().st_mtime) < time.time()), default=0)
+    for index in folder.glob("*.nbi"):
         with contextlib.suppress(OSError):
-            if index.stat().st_mtime < source.stat().st_mtime < time.time():
+            if index.stat().st_mtime < newest:
                 index.unlink()
 
 
