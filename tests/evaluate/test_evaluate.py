@@ -142,9 +142,11 @@ def test_a_base_is_kept_beside_the_model_and_used_again(folder, text):
     # More chunks than the base has, and a damaged one: both are made again, as the user named neither file.
     with ev.load_or_compute_base(model, text, ev.MeasureOptions(n_ctx=128, chunks=7, threads=1)) as base:
         assert base.header.chunks == 7
-    path.write_bytes(path.read_bytes()[:-1])
-    with ev.load_or_compute_base(model, text, SETTINGS) as base:
-        assert base.header.chunks == 6
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], b"BLBASE01" + whole[8:]):
+        path.write_bytes(damaged)
+        with ev.load_or_compute_base(model, text, SETTINGS) as base:
+            assert base.header.chunks == 6
 
 
 def test_a_base_that_does_not_fit(folder, text, base_path, monkeypatch):
@@ -185,6 +187,15 @@ def test_a_damaged_header(base_path, tmp_path):
     (tmp_path / "bad.base").write_bytes(base_path.read_bytes().replace(b'"n_ctx":128', b'"n_ctx":"x"', 1))
     with pytest.raises(BitladderError, match=r"damaged header \(n_ctx\)"):
         BaseFile(tmp_path / "bad.base")
+
+
+def test_a_damaged_byte(base_path, text, tmp_path, folder):
+    """A file that the user names is refused; one that bitladder keeps is made again."""
+    whole = base_path.read_bytes()
+    for place in (-3000, len(whole) - 1):
+        (tmp_path / "bad.base").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place:][1:])
+        with pytest.raises(BitladderError, match=r"bad\.base is damaged: delete it and make it again"):
+            ev.open_base(tmp_path / "bad.base", text, SETTINGS, ev.identify(folder / "full.gguf"))
 
 
 def test_logits_that_are_not_the_head_times_the_state(folder, text, tmp_path, monkeypatch):

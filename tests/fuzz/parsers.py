@@ -29,7 +29,7 @@ from bitladder.cli import outputs
 from bitladder.compare.same_model import check_structure
 from bitladder.errors import BitladderError
 from bitladder.evaluate import LogitsFile, ResultFolder, Scores
-from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, write_header, write_record
+from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, BaseWriter
 from bitladder.evaluate.base.logits_base import LogitsBase
 from bitladder.evaluate.divergence import BaseRows
 from bitladder.evaluate.identity import identify
@@ -196,6 +196,7 @@ def _read_base(place: Place, name: str, data: bytes) -> None:
         assert file.header.inputs
         for chunk in range(file.header.chunks):
             assert len(file.rows(chunk).nll) == len(file.hidden(chunk)) == file.header.scored
+        file.check()  # last: few inputs have the right checksum
     finally:
         file.close()
 
@@ -208,12 +209,12 @@ def _base_seeds(place: Place) -> Iterator[tuple[str, bytes]]:
             **dict.fromkeys(_HASHES, "x"),
         )  # fmt: skip
         stream = io.BytesIO()
-        write_header(stream, header, np.zeros((2, 8), np.int32))
+        writer = BaseWriter(stream, header, np.zeros((2, 8), np.int32))
         zeros = np.zeros(header.scored, np.float32)
         for _ in range(2):
-            write_record(
-                stream, np.zeros((header.scored, 4), item), BaseRows(zeros.astype(float), zeros.astype(np.int32), zeros)
-            )
+            rows = BaseRows(zeros.astype(float), zeros.astype(np.int32), zeros)
+            writer.write(np.zeros((header.scored, 4), item), rows)
+        writer.finish()
         yield "b.base", stream.getvalue()
 
 

@@ -83,8 +83,8 @@ def test_the_context_of_measurements_changes_with_each_input(tiny_gguf, prepared
         assert key_of(measurement_inputs(base, weighted, SETTINGS.replace(threads=2, chunks=1))) == keys[0]
 
 
-@pytest.mark.parametrize("damage", ["base", "hash", "no hash"])
-def test_a_damaged_base_is_made_again(tiny_gguf, prepared, tmp_path, damage):
+@pytest.mark.parametrize("place", [-1, -5000, 3000])
+def test_a_damaged_base_is_made_again(tiny_gguf, prepared, tmp_path, place):
     """One byte of a prediction would change every figure that is compared with it."""
     text = load_text(str(prepared / "text.txt"))
     kept_base(tmp_path, tiny_gguf, text, SETTINGS).close()
@@ -92,12 +92,8 @@ def test_a_damaged_base_is_made_again(tiny_gguf, prepared, tmp_path, damage):
     whole, made = path.read_bytes(), path.stat().st_ino
     kept_base(tmp_path, tiny_gguf, text, SETTINGS).close()
     assert path.stat().st_ino == made
-    (digest,) = tmp_path.glob("*.sha256")
-    if damage == "base":
-        path.write_bytes(whole[:-5000] + bytes([whole[-5000] ^ 1]) + whole[-4999:])
-    elif damage == "hash":
-        digest.write_bytes(b"\xff")
-    else:
-        digest.unlink()
+    damaged = bytearray(whole)
+    damaged[place] ^= 1
+    path.write_bytes(damaged)
     kept_base(tmp_path, tiny_gguf, text, SETTINGS).close()
-    assert path.read_bytes() == whole and len(list(tmp_path.iterdir())) == 2
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]

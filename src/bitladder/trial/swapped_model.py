@@ -44,7 +44,7 @@ from bitladder.evaluate import (
     mean,
     open_base,
 )
-from bitladder.files import Closing, sha256_file, write_text
+from bitladder.files import Closing
 from bitladder.gguf import GgufFile, block_of, name_in_block, prediction_tensors
 from bitladder.keys import Algorithm, key_of
 from bitladder.options import option
@@ -222,8 +222,6 @@ def kept_base(
 ) -> HiddenBase:
     """The full-precision predictions of a text, kept in a folder under the hash of all that decides them.
 
-    The hash of the file lies beside it: a byte that was damaged would change what is measured unnoticed.
-
     Parameters:
         folder: where they are kept; it is made if needed.
         model: path of the full-precision model.
@@ -242,20 +240,16 @@ def kept_base(
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key[:16]}.base"
-    digest = path.with_name(f"{path.name}.sha256")
     if path.exists():
         try:
-            if digest.is_file() and digest.read_bytes() == sha256_file(path).encode():
-                return open_base(path, text, settings, identity)
+            return open_base(path, text, settings, identity)
         except BitladderError:
-            pass
-        path.unlink()  # the file is ours, and damaged
+            path.unlink()  # the file is ours, and damaged
     own = folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
     load_or_compute_base(identity, text, settings, path=own, progress=progress).close()
     if path.exists():  # another machine has made it meanwhile, and may read it
         own.unlink()
     else:
-        write_text(digest, sha256_file(own))
         own.replace(path)
     return open_base(path, text, settings, identity)
 

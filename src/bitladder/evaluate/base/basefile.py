@@ -2,7 +2,8 @@
 
 Layout: the magic, the length of the header (u64, little-endian), the header (JSON, padded to 64 bytes), the tokens
 (int32 [chunks, n_ctx]), then one record for each chunk. A record has the hidden states [scored, n_embd] as `dtype`,
-and for each scored position the NLL (float32), the likeliest token (int32) and its logit (float32).
+and for each scored position the NLL (float32), the likeliest token (int32) and its logit (float32). The last four bytes
+are the CRC-32 of all before them (u32, little-endian).
 
 Hidden states are dozens of times smaller than log-probabilities of the whole vocabulary. The library rounds the input
 of the head to the type of the head; states kept in that type lose nothing.
@@ -11,6 +12,7 @@ of the head to the type of the head; states kept in that type lose nothing.
 import os
 import pathlib
 import struct
+import zlib
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -25,7 +27,10 @@ Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int32]
 Dtype = Literal["f16", "bf16", "f32"]
 
-MAGIC = b"BLBASE01"
+KIND = b"BLBASE"
+MAGIC = KIND + b"02"
+_CHECKSUM = 4  # bytes
+_PIECE = 1 << 20  # bytes that are read at once
 _STORED: dict[str, type[np.generic]] = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 
 
@@ -119,26 +124,42 @@ def unpack(stored: npt.NDArray[np.generic], dtype: Dtype) -> Floats:
     return stored.astype(np.float32)
 
 
-def write_header(stream: BinaryIO, header: BaseHeader, tokens: Tokens) -> None:
-    """Writes the start of a base file: the magic, the header and the tokens, int32 [chunks, n_ctx]."""
-    text = header.model_dump_json().encode()
-    text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
-    stream.write(MAGIC + struct.pack("<Q", len(text)) + text)
-    stream.write(np.ascontiguousarray(tokens, "<i4").tobytes())
+class BaseWriter:
+    """Writes a base file.
 
+    Parameters:
+        stream: the file.
+        header: what the base is made of.
+        tokens: int32 [chunks, n_ctx].
+    """
 
-def write_record(stream: BinaryIO, hidden: npt.NDArray[np.generic], rows: BaseRows) -> None:
-    """Appends a chunk: its packed hidden states, and what is kept of its rows."""
-    stream.write(np.ascontiguousarray(hidden).tobytes())
-    for values, kind in ((rows.nll, "<f4"), (rows.top, "<i4"), (rows.top_logit, "<f4")):
-        stream.write(values.astype(kind).tobytes())
+    def __init__(self, stream: BinaryIO, header: BaseHeader, tokens: Tokens) -> None:
+        self._stream, self._checksum = stream, 0
+        text = header.model_dump_json().encode()
+        text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
+        self._write(MAGIC + struct.pack("<Q", len(text)) + text)
+        self._write(np.ascontiguousarray(tokens, "<i4").tobytes())
+
+    def write(self, hidden: npt.NDArray[np.generic], rows: BaseRows) -> None:
+        """Appends a chunk: its packed hidden states, and what is kept of its rows."""
+        self._write(np.ascontiguousarray(hidden).tobytes())
+        for values, kind in ((rows.nll, "<f4"), (rows.top, "<i4"), (rows.top_logit, "<f4")):
+            self._write(values.astype(kind).tobytes())
+
+    def finish(self) -> None:
+        """Writes the checksum, after the last chunk."""
+        self._stream.write(struct.pack("<I", self._checksum))
+
+    def _write(self, data: bytes) -> None:
+        self._checksum = zlib.crc32(data, self._checksum)
+        self._stream.write(data)
 
 
 def is_base_file(path: pathlib.Path) -> bool:
-    """Whether a file begins with the magic of a base file."""
+    """Whether a file is a base file, of this version or another."""
     try:
         with path.open("rb") as stream:
-            return stream.read(len(MAGIC)) == MAGIC
+            return stream.read(len(KIND)) == KIND
     except OSError:
         return False
 
@@ -176,7 +197,7 @@ class BaseFile:
             place = ".".join(map(str, error.errors()[0]["loc"])) or "JSON"
             raise BitladderError(f"the base {self.path} has a damaged header ({place}); make it again") from error
         self._records = len(start) + length + header.chunks * header.n_ctx * 4
-        expected = self._records + header.chunks * header.record
+        expected = self._records + header.chunks * header.record + _CHECKSUM
         if size != expected:
             raise BitladderError(
                 f"the base {self.path} has {number_of(size, 'byte')} instead of {expected:,}: it is truncated or "
@@ -188,6 +209,15 @@ class BaseFile:
     def close(self) -> None:
         """Closes the file."""
         self._stream.close()
+
+    def check(self) -> None:
+        """Reads the whole file. Raises BitladderError if a byte was changed, which would change what is measured."""
+        handle, place, checksum = self._stream.fileno(), 0, 0
+        end = os.fstat(handle).st_size - _CHECKSUM
+        while place < end and (data := os.pread(handle, min(_PIECE, end - place), place)):
+            checksum, place = zlib.crc32(data, checksum), place + len(data)
+        if os.pread(handle, _CHECKSUM, end) != struct.pack("<I", checksum):
+            raise BitladderError(f"the base {self.path} is damaged: delete it and make it again")
 
     def hidden(self, chunk: int) -> Floats:
         """A chunk's hidden states, float32 [scored, n_embd]."""

@@ -48,7 +48,7 @@ def _same_name(kept: str, requested: str) -> str:
 
 
 def open_base(path: pathlib.Path, text: Text, settings: MeasureOptions, model: Identity | None = None) -> HiddenBase:
-    """Opens a base file that must fit. A base of more chunks than requested fits.
+    """Opens a base file that must fit, after a check of all its bytes. A base of more chunks than requested fits.
 
     Parameters:
         path: the base file.
@@ -62,6 +62,7 @@ def open_base(path: pathlib.Path, text: Text, settings: MeasureOptions, model: I
     """
     file = BaseFile(path)
     try:
+        file.check()
         if model is None:
             beside = path.with_name(file.header.model)
             if not beside.is_file():

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from bitladder.engine import HiddenStates, Lane, Lanes, dequantize_into, versions
 from bitladder.errors import BitladderError
-from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
+from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, BaseWriter, Dtype, pack, unpack
 from bitladder.evaluate.divergence import BaseRows, RowScores, refuse_broken, score_rows
 from bitladder.evaluate.identity import Identity
 from bitladder.evaluate.measure_options import MeasureOptions, decode
@@ -245,15 +245,18 @@ class _Maker:
         count = len(self.chunks)
         label = f"Base of {self.model.name} over {self.text.name}"
         with progress.task(label, count) as task, replacing(out) as temporary, temporary.open("wb") as stream:
-            total = 0.0
+            total, writer = 0.0, None
             results = self.lanes.each(count, functools.partial(self._chunk, dtype))
             for chunk, (states, rows, difference) in enumerate(results):
                 if difference is not None:
-                    write_header(stream, self._header(dtype, difference), self.chunks.tokens)
-                write_record(stream, states, rows)
+                    writer = BaseWriter(stream, self._header(dtype, difference), self.chunks.tokens)
+                assert writer is not None  # the first chunk has a difference
+                writer.write(states, rows)
                 total += float(rows.nll.mean())
                 task.note(f"PPL {np.exp(min(total / (chunk + 1), 700)):.4f}")
                 task.advance()
+            assert writer is not None
+            writer.finish()
 
     def _chunk(self, dtype: Dtype, lane: Lane, chunk: int) -> tuple[npt.NDArray[np.generic], BaseRows, float | None]:
         """A chunk's packed hidden states, what is kept of its rows, and of the first chunk what `_check` finds."""
