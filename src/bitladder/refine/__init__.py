@@ -17,14 +17,17 @@ if TYPE_CHECKING:
         quantize_rounded,
     )
     from bitladder.refine.smooth.links import SmoothingError, links_of
+    from bitladder.refine.smooth.order import ORDER_LENGTH, may_be_ordered
+    from bitladder.refine.smooth.smoothed_model import CHECKED_TOKENS, SMOOTHING, SmoothResult, smooth_model
     from bitladder.refine.smooth.smoothed_model import KEY as SMOOTHED_KEY
-    from bitladder.refine.smooth.smoothed_model import SMOOTHING, SmoothResult, smooth_model
     from bitladder.refine.smooth.smoothing_trial import SMOOTHING_TRIAL, SmoothingTrial, trial_text, try_smoothing
     from bitladder.refine.tune_quant import TUNING, TunedQuant, tune, tune_in_place, tuning_texts
     from bitladder.refine.verify import VerifiedQuant, verify
 
 __all__ = [
+    "CHECKED_TOKENS",
     "GUARD",
+    "ORDER_LENGTH",
     "OUTPUT_ROUNDING",
     "ROUNDED_QUANT",
     "SMOOTHED_KEY",
@@ -49,6 +52,7 @@ __all__ = [
     "guard_json",
     "guard_text",
     "links_of",
+    "may_be_ordered",
     "quantize_rounded",
     "refuse_other_moments",
     "smooth_model",

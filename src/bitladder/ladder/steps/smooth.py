@@ -6,9 +6,18 @@ from typing import Any
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
-from bitladder.refine import SMOOTHING, ModelFiles, SmoothingError, smooth_model
+from bitladder.refine import (
+    CHECKED_TOKENS,
+    ORDER_LENGTH,
+    SMOOTHING,
+    ModelFiles,
+    SmoothingError,
+    may_be_ordered,
+    smooth_model,
+)
 
-RESCALE, WRITE = 3e-9, 3e-9  # seconds for each weight
+RESCALE, WRITE = 3e-9, 3e-8  # seconds for each weight
+MOMENTS = 4e-9  # seconds for each byte of second moments
 
 
 class Smooth(Step):
@@ -27,9 +36,15 @@ class Smooth(Step):
         return {"smoothing": self.options.refine.smoothing}
 
     def parts(self, extent: Extent) -> list[Part]:
-        """Reading and writing the model."""
-        weights = extent.shape.weights
-        return [Part("rescale", RESCALE * weights, rate="blas"), Part("write the smoothed", WRITE * weights)]
+        """Reading the model, an order of its channels, writing it, a check of its logits, and its second moments."""
+        shape, smoothing = extent.shape, self.options.refine.smoothing
+        ordered = smoothing.order and may_be_ordered(tied=shape.tied, width=shape.width)
+        order = cost.decoding(shape, ORDER_LENGTH * smoothing.order_chunks, ORDER_LENGTH, logits=0) if ordered else 0
+        check = cost.decoding(shape, 2 * CHECKED_TOKENS, CHECKED_TOKENS, logits=1)
+        return [
+            Part("rescale", RESCALE * shape.weights + order),
+            Part("write the smoothed", WRITE * shape.weights + check + MOMENTS * self._moments(extent), rate="blas"),
+        ]
 
     def memory(self, extent: Extent) -> float:
         """The matrices of a block as float32, or second moments of the widest input."""
@@ -38,9 +53,12 @@ class Smooth(Step):
 
     def room(self, extent: Extent) -> Room:
         """The model and its second moments once more."""
-        moments = (extent.gradients, False) if self.options.rounds else ()
-        files = (cost.moments_bytes(extent.shape, gradients=weighted) for weighted in moments)
-        return Room(work=cost.model_bytes(extent.shape) + sum(files))
+        return Room(work=cost.model_bytes(extent.shape) + self._moments(extent))
+
+    def _moments(self, extent: Extent) -> float:
+        """Bytes of both files of second moments."""
+        files = (extent.gradients, False) if self.options.rounds else ()
+        return sum(cost.moments_bytes(extent.shape, gradients=weighted) for weighted in files)
 
     def make(self, run: Run) -> Product:
         """Writes the files. There are none, and a remark, if the channels of the model cannot be rescaled."""

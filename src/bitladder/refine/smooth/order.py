@@ -19,7 +19,7 @@ from bitladder.refine.options import SmoothingOptions
 from bitladder.refine.smooth.links import FLOATS
 
 BLOCK = 256  # QK_K in ggml-common.h: what a block of Q8_K holds
-LENGTH = 64  # of a chunk of random tokens: which channels are large hardly depends on the text
+ORDER_LENGTH = 64  # of a chunk of random tokens: which channels are large hardly depends on the text
 
 # Tensors with a value for each channel of the stream in each row, or that are one such row; and those with a row for
 # each channel.
@@ -72,11 +72,9 @@ def find_order(file: GgufFile, options: SmoothingOptions, threads: int | None = 
         BitladderError: the model does not decode.
     """
     embeddings = file.tensors.get(EMBEDDING)
-    if embeddings is None or HEAD in file.tensors:
+    if embeddings is None or not may_be_ordered(tied=HEAD not in file.tensors, width=embeddings.width):
         return None
     width = embeddings.width
-    if width % BLOCK or width < 2 * BLOCK:
-        return None
     stems = {name: name_in_block(name) for name in file.tensors}
     if not set(stems.values()) <= _ACROSS | _DOWN | _FREE:
         return None
@@ -92,6 +90,16 @@ def find_order(file: GgufFile, options: SmoothingOptions, threads: int | None = 
     weights = column_squares(file, embeddings)[0]
     channels, noise = order_for_blocks(np.square(inputs, dtype=np.float64), weights, options.outliers)
     return Order(channels, columns, rows, noise) if noise < 1 else None
+
+
+def may_be_ordered(*, tied: bool, width: int) -> bool:
+    """Whether an order of the channels is looked for.
+
+    Parameters:
+        tied: whether embeddings are the head; else scales can move in front of it.
+        width: channels.
+    """
+    return tied and width % BLOCK == 0 and width >= 2 * BLOCK
 
 
 def order_for_blocks(
@@ -166,7 +174,7 @@ class _HeadInputs(HiddenStates):
 def _head_inputs(file: GgufFile, chunks: int, threads: int | None) -> Floats:
     kept: list[Floats] = []
     with Model(file.path, repack=False) as model:
-        tokens = np.random.default_rng(0).integers(0, model.n_vocab, (chunks, LENGTH)).astype(np.int32)
+        tokens = np.random.default_rng(0).integers(0, model.n_vocab, (chunks, ORDER_LENGTH)).astype(np.int32)
         for _, inputs in watch_chunks(model, tokens, _HeadInputs, Decoding(threads=threads)):
             kept += inputs
     return np.concatenate(kept)
