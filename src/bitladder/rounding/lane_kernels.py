@@ -153,7 +153,7 @@ class ScaleLanes(NamedTuple):
 
 @jit
 def new_lanes(sub):
-    """ScaleLanes for sub-blocks of `sub` columns."""
+    """Lanes for sub-blocks of `sub` columns."""
     return ScaleLanes(
         np.ones(LANES, np.int64),
         np.zeros(LANES, np.int64),

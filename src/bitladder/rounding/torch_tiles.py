@@ -150,7 +150,7 @@ class Kernels(Protocol):
 
     @property
     def units(self) -> Mapping[str, int]:
-        """BlockParts of blocks, and how many columns share a number of each."""
+        """Parts of blocks, and how many columns share a number of each."""
 
     @property
     def cell(self) -> int:

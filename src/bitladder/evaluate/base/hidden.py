@@ -245,17 +245,15 @@ class _Maker:
         count = len(self.chunks)
         label = f"Base of {self.model.name} over {self.text.name}"
         with progress.task(label, count) as task, replacing(out) as temporary, temporary.open("wb") as stream:
-            total, writer = 0.0, None
+            total = 0.0
             results = self.lanes.each(count, functools.partial(self._chunk, dtype))
             for chunk, (states, rows, difference) in enumerate(results):
-                if difference is not None:
+                if difference is not None:  # the first chunk has one
                     writer = BaseWriter(stream, self._header(dtype, difference), self.chunks.tokens)
-                assert writer is not None  # the first chunk has a difference
                 writer.write(states, rows)
                 total += float(rows.nll.mean())
                 task.note(f"PPL {np.exp(min(total / (chunk + 1), 700)):.4f}")
                 task.advance()
-            assert writer is not None
             writer.finish()
 
     def _chunk(self, dtype: Dtype, lane: Lane, chunk: int) -> tuple[npt.NDArray[np.generic], BaseRows, float | None]:

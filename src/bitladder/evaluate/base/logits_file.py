@@ -1,6 +1,6 @@
 """llama-perplexity's file of log-probabilities (--kl-divergence-base): read, and written with the same bytes.
 
-LogitsLayout, little-endian: the magic "_logits_", n_ctx (u32), n_vocab and chunks (i32), the tokens of the text (i32
+Layout, little-endian: the magic "_logits_", n_ctx (u32), n_vocab and chunks (i32), the tokens of the text (i32
 [chunks, n_ctx], without BOS), then a record for each chunk. A record has one row for each scored position n_ctx/2 …
 n_ctx−2: scale and floor (f32), one u16 for each token of the vocabulary, and two bytes of padding if n_vocab is odd. A
 natural log-probability is scale × u16 + floor. Logits 16 or more below the row's largest are stored as the floor.
