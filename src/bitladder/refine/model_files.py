@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
-PIECE = 1 << 20  # weights read at once
+PIECE = 1 << 18  # weights read at once: buffers of a megabyte stay in the caches
 
 
 @dataclasses.dataclass(frozen=True)
