@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from typing import TYPE_CHECKING, Any
 
-from bitladder.engine import CPU, kernels, processors, threads_available, versions
+from bitladder.engine import CPU, give_back_memory, kernels, processors, threads_available, versions
 from bitladder.errors import BitladderError, UsageError, in_one_line
 from bitladder.exchange import FLAG as SHARE
 from bitladder.exchange import reaches, remove_objects, write_object
@@ -259,4 +259,7 @@ def on_worker(needed: Mapping[str, Any], fn: Callable[..., Any], args: Sequence[
     described = {"versions": installed(), "lacks": _lacking(needed["sees"])}
     if reason := why_unfit(described, needed):
         raise BitladderError(f"{FLAG}: a worker on {socket.gethostname()} {reason}")
-    return fn(*args, **kwargs)
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        give_back_memory()  # a worker lives on

@@ -106,6 +106,16 @@ def main_memory() -> int:
         return 0
 
 
+def give_back_memory() -> None:
+    """Gives memory that was freed back to the system, where C's library would keep it for later (glibc does).
+
+    It keeps what threads freed in pools of their own, where other threads find none of it: 1.8 GB after second moments
+    by gradients of a 127M model.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of other systems
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 # NumPy's wheels contain an OpenBLAS whose symbols have these names.
 _NAMES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bitladder import evaluate
 from bitladder.convert import converter_file
-from bitladder.engine import Decoding
+from bitladder.engine import Decoding, give_back_memory
 from bitladder.files import Closing
 from bitladder.ladder.options import RunOptions
 from bitladder.ladder.source import Other, Source
@@ -177,11 +177,12 @@ class Run(Closing):
         step.completed(self)
 
     def free(self, left: Sequence[Step]) -> None:
-        """Frees the loaded models that none of the steps that are left uses."""
+        """Frees the loaded models that none of the steps that are left uses, and memory that the last step left."""
         if RENDERED not in {step.cache for step in left}:
             self._close_planner()
         if BASE not in {name for step in left for name in step.reads(self)}:
             self._close_bases()
+        give_back_memory()
 
     def release(self, left: Sequence[Step]) -> None:
         """Deletes the files of the work folder that none of the steps that are left reads. `free` comes first."""

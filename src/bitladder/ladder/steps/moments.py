@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder import calibrate
-from bitladder.engine import device_key
+from bitladder.engine import device_key, give_back_memory
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.step import CutText, Extent, Job, Part, Product, Room, Step, TextsOfRun
@@ -73,7 +73,9 @@ class CollectMoments(Step):
 
     def collect(self, run: Run, name: calibrate.RoundingMoments) -> calibrate.MomentsResult:
         """Collects one of the two files."""
-        return calibrate.collect_job(self._job(run, name, run.progress), self._out(run, name))
+        result = calibrate.collect_job(self._job(run, name, run.progress), self._out(run, name))
+        give_back_memory()
+        return result
 
     def collect_text(self, run: Run, name: calibrate.RoundingMoments, number: int) -> str:
         """Collects the sums of a text for one of the files. Returns the last file of them, below the work folder."""
