@@ -157,11 +157,21 @@ def model_bytes(shape: ModelShape) -> float:
 
 
 def gradient_bytes(extent: "Extent") -> float:
-    """Of second moments: the model's file is mapped; what the sums and the graph need is kept within a limit."""
+    """Of second moments: the model's file is mapped; what the sums and the graph need is kept within a limit.
+
+    As many chunks as there are threads are computed side by side, in a quarter of the limit for one block of each. As
+    many blocks as fit keep what their backward pass needs (`calibrate.gradients.segments`).
+    """
     shape = extent.shape
+    head = 20 * 128 * shape.vocabulary
+    fixed = TORCH + 12 * max(matrix.width for matrix in shape.matrices) ** 2
     sums = moments_sums(shape, gradients=extent.gradients)
-    fixed = TORCH + 20 * 128 * shape.vocabulary + 12 * max(matrix.width for matrix in shape.matrices) ** 2
-    return PROCESS + model_bytes(shape) + min(extent.limit, sums + fixed)
+    if not extent.gradients:
+        return PROCESS + model_bytes(shape) + min(extent.limit, sums + fixed + head)
+    rows = sum(matrix.count * matrix.share * matrix.rows for matrix in shape.matrices)
+    graph = 4 * extent.chunk * (3 * rows + 12 * shape.blocks * shape.width)
+    lanes = max(1, min(extent.threads, int(extent.limit / 4 / (head + graph / shape.blocks))))
+    return PROCESS + model_bytes(shape) + min(extent.limit, sums + fixed + lanes * (head + graph))
 
 
 def kept_blocks(shape: ModelShape, need: float, limit: int | None) -> float:
