@@ -26,6 +26,7 @@ import click
 import evidence_methods as methods
 import evidence_page
 import numpy as np
+import numpy.typing as npt
 from evidence_fit import fits
 
 from bitladder.calibrate import ImatrixOptions, MomentsOptions, collect_imatrix, collect_moments
@@ -46,6 +47,8 @@ from bitladder.evaluate import (
 from bitladder.files import sha256_file, write_json
 from bitladder.keys import key_of
 from bitladder.text import Reading, Text, load_text
+
+Doubles = npt.NDArray[np.float64]
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "evidence.md"
@@ -246,15 +249,18 @@ class Evidence:
         if not pairs or mine.keys() != theirs.keys() or any(a.shape != b.shape for a, b in pairs):
             return None
         scored = self.settings.n_ctx - self.settings.n_ctx // 2 - 1  # tokens of a chunk; a short text has fewer chunks
-        chunks = [len(a) // scored for a, _ in pairs]
+
+        def gap(a: Doubles, b: Doubles) -> Figure:
+            return paired_mean(a, b, len(a) // scored)
+
         below = average([Figure(value=float(b.mean()), error=0.0) for _, b in pairs]).value
         ratio = average([Figure(value=float(a.mean()), error=0.0) for a, _ in pairs]).value / below
-        spread = average([paired_mean(a, ratio * b, count) for (a, b), count in zip(pairs, chunks, strict=True)]).error
-        difference = average([paired_mean(a, b, count) for (a, b), count in zip(pairs, chunks, strict=True)])
+        spread = average([gap(a, ratio * b) for a, b in pairs]).error
+        difference = average([gap(a, b) for a, b in pairs])
         on_texts = {}
-        for name, (a, b), count in zip((name.removesuffix(".kld") for name in theirs), pairs, chunks, strict=True):
+        for name, (a, b) in zip((name.removesuffix(".kld") for name in theirs), pairs, strict=True):
             own = float(a.mean() / b.mean())
-            error = paired_mean(a, own * b, count).error / float(b.mean())
+            error = gap(a, own * b).error / float(b.mean())
             on_texts[name] = {"value": own, "error": error}
         return {
             "with": other["method"],

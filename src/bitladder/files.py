@@ -8,6 +8,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -186,6 +187,35 @@ def sha256_file(path: PathLike) -> str:
 def sha256_bytes(data: bytes) -> str:
     """The SHA-256 of bytes in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+SEAL = 4  # bytes of the checksum behind what is kept: a damaged byte would change a result unnoticed
+
+
+def seal(path: pathlib.Path) -> None:
+    """Puts the checksum (CRC-32, little-endian) of a file behind it. Who reads it stops before that."""
+    total = _sum_of(path, path.stat().st_size)
+    with path.open("ab") as stream:
+        stream.write(total)
+
+
+def check_seal(path: pathlib.Path) -> None:
+    """Reads a whole file. Raises ValueError if it is not as it was sealed."""
+    size = path.stat().st_size - SEAL
+    with path.open("rb") as stream:
+        stream.seek(max(size, 0))
+        kept = stream.read()
+    if kept != _sum_of(path, size):
+        raise ValueError("another checksum")
+
+
+def _sum_of(path: pathlib.Path, size: int) -> bytes:
+    """The checksum of the first `size` bytes of a file."""
+    crc = 0
+    with path.open("rb") as stream:
+        while size > 0 and (part := stream.read(min(size, 1 << 20))):
+            crc, size = zlib.crc32(part, crc), size - len(part)
+    return crc.to_bytes(SEAL, "little")
 
 
 def is_alive(process: int) -> bool:

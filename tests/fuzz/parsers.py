@@ -29,11 +29,12 @@ from bitladder.cli import outputs
 from bitladder.compare.same_model import check_structure
 from bitladder.errors import BitladderError
 from bitladder.evaluate import LogitsFile, ResultFolder, Scores
-from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, BaseWriter
+from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, write_header, write_record
 from bitladder.evaluate.base.logits_base import LogitsBase
 from bitladder.evaluate.divergence import BaseRows
 from bitladder.evaluate.identity import identify
 from bitladder.evaluate.several import _kept
+from bitladder.files import seal
 from bitladder.gguf import GgufFile, TensorPlan, Value, describe_kind, open_model, string, strings, u16, u32, writing
 from bitladder.progress import SILENT
 from bitladder.recipe import extract, recipe_toml
@@ -209,13 +210,14 @@ def _base_seeds(place: Place) -> Iterator[tuple[str, bytes]]:
             **dict.fromkeys(_HASHES, "x"),
         )  # fmt: skip
         stream = io.BytesIO()
-        writer = BaseWriter(stream, header, np.zeros((2, 8), np.int32))
+        write_header(stream, header, np.zeros((2, 8), np.int32))
         zeros = np.zeros(header.scored, np.float32)
         for _ in range(2):
             rows = BaseRows(zeros.astype(float), zeros.astype(np.int32), zeros)
-            writer.write(np.zeros((header.scored, 4), item), rows)
-        writer.finish()
-        yield "b.base", stream.getvalue()
+            write_record(stream, np.zeros((header.scored, 4), item), rows)
+        path = place.file("b.base", stream.getvalue())
+        seal(path)
+        yield "b.base", path.read_bytes()
 
 
 BASE = Parser("base", _read_base, _base_seeds, ("b.base",))

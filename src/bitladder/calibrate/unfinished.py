@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from bitladder.engine import versions
 from bitladder.errors import BitladderError
-from bitladder.files import replacing, write_text
+from bitladder.files import SEAL, check_seal, replacing, seal, write_text
 from bitladder.gguf import open_model
 from bitladder.keys import Algorithm, key_of, versions_of
 from bitladder.progress import Progress
@@ -24,7 +24,6 @@ from bitladder.units import number_of
 
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[Any]]
-SUM = 4  # bytes of the checksum behind each piece and each row: what was damaged would change a result unnoticed
 
 
 def job_key(
@@ -54,32 +53,6 @@ def job_key(
             **settings,
         }
     )
-
-
-def _sum_of(path: pathlib.Path, size: int) -> bytes:
-    """The checksum of the first `size` bytes of a file."""
-    crc = 0
-    with path.open("rb") as stream:
-        while size > 0 and (part := stream.read(min(size, 1 << 20))):
-            crc, size = zlib.crc32(part, crc), size - len(part)
-    return crc.to_bytes(SUM, "little")
-
-
-def _seal(path: pathlib.Path) -> None:
-    """Puts the checksum of a file behind it. Readers of arrays stop before it."""
-    total = _sum_of(path, path.stat().st_size)
-    with path.open("ab") as stream:
-        stream.write(total)
-
-
-def _check_seal(path: pathlib.Path) -> None:
-    """Raises ValueError if a file is not as it was sealed."""
-    size = path.stat().st_size - SUM
-    with path.open("rb") as stream:
-        stream.seek(max(size, 0))
-        kept = stream.read()
-    if kept != _sum_of(path, size):
-        raise ValueError("another checksum")
 
 
 class UnfinishedWork:
@@ -128,7 +101,7 @@ class UnfinishedWork:
         with replacing(self.path(name)) as temporary:
             with temporary.open("wb") as stream:
                 np.save(stream, array)
-            _seal(temporary)
+            seal(temporary)
 
     def put_rows(self, name: str, shape: tuple[int, int], rows: Iterable[Floats]) -> None:
         """Keeps a float32 array of this shape, whose rows are made one after the other."""
@@ -139,7 +112,7 @@ class UnfinishedWork:
                 np.lib.format.write_array_header_1_0(stream, head)
                 for row in rows:
                     stream.write(np.ascontiguousarray(row, np.float32).data)
-            _seal(temporary)
+            seal(temporary)
 
     def put_arrays(self, name: str, arrays: Arrays) -> None:
         """Keeps some arrays in one piece, which has checksums."""
@@ -160,7 +133,7 @@ class UnfinishedWork:
         path = self.folder / name
         try:
             if name not in self._checked:
-                _check_seal(path)
+                check_seal(path)
                 self._checked.add(name)
             array: npt.NDArray[Any] = np.lib.format.open_memmap(path, "r")
             return array
@@ -170,7 +143,7 @@ class UnfinishedWork:
     def kept_rows(self, name: str, shape: tuple[int, ...]) -> int:
         """How many arrays of this shape were appended to a piece. What a crash left of another one does not count."""
         path = self.folder / name
-        return path.stat().st_size // (4 * math.prod(shape) + SUM) if path.is_file() else 0
+        return path.stat().st_size // (4 * math.prod(shape) + SEAL) if path.is_file() else 0
 
     def append_row(self, name: str, index: int, row: Floats) -> None:
         """Puts a float32 array at the end of a piece, after the first `index` of them. What is behind is cut off."""
@@ -182,19 +155,19 @@ class UnfinishedWork:
 
     def _write_row(self, path: pathlib.Path, index: int, row: Floats) -> None:
         with path.open("r+b" if path.exists() else "wb") as stream:
-            stream.truncate(index * (row.nbytes + SUM))
-            stream.seek(index * (row.nbytes + SUM))
+            stream.truncate(index * (row.nbytes + SEAL))
+            stream.seek(index * (row.nbytes + SEAL))
             data = np.ascontiguousarray(row, np.float32).tobytes()
-            stream.write(data + zlib.crc32(data).to_bytes(SUM, "little"))
+            stream.write(data + zlib.crc32(data).to_bytes(SEAL, "little"))
 
     def read_row(self, name: str, index: int, shape: tuple[int, ...]) -> Floats:
         """The array number `index` of this shape in a piece. Raises BitladderError (`damaged`)."""
         size = 4 * math.prod(shape)
         path = self.folder / name
         with path.open("rb") as stream:
-            stream.seek(index * (size + SUM))
-            data, kept = bytearray(stream.read(size)), stream.read(SUM)
-        if len(kept) < SUM or zlib.crc32(data) != int.from_bytes(kept, "little"):
+            stream.seek(index * (size + SEAL))
+            data, kept = bytearray(stream.read(size)), stream.read(SEAL)
+        if len(kept) < SEAL or zlib.crc32(data) != int.from_bytes(kept, "little"):
             raise self.damaged(f"{path} is damaged")
         return np.frombuffer(data, np.float32).reshape(shape)
 

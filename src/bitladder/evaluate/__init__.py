@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.evaluate.base.basefile import is_base_file
+    from bitladder.evaluate.base.basefile import BASE_FORMAT, is_base_file
     from bitladder.evaluate.base.cache import cache_path, load_or_compute_base, open_base
     from bitladder.evaluate.base.hidden import BASE, HiddenBase
     from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASE",
+    "BASE_FORMAT",
     "BENCH",
     "FIVE",
     "GENERATED",

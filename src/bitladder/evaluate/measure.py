@@ -147,7 +147,7 @@ def evaluate(
 
 
 def make_base(
-    model: pathlib.Path,
+    model: pathlib.Path | Identity,
     text: Text,
     out: pathlib.Path,
     settings: MeasureOptions | None = None,
@@ -158,7 +158,8 @@ def make_base(
     Raises:
         BitladderError: as `base.hidden.make_base`.
     """
-    hidden.make_base(identify(model), text, out, settings or MeasureOptions(), progress)
+    identity = model if isinstance(model, Identity) else identify(model)
+    hidden.make_base(identity, text, out, settings or MeasureOptions(), progress)
 
 
 @MEASURE.entry

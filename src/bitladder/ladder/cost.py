@@ -163,14 +163,13 @@ def gradient_bytes(extent: "Extent") -> float:
     many blocks as fit keep what their backward pass needs (`calibrate.gradients.segments`).
     """
     shape = extent.shape
-    head = 20 * 128 * shape.vocabulary
+    lanes, graph, head = 1, 0.0, 20 * 128 * shape.vocabulary
     fixed = TORCH + 12 * max(matrix.width for matrix in shape.matrices) ** 2
     sums = moments_sums(shape, gradients=extent.gradients)
-    if not extent.gradients:
-        return PROCESS + model_bytes(shape) + min(extent.limit, sums + fixed + head)
-    rows = sum(matrix.count * matrix.share * matrix.rows for matrix in shape.matrices)
-    graph = 4 * extent.chunk * (3 * rows + 12 * shape.blocks * shape.width)
-    lanes = max(1, min(extent.threads, int(extent.limit / 4 / (head + graph / shape.blocks))))
+    if extent.gradients:
+        rows = sum(matrix.count * matrix.share * matrix.rows for matrix in shape.matrices)
+        graph = 4 * extent.chunk * (3 * rows + 12 * shape.blocks * shape.width)
+        lanes = max(1, min(extent.threads, int(extent.limit / 4 / (head + graph / shape.blocks))))
     return PROCESS + model_bytes(shape) + min(extent.limit, sums + fixed + lanes * (head + graph))
 
 

@@ -19,14 +19,13 @@ import numba
 import numpy as np
 
 
-def _has_cache() -> bool:
-    """Whether numba finds a folder for compiled loops. Where it finds none, each process compiles them again."""
+def _cache() -> pathlib.Path | None:
+    """The folder where numba keeps compiled loops. Where it finds none, each process compiles them again."""
     try:
-        loop = numba.njit(cache=True)(_has_cache)
+        loop = numba.njit(cache=True)(_cache)
     except RuntimeError:
-        return False
-    _drop_older(pathlib.Path(str(loop.stats.cache_path)))
-    return True
+        return None
+    return pathlib.Path(str(loop.stats.cache_path))
 
 
 def _drop_older(folder: pathlib.Path) -> None:
@@ -43,7 +42,9 @@ def _drop_older(folder: pathlib.Path) -> None:
                 index.unlink()
 
 
-COMPILED: dict[str, Any] = {"nogil": True, "cache": _has_cache()}
+if _FOLDER := _cache():
+    _drop_older(_FOLDER)
+COMPILED: dict[str, Any] = {"nogil": True, "cache": _FOLDER is not None}
 _OPTIONS: dict[str, Any] = COMPILED | {"fastmath": {"contract", "reassoc", "nsz", "arcp"}}
 # What Python calls.
 entry = numba.njit(**_OPTIONS)

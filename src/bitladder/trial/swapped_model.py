@@ -41,6 +41,7 @@ from bitladder.evaluate import (
     compare_with_base,
     identify,
     load_or_compute_base,
+    make_base,
     mean,
     open_base,
 )
@@ -246,7 +247,7 @@ def kept_base(
         except BitladderError:
             path.unlink()  # the file is ours, and damaged
     own = folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    load_or_compute_base(identity, text, settings, path=own, progress=progress).close()
+    make_base(identity, text, own, settings, progress)
     if path.exists():  # another machine has made it meanwhile, and may read it
         own.unlink()
     else:

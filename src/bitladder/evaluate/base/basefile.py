@@ -2,8 +2,8 @@
 
 Layout: the magic, the length of the header (u64, little-endian), the header (JSON, padded to 64 bytes), the tokens
 (int32 [chunks, n_ctx]), then one record for each chunk. A record has the hidden states [scored, n_embd] as `dtype`,
-and for each scored position the NLL (float32), the likeliest token (int32) and its logit (float32). The last four bytes
-are the CRC-32 of all before them (u32, little-endian).
+and for each scored position the NLL (float32), the likeliest token (int32) and its logit (float32). The end
+is the seal of the file (`files.seal`).
 
 Hidden states are dozens of times smaller than log-probabilities of the whole vocabulary. The library rounds the input
 of the head to the type of the head; states kept in that type lose nothing.
@@ -12,7 +12,6 @@ of the head to the type of the head; states kept in that type lose nothing.
 import os
 import pathlib
 import struct
-import zlib
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ import pydantic
 
 from bitladder.errors import BitladderError
 from bitladder.evaluate.divergence import BaseRows
+from bitladder.files import SEAL, check_seal
 from bitladder.units import number_of
 
 Floats = npt.NDArray[np.float32]
@@ -29,8 +29,7 @@ Dtype = Literal["f16", "bf16", "f32"]
 
 KIND = b"BLBASE"
 MAGIC = KIND + b"02"
-_CHECKSUM = 4  # bytes
-_PIECE = 1 << 20  # bytes that are read at once
+BASE_FORMAT = MAGIC.decode()
 _STORED: dict[str, type[np.generic]] = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 
 
@@ -124,35 +123,19 @@ def unpack(stored: npt.NDArray[np.generic], dtype: Dtype) -> Floats:
     return stored.astype(np.float32)
 
 
-class BaseWriter:
-    """Writes a base file.
+def write_header(stream: BinaryIO, header: BaseHeader, tokens: Tokens) -> None:
+    """Writes the start of a base file: the magic, the header and the tokens, int32 [chunks, n_ctx]."""
+    text = header.model_dump_json().encode()
+    text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
+    stream.write(MAGIC + struct.pack("<Q", len(text)) + text)
+    stream.write(np.ascontiguousarray(tokens, "<i4").tobytes())
 
-    Parameters:
-        stream: the file.
-        header: what the base is made of.
-        tokens: int32 [chunks, n_ctx].
-    """
 
-    def __init__(self, stream: BinaryIO, header: BaseHeader, tokens: Tokens) -> None:
-        self._stream, self._checksum = stream, 0
-        text = header.model_dump_json().encode()
-        text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
-        self._write(MAGIC + struct.pack("<Q", len(text)) + text)
-        self._write(np.ascontiguousarray(tokens, "<i4").tobytes())
-
-    def write(self, hidden: npt.NDArray[np.generic], rows: BaseRows) -> None:
-        """Appends a chunk: its packed hidden states, and what is kept of its rows."""
-        self._write(np.ascontiguousarray(hidden).tobytes())
-        for values, kind in ((rows.nll, "<f4"), (rows.top, "<i4"), (rows.top_logit, "<f4")):
-            self._write(values.astype(kind).tobytes())
-
-    def finish(self) -> None:
-        """Writes the checksum, after the last chunk."""
-        self._stream.write(struct.pack("<I", self._checksum))
-
-    def _write(self, data: bytes) -> None:
-        self._checksum = zlib.crc32(data, self._checksum)
-        self._stream.write(data)
+def write_record(stream: BinaryIO, hidden: npt.NDArray[np.generic], rows: BaseRows) -> None:
+    """Appends a chunk: its packed hidden states, and what is kept of its rows. The last one is before `files.seal`."""
+    stream.write(np.ascontiguousarray(hidden).tobytes())
+    for values, kind in ((rows.nll, "<f4"), (rows.top, "<i4"), (rows.top_logit, "<f4")):
+        stream.write(values.astype(kind).tobytes())
 
 
 def is_base_file(path: pathlib.Path) -> bool:
@@ -197,7 +180,7 @@ class BaseFile:
             place = ".".join(map(str, error.errors()[0]["loc"])) or "JSON"
             raise BitladderError(f"the base {self.path} has a damaged header ({place}); make it again") from error
         self._records = len(start) + length + header.chunks * header.n_ctx * 4
-        expected = self._records + header.chunks * header.record + _CHECKSUM
+        expected = self._records + header.chunks * header.record + SEAL
         if size != expected:
             raise BitladderError(
                 f"the base {self.path} has {number_of(size, 'byte')} instead of {expected:,}: it is truncated or "
@@ -212,12 +195,10 @@ class BaseFile:
 
     def check(self) -> None:
         """Reads the whole file. Raises BitladderError if a byte was changed, which would change what is measured."""
-        handle, place, checksum = self._stream.fileno(), 0, 0
-        end = os.fstat(handle).st_size - _CHECKSUM
-        while place < end and (data := os.pread(handle, min(_PIECE, end - place), place)):
-            checksum, place = zlib.crc32(data, checksum), place + len(data)
-        if os.pread(handle, _CHECKSUM, end) != struct.pack("<I", checksum):
-            raise BitladderError(f"the base {self.path} is damaged: delete it and make it again")
+        try:
+            check_seal(self.path)
+        except ValueError as error:
+            raise BitladderError(f"the base {self.path} is damaged: delete it and make it again") from error
 
     def hidden(self, chunk: int) -> Floats:
         """A chunk's hidden states, float32 [scored, n_embd]."""

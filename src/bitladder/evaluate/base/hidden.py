@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from bitladder.engine import HiddenStates, Lane, Lanes, dequantize_into, versions
 from bitladder.errors import BitladderError
-from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, BaseWriter, Dtype, pack, unpack
+from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
 from bitladder.evaluate.divergence import BaseRows, RowScores, refuse_broken, score_rows
 from bitladder.evaluate.identity import Identity
 from bitladder.evaluate.measure_options import MeasureOptions, decode
-from bitladder.files import Closing, replacing
+from bitladder.files import Closing, replacing, seal
 from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
@@ -244,17 +244,18 @@ class _Maker:
         """Writes the whole base. Raises OverflowError if a hidden state is too large for the type."""
         count = len(self.chunks)
         label = f"Base of {self.model.name} over {self.text.name}"
-        with progress.task(label, count) as task, replacing(out) as temporary, temporary.open("wb") as stream:
-            total = 0.0
-            results = self.lanes.each(count, functools.partial(self._chunk, dtype))
-            for chunk, (states, rows, difference) in enumerate(results):
-                if difference is not None:  # the first chunk has one
-                    writer = BaseWriter(stream, self._header(dtype, difference), self.chunks.tokens)
-                writer.write(states, rows)
-                total += float(rows.nll.mean())
-                task.note(f"PPL {np.exp(min(total / (chunk + 1), 700)):.4f}")
-                task.advance()
-            writer.finish()
+        with progress.task(label, count) as task, replacing(out) as temporary:
+            with temporary.open("wb") as stream:
+                total = 0.0
+                results = self.lanes.each(count, functools.partial(self._chunk, dtype))
+                for chunk, (states, rows, difference) in enumerate(results):
+                    if difference is not None:
+                        write_header(stream, self._header(dtype, difference), self.chunks.tokens)
+                    write_record(stream, states, rows)
+                    total += float(rows.nll.mean())
+                    task.note(f"PPL {np.exp(min(total / (chunk + 1), 700)):.4f}")
+                    task.advance()
+            seal(temporary)
 
     def _chunk(self, dtype: Dtype, lane: Lane, chunk: int) -> tuple[npt.NDArray[np.generic], BaseRows, float | None]:
         """A chunk's packed hidden states, what is kept of its rows, and of the first chunk what `_check` finds."""

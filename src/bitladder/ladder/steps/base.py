@@ -32,8 +32,8 @@ class MakeBase(Step):
         return ("convert", "text")
 
     def decides(self) -> Mapping[str, Any]:
-        """How texts are decoded, and how much of each."""
-        return {"decoding": self.options.decoding, "chunks": self.options.chunks}
+        """How texts are decoded, how much of each, and how the file is laid out."""
+        return {"decoding": self.options.decoding, "chunks": self.options.chunks, "format": evaluate.BASE_FORMAT}
 
     def parts(self, extent: Extent) -> list[Part]:
         """Every token is decoded."""

@@ -51,10 +51,10 @@ class _Smoothed:
     """The moments of a file after smoothing."""
 
     def __init__(self, old: MomentsFile, changes: Mapping[str, Change]) -> None:
-        self._old, self._names = old, old.names()
-        self._changes = {name: changes.get(name, Change()) for name in self._names}
-        self._shared = {name: old.entry(name) for name in self._names if old.entry(name) != name}
-        self._shapes = {name: _changed_shape(old.shape(name), self._changes[name]) for name in self._names}
+        self._old = old
+        self._changes = {name: changes.get(name, Change()) for name in old.names()}
+        self._shared = {name: old.entry(name) for name in old.names() if old.entry(name) != name}
+        self._shapes = {name: _changed_shape(old.shape(name), change) for name, change in self._changes.items()}
 
     def works(self) -> Iterator[Callable[[], Any]]:
         """What makes the moments of each weight: of its inputs, matrix by matrix, if it has its own; of its outputs."""
