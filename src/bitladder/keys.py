@@ -46,13 +46,19 @@ class Algorithm:
         return dict(sorted(all_versions.items()))
 
     def entry(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Marks a function as the way into the algorithm, so that `recorded` notices each use."""
+        """Marks a function as the way into the algorithm: `recorded` notices each use, and its bytes repeat.
+
+        OpenBLAS's sums depend on the number of its threads, so inside the function it has one.
+        """
 
         @functools.wraps(function)
         def noticed(*args: P.args, **kwargs: P.kwargs) -> R:
+            from bitladder.engine import single_threaded  # the door is opened late: most keys need no array
+
             for names in _recorders:
                 names.add(self.name)
-            return function(*args, **kwargs)
+            with single_threaded():
+                return function(*args, **kwargs)
 
         return noticed
 
