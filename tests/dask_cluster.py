@@ -70,9 +70,9 @@ def dask_cluster(folder: pathlib.Path, kinds: Iterable[str], workers: int = 2) -
 
 def dask_setup(worker: object) -> None:
     """Called in each worker (--preload)."""
-    from bitladder.ladder import elsewhere
+    from bitladder.ladder import spread
 
-    work_on, at_work = elsewhere.work_on, [""]
+    work_on, at_work = spread.work_on, [""]
     deaths, counts = pathlib.Path(os.environ[DEATHS]), dict[str, int]()
 
     def die() -> None:
@@ -99,4 +99,4 @@ def dask_setup(worker: object) -> None:
         return done
 
     sys.addaudithook(notice)
-    elsewhere.work_on = dying
+    spread.work_on = dying

@@ -8,10 +8,10 @@ import pytest
 
 from bitladder.engine import PIECE, Workers
 from bitladder.errors import BitladderError
-from bitladder.evaluate import figures
+from bitladder.evaluate import token_scores
 from bitladder.evaluate.base.basefile import pack, unpack
 from bitladder.evaluate.divergence import divergence, score_rows
-from bitladder.evaluate.score_chunks import TokenScores
+from bitladder.evaluate.token_scores import TokenScores
 
 ROWS, VOCAB = 37, PIECE + 5_001  # more than one piece, and no multiple of a block
 
@@ -92,7 +92,7 @@ def test_figures():
     kld = random.gamma(1, 0.1, n)
     delta_p = np.exp(-nll) - np.exp(-nll_base)
     same = random.random(n) < 0.9
-    found = figures.divergence_figures(TokenScores(nll, nll_base, kld, delta_p, same))
+    found = token_scores.divergence_figures(TokenScores(nll, nll_base, kld, delta_p, same))
 
     def error(values):
         return math.sqrt(((values**2).mean() - values.mean() ** 2) / (n - 1))
@@ -123,7 +123,7 @@ def test_figures():
 def test_figures_of_equal_models():
     nll = np.linspace(1, 2, 9)
     zeros = np.zeros(9)
-    found = figures.divergence_figures(TokenScores(nll, nll, zeros, zeros, np.ones(9, bool)))
+    found = token_scores.divergence_figures(TokenScores(nll, nll, zeros, zeros, np.ones(9, bool)))
     assert (found["kld"].value, found["kld"].max, found["delta_p"].rms.value) == (0, 0, 0)
     assert found["rho_ppl"] == pytest.approx(1)
     assert (found["same_top_p"].value, found["same_top_p"].error) == (1, 0)
@@ -138,13 +138,13 @@ def test_texts_count_alike():
         nll_base = random.gamma(2, 1.5, length) + length / 300
         nll, kld = nll_base + 0.1 * random.standard_normal(length), random.gamma(1, 0.1 * length / 200, length)
         texts.append(TokenScores(nll, nll_base, kld, np.exp(-nll) - np.exp(-nll_base), random.random(length) < 0.9))
-    found = figures.divergence_figures(*texts)
+    found = token_scores.divergence_figures(*texts)
     names = [field.name for field in dataclasses.fields(TokenScores)]
     pooled = {
         name: np.concatenate([np.repeat(getattr(text, name), n) for text, n in zip(texts, repeats, strict=True)])
         for name in names
     }
-    expected = figures.divergence_figures(TokenScores(**pooled))
+    expected = token_scores.divergence_figures(TokenScores(**pooled))
     for name in ("ppl", "ppl_base", "ppl_ratio", "ln_ppl_ratio", "kld", "same_top_p"):
         assert found[name].value == pytest.approx(expected[name].value)
     for name in ("mean", "rms"):
@@ -154,7 +154,7 @@ def test_texts_count_alike():
         name = {50: "median", 90: "p90", 99: "p99", 99.9: "p999"}[share]
         below = np.mean(pooled["kld"] <= getattr(found["kld"], name))
         assert below == pytest.approx(share / 100, abs=4 / len(pooled["kld"]))  # a token has three of its places
-    alone = [figures.divergence_figures(text) for text in texts]
+    alone = [token_scores.divergence_figures(text) for text in texts]
     for name in ("kld", "ln_ppl_ratio", "same_top_p"):
         assert found[name].error == pytest.approx(np.hypot(*(text[name].error for text in alone)) / 2)
     assert found["ppl"].error / found["ppl"].value == pytest.approx(
@@ -165,7 +165,7 @@ def test_texts_count_alike():
 
 def test_a_broken_model_has_no_perplexity():
     with pytest.raises(BitladderError, match="broken"):
-        figures.perplexity(np.full(20, 1e4))
+        token_scores.perplexity(np.full(20, 1e4))
 
 
 def test_states_are_packed_as_the_library_rounds_them():

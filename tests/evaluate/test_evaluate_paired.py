@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bitladder.evaluate import Figure
-from bitladder.evaluate.figures import average
 from bitladder.evaluate.paired import mcnemar, paired_mean, paired_perplexity, paired_task, unit
+from bitladder.evaluate.token_scores import average
 
 CHUNKS, SCORED = 60, 25
 

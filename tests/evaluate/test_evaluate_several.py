@@ -14,7 +14,7 @@ from bitladder.engine import Context
 from bitladder.errors import BitladderError
 from bitladder.evaluate import load_task, parse_specs, several
 from bitladder.evaluate.base import cache
-from bitladder.evaluate.measure_options import decode
+from bitladder.evaluate.identity import decode
 from bitladder.evaluate.noise import noise_floor, other_ubatch
 from bitladder.quantize import quantize
 from bitladder.text import load_text

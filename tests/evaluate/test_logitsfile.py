@@ -18,7 +18,7 @@ from bitladder.evaluate import MeasureOptions
 from bitladder.evaluate.base import logits_file
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file, pack_rows, write_logits_file
-from bitladder.evaluate.figures import divergence_figures
+from bitladder.evaluate.token_scores import divergence_figures
 from bitladder.text import Text, load_text
 
 CTX, CHUNKS, SCORED, VOCAB = 64, 4, 31, 4096

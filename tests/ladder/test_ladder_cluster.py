@@ -11,7 +11,7 @@ import pytest
 from dask_cluster import KINDS, dask_cluster
 
 from bitladder.errors import BitladderError
-from bitladder.ladder import elsewhere, run
+from bitladder.ladder import run, spread
 from bitladder.machines import Heard, Machines, wait_for
 from bitladder.report import write_card, write_report
 from bitladder.rundir import load_manifest
@@ -103,7 +103,7 @@ def one_thread(monkeypatch, share=None):
 
         monkeypatch.setattr(sys.modules["bitladder.ladder.run"], "machines_of", machines)
         yield pool
-        pool.submit(elsewhere.close_kept).result()
+        pool.submit(spread.close_kept).result()
 
 
 @pytest.fixture
@@ -121,14 +121,14 @@ def test_the_order_of_steps_changes_no_byte(local, threads):
 def test_machines_without_a_common_disk_exchange_files(local, monkeypatch, tmp_path):
     """What works elsewhere has neither the run directory nor the model, and writes the same bytes."""
     folder, there = local[0], set[pathlib.Path]()
-    opened = elsewhere._open
+    opened = spread._open
 
     def watched(state):
         there.add(state.folder)
         assert not state.folder.is_relative_to(folder)
         return opened(state)
 
-    monkeypatch.setattr(elsewhere, "_open", watched)
+    monkeypatch.setattr(spread, "_open", watched)
     options = options_of(folder, "exchange")
     with one_thread(monkeypatch, f"file://{tmp_path}/objects"):
         assert_same(local, options, made(options))

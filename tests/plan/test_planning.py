@@ -16,8 +16,8 @@ from bitladder.calibrate import collect_imatrix
 from bitladder.cli import invoke
 from bitladder.convert import convert
 from bitladder.engine import Context, Decoding, Model, log, type_by_name
-from bitladder.engine.activations import rounded
 from bitladder.engine.cpu_kernels import input_type
+from bitladder.engine.weights import rounded
 from bitladder.ladder import run
 from bitladder.plan import (
     Constraints,

@@ -3,7 +3,7 @@
 import pytest
 
 from bitladder.errors import BitladderError, UsageError
-from bitladder.plan import Target
+from bitladder.plan import PlanOptions, Target
 from bitladder.plan.feedback import FeedbackResult, TriedRecipe
 from bitladder.plan.planner import refuse_unmet
 from bitladder.plan.prices.menu import measured_speeds, menu_types, within_speed
@@ -35,6 +35,8 @@ def test_menus():
     speeds = dict.fromkeys(("q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "q8_0", "iq4_xs"), 1e9) | {"iq3_s": 5e8}
     fast = {kind.name for kind in within_speed(speeds, 0.9)}
     assert "iq4_xs" in fast and "iq3_s" not in fast
+    assert {kind.name for kind in menu_types("fast", speeds, 0.9)} == fast
+    assert PlanOptions(menu=" Fast ") == PlanOptions(menu="fast") and PlanOptions(menu="Q6_K").menu == "Q6_K"
 
 
 def test_speeds_are_measured():

@@ -25,8 +25,8 @@ from bitladder.evaluate import MeasureOptions, load_or_compute_base, noise_floor
 from bitladder.gguf import GgufFile
 from bitladder.quantize import quantize
 from bitladder.refine import ModelFiles, SmoothingError, SmoothingOptions, smooth_model
+from bitladder.refine.smooth.changes import smoothed_moments
 from bitladder.refine.smooth.order import find_order, order_for_blocks
-from bitladder.refine.smooth.smoothed_moments import smoothed_moments
 from bitladder.text import Reading
 
 WIDE = {"hidden_size": 512, "tie_word_embeddings": True, "initializer_range": 0.05}

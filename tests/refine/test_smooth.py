@@ -27,9 +27,9 @@ from bitladder.progress import SILENT
 from bitladder.quantize import quantize
 from bitladder.refine import SmoothingError
 from bitladder.refine.smooth import smoothed_model
+from bitladder.refine.smooth.changes import smoothed_moments
 from bitladder.refine.smooth.links import balance, links_of
 from bitladder.refine.smooth.smoothed_model import KEY
-from bitladder.refine.smooth.smoothed_moments import smoothed_moments
 from bitladder.text import Reading
 
 LLAMA_KINDS = ["attn_norm", "ffn_norm", "attn_v", "ffn_up"]

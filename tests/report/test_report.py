@@ -22,7 +22,7 @@ from bitladder.gguf import GgufFile
 from bitladder.plan import band_name
 from bitladder.report import read_run, render_card, render_report, write_report
 from bitladder.report.chart import LOOKS, log_ticks
-from bitladder.report.divergence_charts import PredictionPair, agreement
+from bitladder.report.charts import PredictionPair, agreement
 from bitladder.report.page import make_charts, read_tensors
 from bitladder.rundir import Layout
 

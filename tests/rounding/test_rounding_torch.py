@@ -128,15 +128,15 @@ def test_odd_weights_and_moments(name):
 
 
 def test_auto_is_the_cpu_where_torch_sees_no_gpu(monkeypatch):
-    monkeypatch.setattr("bitladder.engine.torch_devices._found", lambda name: False)
+    monkeypatch.setattr("bitladder.engine.devices._found", lambda name: False)
     assert torch_device("auto") is None
-    monkeypatch.setattr("bitladder.engine.torch_devices._found", lambda name: name == "mps")
+    monkeypatch.setattr("bitladder.engine.devices._found", lambda name: name == "mps")
     assert torch_device("auto") == "mps"
 
 
 @pytest.mark.parametrize(("built", "message"), [((), "built for CPUs only"), (("cuda",), "sees no such device")])
 def test_a_device_that_is_not_there_is_refused_with_the_options(built, message, monkeypatch):
-    monkeypatch.setattr("bitladder.engine.torch_devices._built_for", lambda: built)
+    monkeypatch.setattr("bitladder.engine.devices._built_for", lambda: built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=message):
         Decoding(device="cuda")

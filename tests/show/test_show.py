@@ -17,10 +17,11 @@ from bitladder.cli import invoke
 from bitladder.engine import Context, Decoding, Model, log
 from bitladder.progress import SILENT
 from bitladder.report import RunModel, read_run
-from bitladder.rundir import Layout, RunLog, follow, last_command, run_log
+from bitladder.rundir import Layout, RunLog, follow, last_command
+from bitladder.rundir import manifest as run_manifest
+from bitladder.show import deletable, next_steps
 from bitladder.show.ladder_tables import front, pareto_plot
-from bitladder.show.last_lines import deletable, next_steps
-from bitladder.show.scatter import Point, scatter
+from bitladder.show.table import Point, scatter
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_what_comes_next(small_run, monkeypatch):
     beside = 2**20 * sum(map(float, re.findall(r"buffer size = +([\d.]+) MiB", "".join(pieces))))
     # Memories around the two files with what stands beside them.
     memories = [(sizes[0] + beside - 100) / 1e9, (sizes[0] + beside + 100) / 1e9, (sizes[1] + beside + 100) / 1e9]
-    monkeypatch.setattr("bitladder.show.last_lines.USUAL_MEMORIES", memories)
+    monkeypatch.setattr("bitladder.show.ladder_tables.USUAL_MEMORIES", memories)
     lines = "\n".join(next_steps(run))
     assert f"for {memories[0]} GB: no rung" in lines
     for memory, rung in zip(memories[1:], ("Q4_K_M", "Q8_0"), strict=True):
@@ -253,8 +254,8 @@ def test_follow_ends_with_the_run(extended):
 
 
 def test_the_log_stays_small_and_is_followed_across_its_cut(extended, monkeypatch):
-    monkeypatch.setattr(run_log, "LARGEST", 4000)
-    monkeypatch.setattr(run_log, "KEPT", 1000)
+    monkeypatch.setattr(run_manifest, "LARGEST", 4000)
+    monkeypatch.setattr(run_manifest, "KEPT", 1000)
     layout = Layout(extended)
     layout.lock.write_text(f"{os.getpid()}\n")
     log = RunLog(SILENT, layout, "bitladder run m --out d")

@@ -15,9 +15,9 @@ from rich.text import Text
 import bitladder
 from bitladder.cli import invoke
 from bitladder.evaluate import Figure, Scores
-from bitladder.show import comparison_tables
-from bitladder.show.eval_tables import _pm, eval_tables
+from bitladder.show import score_tables
 from bitladder.show.imatrix_tables import FigureColumn
+from bitladder.show.score_tables import _pm, eval_tables
 from bitladder.show.table import Column, Table
 
 WIDTHS = (60, 80, 120)
@@ -166,9 +166,9 @@ def test_counts_of_types_are_not_broken(width):
 def test_a_file_against_itself_has_no_negative_zero():
     """The last bits of its sums differ, and no more."""
     nothing, noise = Figure(value=-1e-9, error=0.0), Figure(value=-1.2e-5, error=0.004)
-    assert comparison_tables._ratio(nothing) == "+0.00 ± 0.00 %"
-    assert comparison_tables._gap(noise) == "+0.0000 ± 0.0040"
-    assert comparison_tables._gap(Figure(value=-0.02, error=0.004)) == "-0.0200 ± 0.0040"
+    assert score_tables._ratio(nothing) == "+0.00 ± 0.00 %"
+    assert score_tables._gap(noise) == "+0.0000 ± 0.0040"
+    assert score_tables._gap(Figure(value=-0.02, error=0.004)) == "-0.0200 ± 0.0040"
     assert FigureColumn("change", "Change", 2, percent=True, scale="signed").cell(-0.0) == "+0.00%"
     for sign in ("", "+"):
         assert _pm(nothing, 4, 100, " %", sign) == f"{sign}0.0000 ± 0.0000 %"

@@ -24,12 +24,6 @@ if TYPE_CHECKING:
         join_texts,
         merge_moments,
     )
-    from bitladder.calibrate.compare_imatrices import (
-        ImatrixComparison,
-        TensorDifference,
-        compare_imatrices,
-        grouped_differences,
-    )
     from bitladder.calibrate.coverage import Gaps, expert_lines, find_gaps, first_lines, listed
     from bitladder.calibrate.gradients.fisher import FISHER, FisherOptions, fisher_costs
     from bitladder.calibrate.gradients.forward import TorchModel
@@ -44,9 +38,13 @@ if TYPE_CHECKING:
     from bitladder.calibrate.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix, zeros_in
     from bitladder.calibrate.input_figures import (
         GroupStatistics,
+        ImatrixComparison,
+        TensorDifference,
         TensorStatistics,
         by_kind,
         by_layer,
+        compare_imatrices,
+        grouped_differences,
         tensor_statistics,
         weighted_mean,
     )

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.turns import Turn, Turns
+from bitladder.calibrate.sum_order import Turn, Turns
 from bitladder.engine import (
     Context,
     Decoding,

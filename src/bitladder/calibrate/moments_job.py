@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 
-from bitladder.calibrate.by_text import ByText
 from bitladder.calibrate.collect_imatrix import IMATRIX, ImatrixOptions, covering_chunks
 from bitladder.calibrate.gradients.usable import (
     check_logits,
@@ -25,6 +24,7 @@ from bitladder.calibrate.inputs import Floats, WeightInput, model_inputs, refuse
 from bitladder.calibrate.moments.collector import EntryPart, make_entries, plan_passes
 from bitladder.calibrate.moments.positions import POSITIONS, PositionOptions, position_weights
 from bitladder.calibrate.moments.schema import Provenance
+from bitladder.calibrate.sum_order import ByText
 from bitladder.calibrate.unfinished import UnfinishedWork, job_key
 from bitladder.engine import Decoding, Model, Tokens, main_memory, sequence_logits, torch_device
 from bitladder.errors import GradientsError, UsageError

@@ -38,6 +38,7 @@ MODULES = {
     "calibrate": {
         "imatrix": "Compute an importance matrix from calibration texts.",
         "calibrate": "Collect the calibration statistics that --rounding needs, and an imatrix.",
+        "smooth": "Rescale channels: the same model, less quantization loss.",
     },
     "recipe": {
         "plan": "Choose the type of each tensor from measured costs, or rank blocks for pruning.",
@@ -46,9 +47,6 @@ MODULES = {
     "quantize": {
         "quantize": "Quantize a GGUF to a preset or a recipe.",
         "verify": "Make the tensors of a quant, or of a run, again and compare the bytes.",
-    },
-    "refine": {
-        "smooth": "Rescale channels: the same model, less quantization loss.",
         "tune": "Tune the scales of a quant: same size, lower KLD.",
     },
     "evaluate": {

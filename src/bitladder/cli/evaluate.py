@@ -6,10 +6,9 @@ from typing import Any
 
 import click
 
-from bitladder.cli.options import json_file, kept_results, options_from, warn_if_quantized
+from bitladder.cli.options import json_file, kept_results, options_from, warn_if_quantized, warn_unused
 from bitladder.cli.outputs import Command, OutputPath
 from bitladder.cli.typed import INPUT, TEXT, Choice, FileOrName
-from bitladder.cli.unused import warn_unused
 from bitladder.compare import CompareOptions, compare_quants
 from bitladder.errors import UsageError
 from bitladder.evaluate import (

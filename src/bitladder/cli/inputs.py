@@ -9,10 +9,9 @@ import pathlib
 import click
 
 from bitladder.cli import options as shared
-from bitladder.cli.options import options_from
+from bitladder.cli.options import options_from, warn_unused, warn_unused_by_conversion
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
 from bitladder.cli.typed import FETCHED_TEXT, INPUT, TASK, Choice, FileOrName, NamingGroup, Whole
-from bitladder.cli.unused import warn_unused, warn_unused_by_conversion
 from bitladder.convert import ConvertOptions
 from bitladder.errors import UsageError
 from bitladder.show import Output, common_options

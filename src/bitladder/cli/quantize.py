@@ -1,4 +1,4 @@
-"""A model in fewer bits: `quantize`, and `verify`, which makes the tensors of a quant again."""
+"""A model in fewer bits: `quantize`, `verify` (makes the tensors of a quant again) and `tune` (moves its scales)."""
 
 import collections
 import dataclasses
@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitladder.cli import options as shared
-from bitladder.cli.options import options_from
+from bitladder.cli.options import options_from, warn_unused
 from bitladder.cli.outputs import Command, OutputPath, check_output, note_input
-from bitladder.cli.typed import INPUT, PLACE, Presets, Whole
-from bitladder.cli.unused import warn_unused
+from bitladder.cli.typed import INPUT, PLACE, TEXT, Presets, Whole
 from bitladder.engine import Decoding
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import sha256_file
 from bitladder.gguf import open_model, output_paths, plain_path
 from bitladder.quantize import QuantizeOptions, parse_layers
 from bitladder.recipe import read_recipe, read_tensor_types
-from bitladder.refine import GuardOptions, ModelFiles, RefineOptions
+from bitladder.refine import GuardOptions, ModelFiles, RefineOptions, TuneOptions
 from bitladder.rounding import RoundingOptions
 from bitladder.show import Output, common_options
 from bitladder.text import load_text
@@ -118,7 +117,7 @@ def quantize_command(
     bitladder quantize IN.gguf OUT.gguf PRESET [THREADS].
     """
     from bitladder.quantize import check_room, preflight, prepare, write
-    from bitladder.show import quantize_tables
+    from bitladder.show import preflight_lines, preflight_tables
 
     if source is None:
         raise click.UsageError("Missing option '-m' / '--model'.")
@@ -162,7 +161,7 @@ def quantize_command(
         if dry_run or out is None:
             _show_preflight(output, prepared, figures)
             return
-        for part in (*quantize_tables.tables(figures), *quantize_tables.lines(figures)):
+        for part in (*preflight_tables(figures), *preflight_lines(figures)):
             output.remark(part)
         for path in output_paths(out, prepared.groups):
             check_output(path, _written({"words": words, "recipe": recipe}))
@@ -187,27 +186,27 @@ def _as_llama_quantize(words: tuple[str, ...], params: Mapping[str, Any]) -> dic
 
 
 def _show_preflight(output: Output, prepared: "PreparedQuant", figures: "Preflight") -> None:
-    from bitladder.show import quantize_tables
+    from bitladder.show import preflight_json, preflight_lines, preflight_tables
 
     if output.json:
-        output.print_json(quantize_tables.as_json(figures) | {"types": prepared.choice.types})
+        output.print_json(preflight_json(figures) | {"types": prepared.choice.types})
         return
-    for table in quantize_tables.tables(figures):
+    for table in preflight_tables(figures):
         output.print(table)
-    for line in quantize_tables.lines(figures):
+    for line in preflight_lines(figures):
         output.line(line)
 
 
 def _show_result(output: Output, result: "QuantizeResult", rounded: "RoundedQuant | None" = None) -> None:
-    from bitladder.show import quantize_tables
+    from bitladder.show import result_line, rounding_json, rounding_lines
 
     if output.json:
         facts = dataclasses.asdict(result) | {"path": result.path.name, "sha256": sha256_file(result.path)}
-        output.print_json(facts | ({} if rounded is None else quantize_tables.rounding_json(rounded)))
+        output.print_json(facts | ({} if rounded is None else rounding_json(rounded)))
         return
-    for line in () if rounded is None else quantize_tables.rounding_lines(rounded):
+    for line in () if rounded is None else rounding_lines(rounded):
         output.line(line)
-    output.line(quantize_tables.result_line(result))
+    output.line(result_line(result))
 
 
 @click.command(
@@ -308,3 +307,64 @@ def _refuse_differing(differing: list[str], what: str, made_of: str) -> None:
             f"{number_of(len(differing), 'tensor')} of {what} cannot be made from {made_of} ({some}); another imatrix, "
             "other options or another version of the library made them"
         )
+
+
+@click.command(
+    "tune",
+    cls=Command,
+    page="tune.md",
+    examples=("tune model-Q4_K_M.gguf -m model-F16.gguf -o tuned.gguf -f calibration.txt",),
+)
+@click.argument("quant", type=INPUT)
+@click.option("-m", "--model", required=True, type=INPUT, help="The full-precision GGUF that QUANT was made from.")
+@click.option("-o", "--output", "out", required=True, type=OutputPath("quant"), help="GGUF to write.")
+@click.option(
+    "-f", "--file", "files", multiple=True, required=True, type=TEXT, help="Calibration text. Can be repeated."
+)
+@options_from(TuneOptions, tune_chunks=64)
+@shared.guard("KLD must fall")
+@options_from(Decoding, parameter="decoding", leave_out=("n_batch", "n_ubatch"))
+@common_options
+def tune_command(
+    output: Output,
+    quant: pathlib.Path,
+    model: pathlib.Path,
+    out: pathlib.Path,
+    files: tuple[str, ...],
+    options: TuneOptions,
+    guard: str,
+    decoding: Decoding,
+) -> None:
+    """Tune the scales of QUANT for the predictions of the whole model: same types and size, lower KLD.
+
+    The F16 numbers of blocks move along the gradient of the KLD from the full-precision model. The integers do not
+    change. Needs torch (pip install 'bitladder[torch]').
+    """
+    from bitladder.refine import tune
+
+    if guard == "none":
+        warn_unused(output, "with --guard none", {"tune_guard_chunks", "gpu_layers"})
+    texts = [load_text(spec, model) for spec in files]
+    held_out = None if guard == "none" else load_text(guard, model)
+    if held_out is not None and held_out.sha256 in {text.sha256 for text in texts}:
+        raise UsageError(f"--guard {guard} is also a calibration text; name another text")
+    shared.warn_if_quantized(output, "-m", model)
+    tuned = tune(model, quant, out, texts, held_out, options, decoding, output.progress)
+    if output.json:
+        facts = dataclasses.asdict(tuned) | {"path": out.name, "sha256": sha256_file(out)}
+        facts |= {
+            key: figure.model_dump() for key in ("before", "after", "difference") if (figure := getattr(tuned, key))
+        }
+        output.print_json(facts)
+        return
+    output.line(f"{out}: {number_of(tuned.steps, 'step')} of {tuned.n_ctx} tokens")
+    if tuned.before and tuned.after and tuned.difference:
+        before, after, gap = tuned.before, tuned.after, tuned.difference
+        output.line(
+            f"held-out text: KLD {before.value:.5f} ± {before.error:.5f} before, {after.value:.5f} ± {after.error:.5f} "
+            f"tuned (difference {gap.value:+z.5f} ± {gap.error:.5f}, paired)"
+        )
+    else:
+        output.line("not checked on held-out text (--guard none)")
+    if not tuned.kept:
+        output.line("no gain: the file is a copy of QUANT")

@@ -7,10 +7,9 @@ import click
 
 from bitladder import recipe as recipes
 from bitladder.cli import options as shared
-from bitladder.cli.options import options_from
+from bitladder.cli.options import names_of, options_from, warn_unused
 from bitladder.cli.outputs import Command, OutputFolder, OutputPath, check_output
 from bitladder.cli.typed import INPUT, TEXT, Choice, GroupedOption, NamingGroup
-from bitladder.cli.unused import names_of, warn_unused
 from bitladder.errors import BitladderError, UsageError
 from bitladder.files import write_text
 from bitladder.gguf import open_model

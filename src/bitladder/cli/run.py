@@ -6,10 +6,9 @@ import shlex
 
 import click
 
-from bitladder.cli.options import hours_option, options_from, within_hours
+from bitladder.cli.options import hours_option, options_from, warn_unused, warn_unused_by_run, within_hours
 from bitladder.cli.outputs import Command, check_folder, check_output, typed_command
 from bitladder.cli.typed import FOLDER, FileOrName, Whole
-from bitladder.cli.unused import warn_unused, warn_unused_by_run
 from bitladder.errors import Terminated
 from bitladder.ladder import RunOptions
 from bitladder.show import Column, Output, Table, common_options, figures

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.engine.activations import KernelInputs, NoisyOutputs
     from bitladder.engine.context import (
         FLASH_ATTN,
         MIN_CTX,
@@ -39,16 +38,33 @@ if TYPE_CHECKING:
         ACCEL,
         CPU,
         GPU,
+        GPUS,
         IGPU,
+        Device,
         ThreadPool,
+        as_torch,
         backend_names,
+        device_key,
+        device_memory,
         give_back_memory,
         kernels,
         main_memory,
         processors,
         single_threaded,
+        torch_device,
     )
-    from bitladder.engine.lanes import LANES, Lane, Lanes, lane_count, logits_side_by_side, side_by_side
+    from bitladder.engine.lanes import (
+        AHEAD,
+        LANES,
+        PIECE,
+        Lane,
+        Lanes,
+        Workers,
+        in_order,
+        lane_count,
+        logits_side_by_side,
+        side_by_side,
+    )
     from bitladder.engine.model import Model, Tokens
     from bitladder.engine.native import library, log, versions
     from bitladder.engine.observe import (
@@ -71,7 +87,6 @@ if TYPE_CHECKING:
         presets,
         storable,
     )
-    from bitladder.engine.torch_devices import GPUS, Device, as_torch, device_key, device_memory, torch_device
     from bitladder.engine.types import (
         RowKernels,
         TensorType,
@@ -84,8 +99,7 @@ if TYPE_CHECKING:
         threads_available,
         type_by_name,
     )
-    from bitladder.engine.weights import Weights
-    from bitladder.engine.workers import AHEAD, PIECE, Workers, in_order
+    from bitladder.engine.weights import KernelInputs, NoisyOutputs, Weights
 
 __all__ = [
     "ACCEL",

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine.devices import ThreadPool
+from bitladder.engine.devices import Device, ThreadPool, torch_device
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.native import ggml, llama, log
 from bitladder.engine.observe import GraphCallback, Observer, Watching
-from bitladder.engine.torch_devices import Device, torch_device
 from bitladder.engine.types import threads_available
 from bitladder.errors import BitladderError, overflow
 from bitladder.files import Closing

@@ -1,27 +1,110 @@
-"""Chunks that are decoded side by side: two contexts of one model, each with half of the threads.
+"""Work side by side: threads that share small pieces, and contexts that decode chunks, each with half of the threads.
 
 A chunk is a part of a text, or a batch of questions. The threads of a context wait for each other after each operation.
 They also wait while Python scores rows or changes inputs. Two contexts wait at different times, so that all CPUs have
 work. No figure depends on it: the library's sums do not depend on the number of threads (docs/evaluate.md).
 """
 
+import collections
 import contextlib
+import itertools
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from bitladder.engine.context import Context, Decoding, Floats, for_sequence, sequence_logits
 from bitladder.engine.model import Model, Tokens
 from bitladder.engine.types import threads_available
-from bitladder.engine.workers import Workers, in_order
 from bitladder.files import Closing
 
 Result = TypeVar("Result")
+AHEAD = 4  # works per thread that may be at hand or wait to be taken
 LANES = 2
-AHEAD = 2  # results of a lane that may wait to be taken: those of a large vocabulary are large
+LANE_AHEAD = 2  # results of a lane that may wait to be taken: those of a large vocabulary are large
+PIECE = 1 << 15  # numbers of a piece: 128 KB, so that a few such arrays fit into a core's second-level cache
+
+
+class Workers(Closing):
+    """Threads that take work piece by piece. NumPy releases Python's lock, so the threads run in parallel.
+
+    Each thread has a number, its slot, and two scratch arrays of PIECE numbers, float32: `scratch[slot]`.
+
+    Parameters:
+        threads: their number; None for that of the CPUs.
+        first: the first slot.
+    """
+
+    def __init__(self, threads: int | None = None, first: int = 0) -> None:
+        self.threads = threads or threads_available()
+        self._first = first
+        self._pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
+        self.scratch = {first + number: np.empty((2, PIECE), np.float32) for number in range(self.threads)}
+
+    def close(self) -> None:
+        """Stops the threads."""
+        if self._pool:
+            self._pool.shutdown()
+
+    def run(self, count: int, work: Callable[[int, int], None]) -> None:
+        """Calls work(i, slot) for each i in 0 … count−1, in any order; the calling thread helps.
+
+        Raises what `work` raises.
+        """
+        # Threads take pieces one by one, because on a busy machine one thread can be far slower than the others.
+        counter = itertools.count()
+
+        def worker(slot: int) -> None:
+            while (index := next(counter)) < count:
+                work(index, slot)
+
+        helpers = min(self.threads, count) - 1
+        first = self._first
+        waiting = [self._pool.submit(worker, first + i + 1) for i in range(helpers)] if self._pool else []
+        try:
+            worker(first)
+        finally:
+            for future in waiting:
+                future.result()
+
+
+def in_order(
+    works: Iterable[Callable[[], Result]], threads: int | None = None, ahead: int = AHEAD
+) -> Generator[Result, None, None]:
+    """Does works in threads, side by side, and yields their results in the order of the works.
+
+    Parameters:
+        works: what computes each result.
+        threads: their number; None for that of the CPUs. A single one is the calling thread.
+        ahead: works per thread that may be at hand or wait to be taken.
+
+    Raises:
+        BaseException: what a work raises. No thread is left running.
+
+    Example:
+        >>> list(in_order([lambda: 3, lambda: 1, lambda: 2], threads=2))
+        [3, 1, 2]
+    """
+    count = threads or threads_available()
+    if count == 1:
+        for work in works:
+            yield work()
+        return
+    pool = ThreadPoolExecutor(count)
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    try:
+        for work in works:
+            if len(waiting) >= ahead * count:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(work))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Lane(NamedTuple):
@@ -162,7 +245,7 @@ def side_by_side(lanes: Sequence[Lane], chunks: range, work: Callable[[Lane, int
     """
     results: dict[int, Future[Result]] = {chunk: Future() for chunk in chunks}
     numbers, stop = iter(chunks), threading.Event()
-    room, one_by_one = threading.Semaphore(AHEAD * len(lanes)), threading.Lock()
+    room, one_by_one = threading.Semaphore(LANE_AHEAD * len(lanes)), threading.Lock()
 
     def follow(lane: Lane) -> None:
         while room.acquire() and not stop.is_set():

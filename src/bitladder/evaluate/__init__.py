@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from bitladder.evaluate.base.cache import cache_path, load_or_compute_base, open_base
     from bitladder.evaluate.base.hidden import BASE, HiddenBase
     from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file
-    from bitladder.evaluate.figures import average, mean
-    from bitladder.evaluate.identity import Identity, NoResults, ResultFolder, Results, identify
+    from bitladder.evaluate.identity import Identity, MeasureOptions, NoResults, ResultFolder, Results, identify
     from bitladder.evaluate.measure import (
         MEASURE,
         Measurement,
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
         opened_bases,
         over_texts,
     )
-    from bitladder.evaluate.measure_options import MeasureOptions
     from bitladder.evaluate.noise import NOISE, noise_floor
     from bitladder.evaluate.paired import (
         SURE,
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
         paired_task,
         with_pair,
     )
-    from bitladder.evaluate.score_chunks import TokenScores, compare_chunk, compare_with_base
     from bitladder.evaluate.scores import (
         SCORES,
         Divergence,
@@ -63,6 +60,7 @@ if TYPE_CHECKING:
     from bitladder.evaluate.tasks.load import command_line as task_command
     from bitladder.evaluate.tasks.load import export_task, is_task_file, load_task, parse_specs, task_meanings
     from bitladder.evaluate.tasks.task import FIVE, QuestionSet, average_of_five
+    from bitladder.evaluate.token_scores import TokenScores, average, compare_chunk, compare_with_base, mean
 
 __all__ = [
     "BASE",

@@ -19,11 +19,23 @@ from bitladder.evaluate.base.hidden import BASE, HiddenBase
 from bitladder.evaluate.base.logits_base import LogitsBase, check_logits, compare_logits, open_logits
 from bitladder.evaluate.base.logits_file import is_logits_file, write_logits_file
 from bitladder.evaluate.divergence import refuse_alike
-from bitladder.evaluate.figures import divergence_figures, likelihood_figures
-from bitladder.evaluate.identity import Identity, NoResults, Results, check_vocabularies, identify, unlike
-from bitladder.evaluate.measure_options import MeasureOptions
-from bitladder.evaluate.score_chunks import TokenScores, compare_with_base, token_nll
+from bitladder.evaluate.identity import (
+    Identity,
+    MeasureOptions,
+    NoResults,
+    Results,
+    check_vocabularies,
+    identify,
+    unlike,
+)
 from bitladder.evaluate.scores import BaseModelName, NamedFile, Scores, TextScores
+from bitladder.evaluate.token_scores import (
+    TokenScores,
+    compare_with_base,
+    divergence_figures,
+    likelihood_figures,
+    token_nll,
+)
 from bitladder.files import sha256_bytes
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress

@@ -14,9 +14,9 @@ from bitladder.engine import Context, KernelInputs, Model, Workers, single_threa
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
 from bitladder.evaluate.divergence import LogitBlocks, check_finite, divergence
-from bitladder.evaluate.figures import mean
-from bitladder.evaluate.measure_options import MeasureOptions, decode
+from bitladder.evaluate.identity import MeasureOptions, decode
 from bitladder.evaluate.scores import Noise, NoiseFigure
+from bitladder.evaluate.token_scores import mean
 from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.evaluate.figures import average, mean, perplexity
 from bitladder.evaluate.measure import Arrays, Measurement
 from bitladder.evaluate.scores import Figure, Paired, PairedTask, Scores, TextScores
 from bitladder.evaluate.tasks.task import average_of_five
+from bitladder.evaluate.token_scores import average, mean, perplexity
 
 Doubles = npt.NDArray[np.float64]
 Answers = Mapping[int, bool]

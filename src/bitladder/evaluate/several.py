@@ -13,7 +13,7 @@ from bitladder.errors import UsageError
 from bitladder.evaluate.base.basefile import is_base_file
 from bitladder.evaluate.base.hidden import HiddenBase
 from bitladder.evaluate.base.logits_file import LogitsFile
-from bitladder.evaluate.identity import Arrays, Identity, NoResults, Results, identify
+from bitladder.evaluate.identity import Arrays, Identity, MeasureOptions, NoResults, Results, identify
 from bitladder.evaluate.measure import (
     MEASURE,
     Measurement,
@@ -26,7 +26,6 @@ from bitladder.evaluate.measure import (
     over_texts,
     reference_name,
 )
-from bitladder.evaluate.measure_options import MeasureOptions
 from bitladder.evaluate.noise import NOISE, noise_floor
 from bitladder.evaluate.paired import with_pair
 from bitladder.evaluate.scores import Noise, Scores, TaskScore

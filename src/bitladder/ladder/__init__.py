@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
+    from bitladder.ladder.checks import verify_run
     from bitladder.ladder.doctor import Diagnosis, WidthMisfit, diagnose
     from bitladder.ladder.estimate import Estimate, Machine, Stage, choose_effort, estimate, in_words
     from bitladder.ladder.options import RunOptions, choose_rungs
     from bitladder.ladder.run import RunResult, run
     from bitladder.ladder.tracker import Best, Status, TimeLeft
-    from bitladder.ladder.verify_run import verify_run
 
 __all__ = [
     "Best",

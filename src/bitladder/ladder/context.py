@@ -39,7 +39,7 @@ class Run(Closing):
         others: files of somebody else.
         progress: gets bars and remarks.
         rounding_threads: how many threads round at once, which memory limits.
-        known: records and digests of the complete steps, in a process that helps (`elsewhere`); None reads them.
+        known: records and digests of the complete steps, in a process that helps (`spread`); None reads them.
 
     Attributes:
         steps: the steps by name, in their order.

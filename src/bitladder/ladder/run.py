@@ -11,7 +11,6 @@ from bitladder import quantize
 from bitladder.gguf import shards_of
 from bitladder.ladder.checks import check_options, check_room, check_texts, refuse_other_model
 from bitladder.ladder.context import BASE, Run, read_json
-from bitladder.ladder.elsewhere import close_kept
 from bitladder.ladder.estimate import (
     Machine,
     estimate_steps,
@@ -26,7 +25,7 @@ from bitladder.ladder.model_shape import ModelShape
 from bitladder.ladder.options import RunOptions, choose_rungs, command_line
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.source import Other, Source, describe, find_others, locate
-from bitladder.ladder.spread import Spread
+from bitladder.ladder.spread import Spread, close_kept
 from bitladder.ladder.steps.step import Extent, Product, Step, TextsOfRun
 from bitladder.ladder.store import Store, open_store
 from bitladder.ladder.tracker import Pace, Tracker, Watch

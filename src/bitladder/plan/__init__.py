@@ -16,8 +16,7 @@ if TYPE_CHECKING:
         TargetOptions,
     )
     from bitladder.plan.planner import RENDERED, PlanInputs, Planner, planning_text
-    from bitladder.plan.prices.document import TypePrices, load_prices
-    from bitladder.plan.prices.menu import Window
+    from bitladder.plan.prices.menu import TypePrices, Window, load_prices
     from bitladder.plan.prices.price import FISHER_PRICES, PRICES
     from bitladder.plan.result import MovedTensors, PlanResult, Share, moved_tensors, planned_recipe, shares
     from bitladder.plan.rungs import BANDS, RungMode, band_name, band_of, candidates, plan_rung, price_band

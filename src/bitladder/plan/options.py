@@ -11,6 +11,8 @@ from bitladder.engine import Decoding
 from bitladder.options import Options, option
 from bitladder.quantize import unreached_option
 
+MENUS = ("k", "iq", "all", "fast")  # menus with a name
+
 
 @dataclasses.dataclass(frozen=True)
 class TargetOptions(Options):
@@ -247,6 +249,11 @@ class PlanOptions(Options):
     feedback: FeedbackOptions = option(FeedbackOptions)
     rivals: RivalOptions = option(RivalOptions)
     decoding: PlanDecoding = option(PlanDecoding)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (name := self.menu.strip().lower()) in MENUS:
+            object.__setattr__(self, "menu", name)  # so that "K" is what "k" is, in keys too
 
     @property
     def chunks(self) -> int:

@@ -16,9 +16,17 @@ from bitladder.files import Closing
 from bitladder.keys import key_of, versions_of
 from bitladder.plan.allocate.problem import Problem
 from bitladder.plan.feedback import Feedback, FeedbackResult, PlanProblem
-from bitladder.plan.options import PlanOptions
-from bitladder.plan.prices.document import PricedFrom, TypePrices, load_prices
-from bitladder.plan.prices.menu import MENUS, Window, in_order, measured_speeds, menu_types, tensor_menu, within_speed
+from bitladder.plan.options import MENUS, PlanOptions
+from bitladder.plan.prices.menu import (
+    PricedFrom,
+    TypePrices,
+    Window,
+    load_prices,
+    measured_speeds,
+    menu_order,
+    menu_types,
+    tensor_menu,
+)
 from bitladder.plan.prices.price import FISHER_PRICES, PRICES, PriceSource, price, price_by_gradients
 from bitladder.plan.result import PlanResult
 from bitladder.plan.subject import Preset, Prices, Subject, limits_of, menus_of
@@ -203,8 +211,7 @@ class Planner(Closing):
         A tensor that no type fits has no menu and stays as it is. Raises UsageError if that is every tensor.
         """
         options, subject = self.options, self.subject
-        fast = within_speed(self._speeds, options.fast_share) if options.menu == "fast" else None
-        types = menu_types(options.menu, fast)
+        types = menu_types(options.menu, self._speeds, options.fast_share)
         menus = {}
         for name in subject.tensors:
             menu = tensor_menu(
@@ -217,7 +224,7 @@ class Planner(Closing):
             )
             extra = {kind for preset in presets if (kind := type_by_name(preset.types[name])).quantized}
             if extra or menu:
-                menus[name] = tuple(sorted({*menu, *extra}, key=in_order))
+                menus[name] = tuple(sorted({*menu, *extra}, key=menu_order))
         if not menus:
             raise UsageError(f"--menu {options.menu}: no type of it fits any tensor of {subject.path}")
         return menus
@@ -267,7 +274,7 @@ class Planner(Closing):
 
         Raises UsageError that gives the smallest possible size and the constraints behind it.
         """
-        named = self.options.menu.strip().lower() not in MENUS
+        named = self.options.menu not in MENUS
         menus = self.menus(self.window(self._bpw(target)), *(() if preset is None or named else (preset,)))
         free = {name: dict.fromkeys((kind.name for kind in menu), 0.0) for name, menu in menus.items()}
         try:

@@ -8,7 +8,7 @@ from bitladder.engine import type_by_name, versions
 from bitladder.plan.allocate.problem import Allocation, Problem, TypeOption
 from bitladder.plan.corrections import Places
 from bitladder.plan.feedback import FeedbackResult
-from bitladder.plan.prices.document import TypePrices
+from bitladder.plan.prices.menu import TypePrices
 from bitladder.plan.subject import Preset, Subject
 from bitladder.plan.target import Target
 from bitladder.recipe import FileUsed, ImatrixUsed, Recipe

@@ -18,7 +18,7 @@ from bitladder.plan.corrections import Places
 from bitladder.plan.feedback import TriedRecipe
 from bitladder.plan.options import RivalOptions
 from bitladder.plan.planner import Planner
-from bitladder.plan.prices.document import TypePrices
+from bitladder.plan.prices.menu import TypePrices
 from bitladder.plan.result import bits_per_weight
 from bitladder.plan.subject import Preset, Prices, Subject
 from bitladder.plan.target import Target

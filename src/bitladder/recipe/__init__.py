@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.recipe.check_recipe import RecipeCheck, RecipeFinding, changeable, check
-    from bitladder.recipe.diff import RecipeDiff, diff
+    from bitladder.recipe.check_recipe import RecipeCheck, RecipeDiff, RecipeFinding, changeable, check, diff
     from bitladder.recipe.exchange import (
         RECIPE_KEY,
         Export,

@@ -18,9 +18,17 @@ if TYPE_CHECKING:
     )
     from bitladder.refine.smooth.links import SmoothingError, links_of
     from bitladder.refine.smooth.order import ORDER_LENGTH, may_be_ordered
-    from bitladder.refine.smooth.smoothed_model import CHECKED_TOKENS, SMOOTHING, SmoothResult, smooth_model
+    from bitladder.refine.smooth.smoothed_model import (
+        CHECKED_TOKENS,
+        SMOOTHING,
+        SMOOTHING_TRIAL,
+        SmoothingTrial,
+        SmoothResult,
+        smooth_model,
+        trial_text,
+        try_smoothing,
+    )
     from bitladder.refine.smooth.smoothed_model import KEY as SMOOTHED_KEY
-    from bitladder.refine.smooth.smoothing_trial import SMOOTHING_TRIAL, SmoothingTrial, trial_text, try_smoothing
     from bitladder.refine.tune_quant import TUNING, TunedQuant, tune, tune_in_place, tuning_texts
     from bitladder.refine.verify import VerifiedQuant, verify
 

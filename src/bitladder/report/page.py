@@ -24,9 +24,8 @@ from bitladder.errors import BitladderError
 from bitladder.gguf import block_of, kind_of, reading_order
 from bitladder.report import tables
 from bitladder.report.card import facts, write_if_changed
-from bitladder.report.divergence_charts import agreement, pareto, predicted, prediction_pairs
+from bitladder.report.charts import agreement, pareto, percentiles, predicted, prediction_pairs, speed, task_bars
 from bitladder.report.finished_run import FinishedRun, Prices, RunModel, read_importance, read_run, read_shapes
-from bitladder.report.score_charts import percentiles, speed, task_bars
 from bitladder.report.tables import gigabytes, with_error
 from bitladder.rundir import Layout
 from bitladder.units import number_of

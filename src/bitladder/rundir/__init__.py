@@ -11,15 +11,18 @@ if TYPE_CHECKING:
         CachedHash,
         Manifest,
         OutputFile,
+        RunLog,
         RunRecord,
         StepRecord,
         check_source,
         complete_manifest,
+        follow,
+        is_running,
+        last_command,
         load_manifest,
         make_again,
         run_command,
     )
-    from bitladder.rundir.run_log import RunLog, follow, is_running, last_command
 
 __all__ = [
     "NAIVE",

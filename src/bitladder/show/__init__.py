@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.show.comparison_tables import comparison_json, comparison_sections
-    from bitladder.show.eval_tables import eval_tables
     from bitladder.show.heatmap import check_target, write_plot
     from bitladder.show.imatrix_view import print_view, view_differences, view_statistics
     from bitladder.show.ladder_tables import (
         RunDisplay,
+        deletable,
         diagnosis_json,
         diagnosis_table,
         estimate_lines,
@@ -18,14 +17,23 @@ if TYPE_CHECKING:
         ladder_json,
         ladder_table,
         mixed_lines,
+        next_steps,
         pareto_plot,
         text_table,
         unfinished_json,
         unfinished_table,
     )
-    from bitladder.show.last_lines import deletable, next_steps
     from bitladder.show.output import Output, common_options, one_printable_line
-    from bitladder.show.recipe_tables import difference
+    from bitladder.show.recipe_tables import (
+        difference,
+        preflight_json,
+        preflight_lines,
+        preflight_tables,
+        result_line,
+        rounding_json,
+        rounding_lines,
+    )
+    from bitladder.show.score_tables import comparison_json, comparison_sections, eval_tables
     from bitladder.show.speed_tables import FORMATS, render, speed_table
     from bitladder.show.table import Column, Table, figures
 
@@ -53,8 +61,14 @@ __all__ = [
     "next_steps",
     "one_printable_line",
     "pareto_plot",
+    "preflight_json",
+    "preflight_lines",
+    "preflight_tables",
     "print_view",
     "render",
+    "result_line",
+    "rounding_json",
+    "rounding_lines",
     "speed_table",
     "text_table",
     "unfinished_json",

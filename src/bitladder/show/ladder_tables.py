@@ -1,9 +1,10 @@
 """A run as tables, a plot and JSON: what it would do with a model (`doctor`) and take (`estimate`), its state and the
-best so far while it works, and its ladder.
+best so far while it works, its ladder, and what comes next.
 """
 
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,18 @@ from rich.text import Text
 
 from bitladder.gguf import ranges
 from bitladder.ladder import Diagnosis, Estimate, WidthMisfit, in_words
-from bitladder.report import FinishedRun, RunModel, UnfinishedRun, tables, with_error
+from bitladder.report import (
+    USUAL_MEMORIES,
+    FinishedRun,
+    RunModel,
+    UnfinishedRun,
+    best_fitting,
+    tables,
+    with_error,
+)
+from bitladder.rundir import is_running
 from bitladder.show.output import Output
-from bitladder.show.scatter import Point, scatter
-from bitladder.show.table import Column, Table, figures
+from bitladder.show.table import Column, Point, Table, figures, scatter
 from bitladder.units import duration, number_of
 
 if TYPE_CHECKING:
@@ -22,14 +31,10 @@ if TYPE_CHECKING:
     from bitladder.rundir import RunLog
 
 MARKS = {"rung": "●", "naive": "◇", "third-party": "†"}
-LEGEND = {
-    "rung": "● a rung",
-    "naive": "◇ a plain preset",
-    "third-party": "† by others",
-}
+LEGEND = {"rung": "● a rung", "naive": "◇ a plain preset", "third-party": "† by others"}
 ON_FRONT = "▸"
-# Figures of the report's table → headings in the terminal, and the rank by which they give way in narrow ones.
 SHORTEST = 10  # seconds that are told apart in an estimate
+# Figures of the report's table → headings in the terminal, and the rank by which they give way in narrow ones.
 HEADS = {"PPL": ("PPL", 2), "ρPPL": ("ρPPL", 6), "KLD": ("KLD", 0), "RMS Δp": ("RMS Δp", 4)}
 HEADS |= {"Same top token": ("same top", 3), tables.GAIN: (tables.GAIN, 5)}
 
@@ -349,3 +354,47 @@ def _widths(about: Diagnosis) -> Iterator[tuple[str, str]]:
         yield f"rows of {widths}", f"{named} ({part} of the weights) hold no super-blocks of 256: {types}"
     if not about.misfits:
         yield "rows", "all hold super-blocks of 256"
+
+
+def next_steps(run: FinishedRun) -> list[str]:
+    """What comes after a run: its pages, the rung for usual memories, and the commands that show and publish it."""
+    folder = shlex.quote(str(run.layout.folder))
+    lines = [f"card: {run.layout.card}", f"report: {run.layout.report}"]
+    if run.usual_context is not None:
+        lines += _for_memories(run, run.usual_context)
+    lines += [f"show: bitladder show {folder}", f"publish: bitladder push {folder} {run.record.repo or 'OWNER/NAME'}"]
+    return lines + deletable(run)
+
+
+def _for_memories(run: FinishedRun, context: int) -> list[str]:
+    """The best rung for each usual memory with a context of so many tokens."""
+    lines, chosen = list[str](), dict[str, list[int]]()
+    for memory in USUAL_MEMORIES:
+        if best := best_fitting(run, memory):
+            chosen.setdefault(best.label, []).append(memory)
+        else:
+            lines.append(f"for {memory} GB: no rung with a context of {number_of(context, 'token')}")
+    for rung in run.rungs:
+        if memories := chosen.get(rung.label):
+            sizes = " or ".join(", ".join(map(str, memories)).rsplit(", ", 1))
+            file = shlex.quote(str(run.layout.model(rung.scores.model)))
+            lines.append(f"for {sizes} GB: {rung.label}, llama-server -m {file} -c {context}")
+    return lines
+
+
+def deletable(run: FinishedRun) -> list[str]:
+    """What may be deleted of a run directory, its bytes, and what is lost; empty if nothing may be, as during a run."""
+    work = run.layout.work
+    size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    if not size or is_running(run.layout.folder):
+        return []
+    steps = run.manifest.steps
+    again = [name for name in ("base", "moments", "smooth") if name in steps and steps[name].outputs]
+    parts = [f"{name} ({duration(steps[name].seconds)})" for name in again]
+    parts += ["the blocks that its plan tries"] if any(name.startswith("plan ") for name in steps) else []
+    text = f"may be deleted: {work} ({short_size(size)})."
+    if parts:
+        text += f" A run that adds a rung would then repeat: {', '.join(parts)}."
+    if again != ["base"]:
+        text += " `bitladder verify` would not work any more."
+    return [text]

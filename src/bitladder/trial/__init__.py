@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 from bitladder.doors import open_door
 
 if TYPE_CHECKING:
-    from bitladder.trial.helpers import Helpers, Pair, rendering_shares
+    from bitladder.trial.copies import Helpers, ModelPair, Pair, copies, rendering_shares
     from bitladder.trial.journal import Journal, MeasuredRecipe, Measurements, Measures, Wanted, recipe_key
-    from bitladder.trial.model_pair import ModelPair, copies
     from bitladder.trial.render import KEPT_SHARE, RENDERING, Renderer, render_all
     from bitladder.trial.rounding_method import RoundingMethod, StockRounding
     from bitladder.trial.swapped_model import (

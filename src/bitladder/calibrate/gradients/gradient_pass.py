@@ -17,14 +17,12 @@ from typing import TypeVar
 
 import torch
 
-from bitladder.calibrate.by_text import ByText
 from bitladder.calibrate.gradients.entry_sums import Array, EntryPlan, EntrySums, sums_bytes
 from bitladder.calibrate.gradients.forward import TorchModel
-from bitladder.calibrate.gradients.segments import Segment, plan_segments
-from bitladder.calibrate.gradients.text_sums import add_text, clear_sums, kept_of_text, of_text
+from bitladder.calibrate.gradients.segments import Segment, add_text, clear_sums, kept_of_text, of_text, plan_segments
 from bitladder.calibrate.gradients.torch_weights import Routed
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions
-from bitladder.calibrate.turns import Turn, Turns
+from bitladder.calibrate.sum_order import ByText, Turn, Turns
 from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine import Tokens, as_torch, device_memory, threads_available
 from bitladder.progress import Bar, Progress

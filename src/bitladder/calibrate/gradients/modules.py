@@ -16,8 +16,8 @@ import gguf
 import torch
 from torch import nn
 
-from bitladder.calibrate.gradients.configuration import DIVISORS, configuration
 from bitladder.calibrate.gradients.torch_weights import Layers, Routed
+from bitladder.calibrate.gradients.usable import DIVISORS, configuration
 from bitladder.engine import Model
 from bitladder.errors import GradientsError
 from bitladder.gguf import EMBEDDING, GgufFile

@@ -1,12 +1,26 @@
-"""What is collected of a model by gradients, and the segments of its blocks whose sums fit into memory."""
+"""Sums that fit into memory: segments of a model's blocks, and the sums of each of several texts.
+
+The sums of a text are kept in a folder of unfinished work. They are added up in the order of the texts.
+"""
 
 import collections
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from bitladder.calibrate.gradients.entry_sums import EntryPlan, OutputShape, sums_bytes
+import numpy as np
+
+from bitladder.calibrate.gradients.entry_sums import (
+    COLUMNS,
+    ROOTS,
+    Array,
+    EntryPlan,
+    EntrySums,
+    OutputShape,
+    sums_bytes,
+)
 from bitladder.calibrate.gradients.forward import HEAD_ROWS, TorchModel
 from bitladder.calibrate.gradients.weighted_moments import GradientOptions
+from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine import threads_available
 from bitladder.errors import GradientsError, UsageError
 from bitladder.gguf import block_of, kind_of
@@ -145,3 +159,51 @@ def _graph_bytes(model: TorchModel, block: int, length: int) -> int:
         if block_of(name) == block:
             rows += model.shape(name)[0] * (model.modules.used_experts if model.experts(name) > 1 else 1)
     return 4 * length * (3 * rows + 12 * model.modules.width)
+
+
+def kept_of_text(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Those arrays of an entry (`EntrySums.arrays`) that `add_text` needs of a text."""
+    return {name: array for name, array in arrays.items() if not name.startswith(ROOTS)}
+
+
+def clear_sums(arrays: Mapping[str, Array]) -> None:
+    """Starts the sums of an entry again from 0."""
+    for name, array in kept_of_text(arrays).items():
+        if not name.endswith(COLUMNS):
+            array[...] = 0
+
+
+def add_text(arrays: Mapping[str, Array], text: Mapping[str, Array]) -> None:
+    """Adds the sums of a text to those of an entry. The columns are the same for all texts."""
+    for name, array in kept_of_text(arrays).items():
+        if name.endswith(COLUMNS):
+            array[...] = text[name]
+        else:
+            np.add(array, text[name], out=array)
+
+
+def of_text(plan: EntryPlan, text: int) -> str:
+    """The name of the piece with the sums of a text."""
+    return f"{plan.names[0]}.text {text}"
+
+
+def keep_text(work: UnfinishedWork, entry: EntrySums, text: int) -> None:
+    """Keeps the sums of an entry over one text."""
+    arrays = entry.arrays()
+    work.put_arrays(of_text(entry.plan, text), kept_of_text(arrays))
+
+
+def joined_entry(plan: EntryPlan, options: GradientOptions, length: int, works: Sequence[UnfinishedWork]) -> EntrySums:
+    """The sums of an entry over all texts, from those that `keep_text` kept of each.
+
+    Parameters:
+        plan: the entry.
+        options: how tokens are weighted.
+        length: tokens of a chunk.
+        works: where the sums of each text are.
+    """
+    entry = EntrySums(plan, options, length)
+    arrays = entry.arrays()
+    for text, work in enumerate(works):
+        add_text(arrays, work.get_arrays(of_text(plan, text)))
+    return entry

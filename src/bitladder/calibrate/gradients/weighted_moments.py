@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.by_text import ByText
 from bitladder.calibrate.gradients.usable import (
     check_logits,
     has_half_products,
@@ -31,6 +30,7 @@ from bitladder.calibrate.gradients.usable import (
 )
 from bitladder.calibrate.moments.schema import MomentShape, Provenance
 from bitladder.calibrate.moments.triangles import Correlations, LowRank, unpack_blocks
+from bitladder.calibrate.sum_order import ByText
 from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine import Floats, Tokens
 from bitladder.errors import BitladderError
@@ -245,7 +245,7 @@ class GradientWork:
 
     def collect_text(self, work: UnfinishedWork, progress: Progress) -> None:
         """Leaves the sums of the one text of `by_text` in a folder of unfinished work."""
-        from bitladder.calibrate.gradients.text_sums import keep_text
+        from bitladder.calibrate.gradients.segments import keep_text
 
         assert self.by_text.only is not None
         with self._opened() as (model, _):
@@ -257,7 +257,7 @@ class GradientWork:
         self, works: Sequence[UnfinishedWork], out: UnfinishedWork, provenance: Provenance, progress: Progress
     ) -> "KeptMoments":
         """The moments of all texts from what `collect_text` left of each."""
-        from bitladder.calibrate.gradients.text_sums import joined_entry
+        from bitladder.calibrate.gradients.segments import joined_entry
 
         with self._opened() as (_, plans), progress.task("add up texts", len(plans)) as bar:
             for plan in plans:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.calibrate.by_text import ByText
 from bitladder.calibrate.collect_imatrix import ImatrixSums
 from bitladder.calibrate.imatrix import write_imatrix
 from bitladder.calibrate.inputs import ChunkObserver, Floats, chunks_at_once, watch_chunks
 from bitladder.calibrate.moments.collector import EntryPart, MomentCollector, MomentEntry, MomentsAndSquares, PartSums
 from bitladder.calibrate.moments.schema import MomentShape, Provenance
 from bitladder.calibrate.moments.triangles import Correlations, triangle
+from bitladder.calibrate.sum_order import ByText
 from bitladder.calibrate.unfinished import UnfinishedWork
 from bitladder.engine import Decoding, Model, Tokens, single_threaded, threads_available
 from bitladder.files import sha256_bytes

@@ -7,8 +7,7 @@ from bitladder.engine import versions
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, is_base_file
 from bitladder.evaluate.base.hidden import BASE, HiddenBase, make_base
-from bitladder.evaluate.identity import Identity, identify
-from bitladder.evaluate.measure_options import MeasureOptions
+from bitladder.evaluate.identity import Identity, MeasureOptions, identify
 from bitladder.files import file_name
 from bitladder.keys import key_of
 from bitladder.progress import SILENT, Progress

@@ -15,8 +15,7 @@ from bitladder.engine import HiddenStates, Lane, Lanes, dequantize_into, version
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.basefile import BaseFile, BaseHeader, Dtype, pack, unpack, write_header, write_record
 from bitladder.evaluate.divergence import BaseRows, RowScores, refuse_broken, score_rows
-from bitladder.evaluate.identity import Identity
-from bitladder.evaluate.measure_options import MeasureOptions, decode
+from bitladder.evaluate.identity import Identity, MeasureOptions, decode
 from bitladder.files import Closing, replacing, seal
 from bitladder.gguf import GgufFile
 from bitladder.keys import Algorithm
@@ -170,7 +169,7 @@ class HeadLogits:
 
 
 class HiddenBase(Closing):
-    """A base file with the head of the model that it was made of (a `score_chunks.BasePredictions`)."""
+    """A base file with the head of the model that it was made of (a `token_scores.BasePredictions`)."""
 
     def __init__(self, file: BaseFile, model: Identity) -> None:
         self.file = file

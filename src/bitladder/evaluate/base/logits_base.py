@@ -11,8 +11,8 @@ from bitladder.engine import Lanes, Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.logits_file import Codes, Floats, LogitsFile, LogitsLayout
 from bitladder.evaluate.divergence import BaseRows
-from bitladder.evaluate.measure_options import MeasureOptions
-from bitladder.evaluate.score_chunks import TokenScores, compare_with_base
+from bitladder.evaluate.identity import MeasureOptions
+from bitladder.evaluate.token_scores import TokenScores, compare_with_base
 from bitladder.files import Closing, sha256_file
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Chunks, Text
@@ -142,7 +142,7 @@ class LogProbabilities:
 
 
 def compare_logits(lanes: Lanes, base: LogitsBase, count: int, progress: Progress = SILENT) -> TokenScores:
-    """Compares as `score_chunks.compare_with_base`, with the divergence of llama-perplexity from such a file.
+    """Compares as `token_scores.compare_with_base`, with the divergence of llama-perplexity from such a file.
 
     The sum S of the stored probabilities is not quite 1. llama-perplexity does not scale them: its figure is
     Σ p (ln p − ln q) = S (KL + ln S) with KL of p/S. The figure of a token can be slightly below 0.

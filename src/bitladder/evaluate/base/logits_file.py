@@ -19,7 +19,7 @@ import numpy.typing as npt
 from bitladder.engine import MIN_CTX, Lane, Lanes, Workers
 from bitladder.errors import BitladderError
 from bitladder.evaluate.divergence import score_rows
-from bitladder.evaluate.measure_options import MeasureOptions, decode
+from bitladder.evaluate.identity import MeasureOptions, decode
 from bitladder.files import Closing, replacing
 from bitladder.progress import SILENT, Progress
 from bitladder.text import Text, text_chunks

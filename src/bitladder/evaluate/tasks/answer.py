@@ -8,7 +8,7 @@ import numpy as np
 
 from bitladder.engine import MIN_CTX, Lanes, Model
 from bitladder.errors import BitladderError
-from bitladder.evaluate.measure_options import MeasureOptions
+from bitladder.evaluate.identity import MeasureOptions
 from bitladder.evaluate.tasks.scored_choices import TokenizedQuestion, batches, choice_means, tokenize_question
 from bitladder.evaluate.tasks.task import Answer, Question, QuestionSet, Skipped, TaskKind, TaskResult
 from bitladder.keys import Algorithm

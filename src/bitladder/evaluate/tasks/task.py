@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from bitladder.errors import BitladderError
-from bitladder.evaluate.figures import average, share
 from bitladder.evaluate.scores import Figure, SkippedRecord, TaskScore
 from bitladder.evaluate.tasks.question_files import HubData, QuestionFile
+from bitladder.evaluate.token_scores import average, share
 from bitladder.units import number_of
 
 MAX_CHOICES = 100  # the limit of llama-perplexity

@@ -25,9 +25,8 @@ from bitladder.calibrate import FISHER, fisher_costs
 from bitladder.engine import TensorType, Tokens
 from bitladder.keys import Algorithm
 from bitladder.plan.options import PriceOptions
-from bitladder.plan.prices.document import GroupPrice, PriceCheck, PricedFrom, TensorPrices, TypePrices
 from bitladder.plan.prices.law import FLOOR, Probe, first_groups, fit, probe_type, pruned, spaced, split
-from bitladder.plan.prices.menu import Menus
+from bitladder.plan.prices.menu import GroupPrice, Menus, PriceCheck, PricedFrom, TensorPrices, TypePrices
 from bitladder.progress import SILENT, Bar, Progress
 from bitladder.text import EXCERPTS
 from bitladder.trial import RENDERING, SWAPPED_KLD, Helpers, MeasuredRecipe, Measurements, Renderer, render_all
