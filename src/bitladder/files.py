@@ -10,6 +10,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -112,8 +113,7 @@ def replacing(path: PathLike, *, sync: bool = True) -> Iterator[pathlib.Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         if sync:
-            with temporary.open("rb+") as stream:
-                os.fsync(stream.fileno())
+            _sync(temporary)
         temporary.replace(path)
     except OSError as error:
         # numpy says only how much was written.
@@ -123,6 +123,23 @@ def replacing(path: PathLike, *, sync: bool = True) -> Iterator[pathlib.Path]:
         with contextlib.suppress(OSError):  # of a disk that can no longer be written to
             temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
+
+
+def _sync(path: pathlib.Path) -> None:
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def syncing(path: pathlib.Path) -> Iterator[None]:
+    """A thread waits for the disk to take a complete file, while other work is done. `replacing` then need not wait.
+
+    Raises OSError if the disk does not take it.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(_sync, path)
+        yield
+        synced.result()
 
 
 def write_text(path: PathLike, text: str) -> None:

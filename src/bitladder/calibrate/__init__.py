@@ -48,8 +48,8 @@ if TYPE_CHECKING:
         tensor_statistics,
         weighted_mean,
     )
-    from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, watch_chunks
-    from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, writing_moments
+    from bitladder.calibrate.inputs import MIN_CALIBRATION_CTX, decode_columns
+    from bitladder.calibrate.moments.moments_file import Moment, MomentsFile, MomentsWriter, writing_moments
     from bitladder.calibrate.moments.positions import PositionOptions, position_weights
     from bitladder.calibrate.moments.schema import MomentShape, Provenance
     from bitladder.calibrate.moments.triangles import Correlations, LowRank, pack_triangle, triangle, unpack_triangle
@@ -78,6 +78,7 @@ __all__ = [
     "MomentsJob",
     "MomentsOptions",
     "MomentsResult",
+    "MomentsWriter",
     "PositionOptions",
     "Provenance",
     "RoundingMoments",
@@ -96,6 +97,7 @@ __all__ = [
     "collect_moments",
     "collect_text",
     "compare_imatrices",
+    "decode_columns",
     "expert_lines",
     "find_gaps",
     "first_lines",
@@ -117,7 +119,6 @@ __all__ = [
     "triangle",
     "unpack_triangle",
     "usual_weighting",
-    "watch_chunks",
     "weight_gradient",
     "weighted_mean",
     "weighted_moments",

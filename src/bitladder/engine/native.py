@@ -155,22 +155,25 @@ def _declare(llama: Any) -> Any:
         setattr(functions, name, staticmethod(ctypes.CFUNCTYPE(result, *arguments)(pointer)))
     functions.MUL_MAT = next(i for i in range(200) if functions.ggml_op_name(i) == b"MUL_MAT")
     functions.MUL_MAT_ID = functions.MUL_MAT + 1
-    functions.vector_converters = _vector_converters(llama)
+    functions.to_float = _vector_converters(llama, "ggml_cpu_{}_to_fp32")
+    functions.from_float = _vector_converters(llama, "ggml_cpu_fp32_to_{}")
     return functions
 
 
-def _vector_converters(llama: Any) -> dict[int, Any]:
-    """The CPU back end's conversions to float32, by type number; empty if it is not a library of its own.
+def _vector_converters(llama: Any, form: str) -> dict[int, Any]:
+    """The CPU back end's conversions of F16 and BF16, by type number; empty if it is not a library of its own.
 
-    They are ten times as fast as the portable conversions of the type traits, with the same results.
+    They are two to fifteen times as fast as the portable conversions, with the same results for all 2³² numbers that
+    are finite.
     """
     converters: dict[int, Any] = {}
     with contextlib.suppress(FileNotFoundError, RuntimeError):
         library = llama.load_shared_library("ggml-cpu", llama._base_path)
-        for number, name in ((1, "ggml_cpu_fp16_to_fp32"), (30, "ggml_cpu_bf16_to_fp32")):  # F16, BF16
-            if hasattr(library, name):
+        for number, kind in ((1, "fp16"), (30, "bf16")):  # F16, BF16
+            if hasattr(library, form.format(kind)):
                 prototype: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-                converters[number] = prototype(ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+                pointer = ctypes.cast(getattr(library, form.format(kind)), ctypes.c_void_p).value
+                converters[number] = prototype(pointer)
     return converters
 
 

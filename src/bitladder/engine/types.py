@@ -17,6 +17,8 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 # Squared error of a row, as a share of its squares. Where nothing underflows, F16 has 1e-7 and BF16 4e-6.
 _MOST_LOST = 1e-4
+_SIGNLESS = np.uint16(0x7FFF)
+_INFINITE = {"f16": 0x7C00, "bf16": 0x7F80}  # bits without the sign, from which a number is not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,7 @@ def dequantize_into(data: Bytes, kind: TensorType, out: Floats) -> None:
     if kind.name == "f32":
         out[:] = data.view(np.float32).reshape(out.shape)
         return
-    to_float = ggml.vector_converters.get(kind.id) or ggml.ggml_get_type_traits(kind.id).contents.to_float
+    to_float = ggml.to_float.get(kind.id) or ggml.ggml_get_type_traits(kind.id).contents.to_float
     if not to_float:
         raise BitladderError(f"the library cannot expand {kind.name}")
     to_float(data.ctypes.data, out.ctypes.data, out.size)
@@ -183,10 +185,16 @@ def quantize_rows(weights: Floats, kind: TensorType, importance: Floats | None =
                 f"importance has {number_of(importance.size, 'entry', 'entries')} for rows of {width} weights"
             )
         pointer = importance.ctypes.data
-    # This prepares the tables of the type on first use, under a lock of its own.
-    ggml.ggml_quantize_init(kind.id)
-    size = ggml.ggml_quantize_chunk(kind.id, weights.ctypes.data, out.ctypes.data, 0, rows, width, pointer)
-    if size != out.size or not ggml.ggml_validate_row_data(kind.id, out.ctypes.data, size):
+    if convert := ggml.from_float.get(kind.id):
+        convert(weights.ctypes.data, out.ctypes.data, weights.size)
+        bits = out.view(np.uint16)
+        valid = not out.size or bool((bits & _SIGNLESS).max() < _INFINITE[kind.name])
+    else:
+        # This prepares the tables of the type on first use, under a lock of its own.
+        ggml.ggml_quantize_init(kind.id)
+        size = ggml.ggml_quantize_chunk(kind.id, weights.ctypes.data, out.ctypes.data, 0, rows, width, pointer)
+        valid = size == out.size and ggml.ggml_validate_row_data(kind.id, out.ctypes.data, size)
+    if not valid:
         raise BitladderError(f"the {kind.name} kernel gave invalid blocks: are there NaN or Inf weights?")
     return out
 

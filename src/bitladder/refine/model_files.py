@@ -1,5 +1,6 @@
 """The files of a model that is refined: read and copied piece by piece, so that memory is bounded by one tensor."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -26,6 +27,7 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
+HASHED_LATER = 4  # pieces that are written and wait for the thread that hashes
 PIECE = 1 << 18  # weights read at once: buffers of a megabyte stay in the caches
 
 
@@ -94,7 +96,8 @@ def copy_model(
         remark: key and text that the metadata of the copy say of it.
         data: what makes the bytes of a tensor in the copy, in order, in pieces of any size.
         label: what the progress bar says.
-        threads: threads that make pieces; None for one on each CPU. Two pieces for each are in memory.
+        threads: threads that make pieces; None for one on each CPU. Two pieces for each, and `HASHED_LATER` that are
+            written, are in memory.
 
     Returns:
         The SHA-256 of the copy.
@@ -131,7 +134,7 @@ class _HashedStream(Closing):
     def __init__(self, stream: BinaryIO, threads: int | None) -> None:
         self._stream, self._hash = stream, hashlib.sha256()
         self._pool = ThreadPoolExecutor(1) if threads != 1 else None
-        self._last: Future[None] | None = None
+        self._waiting: collections.deque[Future[None]] = collections.deque()
 
     def close(self) -> None:
         """Ends the thread."""
@@ -140,9 +143,9 @@ class _HashedStream(Closing):
 
     def write(self, data: "Buffer") -> None:
         """Appends bytes."""
-        self._wait()
         if self._pool:
-            self._last = self._pool.submit(self._hash.update, data)
+            self._wait(HASHED_LATER)
+            self._waiting.append(self._pool.submit(self._hash.update, data))
         else:
             self._hash.update(data)
         self._stream.write(data)
@@ -152,6 +155,7 @@ class _HashedStream(Closing):
         self._wait()
         return self._hash.hexdigest()
 
-    def _wait(self) -> None:
-        if self._last:
-            self._last.result()
+    def _wait(self, left: int = 0) -> None:
+        """Until no more than so many pieces are left to hash."""
+        while len(self._waiting) > left:
+            self._waiting.popleft().result()

@@ -9,11 +9,21 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from bitladder.calibrate import Correlations, Imatrix, LowRank, MomentsFile, MomentShape, pack_triangle, writing_moments
+from bitladder.calibrate import (
+    Correlations,
+    Imatrix,
+    LowRank,
+    MomentsFile,
+    MomentShape,
+    MomentsWriter,
+    pack_triangle,
+    writing_moments,
+)
 from bitladder.engine import dequantize_rows, in_order, quantize_rows
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
@@ -95,19 +105,26 @@ def _changed_piece(file: GgufFile, tensor: TensorInfo, change: Change, start: in
 
 def _changed(data: Bytes, tensor: TensorInfo, change: Change, numbers: Indices) -> Bytes:
     """Rows of one matrix with these numbers, changed, in the same order."""
+    if change.column_order is not None:
+        # `take` lets other threads of Python run meanwhile. Stored weights are half as large as float32.
+        stored = data.view(f"u{data.shape[1] // tensor.width}")
+        data = np.take(stored, change.column_order, axis=1).view(np.uint8)
+    if change.columns is None and change.rows is None:
+        return data
+    order = slice(None) if change.column_order is None else change.column_order
     weights = dequantize_rows(data, tensor.type, tensor.width)
     if change.columns is not None:
         matrix = numbers[0] // tensor.rows_per_matrix if len(change.columns) > 1 else 0
-        np.multiply(weights, change.columns[matrix], out=weights)
-    if change.rows is not None:
-        # Of a vector (of each expert, if there are several) each element is a channel.
-        rows = change.rows.reshape(tensor.rows, -1 if tensor.elements == change.rows.size else 1)
-        np.multiply(weights, rows[numbers], out=weights)
-    if tensor.type.name == "f16" and not max(weights.max(), -weights.min()) <= np.finfo(np.float16).max:
-        raise BitladderError(f"{tensor.name}: scaled weights overflow F16; convert with --outtype bf16 or f32")
-    # `take` lets other threads of Python run meanwhile.
-    placed = weights if change.column_order is None else np.take(weights, change.column_order, axis=1)
-    return quantize_rows(placed, tensor.type, None)
+        np.multiply(weights, change.columns[matrix, order], out=weights)
+    if change.rows is not None and tensor.elements == change.rows.size:  # of a vector each element is a channel
+        np.multiply(weights, change.rows.reshape(tensor.rows, -1)[numbers][:, order], out=weights)
+    elif change.rows is not None:
+        np.multiply(weights, change.rows[numbers, None], out=weights)
+    try:
+        return quantize_rows(weights, tensor.type, None)
+    except BitladderError as error:
+        remedy = "; convert with --outtype bf16 or f32" if tensor.type.name == "f16" else ""
+        raise BitladderError(f"{tensor.name}: scaled weights overflow {tensor.type.name.upper()}{remedy}") from error
 
 
 def changed_imatrix(imatrix: Imatrix, changes: Mapping[str, Change]) -> Imatrix:
@@ -150,10 +167,16 @@ def smoothed_moments(
     with contextlib.ExitStack() as opened:
         files = [_Smoothed(opened.enter_context(MomentsFile(path)), changes) for path in moments]
         works = itertools.chain.from_iterable(file.works() for file in files)
-        # While a file is synced, moments of the next one are made.
-        moments_in_order = opened.enter_context(contextlib.closing(in_order(works, threads, ahead=2)))
+        made = opened.enter_context(contextlib.closing(in_order(works, threads, ahead=2)))
+        finishing = opened.enter_context(ThreadPoolExecutor(1)) if threads != 1 else None
+        finished = []
         for file, path in zip(files, out, strict=True):
-            file.write(moments_in_order, path, model_sha256)
+            with contextlib.ExitStack() as writing:
+                file.write(made, writing.enter_context(file.writer(path, model_sha256)))
+                if finishing:  # while the disk takes a file, the next one is written
+                    finished.append(finishing.submit(writing.pop_all().close))
+        for each in finished:
+            each.result()
 
 
 class _Smoothed:
@@ -174,15 +197,18 @@ class _Smoothed:
             if self._shapes[name].n_out:
                 yield functools.partial(_changed_outputs, self._old, name, change)
 
-    def write(self, made: Iterator[Any], path: pathlib.Path, model_sha256: str) -> None:
-        """Writes what the works made, which are done in their order."""
+    def writer(self, path: pathlib.Path, model_sha256: str) -> contextlib.AbstractContextManager[MomentsWriter]:
+        """Opens the new file."""
         provenance = dataclasses.replace(self._old.provenance, model_sha256=model_sha256)
-        with writing_moments(path, provenance, self._shapes, self._shared) as writer:
-            for name, shape in self._shapes.items():
-                if name not in self._shared:
-                    writer.write_inputs(name, itertools.islice(made, shape.matrices), self._old.counts(name))
-                if shape.n_out:
-                    writer.write_outputs(name, next(made))
+        return writing_moments(path, provenance, self._shapes, self._shared)
+
+    def write(self, made: Iterator[Any], writer: MomentsWriter) -> None:
+        """Writes what the works made, which are done in their order."""
+        for name, shape in self._shapes.items():
+            if name not in self._shared:
+                writer.write_inputs(name, itertools.islice(made, shape.matrices), self._old.counts(name))
+            if shape.n_out:
+                writer.write_outputs(name, next(made))
 
 
 def _changed_inputs(moments: MomentsFile, name: str, change: Change, matrix: int) -> Correlations:

@@ -9,10 +9,9 @@ computes the same.
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 
-from bitladder.calibrate import watch_chunks
-from bitladder.engine import Decoding, HiddenStates, Model, Multiplication
+from bitladder.calibrate import decode_columns
+from bitladder.engine import LANES, Decoding, HiddenStates, Lane, Lanes, Model, WatchingUntilSatisfied
 from bitladder.gguf import EMBEDDING, HEAD, GgufFile, name_in_block
 from bitladder.refine.model_files import Doubles, Floats, Indices, column_squares
 from bitladder.refine.options import SmoothingOptions
@@ -127,6 +126,7 @@ def order_for_blocks(
     """
     count = squares.shape[1]
     sizes = squares.mean(axis=0)
+    squares = np.ascontiguousarray(squares.T)  # some channels are taken many times
     left, chosen = np.arange(count), []
     while len(left) > block:
         by_size = left[np.argsort(-sizes[left], kind="stable")]
@@ -150,31 +150,27 @@ def order_for_blocks(
 
 
 def _cost(squares: Doubles, weights: Doubles, inside: Indices) -> float:
-    return float(squares[:, inside].max(axis=1).mean() * weights[inside].sum())
+    """Of channels in a block, with squares [channels, tokens]."""
+    return float(squares[inside].max(axis=0).mean() * weights[inside].sum())
 
 
 class _HeadInputs(HiddenStates):
-    """Keeps the inputs of the head, chunk by chunk."""
-
-    def __init__(self) -> None:
-        super().__init__(EMBEDDING)
-        self._seen = False
-
-    def begin(self, first: int, count: int) -> None:
-        self._seen = False
-
-    def see(self, seen: Multiplication, inputs: Floats, experts: npt.NDArray[np.int32] | None) -> None:
-        super().see(seen, inputs, experts)
-        self._seen = True
+    """Keeps the inputs of the head, and ends the computation there."""
 
     def satisfied(self) -> bool:
-        return self._seen
+        return bool(self._parts)
 
 
 def _head_inputs(file: GgufFile, chunks: int, threads: int | None) -> Floats:
-    kept: list[Floats] = []
-    with Model(file.path, repack=False) as model:
+    decoding = Decoding(n_ctx=ORDER_LENGTH, n_batch=ORDER_LENGTH, n_ubatch=ORDER_LENGTH, threads=threads)
+    seen = [_HeadInputs(EMBEDDING) for _ in range(LANES)]
+    callbacks = iter(map(WatchingUntilSatisfied, seen))
+    with Model(file.path, repack=False) as model, Lanes(model, decoding, callback=lambda: next(callbacks)) as lanes:
         tokens = np.random.default_rng(0).integers(0, model.n_vocab, (chunks, ORDER_LENGTH)).astype(np.int32)
-        for _, inputs in watch_chunks(model, tokens, _HeadInputs, Decoding(threads=threads)):
-            kept += inputs
-    return np.concatenate(kept)
+
+        def read(lane: Lane, chunk: int) -> Floats:
+            lane.context.clear()
+            decode_columns(lane.context, tokens[chunk : chunk + 1], 0, ORDER_LENGTH)
+            return seen[lane.number].take()
+
+        return np.concatenate(list(lanes.each(chunks, read)))

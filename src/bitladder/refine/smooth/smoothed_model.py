@@ -6,6 +6,7 @@ text.
 """
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import tempfile
@@ -18,7 +19,7 @@ from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
 from bitladder.engine import Decoding, logit_differences, logits_side_by_side
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import HiddenBase, MeasureOptions, paired_mean
-from bitladder.files import refuse_inputs, replacing, sha256_file
+from bitladder.files import refuse_inputs, replacing, sha256_file, syncing
 from bitladder.gguf import EMBEDDING, GgufFile, open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
@@ -179,7 +180,8 @@ class _Attempt:
             progress=progress,
         )
         paths = [self._out, *([] if self._logits else [self._file.path])]
-        logits, *before = logits_side_by_side(paths, self._tokens, threads=self._threads)
+        with contextlib.nullcontext() if self._threads == 1 else syncing(self._out):
+            logits, *before = logits_side_by_side(paths, self._tokens, threads=self._threads)
         self._logits += before
         return float(logit_differences(logits, *self._logits).max())
 
