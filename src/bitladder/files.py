@@ -10,7 +10,6 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -113,7 +112,7 @@ def replacing(path: PathLike, *, sync: bool = True) -> Iterator[pathlib.Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         if sync:
-            _sync(temporary)
+            sync_file(temporary)
         temporary.replace(path)
     except OSError as error:
         # numpy says only how much was written.
@@ -125,21 +124,10 @@ def replacing(path: PathLike, *, sync: bool = True) -> Iterator[pathlib.Path]:
         _unfinished.discard(temporary)
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync_file(path: pathlib.Path) -> None:
+    """Waits until the disk has taken a file. Raises OSError if it does not."""
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
-
-
-@contextlib.contextmanager
-def syncing(path: pathlib.Path) -> Iterator[None]:
-    """A thread waits for the disk to take a complete file, while other work is done. `replacing` then need not wait.
-
-    Raises OSError if the disk does not take it.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        synced = pool.submit(_sync, path)
-        yield
-        synced.result()
 
 
 def write_text(path: PathLike, text: str) -> None:

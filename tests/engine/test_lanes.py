@@ -1,18 +1,16 @@
-"""Chunks that are decoded side by side: the same figures for any number of threads, in order, and errors at once."""
+"""Work side by side: the same figures for any number of threads, in order, and errors at once."""
 
-import re
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from bitladder.engine import Lanes, Model, logits_side_by_side, sequence_logits
+from bitladder.engine import Aside, Lanes, Model
 from bitladder.errors import BitladderError
 from bitladder.evaluate import MeasureOptions, make_base, measure
 from bitladder.evaluate.base.logits_file import write_logits_file
 from bitladder.files import sha256_file
-from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.text import load_text
 
 N_CTX = 128
@@ -44,17 +42,18 @@ def test_threads_change_no_figure(tiny_gguf, text, tmp_path, chunks):
             assert all(np.array_equal(values, other.arrays[name]) for name, values in scores[kind].arrays.items())
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_models_side_by_side_have_the_logits_of_each_alone(tiny_gguf, tmp_path, threads):
-    other = tmp_path / "q.gguf"
-    quantize(tiny_gguf, other, QuantizeOptions("Q4_0"))
-    tokens = np.arange(40, dtype=np.int32)
-    alone = [sequence_logits(path, tokens, threads=1) for path in (tiny_gguf, other)]
-    for paths, expected in (([tiny_gguf, other], alone), ([other], alone[1:])):
-        assert np.array_equal(logits_side_by_side(paths, tokens, threads=threads), expected)
-    other.write_bytes(b"no model")
-    with pytest.raises(BitladderError, match=re.escape(str(other))):
-        logits_side_by_side([tiny_gguf, other], tokens, threads=threads)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_work_aside_is_done_in_its_order(threads):
+    began, done = threading.Event(), []
+    with Aside(threads) as aside:
+        first = aside.submit(lambda: began.wait(30 if threads > 1 else 0) and done.append(1))
+        second = aside.submit(done.append, 2)
+        began.set()
+        first.result()
+        second.result()
+        assert done == ([1, 2] if threads > 1 else [2])
+        with pytest.raises(ZeroDivisionError):
+            aside.submit(lambda: 1 / 0).result()
 
 
 @pytest.fixture

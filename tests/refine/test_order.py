@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -158,10 +159,10 @@ def test_experts_and_what_is_left_alone(tmp_path, tiny_gguf, text):
     assert result.head_noise < 1 and np.abs(logits(out, tokens) - expected).max() < 5e-3 * np.ptp(expected)
     quantize(out, tmp_path / "q.gguf", "Q4_K_M", imatrix=tmp_path / "oi.gguf")
     with GgufFile(tmp_path / "q.gguf") as file:
-        assert find_order(file, SmoothingOptions()) is None  # quantized
+        assert find_order(file, Future(), SmoothingOptions()) is None  # quantized
     with GgufFile(path) as file:
         file.tensors["blk.0.something_new.weight"] = file.tensors["blk.0.attn_norm.weight"]
-        assert find_order(file, SmoothingOptions()) is None
+        assert find_order(file, Future(), SmoothingOptions()) is None
     write_moe(tiny_gguf, tmp_path / "untied.gguf", width=512)
     collect_imatrix(tmp_path / "untied.gguf", [text], imatrix, decoding=Decoding(n_ctx=64))
     with pytest.raises(SmoothingError, match="no other order of channels is known to be better"):

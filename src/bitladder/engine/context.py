@@ -246,18 +246,6 @@ class Context(Closing):
         """Lets the CPU compute with the threads of a pool, which must outlive the context."""
         ggml.llama_attach_threadpool(self._context, pool.handle, None)
 
-    def sequence_logits(self, tokens: Tokens) -> Floats:
-        """Decodes a sequence, int32 [positions], and copies the logits at every position, float32 [positions, n_vocab].
-
-        Raises BitladderError if a logit is not finite, and as `decode`.
-        """
-        count = len(tokens)
-        self.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
-        logits = self.logits().copy()
-        if not np.isfinite(logits).all():
-            raise overflow(f"the logits of {self.model.name} are")
-        return logits
-
     def logits(self) -> Floats:
         """The logits of the last batch's outputs, float32, shape [outputs, n_vocab], in the order of the batch.
 
@@ -270,11 +258,11 @@ class Context(Closing):
         return np.ctypeslib.as_array(pointer, (self._outputs, self.model.n_vocab))
 
 
-def sequence_logits(path: str | os.PathLike[str], tokens: Tokens, *, threads: int | None = None) -> Floats:
+def sequence_logits(model: Model | str | os.PathLike[str], tokens: Tokens, *, threads: int | None = None) -> Floats:
     """The logits at every position of a sequence.
 
     Parameters:
-        path: the GGUF file of the model.
+        model: the loaded model, or its GGUF file.
         tokens: int32, shape [positions].
         threads: threads of the CPU; None uses all.
 
@@ -284,14 +272,16 @@ def sequence_logits(path: str | os.PathLike[str], tokens: Tokens, *, threads: in
     Raises:
         BitladderError: the file does not load, decoding fails, or a logit is not finite.
     """
-    with Model(path, repack=False) as model, Context(model, for_sequence(tokens, threads)) as context:
-        return context.sequence_logits(tokens)
-
-
-def for_sequence(tokens: Tokens, threads: int | None) -> Decoding:
-    """How a sequence is decoded as a whole."""
-    size = max(len(tokens), MIN_CTX)
-    return Decoding(n_ctx=size, n_batch=size, threads=threads)
+    if not isinstance(model, Model):
+        with Model(model, repack=False) as loaded:
+            return sequence_logits(loaded, tokens, threads=threads)
+    size, count = max(len(tokens), MIN_CTX), len(tokens)
+    with Context(model, Decoding(n_ctx=size, n_batch=size, threads=threads)) as context:
+        context.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
+        logits = context.logits().copy()
+    if not np.isfinite(logits).all():
+        raise overflow(f"the logits of {model.name} are")
+    return logits
 
 
 def logit_differences(logits: Floats, expected: Floats) -> Floats:

@@ -8,20 +8,19 @@ work. No figure depends on it: the library's sums do not depend on the number of
 import collections
 import contextlib
 import itertools
-import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
-from bitladder.engine.context import Context, Decoding, Floats, for_sequence, sequence_logits
-from bitladder.engine.model import Model, Tokens
+from bitladder.engine.context import Context, Decoding
+from bitladder.engine.model import Model
 from bitladder.engine.types import threads_available
 from bitladder.files import Closing
 
+P = ParamSpec("P")
 Result = TypeVar("Result")
 AHEAD = 4  # works per thread that may be at hand or wait to be taken
 LANES = 2
@@ -70,6 +69,35 @@ class Workers(Closing):
         finally:
             for future in waiting:
                 future.result()
+
+
+class Aside(Closing):
+    """A thread that does some work while the caller does other work. With a single thread the caller does all at once.
+
+    Parameters:
+        threads: of the whole work; None for that of the CPUs.
+
+    Example:
+        >>> with Aside(1) as aside:
+        ...     print(aside.submit(max, 2, 3).result())
+        3
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        self._pool = ThreadPoolExecutor(1) if threads != 1 else None
+
+    def close(self) -> None:
+        """Waits for the work."""
+        if self._pool:
+            self._pool.shutdown()
+
+    def submit(self, work: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Future[Result]:
+        """Work that is done after what was submitted before it. Its result raises what the work raises."""
+        if self._pool:
+            return self._pool.submit(work, *args, **kwargs)
+        done: Future[Result] = Future()
+        done.set_result(work(*args, **kwargs))
+        return done
 
 
 def in_order(
@@ -276,32 +304,3 @@ def side_by_side(lanes: Sequence[Lane], chunks: range, work: Callable[[Lane, int
             thread.join()
         for lane in lanes:
             lane.context.go_on()
-
-
-def logits_side_by_side(
-    paths: Sequence[str | os.PathLike[str]], tokens: Tokens, *, threads: int | None = None
-) -> list[Floats]:
-    """The logits of several models at every position of a sequence. Models share the threads; one has all of them.
-
-    Parameters:
-        paths: the GGUF files of the models.
-        tokens: int32, shape [positions].
-        threads: threads of the CPU, at least one for each model, else models are decoded one by one; None uses all.
-
-    Returns:
-        For each model float32, shape [positions, n_vocab].
-
-    Raises:
-        BitladderError: as of `sequence_logits`.
-    """
-    share = (threads or threads_available()) // max(1, len(paths))
-    if len(paths) == 1 or not share:
-        return [sequence_logits(path, tokens, threads=threads) for path in paths]
-    with contextlib.ExitStack() as opened:
-        with contextlib.closing(in_order([partial(Model, path, repack=False) for path in paths], len(paths))) as loaded:
-            models = [opened.enter_context(model) for model in loaded]
-        decoding = for_sequence(tokens, share)
-        lanes = [opened.enter_context(Lanes(model, decoding, most=1)).first for model in models]
-        return list(
-            side_by_side(lanes, range(len(paths)), lambda _, place: lanes[place].context.sequence_logits(tokens))
-        )

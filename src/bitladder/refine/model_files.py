@@ -7,13 +7,13 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import dequantize_rows, in_order
+from bitladder.engine import Aside, dequantize_rows, in_order
 from bitladder.errors import BitladderError
 from bitladder.files import Closing
 from bitladder.gguf import GgufFile, GgufWriter, TensorInfo, TensorPlan, string
@@ -133,21 +133,17 @@ class _HashedStream(Closing):
 
     def __init__(self, stream: BinaryIO, threads: int | None) -> None:
         self._stream, self._hash = stream, hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1) if threads != 1 else None
+        self._aside = Aside(threads)
         self._waiting: collections.deque[Future[None]] = collections.deque()
 
     def close(self) -> None:
         """Ends the thread."""
-        if self._pool:
-            self._pool.shutdown()
+        self._aside.close()
 
     def write(self, data: "Buffer") -> None:
         """Appends bytes."""
-        if self._pool:
-            self._wait(HASHED_LATER)
-            self._waiting.append(self._pool.submit(self._hash.update, data))
-        else:
-            self._hash.update(data)
+        self._wait(HASHED_LATER)
+        self._waiting.append(self._aside.submit(self._hash.update, data))
         self._stream.write(data)
 
     def sha256(self) -> str:

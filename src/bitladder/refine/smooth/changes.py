@@ -9,7 +9,6 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from bitladder.calibrate import (
     pack_triangle,
     writing_moments,
 )
-from bitladder.engine import dequantize_rows, in_order, quantize_rows
+from bitladder.engine import Aside, dequantize_rows, in_order, quantize_rows
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile, TensorInfo
 from bitladder.refine.model_files import PIECE, Bytes, Floats, Indices, row_spans
@@ -168,13 +167,13 @@ def smoothed_moments(
         files = [_Smoothed(opened.enter_context(MomentsFile(path)), changes) for path in moments]
         works = itertools.chain.from_iterable(file.works() for file in files)
         made = opened.enter_context(contextlib.closing(in_order(works, threads, ahead=2)))
-        finishing = opened.enter_context(ThreadPoolExecutor(1)) if threads != 1 else None
+        aside = opened.enter_context(Aside(threads))
         finished = []
         for file, path in zip(files, out, strict=True):
             with contextlib.ExitStack() as writing:
                 file.write(made, writing.enter_context(file.writer(path, model_sha256)))
-                if finishing:  # while the disk takes a file, the next one is written
-                    finished.append(finishing.submit(writing.pop_all().close))
+                # While the disk takes a file, the next one is written.
+                finished.append(aside.submit(writing.pop_all().close))
         for each in finished:
             each.result()
 

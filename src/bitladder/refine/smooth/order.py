@@ -7,6 +7,7 @@ computes the same.
 """
 
 import dataclasses
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -56,7 +57,9 @@ class Order:
     noise: float
 
 
-def find_order(file: GgufFile, options: SmoothingOptions, threads: int | None = None) -> Order | None:
+def find_order(
+    file: GgufFile, loaded: Future[Model], options: SmoothingOptions, threads: int | None = None
+) -> Order | None:
     """The order in which the head loses least. Decodes random tokens.
 
     There is none if the head has a matrix of its own (then scales can move), if its inputs are not rounded in blocks of
@@ -64,11 +67,12 @@ def find_order(file: GgufFile, options: SmoothingOptions, threads: int | None = 
 
     Parameters:
         file: a full-precision model.
+        loaded: the same model.
         options: how large channels are found.
         threads: threads of the CPU; None takes all.
 
     Raises:
-        BitladderError: the model does not decode.
+        BitladderError: the model does not load or decode.
     """
     embeddings = file.tensors.get(EMBEDDING)
     if embeddings is None or not may_be_ordered(tied=HEAD not in file.tensors, width=embeddings.width):
@@ -85,7 +89,7 @@ def find_order(file: GgufFile, options: SmoothingOptions, threads: int | None = 
         file.tensors[name].rows_per_matrix != width for name in rows
     ):
         return None
-    inputs = _head_inputs(file, options.order_chunks, threads)
+    inputs = _head_inputs(loaded.result(), options.order_chunks, threads)
     weights = column_squares(file, embeddings)[0]
     channels, noise = order_for_blocks(np.square(inputs, dtype=np.float64), weights, options.outliers)
     return Order(channels, columns, rows, noise) if noise < 1 else None
@@ -161,11 +165,11 @@ class _HeadInputs(HiddenStates):
         return bool(self._parts)
 
 
-def _head_inputs(file: GgufFile, chunks: int, threads: int | None) -> Floats:
+def _head_inputs(model: Model, chunks: int, threads: int | None) -> Floats:
     decoding = Decoding(n_ctx=ORDER_LENGTH, n_batch=ORDER_LENGTH, n_ubatch=ORDER_LENGTH, threads=threads)
     seen = [_HeadInputs(EMBEDDING) for _ in range(LANES)]
     callbacks = iter(map(WatchingUntilSatisfied, seen))
-    with Model(file.path, repack=False) as model, Lanes(model, decoding, callback=lambda: next(callbacks)) as lanes:
+    with Lanes(model, decoding, callback=lambda: next(callbacks)) as lanes:
         tokens = np.random.default_rng(0).integers(0, model.n_vocab, (chunks, ORDER_LENGTH)).astype(np.int32)
 
         def read(lane: Lane, chunk: int) -> Floats:

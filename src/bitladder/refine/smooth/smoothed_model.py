@@ -8,18 +8,20 @@ text.
 import collections
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
-from bitladder.engine import Decoding, logit_differences, logits_side_by_side
+from bitladder.engine import Aside, Decoding, Model, logit_differences, sequence_logits, threads_available
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import HiddenBase, MeasureOptions, paired_mean
-from bitladder.files import refuse_inputs, replacing, sha256_file, syncing
+from bitladder.files import refuse_inputs, replacing, sha256_file, sync_file
 from bitladder.gguf import EMBEDDING, GgufFile, open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
@@ -92,16 +94,19 @@ def smooth_model(
     if source.imatrix is None or out.imatrix is None:
         raise UsageError("smoothing needs an importance matrix: pass --imatrix")
     matrix, digest = read_imatrix(source.imatrix), sha256_file(source.imatrix)
-    with open_model(source.model) as file:
+    with open_model(source.model) as file, contextlib.ExitStack() as opened:
         refuse_inputs([out.model, out.imatrix, *out.moments], [*file.parts, source.imatrix, *source.moments])
         if file.get(KEY):
             raise BitladderError(f"{file.path} is smoothed already")
         _refuse_other_imatrix(file, matrix, source.imatrix)
+        # The library takes a while to load a model, in one thread.
+        loaded = opened.enter_context(Aside(threads)).submit(Model, source.model, repack=False)
+        opened.callback(_close, loaded)
         parts = _Parts(
             link_scales(file, _links(file, matrix, source.imatrix), matrix, options, progress, threads)
             if options.scales
             else [],
-            find_order(file, options, threads) if options.order else None,
+            find_order(file, loaded, options, threads) if options.order else None,
         )
         if not parts.names():
             raise SmoothingError(
@@ -109,7 +114,7 @@ def smooth_model(
                 "the head and their width is a multiple of 256"
             )
         with replacing(out.model) as temporary:
-            attempt = _Attempt(file, digest, temporary, threads)
+            attempt = _Attempt(file, loaded.result(), digest, temporary, threads)
             moved = attempt.moved(parts, progress)
             if not moved <= options.tolerance:
                 neutral = [name for name in parts.names() if attempt.moved(parts.only([name])) <= options.tolerance]
@@ -126,6 +131,11 @@ def smooth_model(
     write_imatrix(changed_imatrix(matrix, changes), out.imatrix)
     smoothed_moments(source.moments, changes, out.moments, model_sha256, threads)
     return SmoothResult(parts.links(), None if parts.order is None else parts.order.noise, moved, changes)
+
+
+def _close(loaded: Future[Model]) -> None:
+    if loaded.exception() is None:
+        loaded.result().close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +170,10 @@ class _Attempt:
         sha256: of the last model that was written.
     """
 
-    def __init__(self, file: GgufFile, digest: str, out: pathlib.Path, threads: int | None) -> None:
-        self._file, self._digest, self._out, self._threads = file, digest, out, threads
+    def __init__(self, file: GgufFile, before: Model, digest: str, out: pathlib.Path, threads: int | None) -> None:
+        self._file, self._before, self._digest, self._out, self._threads = file, before, digest, out, threads
         vocabulary = file.tensors[EMBEDDING].shape[1]
         self._tokens = np.random.default_rng(0).integers(0, vocabulary, CHECKED_TOKENS).astype(np.int32)
-        self._logits: list[Floats] = []  # of the model before, once they are known
         self.sha256 = ""
 
     def moved(self, parts: _Parts, progress: Progress = SILENT) -> float:
@@ -179,11 +188,19 @@ class _Attempt:
             threads=self._threads,
             progress=progress,
         )
-        paths = [self._out, *([] if self._logits else [self._file.path])]
-        with contextlib.nullcontext() if self._threads == 1 else syncing(self._out):
-            logits, *before = logits_side_by_side(paths, self._tokens, threads=self._threads)
-        self._logits += before
-        return float(logit_differences(logits, *self._logits).max())
+        with Aside(self._threads) as disk, Aside(self._threads) as aside:
+            synced = disk.submit(sync_file, self._out)
+            loaded = aside.submit(Model, self._out, repack=False)
+            expected = self._logits_before
+            with loaded.result() as model:
+                logits = sequence_logits(model, self._tokens, threads=self._threads)
+            synced.result()
+        return float(logit_differences(logits, expected).max())
+
+    @functools.cached_property
+    def _logits_before(self) -> Floats:
+        # A thread loads the new model meanwhile.
+        return sequence_logits(self._before, self._tokens, threads=max(1, (self._threads or threads_available()) - 1))
 
 
 def _refuse_other_imatrix(file: GgufFile, matrix: Imatrix, path: pathlib.Path) -> None:
