@@ -15,6 +15,7 @@ from bitladder.engine import (
     native,
     type_by_name,
 )
+from bitladder.engine.native import ggml
 from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
 
@@ -84,6 +85,22 @@ def test_kernel_errors(kernels):
         kernels.quantize(np.full((2, 256), np.nan, np.float32), type_by_name("q8_0"))
     with pytest.raises(BitladderError, match="q4_K"):
         type_by_name("q4_X")
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+def test_half_precision_has_the_bits_of_the_library(kernels, name):
+    """All exponents and both signs, numbers halfway between two others among them, against ggml's portable kernel."""
+    kind, most = type_by_name(name), 65519.0 if name == "f16" else 3.3e38
+    bits = np.random.default_rng(5).integers(0, 1 << 32, 1 << 18, dtype=np.uint64).astype(np.uint32)
+    bits[::2] &= np.uint32(0xFFFFF000 if name == "f16" else 0xFFFF8000)
+    weights = bits.view(np.float32)
+    weights = weights[np.isfinite(weights) & (np.abs(weights) < most)][: 1 << 17].reshape(1, -1)
+    expected = np.empty((1, 2 * weights.size), np.uint8)
+    assert ggml.ggml_quantize_chunk(kind.id, weights.ctypes.data, expected.ctypes.data, 0, 1, weights.size, None)
+    assert np.array_equal(kernels.quantize(weights, kind), expected)
+    for wrong in (np.nan, np.inf, -np.inf):
+        with pytest.raises(BitladderError, match="NaN or Inf"):
+            kernels.quantize(np.array([[1, wrong]], np.float32), kind)
 
 
 def test_types_come_from_the_library():
