@@ -72,7 +72,10 @@ def measure(stage: str, folder: pathlib.Path, threads: int, amount: int, process
         for process in running:
             process.stdin.write("go\n")  # type: ignore[union-attr]
             process.stdin.flush()  # type: ignore[union-attr]
-        return [json.loads(written(process, "{")) for process in running]
+        results = [json.loads(written(process, "{")) for process in running]
+        for process in running:
+            process.wait()  # it deletes what it wrote, which would fill the disk
+        return results
     finally:
         for process in running:
             process.kill()
