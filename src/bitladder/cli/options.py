@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 
 Function = Callable[..., Any]
+_NAMED = {"text": TEXT, "tasks": TASKS, "preset": Presets(), "ladder": Presets(ladders=True)}
+threads = click.option("-t", "--threads", type=Whole(1), help="Threads of the CPU.  [default: all]")
+hours_option = click.option(
+    "--hours",
+    type=float,
+    metavar="N",
+    help="Take the highest effort whose estimate is at most N hours, instead of --effort.",
+)
 
 
 def options_from(
@@ -81,9 +89,6 @@ def _typed(field: OptionField, value: Any) -> Any:
     return tuple(value) if field.many else value
 
 
-_NAMED = {"text": TEXT, "tasks": TASKS, "preset": Presets(), "ladder": Presets(ladders=True)}
-
-
 def _click_option(field: OptionField, default: Any) -> Callable[[Function], Function]:
     about = field.option
     shown = about.help
@@ -128,9 +133,6 @@ def _path_type(writes: Any) -> click.Path:
     if writes == "folder":
         return OutputFolder()
     return PLACE if writes is None else OutputPath(writes)
-
-
-threads = click.option("-t", "--threads", type=Whole(1), help="Threads of the CPU.  [default: all]")
 
 
 def warn_if_quantized(output: Output, option: str, path: pathlib.Path | None) -> None:
@@ -208,14 +210,6 @@ def effort(command: Function) -> Function:
         show_default=True,
         help="How much time may be spent; an option that you give counts more.",
     )(wrapper)
-
-
-hours_option = click.option(
-    "--hours",
-    type=float,
-    metavar="N",
-    help="Take the highest effort whose estimate is at most N hours, instead of --effort.",
-)
 
 
 def within_hours(options: "RunOptions", hours: float | None) -> "RunOptions":

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 CPU, GPU, IGPU, ACCEL = range(4)  # enum ggml_backend_dev_type
 _PER_CPU = 512  # GGML_MAX_N_THREADS
+# NumPy's wheels contain an OpenBLAS whose symbols have these names.
+_NAMES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
+Device = Literal["auto", "cpu", "cuda", "mps", "torch"]
+GPUS = ("cuda", "mps")
+# Of the memory that is free, for one piece of work. Torch's allocator and the library's kernels need the rest.
+USABLE = 0.8
 
 
 def backend_names() -> str:
@@ -127,10 +133,6 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# NumPy's wheels contain an OpenBLAS whose symbols have these names.
-_NAMES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads")
-
-
 class _Users:
     """Users of the setting, which the library has once for all threads: the first sets it, the last resets it."""
 
@@ -180,12 +182,6 @@ def single_threaded() -> Iterator[None]:
             _USERS.count -= 1
             if _USERS.count == 0:
                 put(_USERS.before)
-
-
-Device = Literal["auto", "cpu", "cuda", "mps", "torch"]
-GPUS = ("cuda", "mps")
-# Of the memory that is free, for one piece of work. Torch's allocator and the library's kernels need the rest.
-USABLE = 0.8
 
 
 @functools.cache

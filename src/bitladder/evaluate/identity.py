@@ -21,6 +21,9 @@ from bitladder.keys import key_of
 from bitladder.options import option
 from bitladder.text import Chunks
 
+Arrays = dict[str, npt.NDArray[Any]]
+Floats = npt.NDArray[np.float32]
+
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
@@ -96,9 +99,6 @@ def _head_and_vocabulary(file: GgufFile) -> tuple[TensorInfo, str]:
     if head is None or tokens is None:
         raise BitladderError(f"{file.path} is not a language model: it has no token embeddings or no vocabulary")
     return head, sha256_bytes(tokens.raw)
-
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Results(Protocol):
@@ -178,9 +178,6 @@ class MeasureOptions(Decoding):
         # fits into memory is mapped nevertheless, so that the system can drop its pages.
         size = sum(part.stat().st_size for part in parts(path) if part.is_file())
         return Model(path, mmap=2 * size > main_memory(), gpu_layers=self.gpu_layers)
-
-
-Floats = npt.NDArray[np.float32]
 
 
 def decode(context: Context, chunks: Chunks, chunk: int) -> Iterator[tuple[int, Floats]]:

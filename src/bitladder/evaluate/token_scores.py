@@ -27,6 +27,8 @@ from bitladder.text import Chunks
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int32]
+_KLD_SHARES = {"p999": 99.9, "p99": 99, "p95": 95, "p90": 90, "median": 50, "p10": 10, "p05": 5, "p01": 1, "p001": 0.1}
+_DELTA_P_SHARES = {**_KLD_SHARES, "p75": 75, "p25": 25}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +146,6 @@ def _quant_shift(logits: Floats, top: npt.NDArray[np.intp], base_top: Tokens) ->
     every = np.arange(len(logits))
     shift: Floats = np.maximum(logits[every, base_top], logits[every, top] - np.float32(60))
     return shift
-
-
-_KLD_SHARES = {"p999": 99.9, "p99": 99, "p95": 95, "p90": 90, "median": 50, "p10": 10, "p05": 5, "p01": 1, "p001": 0.1}
-_DELTA_P_SHARES = {**_KLD_SHARES, "p75": 75, "p25": 25}
 
 
 def average(figures: Sequence[Figure]) -> Figure:

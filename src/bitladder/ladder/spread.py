@@ -37,6 +37,8 @@ from bitladder.trial import Helpers
 from bitladder.units import number_of
 
 INPUTS = ".inputs"  # folder of exchanged files that are not in the run directory
+# What is done with a step when its turn has come: it gets the step, and what other machines have made of it.
+Record = Callable[[Step, Product | None], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,10 +228,6 @@ def _open(state: RunState) -> Run:
         rounding_threads=cost.rounding_threads(state.shape, threads, memory) if memory else threads,
         known=(state.records, state.digests),
     )
-
-
-# What is done with a step when its turn has come: it gets the step, and what other machines have made of it.
-Record = Callable[[Step, Product | None], None]
 
 
 @dataclasses.dataclass

@@ -24,6 +24,8 @@ from bitladder.gguf import GgufFile, block_of, kind_of, one_line, ranges, readin
 from bitladder.recipe.patterns import exact_patterns, preset_and_pairs
 from bitladder.recipe.recipe import Recipe, Shapes, Size, shapes_of, size_of, tensor_bytes
 
+Direction = Literal["up", "down", "level"]
+
 
 @dataclasses.dataclass(frozen=True)
 class RecipeFinding:
@@ -230,9 +232,6 @@ def _in_need(types: Mapping[str, TensorType], base: str, file: GgufFile) -> dict
         elif kind.quantized and preset_types(file.path, request).needs_imatrix:
             reasons |= dict.fromkeys(names, f"{kind.name} needs an importance matrix")
     return reasons
-
-
-Direction = Literal["up", "down", "level"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,17 @@ from bitladder.report.tables import count_text, gigabytes, label, with_error
 
 # Powers of ten. Sizes that differ by less, as those of a rung and its preset, would stand between two ticks of an axis.
 NARROW = 0.0008
+ROW, FRAME = 26, 120  # height of a row and of what surrounds the rows, pixels
+# Field of a divergence, its name, colour and symbol.
+PERCENTILES = (
+    ("p10", "10 %", "@seq1", "triangle-right"),
+    ("median", "median", "@seq2", "line-ns-open"),
+    ("value", "mean", "@rung", "circle"),
+    ("p90", "90 %", "@seq3", "triangle-left"),
+    ("p99", "99 %", "@seq4", "diamond"),
+    ("p999", "99.9 %", "@seq5", "square"),
+    ("max", "max", "@seq6", "x"),
+)
 
 
 def pareto(run: FinishedRun) -> Chart | None:
@@ -240,19 +251,6 @@ def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     last = np.searchsorted(ordered, values, "right") - 1
     ranks: npt.NDArray[np.float64] = (first + last) / 2
     return ranks
-
-
-ROW, FRAME = 26, 120  # height of a row and of what surrounds the rows, pixels
-# Field of a divergence, its name, colour and symbol.
-PERCENTILES = (
-    ("p10", "10 %", "@seq1", "triangle-right"),
-    ("median", "median", "@seq2", "line-ns-open"),
-    ("value", "mean", "@rung", "circle"),
-    ("p90", "90 %", "@seq3", "triangle-left"),
-    ("p99", "99 %", "@seq4", "diamond"),
-    ("p999", "99.9 %", "@seq5", "square"),
-    ("max", "max", "@seq6", "x"),
-)
 
 
 def task_bars(run: FinishedRun, name: str) -> Chart:

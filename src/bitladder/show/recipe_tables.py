@@ -15,9 +15,12 @@ from bitladder.recipe import RECIPE_KEY, Recipe, RecipeDiff, Shapes, Size, block
 from bitladder.show.table import Column, Table
 from bitladder.units import number_of
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # numba, which rounding needs, takes a while to import
     from bitladder.evaluate import Figure
     from bitladder.refine import GuardTrial, RoundedQuant
+
+_ARROWS = {"up": ("▲", "green"), "down": ("▼", "red"), "level": ("=", "")}
+SHOWN = 6  # names in a cell; of the others only their number is shown
 
 
 def heading(recipe: Recipe, shapes: Shapes) -> list[str]:
@@ -132,9 +135,6 @@ def _cells(size: Size | None) -> list[str]:
     return [f"{size.bytes:,}", f"{size.bpw:.3f}"] if size else []
 
 
-_ARROWS = {"up": ("▲", "green"), "down": ("▼", "red"), "level": ("=", "")}
-
-
 def difference(changes: RecipeDiff) -> Iterator[str | Table]:
     """Lines and tables, in the order in which they are printed."""
     for name, size in (("A", changes.size_a), ("B", changes.size_b)):
@@ -184,9 +184,6 @@ def _changed_kinds(changes: RecipeDiff) -> Table:
 
 def _gain(gain: int | None) -> str:
     return "–" if gain is None else f"{gain:+,}"
-
-
-SHOWN = 6  # names in a cell; of the others only their number is shown
 
 
 def preflight_json(figures: Preflight) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 MARKS = {"other": "another model", "sign": "doubtful", "note": "see below", None: ""}
+Cell = tuple[str, float | None]  # the text, and the value by which a row is judged: the lowest is the best
 
 
 def comparison_sections(comparison: "QuantComparison") -> list[tuple[str, Any]]:
@@ -206,9 +207,6 @@ def _type_table(comparison: "QuantComparison", labels: list[str]) -> Any:
             continue  # norms and biases, which quantizers keep
         table.add(kind, *(", ".join(f"{count} × {name}" for name, count in types.items()) for types in counts))
     return table
-
-
-Cell = tuple[str, float | None]  # the text, and the value by which a row is judged: the lowest is the best
 
 
 def eval_tables(models: "list[Scores]") -> list[tuple[str, Any]]:

@@ -16,6 +16,10 @@ from bitladder.units import number_of
 GAP = 2  # spaces between columns
 LONGEST_WORD = 24  # characters of a word that is not broken in a column that folds
 Cell = str | Text
+HELD = "\ue000"  # a space at which no line ends; any character that occurs nowhere else will do
+# Mantissas of ticks, from fine to coarse. The first set with at most MOST ticks on the axis is used.
+STEPS: tuple[tuple[float, ...], ...] = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5), (1,))
+MOST = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +151,6 @@ class Table:
             yield line
 
 
-HELD = "\ue000"  # a space at which no line ends; any character that occurs nowhere else will do
-
-
 def _held(text: str) -> str:
     """The text with its counts ("5 × q5_K") as single words."""
     return text.replace(" × ", f"{HELD}×{HELD}")
@@ -190,11 +191,6 @@ def _spread(narrow: Sequence[int], wide: Sequence[int], piece: Sequence[int], wi
         widths.append(narrow[index] + more)
         spare -= more
     return widths
-
-
-# Mantissas of ticks, from fine to coarse. The first set with at most MOST ticks on the axis is used.
-STEPS: tuple[tuple[float, ...], ...] = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5), (1,))
-MOST = 7
 
 
 @dataclasses.dataclass(frozen=True)

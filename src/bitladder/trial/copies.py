@@ -31,6 +31,7 @@ Doubles = npt.NDArray[np.float64]
 
 COPY_SHARE = 1 / 16  # of main memory, that the weights of the copy may take
 WORTH_A_COPY = 4  # recipes: loading takes about as long as measuring one or two
+Pair = tuple[str, str]  # name of a tensor, and of a type
 
 
 def copies(nbytes: float, decoding: Decoding) -> bool:
@@ -111,9 +112,6 @@ class ModelPair(Closing):
         if isinstance(self._results, Generator):
             self._results.close()
         self._results = iter(())
-
-
-Pair = tuple[str, str]  # name of a tensor, and of a type
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,6 +79,12 @@ _OF_EXPERTS: dict[str, tuple[str, ...]] = {
 _SHARES_SUM_TO_1 = ("qwen3moe",)
 # Gemmas whose scores are not scaled by the size of a head, by their blocks (llama.cpp: LLM_TYPE_27B).
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+# Of the logits' range. The library rounds the inputs of F16 matrices, and its cache, to F16: on real models that leaves
+# 0.002, and a rope of the wrong kind 0.4.
+TOLERANCE = 0.03
+# The share of positions that must be within it. Single positions can be so ill-conditioned that rounding alone moves
+# them: the second token of a text that begins without BOS by 0.07, by 0.013 with weights in F32.
+SHARE = 0.9
 
 
 def model_type(file: GgufFile) -> str:
@@ -197,14 +203,6 @@ def _rope(file: GgufFile) -> dict[str, Any]:
         rope.setdefault("original_max_position_embeddings", _value(file, "context_length"))
         rope["llama_4_scaling_beta"] = _value(file, "attention.temperature_scale") or 0.0
     return rope
-
-
-# Of the logits' range. The library rounds the inputs of F16 matrices, and its cache, to F16: on real models that leaves
-# 0.002, and a rope of the wrong kind 0.4.
-TOLERANCE = 0.03
-# The share of positions that must be within it. Single positions can be so ill-conditioned that rounding alone moves
-# them: the second token of a text that begins without BOS by 0.07, by 0.013 with weights in F32.
-SHARE = 0.9
 
 
 def require_torch() -> Any:

@@ -46,6 +46,15 @@ SMOOTHING = Algorithm(
 
 KEY = "bitladder.smooth.imatrix.sha256"  # in files that are smoothed: the importance matrix they were smoothed by
 CHECKED_TOKENS = 64
+SMOOTHING_TRIAL = Algorithm(
+    "smoothing trial",
+    (
+        "quants of both models are compared with full precision",
+        "blocks of both are swapped into the loaded models, as where recipes are planned",
+    ),
+    uses=(EXCERPTS, SMOOTHING, SWAPPED_KLD),
+)
+PRESET = "Q4_K_M"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,18 +238,6 @@ def _links(file: GgufFile, matrix: Imatrix, path: pathlib.Path) -> list[Link]:
                     "full-precision model"
                 )
     return links
-
-
-SMOOTHING_TRIAL = Algorithm(
-    "smoothing trial",
-    (
-        "quants of both models are compared with full precision",
-        "blocks of both are swapped into the loaded models, as where recipes are planned",
-    ),
-    uses=(EXCERPTS, SMOOTHING, SWAPPED_KLD),
-)
-
-PRESET = "Q4_K_M"
 
 
 @dataclasses.dataclass(frozen=True)
