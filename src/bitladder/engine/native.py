@@ -163,8 +163,7 @@ def _declare(llama: Any) -> Any:
 def _vector_converters(llama: Any, form: str) -> dict[int, Any]:
     """The CPU back end's conversions of F16 and BF16, by type number; empty if it is not a library of its own.
 
-    They are two to fifteen times as fast as the portable conversions, with the same results for all 2³² numbers that
-    are finite.
+    They take a fraction of the time of the portable conversions, with the same results for all numbers that are finite.
     """
     converters: dict[int, Any] = {}
     with contextlib.suppress(FileNotFoundError, RuntimeError):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Context, KernelInputs, Model, Workers, single_threaded, type_by_name
+from bitladder.engine import Context, KernelInputs, Model, Workers, type_by_name
 from bitladder.errors import BitladderError
 from bitladder.evaluate.base.hidden import BASE, HiddenBase
 from bitladder.evaluate.divergence import LogitBlocks, check_finite, divergence
@@ -116,7 +116,7 @@ class _Passes:
         """The divergence of each pass from the pass before it, of the first from the base."""
         chunks, name = self.base.chunks, self.model.name
         kld = np.empty((len(passes), self.count, chunks.scored))
-        with contextlib.ExitStack() as stack, single_threaded():
+        with contextlib.ExitStack() as stack:
             contexts = [stack.enter_context(self._context(settings, inputs)) for settings in passes]
             task = stack.enter_context(self.progress.task(f"Noise floor of {name}", self.count))
             for chunk in range(self.count):

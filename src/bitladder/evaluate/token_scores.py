@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bitladder.engine import Lane, Lanes, single_threaded
+from bitladder.engine import Lane, Lanes
 from bitladder.errors import BitladderError, overflow
 from bitladder.evaluate.divergence import BaseRows, LogitBlocks, check_finite, divergence, refuse_broken, score_rows
 from bitladder.evaluate.identity import decode
@@ -123,17 +123,16 @@ def compare_chunk(lane: Lane, base: BasePredictions, chunk: int) -> TokenScores:
     refuse_broken(known, "the base")
     nll, kld = np.empty(len(targets)), np.empty(len(targets))
     same_top = np.empty(len(targets), np.bool_)
-    with single_threaded():
-        for start, logits in decode(lane.context, base.chunks, chunk):
-            part = slice(start, start + len(logits))
-            every = np.arange(len(logits))
-            top = logits.argmax(axis=1)
-            check_finite(logits[every, top], name)
-            same_top[part] = top == known.top[part]
-            predicted = base.logits(chunk, part.start, part.stop)
-            shift = _quant_shift(logits, top, known.top[part])
-            kld[part], lse = divergence(predicted, logits, known.top_logit[part], shift, lane.workers)
-            nll[part] = lse - logits[every, targets[part]]
+    for start, logits in decode(lane.context, base.chunks, chunk):
+        part = slice(start, start + len(logits))
+        every = np.arange(len(logits))
+        top = logits.argmax(axis=1)
+        check_finite(logits[every, top], name)
+        same_top[part] = top == known.top[part]
+        predicted = base.logits(chunk, part.start, part.stop)
+        shift = _quant_shift(logits, top, known.top[part])
+        kld[part], lse = divergence(predicted, logits, known.top_logit[part], shift, lane.workers)
+        nll[part] = lse - logits[every, targets[part]]
     if not np.isfinite(kld).all():
         raise overflow(f"the divergence of {name} from its base is")
     return TokenScores(nll, known.nll, kld, np.exp(-nll) - np.exp(-known.nll), same_top)

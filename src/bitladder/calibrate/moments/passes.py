@@ -16,7 +16,7 @@ from bitladder.calibrate.moments.schema import MomentShape, Provenance
 from bitladder.calibrate.moments.triangles import Correlations, triangle
 from bitladder.calibrate.sum_order import ByText
 from bitladder.calibrate.unfinished import UnfinishedWork
-from bitladder.engine import Decoding, Model, Tokens, single_threaded, threads_available
+from bitladder.engine import Decoding, Model, Tokens, threads_available
 from bitladder.files import sha256_bytes
 from bitladder.progress import Progress
 
@@ -59,7 +59,6 @@ def run_passes(
     with (
         progress.task("second moments", len(passes) * len(chunks)) as bar,
         ThreadPoolExecutor(decoding.threads or threads_available()) as pool,
-        single_threaded(),
     ):
         for number, planned in enumerate(passes):
             missing = [part for part in planned if not work.has(_done(part, by_text))]
