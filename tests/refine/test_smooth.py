@@ -22,10 +22,11 @@ from bitladder.calibrate import (
 from bitladder.cli import invoke
 from bitladder.engine import Decoding
 from bitladder.errors import BitladderError
+from bitladder.files import sha256_file
 from bitladder.gguf import GgufFile
 from bitladder.progress import SILENT
 from bitladder.quantize import quantize
-from bitladder.refine import SmoothingError
+from bitladder.refine import ModelFiles, SmoothingError, smooth_model
 from bitladder.refine.smooth import smoothed_model
 from bitladder.refine.smooth.changes import smoothed_moments
 from bitladder.refine.smooth.links import balance, links_of
@@ -168,8 +169,12 @@ def test_balance_is_the_least_of_the_bound():
     assert np.isfinite(balance(np.array([0.0, 1, 2]), np.array([1.0, 0, 2]))).all()
 
 
-def test_a_link_that_is_none_is_left_out(tmp_path, text, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_link_that_is_none_is_left_out(tmp_path, text, monkeypatch, threads):
     path, imatrix, _ = made(tmp_path, tiny_models.llama, text)
+    moments = tmp_path / "moments.gguf"
+    options = MomentsOptions(weighting="tokens")
+    collect_moments(path, [text], moments, decoding=Decoding(n_ctx=64), options=options)
     real = smoothed_model.links_of
 
     def wrong(file):
@@ -183,15 +188,24 @@ def test_a_link_that_is_none_is_left_out(tmp_path, text, monkeypatch):
     progress = type(
         "Heard", (), {"task": SILENT.task, "info": SILENT.info, "warn": lambda _, text: warned.append(text)}
     )
-    result = smooth(path, imatrix, tmp_path / "s.gguf", tmp_path / "si.gguf", progress=progress())
+
+    def smoothed(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        out = ModelFiles(folder / "s.gguf", folder / "imatrix.gguf", (folder / "moments.gguf",))
+        return out, smooth_model(ModelFiles(path, imatrix, (moments,)), out, threads=threads, progress=progress())
+
+    out, result = smoothed("some")
     assert "attn_norm" not in result.links and "ffn_norm" in result.links and result.moved < 1e-4
     assert len(warned) == 1 and "only ffn_norm" in warned[0]
+    smoothed_moments([moments], result.changes, [tmp_path / "again.gguf"], sha256_file(out.model))
+    assert out.moments[0].read_bytes() == (tmp_path / "again.gguf").read_bytes()
     monkeypatch.setattr(
         smoothed_model, "links_of", lambda file: [link for link in wrong(file) if link.kind == "attn_norm"]
     )
     with pytest.raises(SmoothingError, match="without changing the logits"):
-        smooth(path, imatrix, tmp_path / "no.gguf", tmp_path / "noi.gguf")
-    assert not (tmp_path / "no.gguf").exists() and not (tmp_path / "noi.gguf").exists()
+        smoothed("none")
+    assert not list((tmp_path / "none").iterdir())  # neither the model nor its moments, nor a part of them
 
 
 def test_odd_input_is_one_line(tmp_path, text, capsys):

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -258,13 +258,20 @@ class Context(Closing):
         return np.ctypeslib.as_array(pointer, (self._outputs, self.model.n_vocab))
 
 
-def sequence_logits(model: Model | str | os.PathLike[str], tokens: Tokens, *, threads: int | None = None) -> Floats:
+def sequence_logits(
+    model: Model | str | os.PathLike[str],
+    tokens: Tokens,
+    *,
+    threads: int | None = None,
+    watch: Callable[[Context], None] | None = None,
+) -> Floats:
     """The logits at every position of a sequence.
 
     Parameters:
         model: the loaded model, or its GGUF file.
         tokens: int32, shape [positions].
         threads: threads of the CPU; None uses all.
+        watch: is called with the context before it decodes, so that another thread can stop it.
 
     Returns:
         float32, shape [positions, n_vocab].
@@ -274,9 +281,11 @@ def sequence_logits(model: Model | str | os.PathLike[str], tokens: Tokens, *, th
     """
     if not isinstance(model, Model):
         with Model(model, repack=False) as loaded:
-            return sequence_logits(loaded, tokens, threads=threads)
+            return sequence_logits(loaded, tokens, threads=threads, watch=watch)
     size, count = max(len(tokens), MIN_CTX), len(tokens)
     with Context(model, Decoding(n_ctx=size, n_batch=size, threads=threads)) as context:
+        if watch:
+            watch(context)
         context.decode(tokens, np.arange(count, dtype=np.int32), np.zeros(count, np.int32), np.ones(count, np.bool_))
         logits = context.logits().copy()
     if not np.isfinite(logits).all():

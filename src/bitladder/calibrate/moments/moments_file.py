@@ -15,7 +15,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -162,8 +162,8 @@ class MomentsFile(Closing):
 class MomentsWriter:
     """Writes entries in the order announced; see `writing_moments`."""
 
-    def __init__(self, writer: GgufWriter) -> None:
-        self._writer = writer
+    def __init__(self, writer: GgufWriter, stream: BinaryIO) -> None:
+        self._writer, self._stream = writer, stream
 
     def write(self, name: str, moment: Moment) -> None:
         """Appends an entry, which must be the next one, and its moments of outputs as a whole."""
@@ -189,6 +189,11 @@ class MomentsWriter:
         self._refuse_not_finite(name, outputs)
         self._put(name + (OUTPUT_FACTORS if isinstance(outputs, LowRank) else OUTPUTS), outputs.values)
         self._put(name + OUTPUT_DIAGONALS, outputs.diagonals)
+
+    def sync(self) -> None:
+        """Waits until the disk has taken what was written."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
 
     def _put(self, name: str, values: npt.NDArray[np.floating]) -> None:
         self._writer.write(name, np.ascontiguousarray(values).view(np.uint8))
@@ -223,7 +228,7 @@ def writing_moments(
     plans = [plan for name, shape in shapes.items() for plan in _plans(name, shape, name in shared)]
     with replacing(path) as temporary, temporary.open("wb") as stream:
         writer = GgufWriter(stream, metadata, plans)
-        yield MomentsWriter(writer)
+        yield MomentsWriter(writer, stream)
         writer.finish()
 
 

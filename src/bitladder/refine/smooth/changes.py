@@ -147,6 +147,7 @@ def smoothed_moments(
     out: Sequence[pathlib.Path],
     model_sha256: str,
     threads: int | None = None,
+    approve: Callable[[], Any] = lambda: None,
 ) -> None:
     """Writes the second moments of the smoothed model.
 
@@ -159,6 +160,7 @@ def smoothed_moments(
         out: paths to write, one for each.
         model_sha256: hash of the smoothed model.
         threads: threads of the CPU; None takes all. Each has the moments of a matrix in memory.
+        approve: is called when a file is written, before it appears. What it raises is raised, and no file appears.
 
     Raises:
         BitladderError: a file holds no second moments.
@@ -171,11 +173,18 @@ def smoothed_moments(
         finished = []
         for file, path in zip(files, out, strict=True):
             with contextlib.ExitStack() as writing:
-                file.write(made, writing.enter_context(file.writer(path, model_sha256)))
+                writer = writing.enter_context(file.writer(path, model_sha256))
+                file.write(made, writer)
                 # While the disk takes a file, the next one is written.
-                finished.append(aside.submit(writing.pop_all().close))
+                finished.append(aside.submit(_finish, writing.pop_all(), writer, approve))
         for each in finished:
             each.result()
+
+
+def _finish(writing: contextlib.ExitStack, writer: MomentsWriter, approve: Callable[[], Any]) -> None:
+    with writing:
+        writer.sync()
+        approve()
 
 
 class _Smoothed:

@@ -11,14 +11,15 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
 import numpy.typing as npt
 
 from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
-from bitladder.engine import Aside, Decoding, Model, logit_differences, sequence_logits, threads_available
+from bitladder.engine import Aside, Context, Decoding, Model, logit_differences, sequence_logits, threads_available
 from bitladder.errors import BitladderError, UsageError
 from bitladder.evaluate import HiddenBase, MeasureOptions, paired_mean
 from bitladder.files import refuse_inputs, replacing, sha256_file, sync_file
@@ -124,22 +125,56 @@ def smooth_model(
             )
         with replacing(out.model) as temporary:
             attempt = _Attempt(file, loaded.result(), digest, temporary, threads)
-            moved = attempt.moved(parts, progress)
-            if not moved <= options.tolerance:
-                neutral = [name for name in parts.names() if attempt.moved(parts.only([name])) <= options.tolerance]
-                parts = parts.only(neutral)
+            make = functools.partial(_write, attempt, source, out, options, threads=threads, progress=progress)
+            try:
+                moved = make(parts)
+            except _MovedError:
+                parts = parts.only([name for name in parts.names() if attempt.neutral(parts.only([name]), options)])
                 progress.warn(
-                    f"{file.path.name} has other tensors that read channels: only {', '.join(neutral) or 'nothing'} "
-                    "can change"
+                    f"{file.path.name} has other tensors that read channels: only "
+                    f"{', '.join(parts.names()) or 'nothing'} can change"
                 )
-                moved = attempt.moved(parts, progress)
-            model_sha256 = attempt.sha256
-            if not parts.names() or not moved <= options.tolerance:
-                raise SmoothingError(f"{file.path}: no scale can move without changing the logits; do not smooth it")
+                try:
+                    if not parts.names():
+                        raise
+                    moved = make(parts)
+                except _MovedError:
+                    remedy = "no scale can move without changing the logits; do not smooth it"
+                    raise SmoothingError(f"{file.path}: {remedy}") from None
     changes = parts.changes()
     write_imatrix(changed_imatrix(matrix, changes), out.imatrix)
-    smoothed_moments(source.moments, changes, out.moments, model_sha256, threads)
     return SmoothResult(parts.links(), None if parts.order is None else parts.order.noise, moved, changes)
+
+
+class _MovedError(Exception):
+    """Logits moved by more than they may."""
+
+
+def _write(
+    attempt: "_Attempt",
+    source: ModelFiles,
+    out: ModelFiles,
+    options: SmoothingOptions,
+    parts: "_Parts",
+    *,
+    threads: int | None,
+    progress: Progress,
+) -> float:
+    """Writes the model, and its moments while logits are compared. Returns how far those moved."""
+    attempt.write(parts, progress)
+    count = threads or threads_available()
+    share = count // 4  # of each model; threads of a context spin where they do not have a CPU each
+    with attempt.comparing(max(1, share if source.moments else count // 2)) as compared:
+
+        def approve() -> None:
+            if not compared() <= options.tolerance:
+                raise _MovedError
+
+        smoothed_moments(
+            source.moments, parts.changes(), out.moments, attempt.sha256, threads=count - 2 * share, approve=approve
+        )
+        approve()
+        return compared()
 
 
 def _close(loaded: Future[Model]) -> None:
@@ -183,10 +218,11 @@ class _Attempt:
         self._file, self._before, self._digest, self._out, self._threads = file, before, digest, out, threads
         vocabulary = file.tensors[EMBEDDING].shape[1]
         self._tokens = np.random.default_rng(0).integers(0, vocabulary, CHECKED_TOKENS).astype(np.int32)
+        self._expected: Future[Floats] | None = None  # the logits before
         self.sha256 = ""
 
-    def moved(self, parts: _Parts, progress: Progress = SILENT) -> float:
-        """The largest difference of logits, as a share of the range of those of the position."""
+    def write(self, parts: _Parts, progress: Progress = SILENT) -> None:
+        """Writes the model."""
         changes: Mapping[str, Change] = parts.changes()
         self.sha256 = copy_model(
             self._file,
@@ -197,19 +233,46 @@ class _Attempt:
             threads=self._threads,
             progress=progress,
         )
-        with Aside(self._threads) as disk, Aside(self._threads) as aside:
-            synced = disk.submit(sync_file, self._out)
-            loaded = aside.submit(Model, self._out, repack=False)
-            expected = self._logits_before
-            with loaded.result() as model:
-                logits = sequence_logits(model, self._tokens, threads=self._threads)
-            synced.result()
-        return float(logit_differences(logits, expected).max())
 
-    @functools.cached_property
-    def _logits_before(self) -> Floats:
-        # A thread loads the new model meanwhile.
-        return sequence_logits(self._before, self._tokens, threads=max(1, (self._threads or threads_available()) - 1))
+    @contextlib.contextmanager
+    def comparing(self, threads: int) -> Iterator[Callable[[], float]]:
+        """Compares logits while the block does other work. An exception of the block ends the comparison.
+
+        Each model has so many threads. Yields what waits for the largest difference of logits of what was written, as a
+        share of the range of those of the position.
+        """
+        contexts: list[Context] = []
+        ended = threading.Event()
+
+        def watch(context: Context) -> None:
+            contexts.append(context)
+            if ended.is_set():
+                context.stop()
+
+        def logits(model: Model | pathlib.Path) -> Floats:
+            return sequence_logits(model, self._tokens, threads=threads, watch=watch)
+
+        def moved() -> float:
+            return float(logit_differences(after.result(), before.result()).max())
+
+        with Aside(self._threads) as disk, Aside(self._threads) as first, Aside(self._threads) as second:
+            synced = disk.submit(sync_file, self._out)
+            before = self._expected = self._expected or first.submit(logits, self._before)
+            after = second.submit(logits, self._out)
+            try:
+                yield first.submit(moved).result
+                synced.result()
+            except BaseException:
+                ended.set()
+                for context in contexts:
+                    context.stop()
+                raise
+
+    def neutral(self, parts: _Parts, options: SmoothingOptions) -> bool:
+        """Whether the logits stay if only these parts of the model change."""
+        self.write(parts)
+        with self.comparing(max(1, (self._threads or threads_available()) // 2)) as moved:
+            return moved() <= options.tolerance
 
 
 def _refuse_other_imatrix(file: GgufFile, matrix: Imatrix, path: pathlib.Path) -> None:
