@@ -93,10 +93,12 @@ def on_gpu(gpu: Gpu, shape: ModelShape) -> Iterator[None]:
             seconds += THREADS * tokens * 4 * inputs / gpu.bus
         return seconds
 
-    def compared(shape: ModelShape, tokens: float, n_ctx: int, *, quant: bool = False) -> float:
+    def compared(
+        shape: ModelShape, tokens: float, n_ctx: int, *, quant: bool = False, scored: float = cost.SCORED
+    ) -> float:
         seconds = time(quant_share, cost.quant_speed(shape)) if quant else time(full)
-        head = tokens / 2 * 2 * shape.head / cost.BLAS
-        return seconds * decoding(shape, tokens, n_ctx) + 2 * cost.scoring(shape, tokens) + head
+        head = tokens * scored * 2 * shape.head / cost.BLAS
+        return seconds * decoding(shape, tokens, n_ctx, scored) + 2 * cost.scoring(shape, tokens * scored) + head
 
     # A generated token reads the file once. Its time is counted in those of a token of a prompt.
     token = 2 * shape.active * cost.BESIDE / gpu.products

@@ -71,9 +71,9 @@ def test_of_a_checkpoint_the_text_is_refused_when_it_is_converted(tiny_checkpoin
         ({"mode": "quality"}, 2 * 256, "price original IQ4_XS-Q8_0"),
         (
             {"method": "best", "tune_chunks": 64, "held_out_share": 0.1},
-            10 * 2 * N_CTX,
+            10 * N_CTX,
             "quantize Q8_0",
-        ),  # the end of the text
+        ),  # the end of the text, in chunks of half the length
     ],
 )
 def test_each_step_says_which_texts_it_cuts(changes, needed, step, tiny_gguf, tokens):

@@ -160,6 +160,8 @@ DERIVED = {
     ("smooth", "n_batch"): "the algorithm decodes chunks of random tokens",
     ("price", "n_ctx"): "the engine decodes a few tokens to find the tensors",
     ("price", "chunks"): "the chunks of all measurements of a plan",
+    **{(verb, "n_ctx"): "half of the run's" for verb in ("trial", "quantize")},
+    **{(verb, "unscored"): "a share of the chunk" for verb in ("trial", "quantize")},
 }
 
 

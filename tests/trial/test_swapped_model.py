@@ -5,6 +5,7 @@ from calibrated import calibrate
 
 from bitladder import evaluate as ev
 from bitladder.calibrate import read_imatrix
+from bitladder.errors import BitladderError
 from bitladder.gguf import GgufFile
 from bitladder.keys import key_of
 from bitladder.plan import FeedbackOptions, PlanDecoding, PlanInputs, Planner, PlanOptions
@@ -12,7 +13,7 @@ from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.refine import GuardOptions
 from bitladder.refine.round.guard import Guard
 from bitladder.text import builtin_text, load_text
-from bitladder.trial import Renderer, SwappedModel, kept_base, measurement_inputs
+from bitladder.trial import Renderer, SwappedModel, decision_settings, kept_base, measurement_inputs
 
 SETTINGS = ev.MeasureOptions(n_ctx=64, chunks=3, threads=1)
 
@@ -50,6 +51,20 @@ def test_a_swapped_recipe_is_the_quantized_file(tiny_gguf, prepared, tmp_path):
                 assert measured == pytest.approx(real, rel=0.03)
                 assert measured > 20 * before
             assert swapped.kld({}).mean() == before
+
+
+def test_a_decision_scores_all_tokens_but_the_first(tiny_gguf, prepared, tmp_path):
+    """The tokens of the second half have the same KLD, whether those before them are scored too."""
+    text, quant = load_text(str(prepared / "text.txt")), tmp_path / "q.gguf"
+    quantize(tiny_gguf, quant, "Q4_0", threads=1)
+    klds = {}
+    for settings in (SETTINGS, decision_settings(SETTINGS.replace(n_ctx=128), 3)):
+        with kept_base(tmp_path, tiny_gguf, text, settings) as base:
+            klds[settings.unscored] = ev.measure(quant, text, settings, base=base).arrays["kld"].reshape(3, -1)
+            with pytest.raises(BitladderError, match="other tokens of a chunk scored"):
+                ev.measure(quant, text, settings.replace(unscored=1), base=base)
+    assert klds[None].shape == (3, 31) and klds[4].shape == (3, 59)
+    assert (klds[4][:, -31:] == klds[None]).all()
 
 
 def test_the_guard_measures_what_the_planner_measures(tiny_gguf, prepared, tmp_path):

@@ -163,10 +163,14 @@ class MeasureOptions(Decoding):
     chunks: int | None = option(
         None, "--chunks", least=1, metavar="N", help="Chunks of the text that are measured.", unset="all"
     )
+    unscored: int | None = option(
+        None, least=0, help="Predictions at the start of a chunk that are not scored; None for those of its first half."
+    )
 
     def deciding(self) -> dict[str, object]:
-        """As of `Decoding`, and the number of chunks."""
-        return {**super().deciding(), "chunks": self.chunks}
+        """As of `Decoding`, the number of chunks, and what is scored of them where that is not the second half."""
+        scored = {} if self.unscored is None else {"unscored": self.unscored}
+        return {**super().deciding(), "chunks": self.chunks, **scored}
 
     def limit(self, available: int) -> int:
         """The number of chunks to measure of those that are available."""

@@ -210,7 +210,7 @@ def measure(
         if base:
             chunks = base.chunks.head(settings.limit(len(base.chunks)))
         if base is None or (text is not None and text.answers is not None):
-            cut = text_chunks(loaded, _needed(text), settings.n_ctx, chunks=settings.chunks)
+            cut = text_chunks(loaded, _needed(text), settings.n_ctx, chunks=settings.chunks, unscored=settings.unscored)
             chunks = dataclasses.replace(chunks, answers=cut.answers) if base else cut
         lanes = stack.enter_context(Lanes(loaded, settings))
         if base is None:
@@ -258,7 +258,7 @@ def measure_base(base: HiddenBase, text: Text, settings: MeasureOptions) -> Meas
     arrays: Arrays = {"nll": np.concatenate([base.rows(chunk).nll for chunk in range(count)])}
     if text.answers is not None:
         with Model(base.model.path, vocab_only=True) as vocabulary:
-            chunks = text_chunks(vocabulary, text, settings.n_ctx, chunks=settings.chunks)
+            chunks = text_chunks(vocabulary, text, settings.n_ctx, chunks=settings.chunks, unscored=settings.unscored)
         arrays = counted(arrays, chunks, text.name)
     scores = _scores(base.model, text, settings.n_ctx, count, likelihood_figures(arrays["nll"]))
     return Measurement(scores, arrays)

@@ -24,6 +24,7 @@ BESIDE = 1.25  # time of a decoded token, of that of its matrix products
 # stand in where rows hold no super-blocks.
 QUANT, QUANT_32 = 1.7, 0.6
 EXPONENTIALS = 2.5e-9  # seconds for each logit of a scored token
+SCORED, DECIDING = 0.5, 15 / 16  # share of the tokens that are scored: usually, and to decide between two models
 
 # Seconds of rounding in Q4_K, of feedback and of each pass of `best`: for each weight; for each weight and column; and
 # for each weight and row. Then those of the factors of a moment, which all types of a tensor share: for each of its
@@ -45,15 +46,15 @@ TUNED = 30  # bytes for each weight while scales are tuned
 # Seconds.
 
 
-def decoding(shape: ModelShape, tokens: float, n_ctx: int, logits: float = 0.5) -> float:
+def decoding(shape: ModelShape, tokens: float, n_ctx: int, logits: float = SCORED) -> float:
     """Of decoding tokens in chunks of `n_ctx`. The share `logits` of them gets logits."""
     products = 2 * (shape.active + logits * shape.head) + 4 * shape.blocks * shape.width * n_ctx
     return tokens * BESIDE * products / PRODUCTS
 
 
 def scoring(shape: ModelShape, tokens: float) -> float:
-    """Of the logits of the tokens of which half are scored."""
-    return tokens / 2 * shape.vocabulary * EXPONENTIALS
+    """Of the logits of tokens that are scored."""
+    return tokens * shape.vocabulary * EXPONENTIALS
 
 
 def quant_speed(shape: ModelShape) -> float:
@@ -70,14 +71,14 @@ def quant_speed(shape: ModelShape) -> float:
     return sum(size for size, _ in sizes) / sum(times)
 
 
-def comparing(shape: ModelShape, tokens: float, n_ctx: int, *, quant: bool = False) -> float:
-    """Of decoding tokens by a quant or in full precision, and of comparing half of them with a base.
+def comparing(shape: ModelShape, tokens: float, n_ctx: int, *, quant: bool = False, scored: float = SCORED) -> float:
+    """Of decoding tokens by a quant or in full precision, and of comparing a share of them with a base.
 
     The logits of the base are computed by its head.
     """
     speed = quant_speed(shape) if quant else 1
-    head = tokens / 2 * 2 * shape.head / BLAS
-    return decoding(shape, tokens, n_ctx) / speed + 2 * scoring(shape, tokens) + head
+    head = tokens * scored * 2 * shape.head / BLAS
+    return decoding(shape, tokens, n_ctx, scored) / speed + 2 * scoring(shape, tokens * scored) + head
 
 
 def by_library(shape: ModelShape, preset: str) -> float:

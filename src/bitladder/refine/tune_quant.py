@@ -25,7 +25,7 @@ from bitladder.quantize import TUNE_KEY
 from bitladder.refine.model_files import Bytes, copy_model
 from bitladder.refine.options import TuneOptions
 from bitladder.text import EXCERPTS, Reading, Text, excerpts, set_apart
-from bitladder.trial import kept_base
+from bitladder.trial import decision_settings, kept_base
 
 TUNING = Algorithm(
     "tuning",
@@ -34,6 +34,7 @@ TUNING = Algorithm(
         "the forward pass is that of transformers' modules",
         "of several texts passages of each end are held out, and take turns",
         "experts are tuned too",
+        "chunks of a check have half the length, and all their tokens but the first sixteenth are scored",
     ),
     uses=(EXCERPTS,),
 )
@@ -124,7 +125,7 @@ def tune(
         _write(quant, temporary, blocks, remark)
         before = after = difference = None
         if held_out is not None:
-            settings = MeasureOptions(**dataclasses.asdict(decoding) | {"chunks": options.tune_guard_chunks})
+            settings = decision_settings(decoding, options.tune_guard_chunks)
             before, after, difference = _try(_Files(full, quant, temporary), held_out, settings, progress)
         kept = difference is None or difference.value < 0
         if not kept:
@@ -184,7 +185,7 @@ def tuning_texts(calibration: Sequence[Text], options: TuneOptions, n_ctx: int) 
         n_ctx: tokens of a chunk.
     """
     texts, ends = set_apart(calibration, options.held_out_share)
-    return texts, ends[0] if len(ends) == 1 else excerpts(ends, options.tune_guard_chunks, n_ctx)
+    return texts, ends[0] if len(ends) == 1 else excerpts(ends, options.tune_guard_chunks, n_ctx // 2)
 
 
 def _try(files: _Files, text: Text, settings: MeasureOptions, progress: Progress) -> tuple[Figure, Figure, Figure]:

@@ -35,12 +35,14 @@ class Chunks:
         bos: id that replaces the first token of each chunk when the chunk is decoded, or None.
         available: chunks that the text has, of which these are some.
         answers: whether each token is of an answer, bool, shape [chunks, n_ctx]; None if all tokens count.
+        unscored: how many predictions at the start of a chunk are not scored; None for those of its first half.
     """
 
     tokens: Tokens
     bos: int | None
     available: int
     answers: Flags | None = None
+    unscored: int | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,7 +55,7 @@ class Chunks:
     @property
     def first(self) -> int:
         """The first position whose prediction is scored."""
-        return self.n_ctx // 2
+        return self.n_ctx // 2 if self.unscored is None else self.unscored
 
     @property
     def scored(self) -> int:
@@ -94,6 +96,7 @@ def text_chunks(
     from_chunk: int = 0,
     spread: bool = False,
     parse_special: bool = False,
+    unscored: int | None = None,
 ) -> Chunks:
     """Tokenizes a text and cuts it into chunks.
 
@@ -105,6 +108,7 @@ def text_chunks(
         from_chunk: chunks that are skipped at the start of the text.
         spread: whether the chunks lie at equal distances; otherwise they are the first ones, as in llama.cpp's tools.
         parse_special: whether "<|im_end|>" and the like in the text are read as the tokens that they name.
+        unscored: as of `Chunks`.
 
     Raises:
         BitladderError: the text has fewer than two chunks, or fewer than two are left behind `from_chunk`; or it is
@@ -132,7 +136,7 @@ def text_chunks(
 
     answers = None if text.answers is None else cut(answer_tokens(model, text, tokens))
     bos = model.bos if model.add_bos and model.bos >= 0 else None
-    return Chunks(cut(tokens), bos, available, answers)
+    return Chunks(cut(tokens), bos, available, answers, unscored)
 
 
 def answer_tokens(model: "Model", text: Text, tokens: Tokens) -> Flags:

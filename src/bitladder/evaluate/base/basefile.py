@@ -37,6 +37,7 @@ class BaseHeader(pydantic.BaseModel):
     """What a base was made of. Names are without folders, hashes are SHA-256 in hexadecimal digits.
 
     Parameters:
+        unscored: how many predictions at the start of a chunk are not scored; None for those of its first half.
         chunks: chunks in the file; `chunks_in_text` are those of the whole text.
         bos: the token that replaced the first one of each chunk; None if none did.
         head: name of the tensor that makes logits of hidden states.
@@ -58,6 +59,7 @@ class BaseHeader(pydantic.BaseModel):
     text: str
     text_sha256: str
     n_ctx: int = pydantic.Field(ge=4)
+    unscored: int | None = pydantic.Field(default=None, ge=0)
     chunks: int = pydantic.Field(ge=1)
     chunks_in_text: int
     bos: int | None
@@ -74,10 +76,16 @@ class BaseHeader(pydantic.BaseModel):
     algorithms: dict[str, int]
     llama_cpp_commit: str
 
+    @pydantic.model_validator(mode="after")
+    def _scores(self) -> "BaseHeader":
+        if self.scored < 1:
+            raise ValueError(f"no token of {self.n_ctx} is scored")
+        return self
+
     @property
     def scored(self) -> int:
         """Scored tokens of a chunk."""
-        return self.n_ctx - 1 - self.n_ctx // 2
+        return self.n_ctx - 1 - (self.n_ctx // 2 if self.unscored is None else self.unscored)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -86,6 +94,7 @@ class BaseHeader(pydantic.BaseModel):
             "model": self.model_sha256,
             "text": self.text_sha256,
             "n_ctx": self.n_ctx,
+            "unscored": self.unscored,
             "algorithms": self.algorithms,
             "library": self.llama_cpp_commit,
         }

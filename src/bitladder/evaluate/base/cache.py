@@ -26,6 +26,7 @@ def differences(header: BaseHeader, model: Identity, text: Text, settings: Measu
         "model": model.sha256,
         "text": text.sha256,
         "n_ctx": settings.n_ctx,
+        "unscored": settings.unscored,
         "algorithms": BASE.versions(),
         "library": versions()["llama_cpp_commit"],
     }
@@ -36,6 +37,7 @@ def differences(header: BaseHeader, model: Identity, text: Text, settings: Measu
         "model": f"model {header.model}, not {model.name}{_same_name(header.model, model.name)}",
         "text": f"text {header.text}, not {text.name}{_same_name(header.text, text.name)}",
         "n_ctx": f"context of {header.n_ctx} tokens, not {settings.n_ctx}",
+        "unscored": "other tokens of a chunk scored",
         "algorithms": "another version of bitladder's algorithm",
         "library": f"llama.cpp commit {header.llama_cpp_commit}, not {requested['library']}",
     }

@@ -175,7 +175,7 @@ class HiddenBase(Closing):
         self.file = file
         self.model = model
         header = file.header
-        self.chunks = Chunks(file.tokens, header.bos, header.chunks_in_text)
+        self.chunks = Chunks(file.tokens, header.bos, header.chunks_in_text, unscored=header.unscored)
         self._head = Head(model, read_after(model, header.logit_scale, header.logit_cap))
 
     @property
@@ -215,7 +215,7 @@ def make_base(
             state in a way that is known here.
     """
     with settings.load(model.path) as loaded:
-        chunks = text_chunks(loaded, text, settings.n_ctx, chunks=settings.chunks)
+        chunks = text_chunks(loaded, text, settings.n_ctx, chunks=settings.chunks, unscored=settings.unscored)
         with (
             Lanes(loaded, settings, observer=lambda: HiddenStates(model.head.name)) as lanes,
             Head(model) as head,
@@ -325,6 +325,7 @@ class _Maker:
             text=self.text.name,
             text_sha256=self.text.sha256,
             n_ctx=chunks.n_ctx,
+            unscored=chunks.unscored,
             chunks=len(chunks),
             chunks_in_text=chunks.available,
             bos=chunks.bos,

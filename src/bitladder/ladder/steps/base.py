@@ -10,13 +10,14 @@ from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, St
 
 
 def shared_base(step: Step, extent: Extent, tokens: float, n_ctx: int) -> list[Part]:
-    """The work of computing a base that the first rung's step keeps for the steps of the others."""
-    return [base_part(extent, tokens, n_ctx)] if step.label == step.options.rungs[0] else []
+    """The work of computing a base of decisions that the first rung's step keeps for the steps of the others."""
+    return [base_part(extent, tokens, n_ctx, cost.DECIDING)] if step.label == step.options.rungs[0] else []
 
 
-def base_part(extent: Extent, tokens: float, n_ctx: int) -> Part:
-    """The work of computing a base."""
-    return Part("base", cost.decoding(extent.shape, tokens, n_ctx) + cost.scoring(extent.shape, tokens), "base of")
+def base_part(extent: Extent, tokens: float, n_ctx: int, scored: float = cost.SCORED) -> Part:
+    """The work of computing a base, in which a share of the tokens is scored."""
+    seconds = cost.decoding(extent.shape, tokens, n_ctx, scored) + cost.scoring(extent.shape, tokens * scored)
+    return Part("base", seconds, "base of")
 
 
 class MakeBase(Step):

@@ -22,6 +22,7 @@ from bitladder.refine import (
     tuning_texts,
 )
 from bitladder.text import Reading, Text
+from bitladder.trial import decision_settings
 
 ROUNDED = "rounded"  # folder of the blocks of rungs in the work folder
 TUNE = 5.0  # time of a token of tuning, of that of one that is decoded
@@ -83,21 +84,23 @@ class Quantize(Step):
         if not self.options.rounds:
             return [library_part(self.label, extent)]
         guard_chunks = self.options.refine.guard.guard_chunks
-        tokens = min(guard_chunks, GUARD_CHUNKS) * extent.chunk
-        evaluation = cost.comparing(extent.shape, tokens, extent.chunk)
+        half = extent.chunk // 2  # tokens of a chunk of decisions
+        tokens = min(guard_chunks, GUARD_CHUNKS) * half
+        evaluation = cost.comparing(extent.shape, tokens, half, scored=cost.DECIDING)
         parts = [
             *([] if len(self.options.rungs) > 1 else [rounding_part(self.options, extent)]),
-            *shared_base(self, extent, guard_chunks * extent.chunk, extent.chunk),
+            *shared_base(self, extent, guard_chunks * half, half),
             Part("guard", (2 + len({matrix.kind for matrix in extent.shape.matrices})) * evaluation, "guard"),
             Part("guard", 2 * extent.shape.blocks**0.5 * evaluation, "guard, layers"),
             library_part(self.label, extent),
         ]
         if self.options.tunes:
-            tried = self.options.refine.tuning.tune_guard_chunks * extent.chunk
+            tried = self.options.refine.tuning.tune_guard_chunks * half
             tuning = TUNE * cost.decoding(extent.shape, extent.tuned, extent.chunk, logits=1)
             parts.append(Part("tune", tuning, rate="blas"))
-            parts.append(base_part(extent, tried, extent.chunk))
-            parts += 2 * [Part("divergence", cost.comparing(extent.shape, tried, extent.chunk, quant=True))]
+            parts.append(base_part(extent, tried, half, cost.DECIDING))
+            measured = cost.comparing(extent.shape, tried, half, quant=True, scored=cost.DECIDING)
+            parts += 2 * [Part("divergence", measured)]
         return parts
 
     def memory(self, extent: Extent) -> float:
@@ -118,13 +121,14 @@ class Quantize(Step):
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages for the guard; for tuning each calibration text without its end, and the ends."""
         options, n_ctx = self.options, self.options.decoding.n_ctx
-        used: list[Text] = []
+        half = decision_settings(options.decoding, 1).n_ctx
+        used: list[tuple[Text, int]] = []
         if options.rounds:
-            used.append(guard_text(texts.calibration, options.refine.guard, n_ctx))
+            used.append((guard_text(texts.calibration, options.refine.guard, n_ctx), half))
         if options.tunes and why_no_gradients(texts.full) is None:
             beginnings, ends = tuning_texts(texts.calibration, options.refine.tuning, n_ctx)
-            used += [*beginnings, ends]
-        return [CutText("--calibration", text, n_ctx) for text in used]
+            used += [*((text, n_ctx) for text in beginnings), (ends, half)]
+        return [CutText("--calibration", text, length) for text, length in used]
 
     def make(self, run: Run) -> Product:
         """Makes the file."""

@@ -12,6 +12,7 @@ from bitladder.ladder.steps.quantize import quant_bytes
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.quantize import QuantizeOptions
 from bitladder.refine import SMOOTHING_TRIAL, trial_text, try_smoothing
+from bitladder.trial import decision_settings
 
 
 class TrySmoothing(Step):
@@ -40,10 +41,11 @@ class TrySmoothing(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Two quants by the library, and two measurements."""
-        tokens = 2 * self.options.refine.smoothing.trial_chunks * extent.chunk
-        seconds = cost.comparing(extent.shape, tokens, extent.chunk, quant=True)
+        half = extent.chunk // 2
+        tokens = 2 * self.options.refine.smoothing.trial_chunks * half
+        seconds = cost.comparing(extent.shape, tokens, half, quant=True, scored=cost.DECIDING)
         seconds += 2 * cost.by_library(extent.shape, self.label)
-        return [*shared_base(self, extent, tokens / 2, extent.chunk), Part("trial", seconds, "original and smoothed")]
+        return [*shared_base(self, extent, tokens / 2, half), Part("trial", seconds, "original and smoothed")]
 
     def room(self, extent: Extent) -> Room:
         """The file of one of the two, while it is measured."""
@@ -51,8 +53,9 @@ class TrySmoothing(Step):
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages of the calibration texts."""
-        n_ctx = self.options.decoding.n_ctx
-        return [CutText("--calibration", trial_text(texts.calibration, self.options.refine.smoothing, n_ctx), n_ctx)]
+        decoding, smoothing = self.options.decoding, self.options.refine.smoothing
+        text = trial_text(texts.calibration, smoothing, decoding.n_ctx)
+        return [CutText("--calibration", text, decision_settings(decoding, smoothing.trial_chunks).n_ctx)]
 
     def make(self, run: Run) -> Product:
         """Measures both, and writes which is better."""

@@ -46,6 +46,7 @@ GUARD = Algorithm(
         "where every kind was kept, tensors are tried only in layers that harm or gain nothing clear",
         "blocks go back where they harm by more than the error of the comparison: a kind was refused for "
         "0.0008 ± 0.0014, and all layers were examined for it; tensors are tried only in layers that harm",
+        "chunks have half the length, and all their tokens but the first sixteenth are scored",
     ),
     uses=(SWAPPED_KLD,),
 )

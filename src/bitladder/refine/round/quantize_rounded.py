@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from bitladder.calibrate import MomentsFile
 from bitladder.engine import Decoding, torch_device, type_by_name
-from bitladder.evaluate import MeasureOptions
 from bitladder.files import Closing, refuse_inputs
 from bitladder.gguf import shards_of
 from bitladder.keys import Algorithm
@@ -27,7 +26,7 @@ from bitladder.refine.round.output_rounding import (
 )
 from bitladder.rounding import RoundingOptions
 from bitladder.text import EXCERPTS, Text, excerpts
-from bitladder.trial import Pair, Renderer, kept_base, render_all, rendering_shares
+from bitladder.trial import Pair, Renderer, decision_settings, kept_base, render_all, rendering_shares
 
 ROUNDED_QUANT = Algorithm(
     "rounded quant",
@@ -203,9 +202,9 @@ def guard_text(calibration: Sequence[Text], options: GuardOptions, n_ctx: int) -
     Parameters:
         calibration: the texts.
         options: how many chunks, and where they begin.
-        n_ctx: tokens of a chunk.
+        n_ctx: tokens of a chunk, of which a guard's has half.
     """
-    return excerpts(calibration, options.guard_chunks, n_ctx, offset=options.guard_offset)
+    return excerpts(calibration, options.guard_chunks, n_ctx // 2, offset=options.guard_offset)
 
 
 def _round(
@@ -241,9 +240,9 @@ def _try(
     work: pathlib.Path,
     progress: Progress,
 ) -> GuardReport:
-    settings = MeasureOptions(**dataclasses.asdict(trial.decoding) | {"chunks": trial.options.guard_chunks})
+    settings = decision_settings(trial.decoding, trial.options.guard_chunks)
     with (
         kept_base(work, stock.file.path, trial.text, settings, progress) as base,
-        Guard(base, stock, rounded, types, trial.options, trial.decoding) as guard,
+        Guard(base, stock, rounded, types, trial.options, settings) as guard,
     ):
         return guard.run(candidates, progress)

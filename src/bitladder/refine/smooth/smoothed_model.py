@@ -21,7 +21,7 @@ import numpy.typing as npt
 from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
 from bitladder.engine import Aside, Context, Decoding, Model, logit_differences, sequence_logits, threads_available
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import HiddenBase, MeasureOptions, paired_mean
+from bitladder.evaluate import HiddenBase, paired_mean
 from bitladder.files import refuse_inputs, replacing, sha256_file, sync_file
 from bitladder.gguf import EMBEDDING, GgufFile, open_model
 from bitladder.keys import Algorithm
@@ -33,7 +33,7 @@ from bitladder.refine.smooth.changes import Change, changed_imatrix, changed_row
 from bitladder.refine.smooth.links import FLOATS, Link, SmoothingError, link_importance, link_scales, links_of
 from bitladder.refine.smooth.order import Order, find_order
 from bitladder.text import EXCERPTS, Text, excerpts
-from bitladder.trial import SWAPPED_KLD, Renderer, SwappedModel, kept_base
+from bitladder.trial import SWAPPED_KLD, Renderer, SwappedModel, decision_settings, kept_base
 from bitladder.units import number_of
 
 SMOOTHING = Algorithm(
@@ -52,6 +52,7 @@ SMOOTHING_TRIAL = Algorithm(
     (
         "quants of both models are compared with full precision",
         "blocks of both are swapped into the loaded models, as where recipes are planned",
+        "chunks have half the length, and all their tokens but the first sixteenth are scored",
     ),
     uses=(EXCERPTS, SMOOTHING, SWAPPED_KLD),
 )
@@ -355,7 +356,7 @@ def try_smoothing(
         BitladderError: the preset cannot be made, or a model does not decode.
     """
     chunks = (options or SmoothingOptions()).trial_chunks
-    settings = MeasureOptions(**dataclasses.asdict(decoding) | {"chunks": chunks})
+    settings = decision_settings(decoding, chunks)
     with (
         tempfile.TemporaryDirectory(
             dir=plain.model.parent if work is None else work, prefix=".trial.", suffix=".tmp"
@@ -365,7 +366,7 @@ def try_smoothing(
     ):
         klds = []
         for files in (plain, smoothed):
-            klds.append(_preset_kld(files, base, preset, decoding, chunks))
+            klds.append(_preset_kld(files, base, preset, settings, chunks))
             task.advance()
     before, after = klds
     gap = paired_mean(after, before, min(chunks, len(base.chunks)))
@@ -378,9 +379,9 @@ def trial_text(calibration: Sequence[Text], options: SmoothingOptions, n_ctx: in
     Parameters:
         calibration: the texts.
         options: how many chunks, and where they begin.
-        n_ctx: tokens of a chunk.
+        n_ctx: tokens of a chunk, of which a trial's has half.
     """
-    return excerpts(calibration, options.trial_chunks, n_ctx, offset=options.trial_offset)
+    return excerpts(calibration, options.trial_chunks, n_ctx // 2, offset=options.trial_offset)
 
 
 def _preset_kld(
