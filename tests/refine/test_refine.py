@@ -275,10 +275,9 @@ def lying(moments, out, liar, others=()):
 def test_a_tensor_that_harms_within_a_kind_that_gains(tiny_gguf, prepared, held_out, tmp_path):
     kind = [f"blk.{layer}.ffn_down.weight" for layer in range(8)]
     lie = lying(prepared / "moments.gguf", tmp_path / "lie.gguf", kind[1], [kind[0], *kind[2:]])
-    made = quantize_best(tiny_gguf, prepared, tmp_path / "q.gguf", lie, held_out)
+    made = quantize_best(tiny_gguf, prepared, tmp_path / "q.gguf", lie, held_out, GuardOptions(guard_chunks=8))
     assert [(trial.kind, trial.kept) for trial in made.guard.trials] == [("ffn_down", True)]
-    # The moments are of few tokens, so another tensor may harm as well.
-    assert kind[1] in made.guard.stock and len(made.guard.stock) <= 2
+    assert made.guard.stock == (kind[1],)
 
 
 def test_blocks_that_harm_are_kept_out(tiny_gguf, prepared, held_out, tmp_path):

@@ -13,7 +13,7 @@ from bitladder.quantize import QuantizeOptions, quantize
 from bitladder.refine import GuardOptions
 from bitladder.refine.round.guard import Guard
 from bitladder.text import builtin_text, load_text
-from bitladder.trial import Renderer, SwappedModel, decision_settings, kept_base, measurement_inputs
+from bitladder.trial import Renderer, SwappedModel, kept_base, measurement_inputs
 
 SETTINGS = ev.MeasureOptions(n_ctx=64, chunks=3, threads=1)
 
@@ -58,7 +58,7 @@ def test_a_decision_scores_all_tokens_but_the_first(tiny_gguf, prepared, tmp_pat
     text, quant = load_text(str(prepared / "text.txt")), tmp_path / "q.gguf"
     quantize(tiny_gguf, quant, "Q4_0", threads=1)
     klds = {}
-    for settings in (SETTINGS, decision_settings(SETTINGS.replace(n_ctx=128), 3)):
+    for settings in (SETTINGS, ev.decision_settings(SETTINGS.replace(n_ctx=128), 3)):
         with kept_base(tmp_path, tiny_gguf, text, settings) as base:
             klds[settings.unscored] = ev.measure(quant, text, settings, base=base).arrays["kld"].reshape(3, -1)
             with pytest.raises(BitladderError, match="other tokens of a chunk scored"):

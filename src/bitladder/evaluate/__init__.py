@@ -9,7 +9,17 @@ if TYPE_CHECKING:
     from bitladder.evaluate.base.cache import cache_path, load_or_compute_base, open_base
     from bitladder.evaluate.base.hidden import BASE, HiddenBase
     from bitladder.evaluate.base.logits_file import LogitsFile, is_logits_file
-    from bitladder.evaluate.identity import Identity, MeasureOptions, NoResults, ResultFolder, Results, identify
+    from bitladder.evaluate.identity import (
+        UNSCORED,
+        Identity,
+        MeasureOptions,
+        NoResults,
+        ResultFolder,
+        Results,
+        decision_chunk,
+        decision_settings,
+        identify,
+    )
     from bitladder.evaluate.measure import (
         MEASURE,
         Measurement,
@@ -73,6 +83,7 @@ __all__ = [
     "SCORES",
     "SURE",
     "TASKS",
+    "UNSCORED",
     "Divergence",
     "EvalOptions",
     "EvalRequest",
@@ -109,6 +120,8 @@ __all__ = [
     "compare_chunk",
     "compare_pair",
     "compare_with_base",
+    "decision_chunk",
+    "decision_settings",
     "evaluate",
     "evaluate_files",
     "evaluate_several",

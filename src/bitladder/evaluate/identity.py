@@ -184,6 +184,34 @@ class MeasureOptions(Decoding):
         return Model(path, mmap=2 * size > main_memory(), gpu_layers=self.gpu_layers)
 
 
+UNSCORED = 16  # one in so many tokens of a decision's chunk is not scored, at its start
+
+
+def decision_chunk(n_ctx: int) -> int:
+    """Tokens of a chunk on which two models are decided between: half of those of a whole one."""
+    return max(4, n_ctx // 2)
+
+
+def decision_settings(decoding: Decoding, chunks: int) -> MeasureOptions:
+    """How two models are measured to decide between them: all tokens of a chunk are scored but the first sixteenth.
+
+    As many tokens are scored as llama-perplexity scores of whole chunks, for half of the decoding. A token's KLD hardly
+    depends on its place in a chunk, but for the first few (benchmarks/scored_tokens.py).
+
+    Parameters:
+        decoding: how a whole chunk is decoded.
+        chunks: of the text.
+
+    Example:
+        >>> settings = decision_settings(Decoding(n_ctx=512), 4)
+        >>> settings.n_ctx, settings.unscored
+        (256, 16)
+    """
+    n_ctx = decision_chunk(decoding.n_ctx)
+    values = dataclasses.asdict(decoding) | {"n_ctx": n_ctx, "chunks": chunks, "unscored": n_ctx // UNSCORED}
+    return MeasureOptions(**values)
+
+
 def decode(context: Context, chunks: Chunks, chunk: int) -> Iterator[tuple[int, Floats]]:
     """Decodes a chunk from an empty context, in batches of the context's n_batch.
 

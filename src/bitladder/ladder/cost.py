@@ -10,6 +10,7 @@ and NumPy float32 matrices at `BLAS`: one core of an EPYC 9004. `ladder.estimate
 
 from typing import TYPE_CHECKING
 
+from bitladder.evaluate import UNSCORED
 from bitladder.ladder.model_shape import Matrix, ModelShape
 from bitladder.trial import KEPT_SHARE
 
@@ -24,7 +25,10 @@ BESIDE = 1.25  # time of a decoded token, of that of its matrix products
 # stand in where rows hold no super-blocks.
 QUANT, QUANT_32 = 1.7, 0.6
 EXPONENTIALS = 2.5e-9  # seconds for each logit of a scored token
-SCORED, DECIDING = 0.5, 15 / 16  # share of the tokens that are scored: usually, and to decide between two models
+SCORED, DECIDING = (
+    0.5,
+    1 - 1 / UNSCORED,
+)  # share of the tokens that is scored: usually, and to decide between models
 
 # Seconds of rounding in Q4_K, of feedback and of each pass of `best`: for each weight; for each weight and column; and
 # for each weight and row. Then those of the factors of a moment, which all types of a tensor share: for each of its

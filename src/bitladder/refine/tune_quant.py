@@ -16,7 +16,7 @@ from bitladder.calibrate import (
 )
 from bitladder.engine import Decoding, Model, Tokens, device_key, torch_device
 from bitladder.errors import GradientsError, UsageError
-from bitladder.evaluate import Figure, MeasureOptions, mean, measure, paired_mean
+from bitladder.evaluate import Figure, MeasureOptions, decision_chunk, decision_settings, mean, measure, paired_mean
 from bitladder.files import refuse_inputs, replacing, sha256_file
 from bitladder.gguf import open_model, refuse_other_model, refuse_other_vectors, shards_of
 from bitladder.keys import Algorithm
@@ -25,7 +25,7 @@ from bitladder.quantize import TUNE_KEY
 from bitladder.refine.model_files import Bytes, copy_model
 from bitladder.refine.options import TuneOptions
 from bitladder.text import EXCERPTS, Reading, Text, excerpts, set_apart
-from bitladder.trial import decision_settings, kept_base
+from bitladder.trial import kept_base
 
 TUNING = Algorithm(
     "tuning",
@@ -185,7 +185,7 @@ def tuning_texts(calibration: Sequence[Text], options: TuneOptions, n_ctx: int) 
         n_ctx: tokens of a chunk.
     """
     texts, ends = set_apart(calibration, options.held_out_share)
-    return texts, ends[0] if len(ends) == 1 else excerpts(ends, options.tune_guard_chunks, n_ctx // 2)
+    return texts, ends[0] if len(ends) == 1 else excerpts(ends, options.tune_guard_chunks, decision_chunk(n_ctx))
 
 
 def _try(files: _Files, text: Text, settings: MeasureOptions, progress: Progress) -> tuple[Figure, Figure, Figure]:

@@ -63,7 +63,6 @@ SWAPPED_KLD = Algorithm(
     ),
     uses=(RENDERING,),
 )
-UNSCORED = 16  # one in so many tokens of a decision's chunk is not scored, at its start
 # The last matrices of the two halves of a block, in every transformer of llama.cpp's with plain attention.
 ATTENTION, FEED_FORWARD = ("attn_output",), ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
 
@@ -219,27 +218,6 @@ class SwappedModel(Closing):
             inputs.pretend({name: kernel for name, kernel in kernels.items() if kernel is not None})
 
 
-def decision_settings(decoding: Decoding, chunks: int) -> MeasureOptions:
-    """How two models are measured to decide between them: in chunks of half the length, of which all tokens are scored
-    but the first sixteenth.
-
-    As many tokens are scored as llama-perplexity scores of whole chunks, for half of the decoding. A token's KLD hardly
-    depends on its place in a chunk, but for the first few (benchmarks/scored_tokens.py).
-
-    Parameters:
-        decoding: how a whole chunk is decoded.
-        chunks: of the text.
-
-    Example:
-        >>> settings = decision_settings(Decoding(n_ctx=512), 4)
-        >>> settings.n_ctx, settings.unscored
-        (256, 16)
-    """
-    n_ctx = max(4, decoding.n_ctx // 2)
-    values = dataclasses.asdict(decoding) | {"n_ctx": n_ctx, "chunks": chunks, "unscored": n_ctx // UNSCORED}
-    return MeasureOptions(**values)
-
-
 def kept_base(
     folder: pathlib.Path, model: pathlib.Path, text: Text, settings: MeasureOptions, progress: Progress = SILENT
 ) -> HiddenBase:
@@ -289,7 +267,6 @@ def measurement_inputs(base: HiddenBase, renderer: Renderer, decoding: Decoding)
         "model": base.header.model_sha256,
         "text": base.header.text_sha256,
         "n_ctx": decoding.n_ctx,
-        "unscored": base.header.unscored,
         "gpu": decoding.gpu_layers != 0,
         "inputs rounded": _rounds_inputs(decoding),
         "importance": renderer.importance_sha256(),

@@ -22,7 +22,6 @@ from bitladder.refine import (
     tuning_texts,
 )
 from bitladder.text import Reading, Text
-from bitladder.trial import decision_settings
 
 ROUNDED = "rounded"  # folder of the blocks of rungs in the work folder
 TUNE = 5.0  # time of a token of tuning, of that of one that is decoded
@@ -84,7 +83,7 @@ class Quantize(Step):
         if not self.options.rounds:
             return [library_part(self.label, extent)]
         guard_chunks = self.options.refine.guard.guard_chunks
-        half = extent.chunk // 2  # tokens of a chunk of decisions
+        half = evaluate.decision_chunk(extent.chunk)
         tokens = min(guard_chunks, GUARD_CHUNKS) * half
         evaluation = cost.comparing(extent.shape, tokens, half, scored=cost.DECIDING)
         parts = [
@@ -121,7 +120,7 @@ class Quantize(Step):
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages for the guard; for tuning each calibration text without its end, and the ends."""
         options, n_ctx = self.options, self.options.decoding.n_ctx
-        half = decision_settings(options.decoding, 1).n_ctx
+        half = evaluate.decision_chunk(n_ctx)
         used: list[tuple[Text, int]] = []
         if options.rounds:
             used.append((guard_text(texts.calibration, options.refine.guard, n_ctx), half))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bitladder.evaluate import BASE
+from bitladder.evaluate import BASE, decision_chunk
 from bitladder.files import write_json
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
@@ -12,7 +12,6 @@ from bitladder.ladder.steps.quantize import quant_bytes
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
 from bitladder.quantize import QuantizeOptions
 from bitladder.refine import SMOOTHING_TRIAL, trial_text, try_smoothing
-from bitladder.trial import decision_settings
 
 
 class TrySmoothing(Step):
@@ -41,7 +40,7 @@ class TrySmoothing(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Two quants by the library, and two measurements."""
-        half = extent.chunk // 2
+        half = decision_chunk(extent.chunk)
         tokens = 2 * self.options.refine.smoothing.trial_chunks * half
         seconds = cost.comparing(extent.shape, tokens, half, quant=True, scored=cost.DECIDING)
         seconds += 2 * cost.by_library(extent.shape, self.label)
@@ -53,9 +52,9 @@ class TrySmoothing(Step):
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
         """Passages of the calibration texts."""
-        decoding, smoothing = self.options.decoding, self.options.refine.smoothing
-        text = trial_text(texts.calibration, smoothing, decoding.n_ctx)
-        return [CutText("--calibration", text, decision_settings(decoding, smoothing.trial_chunks).n_ctx)]
+        n_ctx = self.options.decoding.n_ctx
+        text = trial_text(texts.calibration, self.options.refine.smoothing, n_ctx)
+        return [CutText("--calibration", text, decision_chunk(n_ctx))]
 
     def make(self, run: Run) -> Product:
         """Measures both, and writes which is better."""

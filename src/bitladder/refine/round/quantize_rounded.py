@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from bitladder.calibrate import MomentsFile
 from bitladder.engine import Decoding, torch_device, type_by_name
+from bitladder.evaluate import decision_chunk, decision_settings
 from bitladder.files import Closing, refuse_inputs
 from bitladder.gguf import shards_of
 from bitladder.keys import Algorithm
@@ -26,7 +27,7 @@ from bitladder.refine.round.output_rounding import (
 )
 from bitladder.rounding import RoundingOptions
 from bitladder.text import EXCERPTS, Text, excerpts
-from bitladder.trial import Pair, Renderer, decision_settings, kept_base, render_all, rendering_shares
+from bitladder.trial import Pair, Renderer, kept_base, render_all, rendering_shares
 
 ROUNDED_QUANT = Algorithm(
     "rounded quant",
@@ -204,7 +205,7 @@ def guard_text(calibration: Sequence[Text], options: GuardOptions, n_ctx: int) -
         options: how many chunks, and where they begin.
         n_ctx: tokens of a chunk, of which a guard's has half.
     """
-    return excerpts(calibration, options.guard_chunks, n_ctx // 2, offset=options.guard_offset)
+    return excerpts(calibration, options.guard_chunks, decision_chunk(n_ctx), offset=options.guard_offset)
 
 
 def _round(

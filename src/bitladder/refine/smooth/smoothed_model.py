@@ -12,7 +12,7 @@ import functools
 import pathlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
 from bitladder.engine import Aside, Context, Decoding, Model, logit_differences, sequence_logits, threads_available
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import HiddenBase, paired_mean
+from bitladder.evaluate import HiddenBase, decision_chunk, decision_settings, paired_mean
 from bitladder.files import refuse_inputs, replacing, sha256_file, sync_file
 from bitladder.gguf import EMBEDDING, GgufFile, open_model
 from bitladder.keys import Algorithm
@@ -33,7 +33,7 @@ from bitladder.refine.smooth.changes import Change, changed_imatrix, changed_row
 from bitladder.refine.smooth.links import FLOATS, Link, SmoothingError, link_importance, link_scales, links_of
 from bitladder.refine.smooth.order import Order, find_order
 from bitladder.text import EXCERPTS, Text, excerpts
-from bitladder.trial import SWAPPED_KLD, Renderer, SwappedModel, decision_settings, kept_base
+from bitladder.trial import SWAPPED_KLD, Renderer, SwappedModel, kept_base
 from bitladder.units import number_of
 
 SMOOTHING = Algorithm(
@@ -165,17 +165,19 @@ def _write(
     attempt.write(parts, progress)
     count = threads or threads_available()
     share = count // 4  # of each model; threads of a context spin where they do not have a CPU each
-    with attempt.comparing(max(1, share if source.moments else count // 2)) as compared:
+    with attempt.comparing(max(1, share if source.moments else count // 2)) as moved:
 
         def approve() -> None:
-            if not compared() <= options.tolerance:
+            if not moved.result() <= options.tolerance:
                 raise _MovedError
 
+        if moved.done():
+            approve()  # a single thread has compared them already
         smoothed_moments(
             source.moments, parts.changes(), out.moments, attempt.sha256, threads=count - 2 * share, approve=approve
         )
         approve()
-        return compared()
+        return moved.result()
 
 
 def _close(loaded: Future[Model]) -> None:
@@ -236,11 +238,11 @@ class _Attempt:
         )
 
     @contextlib.contextmanager
-    def comparing(self, threads: int) -> Iterator[Callable[[], float]]:
+    def comparing(self, threads: int) -> Iterator[Future[float]]:
         """Compares logits while the block does other work. An exception of the block ends the comparison.
 
-        Each model has so many threads. Yields what waits for the largest difference of logits of what was written, as a
-        share of the range of those of the position.
+        Each model has so many threads. Yields the largest difference of logits of what was written, as a share of the
+        range of those of the position.
         """
         contexts: list[Context] = []
         ended = threading.Event()
@@ -253,7 +255,7 @@ class _Attempt:
         def logits(model: Model | pathlib.Path) -> Floats:
             return sequence_logits(model, self._tokens, threads=threads, watch=watch)
 
-        def moved() -> float:
+        def difference() -> float:
             return float(logit_differences(after.result(), before.result()).max())
 
         with Aside(self._threads) as disk, Aside(self._threads) as first, Aside(self._threads) as second:
@@ -261,7 +263,7 @@ class _Attempt:
             before = self._expected = self._expected or first.submit(logits, self._before)
             after = second.submit(logits, self._out)
             try:
-                yield first.submit(moved).result
+                yield first.submit(difference)
                 synced.result()
             except BaseException:
                 ended.set()
@@ -273,7 +275,7 @@ class _Attempt:
         """Whether the logits stay if only these parts of the model change."""
         self.write(parts)
         with self.comparing(max(1, (self._threads or threads_available()) // 2)) as moved:
-            return moved() <= options.tolerance
+            return moved.result() <= options.tolerance
 
 
 def _refuse_other_imatrix(file: GgufFile, matrix: Imatrix, path: pathlib.Path) -> None:
@@ -381,7 +383,7 @@ def trial_text(calibration: Sequence[Text], options: SmoothingOptions, n_ctx: in
         options: how many chunks, and where they begin.
         n_ctx: tokens of a chunk, of which a trial's has half.
     """
-    return excerpts(calibration, options.trial_chunks, n_ctx // 2, offset=options.trial_offset)
+    return excerpts(calibration, options.trial_chunks, decision_chunk(n_ctx), offset=options.trial_offset)
 
 
 def _preset_kld(
