@@ -239,7 +239,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rungs", type=lambda text: tuple(text.split(",")), default=RUNGS)
     parser.add_argument("--only", choices=["plan"], help="preset, exact and feedback only")
     parser.add_argument("--reach", metavar="RUNG:FRACTION", help="also plan for a fraction of a preset's bytes")
-    parser.add_argument("--plan-chunks", type=int, default=12, help="of 256 tokens, to measure recipes on")
+    parser.add_argument("--plan-chunks", type=int, default=12, help="of 128 tokens, to measure recipes on")
     parser.add_argument("--probe-tokens", type=int, default=PriceOptions().probe_tokens)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("allocation.work"))
     parser.add_argument("--threads", type=int)

@@ -21,6 +21,7 @@ import click
 
 from bitladder.cli.options import options_from
 from bitladder.ladder import RunOptions, Status, run
+from bitladder.ladder.estimate import measure_machine
 from bitladder.ladder.options import command_line
 from bitladder.progress import SILENT, Bar
 
@@ -119,8 +120,9 @@ def main(options: RunOptions, record: pathlib.Path | None) -> None:
     extent, amounts = amounts_of(options)
     run(options, progress=recorder, watch=recorder.watch)
     recorder.finish()
+    machine = dataclasses.asdict(measure_machine(options.decoding.threads))
     recording = {"command": command_line(options, options.model), "extent": extent, "amounts": amounts}
-    recording |= {"parts": recorder.parts}
+    recording |= {"machine": machine, "parts": recorder.parts}
     if record:
         record.write_text(json.dumps(recording, indent=1) + "\n")
     click.echo(table(recording))

@@ -21,6 +21,7 @@ KINDS = {
     "price-render",
     "price-measure",
     "plan-make",
+    "preset-make",
     "naive-make",
     "round-render",
     "quantize-make",

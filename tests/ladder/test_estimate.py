@@ -24,6 +24,7 @@ from bitladder.ladder import Machine, RunOptions, choose_effort, cost, diagnose,
 from bitladder.ladder.estimate import extent_of, measure_machine, shape_of
 from bitladder.ladder.options import command_line
 from bitladder.ladder.plan import steps_of
+from bitladder.ladder.steps.step import Part
 from bitladder.options import Effort
 from bitladder.quantize import quantize
 from bitladder.rundir import Layout
@@ -155,7 +156,12 @@ def test_more_work_takes_longer():
 
 def test_a_machine_is_measured_in_multiples_of_the_reference():
     machine = measure_machine(1, rounds=False)
-    assert 0.02 < machine.products < 50 and 0.02 < machine.blas < 50
+    assert all(0.02 < rate < 50 for rate in (machine.products, machine.blas, machine.quantization))
+
+
+def test_what_the_library_quantizes_takes_time_by_its_own_rate():
+    machine = Machine(kernels=2.0, quantization=0.5)
+    assert machine.seconds(Part("rounding", 10.0, rate="kernels", library=4.0)) == pytest.approx(6 / 2 + 4 / 0.5)
 
 
 def test_the_command(tmp_path, monkeypatch):
@@ -275,7 +281,7 @@ def test_hours_choose_the_effort(monkeypatch):
     assert "both choose the effort" in str(done.exception)
 
 
-@pytest.mark.parametrize(("flag", "tokens"), [((), 16_000), (("--probe-tokens", "100000"), 100_000)])
+@pytest.mark.parametrize(("flag", "tokens"), [((), 8_000), (("--probe-tokens", "100000"), 100_000)])
 def test_plan_and_quantize_have_efforts_too(flag, tokens, tiny_gguf, tmp_path, monkeypatch):
     seen = []
 

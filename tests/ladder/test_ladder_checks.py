@@ -68,7 +68,7 @@ def test_of_a_checkpoint_the_text_is_refused_when_it_is_converted(tiny_checkpoin
     [
         ({}, 2 * N_CTX, "imatrix"),
         # Recipes are measured in chunks of their own length.
-        ({"mode": "quality"}, 2 * 256, "price original IQ4_XS-Q8_0"),
+        ({"mode": "quality"}, 2 * 128, "price original IQ4_XS-Q8_0"),
         (
             {"method": "best", "tune_chunks": 64, "held_out_share": 0.1},
             10 * N_CTX,

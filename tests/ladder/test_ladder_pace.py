@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from plain_options import plain_options
 
 from bitladder.cli import application
-from bitladder.ladder.estimate import extent_of, shape_of
+from bitladder.ladder.estimate import Machine, extent_of, shape_of
 from bitladder.ladder.model_shape import Matrix, ModelShape
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.steps.step import Extent, Part
@@ -121,8 +121,10 @@ def test_amounts_are_seconds_of_the_machine_that_recorded_them(path, monkeypatch
     monkeypatch.setattr("bitladder.ladder.run", lambda options_of_run, **_: options.append(options_of_run))
     CliRunner().invoke(application, shlex.split(recording["command"])[1:])
     steps, extent = steps_of(options[0]), extent_in(recording)
+    machine = Machine(**recording.get("machine", {}))
     seconds = sum(part["seconds"] for part in recording["parts"])
-    assert sum(part.amount for step in steps for part in step.parts(extent)) == pytest.approx(seconds, rel=0.3)
+    expected = sum(machine.seconds(part) for step in steps for part in step.parts(extent))
+    assert expected == pytest.approx(seconds, rel=0.3)
 
 
 def extent_in(recording):

@@ -69,7 +69,7 @@ def test_a_rung_is_tuned_on_text_it_is_not_tried_on(options, tmp_path):
 
 def test_what_depends_on_rounding_is_planned(options):
     steps = {step.name: step for step in steps_of(options)}
-    assert "moments" in steps["quantize Q3_K_S"].needs and "moments" not in steps["naive Q3_K_S"].needs
+    assert "moments" in steps["quantize Q3_K_S"].needs and "moments" not in steps["preset Q3_K_S"].needs
     stock = {step.name for step in steps_of(options.replace(method="stock"))}
     assert not {"moments", "naive Q3_K_S"} & stock
     planned = {step.name: step for step in steps_of(options.replace(mode="quality"))}

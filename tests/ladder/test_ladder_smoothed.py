@@ -81,9 +81,18 @@ def test_rungs_are_made_of_the_smoothed_model_where_it_helps(tiny_gguf, tmp_path
     shutil.rmtree(Layout(folder).work)
     assert run(options).made == ()
     added = run(options.replace(rungs=("Q4_K_M", "Q8_0"), release=True)).made
-    new = {"trial Q8_0", "naive Q8_0", "quantize Q8_0", "measure Q8_0", "score Q8_0", "score Q8_0.naive"}
+    new = {"preset Q8_0", "trial Q8_0", "naive Q8_0", "quantize Q8_0", "measure Q8_0", "score Q8_0", "score Q8_0.naive"}
     assert set(added) == {"smooth", "base", *new} and quant.read_bytes() == before
     assert not Layout(folder).work.exists()
+
+
+def test_presets_share_tensors_and_are_what_quantize_makes(tiny_gguf, tmp_path):
+    presets = ("Q4_K_S", "Q4_K_M")
+    folder = run(options_for(tiny_gguf, tmp_path / "ladder").replace(rungs=presets)).folder
+    for preset in presets:
+        alone = tmp_path / "alone.gguf"
+        quantize(tiny_gguf, alone, preset, imatrix=folder / "imatrix.gguf")
+        assert Layout(folder).preset(preset).read_bytes() == alone.read_bytes()
 
 
 def test_where_it_does_not_help_rungs_are_made_of_the_model_as_it_is(tiny_gguf, tmp_path):
@@ -99,7 +108,7 @@ def test_where_it_does_not_help_rungs_are_made_of_the_model_as_it_is(tiny_gguf, 
 def test_smoothing_is_planned_unless_all_is_stock(tiny_gguf, tmp_path):
     options = options_for(tiny_gguf, tmp_path / "out")
     steps = {step.name: step for step in steps_of(options)}
-    assert "trial Q4_K_M" in steps["quantize Q4_K_M"].needs and "smooth" not in steps["naive Q4_K_M"].needs
+    assert "trial Q4_K_M" in steps["quantize Q4_K_M"].needs and "smooth" not in steps["preset Q4_K_M"].needs
     assert "--mode naive --rounding stock --smooth --no-bench" in command_line(options, "m.gguf")
     best = options.replace(mode="quality", method="best", smooth=None)
     steps = {step.name: step for step in steps_of(best)}

@@ -14,6 +14,7 @@ from plain_options import plain_options
 from bitladder.convert import convert
 from bitladder.engine import Decoding
 from bitladder.evaluate import MeasureOptions, read_scores
+from bitladder.gguf import GgufFile
 from bitladder.keys import recorded, versions_of
 from bitladder.ladder import RunOptions
 from bitladder.ladder import run as run_ladder
@@ -156,6 +157,7 @@ DERIVED = {
     ("bench", "threads"): "as many as the machine has",
     ("measure", "n_ctx"): "as many tokens as the questions have",
     ("naive", "n_ctx"): "as many tokens as the questions have",
+    ("preset", "n_ctx"): "that of the importance matrix, whose content has it",
     ("smooth", "n_ctx"): "the algorithm decodes chunks of random tokens",
     ("smooth", "n_batch"): "the algorithm decodes chunks of random tokens",
     ("price", "n_ctx"): "the engine decodes a few tokens to find the tensors",
@@ -174,7 +176,7 @@ def test_every_kind_of_step_was_seen(seen):
     verbs = {step.verb for step, _, _ in seen.values()}
     assert verbs == {
         "convert", "memory", "base", "measure", "imatrix", "moments", "smooth", "trial", "price", "plan", "candidates",
-        "naive", "quantize", "bench", "score",
+        "preset", "naive", "quantize", "bench", "score",
     }  # fmt: skip
 
 
@@ -213,4 +215,5 @@ def test_a_rung_of_other_types_takes_turns_with_its_preset(seen):
     assert preset.role == "naive" and preset.rung == "Q3_K_S" and preset.model == rung.model
     assert own != plain and [row.test for row in rung.bench] == [row.test for row in preset.bench] == ["pp8"]
     assert preset.bench[0].tokens_per_second != rung.bench[0].tokens_per_second
-    assert not layout.naive_quant("Q3_K_S").exists()
+    with GgufFile(layout.preset("Q3_K_S")) as file:
+        assert {name: file.tensors[name].type.name for name in plain} == plain

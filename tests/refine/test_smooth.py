@@ -26,7 +26,7 @@ from bitladder.files import sha256_file
 from bitladder.gguf import GgufFile
 from bitladder.progress import SILENT
 from bitladder.quantize import quantize
-from bitladder.refine import ModelFiles, SmoothingError, smooth_model
+from bitladder.refine import ModelFiles, SmoothingError, SmoothingTrial, smooth_model
 from bitladder.refine.smooth import smoothed_model
 from bitladder.refine.smooth.changes import smoothed_moments
 from bitladder.refine.smooth.links import balance, links_of
@@ -244,3 +244,8 @@ def test_odd_input_is_one_line(tmp_path, text, capsys):
         huge.write_bytes(data)
         smooth(huge, imatrix, tmp_path / "h.gguf", tmp_path / "hi.gguf")
     assert not (tmp_path / "h.gguf").exists()
+
+
+@pytest.mark.parametrize(("after", "helps"), [(0.05, True), (0.0899, True), (0.095, False), (0.2, False)])
+def test_a_gain_within_the_error_of_the_difference_is_none(after, helps):
+    assert SmoothingTrial("Q4_K_M", before=0.1, after=after, error=0.01, tokens=100).helps is helps

@@ -80,7 +80,7 @@ def test_the_guard_measures_what_the_planner_measures(tiny_gguf, prepared, tmp_p
         with Guard(planner.base, renderer, renderer, types, tried, decoding) as guard:
             report = guard.run([])
     assert report.before.value == pytest.approx(planned, rel=1e-12)
-    assert report.tokens == 4 * 63
+    assert report.tokens == 4 * 119
 
 
 def test_the_context_of_measurements_changes_with_each_input(tiny_gguf, prepared, tmp_path):

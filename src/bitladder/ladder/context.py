@@ -248,6 +248,11 @@ class Run(Closing):
         plain = [step for step in steps if step in self._records and "guard" not in self.facts(step)]
         return [path for step in plain for path in self.files(step)[:1] if path.is_file()]
 
+    def presets(self) -> list[pathlib.Path]:
+        """The plain presets that are complete and not deleted."""
+        steps = (f"preset {rung}" for rung in self.options.rungs)
+        return [path for step in steps for path in self.files(step)[:1] if path.is_file()]
+
     def settings(self) -> evaluate.MeasureOptions:
         """How models are measured."""
         decoding = self.options.decoding

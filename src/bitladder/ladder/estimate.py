@@ -1,6 +1,7 @@
 """Time, memory and disk of a run before anything is loaded: from headers, the formulas of `cost`, and this machine."""
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import tempfile
@@ -26,7 +27,7 @@ from bitladder.ladder import cost
 from bitladder.ladder.model_shape import ModelShape, outline_of_gguf, shape_of_checkpoint, shape_of_gguf
 from bitladder.ladder.options import RunOptions, choose_rungs
 from bitladder.ladder.plan import steps_of
-from bitladder.ladder.steps.step import Extent, Step
+from bitladder.ladder.steps.step import Extent, Part, Step
 from bitladder.options import Effort
 from bitladder.rounding import RoundingOptions, round_tensor
 from bitladder.text import Text, load_text, load_texts
@@ -35,6 +36,8 @@ from bitladder.units import duration, number_of
 CHARACTERS = 4  # of a token, about
 # A matrix that is rounded to see how fast that goes, and the seconds that it takes on the reference core.
 ROUNDED, ROUNDED_SECONDS = (256, 512), 0.12
+# Rows and width of a matrix that the library quantizes to q4_K, and the seconds that this takes there.
+QUANTIZED, QUANTIZED_SECONDS = (256, 1024), 0.0295
 SIDE = 1024  # of a matrix that is multiplied for the same reason
 TURNS = 4  # the best counts: the CPU time of a virtual machine passes while its host does other work
 
@@ -47,13 +50,20 @@ class Machine:
         products: in the library's matrix products.
         blas: in NumPy's, and torch's.
         kernels: in rounding.
+        quantization: in the library's.
         threads: threads that work at once.
     """
 
     products: float = 1.0
     blas: float = 1.0
     kernels: float = 1.0
+    quantization: float = 1.0
     threads: int = 1
+
+    def seconds(self, part: Part) -> float:
+        """CPU time of a part of a step."""
+        rates = {"products": self.products, "blas": self.blas, "kernels": self.kernels}
+        return (part.amount - part.library) / rates[part.rate] + part.library / self.quantization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +214,7 @@ def estimate_steps(steps: Sequence[Step], extent: Extent, machine: Machine, *, r
     """
     stages, kept, work = [], 0.0, dict[Step, float]()
     for index, step in enumerate(steps):
-        parts = [(part, part.amount / getattr(machine, part.rate)) for part in step.parts(extent)]
+        parts = [(part, machine.seconds(part)) for part in step.parts(extent)]
         rounding = min(machine.threads, extent.rounding_threads)
         wall = sum(each / (rounding if part.kind == "rounding" else machine.threads) for part, each in parts)
         room = step.room(extent)
@@ -320,8 +330,9 @@ def measure_machine(threads: int | None = None, *, rounds: bool = True) -> Machi
     """
     count = threads or threads_available()
     rng = np.random.default_rng(0)
-    square = rng.standard_normal((SIDE, SIDE), np.float32)
-    products, blas, kernels = 0.0, float("inf"), float("inf")
+    square, rows = rng.standard_normal((SIDE, SIDE), np.float32), rng.standard_normal(QUANTIZED, np.float32)
+    quantize = functools.partial(quantize_rows, rows, type_by_name("q4_K"), np.ones(QUANTIZED[1], np.float32))
+    products, blas, kernels, quantization = 0.0, *3 * (float("inf"),)
     with single_threaded(), ThreadPoolExecutor(count) as pool:
         work = _rounding() if rounds else None
         if work:
@@ -329,10 +340,15 @@ def measure_machine(threads: int | None = None, *, rounds: bool = True) -> Machi
         for _ in range(TURNS):
             products = max(products, products_per_second(type_by_name("f16"), count, seconds=0.1) / count)
             blas = min(blas, max(pool.map(lambda _: _best(lambda: square @ square, 0.1), range(count))))
+            quantization = min(quantization, max(pool.map(lambda _: _best(quantize, 0.1), range(count))))
             if work:
                 kernels = min(kernels, max(pool.map(lambda _: _best(work, 0.1), range(count))))
     return Machine(
-        products / cost.PRODUCTS, 2 * SIDE**3 / blas / cost.BLAS, ROUNDED_SECONDS / kernels if work else 1.0, count
+        products / cost.PRODUCTS,
+        2 * SIDE**3 / blas / cost.BLAS,
+        ROUNDED_SECONDS / kernels if work else 1.0,
+        QUANTIZED_SECONDS / quantization,
+        count,
     )
 
 

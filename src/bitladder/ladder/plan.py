@@ -12,6 +12,7 @@ from bitladder.ladder.steps.memory import Memory
 from bitladder.ladder.steps.moments import CollectMoments
 from bitladder.ladder.steps.naive import Naive
 from bitladder.ladder.steps.plan import Candidates, PlanRung
+from bitladder.ladder.steps.preset import MakePreset
 from bitladder.ladder.steps.price import prices_of
 from bitladder.ladder.steps.quantize import Quantize
 from bitladder.ladder.steps.round import Round
@@ -29,6 +30,8 @@ def steps_of(options: RunOptions, others: Sequence[str] = ()) -> list[Step]:
     steps.append(CollectImatrix(options))
     if options.rounds:
         steps.append(CollectMoments(options))
+    if options.betters:
+        steps += [MakePreset(options, rung) for rung in rungs]
     if options.smooths:
         steps += [Smooth(options), *(TrySmoothing(options, rung) for rung in rungs)]
     if options.plans:

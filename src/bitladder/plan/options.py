@@ -8,6 +8,7 @@ from typing import Literal
 
 from bitladder.calibrate import FisherOptions
 from bitladder.engine import Decoding
+from bitladder.evaluate import UNSCORED, MeasureOptions
 from bitladder.options import Options, option
 from bitladder.quantize import unreached_option
 
@@ -82,12 +83,12 @@ class PriceOptions(Options):
         "forward", "--prices", help="From swaps in the loaded model, or from gradients (needs bitladder[torch])."
     )
     probe_tokens: int = option(
-        40_000,
+        20_000,
         "--probe-tokens",
         least=1,
         metavar="N",
         help="Tokens to decode for prices.",
-        efforts={"fast": 16_000, "high": 100_000},
+        efforts={"fast": 8_000, "high": 50_000},
     )
     probe_chunks: int = option(1, least=1, help="Chunks that each swap is measured on.")
     probe_bpw: float = option(3.5, help="Bits per weight to probe with: KLD far above noise, model not yet broken.")
@@ -207,11 +208,30 @@ class PlanDecoding(Decoding):
     """How a model is decoded while recipes are measured: in shorter chunks than when quants are."""
 
     n_ctx: int = option(
-        256, "-c", "--ctx-size", least=4, metavar="TOKENS", help="Tokens of a chunk, which is one context."
+        128, "-c", "--ctx-size", least=4, metavar="TOKENS", help="Tokens of a chunk, which is one context."
     )
     n_batch: int = option(
         512, "-b", "--batch-size", least=1, decides=False, metavar="TOKENS", help="Tokens decoded by one call."
     )
+    unscored: int | None = option(
+        None,
+        least=0,
+        help="Predictions at the start of a chunk that are not scored.",
+        unset="a sixteenth of the chunk",
+    )
+
+    def deciding(self) -> dict[str, object]:
+        """As of `Decoding`, and what is scored of a chunk."""
+        return {**super().deciding(), "unscored": self.first_scored}
+
+    @property
+    def first_scored(self) -> int:
+        """Number of the first prediction of a chunk that is scored."""
+        return self.n_ctx // UNSCORED if self.unscored is None else self.unscored
+
+    def measuring(self, chunks: int) -> MeasureOptions:
+        """How so many chunks are measured."""
+        return MeasureOptions(**dataclasses.asdict(self) | {"chunks": chunks, "unscored": self.first_scored})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from bitladder.calibrate import MomentsFile, zeros_in
 from bitladder.engine import TensorType, type_by_name, versions
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import HiddenBase, MeasureOptions
+from bitladder.evaluate import HiddenBase
 from bitladder.files import Closing
 from bitladder.keys import key_of, versions_of
 from bitladder.plan.allocate.problem import Problem
@@ -97,8 +97,7 @@ class Planner(Closing):
     def __init__(self, inputs: PlanInputs, options: PlanOptions, progress: Progress = SILENT) -> None:
         self.options, self.progress = options, progress
         self.helpers: Helpers | None = None  # other machines that render and measure for this one
-        decoding = dataclasses.asdict(options.decoding)
-        self._settings = MeasureOptions(**decoding, chunks=options.chunks)
+        self._settings = options.decoding.measuring(options.chunks)
         self.text = planning_text(inputs.texts, options)
         self.work = inputs.model.with_name(f"{inputs.model.stem}.plan") if inputs.work is None else inputs.work
         with contextlib.ExitStack() as opened:

@@ -112,9 +112,9 @@ class Layout:
         """The file of a rung."""
         return self.folder / f"{stem}-{rung}.gguf"
 
-    def naive_quant(self, rung: str) -> pathlib.Path:
-        """The preset by itself, while it is measured."""
-        return self.folder / f".{rung}-preset.gguf.tmp"
+    def preset(self, rung: str) -> pathlib.Path:
+        """The preset by itself."""
+        return self.work / "presets" / f"{rung}-preset.gguf"
 
     def recipe(self, label: str) -> pathlib.Path:
         """The type of each tensor."""

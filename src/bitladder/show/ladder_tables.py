@@ -264,7 +264,8 @@ def estimate_table(estimate: Estimate) -> Table:
 def estimate_lines(estimate: Estimate) -> list[str]:
     """The total in words, and what it was estimated for."""
     machine = estimate.machine
-    speeds = f"products {machine.products:.2f}, NumPy {machine.blas:.2f}, rounding {machine.kernels:.2f}"
+    speeds = f"products {machine.products:.2f}, NumPy {machine.blas:.2f}, rounding {machine.kernels:.2f}, "
+    speeds += f"the library's blocks {machine.quantization:.2f}"
     return [
         f"total: {in_words(estimate)}, of which {estimate.kept_bytes / 1e9:.3g} GB stay",
         f"{number_of(machine.threads, 'thread')}; speed of a core, of that of the reference: {speeds}",

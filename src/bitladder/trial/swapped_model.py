@@ -267,6 +267,7 @@ def measurement_inputs(base: HiddenBase, renderer: Renderer, decoding: Decoding)
         "model": base.header.model_sha256,
         "text": base.header.text_sha256,
         "n_ctx": decoding.n_ctx,
+        "unscored": base.header.unscored,
         "gpu": decoding.gpu_layers != 0,
         "inputs rounded": _rounds_inputs(decoding),
         "importance": renderer.importance_sha256(),

@@ -4,14 +4,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitladder import evaluate, quantize
+from bitladder import evaluate
 from bitladder.files import write_json
 from bitladder.ladder import cost
 from bitladder.ladder.context import BASE, Run
 from bitladder.ladder.options import RunOptions
-from bitladder.ladder.steps.naive import preset_file
-from bitladder.ladder.steps.quantize import library_part, preset_decides, quant_bytes
-from bitladder.ladder.steps.step import Extent, Part, Product, Room, Step
+from bitladder.ladder.steps.quantize import preset_decides
+from bitladder.ladder.steps.step import Extent, Part, Product, Step
 from bitladder.recipe import read_recipe
 from bitladder.rundir import naive
 
@@ -22,14 +21,14 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 class Bench(Step):
-    """all models, presets by themselves → tokens per second.
+    """all models, plain presets → tokens per second.
 
     It is one step for all: the models take turns, so that a busy moment of the machine hits all alike. A rung whose
-    types differ from those of its preset takes turns with the preset, of which there is a file only in this time.
+    types differ from those of its preset takes turns with the preset.
     """
 
     verb = "bench"
-    algorithms = (evaluate.BENCH, quantize.QUANTIZE)
+    algorithms = (evaluate.BENCH,)
 
     def __init__(self, options: RunOptions, others: Sequence[str]) -> None:
         super().__init__(options)
@@ -37,10 +36,10 @@ class Bench(Step):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """All models, and what presets are made of."""
+        """All models, and presets that rungs may differ from."""
         rungs = [f"quantize {rung}" for rung in self.options.rungs]
         if self.options.plans:
-            rungs += ["imatrix", *(f"naive {rung}" for rung in self.options.rungs)]
+            rungs += [f"preset {rung}" for rung in self.options.rungs]
         return ("convert", *rungs, *(f"file {name}" for name in self._others))
 
     def decides(self) -> Mapping[str, Any]:
@@ -62,7 +61,7 @@ class Bench(Step):
         return tuple(test for test in self.options.bench_tests if 0 in test)
 
     def parts(self, extent: Extent) -> list[Part]:
-        """Tokens read and generated, and files of presets. A warm-up reads the prompt, and generates one token."""
+        """Tokens read and generated. A warm-up reads the prompt, and generates one token."""
         repetitions, tests = self.options.bench_repetitions, self.options.bench_tests
 
         def speed(tests: Sequence[tuple[int, int]], full: int, quants: int) -> Part:
@@ -73,16 +72,9 @@ class Bench(Step):
 
         if not self.options.plans:
             return [speed(tests, 1, extent.models - 1)]
-        rungs, rest = self.options.rungs, [test for test in tests if test not in self._short]
-        parts = [speed(tests, 1, extent.models - 1 - len(rungs))]
-        for rung in rungs:
-            parts += [library_part(rung, extent), speed(self._short, 0, 2)]
-            parts += [speed(rest, 0, 1)] if rest else []
-        return parts
-
-    def room(self, extent: Extent) -> Room:
-        """The file of a preset, while it is measured."""
-        return Room(beside=max(quant_bytes(rung, extent) for rung in self.options.rungs) if self.options.plans else 0)
+        rungs, rest = len(self.options.rungs), [test for test in tests if test not in self._short]
+        of_rung = [speed(self._short, 0, 2), *([speed(rest, 0, 1)] if rest else [])]
+        return [speed(tests, 1, extent.models - 1 - rungs), *rungs * of_rung]
 
     def make(self, run: Run) -> Product:
         """Measures, and writes the rows by label."""
@@ -90,9 +82,8 @@ class Bench(Step):
         alone = [label for label in (BASE, *self.options.rungs, *self._others) if label not in beside]
         rows = self._measured(run, {label: run.model(label) for label in alone}, self.options.bench_tests)
         for rung in beside:
-            with preset_file(run, rung):
-                pair = {rung: run.model(rung), naive(rung): run.layout.naive_quant(rung)}
-                rows |= self._measured(run, pair, self._short)
+            pair = {rung: run.model(rung), naive(rung): run.layout.preset(rung)}
+            rows |= self._measured(run, pair, self._short)
             rest = [test for test in self.options.bench_tests if test not in self._short]
             if rest:
                 rows[rung] += self._measured(run, {rung: run.model(rung)}, rest)[rung]

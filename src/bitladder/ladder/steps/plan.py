@@ -61,7 +61,7 @@ class PlanRung(Step):
         taught = 2 * kinds + (feedback.random_recipes if feedback.rounds > 1 else 0)
         judged = (feedback.finalists + rivals) * feedback.judging_chunks
         chunks = tried * feedback.chunks + taught * feedback.teaching_chunks + judged
-        seconds = RECIPES * cost.comparing(extent.shape, chunks * n_ctx, n_ctx)
+        seconds = RECIPES * cost.comparing(extent.shape, chunks * n_ctx, n_ctx, scored=cost.DECIDING)
         return [Part("recipes", seconds, "measure recipes")]
 
     def memory(self, extent: Extent) -> float:

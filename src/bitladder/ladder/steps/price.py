@@ -22,6 +22,7 @@ from bitladder.trial import MeasuredRecipe, Wanted, copies
 
 # Types that are rendered for each of `BANDS`: their number, each counted by its time, and their bits for each weight.
 TYPES, BITS = (12.0, 20.0, 23.0), (60, 80, 85)
+LIBRARY = 2.1  # time of the library's blocks of such a type, of that of Q4_K: the search of I-quants takes long
 ORIGINAL, SMOOTHED = "original", "smoothed"
 
 
@@ -81,7 +82,12 @@ class Price(Step):
         types = max(after - before, 1.0)  # a type or two may be of a preset that is alone
         passes, n_ctx = self.options.refine.rounding.passes, self.options.planning.decoding.n_ctx
         rendering = round_part(
-            self.options, extent, "render every tensor", types=types, passes=min(passes, prices.price_passes)
+            self.options,
+            extent,
+            "render every tensor",
+            types=types,
+            passes=min(passes, prices.price_passes),
+            library=LIBRARY,
         )
         kinds = len({matrix.kind for matrix in extent.shape.matrices}) + 1
         once = prices.probe_chunks * n_ctx  # tokens of a swap
@@ -89,9 +95,9 @@ class Price(Step):
         whole = min(prices.probe_tokens * share, once * kinds * types)
 
         def swaps(tokens: float, label: str) -> Part:
-            return Part("swaps", cost.comparing(extent.shape, tokens, n_ctx), label)
+            return Part("swaps", cost.comparing(extent.shape, tokens, n_ctx, scored=cost.DECIDING), label)
 
-        base = base_part(extent, self.options.planning.chunks * n_ctx, n_ctx)
+        base = base_part(extent, self.options.planning.chunks * n_ctx, n_ctx, cost.DECIDING)
         first = not self._bands_before()
         return [
             *([base] if first else []),

@@ -1,6 +1,6 @@
 """The step that makes a rung: the types of the plan or the preset, blocks rounded and tried, scales tuned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitladder import evaluate, quantize
@@ -25,6 +25,11 @@ from bitladder.text import Reading, Text
 
 ROUNDED = "rounded"  # folder of the blocks of rungs in the work folder
 TUNE = 5.0  # time of a token of tuning, of that of one that is decoded
+# Types from which rungs draw a tensor's, about. In twelve planned rungs of the embedded model a tensor has 5.0
+# different ones, in four 2.8, in two 1.8. The files of twelve presets take 0.52 of the time of twelve made one by one
+# (benchmarks/results/ratios.json).
+DRAWN, DRAWN_BY_PRESETS = 5.5, 7.5
+KEPT = 2  # kinds of blocks that are kept: rounded ones, and the library's, with which the guard compares them
 GUARD_CHUNKS = 2  # that decide a comparison of the guard, about. It tries each kind, then groups of layers, and layers.
 
 
@@ -80,8 +85,10 @@ class Quantize(Step):
 
     def parts(self, extent: Extent) -> list[Part]:
         """Rounding, the guard, and tuning."""
+        drawn = DRAWN if self.options.plans else DRAWN_BY_PRESETS
+        by_library = library_part(self.options.rungs, self.label, extent, drawn)
         if not self.options.rounds:
-            return [library_part(self.label, extent)]
+            return [by_library]
         guard_chunks = self.options.refine.guard.guard_chunks
         half = evaluate.decision_chunk(extent.chunk)
         tokens = min(guard_chunks, GUARD_CHUNKS) * half
@@ -91,7 +98,7 @@ class Quantize(Step):
             *shared_base(self, extent, guard_chunks * half, half),
             Part("guard", (2 + len({matrix.kind for matrix in extent.shape.matrices})) * evaluation, "guard"),
             Part("guard", 2 * extent.shape.blocks**0.5 * evaluation, "guard, layers"),
-            library_part(self.label, extent),
+            by_library,
         ]
         if self.options.tunes:
             tried = self.options.refine.tuning.tune_guard_chunks * half
@@ -105,16 +112,16 @@ class Quantize(Step):
     def memory(self, extent: Extent) -> float:
         """Rounding, and then the loaded model of the guard; or tuning."""
         if not self.options.rounds:
-            return cost.PROCESS + 8 * extent.shape.largest
+            return quantizing_bytes(extent)
         guard = cost.decoding_bytes(extent) + 8 * extent.shape.largest
         tuning = cost.PROCESS + cost.TORCH + cost.TUNED * extent.shape.weights if self.options.tunes else 0
         return max(cost.rounding_bytes(extent.shape, extent.rounding_threads), guard, tuning)
 
     def room(self, extent: Extent) -> Room:
-        """The file, and while it is tuned a second one; rounded blocks are kept for the other rungs."""
+        """The file, and while it is tuned a second one; blocks are kept for the other rungs."""
         size = quant_bytes(self.label, extent)
         alone = self.options.rounds and len(self.options.rungs) == 1
-        blocks = cost.kept_blocks(extent.shape, size, self.options.planning.cache_bytes) if alone else 0
+        blocks = cost.kept_blocks(extent.shape, KEPT * size, self.options.planning.cache_bytes) if alone else 0
         return Room(size, size, blocks)
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
@@ -217,10 +224,16 @@ def recipe_of(run: Run, result: quantize.QuantizeResult, name: str) -> Recipe:
     )
 
 
-def library_part(rung: str, extent: Extent) -> Part:
-    """Quantization by the library."""
-    kind = "quantize iq" if rung.startswith("IQ") else "quantize"
-    return Part(kind, cost.by_library(extent.shape, rung), "quantize", rate="kernels")
+def library_part(rungs: Sequence[str], rung: str, extent: Extent, drawn: float = DRAWN_BY_PRESETS) -> Part:
+    """Quantization by the library of what no earlier rung has in the same type."""
+    kind, new = "quantize iq" if rung.startswith("IQ") else "quantize", (1 - 1 / drawn) ** rungs.index(rung)
+    amount = new * cost.by_library(extent.shape, rung)
+    return Part(kind, amount, "quantize", library=amount)
+
+
+def quantizing_bytes(extent: Extent) -> float:
+    """Bytes of memory that the library's kernels need."""
+    return cost.PROCESS + 8 * extent.shape.largest
 
 
 def rounding_part(options: RunOptions, extent: Extent, types: float = 1) -> Part:
@@ -228,14 +241,17 @@ def rounding_part(options: RunOptions, extent: Extent, types: float = 1) -> Part
     return round_part(options, extent, "rounding", passes=options.refine.rounding.passes, types=types)
 
 
-def round_part(options: RunOptions, extent: Extent, label: str, *, passes: int, types: float = 1) -> Part:
-    """The work of making the blocks of all weights in some types."""
+def round_part(
+    options: RunOptions, extent: Extent, label: str, *, passes: int, types: float = 1, library: float = 1
+) -> Part:
+    """The work of making the blocks of all weights in some types; the library takes a multiple of the time of Q4_K."""
+    library *= types * cost.by_library(extent.shape, "")
     if not options.rounds:
-        return Part("quantize", types * cost.by_library(extent.shape, ""), label, rate="kernels")
+        return Part("quantize", library, label, library=library)
     if options.refine.rounding.method == "feedback":
         passes = 0
-    seconds = cost.rounding(extent.shape, passes, types) + types * cost.by_library(extent.shape, "")
-    return Part("rounding", seconds, label, rate="kernels")
+    seconds = cost.rounding(extent.shape, passes, types) + library
+    return Part("rounding", seconds, label, rate="kernels", library=library)
 
 
 # Bits per weight of a preset, for a model of 7B weights or more. The embeddings are a larger share of a small model,

@@ -7,6 +7,8 @@ from bitladder.engine import device_key
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.quantize import (
+    DRAWN,
+    KEPT,
     ROUNDED,
     preset_decides,
     quant_bytes,
@@ -17,10 +19,6 @@ from bitladder.ladder.steps.quantize import (
 from bitladder.ladder.steps.step import Extent, Job, Part, Product, Room, Step
 from bitladder.refine import OUTPUT_ROUNDING, RoundAhead
 from bitladder.trial import RENDERING, Pair
-
-# Types from which the rungs of a planned ladder draw a tensor's, about: in twelve rungs of the embedded model a tensor
-# has 5.0 different ones, in four 2.8, in two 1.8.
-DRAWN = 5.5
 
 
 class Round(Step):
@@ -68,10 +66,10 @@ class Round(Step):
         return cost.rounding_bytes(extent.shape, extent.rounding_threads)
 
     def room(self, extent: Extent) -> Room:
-        """The blocks."""
+        """The blocks, and those that the guard of the rungs adds."""
         rungs = self.options.rungs
         mean = sum(quant_bytes(rung, extent) for rung in rungs) / len(rungs)
-        return Room(work=cost.kept_blocks(extent.shape, mean * self._types, self.options.planning.cache_bytes))
+        return Room(work=cost.kept_blocks(extent.shape, KEPT * mean * self._types, self.options.planning.cache_bytes))
 
     def make(self, run: Run) -> Product:
         """Rounds what the rungs without a file need."""

@@ -50,12 +50,14 @@ class Part:
         amount: CPU seconds of the reference core (`ladder.cost`).
         label: what the label of the progress bar has in it, in small letters; the kind, if empty.
         rate: what the time depends on: how fast the library multiplies, NumPy and torch do, or rounding goes.
+        library: how much of the amount the library quantizes, at a rate of its own.
     """
 
     kind: str
     amount: float
     label: str = ""
     rate: Literal["products", "blas", "kernels"] = "products"
+    library: float = 0.0
 
     @property
     def bar(self) -> str:

@@ -8,9 +8,8 @@ from bitladder.files import write_json
 from bitladder.ladder import cost
 from bitladder.ladder.context import Run
 from bitladder.ladder.steps.base import shared_base
-from bitladder.ladder.steps.quantize import quant_bytes
+from bitladder.ladder.steps.quantize import preset_decides, quant_bytes
 from bitladder.ladder.steps.step import CutText, Extent, Part, Product, Room, Step, TextsOfRun
-from bitladder.quantize import QuantizeOptions
 from bitladder.refine import SMOOTHING_TRIAL, trial_text, try_smoothing
 
 
@@ -26,28 +25,32 @@ class TrySmoothing(Step):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Both models and the text."""
-        return ("convert", "imatrix", "smooth", "calibration")
+        """Both models, the preset of the original, and the text."""
+        return ("convert", "imatrix", "smooth", "calibration", f"preset {self.label}")
 
     def decides(self) -> Mapping[str, Any]:
         """The preset, and how it is measured."""
         options = self.options
         return {
-            "preset": QuantizeOptions(self.label),
+            **preset_decides(self.options, self.label),
             "decoding": options.decoding,
             "smoothing": options.refine.smoothing,
         }
 
     def parts(self, extent: Extent) -> list[Part]:
-        """Two quants by the library, and two measurements."""
+        """The quant of the smoothed model by the library, and two measurements."""
         half = decision_chunk(extent.chunk)
         tokens = 2 * self.options.refine.smoothing.trial_chunks * half
         seconds = cost.comparing(extent.shape, tokens, half, quant=True, scored=cost.DECIDING)
-        seconds += 2 * cost.by_library(extent.shape, self.label)
-        return [*shared_base(self, extent, tokens / 2, half), Part("trial", seconds, "original and smoothed")]
+        library = cost.by_library(extent.shape, self.label)
+        return [
+            *shared_base(self, extent, tokens / 2, half),
+            Part("quantize", library, "quantize", library=library),
+            *2 * [Part("divergence", seconds / 2)],
+        ]
 
     def room(self, extent: Extent) -> Room:
-        """The file of one of the two, while it is measured."""
+        """The quant of the smoothed model, while it is measured."""
         return Room(beside=quant_bytes(self.label, extent))
 
     def cuts(self, texts: TextsOfRun) -> list[CutText]:
@@ -69,7 +72,8 @@ class TrySmoothing(Step):
                 trial_text(run.calibration, options, decoding.n_ctx),
                 decoding,
                 options,
-                preset=self.label,
+                preset=self.options.quantization(self.label),
+                quant=run.layout.preset(self.label),
                 work=out.parent,
                 progress=run.progress,
             )

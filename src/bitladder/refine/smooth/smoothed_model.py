@@ -16,24 +16,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
-import numpy.typing as npt
 
 from bitladder.calibrate import Imatrix, read_imatrix, write_imatrix
 from bitladder.engine import Aside, Context, Decoding, Model, logit_differences, sequence_logits, threads_available
 from bitladder.errors import BitladderError, UsageError
-from bitladder.evaluate import HiddenBase, decision_chunk, decision_settings, paired_mean
+from bitladder.evaluate import MEASURE, decision_chunk, decision_settings, measure, paired_mean
 from bitladder.files import refuse_inputs, replacing, sha256_file, sync_file
 from bitladder.gguf import EMBEDDING, GgufFile, open_model
 from bitladder.keys import Algorithm
 from bitladder.progress import SILENT, Progress
-from bitladder.quantize import QuantizeOptions, prepare
+from bitladder.quantize import QUANTIZE, QuantizeOptions, quantize
 from bitladder.refine.model_files import Floats, ModelFiles, copy_model
 from bitladder.refine.options import SmoothingOptions
 from bitladder.refine.smooth.changes import Change, changed_imatrix, changed_rows, changes_of, smoothed_moments
 from bitladder.refine.smooth.links import FLOATS, Link, SmoothingError, link_importance, link_scales, links_of
 from bitladder.refine.smooth.order import Order, find_order
 from bitladder.text import EXCERPTS, Text, excerpts
-from bitladder.trial import SWAPPED_KLD, Renderer, SwappedModel, kept_base
+from bitladder.trial import kept_base
 from bitladder.units import number_of
 
 SMOOTHING = Algorithm(
@@ -51,10 +50,11 @@ SMOOTHING_TRIAL = Algorithm(
     "smoothing trial",
     (
         "quants of both models are compared with full precision",
-        "blocks of both are swapped into the loaded models, as where recipes are planned",
         "chunks have half the length, and all their tokens but the first sixteenth are scored",
+        "files of both are measured as rungs are",
+        "a gain within the error of the difference is none",
     ),
-    uses=(EXCERPTS, SMOOTHING, SWAPPED_KLD),
+    uses=(EXCERPTS, MEASURE, QUANTIZE, SMOOTHING),
 )
 PRESET = "Q4_K_M"
 
@@ -326,10 +326,14 @@ class SmoothingTrial:
 
     @property
     def helps(self) -> bool:
-        """Whether the quant of the smoothed model is nearer to full precision."""
-        return self.after < self.before
+        """Whether the quant of the smoothed model is nearer to full precision by more than the error of the difference.
+
+        A run prices types for each model that a rung is made of, so a rung is not smoothed for nothing.
+        """
+        return self.after + self.error < self.before
 
 
+# Nine parameters: the two models, how they are compared, and what of that is there already.
 @SMOOTHING_TRIAL.entry
 def try_smoothing(
     plain: ModelFiles,
@@ -338,11 +342,12 @@ def try_smoothing(
     decoding: Decoding,
     options: SmoothingOptions | None = None,
     *,
-    preset: str = PRESET,
+    preset: QuantizeOptions | None = None,
+    quant: pathlib.Path | None = None,
     work: pathlib.Path | None = None,
     progress: Progress = SILENT,
 ) -> SmoothingTrial:
-    """Measures a preset, with the library's blocks, of both models against the full precision.
+    """Makes a preset of both models with the library's kernels, and measures both against the full precision.
 
     Parameters:
         plain: the model as it is, and its importance matrix.
@@ -350,29 +355,33 @@ def try_smoothing(
         text: what is predicted: a text that the result is not judged by.
         decoding: how models are decoded.
         options: on how many chunks.
-        preset: name of the preset.
+        preset: the preset; None for Q4_K_M.
+        quant: the preset of the model as it is; None makes it.
         work: folder in which the predictions of full precision are kept for the next trial; None keeps nothing.
         progress: where work is shown.
 
     Raises:
         BitladderError: the preset cannot be made, or a model does not decode.
     """
-    chunks = (options or SmoothingOptions()).trial_chunks
-    settings = decision_settings(decoding, chunks)
+    settings = decision_settings(decoding, (options or SmoothingOptions()).trial_chunks)
+    preset, klds = preset or QuantizeOptions(PRESET), []
     with (
         tempfile.TemporaryDirectory(
             dir=plain.model.parent if work is None else work, prefix=".trial.", suffix=".tmp"
         ) as temporary,
         kept_base(work or pathlib.Path(temporary), plain.model, text, settings, progress) as base,
-        progress.task(f"{preset} original and smoothed", 2) as task,
     ):
-        klds = []
-        for files in (plain, smoothed):
-            klds.append(_preset_kld(files, base, preset, settings, chunks))
-            task.advance()
+        own = pathlib.Path(temporary, "quant.gguf")
+        for files, made in ((plain, quant), (smoothed, None)):
+            if made is None:
+                quantize(files.model, own, preset, imatrix=files.imatrix, threads=decoding.threads, progress=progress)
+            measured = measure(made or own, text, settings, base=base, progress=progress)
+            klds.append(measured.arrays["kld"])
+            own.unlink(missing_ok=True)
+        chunks = settings.limit(len(base.chunks))
     before, after = klds
-    gap = paired_mean(after, before, min(chunks, len(base.chunks)))
-    return SmoothingTrial(preset, float(before.mean()), float(after.mean()), gap.error, before.size)
+    gap = paired_mean(after, before, chunks)
+    return SmoothingTrial(preset.preset or PRESET, float(before.mean()), float(after.mean()), gap.error, before.size)
 
 
 def trial_text(calibration: Sequence[Text], options: SmoothingOptions, n_ctx: int) -> Text:
@@ -384,16 +393,3 @@ def trial_text(calibration: Sequence[Text], options: SmoothingOptions, n_ctx: in
         n_ctx: tokens of a chunk, of which a trial's has half.
     """
     return excerpts(calibration, options.trial_chunks, decision_chunk(n_ctx), offset=options.trial_offset)
-
-
-def _preset_kld(
-    files: ModelFiles, base: HiddenBase, preset: str, decoding: Decoding, chunks: int
-) -> npt.NDArray[np.float64]:
-    """KLD of each token, nats."""
-    with (
-        prepare(files.model, QuantizeOptions(preset), imatrix=files.imatrix) as prepared,
-        Renderer(prepared.file, prepared.importance, threads=decoding.threads) as renderer,
-        SwappedModel(base, renderer, decoding) as model,
-    ):
-        types = {tensor.name: tensor.type.name for tensor in prepared.choice.tensors if tensor.changes}
-        return model.kld(types, chunks).ravel()
