@@ -30,6 +30,10 @@ SCORED, DECIDING = (
     1 - 1 / UNSCORED,
 )  # share of the tokens that is scored: usually, and to decide between models
 
+# Seconds of a loaded model whose weights are swapped: for each weight that is put in; for each input of a swapped
+# matrix, which is rounded; and for each such matrix and chunk, because the graph stops there.
+SWAPPED, INPUT, NODE = 8e-9, 7e-9, 2e-4
+
 # Seconds of rounding in Q4_K, of feedback and of each pass of `best`: for each weight; for each weight and column; and
 # for each weight and row. Then those of the factors of a moment, which all types of a tensor share: for each of its
 # numbers; and for each column cubed.
@@ -83,6 +87,14 @@ def comparing(shape: ModelShape, tokens: float, n_ctx: int, *, quant: bool = Fal
     speed = quant_speed(shape) if quant else 1
     head = tokens * scored * 2 * shape.head / BLAS
     return decoding(shape, tokens, n_ctx, scored) / speed + 2 * scoring(shape, tokens * scored) + head
+
+
+def swapping(shape: ModelShape, recipes: float, tokens: float, n_ctx: int, weights: float) -> float:
+    """Of measuring recipes of all matrices on so many tokens in all, where each puts in so many weights."""
+    inputs = sum(matrix.count * matrix.share * matrix.width for matrix in shape.matrices) + shape.width
+    nodes = sum(matrix.count for matrix in shape.matrices) + 1
+    beside = recipes * weights * SWAPPED + tokens * inputs * INPUT + tokens / n_ctx * nodes * NODE
+    return comparing(shape, tokens, n_ctx, scored=DECIDING) + beside
 
 
 def by_library(shape: ModelShape, preset: str) -> float:

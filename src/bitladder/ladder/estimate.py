@@ -24,7 +24,7 @@ from bitladder.engine import (
 )
 from bitladder.errors import UsageError
 from bitladder.ladder import cost
-from bitladder.ladder.model_shape import ModelShape, outline_of_gguf, shape_of_checkpoint, shape_of_gguf
+from bitladder.ladder.model_shape import Matrix, ModelShape, outline_of_gguf, shape_of_checkpoint, shape_of_gguf
 from bitladder.ladder.options import RunOptions, choose_rungs
 from bitladder.ladder.plan import steps_of
 from bitladder.ladder.steps.step import Extent, Part, Step
@@ -34,10 +34,10 @@ from bitladder.text import Text, load_text, load_texts
 from bitladder.units import duration, number_of
 
 CHARACTERS = 4  # of a token, about
-# A matrix that is rounded to see how fast that goes, and the seconds that it takes on the reference core.
-ROUNDED, ROUNDED_SECONDS = (256, 512), 0.12
-# Rows and width of a matrix that the library quantizes to q4_K, and the seconds that this takes there.
+ROUNDED = (256, 512)  # rows and width of a matrix that is rounded to see how fast that goes
+# Those of a matrix that the library quantizes to q4_K, and the seconds that this takes on the reference core.
 QUANTIZED, QUANTIZED_SECONDS = (256, 1024), 0.0295
+PROBE = RoundingOptions(enough=0)  # how the first of them is rounded
 SIDE = 1024  # of a matrix that is multiplied for the same reason
 TURNS = 4  # the best counts: the CPU time of a virtual machine passes while its host does other work
 
@@ -346,7 +346,7 @@ def measure_machine(threads: int | None = None, *, rounds: bool = True) -> Machi
     return Machine(
         products / cost.PRODUCTS,
         2 * SIDE**3 / blas / cost.BLAS,
-        ROUNDED_SECONDS / kernels if work else 1.0,
+        cost.round_matrix(Matrix("rounded", *ROUNDED, 1), PROBE.passes) / kernels if work else 1.0,
         QUANTIZED_SECONDS / quantization,
         count,
     )
@@ -360,9 +360,8 @@ def _rounding() -> Callable[[], Any]:
     weights = 0.02 * rng.standard_normal(ROUNDED, np.float32)
     inputs, outputs = (np.cov(rng.standard_normal((size, 2 * size), np.float32)) for size in (width, rows))
     stock = quantize_rows(weights, kind, np.ones(width, np.float32))
-    options = RoundingOptions(enough=0)
     moments = [moment.astype(np.float32) for moment in (inputs, outputs)]
-    return lambda: round_tensor(weights, stock, kind.name, moments[0], options, moments[1])
+    return lambda: round_tensor(weights, stock, kind.name, moments[0], PROBE, moments[1])
 
 
 def _best(work: Callable[[], Any], seconds: float) -> float:

@@ -14,7 +14,7 @@ from bitladder.plan import PLANNING, RENDERED, band_name, band_of, candidates, l
 from bitladder.refine import OUTPUT_ROUNDING
 from bitladder.trial import RENDERING, MeasuredRecipe, Wanted
 
-RECIPES = 1.5  # time of a token on which a recipe is measured, of that of one that is compared
+PUT_IN = 0.5  # share of the weights that differ from the recipe before, about
 SIMPLER = 5  # recipes of simpler methods, about
 
 
@@ -59,9 +59,10 @@ class PlanRung(Step):
         rivals = 1 + SIMPLER * self.options.planning.rivals.simpler
         tried = rivals + 1 + feedback.rounds + feedback.exchanges
         taught = 2 * kinds + (feedback.random_recipes if feedback.rounds > 1 else 0)
-        judged = (feedback.finalists + rivals) * feedback.judging_chunks
-        chunks = tried * feedback.chunks + taught * feedback.teaching_chunks + judged
-        seconds = RECIPES * cost.comparing(extent.shape, chunks * n_ctx, n_ctx, scored=cost.DECIDING)
+        judged = feedback.finalists + rivals
+        chunks = tried * feedback.chunks + taught * feedback.teaching_chunks + judged * feedback.judging_chunks
+        recipes, weights = tried + taught + judged, PUT_IN * extent.shape.weights
+        seconds = cost.swapping(extent.shape, recipes, chunks * n_ctx, n_ctx, weights)
         return [Part("recipes", seconds, "measure recipes")]
 
     def memory(self, extent: Extent) -> float:

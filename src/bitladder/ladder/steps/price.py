@@ -22,7 +22,7 @@ from bitladder.trial import MeasuredRecipe, Wanted, copies
 
 # Types that are rendered for each of `BANDS`: their number, each counted by its time, and their bits for each weight.
 TYPES, BITS = (12.0, 20.0, 23.0), (60, 80, 85)
-LIBRARY = 2.1  # time of the library's blocks of such a type, of that of Q4_K: the search of I-quants takes long
+LIBRARY = 2.5  # time of the library's blocks of such a type, of that of Q4_K: the search of I-quants takes long
 ORIGINAL, SMOOTHED = "original", "smoothed"
 
 
@@ -94,8 +94,9 @@ class Price(Step):
         singles = min(prices.probe_tokens * (1 - share), once * (extent.shape.blocks * (kinds - 1) + 1))
         whole = min(prices.probe_tokens * share, once * kinds * types)
 
-        def swaps(tokens: float, label: str) -> Part:
-            return Part("swaps", cost.comparing(extent.shape, tokens, n_ctx, scored=cost.DECIDING), label)
+        def swaps(tokens: float, label: str, weights: float = 0.0) -> Part:
+            seconds = cost.comparing(extent.shape, tokens, n_ctx, scored=cost.DECIDING)
+            return Part("swaps", seconds + cost.SWAPPED * weights * tokens / once, label)
 
         base = base_part(extent, self.options.planning.chunks * n_ctx, n_ctx, cost.DECIDING)
         first = not self._bands_before()
@@ -103,7 +104,7 @@ class Price(Step):
             *([base] if first else []),
             rendering,
             *([swaps(singles, "probe tensors")] if first else []),
-            swaps(whole, "whole kinds"),
+            swaps(whole, "whole kinds", extent.shape.weights / kinds),
             swaps(prices.check_pairs * once, "check single swaps"),
         ]
 

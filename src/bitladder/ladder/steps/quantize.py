@@ -92,11 +92,12 @@ class Quantize(Step):
         guard_chunks = self.options.refine.guard.guard_chunks
         half = evaluate.decision_chunk(extent.chunk)
         tokens = min(guard_chunks, GUARD_CHUNKS) * half
-        evaluation = cost.comparing(extent.shape, tokens, half, scored=cost.DECIDING)
+        kinds = len({matrix.kind for matrix in extent.shape.matrices})
+        evaluation = cost.swapping(extent.shape, 2, tokens, half, extent.shape.weights / kinds)
         parts = [
             *([] if len(self.options.rungs) > 1 else [rounding_part(self.options, extent)]),
             *shared_base(self, extent, guard_chunks * half, half),
-            Part("guard", (2 + len({matrix.kind for matrix in extent.shape.matrices})) * evaluation, "guard"),
+            Part("guard", (2 + kinds) * evaluation, "guard"),
             Part("guard", 2 * extent.shape.blocks**0.5 * evaluation, "guard, layers"),
             by_library,
         ]
