@@ -235,6 +235,7 @@ def _as_type(vector: np.typing.NDArray[np.float32], kind: TensorType) -> np.typi
     return quantize_rows(vector, kind)
 
 
+@functools.cache
 def _traits(kind: TensorType) -> Any:
     with contextlib.suppress(FileNotFoundError, RuntimeError):
         library = llama.load_shared_library("ggml-cpu", llama._base_path)
