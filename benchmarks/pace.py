@@ -90,11 +90,11 @@ def amounts_of(options: RunOptions) -> tuple[dict[str, Any], list[dict[str, Any]
     return dataclasses.asdict(extent), parts
 
 
-def table(recording: dict[str, Any]) -> str:
+def table(parts: list[dict[str, Any]], amounts: list[dict[str, Any]]) -> str:
     """Amount, seconds and seconds of a thousand units, for each kind of part."""
-    left = [dict(part) for part in recording["amounts"]]
+    left = list(amounts)
     kinds: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-    for done in recording["parts"]:
+    for done in parts:
         same = [part for part in left if part["step"] == done["step"]]
         part = next((part for part in same if (part["label"] or part["kind"]) in done["bar"].lower()), None)
         kind = f"({done['step'].split()[0]})" if part is None or not done["bar"] else part["kind"]
@@ -121,11 +121,11 @@ def main(options: RunOptions, record: pathlib.Path | None) -> None:
     run(options, progress=recorder, watch=recorder.watch)
     recorder.finish()
     machine = dataclasses.asdict(measure_machine(options.decoding.threads))
-    recording = {"command": command_line(options, options.model), "extent": extent, "amounts": amounts}
+    recording = {"command": command_line(options, options.model), "extent": extent}
     recording |= {"machine": machine, "parts": recorder.parts}
     if record:
         record.write_text(json.dumps(recording, indent=1) + "\n")
-    click.echo(table(recording))
+    click.echo(table(recorder.parts, amounts))
 
 
 if __name__ == "__main__":

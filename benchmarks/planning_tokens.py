@@ -14,8 +14,8 @@ parts. What is made is kept in --work: a run that was cut short goes on.
 import argparse
 import json
 import pathlib
-import resource
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,17 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     kept = options.work / "plans.json"
     known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    same = [str(options.model), str(options.imatrix), options.text, options.parts, options.effort, options.rungs]
+    same += [options.measure, options.chunks]
+    rows = []
     for part in range(options.parts):
         for name, settings in options.plan:
-            key = json.dumps([options.model.name, options.text, part, options.parts, options.effort, settings])
+            key = json.dumps([*same, part, settings])
             if key not in known:
-                known[key] = planned(options, part, settings) | {"part": part, "way": name, "settings": settings}
+                known[key] = planned(options, part, settings)
                 write_json(kept, known)
+            rows.append(known[key] | {"part": part, "way": name, "settings": settings})
             print(f"part {part + 1}, {name}: {json.dumps(known[key])}", flush=True)
-    rows = list(known.values())
     for rung in options.rungs:
         for name, _ in options.plan:
             print(f"{rung}, {name}: {compared(rows, rung, name, options.plan[0][0])}")
@@ -61,11 +64,11 @@ def planned(options: argparse.Namespace, part: int, settings: dict[str, int]) ->
         for preset in presets.values():
             menus = planner.menus(planner.window(8 * preset.bytes / planner.subject.weights()), preset)
             planner.render_share([(name, kind.name) for name, menu in menus.items() for kind in menu], room=1 << 40)
-        before = cpu_seconds()
+        before = time.process_time()
         for rung, preset in presets.items():
             result = planner.plan(targets[rung], planner.prices_for(targets[rung], preset), preset)
             types[rung], tokens = result.types, tokens + result.tokens
-        seconds = cpu_seconds() - before
+        seconds = time.process_time() - before
     for path in work.iterdir():  # a plan's journal and prices would save measurements of the next
         if path.name != RENDERED:
             path.unlink()
@@ -102,12 +105,6 @@ def compared(rows: list[dict[str, Any]], rung: str, way: str, first: str) -> str
     kld, seconds = np.exp(gaps.mean(axis=0))
     error = gaps[:, 0].std(ddof=1) / np.sqrt(len(gaps)) if len(gaps) > 1 else np.nan
     return f"KLD {kld:.3f} ± {kld * error:.3f} of {first}'s over {len(gaps)} plans, CPU time {seconds:.2f}"
-
-
-def cpu_seconds() -> float:
-    """Of this process, in all its threads."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def way(text: str) -> tuple[str, dict[str, int]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         decision_chunk,
         decision_settings,
         identify,
+        nearly_all_scored,
     )
     from bitladder.evaluate.measure import (
         MEASURE,
@@ -139,6 +140,7 @@ __all__ = [
     "measure_base",
     "measure_several",
     "mixed_pairs",
+    "nearly_all_scored",
     "noise_floor",
     "open_base",
     "opened_bases",

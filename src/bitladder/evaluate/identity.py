@@ -184,7 +184,7 @@ class MeasureOptions(Decoding):
         return Model(path, mmap=2 * size > main_memory(), gpu_layers=self.gpu_layers)
 
 
-UNSCORED = 16  # one in so many tokens of a decision's chunk is not scored, at its start
+UNSCORED = 16  # one in so many tokens of such a chunk is not scored, at its start
 
 
 def decision_chunk(n_ctx: int) -> int:
@@ -192,11 +192,23 @@ def decision_chunk(n_ctx: int) -> int:
     return max(4, n_ctx // 2)
 
 
-def decision_settings(decoding: Decoding, chunks: int) -> MeasureOptions:
-    """How two models are measured to decide between them: all tokens of a chunk are scored but the first sixteenth.
+def nearly_all_scored(decoding: Decoding, chunks: int) -> MeasureOptions:
+    """How chunks are measured of which all tokens are scored but the first sixteenth.
 
-    As many tokens are scored as llama-perplexity scores of whole chunks, for half of the decoding. A token's KLD hardly
-    depends on its place in a chunk, but for the first few (benchmarks/scored_tokens.py).
+    A token's KLD hardly depends on its place in a chunk, but for the first few (benchmarks/scored_tokens.py).
+
+    Parameters:
+        decoding: how a chunk is decoded.
+        chunks: of the text.
+    """
+    unscored = decoding.n_ctx // UNSCORED
+    return MeasureOptions(**dataclasses.asdict(decoding) | {"chunks": chunks, "unscored": unscored})
+
+
+def decision_settings(decoding: Decoding, chunks: int) -> MeasureOptions:
+    """How two models are measured to decide between them: half chunks, nearly all of whose tokens are scored.
+
+    As many tokens are scored as llama-perplexity scores of whole chunks, for half of the decoding.
 
     Parameters:
         decoding: how a whole chunk is decoded.
@@ -207,9 +219,7 @@ def decision_settings(decoding: Decoding, chunks: int) -> MeasureOptions:
         >>> settings.n_ctx, settings.unscored
         (256, 16)
     """
-    n_ctx = decision_chunk(decoding.n_ctx)
-    values = dataclasses.asdict(decoding) | {"n_ctx": n_ctx, "chunks": chunks, "unscored": n_ctx // UNSCORED}
-    return MeasureOptions(**values)
+    return nearly_all_scored(decoding.replace(n_ctx=decision_chunk(decoding.n_ctx)), chunks)
 
 
 def decode(context: Context, chunks: Chunks, chunk: int) -> Iterator[tuple[int, Floats]]:

@@ -246,11 +246,14 @@ class Run(Closing):
         steps = [f"quantize {rung}" for rung in self.options.rungs if self.smoothed(rung) == smoothed]
         # The facts of a rung with rounded blocks tell of its guard.
         plain = [step for step in steps if step in self._records and "guard" not in self.facts(step)]
-        return [path for step in plain for path in self.files(step)[:1] if path.is_file()]
+        return self._quants(plain)
 
     def presets(self) -> list[pathlib.Path]:
         """The plain presets that are complete and not deleted."""
-        steps = (f"preset {rung}" for rung in self.options.rungs)
+        return self._quants([f"preset {rung}" for rung in self.options.rungs])
+
+    def _quants(self, steps: Sequence[str]) -> list[pathlib.Path]:
+        """The quants of those steps that are complete and whose files are there."""
         return [path for step in steps for path in self.files(step)[:1] if path.is_file()]
 
     def settings(self) -> evaluate.MeasureOptions:

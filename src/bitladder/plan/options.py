@@ -8,7 +8,7 @@ from typing import Literal
 
 from bitladder.calibrate import FisherOptions
 from bitladder.engine import Decoding
-from bitladder.evaluate import UNSCORED, MeasureOptions
+from bitladder.evaluate import MeasureOptions, nearly_all_scored
 from bitladder.options import Options, option
 from bitladder.quantize import unreached_option
 
@@ -222,16 +222,12 @@ class PlanDecoding(Decoding):
 
     def deciding(self) -> dict[str, object]:
         """As of `Decoding`, and what is scored of a chunk."""
-        return {**super().deciding(), "unscored": self.first_scored}
-
-    @property
-    def first_scored(self) -> int:
-        """Number of the first prediction of a chunk that is scored."""
-        return self.n_ctx // UNSCORED if self.unscored is None else self.unscored
+        return {**super().deciding(), "unscored": self.measuring(1).unscored}
 
     def measuring(self, chunks: int) -> MeasureOptions:
         """How so many chunks are measured."""
-        return MeasureOptions(**dataclasses.asdict(self) | {"chunks": chunks, "unscored": self.first_scored})
+        settings = nearly_all_scored(self, chunks)
+        return settings if self.unscored is None else settings.replace(unscored=self.unscored)
 
 
 @dataclasses.dataclass(frozen=True)
