@@ -35,8 +35,8 @@ from bitladder.units import duration, number_of
 
 CHARACTERS = 4  # of a token, about
 ROUNDED = (256, 512)  # rows and width of a matrix that is rounded to see how fast that goes
-# Those of a matrix that the library quantizes to q4_K, and the seconds of the reference core: those of a Xeon, divided by
-# how much longer it took for Q4_K_M of the embedded model.
+# Those of a matrix that the library quantizes to q4_K, and the seconds of the reference core: those of a Xeon, divided
+# by how much longer it took for Q4_K_M of the embedded model.
 QUANTIZED, QUANTIZED_SECONDS = (256, 1024), 0.0295
 PROBE = RoundingOptions(enough=0)  # how the first of them is rounded
 SIDE = 1024  # of a matrix that is multiplied for the same reason
